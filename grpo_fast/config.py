@@ -1,0 +1,267 @@
+"""The whole configuration of a run: one flat, typed record, each field documented where it stands.
+
+Names follow TRL's ``GRPOConfig`` where it has one. The same record is read from TOML, from the command line and in
+Python, and is written back, resolved, into every run. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import tomli_w
+from cyclopts import Group, Parameter
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+LossType = Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "gspo", "rloo", "luspo", "sapo"]
+
+_MODEL = Parameter(group=Group("Model", sort_key=1))
+_DATA = Parameter(group=Group("Data", sort_key=2))
+_REWARD = Parameter(group=Group("Reward", sort_key=3))
+_ROLLOUT = Parameter(group=Group("Rollout", sort_key=4))
+_OBJECTIVE = Parameter(group=Group("Objective", sort_key=5))
+_OPTIM = Parameter(group=Group("Optimiser", sort_key=6))
+_BUDGET = Parameter(group=Group("Budget", sort_key=7))
+_FORECAST = Parameter(group=Group("Forecast", sort_key=8))
+_RUN = Parameter(group=Group("Run", sort_key=9))
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the field, the value and the fix."""
+
+
+class Config(BaseModel):
+    """Everything that decides a run. Frozen; make a changed copy with :meth:`replace`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    model: Annotated[str, _MODEL] = "embedded"
+    """Causal language model: a directory, a hub id, or ``embedded`` for the tiny one in the package."""
+    revision: Annotated[str | None, _MODEL] = None
+    """Branch, tag or commit of a hub model."""
+    trust_remote_code: Annotated[bool, _MODEL] = False
+    """Run modelling code that comes with the model."""
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], _MODEL] = "auto"
+    """Type of the weights in training; ``auto`` is float32 on a CPU and bfloat16 on a GPU."""
+    device: Annotated[Literal["auto", "cpu", "cuda"], _MODEL] = "auto"
+    """Where the policy lives; ``auto`` takes the GPU where there is one."""
+    attn_implementation: Annotated[str, _MODEL] = "sdpa"
+    """Attention of transformers: ``sdpa``, ``eager``, ``flash_attention_2``, ..."""
+    gradient_checkpointing: Annotated[bool, _MODEL] = False
+    """Recompute activations in the backward pass: a third more compute for much less memory."""
+
+    dataset: Annotated[str, _DATA] = "arithmetic"
+    """``arithmetic``, ``gsm8k``, ``countdown``, ``reasoning_gym:TASK``, a hub id, or a directory, parquet or JSONL file with a
+    ``prompt`` column."""
+    dataset_config: Annotated[str | None, _DATA] = None
+    """Named configuration of a hub dataset."""
+    dataset_split: Annotated[str, _DATA] = "train"
+    """Split that is trained on."""
+    eval_split: Annotated[str | None, _DATA] = None
+    """Split that evaluation reads; without one, ``eval_size`` rows are held out of the training split."""
+    dataset_size: Annotated[int, _DATA] = Field(2048, ge=1)
+    """Rows made by generated tasks (``arithmetic``, ``countdown``, ``reasoning_gym``)."""
+    system_prompt: Annotated[str | None, _DATA] = None
+    """Put before every prompt as a system message; makes plain prompts chat messages."""
+    max_prompt_length: Annotated[int | None, _DATA] = Field(None, ge=1)
+    """Longest prompt, in tokens; ``None`` takes what the model's context leaves."""
+    overlong_prompts: Annotated[Literal["error", "drop"], _DATA] = "error"
+    """What to do with a prompt that is longer: refuse to start, or leave it out and say how many were."""
+    shuffle: Annotated[bool, _DATA] = True
+    """Visit the prompts in a new random order each epoch."""
+
+    reward_funcs: Annotated[tuple[str, ...], _REWARD] = ()
+    """Reward functions: built-in names (``accuracy``, ``format``, ...) or ``module:function``; empty takes the task's own."""
+    reward_weights: Annotated[tuple[float, ...], _REWARD] = ()
+    """One weight a reward function; empty weighs all by 1."""
+    reward_timeout_s: Annotated[float, _REWARD] = Field(30.0, gt=0)
+    """Deadline of one reward call, in seconds; a worker that misses it is killed."""
+    reward_workers: Annotated[int, _REWARD] = Field(1, ge=0)
+    """Processes that run reward functions; 0 runs them in the trainer's process, without a deadline."""
+    reward_on_error: Annotated[Literal["raise", "none"], _REWARD] = "raise"
+    """A reward call that raises, hangs or returns the wrong length: end the run with a named error, or count it as ``None``."""
+
+    rollout: Annotated[Literal["transformers"], _ROLLOUT] = "transformers"
+    """Engine that samples completions."""
+    prompts_per_step: Annotated[int, _ROLLOUT] = Field(16, ge=1)
+    """P: prompts of a step."""
+    num_generations: Annotated[int, _ROLLOUT] = Field(8, ge=2)
+    """G: completions of a prompt; a group."""
+    max_completion_length: Annotated[int, _ROLLOUT] = Field(256, ge=1)
+    """Longest completion, in tokens."""
+    temperature: Annotated[float, _ROLLOUT] = Field(1.0, gt=0)
+    """Sampling temperature; log-probabilities of the trainer are taken at the same one."""
+    top_p: Annotated[float, _ROLLOUT] = Field(1.0, gt=0, le=1)
+    """Nucleus sampling; below 1 the sampled support is cut (see ``docs`` on truncated sampling)."""
+    top_k: Annotated[int, _ROLLOUT] = Field(0, ge=0)
+    """Keep the k most probable tokens; 0 keeps all."""
+    min_p: Annotated[float, _ROLLOUT] = Field(0.0, ge=0, lt=1)
+    """Drop tokens under this share of the top probability; 0 drops none."""
+    stop: Annotated[tuple[str, ...], _ROLLOUT] = ()
+    """Strings that end a completion."""
+    refill_rounds: Annotated[int, _ROLLOUT] = Field(0, ge=0)
+    """How often a step may sample further prompts in place of groups without reward variance; 0 never refills."""
+
+    loss_type: Annotated[LossType, _OBJECTIVE] = "dapo"
+    """Row of the objective table."""
+    beta: Annotated[float, _OBJECTIVE] = Field(0.0, ge=0)
+    """Weight of the KL term to the reference policy; 0 loads no reference."""
+    epsilon: Annotated[float, _OBJECTIVE] = Field(0.2, gt=0)
+    """Lower (and, without ``epsilon_high``, upper) clip range of the ratio."""
+    epsilon_high: Annotated[float | None, _OBJECTIVE] = Field(None, gt=0)
+    """Upper clip range; for ``cispo`` the absolute cap of the ratio."""
+    delta: Annotated[float | None, _OBJECTIVE] = Field(None, gt=1)
+    """Upper bound of the ratio for negative advantages too (two-sided clipping)."""
+    entropy_coef: Annotated[float, _OBJECTIVE] = Field(0.0, ge=0)
+    """Weight of an entropy bonus."""
+    sapo_temperature_pos: Annotated[float, _OBJECTIVE] = Field(1.0, gt=0)
+    """SAPO's gate temperature for positive advantages."""
+    sapo_temperature_neg: Annotated[float, _OBJECTIVE] = Field(1.05, gt=0)
+    """SAPO's gate temperature for negative advantages."""
+    scale_rewards: Annotated[Literal["group", "batch", "none"], _OBJECTIVE] = "group"
+    """Divide centred rewards by the group's standard deviation, the batch's, or not at all."""
+    mask_truncated_completions: Annotated[bool, _OBJECTIVE] = False
+    """Leave completions that the length limit cut out of the loss."""
+    num_iterations: Annotated[int, _OBJECTIVE] = Field(1, ge=1)
+    """Optimiser updates on the completions of one step."""
+
+    optim: Annotated[Literal["adamw"], _OPTIM] = "adamw"
+    """Optimiser."""
+    learning_rate: Annotated[float, _OPTIM] = Field(1e-6, gt=0)
+    """Peak learning rate."""
+    lr_scheduler_type: Annotated[Literal["constant", "linear", "cosine"], _OPTIM] = "constant"
+    """Shape of the learning rate after warm-up, over ``max_steps``."""
+    warmup_steps: Annotated[int, _OPTIM] = Field(0, ge=0)
+    """Steps over which the learning rate rises from 0."""
+    weight_decay: Annotated[float, _OPTIM] = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+    adam_beta1: Annotated[float, _OPTIM] = Field(0.9, ge=0, lt=1)
+    """Decay of AdamW's first moment."""
+    adam_beta2: Annotated[float, _OPTIM] = Field(0.999, ge=0, lt=1)
+    """Decay of AdamW's second moment."""
+    adam_epsilon: Annotated[float, _OPTIM] = Field(1e-8, gt=0)
+    """AdamW's denominator floor."""
+    max_grad_norm: Annotated[float, _OPTIM] = Field(1.0, ge=0)
+    """Clip the global gradient norm to this; 0 never clips."""
+    tokens_per_microbatch: Annotated[int, _OPTIM] = Field(16384, ge=1)
+    """Largest padded size, in tokens, of one forward and backward pass; changes memory, not results."""
+
+    max_steps: Annotated[int, _BUDGET] = Field(500, ge=1)
+    """Steps at most; also the horizon of schedules and forecasts."""
+    max_tokens: Annotated[float | None, _BUDGET] = Field(None, gt=0)
+    """Prompt and completion tokens at most."""
+    max_flops: Annotated[float | None, _BUDGET] = Field(None, gt=0)
+    """Model FLOPs at most, all phases."""
+    max_gpu_hours: Annotated[float | None, _BUDGET] = Field(None, gt=0)
+    """Device hours at most (on a machine without a GPU, the CPU counts as one device)."""
+    max_wall_hours: Annotated[float | None, _BUDGET] = Field(None, gt=0)
+    """Hours of wall-clock time at most."""
+    max_money: Annotated[float | None, _BUDGET] = Field(None, gt=0)
+    """Money at most, in the currency of ``price_per_gpu_hour``."""
+    max_energy_kwh: Annotated[float | None, _BUDGET] = Field(None, gt=0)
+    """Energy at most, in kWh."""
+    price_per_gpu_hour: Annotated[float, _BUDGET] = Field(0.0, ge=0)
+    """Price of a device hour."""
+
+    forecast: Annotated[Literal["off", "warn", "stop"], _FORECAST] = "stop"
+    """What a forecast plateau does: nothing (and no forecast), one message, or the end of the run."""
+    forecast_epsilon: Annotated[float, _FORECAST] = Field(0.01, gt=0)
+    """Remaining gain of the reward under which going on is not worth it."""
+    forecast_confidence: Annotated[float, _FORECAST] = Field(0.9, gt=0.5, lt=1)
+    """Probability of so small a gain that a stop demands."""
+    forecast_patience: Annotated[int, _FORECAST] = Field(3, ge=1)
+    """Consecutive steps on which that must hold."""
+    forecast_min_steps: Annotated[int, _FORECAST] = Field(20, ge=5)
+    """Steps before which no forecast stops a run."""
+
+    output_dir: Annotated[Path, _RUN] = Path("runs/grpo")
+    """Where metrics, checkpoints and the report of the run go."""
+    overwrite: Annotated[bool, _RUN] = False
+    """Delete a run that is already in ``output_dir``; otherwise it is refused (resume it instead)."""
+    seed: Annotated[int, _RUN] = Field(0, ge=0)
+    """Decides data order, sampling and every other random draw."""
+    eval_steps: Annotated[int, _RUN] = Field(0, ge=0)
+    """Evaluate on held-out prompts every so many steps, and at the end; 0 never."""
+    eval_size: Annotated[int, _RUN] = Field(256, ge=1)
+    """Held-out prompts of an evaluation, answered greedily."""
+    save_steps: Annotated[int, _RUN] = Field(50, ge=1)
+    """Checkpoint every so many steps, and at the end."""
+    save_total_limit: Annotated[int, _RUN] = Field(2, ge=1)
+    """Checkpoints kept, beside the best one."""
+    sinks: Annotated[tuple[Literal["console", "tensorboard", "wandb", "trackio"], ...], _RUN] = ("console",)
+    """Where metrics go beside the JSONL file."""
+    log_completions: Annotated[int, _RUN] = Field(4, ge=0)
+    """Sample completions written to ``completions.jsonl`` each step."""
+    report: Annotated[bool, _RUN] = True
+    """Write ``report.html`` and its pictures at the end."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.reward_weights and len(self.reward_weights) != len(self.reward_funcs):
+            raise ValueError(
+                f"reward_weights has {len(self.reward_weights)} values for {len(self.reward_funcs)} reward_funcs; give one each"
+            )
+        if self.loss_type == "cispo" and self.epsilon_high is None:
+            raise ValueError("loss_type='cispo' needs epsilon_high, the absolute cap of the ratio (MiniMax-M1 and ScaleRL use 5.0)")
+        if self.warmup_steps > self.max_steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} exceeds max_steps={self.max_steps}")
+        return self
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> Config:
+        """Builds a configuration from plain values.
+
+        Raises:
+            ConfigError: an unknown key (the nearest known one is named), a bad type or a value out of range.
+        """
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> Config:
+        """Reads a TOML file.
+
+        Raises:
+            ConfigError: the file is missing, is not TOML or does not fit.
+        """
+        return cls.parse(read_toml(path))
+
+    def to_toml(self) -> str:
+        """The resolved configuration as TOML; fields that are ``None`` are left out, as TOML has no null."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+    def replace(self, **changes: Any) -> Config:
+        """A changed copy, validated.
+
+        Raises:
+            ConfigError: as :meth:`parse`.
+        """
+        return self.parse(self.model_dump() | changes)
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Reads a TOML file into plain values.
+
+    Raises:
+        ConfigError: the file is missing or is not TOML.
+    """
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+
+
+def _explain(item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, Config.model_fields, n=1)
+        return f"unknown configuration key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{key}: {message} (got {item['input']!r})" if key else message

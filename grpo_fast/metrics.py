@@ -1,0 +1,88 @@
+"""Values that know how to reduce over micro-batches, and the clock that charges seconds to phases."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, TypeAlias
+
+import torch
+
+Phase: TypeAlias = Literal["rollout", "reward", "score", "train", "sync", "other"]
+PHASES: tuple[Phase, ...] = ("rollout", "reward", "score", "train", "sync", "other")
+Reduction: TypeAlias = Literal["sum", "min", "max"]
+
+
+class MetricSums:
+    """Sums, minima and maxima gathered on the device, read once.
+
+    ``add`` takes tensors without synchronising; ``compute`` does the one transfer. A mean is two sums: its numerator under its
+    own name and its denominator under ``weight``.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[str, tuple[Reduction, str | None, torch.Tensor]] = {}
+
+    def add(
+        self, name: str, value: torch.Tensor, *, weight: str | None = None, reduction: Reduction = "sum"
+    ) -> None:
+        """Adds one micro-batch's part.
+
+        Args:
+            name: metric name.
+            value: scalar tensor, any device.
+            weight: name of the summed metric that divides it in :meth:`compute`.
+            reduction: how parts combine.
+        """
+        value = value.detach().float()
+        if name in self._values:
+            _, _, held = self._values[name]
+            combine = {"sum": torch.add, "min": torch.minimum, "max": torch.maximum}[reduction]
+            value = combine(held, value)
+        self._values[name] = (reduction, weight, value)
+
+    def compute(self) -> dict[str, float]:
+        """The reduced values as Python floats; a mean over nothing is NaN."""
+        if not self._values:
+            return {}
+        numbers = torch.stack([value for _, _, value in self._values.values()]).tolist()
+        raw = dict(zip(self._values, numbers, strict=True))
+        result = {}
+        for name, (_, weight, _) in self._values.items():
+            divisor = raw[weight] if weight is not None else 1.0
+            result[name] = raw[name] / divisor if divisor else float("nan")
+        return result
+
+
+class PhaseTimer:
+    """Seconds of wall-clock time by phase. Phases do not nest; time outside any is ``other``."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
+        self._mark = time.perf_counter()
+        self._inside: Phase = "other"
+
+    @contextmanager
+    def phase(self, name: Phase) -> Iterator[None]:
+        """Charges the time inside to ``name``."""
+        self._charge()
+        self._inside = name
+        try:
+            yield
+        finally:
+            self._charge()
+            self._inside = "other"
+
+    def lap(self) -> dict[Phase, float]:
+        """Seconds by phase since the last lap."""
+        self._charge()
+        lap, self.seconds = self.seconds, dict.fromkeys(PHASES, 0.0)
+        return lap
+
+    def _charge(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[self._inside] += now - self._mark
+        self._mark = now

@@ -1,0 +1,87 @@
+"""What the trainer needs of anything that samples completions.
+
+The trainer knows this protocol and nothing else: transformers, vLLM in-process and vLLM servers all stand behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from grpo_fast.types import Completion
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How completions are sampled; names as in vLLM.
+
+    Raises:
+        ValueError: a value outside its range, with the field named.
+    """
+
+    max_tokens: int
+    """Longest completion, in tokens, end token included."""
+    temperature: float = 1.0
+    """Divides the logits; 0 means greedy."""
+    top_p: float = 1.0
+    """Nucleus mass kept; 1 keeps all."""
+    top_k: int = 0
+    """Most probable tokens kept; 0 keeps all."""
+    min_p: float = 0.0
+    """Tokens under this share of the top probability are dropped; 0 drops none."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion; the text is cut before the string, the tokens are kept."""
+
+    def __post_init__(self) -> None:
+        checks = {
+            "max_tokens must be at least 1": self.max_tokens >= 1,
+            "temperature must be 0 (greedy) or more": self.temperature >= 0,
+            "top_p must lie in (0, 1]": 0 < self.top_p <= 1,
+            "top_k must be 0 (off) or more": self.top_k >= 0,
+            "min_p must lie in [0, 1)": 0 <= self.min_p < 1,
+        }
+        for message, holds in checks.items():
+            if not holds:
+                raise ValueError(f"{message}, got {getattr(self, message.split()[0])!r}")
+
+    @property
+    def truncates_support(self) -> bool:
+        """Whether sampling is from less than the whole softmax, so that log-probs are of a cut distribution."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+
+@runtime_checkable
+class RolloutEngine(Protocol):
+    """Samples completions from the current policy."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, num_generations: int, seed: int
+    ) -> list[list[Completion]]:
+        """Samples ``num_generations`` completions for each prompt.
+
+        Args:
+            prompts: P token-id sequences, none empty.
+            sampling: how to sample.
+            num_generations: G.
+            seed: decides every random draw of the call; the same call with the same weights gives the same answer.
+
+        Returns:
+            P lists of G completions, in the order of ``prompts``.
+        """
+        ...
+
+    def sync_weights(self, policy: torch.nn.Module, version: int) -> dict[str, float]:
+        """Makes ``policy``'s weights the ones that the next ``generate`` samples from.
+
+        Returns:
+            ``sync/...`` metrics; empty where nothing had to move.
+        """
+        ...
+
+    def close(self) -> None:
+        """Frees what the engine holds; calling it twice is harmless."""
+        ...

@@ -1,0 +1,120 @@
+"""The values that flow through a run, and the one legend of shape letters.
+
+====== ==========================================================================
+Letter Meaning
+====== ==========================================================================
+``P``  prompts of a step
+``G``  completions per prompt (``num_generations``)
+``N``  sequences of a step, ``P * G``
+``B``  sequences of one micro-batch
+``S``  padded length of a micro-batch, prompt and completion together
+``T``  scored completion tokens, packed without padding
+``H``  hidden size of the model
+``V``  vocabulary size
+``F``  reward functions
+====== ==========================================================================
+
+Data flows down and once: a ``Prompt`` gets G ``Completion`` values, they make a ``Group``, groups of a
+step get rewards and advantages, and live groups are cut into ``TokenBatch`` micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    import torch
+
+FinishReason: TypeAlias = Literal["stop", "length"]
+Message: TypeAlias = dict[str, Any]
+"""One chat message, ``{"role": ..., "content": ...}``, as in Hugging Face chat templates."""
+
+PromptText: TypeAlias = str | list[Message]
+"""What a dataset's ``prompt`` column holds: plain text or chat messages."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt, as the dataset gave it and as the model reads it."""
+
+    index: int
+    """Row of the dataset, which names the prompt in logs."""
+    prompt: PromptText
+    """The text or the messages, handed to reward functions unchanged."""
+    token_ids: tuple[int, ...]
+    """The tokens the model reads, chat template applied."""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """Every other column of the row, handed to reward functions by keyword."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled answer. Token in, token out: it is never tokenised again."""
+
+    token_ids: tuple[int, ...]
+    """Sampled tokens, with the end-of-sequence token where the model emitted one."""
+    logprobs: tuple[float, ...]
+    """Log-probability in nats of each sampled token, at the sampling temperature, when it was sampled."""
+    finish_reason: FinishReason
+    """``stop``: an end token or stop string came; ``length``: cut at ``max_completion_length``."""
+    text: str
+    """Decoded without special tokens, for reward functions and people."""
+    weight_version: int = 0
+    """Version of the policy weights that sampled it (the step whose weights were in force)."""
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the length limit cut the completion."""
+        return self.finish_reason == "length"
+
+
+@dataclass(slots=True)
+class Group:
+    """A prompt, its G completions and what the reward functions said of them."""
+
+    prompt: Prompt
+    completions: list[Completion]
+    rewards: list[list[float]] = field(default_factory=list)
+    """[G][F]: one row a completion, one value a reward function; NaN where a function gave ``None``."""
+    reward: list[float] = field(default_factory=list)
+    """[G]: weighted sum over the functions; NaN where every function gave ``None``."""
+    advantages: list[float] = field(default_factory=list)
+    """[G]: set once the whole step is scored."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """One micro-batch, right-padded, ready for the model.
+
+    Only completion tokens are scored. ``row_index`` picks, from the flattened ``[B * S]`` positions, those whose
+    next token is a scored one, so that the head never sees a prompt or padding row.
+    """
+
+    input_ids: torch.Tensor
+    """int64 [B, S]."""
+    attention_mask: torch.Tensor
+    """int64 [B, S]; 1 on real tokens."""
+    row_index: torch.Tensor
+    """int64 [T]: flattened position whose hidden state predicts the target."""
+    targets: torch.Tensor
+    """int64 [T]: the sampled tokens."""
+    sequence_index: torch.Tensor
+    """int64 [T]: which of the B sequences a scored token belongs to, ascending."""
+    advantages: torch.Tensor
+    """float32 [B]."""
+    loss_weights: torch.Tensor
+    """float32 [B]: what the objective's normaliser multiplies each token's loss of a sequence with."""
+    sampling_logprobs: torch.Tensor
+    """float32 [T]: log-probabilities given by the rollout engine."""
+
+    @property
+    def num_sequences(self) -> int:
+        """B."""
+        return int(self.input_ids.shape[0])
+
+    @property
+    def num_scored_tokens(self) -> int:
+        """T."""
+        return int(self.targets.shape[0])
