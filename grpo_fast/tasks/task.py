@@ -1,0 +1,34 @@
+"""What a task is: prompts to train on, prompts held out, and how answers are rewarded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+class Rows(Protocol):
+    """A table read by row: a ``datasets.Dataset`` or a list of mappings. Every row has a ``prompt``."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        ...
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]:
+        """Row ``index`` as a mapping from column to value."""
+        ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """Prompts and the rewards that go with them."""
+
+    name: str
+    train: Rows
+    """Rows trained on."""
+    eval: Rows
+    """Rows held out; may be empty."""
+    reward_funcs: tuple[str, ...]
+    """Names the reward pool resolves (built-in or ``module:function``), used where the user names none."""
+    eval_reward: str
+    """The reward whose mean on held-out rows is the task's accuracy."""
