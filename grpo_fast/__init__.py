@@ -1,0 +1,51 @@
+"""grpo_fast: GRPO as fast as the hardware allows, every unit of compute metered, stopped when the law sees the plateau.
+
+The library API; each name is imported when it is first used, so that ``import grpo_fast`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from grpo_fast.compute import Budget as Budget
+    from grpo_fast.config import Config as Config
+    from grpo_fast.config import ConfigError as ConfigError
+    from grpo_fast.law import Forecast as Forecast
+    from grpo_fast.law import OnlinePredictor as OnlinePredictor
+    from grpo_fast.law import StoppingRule as StoppingRule
+    from grpo_fast.recipes import recipe as recipe
+    from grpo_fast.report import write_report as write_report
+    from grpo_fast.rollout import RolloutEngine as RolloutEngine
+    from grpo_fast.rollout import SamplingParams as SamplingParams
+    from grpo_fast.train import GRPOTrainer as GRPOTrainer
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Budget": "compute",
+    "Config": "config",
+    "ConfigError": "config",
+    "Forecast": "law",
+    "GRPOTrainer": "train",
+    "OnlinePredictor": "law",
+    "RolloutEngine": "rollout",
+    "SamplingParams": "rollout",
+    "StoppingRule": "law",
+    "recipe": "recipes",
+    "write_report": "report",
+}
+__all__ = [*sorted(_HOMES), "__version__"]  # noqa: PLE0604 (the names are strings)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'grpo_fast' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"grpo_fast.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -45,7 +45,7 @@ class Config(BaseModel):
     trust_remote_code: Annotated[bool, _MODEL] = False
     """Run modelling code that comes with the model."""
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], _MODEL] = "auto"
-    """Type of the weights in training; ``auto`` is float32 on a CPU and bfloat16 on a GPU."""
+    """Type that forward and backward compute in (weights stay float32); ``auto`` is float32 on a CPU, bfloat16 on a GPU."""
     device: Annotated[Literal["auto", "cpu", "cuda"], _MODEL] = "auto"
     """Where the policy lives; ``auto`` takes the GPU where there is one."""
     attn_implementation: Annotated[str, _MODEL] = "sdpa"
@@ -77,6 +77,8 @@ class Config(BaseModel):
     """Reward functions: built-in names (``accuracy``, ``format``, ...) or ``module:function``; empty takes the task's own."""
     reward_weights: Annotated[tuple[float, ...], _REWARD] = ()
     """One weight a reward function; empty weighs all by 1."""
+    reward_range: Annotated[tuple[float, float] | None, _REWARD] = None
+    """Least and greatest mean reward that is possible, where that is known; it sharpens the forecast."""
     reward_timeout_s: Annotated[float, _REWARD] = Field(30.0, gt=0)
     """Deadline of one reward call, in seconds; a worker that misses it is killed."""
     reward_workers: Annotated[int, _REWARD] = Field(1, ge=0)
@@ -95,7 +97,7 @@ class Config(BaseModel):
     temperature: Annotated[float, _ROLLOUT] = Field(1.0, gt=0)
     """Sampling temperature; log-probabilities of the trainer are taken at the same one."""
     top_p: Annotated[float, _ROLLOUT] = Field(1.0, gt=0, le=1)
-    """Nucleus sampling; below 1 the sampled support is cut (see ``docs`` on truncated sampling)."""
+    """Nucleus sampling. Where ``top_p``, ``top_k`` or ``min_p`` cut the support, the ratio is against what they leave."""
     top_k: Annotated[int, _ROLLOUT] = Field(0, ge=0)
     """Keep the k most probable tokens; 0 keeps all."""
     min_p: Annotated[float, _ROLLOUT] = Field(0.0, ge=0, lt=1)
@@ -192,7 +194,7 @@ class Config(BaseModel):
     save_total_limit: Annotated[int, _RUN] = Field(2, ge=1)
     """Checkpoints kept, beside the best one."""
     sinks: Annotated[tuple[Literal["console", "tensorboard", "wandb", "trackio"], ...], _RUN] = ("console",)
-    """Where metrics go beside the JSONL file."""
+    """Where metrics go beside the JSONL files."""
     log_completions: Annotated[int, _RUN] = Field(4, ge=0)
     """Sample completions written to ``completions.jsonl`` each step."""
     report: Annotated[bool, _RUN] = True
@@ -205,10 +207,19 @@ class Config(BaseModel):
                 f"reward_weights has {len(self.reward_weights)} values for {len(self.reward_funcs)} reward_funcs; give one each"
             )
         if self.loss_type == "cispo" and self.epsilon_high is None:
-            raise ValueError("loss_type='cispo' needs epsilon_high, the absolute cap of the ratio (MiniMax-M1 and ScaleRL use 5.0)")
+            raise ValueError(
+                "loss_type='cispo' needs epsilon_high, the absolute cap of the ratio (MiniMax-M1 and ScaleRL use 5.0)"
+            )
+        if self.reward_range is not None and not self.reward_range[0] < self.reward_range[1]:
+            raise ValueError(f"reward_range={self.reward_range} must be (least, greatest)")
         if self.warmup_steps > self.max_steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} exceeds max_steps={self.max_steps}")
         return self
+
+    @property
+    def truncates_support(self) -> bool:
+        """Whether sampling leaves out part of the softmax."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Config:
@@ -220,7 +231,7 @@ class Config(BaseModel):
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
-            raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
+            raise ConfigError("\n".join(explain(item) for item in error.errors())) from None
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Config:
@@ -258,7 +269,8 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
 
 
-def _explain(item: Any) -> str:
+def explain(item: Any) -> str:
+    """One of pydantic's errors as a sentence that names the key, the value and, for an unknown key, the nearest known one."""
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, Config.model_fields, n=1)

@@ -24,9 +24,7 @@ class MetricSums:
     def __init__(self) -> None:
         self._values: dict[str, tuple[Reduction, str | None, torch.Tensor]] = {}
 
-    def add(
-        self, name: str, value: torch.Tensor, *, weight: str | None = None, reduction: Reduction = "sum"
-    ) -> None:
+    def add(self, name: str, value: torch.Tensor, *, weight: str | None = None, reduction: Reduction = "sum") -> None:
         """Adds one micro-batch's part.
 
         Args:

@@ -1,0 +1,53 @@
+# Two commands matter: `make quickstart` trains the embedded model, `make test` checks everything.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints/cpu.txt
+RUN    := runs/quickstart
+
+.PHONY: help quickstart test test-fast lint format env env-dev clean
+
+help:
+	@echo "make quickstart   make an environment and train the embedded model until the law stops it"
+	@echo "make test         lint, types, import walls and all tests, with coverage"
+	@echo "make test-fast    the everyday subset, under five minutes"
+	@echo "make lint         lint, types and import walls alone"
+	@echo "make format       let ruff format and fix"
+
+quickstart: env
+	$(BIN)/grpo-fast train --recipe embedded --output-dir $(RUN) --overwrite
+	@echo "Open $(RUN)/report.html in a browser."
+
+test: env-dev lint
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=90
+
+test-fast: env-dev lint
+	$(BIN)/python -m pytest -m "not slow and not gpu and not vllm"
+
+lint: env-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: env-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch goes first and pinned: a range would fetch a build for GPUs that this machine may not have.
+$(VENV)/base: pyproject.toml setup.py constraints/cpu.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/dev: $(VENV)/base
+	$(PIP) --editable ".[dev,bench,lora,tracking,trl,reasoning-gym]"
+	touch $@
+
+env: $(VENV)/base
+
+env-dev: $(VENV)/dev
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

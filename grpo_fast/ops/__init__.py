@@ -1,0 +1,25 @@
+"""The numerical work of a step, one file an op: a plain PyTorch reference first, faster implementations after it."""
+
+from __future__ import annotations
+
+from grpo_fast.ops.fused_grpo import FusedLoss, fused_grpo
+from grpo_fast.ops.group_advantage import GroupAdvantage, group_advantage
+from grpo_fast.ops.policy_loss import LossBatch, LossSpec, PolicyLoss, PolicyMetrics, policy_loss
+from grpo_fast.ops.row_plan import live_sequences, plan_microbatches
+from grpo_fast.ops.token_logprob import LMHead, token_logprob
+
+__all__ = [
+    "FusedLoss",
+    "GroupAdvantage",
+    "LMHead",
+    "LossBatch",
+    "LossSpec",
+    "PolicyLoss",
+    "PolicyMetrics",
+    "fused_grpo",
+    "group_advantage",
+    "live_sequences",
+    "plan_microbatches",
+    "policy_loss",
+    "token_logprob",
+]

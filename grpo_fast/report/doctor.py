@@ -1,0 +1,438 @@
+"""``grpo-fast doctor``: what is installed, what is missing for which feature, and the command that mends it.
+
+A machine is read once into a :class:`Machine`; every check is a function of that record, and :data:`CHECKS` lists them. Version
+ranges are those of this package's own metadata, so that they are stated in one place. Nothing is downloaded or changed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from grpo_fast.device import DeviceFacts, device_facts, energy_source, package_version
+
+Status: TypeAlias = Literal["ok", "note", "warn", "FAIL"]
+STYLES: dict[Status, str] = {"ok": "green", "note": "dim", "warn": "bold yellow", "FAIL": "bold red"}
+GIB = 2**30
+LOW_DISK_GIB = 5.0
+LOW_MEMORY_GIB = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a check saw."""
+
+    status: Status
+    found: str
+    meaning: str = ""
+    """What it is good for, or what goes wrong."""
+    fix: str = ""
+    """Command to run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """An extra of this package."""
+
+    extra: str
+    packages: tuple[str, ...]
+    purpose: str
+    needs_gpu: bool = False
+
+
+FEATURES = (
+    Feature("vllm", ("vllm",), "rollouts by vLLM", needs_gpu=True),
+    Feature("flash-attn", ("flash-attn",), "FlashAttention in forward and backward", needs_gpu=True),
+    Feature("quant", ("bitsandbytes",), "quantised weights and optimiser", needs_gpu=True),
+    Feature("liger", ("liger-kernel",), "Liger's kernels", needs_gpu=True),
+    Feature("lora", ("peft",), "LoRA adapters"),
+    Feature("trl", ("trl",), "forecasts inside TRL's trainers"),
+    Feature("reasoning-gym", ("reasoning-gym",), "datasets reasoning_gym:TASK"),
+    Feature("tracking", ("wandb", "tensorboard", "trackio"), "sinks beside console and JSONL"),
+    Feature("bench", ("pytest-benchmark",), "the benchmarks of this repository"),
+)
+TOOLS = ("nvcc", "c++", "ninja", "nvidia-smi")
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """All that the checks look at."""
+
+    python: str
+    versions: Mapping[str, str]
+    """Installed distributions by name, as far as a check asks for them."""
+    required: Mapping[str, SpecifierSet]
+    """What training needs; empty where grpo-fast's metadata is not installed."""
+    optional: Mapping[str, SpecifierSet]
+    """What the extras need."""
+    conflicts: tuple[str, ...]
+    """Installed packages that want another version of torch or transformers."""
+    import_errors: Mapping[str, str]
+    """Required distributions that are installed and do not import."""
+    device: DeviceFacts | None
+    """``None`` where torch does not work."""
+    device_error: str
+    """Why a product and its gradient could not be computed on the device; empty where they could."""
+    gpu_reason: str = ""
+    """What torch says of a GPU that it cannot use."""
+    energy: str = "estimated"
+    """How joules are known."""
+    has_driver: bool = False
+    """Whether the kernel has an NVIDIA driver loaded."""
+    tools: Mapping[str, str] = field(default_factory=dict)
+    """Paths of compilers and the like that are found."""
+    disk_free_bytes: int = 0
+    memory_free_bytes: int = 0
+    hub_cache: str = ""
+    hub_offline: bool = False
+    hub_models: int = 0
+    hub_datasets: int = 0
+
+    @property
+    def has_gpu(self) -> bool:
+        """Whether there is a GPU, usable by torch or not."""
+        return self.has_driver or (self.device is not None and self.device.kind == "cuda")
+
+
+def read_machine(directory: Path | None = None) -> Machine:
+    """Reads this machine; imports what training needs.
+
+    Args:
+        directory: where runs would go; the current one by default.
+    """
+    required, optional = _requirements()
+    names = {*required, *optional, "torch", "transformers", "grpo-fast", "triton", "nvidia-ml-py"}
+    names |= {package for feature in FEATURES for package in feature.packages}
+    versions = {name: version for name in names if (version := package_version(name)) is not None}
+    import_errors = {name: error for name in required if name in versions and (error := _import_error(name))}
+    works = "torch" in versions and "torch" not in import_errors
+    device, device_error, gpu_reason = _read_device() if works else (None, "torch does not work", "")
+    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    return Machine(
+        python=platform.python_version(),
+        versions=versions,
+        required=required,
+        optional=optional,
+        conflicts=_conflicts(versions),
+        import_errors=import_errors,
+        device=device,
+        device_error=device_error,
+        gpu_reason=gpu_reason,
+        energy=energy_source(device).name if device else "unknown",
+        has_driver=Path("/proc/driver/nvidia/version").exists(),
+        tools={tool: path for tool in TOOLS if (path := shutil.which(tool))},
+        disk_free_bytes=shutil.disk_usage(directory or Path.cwd()).free,
+        memory_free_bytes=_memory_free_bytes(Path("/proc/meminfo")),
+        hub_cache=str(cache),
+        hub_offline=os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"},
+        hub_models=sum(1 for _ in cache.glob("models--*")),
+        hub_datasets=sum(1 for _ in cache.glob("datasets--*")),
+    )
+
+
+def _requirements() -> tuple[dict[str, SpecifierSet], dict[str, SpecifierSet]]:
+    try:
+        lines = importlib.metadata.requires("grpo-fast") or []
+    except importlib.metadata.PackageNotFoundError:
+        return {}, {}
+    parsed = [Requirement(line) for line in lines]
+    required = {item.name: item.specifier for item in parsed if "extra" not in str(item.marker)}
+    return required, {item.name: item.specifier for item in parsed if item.name not in required}
+
+
+def _conflicts(versions: Mapping[str, str]) -> tuple[str, ...]:
+    found = []
+    for name in sorted({package for feature in FEATURES for package in feature.packages} & versions.keys()):
+        for item in map(Requirement, importlib.metadata.requires(name) or []):
+            have = versions.get(item.name) if item.name in {"torch", "transformers"} else None
+            applies = item.marker is None or item.marker.evaluate({"extra": ""})
+            if have and applies and not item.specifier.contains(have, prereleases=True):
+                found.append(f"{name} {versions[name]} wants {item.name}{item.specifier}, not {have}")
+    return tuple(found)
+
+
+def _import_error(name: str) -> str:
+    try:
+        importlib.import_module(name.replace("-", "_"))
+    except Exception as error:  # a broken package may raise anything, and the doctor must live to tell
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _read_device() -> tuple[DeviceFacts | None, str, str]:
+    """Facts, what is wrong with the device, and what torch says of a GPU that it cannot use."""
+    torch: Any = importlib.import_module("torch")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            device = device_facts()
+            weight = torch.ones(16, 16, device=device.kind, requires_grad=True)
+            (weight @ weight).sum().backward()
+            wrong = "" if float(weight.grad.sum()) == 2 * 16**3 else "a product's gradient came out wrong"
+        except Exception as error:  # drivers and builds fail in many ways, all of which are findings here
+            return None, f"{type(error).__name__}: {error}", ""
+    return device, wrong, next((str(item.message) for item in caught if "CUDA" in str(item.message)), "")
+
+
+def _memory_free_bytes(meminfo: Path) -> int:
+    if not meminfo.exists():
+        return 0
+    rows = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines() if ":" in line)
+    return int(rows["MemAvailable"].split()[0]) * 1024
+
+
+def _own_metadata(machine: Machine) -> Finding:
+    if "grpo-fast" not in machine.versions:
+        return Finding("FAIL", "no metadata", "version ranges are unknown; install the checkout", "pip install -e .")
+    return Finding("ok", machine.versions["grpo-fast"])
+
+
+def _required(name: str) -> Callable[[Machine], Finding]:
+    def look(machine: Machine) -> Finding:
+        problem = _problem(machine, name)
+        return Finding("FAIL", *problem, _install(machine, [name])) if problem else Finding("ok", machine.versions[name])
+
+    return look
+
+
+def _problem(machine: Machine, name: str) -> tuple[str, str] | None:
+    version = machine.versions.get(name)
+    if version is None:
+        return "missing", "training needs it"
+    if name in machine.import_errors:
+        return version, f"does not import: {machine.import_errors[name]}"
+    wanted = machine.required.get(name, SpecifierSet())
+    return None if wanted.contains(version, prereleases=True) else (version, f"{wanted} is needed")
+
+
+def _install(machine: Machine, names: list[str]) -> str:
+    again = "--force-reinstall " if machine.import_errors.keys() & set(names) else ""
+    return f"pip install {again}" + " ".join(f'"{name}{machine.required.get(name, "")}"' for name in names)
+
+
+def _others_required(machine: Machine) -> Finding:
+    names = [name for name in machine.required if name not in {"torch", "transformers"}]
+    problems = {name: problem for name in names if (problem := _problem(machine, name))}
+    if not problems:
+        return Finding("ok", f"all {len(names)} installed")
+    meaning = "; ".join(f"{name} {found}: {text}" for name, (found, text) in problems.items())
+    return Finding("FAIL", f"{len(problems)} of {len(names)} broken", meaning, _install(machine, list(problems)))
+
+
+def _compatible(machine: Machine) -> Finding:
+    if machine.conflicts:
+        return Finding("warn", "conflicts", "; ".join(machine.conflicts), "pip check")
+    return Finding("ok", "no conflicts")
+
+
+def _device(machine: Machine) -> Finding:
+    facts = machine.device
+    if facts is None:
+        return Finding("FAIL", "none usable", machine.device_error)
+    memory = f"{facts.memory_bytes / GIB:.0f} GiB"
+    if facts.kind == "cpu":
+        found = f"{facts.name}, {facts.num_cores} core{'s' * (facts.num_cores > 1)}, {memory}"
+        return Finding("ok", found, "no GPU: good for the embedded model and for trying things out")
+    count = f"{facts.num_devices} x " if facts.num_devices > 1 else ""
+    found = f"{count}{facts.name}, {facts.arch}, {facts.num_cores} SMs, {memory}"
+    if facts.peak_bf16_flops is None or facts.peak_bytes_per_s is None:
+        return Finding("note", found, "its bf16 peak is not known here: no MFU will be shown")
+    return Finding(
+        "ok", found, f"peaks: {facts.peak_bf16_flops / 1e12:.0f} TFLOP/s bf16, {facts.peak_bytes_per_s / 1e12:.2f} TB/s"
+    )
+
+
+def _arithmetic(machine: Machine) -> Finding:
+    if machine.device_error:
+        return Finding("FAIL", "failed", machine.device_error)
+    return Finding("ok", "correct")
+
+
+def _torch_build(machine: Machine) -> Finding:
+    facts = machine.device
+    if facts is None:
+        return Finding("note", "unknown", "torch does not work")
+    built = f"CUDA {facts.cuda_version}" if facts.cuda_version else "CPU only"
+    if facts.kind == "cuda" or (facts.cuda_version is None and not machine.has_driver):
+        return Finding("ok", built)
+    if facts.cuda_version is None:
+        fix = "pip install --force-reinstall torch"
+        return Finding("warn", built, "there is a GPU that this torch cannot use; the default Linux wheel can", fix)
+    if machine.has_driver:
+        reason = machine.gpu_reason or "the driver is too old, or CUDA_VISIBLE_DEVICES hides the GPU"
+        return Finding("warn", built, f"torch sees no GPU though its driver is loaded: {reason}", "nvidia-smi")
+    return Finding("note", built, "there is no GPU: works, but the CPU build of torch is gigabytes smaller")
+
+
+def _triton(machine: Machine) -> Finding:
+    version = machine.versions.get("triton")
+    if version:
+        return Finding("ok", version, "fused kernels")
+    if machine.has_gpu:
+        return Finding("warn", "missing", "without it the slower PyTorch references run", "pip install triton")
+    return Finding("note", "missing", "fused kernels; of no use without a GPU")
+
+
+def _energy(machine: Machine) -> Finding:
+    if machine.energy.startswith("nvml"):
+        return Finding("ok", "measured", "by NVML")
+    if machine.device is None or machine.device.kind == "cpu":
+        return Finding("note", machine.energy, "from the number of cores; measured on NVIDIA GPUs only")
+    fix = "" if "nvidia-ml-py" in machine.versions else "pip install nvidia-ml-py"
+    return Finding("note", machine.energy, "from the board's power limit; NVML would measure it", fix)
+
+
+def _feature(feature: Feature) -> Callable[[Machine], Finding]:
+    def look(machine: Machine) -> Finding:
+        have = {name: machine.versions[name] for name in feature.packages if name in machine.versions}
+        single = len(feature.packages) == 1
+        found = ", ".join(version if single else f"{name} {version}" for name, version in have.items())
+        fix = f'pip install "grpo-fast[{feature.extra}]"'
+        old = [n for n, v in have.items() if not machine.optional.get(n, SpecifierSet()).contains(v, prereleases=True)]
+        if old:
+            return Finding("warn", found, "; ".join(f"{name}{machine.optional[name]} is needed" for name in old), fix)
+        useless = feature.needs_gpu and not machine.has_gpu
+        if useless:
+            return Finding("note", found or "missing", f"{feature.purpose}; needs a GPU")
+        lacking = [name for name in feature.packages if name not in have]
+        if not lacking:
+            return Finding("ok", found, feature.purpose)
+        meaning = feature.purpose if single else f"{feature.purpose}; missing: {', '.join(lacking)}"
+        return Finding("note", found or "missing", meaning, fix)
+
+    return look
+
+
+def _compiler(machine: Machine) -> Finding:
+    path = machine.tools.get("c++")
+    if path:
+        return Finding("ok", "found", path)
+    fix = "apt-get install build-essential"
+    if machine.has_gpu:
+        return Finding("warn", "missing", "Triton compiles its launchers with it", fix)
+    return Finding("note", "missing", "only to build the native extension", fix)
+
+
+def _tool(name: str, meaning: str) -> Callable[[Machine], Finding]:
+    def look(machine: Machine) -> Finding:
+        path = machine.tools.get(name)
+        return Finding("ok", "found", path) if path else Finding("note", "missing", meaning)
+
+    return look
+
+
+def _disk(machine: Machine) -> Finding:
+    free = machine.disk_free_bytes / GIB
+    if free < LOW_DISK_GIB:
+        return Finding("warn", f"{free:.1f} GiB free", "a checkpoint takes 12 bytes a parameter; point output_dir elsewhere")
+    return Finding("ok", f"{free:.0f} GiB free")
+
+
+def _memory(machine: Machine) -> Finding:
+    free = machine.memory_free_bytes / GIB
+    if not machine.memory_free_bytes:
+        return Finding("note", "unknown", "this system does not say how much memory is free")
+    if free < LOW_MEMORY_GIB:
+        return Finding("warn", f"{free:.1f} GiB free", "even the embedded model with its reward workers wants 2 GiB")
+    return Finding("ok", f"{free:.0f} GiB free")
+
+
+def _hub(machine: Machine) -> Finding:
+    found = f"{machine.hub_models} models, {machine.hub_datasets} datasets cached"
+    if machine.hub_offline:
+        return Finding("note", found, f"HF_HUB_OFFLINE is set: only what is in {machine.hub_cache} is found")
+    return Finding("note", found, "hub ids are downloaded; without a network set HF_HUB_OFFLINE=1, or use directories")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One row of the table."""
+
+    section: str
+    name: str
+    examine: Callable[[Machine], Finding]
+
+
+CHECKS: tuple[Check, ...] = (
+    Check("Training needs", "python", lambda machine: Finding("ok", machine.python)),
+    Check("Training needs", "grpo-fast", _own_metadata),
+    Check("Training needs", "torch", _required("torch")),
+    Check("Training needs", "transformers", _required("transformers")),
+    Check("Training needs", "other packages", _others_required),
+    Check("Training needs", "compatibility", _compatible),
+    Check("Device", "device", _device),
+    Check("Device", "arithmetic", _arithmetic),
+    Check("Device", "torch build", _torch_build),
+    Check("Device", "triton", _triton),
+    Check("Device", "energy", _energy),
+    *(Check("Extras", feature.extra, _feature(feature)) for feature in FEATURES),
+    Check("Build tools", "c++", _compiler),
+    Check("Build tools", "nvcc", _tool("nvcc", "only to build the CUDA extension; training needs none")),
+    Check("Build tools", "ninja", _tool("ninja", "builds the extension faster")),
+    Check("Room", "disk", _disk),
+    Check("Room", "memory", _memory),
+    Check("Room", "model hub", _hub),
+)
+
+
+def examine(machine: Machine) -> list[tuple[Check, Finding]]:
+    """Runs every check on a machine that was read."""
+    return [(check, check.examine(machine)) for check in CHECKS]
+
+
+def render(results: list[tuple[Check, Finding]], *, width: int) -> Table:
+    """The findings as a table of ``width`` columns; 80 are enough."""
+    table = Table(box=None, padding=(0, 1, 0, 0), show_header=False, width=width)
+    table.add_column(width=4)
+    table.add_column(width=14, no_wrap=True)
+    table.add_column(ratio=1, overflow="fold")
+    table.add_column(ratio=2, overflow="fold")
+    section = ""
+    for check, finding in results:
+        if check.section != section:
+            if section:
+                table.add_row()
+            section = check.section
+            table.add_row("", Text(section, style="bold"))
+        meaning = Text(finding.meaning, style="dim" if finding.status in {"ok", "note"} else "")
+        if finding.fix:
+            meaning.append("\n" if finding.meaning else "").append(finding.fix, style="cyan not dim")
+        style = STYLES[finding.status]
+        table.add_row(Text(finding.status, style=style), Text(check.name), Text(finding.found), meaning)
+    return table
+
+
+def doctor(console: Console) -> int:
+    """Prints the table and a verdict.
+
+    Returns:
+        0 where training works on this machine, 1 where something it needs is broken.
+    """
+    with console.status("looking around"):
+        results = examine(read_machine())
+    console.print(render(results, width=min(console.width, 120)))
+    failed = [check.name for check, finding in results if finding.status == "FAIL"]
+    warned = [check.name for check, finding in results if finding.status == "warn"]
+    console.print()
+    if warned:
+        console.print(Text(f"Worth a look: {', '.join(warned)}.", style=STYLES["warn"]))
+    if failed:
+        console.print(Text(f"Training cannot run here: {', '.join(failed)}.", style=STYLES["FAIL"]))
+        return 1
+    console.print(Text("Training works here. Try: grpo-fast train", style="bold green"))
+    return 0

@@ -1,0 +1,439 @@
+"""The pictures of a run, drawn with matplotlib's object interface: no global state, no display."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter
+from PIL import Image
+
+from grpo_fast.report.run import Run, smoothed
+from grpo_fast.report.theme import (
+    KEY_STYLE,
+    LIGHT,
+    PHASE_NAMES,
+    RC,
+    Theme,
+    dress,
+    grid,
+    key,
+    note,
+    title,
+    value_limits,
+    x_label,
+)
+from grpo_fast.sinks.quantities import duration, percent, si, significant
+
+CUTS = (0.2, 0.4, 0.6, 0.8)
+"""Shares of the run at which beliefs are shown."""
+
+HEALTH: tuple[tuple[str, str, bool], ...] = (
+    ("entropy", "Entropy, nats a token", False),
+    ("kl", "KL to the reference, nats a token", False),
+    ("grad_norm", "Gradient norm", True),
+    ("completions/mean_length", "Completion length, tokens", False),
+    ("frac_reward_zero_std", "Groups without reward variance", False),
+    ("completions/clipped_ratio", "Completions cut by the limit", False),
+    ("clip_ratio/region_mean", "Tokens in the clip range", False),
+    ("sampling/sampling_logp_difference/mean", "Sampler against trainer, nats", False),
+)
+"""Metric, its words, and whether it may need a logarithmic axis."""
+
+_SHARES = {"frac_reward_zero_std", "completions/clipped_ratio", "clip_ratio/region_mean"}
+
+
+def belief_steps(run: Run) -> list[int]:
+    """Steps at 20, 40, 60 and 80 % of the steps done, as far as they differ; empty where no forecast was made."""
+    if not run.forecasts:
+        return []
+    targets = [math.ceil(share * run.last_step) for share in CUTS]
+    places = np.minimum(np.searchsorted(run.steps, targets), run.steps.size - 1)
+    return sorted({int(step) for step in run.steps[places]})
+
+
+def phase_spans(run: Run) -> list[tuple[str, int, int]]:
+    """Where the forecasts saw slow start, rapid improvement and plateau: ``(name, first step, last step)``.
+
+    The forecasts' own words may flicker from step to step. The two borders are those, in this order of phases, that agree with
+    most of them.
+    """
+    if not run.forecasts:
+        return []
+    labels = np.array([[row.get("phase") == name for name in PHASE_NAMES] for row in run.forecasts], dtype=np.int64)
+    counts = np.concatenate([np.zeros((1, 3), dtype=np.int64), labels.cumsum(axis=0)])
+    early = counts[:, 0] - counts[:, 1]
+    late = counts[:, 1] - counts[:, 2]
+    second = int(np.argmax(np.maximum.accumulate(early) + late))
+    first = int(np.argmax(early[: second + 1]))
+    steps = [int(row["step"]) for row in run.forecasts]
+    edges = [0, *(steps[index] if index < len(steps) else run.last_step for index in (first, second)), run.last_step]
+    edges[1] = 0 if first == 0 else edges[1]
+    edges[2] = 0 if second == 0 else edges[2]
+    spans = zip(PHASE_NAMES, edges[:3], edges[1:], strict=True)
+    return [(name, start, end) for name, start, end in spans if end > start]
+
+
+def plot_forecasts(run: Run, theme: Theme = LIGHT) -> Figure:
+    """The forecast as it was believed at 20, 40, 60 and 80 % of the run, beside what came; one panel where there is none."""
+    cuts = belief_steps(run) or [run.last_step]
+    columns = theme.columns(min(2, len(cuts)))
+    rows = math.ceil(len(cuts) / columns)
+    figure, axes = grid(theme, rows, columns, height=0.5 + 2.5 * rows, sharex=True, sharey=True)
+    believed = [run.forecast_at(cut) for cut in cuts]
+    bounds = [value for row in believed if row for name in ("low", "high") for value in row["band"][name] if value is not None]
+    axes[0].set_ylim(*value_limits(run.metric("reward"), run.metric("eval_reward"), beliefs=bounds))
+    axes[0].set_xlim(0, run.max_steps * 1.01)
+    for axis, cut, forecast in zip(axes, cuts, believed, strict=False):
+        _draw_rewards(axis, run, theme, until=cut)
+        if forecast is None:
+            words = "no forecast yet" if run.forecasts else "no forecast was made"
+            note(axis, (0.98, 0.04), words, color=theme.muted, ha="right", va="bottom")
+        else:
+            _draw_belief(axis, run, forecast, theme=theme)
+        title(axis, f"After step {cut}, {percent(cut / run.last_step)} of the run", theme)
+    for axis in axes[len(cuts) :]:
+        axis.set_visible(False)
+    for axis in axes[max(0, len(cuts) - columns) : len(cuts)]:
+        x_label(axis, "step", theme)
+    handles: list[Line2D | Patch] = [Line2D([], [], color=theme.data, lw=1.8, label="reward until then")]
+    if cuts[0] < run.last_step:
+        handles.append(Line2D([], [], color=theme.faint, marker="o", ms=4, lw=0, label="what came later"))
+    if run.has("eval_reward"):
+        handles.append(Line2D([], [], color=theme.held_out, marker="D", ms=4.5, lw=0, label="held-out"))
+    if any(believed):
+        handles.append(Patch(color=theme.forecast, alpha=0.3, lw=0, label="forecast, 90 % band"))
+        handles.append(Line2D([], [], color=theme.ink, lw=1.0, ls=(0, (1, 2)), label="where it ended"))
+    figure.legend(
+        handles=handles, loc="outside upper left", ncols=theme.columns(len(handles), 2), **KEY_STYLE, labelcolor=theme.ink
+    )
+    return figure
+
+
+def _draw_rewards(axis: Axes, run: Run, theme: Theme, *, until: int) -> None:
+    """Rewards and evaluations up to a step, and what came later without colour."""
+    rewards, seen = run.metric("reward"), run.steps <= until
+    axis.plot(run.steps[~seen], rewards[~seen], "o", ms=2.2, color=theme.faint, mew=0, zorder=1)
+    axis.plot(run.steps[seen], rewards[seen], "o", ms=2.6, color=theme.data, alpha=0.35, mew=0, zorder=2)
+    axis.plot(run.steps[seen], smoothed(rewards[seen]), color=theme.data, lw=1.8, label="reward", zorder=4)
+    evaluations = run.metric("eval_reward")
+    tested = seen & np.isfinite(evaluations)
+    if tested.any():
+        style: dict[str, Any] = {"ms": 5.0, "color": theme.held_out, "mec": theme.paper, "mew": 0.8}
+        axis.plot(run.steps[tested], evaluations[tested], "D", label="held-out", zorder=6, **style)
+
+
+def _draw_belief(axis: Axes, run: Run, forecast: Mapping[str, object], *, theme: Theme) -> None:
+    """Band and median, the level that was reached, and whether the interval held it."""
+    band: Mapping[str, list[float | None]] = forecast["band"]  # type: ignore[assignment]
+    step, low, median, high = (np.array(band[name], dtype=np.float64) for name in ("step", "low", "median", "high"))
+    made_at = int(forecast["step"])  # type: ignore[call-overload]
+    axis.fill_between(step, low, high, color=theme.forecast, alpha=0.2, lw=0, label="forecast, 90 % band", zorder=3)
+    axis.plot(step, median, color=theme.forecast, lw=1.6, zorder=5)
+    axis.axvline(made_at, color=theme.muted, lw=0.9, zorder=2)
+    values = {name: _number(forecast, name) for name in ("median", "low", "high")}
+    words = "for the end {median:.3f} ({low:.3f} to {high:.3f})".format(**values)
+    final = run.final_reward
+    if math.isfinite(final):
+        axis.axhline(final, color=theme.ink, lw=1.0, ls=(0, (1, 2)), zorder=3)
+        if run.stopped_by is not None:
+            words += f"\nended at {final:.3f}: {'inside' if values['low'] <= final <= values['high'] else 'outside'}"
+    if not forecast.get("identifiable", True):
+        words = f"not identifiable yet\n{words}"
+    settings = {"facecolor": theme.paper, "alpha": 0.75, "lw": 0, "pad": 1.5}
+    note(axis, (0.98, 0.05), words, color=theme.forecast, ha="right", va="bottom", bbox=settings, zorder=8, linespacing=1.35)
+
+
+def plot_phases(run: Run, theme: Theme = LIGHT) -> Figure:
+    """Reward over the whole budget, phases shaded, the end marked and what was left of the budget hatched."""
+    figure, (axis,) = grid(theme, 1, 1, height=3.9)
+    forecast = run.forecasts[-1] if run.forecasts else None
+    beliefs = [] if forecast is None else [_number(forecast, "low"), _number(forecast, "high")]
+    axis.set_ylim(*value_limits(run.metric("reward"), run.metric("eval_reward"), beliefs=beliefs))
+    axis.set_xlim(0, run.max_steps * 1.005)
+    for name, start, end in phase_spans(run):
+        axis.axvspan(start, end, color=theme.phases[PHASE_NAMES.index(name)], lw=0, zorder=0)
+        if end - start > len(name) * (0.018 if theme.narrow else 0.0082) * run.max_steps:
+            middle = (start + end) / 2
+            axis.text(
+                middle,
+                0.985,
+                name,
+                transform=axis.get_xaxis_transform(),
+                ha="center",
+                va="top",
+                fontsize=8.5,
+                color=theme.muted,
+            )
+    _draw_rewards(axis, run, theme, until=run.last_step)
+    if forecast is not None and run.last_step < run.max_steps:
+        band = forecast["band"]
+        step, low, median, high = (np.array(band[name], dtype=np.float64) for name in ("step", "low", "median", "high"))
+        ahead = np.concatenate([[run.last_step], step[step > run.last_step]])
+        bounds = [np.interp(ahead, step, values) for values in (low, high)]
+        axis.fill_between(ahead, *bounds, color=theme.forecast, alpha=0.22, lw=0, label="forecast, 90 % band", zorder=3)
+        axis.plot(ahead, np.interp(ahead, step, median), color=theme.forecast, lw=1.6, zorder=5)
+    _draw_end(axis, run, theme)
+    for resumed in run.resumed_at:
+        axis.axvline(resumed, color=theme.muted, lw=0.9, ls=":", zorder=2)
+        note(axis, (resumed, 0.02), " resumed", color=theme.muted, va="bottom", transform=axis.get_xaxis_transform())
+    axis.set_ylabel("mean reward", fontsize=9, color=theme.muted)
+    x_label(axis, "step", theme)
+    key(axis, theme)
+    return figure
+
+
+def end_words(run: Run) -> str:
+    """What happened at the last step, in a few words."""
+    words = {
+        None: "last step so far",
+        "forecast": "stopped by its forecast",
+        "max_steps": "all steps done",
+        "interrupt": "interrupted",
+        "user": "stopped by the caller",
+    }
+    return words.get(run.stopped_by, f"budget reached: {run.stopped_by}")
+
+
+def _draw_end(axis: Axes, run: Run, theme: Theme) -> None:
+    last, allowed = run.last_step, run.max_steps
+    unused = 1 - last / allowed
+    _draw_unused(axis, run, theme)
+    if unused > (0.4 if theme.narrow else 0.22):
+        words = f"{allowed - last} steps {'to come' if run.stopped_by is None else 'not run'}, {percent(unused)} of the budget"
+        words = words.replace(", ", ",\n") if theme.narrow else words
+        box = {"facecolor": theme.paper, "alpha": 0.9, "lw": 0, "pad": 3.0}
+        place = ((last + allowed) / 2, 0.1)
+        note(axis, place, words, color=theme.ink, ha="center", va="center", transform=axis.get_xaxis_transform(), bbox=box)
+    axis.axvline(last, color=theme.ink, lw=1.4, zorder=7)
+    _tell_end(axis, run, theme, at=0.36, words=f"{end_words(run)}\nstep {last}")
+
+
+def _draw_unused(axis: Axes, run: Run, theme: Theme) -> None:
+    """Hatches the steps that the run left out; those that an unfinished run has before it stay blank."""
+    if run.last_step < run.max_steps and run.stopped_by is not None:
+        style: dict[str, Any] = {"facecolor": "none", "edgecolor": theme.faint, "hatch": "///", "alpha": 0.55}
+        axis.axvspan(run.last_step, run.max_steps, lw=0, zorder=0.5, **style)
+
+
+def _tell_end(axis: Axes, run: Run, theme: Theme, *, at: float, words: str) -> None:
+    """Words beside the line of the last step, on the side that has room; ``at`` is a share of the panel's height."""
+    right = run.last_step < (0.4 if theme.narrow else 0.6) * run.max_steps
+    axis.annotate(
+        words,
+        (run.last_step, at),
+        xycoords=axis.get_xaxis_transform(),
+        xytext=(7 if right else -7, 0),
+        textcoords="offset points",
+        ha="left" if right else "right",
+        va="center",
+        fontsize=8.5,
+        fontweight="bold",
+        linespacing=1.4,
+        color=theme.ink,
+        bbox={"facecolor": theme.paper, "alpha": 0.85, "lw": 0, "pad": 2.0},
+        zorder=8,
+    )
+
+
+def plot_stop(run: Run, theme: Theme = LIGHT) -> Figure:
+    """What the forecast for the end was at each step, and how sure it was that little was left to gain."""
+    figure, (upper, lower) = grid(theme, 2, 1, height=4.8, ratios=[1.25, 1], sharex=True)
+    upper.set_xlim(0, run.max_steps * 1.005)
+    steps = run.forecast_series("step")
+    median, low, high = (run.forecast_series(name) for name in ("median", "low", "high"))
+    upper.set_ylim(*value_limits(run.metric("reward"), median, beliefs=np.concatenate([low, high])))
+    upper.plot(run.steps, smoothed(run.metric("reward")), color=theme.data, lw=1.5, label="reward", zorder=3)
+    if steps.size:
+        upper.fill_between(steps, low, high, color=theme.forecast, alpha=0.2, lw=0, zorder=2)
+        upper.plot(steps, median, color=theme.forecast, lw=1.8, label="reward forecast for the end, 90 %", zorder=4)
+    upper.set_ylabel("reward", fontsize=9, color=theme.muted)
+    key(upper, theme)
+    _draw_gain(lower, run, theme)
+    x_label(lower, "step", theme)
+    for axis in (upper, lower):
+        _draw_unused(axis, run, theme)
+        axis.axvline(run.last_step, color=theme.ink, lw=1.4, zorder=7)
+    return figure
+
+
+def _draw_gain(axis: Axes, run: Run, theme: Theme) -> None:
+    steps, sure = run.forecast_series("step"), run.forecast_series("p_gain_below_eps")
+    axis.set_ylim(-0.03, 1.08)
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value)))
+    axis.set_ylabel(f"P(gain left < {run.epsilon:g})", fontsize=9, color=theme.muted)
+    axis.axhline(run.confidence, color=theme.ink, lw=1.0, ls=(0, (4, 3)), zorder=3)
+    right = run.last_step < 0.7 * run.max_steps
+    place, words = (0.995 if right else 0.005, run.confidence), f"enough to stop: {percent(run.confidence)}"
+    side = {"va": "bottom", "ha": "right" if right else "left", "transform": axis.get_yaxis_transform()}
+    note(axis, place, words, color=theme.ink, **side)
+    if not steps.size:
+        note(axis, (0.5, 0.5), "no forecast was made", color=theme.muted, ha="center", va="center")
+        return
+    known = np.array([bool(row.get("identifiable", True)) for row in run.forecasts])
+    if not known.all():
+        grey = np.where(known & np.roll(known, 1), np.nan, sure)
+        axis.plot(steps, grey, color=theme.muted, alpha=0.7, lw=1.6, label="while not identifiable", zorder=4)
+    if known.any():
+        axis.plot(steps, np.where(known, sure, np.nan), color=theme.forecast, lw=1.8, label="identifiable", zorder=5)
+    axis.plot(steps[-1:], sure[-1:], "o", ms=6, color=theme.forecast, mec=theme.paper, mew=1.2, zorder=8)
+    if not known.all():
+        key(axis, theme)
+    at = f" at {percent(float(sure[-1]))}" if math.isfinite(float(sure[-1])) else ""
+    _tell_end(axis, run, theme, at=0.42, words=f"{end_words(run)}{at}\nstep {run.last_step}")
+
+
+def plot_compute(run: Run, theme: Theme = LIGHT) -> Figure:
+    """Seconds and FLOPs by phase, and what was spent of the whole budget and what was saved."""
+    saved = _saved(run)
+    columns = theme.columns(2)
+    bars = 2 // columns
+    rows = bars + bool(saved)
+    ratios = [1.5] * bars + [0.35 + 0.26 * len(saved)] * bool(saved)
+    figure, axes = grid(theme, rows, columns, height=0.5 + 1.45 * sum(ratios), ratios=ratios)
+    _draw_bars(axes[0], run.seconds_by_phase(), theme, words="Wall-clock time by phase", unit=duration)
+    _draw_bars(axes[1], run.flops_by_phase(), theme, words="Model FLOPs by phase", unit=lambda value: si(value, "FLOP"))
+    if saved:
+        for axis in axes[2:]:
+            axis.remove()
+        _draw_saved(figure.add_subplot(figure.axes[0].get_gridspec()[rows - 1, :]), saved, theme)  # type: ignore[index]
+    return figure
+
+
+def _draw_bars(axis: Axes, parts: Mapping[str, float], theme: Theme, *, words: str, unit: Callable[[float], str]) -> None:
+    title(axis, words, theme)
+    _bare(axis)
+    names = sorted(parts, key=parts.__getitem__)
+    total = sum(parts.values())
+    if not total:
+        note(axis, (0.5, 0.5), "not measured", color=theme.muted, ha="center", va="center")
+        axis.set_yticks([])
+        return
+    values = [parts[name] for name in names]
+    axis.barh(range(len(names)), values, color=theme.data, height=0.58)
+    axis.set_yticks(range(len(names)), names, color=theme.ink)
+    axis.set_ylim(-0.6, max(len(names), 4) - 0.4)
+    for row, value in enumerate(values):
+        axis.text(
+            value + 0.015 * max(values),
+            row,
+            f"{unit(value)}, {percent(value / total)}",
+            va="center",
+            fontsize=8.5,
+            color=theme.muted,
+        )
+    axis.set_xlim(0, max(values) * (1.85 if theme.narrow else 1.62))
+
+
+def _saved(run: Run) -> dict[str, tuple[float, str, str]]:
+    """By what is counted: spent share, spent amount and saved amount in words; empty where nothing was saved."""
+    saved = (run.summary or {}).get("saved") or {}
+    compute = (run.summary or {}).get("compute") or {}
+    kinds: dict[str, tuple[str, Callable[[float], str]]] = {
+        "flops": ("FLOPs", lambda value: si(value, "FLOP")),
+        "gpu_hours": ("device time", lambda value: duration(3600 * value)),
+        "money": ("money", significant),
+    }
+    rows = {}
+    share, unused = _number(saved, "steps"), run.max_steps - run.last_step
+    if 0 < share < 1 and unused > 0:
+        rows["steps"] = (1 - share, f"{run.last_step} done", f"{unused} not run")
+    for name, (words, unit) in kinds.items():
+        spent, kept = _number(compute, name), _number(saved, name)
+        if spent > 0 and kept > 0:
+            rows[words] = (spent / (spent + kept), f"{unit(spent)} spent", f"about {unit(kept)} saved")
+    return rows
+
+
+def _draw_saved(axis: Axes, rows: Mapping[str, tuple[float, str, str]], theme: Theme) -> None:
+    dress(axis, theme)
+    title(axis, "Spent and saved" if theme.narrow else "Spent and saved, of what the whole budget would have taken", theme)
+    _bare(axis)
+    names = list(rows)[::-1]
+    places, spent = range(len(names)), [rows[name][0] for name in names]
+    axis.barh(places, spent, color=theme.data, height=0.56)
+    rest = [1 - share for share in spent]
+    axis.barh(places, rest, left=spent, facecolor=theme.phases[0], edgecolor=theme.faint, hatch="///", height=0.56, lw=0)
+    axis.set_yticks(places, names, color=theme.ink)
+    box = {"facecolor": theme.paper, "alpha": 0.9, "lw": 0, "pad": 1.5}
+    for row, name in enumerate(names):
+        share, done, kept = rows[name]
+        if share > (0.3 if theme.narrow else 0.2):
+            done = done.removesuffix(" spent") if theme.narrow else done
+            axis.text(0.012, row, done, va="center", fontsize=8.5, color=theme.paper, fontweight="bold")
+        kept = kept.split(" saved")[0] if theme.narrow else kept
+        axis.text(0.99, row, f"{kept}, {percent(1 - share)}", va="center", ha="right", fontsize=8.5, color=theme.ink, bbox=box)
+    axis.set_xlim(0, 1)
+
+
+def _bare(axis: Axes) -> None:
+    axis.grid(visible=False)
+    axis.set_xticks([])
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
+
+
+def plot_health(run: Run, theme: Theme = LIGHT) -> Figure:
+    """Small multiples of what goes wrong first: entropy, KL, gradient norm, lengths, groups without variance, clipping."""
+    shown = [item for item in HEALTH if run.has(item[0])][:6]
+    columns = theme.columns(3, 2)
+    rows = max(1, math.ceil(len(shown) / columns))
+    figure, axes = grid(theme, rows, columns, height=0.35 + 1.75 * rows, sharex=True)
+    for axis, (name, words, may_be_log) in zip(axes, shown, strict=False):
+        values = run.metric(name)
+        axis.plot(run.steps, values, "o", ms=1.8, color=theme.data, alpha=0.3, mew=0)
+        axis.plot(run.steps, smoothed(values), color=theme.data, lw=1.6)
+        title(axis, words, theme)
+        axis.title.set_fontsize(8.5)
+        if name in _SHARES:
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value)))
+        positive = values[values > 0]
+        if may_be_log and positive.size == np.isfinite(values).sum() and positive.max() > 50 * positive.min():
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(bottom=0 if np.nanmin(values) >= 0 else None)
+    if not shown:
+        note(axes[0], (0.5, 0.5), "none of these metrics was logged", color=theme.muted, ha="center", va="center")
+    for axis in axes[max(1, len(shown)) :]:
+        axis.set_visible(False)
+    for axis in axes[max(0, len(shown) - columns) : len(shown)]:
+        axis.tick_params(labelbottom=True)
+        x_label(axis, "step", theme)
+    return figure
+
+
+PICTURES: Mapping[str, Callable[[Run, Theme], Figure]] = MappingProxyType(
+    {"phases": plot_phases, "forecasts": plot_forecasts, "stop": plot_stop, "compute": plot_compute, "health": plot_health}
+)
+"""Every picture of a report, in its order."""
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Keeps a user's own matplotlib settings out of the pictures."""
+    with mpl.rc_context(RC):
+        yield
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as PNG at two pixels a CSS pixel: 256 colours, a third of the size of a full-colour file; always the same bytes."""
+    with io.BytesIO() as full, io.BytesIO() as small:
+        figure.savefig(full, dpi=200, format="png", metadata={"Software": None})
+        with Image.open(full) as image:
+            image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, format="PNG")
+        return small.getvalue()
+
+
+def _number(row: Mapping[str, object], name: str) -> float:
+    value = row.get(name)
+    return float(value) if isinstance(value, (int, float)) else math.nan

@@ -1,0 +1,13 @@
+"""Reward functions and the pool of worker processes that runs them under a deadline.
+
+A reward function has TRL's signature, ``fn(prompts, completions, completion_ids, **columns) -> list[float | None]``, and may be
+``async``. Nothing here imports torch, so that a worker starts in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+from grpo_fast.rewards.call import RewardFunction, resolve_reward
+from grpo_fast.rewards.pool import RewardPool, RewardReport
+from grpo_fast.rewards.process import RewardError
+
+__all__ = ["RewardError", "RewardFunction", "RewardPool", "RewardReport", "resolve_reward"]

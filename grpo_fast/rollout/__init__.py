@@ -1,0 +1,6 @@
+"""Where completions come from. Engines are imported from their own modules, so that the protocol costs no torch."""
+
+from __future__ import annotations
+
+from grpo_fast.rollout.engine import RolloutEngine as RolloutEngine
+from grpo_fast.rollout.engine import SamplingParams as SamplingParams

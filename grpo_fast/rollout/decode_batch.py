@@ -1,0 +1,171 @@
+"""One batch of sequences on the device: prompts read once, completions grown in step, ended rows moved out of the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from grpo_fast.rollout.kv_cache import PreallocatedCache
+from grpo_fast.rollout.llama_step import LlamaStep
+from grpo_fast.rollout.sampling import sample
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from transformers import PreTrainedModel
+
+    from grpo_fast.rollout.engine import SamplingParams
+    from grpo_fast.rollout.transcript import Transcript
+
+Stepping: TypeAlias = Literal["fused", "masked", "plain"]
+
+_PREFILL_TOKENS = 8192
+"""Padded prompt tokens of one prefill forward; bounds its activations."""
+
+_COMPACT_SHARE = 16
+"""Rows are moved once one in so many has ended: each move costs a few small copies a layer."""
+
+
+class DecodeBatch:
+    """N sequences that are sampled together.
+
+    Args:
+        model: the policy, in evaluation mode.
+        prompts: U distinct prompts.
+        source: [N], ascending: which prompt each sequence continues.
+        draws: float64 [max_tokens, N], uniform numbers.
+        sampling: how to sample.
+        stepping: ``fused`` steps with :class:`LlamaStep`; ``masked`` with the module, given a finished attention mask; ``plain``
+            with the module, which builds its mask from the padding.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        *,
+        source: NDArray[np.int64],
+        draws: NDArray[np.float64],
+        sampling: SamplingParams,
+        stepping: Stepping,
+    ) -> None:
+        weight = next(model.parameters())
+        self._model, self._device, self._dtype = model, weight.device, weight.dtype
+        self._prompts, self._source, self._sampling = prompts, source, sampling
+        self._lengths = np.array([len(prompt) for prompt in prompts])
+        self._width = int(self._lengths.max())
+        self._draws = torch.from_numpy(draws).to(self._device)
+        self._positions = torch.from_numpy(self._lengths[source]).to(self._device)
+        self._llama_step = LlamaStep(model, self._width + sampling.max_tokens) if stepping == "fused" else None
+        self._mask = self._decode_mask(finished=stepping != "plain")
+        self._rows = np.arange(len(source))
+
+    def _decode_mask(self, *, finished: bool) -> torch.Tensor | None:
+        if (self._lengths == self._width).all():
+            return None
+        columns = np.arange(self._width + self._sampling.max_tokens)
+        seen = torch.from_numpy(columns >= self._width - self._lengths[self._source, None]).to(self._device)
+        if not finished:
+            return seen.long()
+        blocked = torch.finfo(self._dtype).min
+        return torch.zeros_like(seen, dtype=self._dtype).masked_fill_(~seen, blocked)[:, None, None, :]
+
+    def run(self, transcript: Transcript, check_every: int) -> None:
+        """Samples until every sequence has ended or is as long as allowed."""
+        cache, logits = self._prefill()
+        pending: list[tuple[torch.Tensor, torch.Tensor]] = []
+        limit = self._sampling.max_tokens
+        for step in range(1, limit + 1):
+            tokens, logprobs = sample(logits, self._sampling, self._draws[step - 1])
+            pending.append((tokens, logprobs))
+            if step % check_every == 0 or step == limit:
+                ended = self._report(transcript, pending, step)
+                if step == limit or ended.all():
+                    return
+                pending = []
+                if ended.sum() * _COMPACT_SHARE >= len(ended):
+                    tokens = self._compact(cache, tokens, ended)
+            logits = self._step(cache, tokens)
+
+    def _report(self, transcript: Transcript, pending: list[tuple[torch.Tensor, torch.Tensor]], step: int) -> NDArray[np.bool_]:
+        tokens = torch.stack([token for token, _ in pending]).cpu().numpy()
+        logprobs = torch.stack([logprob for _, logprob in pending]).cpu().numpy()
+        return transcript.record(self._rows, step - len(pending), tokens, logprobs)
+
+    def _prefill(self) -> tuple[PreallocatedCache, torch.Tensor]:
+        """Reads each prompt once and gives every sequence its copy.
+
+        Returns:
+            The cache of N rows and the logits [N, V] of the first completion token.
+        """
+        cache: PreallocatedCache | None = None
+        logits = []
+        count = max(1, _PREFILL_TOKENS // self._width)
+        for first in range(0, len(self._prompts), count):
+            prompts = slice(first, first + count)
+            prefilled, last = self._read(prompts)
+            rows = slice(*np.searchsorted(self._source, [first, first + count]).tolist())
+            index = torch.from_numpy(self._source[rows] - first).to(self._device)
+            if cache is None:
+                cache = PreallocatedCache(len(self._source), self._width + self._sampling.max_tokens, prefilled)
+            cache.fill(rows, prefilled, index)
+            logits.append(last[index])
+        assert cache is not None
+        return cache, torch.cat(logits)
+
+    def _read(self, prompts: slice) -> tuple[DynamicCache, torch.Tensor]:
+        lengths = self._lengths[prompts, None]
+        ids = np.zeros((len(lengths), self._width), dtype=np.int64)
+        for row, prompt in zip(ids, self._prompts[prompts], strict=True):
+            row[self._width - len(prompt) :] = prompt
+        positions = np.arange(self._width) - (self._width - lengths)
+        padded = bool((positions < 0).any())
+        cache = DynamicCache()
+        logits = self._model(
+            input_ids=torch.from_numpy(ids).to(self._device),
+            attention_mask=torch.from_numpy(positions >= 0).to(self._device).long() if padded else None,
+            position_ids=torch.from_numpy(positions.clip(min=0)).to(self._device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            return_dict=True,
+        ).logits[:, -1]
+        return cache, logits
+
+    def _step(self, cache: PreallocatedCache, tokens: torch.Tensor) -> torch.Tensor:
+        """Appends one token to every row and returns the logits [n, V] of the next."""
+        mask = None if self._mask is None else self._mask[..., : cache.get_seq_length() + 1]
+        positions, self._positions = self._positions, self._positions + 1
+        if self._llama_step is not None:
+            return self._llama_step(cache, tokens, positions, mask)
+        logits = self._model(
+            input_ids=tokens[:, None],
+            attention_mask=mask,
+            position_ids=positions[:, None],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            return_dict=True,
+        ).logits[:, -1]
+        assert isinstance(logits, torch.Tensor)
+        return logits
+
+    def _compact(self, cache: PreallocatedCache, tokens: torch.Tensor, ended: NDArray[np.bool_]) -> torch.Tensor:
+        """Moves open rows from the end of the batch into the places of ended ones and drops the rest."""
+        count = int((~ended).sum())
+        holes = np.flatnonzero(ended[:count])
+        movers = count + np.flatnonzero(~ended[count:])
+        self._rows = self._rows.copy()
+        self._rows[holes] = self._rows[movers]
+        self._rows = self._rows[:count]
+        target, source = (torch.from_numpy(index).to(self._device) for index in (holes, movers))
+        cache.move(source, target, count)
+        order = torch.arange(count, device=self._device).index_copy_(0, target, source)
+        self._positions = self._positions[order]
+        self._draws = self._draws[:, order]
+        if self._mask is not None:
+            self._mask = self._mask[order]
+        return tokens[order]

@@ -1,0 +1,146 @@
+"""One decoding step of Llama-shaped models, written out: the module's own weights, a third of its operations.
+
+transformers' forward of one token a row spends most of its time outside the matrix products: its norms are six operations,
+its rotary embedding nine, and its attention goes through a kernel made for many queries. On a CPU (AMD EPYC, one thread, 128
+rows, hidden size 128) a step costs half of the module's; log-probabilities agree to 1e-6 in float32.
+
+Only what :func:`supports` accepts is stepped this way; everything else runs through the module.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (torch's own custom)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from grpo_fast.rollout.kv_cache import PreallocatedCache
+
+_FAMILY = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
+
+_STATIC_ROPE = {"default", "linear", "llama3", "yarn"}
+"""Rotary embeddings whose angles depend on the position alone, not on the length of the sequence."""
+
+
+def supports(model: PreTrainedModel) -> bool:
+    """Whether :class:`LlamaStep` computes what ``model`` computes.
+
+    The class must be transformers' own, with plain linear layers on one device (no adapter, quantisation or offloading), full
+    attention, SiLU and a static rotary embedding, and no module may carry a hook or a replaced ``forward``.
+    """
+    config = model.config
+    if type(model).__name__ not in _FAMILY or not type(model).__module__.startswith("transformers."):
+        return False
+    rope = getattr(config, "rope_parameters", None) or {}
+    windowed = any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or [])
+    windowed = windowed or getattr(config, "sliding_window", None) is not None
+    if config.hidden_act not in {"silu", "swish"} or rope.get("rope_type") not in _STATIC_ROPE or windowed:
+        return False
+    for module in model.modules():
+        wrapped = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+        strange = type(module) is not torch.nn.Linear and hasattr(module, "in_features")
+        if wrapped or strange:
+            return False
+    return len({parameter.device for parameter in model.parameters()}) == 1
+
+
+class LlamaStep:
+    """Steps a batch by one token.
+
+    Args:
+        model: a model that :func:`supports` accepts; its weights are read, never copied.
+        num_positions: longest sequence of the batch.
+    """
+
+    def __init__(self, model: PreTrainedModel, num_positions: int) -> None:
+        inner: Any = model.model
+        self._layers = list(inner.layers)
+        self._embedding, self._norm, self._head = inner.embed_tokens, inner.norm, model.lm_head
+        weight = self._embedding.weight
+        positions = torch.arange(num_positions, device=weight.device)[None]
+        cos, sin = inner.rotary_emb(weight[:1, None], positions)
+        half = cos.shape[-1] // 2
+        self._cos = cos[0]
+        # Rotation takes (-second half, first half); the sign goes into the table, so that a plain roll is enough.
+        self._sin = torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)
+        self._by_products = weight.device.type == "cpu" and weight.dtype == torch.float32
+
+    def __call__(
+        self, cache: PreallocatedCache, tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Appends one token to every row.
+
+        Args:
+            cache: keys and values so far; grows by one position.
+            tokens: int64 [n].
+            positions: int64 [n].
+            mask: [n, 1, 1, length + 1], added to the scores; ``None`` where every position is seen.
+
+        Returns:
+            Logits [n, V] of the next token.
+        """
+        hidden = self._embedding(tokens)
+        cos, sin = self._cos[positions, None], self._sin[positions, None]
+        if mask is not None and self._by_products:
+            heads = self._layers[0].self_attn.k_proj.out_features // self._cos.shape[-1]
+            mask = mask[:, 0].expand(-1, heads, -1).reshape(-1, 1, mask.shape[-1])
+        for index, layer in enumerate(self._layers):
+            normed = _rms_norm(hidden, layer.input_layernorm)
+            attended = self._attend(cache, index, normed, (cos, sin), mask)
+            hidden = _add_linear(hidden, attended, layer.self_attn.o_proj)
+            normed = _rms_norm(hidden, layer.post_attention_layernorm)
+            gated = F.silu(layer.mlp.gate_proj(normed), inplace=True).mul_(layer.mlp.up_proj(normed))
+            hidden = _add_linear(hidden, gated, layer.mlp.down_proj)
+        logits = self._head(_rms_norm(hidden, self._norm))
+        assert isinstance(logits, torch.Tensor)
+        return logits
+
+    def _attend(
+        self,
+        cache: PreallocatedCache,
+        index: int,
+        normed: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention of one query a row, [n, heads * head size]."""
+        attention = self._layers[index].self_attn
+        count, size = normed.shape[0], attention.head_dim
+        query = attention.q_proj(normed).view(count, -1, size)
+        key = attention.k_proj(normed).view(count, -1, size)
+        value = attention.v_proj(normed).view(count, -1, 1, size)
+        if hasattr(attention, "q_norm"):
+            query, key = _rms_norm(query, attention.q_norm), _rms_norm(key, attention.k_norm)
+        query, key = _rotate(query, rotation), _rotate(key, rotation)
+        keys, values = cache.update(key[:, :, None], value, index)
+        heads = keys.shape[1]
+        if not self._by_products:
+            grouped = query.view(count, heads, -1, size)
+            mixed = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=attention.scaling)
+            return mixed.reshape(count, -1)
+        # For one query a row two batched products beat the fused CPU kernel: 150 us against 225 us (512 heads, 40 positions).
+        rows = query.view(count * heads, -1, size)
+        added, beta = (rows.new_empty(1, 1, 1), 0) if mask is None else (mask, 1)
+        scores = torch.baddbmm(added, rows, keys.flatten(0, 1).transpose(1, 2), beta=beta, alpha=attention.scaling)
+        return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(count, -1)
+
+
+def _rms_norm(hidden: torch.Tensor, norm: torch.nn.Module) -> torch.Tensor:
+    weight = norm.weight
+    assert isinstance(weight, torch.Tensor)
+    epsilon = norm.variance_epsilon
+    assert isinstance(epsilon, float)
+    return F.rms_norm(hidden, weight.shape, weight, epsilon)
+
+
+def _rotate(heads: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    cos, sin = rotation
+    return torch.addcmul(heads * cos, heads.roll(heads.shape[-1] // 2, -1), sin)
+
+
+def _add_linear(residual: torch.Tensor, hidden: torch.Tensor, linear: torch.nn.Linear) -> torch.Tensor:
+    total = torch.addmm(residual, hidden, linear.weight.t())
+    return total if linear.bias is None else total.add_(linear.bias)

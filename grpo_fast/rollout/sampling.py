@@ -1,0 +1,133 @@
+"""Sampling as pure tensor functions: which tokens stay, which one is drawn, and its log-probability.
+
+With logits ``z`` [n, V], temperature ``t`` and kept support ``K``,
+
+    log q(v) = z_v / t - logsumexp_{w in K}(z_w / t)   for v in K, and minus infinity outside,
+
+and the token drawn for a uniform number ``u`` is the first whose cumulative probability exceeds ``u``. Everything is
+float32 except the cumulative sum, which is float64: in float32, tokens rarer than 6e-8 vanish next to 1.
+
+Uniform numbers come from a stateless hash of (seed, prompt, generation, position), not from a generator: a sequence
+meets the same draws however the batch is cut, ordered or shrunk, on every device, and no global random state is read or
+changed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from grpo_fast.rollout.engine import SamplingParams
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+_NUCLEUS_WIDTH = 512
+"""Tokens a nucleus search on a CPU sorts first; sorting a whole large vocabulary costs more than the model's step."""
+
+
+def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
+
+
+def uniforms(seed: int, prompts: Sequence[int], generations: Sequence[int], num_positions: int) -> NDArray[np.float64]:
+    """Uniform numbers in [0, 1), each a function of its own four coordinates alone.
+
+    Args:
+        seed: any integer; its low 64 bits count.
+        prompts: n positions of a prompt in the call, counted from 0.
+        generations: n generation indices, counted from 0.
+        num_positions: token positions, counted from 0.
+
+    Returns:
+        float64 [num_positions, n], multiples of 2**-52, so that ``u * total < total`` holds in float64 for every total.
+
+    Source:
+        The mixer is splitmix64's (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
+    """
+    state = np.array([[seed & 0xFFFF_FFFF_FFFF_FFFF]], dtype=np.uint64)
+    for coordinate in (
+        np.array(prompts, dtype=np.uint64)[None, :],
+        np.array(generations, dtype=np.uint64)[None, :],
+        np.arange(num_positions, dtype=np.uint64)[:, None],
+    ):
+        state = _mix(state + (coordinate + np.uint64(1)) * _GOLDEN)
+    return (state >> np.uint64(12)).astype(np.float64) * 2.0**-52
+
+
+def truncate(logits: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
+    """Sets logits outside the kept support to minus infinity: first ``min_p``, then ``top_k``, then ``top_p``, as in vLLM.
+
+    Each filter sees the distribution that the one before it left, renormalised. Tokens that tie with the k-th stay.
+
+    Args:
+        logits: float32 [n, V], already divided by the temperature.
+        sampling: which filters are on.
+
+    Returns:
+        float32 [n, V]; ``logits`` itself where no filter is on. At least the most probable token of a row stays.
+    """
+    if sampling.min_p > 0:
+        floor = logits.amax(-1, keepdim=True) + math.log(sampling.min_p)
+        logits = logits.masked_fill(logits < floor, -math.inf)
+    if 0 < sampling.top_k < logits.shape[-1]:
+        floor = logits.topk(sampling.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < floor, -math.inf)
+    if sampling.top_p < 1:
+        logits = _nucleus(logits, sampling.top_p)
+    return logits
+
+
+def _nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Keeps the fewest most probable tokens whose mass reaches ``top_p``."""
+    vocabulary = logits.shape[-1]
+    probs = logits.softmax(-1)
+    # On a GPU a full sort is cheaper than asking the host whether a part was enough.
+    width = vocabulary if logits.is_cuda else min(vocabulary, _NUCLEUS_WIDTH)
+    while True:
+        top, index = probs.topk(width)
+        reached = top.cumsum(-1, dtype=torch.float64)
+        if width == vocabulary or bool((reached[:, -1] >= top_p).all()):
+            break
+        width = min(vocabulary, width * 8)
+    kept = (reached - top < top_p) & (top > 0)
+    cut = torch.full_like(logits, -math.inf)
+    return cut.scatter_(-1, index, logits.gather(-1, index).masked_fill_(~kept, -math.inf))
+
+
+def sample(logits: torch.Tensor, sampling: SamplingParams, draws: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws one token a row.
+
+    At temperature 0 it is the most probable token, and its log-probability is that of the plain softmax (temperature 1, no
+    filter): the point mass actually sampled from would give 0 for every token. Otherwise the log-probability is that of
+    the distribution sampled from: at the temperature, renormalised over the support that the filters keep.
+
+    Args:
+        logits: [n, V], any float type.
+        sampling: how to sample.
+        draws: float64 [n], uniform in [0, 1); not read at temperature 0.
+
+    Returns:
+        Tokens int64 [n] and log-probabilities float32 [n]. A row of non-finite logits gives a NaN log-probability.
+    """
+    scaled = logits.float()
+    if sampling.temperature == 0:
+        chosen = scaled.argmax(-1, keepdim=True)
+        return chosen[:, 0], (scaled.gather(-1, chosen) - scaled.logsumexp(-1, keepdim=True))[:, 0]
+    if sampling.temperature != 1:
+        scaled = scaled / sampling.temperature
+    scaled = truncate(scaled, sampling)
+    log_normaliser = scaled.logsumexp(-1, keepdim=True)
+    cumulative = (scaled - log_normaliser).exp_().cumsum(-1, dtype=torch.float64)
+    # The target stays strictly below the total, so the token found has a probability above 0. NaN rows find none: clamp.
+    target = draws[:, None] * cumulative[:, -1:]
+    chosen = torch.searchsorted(cumulative, target, right=True).clamp_(max=logits.shape[-1] - 1)
+    return chosen[:, 0], (scaled.gather(-1, chosen) - log_normaliser)[:, 0]

@@ -1,0 +1,236 @@
+"""The embedded rollout engine: samples from the very module the trainer updates. No server, no second copy of the weights.
+
+How a call runs:
+
+1. Sequences are ordered by prompt length and cut into batches whose key-value cache stays within ``max_batch_tokens``.
+2. A batch's prompts are read once each, left-padded, and their cache is copied to the G completions of each.
+3. Every step appends one position in place, to all rows that are still open. Closed rows are replaced by open ones from the
+   end of the batch, so that the tail of a batch costs what is left of it.
+4. The host learns the tokens every ``check_every`` steps, in one transfer; what a sequence sampled past its end is dropped.
+
+A sequence's draws depend on (seed, prompt position, generation index, token position) alone, so neither the cut nor the order
+nor the shrinking changes what is sampled, but for ties that the last bit of a logit decides.
+
+Not covered: encoder-decoders, recurrent layers, several devices, admission of new prompts into a running batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+
+from grpo_fast.rollout.decode_batch import DecodeBatch, Stepping
+from grpo_fast.rollout.llama_step import supports
+from grpo_fast.rollout.sampling import uniforms
+from grpo_fast.rollout.transcript import Transcript
+from grpo_fast.types import Completion
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from grpo_fast.rollout.engine import SamplingParams
+
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One sequence to sample."""
+
+    prompt: int
+    generation: int
+
+
+class TransformersEngine:
+    """Implements :class:`~grpo_fast.rollout.engine.RolloutEngine` with a transformers model.
+
+    Args:
+        model: decoder-only causal language model, on one device. The trainer goes on owning it: its modules keep their
+            train or eval mode, and nothing of a rollout stays in it.
+        tokenizer: decodes completions. Nothing is ever encoded.
+        eos_token_ids: tokens that end a completion; ``None`` takes those of the model's generation configuration and of the
+            tokenizer.
+        max_batch_tokens: most cached positions (sequences times longest prompt plus ``max_tokens``) of one batch. A position
+            costs ``2 * layers * key-value heads * head size`` numbers. One sequence always runs, however long.
+        check_every: steps between two looks at the sampled tokens; ``None`` looks at every step on a CPU, where a look is free,
+            and at every 8th on a GPU, where it waits for the device. Changes speed only.
+        impl: how a token is computed. ``module`` calls the model; ``fused`` is the written-out step of
+            :mod:`~grpo_fast.rollout.llama_step`, for Llama-shaped models; ``auto`` takes it where it fits.
+
+    Raises:
+        ValueError: an encoder-decoder, a model with recurrent layers, a size below 1, or ``fused`` for a model it does not fit.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        eos_token_ids: Sequence[int] | None = None,
+        max_batch_tokens: int = 65_536,
+        check_every: int | None = None,
+        impl: Literal["auto", "fused", "module"] = "auto",
+    ) -> None:
+        config = model.config.get_text_config(decoder=True)
+        layer_types = getattr(config, "layer_types", None) or []
+        foreign = sorted(set(layer_types) - _ATTENTION_LAYERS)
+        if foreign or model.config.is_encoder_decoder:
+            what = f"layers of type {', '.join(foreign)}" if foreign else "an encoder"
+            raise ValueError(
+                f"{type(model).__name__} has {what}; the transformers engine runs decoders with attention layers only"
+            )
+        if max_batch_tokens < 1:
+            raise ValueError(f"max_batch_tokens must be at least 1, got {max_batch_tokens}")
+        if check_every is not None and check_every < 1:
+            raise ValueError(f"check_every must be at least 1, or None to choose by device, got {check_every}")
+        self._model = model
+        self._tokenizer = tokenizer
+        end_tokens = _end_tokens(model, tokenizer) if eos_token_ids is None else set(eos_token_ids)
+        self._max_batch_tokens = max_batch_tokens
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        self._check_every = check_every or (1 if on_cpu else 8)
+        self._context = int(getattr(config, "max_position_embeddings", 0)) or None
+        self._vocabulary = int(config.vocab_size)
+        self._is_end = np.isin(np.arange(self._vocabulary), sorted(end_tokens))
+        self._stepping = _choose_stepping(model, impl)
+        self._version = 0
+
+    @property
+    def weight_version(self) -> int:
+        """Version that the last :meth:`sync_weights` announced; it is stamped on completions."""
+        return self._version
+
+    def sync_weights(self, policy: torch.nn.Module, version: int) -> dict[str, float]:
+        """Records ``version``; the weights are shared, so nothing moves.
+
+        Raises:
+            ValueError: ``policy`` is neither the engine's module nor a wrapper that holds it as ``module``.
+        """
+        if policy is not self._model and getattr(policy, "module", None) is not self._model:
+            raise ValueError(
+                "the transformers engine samples from the module it was given and cannot take the weights of another "
+                f"{type(policy).__name__}; build a new engine over that one"
+            )
+        self._version = version
+        return {}
+
+    def close(self) -> None:
+        """Does nothing: all memory of a rollout is freed when its call returns."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, num_generations: int, seed: int
+    ) -> list[list[Completion]]:
+        """Samples ``num_generations`` completions for each prompt.
+
+        Args:
+            prompts: P token-id sequences, none empty.
+            sampling: how to sample. At temperature 0 log-probabilities are those of the plain softmax; otherwise those of the
+                distribution sampled from, that is at the temperature and renormalised over the kept support.
+            num_generations: G.
+            seed: decides every random draw; no global random state is read or changed.
+
+        Returns:
+            P lists of G completions, in the order of ``prompts``. An end token is part of its completion.
+
+        Raises:
+            ValueError: no prompts, an empty prompt, a token the model does not know, or a prompt and ``max_tokens`` that
+                exceed the context of the model together. Raised before anything is computed.
+            FloatingPointError: the model gave logits that are not finite.
+        """
+        self._check(prompts, sampling, num_generations)
+        answers: list[list[Completion | None]] = [[None] * num_generations for _ in prompts]
+        with torch.no_grad(), _evaluating(self._model):
+            for rows in self._batches(prompts, sampling.max_tokens, num_generations):
+                transcript = self._decode(prompts, rows, sampling, seed)
+                for row, completion in zip(rows, transcript.completions(self._version), strict=True):
+                    answers[row.prompt][row.generation] = completion
+        return [[completion for completion in group if completion is not None] for group in answers]
+
+    def _decode(self, prompts: Sequence[Sequence[int]], rows: list[_Row], sampling: SamplingParams, seed: int) -> Transcript:
+        """Samples one batch of rows, which are grouped by prompt."""
+        positions = list(dict.fromkeys(row.prompt for row in rows))
+        number = {position: index for index, position in enumerate(positions)}
+        batch = DecodeBatch(
+            self._model,
+            [prompts[position] for position in positions],
+            source=np.array([number[row.prompt] for row in rows]),
+            draws=uniforms(seed, [row.prompt for row in rows], [row.generation for row in rows], sampling.max_tokens),
+            sampling=sampling,
+            stepping=self._stepping,
+        )
+        transcript = Transcript(len(rows), sampling, is_end=self._is_end, tokenizer=self._tokenizer)
+        batch.run(transcript, self._check_every)
+        return transcript
+
+    def _check(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, num_generations: int) -> None:
+        if not prompts:
+            raise ValueError("prompts is empty; give at least one prompt")
+        if num_generations < 1:
+            raise ValueError(f"num_generations must be at least 1, got {num_generations}")
+        for position, prompt in enumerate(prompts):
+            if not len(prompt):
+                raise ValueError(f"prompt {position} is empty; a model needs at least one token to start from")
+            if self._context is not None and len(prompt) + sampling.max_tokens > self._context:
+                raise ValueError(
+                    f"prompt {position} has {len(prompt)} tokens, which with max_tokens={sampling.max_tokens} exceeds the "
+                    f"model's context of {self._context}; shorten the prompt or lower max_tokens"
+                )
+            if not 0 <= min(prompt) <= max(prompt) < self._vocabulary:
+                raise ValueError(
+                    f"prompt {position} holds token ids from {min(prompt)} to {max(prompt)}; "
+                    f"the model knows 0 to {self._vocabulary - 1}"
+                )
+
+    def _batches(self, prompts: Sequence[Sequence[int]], max_tokens: int, num_generations: int) -> Iterator[list[_Row]]:
+        """Cuts all sequences, longest prompt first, into batches within the token budget."""
+        order = sorted(range(len(prompts)), key=lambda position: (-len(prompts[position]), position))
+        rows = [_Row(position, generation) for position in order for generation in range(num_generations)]
+        while rows:
+            width = len(prompts[rows[0].prompt]) + max_tokens
+            count = max(1, self._max_batch_tokens // width)
+            yield rows[:count]
+            rows = rows[count:]
+
+
+def _choose_stepping(model: PreTrainedModel, impl: Literal["auto", "fused", "module"]) -> Stepping:
+    """Which of the three ways to step fits ``model``.
+
+    A finished mask saves building one a step, but would replace the window that windowed layers apply themselves.
+    """
+    config = model.config.get_text_config(decoder=True)
+    kinds = set(getattr(config, "layer_types", None) or [])
+    windowed = kinds - {"full_attention"} or getattr(config, "sliding_window", None) is not None
+    plain = bool(windowed) or config._attn_implementation not in {"sdpa", "eager"}
+    if impl != "module" and not plain and supports(model):
+        return "fused"
+    if impl == "fused":
+        raise ValueError(
+            f"impl='fused' does not fit this {type(model).__name__}: it takes Llama, Mistral, Qwen2 and Qwen3 models with full "
+            "attention (sdpa or eager) and plain linear layers; use impl='auto'"
+        )
+    return "plain" if plain else "masked"
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """End tokens of the model's generation configuration and of the tokenizer."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found = set(configured if isinstance(configured, list) else [configured])
+    found.add(tokenizer.eos_token_id)
+    return {token for token in found if token is not None}
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Puts every module in evaluation mode, and each back in its own mode, come what may."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,21 @@
+"""Where a run's numbers go: JSON Lines always, and beside them a live console, TensorBoard, W&B or trackio."""
+
+from __future__ import annotations
+
+from grpo_fast.sinks.build import build_sinks
+from grpo_fast.sinks.console import ConsoleSink
+from grpo_fast.sinks.jsonl import JsonlSink
+from grpo_fast.sinks.sink import RunInfo, Sink, SinkSet
+from grpo_fast.sinks.trackers import TensorBoardSink, TrackioSink, WandbSink
+
+__all__ = [
+    "ConsoleSink",
+    "JsonlSink",
+    "RunInfo",
+    "Sink",
+    "SinkSet",
+    "TensorBoardSink",
+    "TrackioSink",
+    "WandbSink",
+    "build_sinks",
+]

@@ -1,0 +1,9 @@
+"""The trainer: the loop and what it is made of."""
+
+from __future__ import annotations
+
+from grpo_fast.train.checkpoint import CheckpointError
+from grpo_fast.train.step import NonFiniteGradientError
+from grpo_fast.train.trainer import GRPOTrainer, StepResult
+
+__all__ = ["CheckpointError", "GRPOTrainer", "NonFiniteGradientError", "StepResult"]

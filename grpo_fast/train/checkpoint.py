@@ -1,0 +1,154 @@
+"""Checkpoints that are whole or absent, whatever kills the process.
+
+A checkpoint is written beside its final name, flushed to the disk, listed in a manifest with its sizes, and then renamed: a
+directory named ``checkpoint-N`` is complete by construction. It holds the model in ``save_pretrained`` layout, the optimiser
+(torch), and everything else the trainer needs to go on bit by bit in ``state.json``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grpo_fast.train.policy import Policy
+
+_MANIFEST = "manifest.json"
+_OPTIMIZER = "optimizer.pt"
+_STATE = "state.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or read; the message names the file and what to do."""
+
+
+def save_checkpoint(
+    run_dir: Path, step: int, *, policy: Policy, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+) -> Path:
+    """Writes ``run_dir/checkpoint-<step>`` atomically, replacing one of the same step.
+
+    Raises:
+        CheckpointError: the disk is full or not writable; what was there before is untouched.
+    """
+    final = run_dir / f"checkpoint-{step}"
+    partial, old = _hidden(final, "partial"), _hidden(final, "old")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        policy.save(partial)
+        torch.save(optimizer.state_dict(), partial / _OPTIMIZER)
+        (partial / _STATE).write_text(json.dumps(state), encoding="utf-8")
+        files = {str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()}
+        (partial / _MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1), encoding="utf-8")
+        for path in [*partial.rglob("*"), partial]:
+            _flush(path)
+        if final.exists():
+            final.rename(old)
+        partial.rename(final)
+        _flush(run_dir)
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) or _is_write_failure(error):
+            raise CheckpointError(_why_unwritten(error, final)) from error
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def load_checkpoint(path: Path, *, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Puts weights and optimiser back, in place, and returns the trainer's state.
+
+    Raises:
+        CheckpointError: a file is missing, cut short or unreadable.
+    """
+    check_checkpoint(path)
+    try:
+        policy.load_weights(path)
+        optimizer.load_state_dict(torch.load(path / _OPTIMIZER, map_location=policy.device, weights_only=True))
+        state: dict[str, Any] = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); {_advice(path)}") from error
+    return state
+
+
+def check_checkpoint(path: Path) -> None:
+    """Compares a checkpoint with its manifest.
+
+    Raises:
+        CheckpointError: a file is missing or has another size.
+    """
+    try:
+        files: dict[str, int] = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} has no readable {_MANIFEST} ({error}); {_advice(path)}") from error
+    for name, size in files.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing; {_advice(path)}")
+        if file.stat().st_size != size:
+            raise CheckpointError(f"{file} has {file.stat().st_size} bytes instead of {size}; {_advice(path)}")
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first; one that a crash caught in mid-replacement is put back."""
+    for old in run_dir.glob(".checkpoint-*.old"):
+        final = run_dir / old.name.removeprefix(".").removesuffix(".old")
+        if not final.exists():
+            old.rename(final)
+    found = [(int(match[1]), path) for path in run_dir.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def prune_checkpoints(run_dir: Path, *, keep: int, protect: Path | None) -> None:
+    """Deletes all but the newest ``keep`` checkpoints and ``protect``, and leftovers of interrupted writes."""
+    for path in list_checkpoints(run_dir)[:-keep]:
+        if path != protect:
+            # The rename makes deletion atomic too: a half-deleted checkpoint never bears the name of a whole one.
+            path.rename(_hidden(path, "deleted"))
+    for path in [*run_dir.glob(".checkpoint-*.deleted"), *run_dir.glob(".checkpoint-*.partial")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _hidden(path: Path, suffix: str) -> Path:
+    return path.with_name(f".{path.name}.{suffix}")
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some file systems refuse to flush a directory
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_write_failure(error: BaseException) -> bool:
+    """Safetensors and torch wrap the system's error in their own types."""
+    text = str(error).lower()
+    return any(
+        sign in text for sign in ("no space left", "file too large", "i/o error", "iostream", "disk quota", "failed writing")
+    )
+
+
+def _why_unwritten(error: BaseException, final: Path) -> str:
+    full = getattr(error, "errno", None) in {errno.ENOSPC, errno.EDQUOT} or "space" in str(error).lower()
+    cause = "the disk is full" if full else f"writing failed ({error})"
+    previous = list_checkpoints(final.parent)
+    kept = f"the newest whole checkpoint is {previous[-1]}" if previous else "no earlier checkpoint exists"
+    return f"cannot save {final}: {cause}; {kept}. Free space, then `grpo-fast train --resume {final.parent}`."
+
+
+def _advice(path: Path) -> str:
+    others = [other for other in list_checkpoints(path.parent) if other != path]
+    if others:
+        return f"delete {path} to resume from {others[-1].name}"
+    return "no other checkpoint is left; start the run anew with --overwrite"

@@ -1,0 +1,163 @@
+"""The experience of one step: prompts drawn, answered, rewarded, and refilled where asked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from grpo_fast.config import Config
+from grpo_fast.metrics import PhaseTimer
+from grpo_fast.rewards import RewardPool
+from grpo_fast.rollout.engine import RolloutEngine, SamplingParams
+from grpo_fast.tasks.stream import PromptStream
+from grpo_fast.types import Completion, Group, Prompt
+
+
+@dataclass(slots=True)
+class Collected:
+    """What a step trains on, and what it says of the policy."""
+
+    groups: list[Group]
+    """P groups with rewards."""
+    sampled: list[Group]
+    """Every group that was sampled, those that refilling replaced included, for the meter."""
+    metrics: dict[str, float]
+    """Reward and length statistics of the *first* draw: refilling must not flatter the learning curve."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; prompts by their dataset row."""
+        kept = {id(group) for group in self.groups}
+        rows = [
+            {
+                "prompt": group.prompt.index,
+                "kept": id(group) in kept,
+                "completions": [asdict(completion) for completion in group.completions],
+                "rewards": group.rewards,
+                "reward": group.reward,
+            }
+            for group in self.sampled
+        ]
+        return {"groups": rows, "metrics": self.metrics}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any], prompts: Sequence[Prompt]) -> Collected:
+        """Rebuilds what :meth:`to_dict` wrote, from the same prompts."""
+        by_index = {prompt.index: prompt for prompt in prompts}
+        sampled = [
+            Group(
+                prompt=by_index[row["prompt"]],
+                completions=[
+                    Completion(**item | {"token_ids": tuple(item["token_ids"]), "logprobs": tuple(item["logprobs"])})
+                    for item in row["completions"]
+                ],
+                rewards=row["rewards"],
+                reward=row["reward"],
+            )
+            for row in state["groups"]
+        ]
+        kept = [group for group, row in zip(sampled, state["groups"], strict=True) if row["kept"]]
+        return cls(kept, sampled, dict(state["metrics"]))
+
+
+class Collector:
+    """Draws prompts from the stream, answers from the engine, rewards from the pool."""
+
+    def __init__(self, config: Config, *, engine: RolloutEngine, stream: PromptStream, rewards: RewardPool) -> None:
+        self._config = config
+        self._engine = engine
+        self._stream = stream
+        self._rewards = rewards
+        self._sampling = SamplingParams(
+            max_tokens=config.max_completion_length,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            min_p=config.min_p,
+            stop=config.stop,
+        )
+
+    def collect(self, step: int, timer: PhaseTimer) -> Collected:
+        """Samples a step's groups and gives them rewards.
+
+        Args:
+            step: number of the step; with the run's seed it decides every draw.
+            timer: charged with ``rollout`` and ``reward``.
+        """
+        groups = self._sample(self._config.prompts_per_step, step, round_=0, timer=timer)
+        metrics = self._describe(groups)
+        sampled = list(groups)
+        for round_ in range(1, self._config.refill_rounds + 1):
+            live = [group for group in groups if has_variance(group)]
+            missing = len(groups) - len(live)
+            if not missing:
+                break
+            fresh = self._sample(missing, step, round_=round_, timer=timer)
+            sampled += fresh
+            dead = [group for group in groups if not has_variance(group)]
+            useful = [group for group in fresh if has_variance(group)]
+            groups = live + useful + dead[: missing - len(useful)]
+        if self._config.refill_rounds:
+            metrics["refilled_prompts"] = float(len(sampled) - self._config.prompts_per_step)
+        return Collected(groups, sampled, metrics)
+
+    def _sample(self, count: int, step: int, *, round_: int, timer: PhaseTimer) -> list[Group]:
+        config = self._config
+        prompts = self._stream.take(count)
+        with timer.phase("rollout"):
+            answers = self._engine.generate(
+                [prompt.token_ids for prompt in prompts],
+                self._sampling,
+                num_generations=config.num_generations,
+                seed=derive_seed(config.seed, step, round_),
+            )
+        groups = [Group(prompt, completions) for prompt, completions in zip(prompts, answers, strict=True)]
+        with timer.phase("reward"):
+            self._rewards.score(groups)
+        return groups
+
+    def _describe(self, groups: Sequence[Group]) -> dict[str, float]:
+        """TRL's names; statistics over completions that have a reward."""
+        reward = np.array([group.reward for group in groups])
+        by_function = np.array([group.rewards for group in groups]).reshape(-1, len(self._rewards.names))
+        completions = [completion for group in groups for completion in group.completions]
+        lengths = np.array([len(completion.token_ids) for completion in completions])
+        ended = np.array([len(completion.token_ids) for completion in completions if not completion.truncated])
+        metrics = {
+            "reward": _mean(reward),
+            "reward_std": _mean(np.array([_std(row) for row in reward])),
+            "frac_reward_zero_std": 1.0 - sum(map(has_variance, groups)) / len(groups),
+            "completions/mean_length": float(lengths.mean()),
+            "completions/min_length": float(lengths.min()),
+            "completions/max_length": float(lengths.max()),
+            "completions/clipped_ratio": 1.0 - len(ended) / len(lengths),
+            "completions/mean_terminated_length": _mean(ended),
+        }
+        for name, column in zip(self._rewards.names, by_function.T, strict=True):
+            metrics[f"rewards/{name}/mean"] = _mean(column)
+            metrics[f"rewards/{name}/std"] = _std(column)
+        return metrics
+
+
+def has_variance(group: Group) -> bool:
+    """Whether the group's rewards differ, so that it carries a gradient."""
+    known = [value for value in group.reward if not math.isnan(value)]
+    return len(set(known)) > 1
+
+
+def derive_seed(*parts: int) -> int:
+    """One seed from several numbers, well mixed."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _mean(values: np.ndarray[Any, Any]) -> float:
+    known = values[~np.isnan(values)] if values.size else values
+    return float(known.mean()) if known.size else math.nan
+
+
+def _std(values: np.ndarray[Any, Any]) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.std(ddof=1)) if known.size > 1 else 0.0

@@ -1,0 +1,236 @@
+"""Everything a run is made of, built in the order in which mistakes are cheapest to find.
+
+Output directory, rewards, data and tokeniser are checked before the weights are read.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from grpo_fast.compute import Budget, ComputeMeter, ModelShape
+from grpo_fast.config import Config, ConfigError
+from grpo_fast.device import DeviceFacts, device_facts, energy_source
+from grpo_fast.law import OnlinePredictor, StoppingRule
+from grpo_fast.rewards import RewardPool
+from grpo_fast.rollout import RolloutEngine
+from grpo_fast.rollout.transformers_engine import TransformersEngine
+from grpo_fast.sinks import JsonlSink, RunInfo, Sink, SinkSet, build_sinks
+from grpo_fast.tasks import PromptStream, Task, encode_prompts, load_task
+from grpo_fast.train.policy import Policy, PolicySource
+from grpo_fast.types import Prompt
+
+CONFIG_FILE = "config.toml"
+_CHANGEABLE = {
+    *(f"max_{name}" for name in ("steps", "tokens", "flops", "gpu_hours", "wall_hours", "money", "energy_kwh")),
+    "price_per_gpu_hour",
+    *(f"forecast{name}" for name in ("", "_epsilon", "_confidence", "_patience", "_min_steps")),
+    *("output_dir", "overwrite", "eval_steps", "save_steps", "save_total_limit", "sinks", "log_completions", "report"),
+    *("reward_timeout_s", "reward_workers", "reward_on_error", "tokens_per_microbatch", "device", "dtype"),
+}
+
+
+@dataclass
+class Parts:
+    """What the trainer works with."""
+
+    config: Config
+    task: Task
+    prompts: list[Prompt]
+    eval_prompts: list[Prompt]
+    stream: PromptStream
+    policy: Policy
+    reference: Policy | None
+    engine: RolloutEngine
+    rewards: RewardPool
+    eval_rewards: RewardPool
+    predictor: OnlinePredictor
+    stopping: StoppingRule
+    meter: ComputeMeter
+    budget: Budget
+    record: JsonlSink
+    """The run's own files; also one of ``sinks``."""
+    sinks: SinkSet
+    facts: DeviceFacts
+
+    def open(self, start_step: int) -> None:
+        """Writes the resolved configuration and starts the sinks."""
+        config = self.config
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        (config.output_dir / CONFIG_FILE).write_text(config.to_toml(), encoding="utf-8")
+        self.sinks.start(
+            RunInfo(
+                run_dir=config.output_dir,
+                model=config.model,
+                dataset=self.task.name,
+                max_steps=config.max_steps,
+                start_step=start_step,
+                device=self.facts.name,
+                forecast_epsilon=config.forecast_epsilon,
+                forecast_confidence=config.forecast_confidence,
+                config=config.model_dump(mode="json"),
+            )
+        )
+
+    def describe(self, step: int) -> str:
+        """One line on what begins."""
+        shape = self.meter.shape
+        begin = f"going on after step {step}" if step else "training"
+        return (
+            f"{begin}: {self.config.model} ({(shape.body_params + shape.head_params) / 1e6:.1f} M matmul parameters) on "
+            f"{self.task.name} ({len(self.prompts)} prompts, {len(self.eval_prompts)} held out), {self.facts.name}"
+        )
+
+    def restore_law(self, state: Mapping[str, Any], progress: Sequence[float]) -> None:
+        """Brings predictor and stopping rule back; the predictor is fed the run's record anew where the horizon has changed."""
+        config = self.config
+        restored = OnlinePredictor.from_state_dict(state["predictor"])
+        if (restored.horizon, restored.epsilon) == (self.predictor.horizon, self.predictor.epsilon):
+            self.predictor = restored
+        else:
+            for row in self.record.rows():
+                if row["step"] and row.get("reward") is not None:
+                    self.predictor.observe(
+                        row["step"],
+                        progress[row["step"] - 1],
+                        row["reward"],
+                        num_prompts=config.prompts_per_step,
+                        num_generations=config.num_generations,
+                        reward_std=row["reward_std"],
+                    )
+        counted = StoppingRule.from_state_dict(state["stopping"])
+        self.stopping.count = counted.count
+
+    def close(self) -> None:
+        """Ends worker processes, the engine and the sinks."""
+        self.rewards.close()
+        self.eval_rewards.close()
+        self.engine.close()
+        self.sinks.close()
+
+
+class Replacements(TypedDict, total=False):
+    """Parts that a caller gives in place of the configured ones."""
+
+    reward_funcs: Sequence[str | Callable[..., Any]]
+    """Names, or Python functions as they are, in place of ``config.reward_funcs``."""
+    task: Task
+    """Prompts and rewards in place of ``config.dataset``."""
+    budget: Budget
+    """Limits in place of the configuration's; ``config.max_steps`` holds beside it, as the horizon."""
+    engine: RolloutEngine
+    """In place of ``config.rollout``."""
+    predictor: OnlinePredictor
+    """In place of the default forecaster."""
+    sinks: Sequence[Sink]
+    """In place of ``config.sinks``; the run's own files are always written."""
+
+
+def build_parts(config: Config, given: Replacements, *, resume: bool) -> Parts:
+    """Builds what the configuration names, but for what is given.
+
+    Raises:
+        ConfigError: whatever cannot work, before anything expensive is done.
+    """
+    _claim_output_dir(config, resume=resume)
+    budget = _build_budget(config, given.get("budget"))
+    source = PolicySource(config)
+    task = given.get("task") or load_task(config, chat=source.chat)
+    rewards = _build_pool(config, given.get("reward_funcs") or config.reward_funcs or task.reward_funcs, config.reward_weights)
+    prompts, eval_prompts = (
+        encode_prompts(
+            rows,
+            source.tokenizer,
+            system_prompt=config.system_prompt,
+            max_prompt_length=source.max_prompt_length,
+            overlong=config.overlong_prompts,
+        )
+        for rows in (task.train, task.eval)
+    )
+    record, sinks = build_sinks(() if "sinks" in given else config.sinks, config.output_dir)
+    if "sinks" in given:
+        sinks = SinkSet([record, *given["sinks"]])
+    policy = source.load()
+    facts = device_facts("cpu" if policy.device.type == "cpu" else "cuda")
+    return Parts(
+        config=config,
+        task=task,
+        prompts=prompts,
+        eval_prompts=eval_prompts[: config.eval_size],
+        stream=PromptStream(prompts, seed=config.seed, shuffle=config.shuffle),
+        policy=policy,
+        reference=source.load() if config.beta > 0 else None,
+        engine=given.get("engine") or TransformersEngine(policy.model, policy.tokenizer),
+        rewards=rewards,
+        eval_rewards=_build_pool(config, (task.eval_reward,), ()),
+        predictor=given.get("predictor")
+        or OnlinePredictor(config.max_steps, epsilon=config.forecast_epsilon, reward_range=config.reward_range),
+        stopping=StoppingRule(
+            config.forecast_epsilon,
+            confidence=config.forecast_confidence,
+            patience=config.forecast_patience,
+            min_steps=config.forecast_min_steps,
+        ),
+        meter=ComputeMeter(
+            ModelShape.from_model(policy.model),
+            power=energy_source(facts),
+            price_per_gpu_hour=config.price_per_gpu_hour,
+            peak_flops=facts.peak_bf16_flops if policy.autocast_dtype is not None else None,
+        ),
+        budget=budget,
+        record=record,
+        sinks=sinks,
+        facts=facts,
+    )
+
+
+def check_resumable(saved: Config, wanted: Config) -> None:
+    """Refuses changes that would make a resumed run another run.
+
+    Raises:
+        ConfigError: such a change; fields and both values are named.
+    """
+    before, after = saved.model_dump(), wanted.model_dump()
+    changed = [name for name in before if before[name] != after[name] and name not in _CHANGEABLE]
+    if changed:
+        listed = ", ".join(f"{name} ({before[name]!r} -> {after[name]!r})" for name in changed)
+        raise ConfigError(f"a resumed run cannot change {listed}; start a new run with another --output-dir")
+
+
+def _claim_output_dir(config: Config, *, resume: bool) -> None:
+    run = config.output_dir
+    if resume:
+        return
+    if run.exists() and not run.is_dir():
+        raise ConfigError(f"output_dir {run} is a file; name a directory")
+    if run.is_dir() and any(run.iterdir()):
+        if not (run / CONFIG_FILE).exists():
+            raise ConfigError(f"output_dir {run} holds files that are no run; name an empty or new directory")
+        if not config.overwrite:
+            raise ConfigError(
+                f"output_dir {run} already holds a run; go on with `grpo-fast train --resume {run}`, "
+                "replace it with --overwrite, or name another directory"
+            )
+        shutil.rmtree(run)
+
+
+def _build_budget(config: Config, given: Budget | None) -> Budget:
+    limits = {
+        name: getattr(config, name) for name in type(config).model_fields if name.startswith("max_") and name in _CHANGEABLE
+    }
+    budget = given or Budget.from_config(**limits)
+    if budget.money is not None and config.price_per_gpu_hour == 0:
+        raise ConfigError(f"a budget of money ({budget.money:g}) needs price_per_gpu_hour above 0")
+    return budget
+
+
+def _build_pool(config: Config, reward_funcs: Sequence[str | Callable[..., Any]], weights: Sequence[float]) -> RewardPool:
+    return RewardPool(
+        reward_funcs,
+        weights=weights or None,
+        timeout_s=config.reward_timeout_s,
+        workers=config.reward_workers,
+        on_error=config.reward_on_error,
+    )

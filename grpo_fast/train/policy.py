@@ -1,0 +1,205 @@
+"""The policy: any causal language model that transformers loads, seen the way the objective needs it.
+
+The model's body gives hidden states, the head stays a weight: log-probabilities are made by ``ops`` for scored tokens only, so
+that ``[B, S, V]`` logits never exist.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from grpo_fast.assets import embedded_model_dir
+from grpo_fast.config import Config, ConfigError
+from grpo_fast.ops import LMHead, token_logprob
+from grpo_fast.types import TokenBatch
+
+_PROBE_TOLERANCE = 1e-3
+_DEFAULT_CONTEXT = 4096
+
+
+class Policy:
+    """A causal language model with its tokenizer.
+
+    Weights are held in float32; on a GPU the forward pass runs in bfloat16 under autocast, so that updates smaller than half a
+    bfloat16 ulp (most, at learning rates of RL) are not lost.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        autocast_dtype: torch.dtype | None = None,
+        checkpointing: bool = False,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.autocast_dtype = autocast_dtype
+        self._checkpointing = checkpointing
+        self._head = _find_head(model)
+        self._check_head()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+        return self._head.weight.device
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The precision that forward passes run in."""
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+
+    def head(self, temperature: float) -> LMHead:
+        """The head at a sampling temperature; shares the model's weight."""
+        return replace(self._head, temperature=temperature)
+
+    def scored_hidden_states(self, batch: TokenBatch) -> torch.Tensor:
+        """Hidden states [T, H] that predict the batch's targets; differentiable."""
+        if self._checkpointing:
+            self.model.train()  # transformers checkpoints in training mode only
+        return self._hidden_states(batch.input_ids, batch.attention_mask).flatten(0, 1)[batch.row_index]
+
+    def _hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        with self.autocast():
+            output = self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        hidden: torch.Tensor = output.last_hidden_state
+        return hidden
+
+    def save(self, directory: Path) -> None:
+        """Writes model (safetensors) and tokenizer in the layout that ``from_pretrained`` reads."""
+        self.model.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+
+    def load_weights(self, directory: Path) -> None:
+        """Takes over the weights saved in ``directory``, in place, bit for bit."""
+        saved = type(self.model).from_pretrained(directory, dtype=torch.float32)
+        with torch.no_grad():
+            own = dict(self.model.named_parameters())
+            for name, value in saved.named_parameters():
+                own[name].copy_(value)
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        tokens = torch.arange(min(8, self._head.weight.shape[0]), device=self.device)[None]
+        mask = torch.ones_like(tokens)
+        logits = self.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits[0].float()
+        expected = logits.log_softmax(-1)[:-1].gather(1, tokens[0, 1:, None])[:, 0]
+        hidden = self.model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state[0, :-1]
+        found = token_logprob(hidden, self._head, targets=tokens[0, 1:], want_entropy=False)[0]
+        error = (expected - found).abs().max().item()
+        if not error <= _PROBE_TOLERANCE:
+            raise ConfigError(
+                f"{type(self.model).__name__} makes logits in a way this trainer does not know (log-probabilities differ by "
+                f"{error:.3g} nats from head(hidden states)); please report the model's name"
+            )
+
+
+class PolicySource:
+    """Where a policy comes from: tokeniser and sizes at once, weights when they are asked for.
+
+    Raises:
+        ConfigError: the model cannot be found, or no device of the wanted kind is there.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._device = pick_device(config.device)
+        path = str(embedded_model_dir()) if config.model == "embedded" else config.model
+        self._arguments = {
+            "pretrained_model_name_or_path": path,
+            "revision": config.revision,
+            "trust_remote_code": config.trust_remote_code,
+        }
+        self.tokenizer: PreTrainedTokenizerBase = self._read(AutoTokenizer)
+        text_config = self._read(AutoConfig).get_text_config()
+        self.context_length = int(getattr(text_config, "max_position_embeddings", None) or _DEFAULT_CONTEXT)
+        """Longest sequence the model was made for, in tokens."""
+        room = self.context_length - config.max_completion_length
+        if room < 1:
+            raise ConfigError(
+                f"max_completion_length={config.max_completion_length} leaves no room for a prompt in {config.model}'s "
+                f"context of {self.context_length} tokens; lower it"
+            )
+        self.max_prompt_length = min(room, config.max_prompt_length or room)
+        """Longest prompt that leaves room for a completion."""
+
+    @property
+    def chat(self) -> bool:
+        """Whether the tokeniser brings a chat template."""
+        return self.tokenizer.chat_template is not None
+
+    def load(self) -> Policy:
+        """Reads the weights.
+
+        Raises:
+            ConfigError: they cannot be read, or the model computes its logits in a way the head does not describe.
+        """
+        config = self._config
+        model: PreTrainedModel = self._read(
+            AutoModelForCausalLM, dtype=torch.float32, attn_implementation=config.attn_implementation
+        )
+        _disable_dropout(model)
+        if config.gradient_checkpointing:
+            # transformers renamed it; the old name warns where the new one exists
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        wants_bf16 = config.dtype == "bfloat16" or (config.dtype == "auto" and self._device.type == "cuda")
+        return Policy(
+            model.to(self._device),
+            self.tokenizer,
+            autocast_dtype=torch.bfloat16 if wants_bf16 else None,
+            checkpointing=config.gradient_checkpointing,
+        )
+
+    def _read(self, auto_class: Any, **arguments: Any) -> Any:
+        try:
+            return auto_class.from_pretrained(**self._arguments, **arguments)
+        except (OSError, ValueError, ImportError) as error:
+            lines = str(error).strip().splitlines()
+            raise ConfigError(
+                f"cannot load model {self._config.model!r}: {lines[0] if lines else type(error).__name__} "
+                "Give a directory with config.json, safetensors and tokenizer, or a hub id that this machine can reach."
+            ) from error
+
+
+def pick_device(wanted: str) -> torch.device:
+    """Turns ``auto``, ``cpu`` or ``cuda`` into a device.
+
+    Raises:
+        ConfigError: a GPU is asked for and torch sees none.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device='cuda' but torch sees no GPU; run `grpo-fast doctor`, or set device='auto'")
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(wanted)
+
+
+def _find_head(model: PreTrainedModel) -> LMHead:
+    linear = model.get_output_embeddings()
+    if linear is None:
+        raise ConfigError(f"{type(model).__name__} has no output embeddings; a causal language model is needed")
+    text_config = model.config.get_text_config()
+    scale = float(getattr(text_config, "logit_scale", None) or 1.0) / float(getattr(text_config, "logits_scaling", None) or 1.0)
+    return LMHead(
+        weight=linear.weight,
+        bias=getattr(linear, "bias", None),
+        logit_scale=scale,
+        softcap=getattr(text_config, "final_logit_softcapping", None),
+    )
+
+
+def _disable_dropout(model: PreTrainedModel) -> None:
+    """With dropout the ratio of an on-policy step would not be 1."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0

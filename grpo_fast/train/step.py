@@ -1,0 +1,248 @@
+"""The update of one step: from scored groups to new weights.
+
+Every normaliser is computed over the whole step before anything is dropped or cut, so neither leaving out sequences that carry
+no gradient nor the number of micro-batches changes a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from grpo_fast.config import Config
+from grpo_fast.metrics import MetricSums, PhaseTimer
+from grpo_fast.objective import OBJECTIVES, sequence_kl
+from grpo_fast.ops import LossBatch, PolicyMetrics, fused_grpo, live_sequences, plan_microbatches, token_logprob
+from grpo_fast.train.optim import set_learning_rate
+from grpo_fast.train.policy import Policy
+from grpo_fast.types import Group, TokenBatch
+
+
+class NonFiniteGradientError(RuntimeError):
+    """The gradient is not finite; the weights were left as they were."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSequence:
+    """One prompt with one completion, as the update reads it."""
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    sampling_logprobs: tuple[float, ...]
+    advantage: float
+    in_loss: bool
+    """Whether its tokens count: false for a truncated completion when those are masked."""
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateResult:
+    """What an update did."""
+
+    metrics: dict[str, float]
+    trained: tuple[TrainingSequence, ...]
+    """The sequences that went through the model; the others carried no gradient."""
+    num_dropped_tokens: int
+    """Completion tokens that were sampled but not trained on."""
+
+
+class Learner:
+    """Owns the optimiser and turns groups with rewards into weight updates."""
+
+    def __init__(self, config: Config, policy: Policy, optimizer: torch.optim.Optimizer, *, reference: Policy | None) -> None:
+        if (config.beta > 0) != (reference is not None):
+            raise ValueError(
+                f"beta={config.beta} and reference={reference}: a reference policy is needed exactly when beta > 0"
+            )
+        self._config = config
+        self._policy = policy
+        self._optimizer = optimizer
+        self._reference = reference
+        self._objective = OBJECTIVES[config.loss_type]
+        self._spec = self._objective.spec(config)
+        self._num_items_in_batch = 0.0
+
+    def update(self, groups: Sequence[Group], *, learning_rate: float, timer: PhaseTimer) -> UpdateResult:
+        """Gives the groups of a step their advantages and takes ``num_iterations`` optimiser steps on them.
+
+        Raises:
+            NonFiniteGradientError: before the weights are touched.
+        """
+        config = self._config
+        with timer.phase("score"):
+            self._assign_advantages(groups)
+            sequences = flatten_groups(groups, mask_truncated=config.mask_truncated_completions)
+            batches, trained = self._micro_batches(sequences)
+            references = [self._reference_logprobs(batch) if self._spec.beta else None for batch in batches]
+        with timer.phase("train"):
+            set_learning_rate(self._optimizer, learning_rate)
+            sums = MetricSums()
+            # A cut support makes the sampler's distribution another one than the policy's: the ratio is taken against it.
+            olds = [batch.sampling_logprobs if config.truncates_support else None for batch in batches]
+            for iteration in range(config.num_iterations):
+                for index, (batch, reference) in enumerate(zip(batches, references, strict=True)):
+                    logprobs = self._accumulate(batch, olds[index], reference, sums)
+                    if iteration == 0:
+                        _add_mismatch(sums, logprobs - batch.sampling_logprobs)
+                        olds[index] = logprobs if olds[index] is None else olds[index]
+                self._apply_gradient(sums)
+            metrics = {name: value for name, value in sums.compute().items() if not name.startswith("_")}
+        metrics["loss"] = metrics.get("loss", 0.0) / config.num_iterations
+        num_trained = sum(len(sequence.completion_ids) for sequence in trained)
+        num_sampled = sum(len(sequence.completion_ids) for sequence in sequences)
+        return UpdateResult(metrics, trained, num_sampled - num_trained)
+
+    def _assign_advantages(self, groups: Sequence[Group]) -> None:
+        rewards = torch.tensor([group.reward for group in groups], dtype=torch.float64)
+        if self._objective.kl_in_reward and self._config.beta > 0:
+            rewards -= self._config.beta * self._kl_of_completions(groups).view_as(rewards)
+        result = self._objective.advantages(rewards, scale_rewards=self._config.scale_rewards)
+        for group, row in zip(groups, result.advantages.tolist(), strict=True):
+            group.advantages = row
+
+    def _kl_of_completions(self, groups: Sequence[Group]) -> torch.Tensor:
+        """float64 [N] on the CPU: first-order KL of each whole completion to the reference."""
+        sequences = flatten_groups(groups, mask_truncated=False)
+        plan = plan_microbatches(
+            [len(s) for s in sequences], live=[True] * len(sequences), token_budget=self._config.tokens_per_microbatch
+        )
+        result = torch.zeros(len(sequences), dtype=torch.float64)
+        for rows in plan:
+            batch = build_batch([sequences[i] for i in rows], [0.0] * len(rows), self._policy.device)
+            reference = self._reference_logprobs(batch)
+            assert reference is not None
+            kl = sequence_kl(
+                batch.sampling_logprobs, reference, sequence_index=batch.sequence_index, num_sequences=batch.num_sequences
+            )
+            result[rows] = kl.double().cpu()
+        return result
+
+    def _micro_batches(self, sequences: list[TrainingSequence]) -> tuple[list[TokenBatch], tuple[TrainingSequence, ...]]:
+        config = self._config
+        in_loss = [len(s.completion_ids) if s.in_loss else 0 for s in sequences]
+        weights = self._objective.loss_weights(
+            torch.tensor(in_loss), max_completion_length=config.max_completion_length
+        ).tolist()
+        live = live_sequences(
+            in_loss, [s.advantage for s in sequences], beta=self._spec.beta, entropy_coef=self._spec.entropy_coef
+        )
+        plan = plan_microbatches([len(s) for s in sequences], live=live, token_budget=config.tokens_per_microbatch)
+        self._num_items_in_batch = float(sum(in_loss))
+        batches = [build_batch([sequences[i] for i in rows], [weights[i] for i in rows], self._policy.device) for rows in plan]
+        return batches, tuple(sequences[i] for rows in plan for i in rows)
+
+    def _accumulate(
+        self, batch: TokenBatch, old: torch.Tensor | None, reference: torch.Tensor | None, sums: MetricSums
+    ) -> torch.Tensor:
+        """Adds a micro-batch's gradient and metrics; returns its log-probabilities [T]."""
+        result = fused_grpo(
+            self._policy.scored_hidden_states(batch),
+            self._policy.head(self._config.temperature),
+            targets=batch.targets,
+            batch=LossBatch(
+                sequence_index=batch.sequence_index,
+                advantages=batch.advantages,
+                loss_weights=batch.loss_weights,
+                old_logprobs=old,
+                ref_logprobs=reference,
+                num_items_in_batch=self._num_items_in_batch,
+            ),
+            spec=self._spec,
+        )
+        result.loss.backward()
+        sums.add("loss", result.loss)
+        _add_policy_metrics(sums, result.metrics, surrogate=self._spec.surrogate)
+        return result.logprobs
+
+    @torch.no_grad()
+    def _reference_logprobs(self, batch: TokenBatch) -> torch.Tensor | None:
+        if self._reference is None:
+            return None
+        hidden = self._reference.scored_hidden_states(batch)
+        head = self._reference.head(self._config.temperature)
+        return token_logprob(hidden, head, targets=batch.targets, want_entropy=False)[0]
+
+    def _apply_gradient(self, sums: MetricSums) -> None:
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        for parameter in parameters:
+            if parameter.grad is None:  # no sequence carried a gradient: zero, as it would have been, not absent
+                parameter.grad = torch.zeros_like(parameter)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self._config.max_grad_norm or float("inf"))
+        if not torch.isfinite(norm):
+            self._optimizer.zero_grad()
+            raise NonFiniteGradientError(
+                f"the gradient norm is {norm.item()}; this update was not made. Look at the last rewards and at the "
+                f"learning rate ({self._config.learning_rate:g}); non-finite weights or logits are the usual cause."
+            )
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        sums.add("grad_norm", norm, reduction="max")
+
+
+def _add_policy_metrics(sums: MetricSums, metrics: PolicyMetrics, *, surrogate: str) -> None:
+    """TRL's names; ``kl`` is there whether or not it is in the loss, and 0 without a reference."""
+    sums.add("_tokens", metrics.num_tokens)
+    sums.add("_ratios", metrics.num_ratios)
+    sums.add("entropy", metrics.entropy_sum, weight="_tokens")
+    sums.add("kl", metrics.kl_sum, weight="_tokens")
+    if surrogate == "cispo":
+        sums.add("cispo_clip_ratio", metrics.clip_high, weight="_ratios")
+    else:
+        sums.add("clip_ratio/low_mean", metrics.clip_low, weight="_ratios")
+        sums.add("clip_ratio/high_mean", metrics.clip_high, weight="_ratios")
+        sums.add("clip_ratio/region_mean", metrics.clip_region, weight="_ratios")
+
+
+def _add_mismatch(sums: MetricSums, difference: torch.Tensor) -> None:
+    """How far the engine's log-probabilities are from the policy's own on the same weights."""
+    sums.add("_first_tokens", torch.tensor(difference.numel(), device=difference.device))
+    sums.add("sampling/sampling_logp_difference/mean", difference.abs().sum(), weight="_first_tokens")
+    sums.add("sampling/sampling_logp_difference/max", difference.abs().max(), reduction="max")
+    sums.add("sampling/importance_sampling_ratio/min", difference.exp().min(), reduction="min")
+    sums.add("sampling/importance_sampling_ratio/mean", difference.exp().sum(), weight="_first_tokens")
+    sums.add("sampling/importance_sampling_ratio/max", difference.exp().max(), reduction="max")
+
+
+def flatten_groups(groups: Sequence[Group], *, mask_truncated: bool) -> list[TrainingSequence]:
+    """The N sequences of a step, in order, as the update reads them."""
+    return [
+        TrainingSequence(
+            prompt_ids=group.prompt.token_ids,
+            completion_ids=completion.token_ids,
+            sampling_logprobs=completion.logprobs,
+            advantage=advantage,
+            in_loss=not (mask_truncated and completion.truncated),
+        )
+        for group in groups
+        for completion, advantage in zip(group.completions, group.advantages, strict=True)
+    ]
+
+
+def build_batch(sequences: Sequence[TrainingSequence], loss_weights: Sequence[float], device: torch.device) -> TokenBatch:
+    """Right-pads sequences into one micro-batch."""
+    width = max(len(sequence) for sequence in sequences)
+    ids, mask, rows, targets, owners, sampled = [], [], [], [], [], []
+    for index, sequence in enumerate(sequences):
+        tokens = [*sequence.prompt_ids, *sequence.completion_ids]
+        padding = [0] * (width - len(tokens))
+        ids.append(tokens + padding)
+        mask.append([1] * len(tokens) + padding)
+        first = index * width + len(sequence.prompt_ids) - 1
+        rows.extend(range(first, first + len(sequence.completion_ids)))
+        targets.extend(sequence.completion_ids)
+        owners.extend([index] * len(sequence.completion_ids))
+        sampled.extend(sequence.sampling_logprobs)
+    return TokenBatch(
+        input_ids=torch.tensor(ids, device=device),
+        attention_mask=torch.tensor(mask, device=device),
+        row_index=torch.tensor(rows, device=device),
+        targets=torch.tensor(targets, device=device),
+        sequence_index=torch.tensor(owners, device=device),
+        advantages=torch.tensor([s.advantage for s in sequences], dtype=torch.float32, device=device),
+        loss_weights=torch.tensor(loss_weights, dtype=torch.float32, device=device),
+        sampling_logprobs=torch.tensor(sampled, dtype=torch.float32, device=device),
+    )

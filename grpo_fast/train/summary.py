@@ -1,0 +1,81 @@
+"""The last word of a run: why it ended, what it cost, and what stopping saved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from grpo_fast.config import Config
+from grpo_fast.device import device_facts, versions
+from grpo_fast.law import Forecast
+from grpo_fast.sinks.jsonl import plain
+from grpo_fast.train.parts import Parts
+
+SUMMARY_FILE = "summary.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """Why a run ended."""
+
+    kind: str
+    """``forecast``, ``interrupt``, ``user``, or the name of the budget that was reached."""
+    message: str
+    """One sentence with numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the policy came to."""
+
+    step: int
+    final_reward: float
+    """Mean reward of the last steps."""
+    best: Mapping[str, Any]
+    """``metric``, ``step`` and ``checkpoint`` of the best checkpoint."""
+    evals: Mapping[str, float]
+    """``first`` and ``last`` held-out reward, where there were evaluations."""
+    forecast: Forecast | None
+
+
+def write_summary(config: Config, parts: Parts, ending: Ending, outcome: Outcome) -> dict[str, Any]:
+    """Writes ``summary.json`` into the run and returns what it holds."""
+    compute = parts.meter.summary()
+    forecast = None if outcome.forecast is None else outcome.forecast.to_dict()
+    if forecast is not None:
+        forecast.pop("band")
+    summary = {
+        "stopped_by": ending.kind,
+        "reason": ending.message,
+        "step": outcome.step,
+        "max_steps": config.max_steps,
+        "final_reward": outcome.final_reward,
+        "best_reward": outcome.best["metric"],
+        "best_step": outcome.best["step"],
+        "initial_eval_reward": outcome.evals.get("first"),
+        "eval_reward": outcome.evals.get("last"),
+        "forecast": forecast,
+        "saved": _saved(outcome.step, config.max_steps, compute),
+        "compute": compute,
+        "device": device_facts("cpu" if parts.policy.device.type == "cpu" else "cuda").as_dict(),
+        "versions": versions(),
+        "model": config.model,
+        "dataset": parts.task.name,
+    }
+    text = json.dumps(plain(summary), indent=1, allow_nan=False)
+    (config.output_dir / SUMMARY_FILE).write_text(text, encoding="utf-8")
+    result: dict[str, Any] = json.loads(text)
+    return result
+
+
+def _saved(step: int, max_steps: int, compute: Mapping[str, Any]) -> dict[str, float]:
+    """What the steps that were not run would have cost, at the mean cost of those that were."""
+    ahead = (max_steps - step) / step if step else 0.0
+    return {
+        "steps": (max_steps - step) / max_steps,
+        "flops": ahead * compute["flops"],
+        "gpu_hours": ahead * compute["gpu_hours"],
+        "money": ahead * compute["money"],
+    }

@@ -1,0 +1,371 @@
+"""The loop: prompts, rollouts, rewards, advantages, update, meter, forecast, and the decision to go on.
+
+``GRPOTrainer.steps`` with ``_collect`` and ``_learn`` is the whole of it. Everything it works with is handed in as ``Parts``,
+so an engine, a predictor, a sink or a reward function can be replaced without touching the loop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+from grpo_fast.config import Config
+from grpo_fast.law import Forecast, StopDecision
+from grpo_fast.metrics import PhaseTimer
+from grpo_fast.rewards import RewardError
+from grpo_fast.train.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
+from grpo_fast.train.collect import Collected, Collector
+from grpo_fast.train.evaluate import evaluate
+from grpo_fast.train.interrupt import InterruptFlag
+from grpo_fast.train.optim import build_optimizer, learning_rate_at, progress_schedule
+from grpo_fast.train.parts import CONFIG_FILE, Parts, Replacements, build_parts, check_resumable
+from grpo_fast.train.rng import load_rng_state, rng_state
+from grpo_fast.train.step import Learner, NonFiniteGradientError, UpdateResult
+from grpo_fast.train.summary import Ending, Outcome, write_summary
+from grpo_fast.types import Group
+
+_STATE_VERSION = 1
+_SMOOTHED_STEPS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step did."""
+
+    step: int
+    metrics: dict[str, float]
+    forecast: Forecast | None
+    decision: StopDecision | None
+    groups: Sequence[Group]
+    """The prompts of the step with completions, rewards and advantages."""
+
+
+class GRPOTrainer:
+    """Trains a policy with GRPO until a budget is spent, the forecast says that the plateau has come, or you stop it.
+
+    Example:
+        >>> with GRPOTrainer(recipe("embedded", max_steps=50)) as trainer:
+        ...     for step in trainer.steps():
+        ...         print(step.step, step.metrics["reward"], step.forecast.plateau)
+    """
+
+    def __init__(self, config: Config, *, resume: bool = False, **given: Unpack[Replacements]) -> None:
+        """Checks everything that can be checked, then loads data and model.
+
+        Args:
+            config: the whole configuration; see :func:`grpo_fast.recipe` for ready ones.
+            resume: go on with the run in ``config.output_dir``; see :meth:`resume`.
+            **given: parts in place of the configured ones: ``reward_funcs``, ``task``, ``budget``, ``engine``, ``predictor``,
+                ``sinks``; see :class:`~grpo_fast.train.parts.Replacements`.
+
+        Raises:
+            ConfigError: something in the configuration cannot work; the message names it and the fix.
+        """
+        self.config = config
+        self._parts: Parts = build_parts(config, given, resume=resume)
+        parts = self._parts
+        self._optimizer = build_optimizer(parts.policy.model, config)
+        self._learner = Learner(config, parts.policy, self._optimizer, reference=parts.reference)
+        self._collector = Collector(config, engine=parts.engine, stream=parts.stream, rewards=parts.rewards)
+        self._progress = progress_schedule(config)
+        self._timer = PhaseTimer()
+        self._interrupt = InterruptFlag()
+        self._pending: Collected | None = None
+        self._stream_state = parts.stream.state_dict()
+        self._recent_rewards: list[float] = []
+        self._best: dict[str, Any] = {"metric": None, "step": None, "checkpoint": None}
+        self._evals: dict[str, float] = {}
+        self._warned = False
+        self._opened = False
+        self._saved_step: int | None = None
+        self._stop_message = ""
+        self._ending: Ending | None = None
+        self._forecast: Forecast | None = None
+        self.global_step = 0
+        """Steps done."""
+        self.summary: dict[str, Any] = {}
+        """What ``summary.json`` holds; empty until the run has ended."""
+        if resume:
+            self._restore()
+
+    @classmethod
+    def resume(cls, run_dir: str | Path, *, config: Config | None = None, **given: Unpack[Replacements]) -> Self:
+        """Opens a run to go on from its newest checkpoint, or from the start where it has none yet.
+
+        The trace from there on is the one that the run would have had: bit for bit, on the same machine.
+
+        Args:
+            run_dir: the run.
+            config: the run's configuration with changed limits, forecast or output settings; other changes are refused.
+            **given: as for the constructor; Python reward functions and tasks must be given again.
+
+        Raises:
+            ConfigError: no such run, or a change that would make it another run.
+            CheckpointError: the newest checkpoint is damaged.
+        """
+        saved = Config.from_toml(Path(run_dir) / CONFIG_FILE)
+        wanted = (config or saved).replace(output_dir=Path(run_dir))
+        check_resumable(saved, wanted)
+        return cls(wanted, resume=True, **given)
+
+    def train(self) -> dict[str, Any]:
+        """Runs to the end.
+
+        Returns:
+            The summary, as ``summary.json`` holds it.
+        """
+        for _ in self.steps():
+            pass
+        return self.summary
+
+    def steps(self) -> Iterator[StepResult]:
+        """Trains, and yields after each step. Leaving the loop ends the run with a checkpoint; calling it again goes on.
+
+        Raises:
+            RewardError: a reward function failed; what was trained is saved.
+            NonFiniteGradientError: training diverged; what was trained is saved.
+            KeyboardInterrupt: Ctrl-C came twice; the newest checkpoint holds.
+        """
+        with self._interrupt:
+            self._open()
+            self._ending = self._why_end()
+            try:
+                while self._ending is None:
+                    self._collect()
+                    self._ending = self._why_end()
+                    if self._ending is None:
+                        yield self._learn()
+                self._finish(self._ending)
+            except GeneratorExit:
+                self._finish(Ending("user", f"The loop was left after step {self.global_step}."))
+                raise
+            except (RewardError, NonFiniteGradientError):
+                self._save()
+                raise
+
+    def stop(self, message: str = "stop() was called") -> None:
+        """Ends the run after the present step, with a checkpoint."""
+        self._stop_message = message
+
+    def _collect(self) -> None:
+        """Samples and scores the step's groups, unless a checkpoint brought them along."""
+        if self._pending is None:
+            self._pending = self._collector.collect(self.global_step + 1, self._timer)
+            sampled = self._pending.sampled
+            self._parts.meter.add_rollout(
+                [len(group.prompt.token_ids) for group in sampled],
+                [[len(completion.token_ids) for completion in group.completions] for group in sampled],
+            )
+            self._stream_state = self._parts.stream.state_dict()
+
+    def _learn(self) -> StepResult:
+        """The rest of a step: from collected groups to the decision to go on."""
+        assert self._pending is not None
+        parts, collected, step = self._parts, self._pending, self.global_step + 1
+        learning_rate = learning_rate_at(step, self.config)
+
+        update = self._learner.update(collected.groups, learning_rate=learning_rate, timer=self._timer)
+        self.global_step, self._pending = step, None
+        with self._timer.phase("sync"):
+            sync = parts.engine.sync_weights(parts.policy.model, step)
+
+        decision = self._observe(collected.metrics)
+        times = self._charge(update)
+        self._ending = self._why_end(decision)
+
+        metrics = {"step": step, "progress": self._progress[step - 1], "learning_rate": learning_rate}
+        metrics |= {"epoch": parts.stream.epoch} | collected.metrics | update.metrics | sync | times | parts.meter.metrics()
+        metrics |= {f"budget/{name}": left for name, left in parts.budget.remaining(parts.meter.usage(step)).items()}
+        if self.config.eval_steps and (self._ending is not None or step % self.config.eval_steps == 0):
+            metrics["eval_reward"] = self.evaluate()
+        self._log(metrics, decision, collected)
+        if self._ending is not None or step % self.config.save_steps == 0:
+            self._save()
+        return StepResult(step, metrics, self._forecast, decision, collected.groups)
+
+    def evaluate(self) -> float:
+        """Mean reward of greedy answers to the held-out prompts, by the task's own measure."""
+        value = evaluate(self.config, self._parts)
+        self._evals.setdefault("first", value)
+        self._evals["last"] = value
+        return value
+
+    def save(self) -> Path:
+        """Writes a checkpoint now.
+
+        Returns:
+            Its directory, which ``from_pretrained`` reads.
+        """
+        self._save()
+        return self.config.output_dir / f"checkpoint-{self.global_step}"
+
+    def close(self) -> None:
+        """Ends worker processes, the engine and the sinks; calling it twice is harmless."""
+        self._parts.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _observe(self, metrics: dict[str, float]) -> StopDecision | None:
+        """Shows the step's reward to the predictor and asks the rule; in ``warn`` mode tells once."""
+        self._recent_rewards = [*self._recent_rewards, metrics["reward"]][-_SMOOTHED_STEPS:]
+        if self.config.forecast == "off":
+            return None
+        self._forecast = self._parts.predictor.observe(
+            self.global_step,
+            self._progress[self.global_step - 1],
+            metrics["reward"],
+            num_prompts=self.config.prompts_per_step,
+            num_generations=self.config.num_generations,
+            reward_std=metrics["reward_std"],
+        )
+        decision = self._parts.stopping.update(self._forecast)
+        if decision.stop and self.config.forecast == "warn" and not self._warned:
+            self._warned = True
+            self._event("warn", decision.reason)
+        return decision
+
+    def _charge(self, update: UpdateResult) -> dict[str, float]:
+        """Meters the step and returns its times."""
+        meter, config = self._parts.meter, self.config
+        lengths = [len(sequence) for sequence in update.trained]
+        scored = sum(len(sequence.completion_ids) for sequence in update.trained)
+        if self._parts.reference is not None:
+            meter.add_reference(lengths, scored)
+        meter.add_train(lengths, scored, checkpointing=config.gradient_checkpointing, num_iterations=config.num_iterations)
+        meter.add_dropped(update.num_dropped_tokens)
+        seconds = self._timer.lap()
+        meter.add_seconds(seconds)
+        return {"step_time": sum(seconds.values())} | {f"time/{phase}": value for phase, value in seconds.items()}
+
+    def _why_end(self, decision: StopDecision | None = None) -> Ending | None:
+        step = self.global_step
+        if self._interrupt:
+            return Ending(
+                "interrupt",
+                f"{self._interrupt.name} came after step {step}; the run is saved. Go on with {self._resume_hint()}.",
+            )
+        if self._stop_message:
+            return Ending("user", f"{self._stop_message}, after step {step}.")
+        verdict = self._parts.budget.check(self._parts.meter.usage(step))
+        if verdict is not None:
+            return Ending(verdict.stopped_by, verdict.reason)
+        if step >= self.config.max_steps:
+            return Ending("max_steps", f"max_steps is reached: {step} of {self.config.max_steps} steps are done.")
+        if decision is not None and decision.stop and self.config.forecast == "stop":
+            return Ending("forecast", decision.reason)
+        return None
+
+    def _open(self) -> None:
+        """Starts the sinks, and evaluates the untrained policy once where evaluation is on."""
+        if self._opened:
+            return
+        self._opened = True
+        self._parts.open(self.global_step)
+        self._event("resume" if self.global_step else "start", self._parts.describe(self.global_step))
+        if self.config.eval_steps and "first" not in self._evals:
+            value = self.evaluate()
+            self._parts.sinks.log_step({"step": 0, "progress": 0.0, "eval_reward": value}, None)
+            self._event("eval", f"held-out reward before training: {value:.3f}")
+
+    def _finish(self, ending: Ending) -> None:
+        """Saves what is not saved, writes the summary and tells why the run ended."""
+        self._parts.meter.add_seconds(self._timer.lap())
+        if self._saved_step != self.global_step or self._pending is not None:
+            self._save()
+        outcome = Outcome(self.global_step, self._smoothed_reward(), self._best, self._evals, self._forecast)
+        self.summary = write_summary(self.config, self._parts, ending, outcome)
+        events = {"interrupt": "interrupt", "forecast": "stop", "user": "stop"}
+        self._event(events.get(ending.kind, "budget"), ending.message)
+        self._stop_message = ""
+
+    def _log(self, metrics: dict[str, float], decision: StopDecision | None, collected: Collected) -> None:
+        forecast = None if self._forecast is None or decision is None else self._forecast.to_dict()
+        self._parts.sinks.log_step(metrics, forecast)
+        pairs = [(group, i) for group in collected.groups for i in range(len(group.completions))]
+        self._parts.sinks.log_completions(
+            [
+                {
+                    "step": self.global_step,
+                    "prompt": group.prompt.prompt,
+                    "completion": group.completions[i].text,
+                    "reward": group.reward[i],
+                    "advantage": group.advantages[i],
+                }
+                for group, i in pairs[: self.config.log_completions]
+            ]
+        )
+
+    def _save(self) -> None:
+        """A checkpoint, the best one noted, old ones removed."""
+        config, step = self.config, self.global_step
+        metric = self._evals.get("last", self._smoothed_reward())
+        if step and (self._best["metric"] is None or metric > self._best["metric"]):
+            self._best = {"metric": metric, "step": step, "checkpoint": f"checkpoint-{step}"}
+        path = save_checkpoint(
+            config.output_dir, step, policy=self._parts.policy, optimizer=self._optimizer, state=self._state_dict()
+        )
+        self._saved_step = step
+        best = self._best["checkpoint"]
+        prune_checkpoints(config.output_dir, keep=config.save_total_limit, protect=best and config.output_dir / best)
+        self._parts.record.save_state(
+            step, best_metric=self._best["metric"], best_step=self._best["step"], best_checkpoint=best
+        )
+        self._event("checkpoint", f"saved {path}")
+
+    def _state_dict(self) -> dict[str, Any]:
+        parts = self._parts
+        return {
+            "version": _STATE_VERSION,
+            "step": self.global_step,
+            "stream": self._stream_state,
+            "pending": None if self._pending is None else self._pending.to_dict(),
+            "predictor": parts.predictor.state_dict(),
+            "stopping": parts.stopping.state_dict(),
+            "meter": parts.meter.state_dict(),
+            "recent_rewards": self._recent_rewards,
+            "best": self._best,
+            "evals": self._evals,
+            "warned": self._warned,
+            "rng": rng_state(),
+        }
+
+    def _restore(self) -> None:
+        """Puts everything back to the newest checkpoint, and the run's record with it."""
+        checkpoints = list_checkpoints(self.config.output_dir)
+        parts = self._parts
+        if not checkpoints:
+            parts.record.truncate(-1)
+            return
+        state = load_checkpoint(checkpoints[-1], policy=parts.policy, optimizer=self._optimizer)
+        if state["version"] != _STATE_VERSION:
+            raise CheckpointError(f"{checkpoints[-1]} is of another version of grpo_fast (state {state['version']})")
+        self.global_step = self._saved_step = state["step"]
+        self._stream_state = state["stream"]
+        parts.stream.load_state_dict(state["stream"])
+        if state["pending"] is not None:
+            self._pending = Collected.from_dict(state["pending"], parts.prompts)
+        self._recent_rewards, self._best, self._evals = state["recent_rewards"], state["best"], state["evals"]
+        self._warned = state["warned"]
+        parts.meter.load_state_dict(state["meter"])
+        parts.record.truncate(self.global_step)
+        parts.restore_law(state, self._progress)
+        parts.engine.sync_weights(parts.policy.model, self.global_step)
+        load_rng_state(state["rng"])
+
+    def _smoothed_reward(self) -> float:
+        known = [value for value in self._recent_rewards if not math.isnan(value)]
+        return sum(known) / len(known) if known else math.nan
+
+    def _event(self, event: str, message: str) -> None:
+        self._parts.sinks.log_event(self.global_step, event, message)
+
+    def _resume_hint(self) -> str:
+        return f"`grpo-fast train --resume {self.config.output_dir}`"

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from grpo_fast.ops.policy_loss import LossBatch, LossSpec, policy_loss, sequence_lengths
+
+SPECS = {
+    "clip": LossSpec(epsilon_high=0.28),
+    "two-sided": LossSpec(delta=1.5),
+    "cispo": LossSpec(surrogate="cispo", epsilon_high=1.3),
+    "sapo": LossSpec(surrogate="sapo"),
+    "gspo": LossSpec(importance_sampling_level="sequence", epsilon_low=0.05, epsilon_high=0.05),
+    "rloo": LossSpec(importance_sampling_level="sequence_sum"),
+    "kl": LossSpec(beta=0.1),
+    "raw kl": LossSpec(beta=0.1, use_bias_correction_kl=False),
+    "gspo kl": LossSpec(importance_sampling_level="sequence", beta=0.1),
+    "entropy": LossSpec(entropy_coef=0.01),
+}
+
+
+def case(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, LossBatch]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(n: int) -> torch.Tensor:
+        return torch.randn(n, generator=generator, dtype=torch.float64).to(dtype)
+
+    lengths = torch.tensor([4, 1, 0, 6, 3, 0])
+    old = -draw(14).abs() - 0.2
+    batch = LossBatch(
+        torch.repeat_interleave(torch.arange(6), lengths),
+        torch.tensor([1.3, -0.7, 0.4, -1.1, 0.0, 2.0], dtype=dtype),
+        torch.tensor([0.25, 0.5, 1.0, 0.125, 0.3, 1.0], dtype=dtype),
+        old_logprobs=old,
+        ref_logprobs=old + 0.3 * draw(14),
+        num_items_in_batch=20.0,
+    )
+    return old + 0.4 * draw(14), draw(14).abs(), batch
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_gradients_are_those_of_the_loss(name: str) -> None:
+    logprobs, entropy, batch = case()
+    smooth = {"cispo": "its ratio is a constant by definition"}
+    if name in smooth:
+        pytest.skip(smooth[name])
+    inputs = (logprobs.requires_grad_(), entropy.requires_grad_())
+    assert torch.autograd.gradcheck(lambda lp, h: policy_loss(lp, batch, spec=SPECS[name], entropy=h).loss, inputs)
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_on_policy_the_ratio_is_one_bit_for_bit(name: str, dtype: torch.dtype) -> None:
+    logprobs, entropy, batch = case(dtype)
+    spec = SPECS[name]
+    off = batch._replace(old_logprobs=logprobs.clone())
+    on = batch._replace(old_logprobs=None)
+    results = []
+    for each in (on, off):
+        leaf = logprobs.clone().requires_grad_()
+        result = policy_loss(leaf, each, spec=spec, entropy=entropy)
+        result.loss.backward()
+        results.append((result.loss.detach(), leaf.grad))
+        assert result.metrics.ratio_min == result.metrics.ratio_max == 1.0
+        assert result.metrics.ratio_sum == result.metrics.num_ratios
+        assert result.metrics.clip_region == 0
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert (results[0][1][batch.advantages[batch.sequence_index] != 0] != 0).all()
+
+
+def test_on_policy_gradient_is_the_policy_gradient() -> None:
+    logprobs, _, batch = case()
+    for name in ("clip", "two-sided", "cispo", "sapo", "gspo"):
+        leaf = logprobs.clone().requires_grad_()
+        policy_loss(leaf, batch._replace(old_logprobs=None), spec=SPECS[name]).loss.backward()
+        expected = -(batch.loss_weights * batch.advantages)[batch.sequence_index]
+        torch.testing.assert_close(leaf.grad, expected, rtol=1e-14, atol=0)
+
+
+def test_metrics_count_tokens_at_token_level() -> None:
+    ratios = torch.tensor([0.5, 0.9, 1.5, 1.5, 0.5, 1.1, 1.25])
+    batch = LossBatch(
+        torch.tensor([0, 0, 0, 1, 1, 1, 1]), torch.tensor([1.0, -1.0]), torch.ones(2), old_logprobs=torch.zeros(7)
+    )
+    entropy = torch.arange(7.0)
+    metrics = policy_loss(ratios.log(), batch, spec=LossSpec(epsilon_high=0.2), entropy=entropy).metrics
+    found = {name: round(value.item(), 5) for name, value in asdict(metrics).items()}
+    assert found == {
+        "num_tokens": 7.0,
+        "num_ratios": 7.0,
+        "clip_low": 1.0,
+        "clip_high": 1.0,
+        "clip_region": 2.0,
+        "kl_sum": 0.0,
+        "entropy_sum": 21.0,
+        "ratio_sum": 7.25,
+        "ratio_min": 0.5,
+        "ratio_max": 1.5,
+    }
+
+
+def test_metrics_count_sequences_at_sequence_level() -> None:
+    logprobs = torch.tensor([1.5, 0.5, 4.0]).log()
+    batch = LossBatch(
+        torch.tensor([0, 0, 2]), torch.tensor([1.0, 1.0, -1.0, -1.0]), torch.ones(4), old_logprobs=torch.zeros(3)
+    )
+    metrics = policy_loss(logprobs, batch, spec=LossSpec(importance_sampling_level="sequence")).metrics
+    assert metrics.num_ratios == 2
+    assert metrics.num_tokens == 3
+    assert metrics.clip_region == 0
+    assert metrics.ratio_min.item() == pytest.approx(math.sqrt(0.75))
+    assert metrics.ratio_max.item() == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_metrics_of_parts_combine_to_those_of_the_whole(name: str) -> None:
+    logprobs, entropy, batch = case()
+    whole = policy_loss(logprobs, batch, spec=SPECS[name], entropy=entropy).metrics
+    cut = 5
+    first = policy_loss(logprobs[:cut], batch.tokens(0, cut), spec=SPECS[name], entropy=entropy[:cut])
+    second = policy_loss(logprobs[cut:], batch.tokens(cut, 14), spec=SPECS[name], entropy=entropy[cut:])
+    for key, value in asdict(first.metrics.combine(second.metrics)).items():
+        torch.testing.assert_close(value, getattr(whole, key), rtol=1e-12, atol=1e-12)
+        assert not value.requires_grad
+        assert value.ndim == 0
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_nothing_gives_a_differentiable_zero(name: str) -> None:
+    logprobs, entropy, batch = case()
+    empty = logprobs[:0].clone().requires_grad_()
+    result = policy_loss(empty, batch.tokens(0, 0), spec=SPECS[name], entropy=entropy[:0])
+    result.loss.backward()
+    assert result.loss == 0
+    assert empty.grad.shape == (0,)
+    assert result.metrics.num_ratios == 0
+    assert result.metrics.ratio_min == math.inf
+    masked = logprobs.clone().requires_grad_()
+    all_masked = batch._replace(advantages=batch.advantages * 0)
+    result = policy_loss(masked, all_masked, spec=LossSpec(importance_sampling_level=SPECS[name].importance_sampling_level))
+    result.loss.backward()
+    assert result.loss == 0
+    assert (masked.grad == 0).all()
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_nan_is_seen(name: str) -> None:
+    logprobs, entropy, batch = case()
+    logprobs[11] = math.nan
+    assert batch.advantages[batch.sequence_index[11]] == 0
+    assert policy_loss(logprobs, batch, spec=SPECS[name], entropy=entropy).loss.isnan()
+
+
+def test_half_precision_inputs_are_computed_in_float32() -> None:
+    logprobs, _, batch = case(torch.float32)
+    half = logprobs.bfloat16()
+    loss = policy_loss(half, batch, spec=SPECS["clip"]).loss
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, policy_loss(half.float(), batch, spec=SPECS["clip"]).loss)
+
+
+def test_a_repeated_call_is_bitwise_the_same() -> None:
+    logprobs, entropy, batch = case(torch.float32)
+    losses = [policy_loss(logprobs, batch, spec=SPECS["gspo kl"], entropy=entropy).loss for _ in range(3)]
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_lengths_of_an_ascending_index() -> None:
+    assert sequence_lengths(torch.tensor([1, 1, 3]), num_sequences=5).tolist() == [0, 2, 0, 1, 0]
+    assert sequence_lengths(torch.tensor([], dtype=torch.long), num_sequences=2).tolist() == [0, 0]
+
+
+def test_missing_inputs_are_named() -> None:
+    logprobs, entropy, batch = case()
+    with pytest.raises(ValueError, match="ref_logprobs"):
+        policy_loss(logprobs, batch._replace(ref_logprobs=None), spec=SPECS["kl"])
+    with pytest.raises(ValueError, match="entropy="):
+        policy_loss(logprobs, batch, spec=SPECS["entropy"])
+    with pytest.raises(ValueError, match="num_items_in_batch"):
+        policy_loss(logprobs, batch._replace(num_items_in_batch=None), spec=SPECS["entropy"], entropy=entropy)
+    with pytest.raises(ValueError, match=r"old_logprobs has shape \(13,\)"):
+        policy_loss(logprobs, batch._replace(old_logprobs=batch.old_logprobs[1:]), spec=SPECS["clip"])
+    with pytest.raises(ValueError, match=r"loss_weights \(5,\)"):
+        policy_loss(logprobs, batch._replace(loss_weights=batch.loss_weights[1:]), spec=SPECS["clip"])
+    with pytest.raises(ValueError, match="no implementation 'triton'"):
+        policy_loss(logprobs, batch, spec=SPECS["clip"], impl="triton")  # type: ignore[arg-type]
+
+
+def test_impossible_losses_are_refused() -> None:
+    with pytest.raises(ValueError, match="importance_sampling_level='sequence'"):
+        LossSpec(surrogate="cispo", importance_sampling_level="sequence")
+    with pytest.raises(ValueError, match=r"delta=2\.0"):
+        LossSpec(surrogate="sapo", delta=2.0)

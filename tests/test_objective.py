@@ -1,0 +1,498 @@
+"""Every objective against formulas written another way, and against TRL's own loss."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+
+from grpo_fast.config import Config
+from grpo_fast.objective import OBJECTIVES, sequence_kl
+from grpo_fast.ops.policy_loss import LossBatch, policy_loss
+from grpo_fast.ops.row_plan import live_sequences
+
+NAMES = sorted(OBJECTIVES)
+LIMIT = 9
+LENGTHS = [9, 1, 5, 3, 7, 2, 4, 0, 6, 8, 3, 5]
+NAN = float("nan")
+REWARDS = [[1.0, 0.0, 0.25, 1.0], [0.5, 0.5, 0.5, 0.5], [0.0, NAN, 1.0, 0.75]]
+
+
+def settings(name: str, **changes: Any) -> Config:
+    """A configuration of one objective; sequence ratios get ranges that suit them."""
+    values: dict[str, Any] = {"loss_type": name, "epsilon": 0.2, "max_completion_length": LIMIT}
+    if name == "cispo":
+        values["epsilon_high"] = 1.3
+    elif name in ("gspo", "luspo"):
+        values |= {"epsilon": 0.1, "epsilon_high": 0.15}
+    else:
+        values["epsilon_high"] = 0.28
+    return Config(**(values | changes))
+
+
+@dataclass
+class Step:
+    """A step of 12 sequences: ragged, one masked, one group without variance, ratios on both sides of the clip range."""
+
+    logprobs: torch.Tensor
+    old: torch.Tensor
+    ref: torch.Tensor
+    entropy: torch.Tensor
+    index: torch.Tensor
+    advantages: torch.Tensor
+    lengths: torch.Tensor
+
+    def batch(self, config: Config, *, on_policy: bool = False) -> LossBatch:
+        weights = OBJECTIVES[config.loss_type].loss_weights(self.lengths, max_completion_length=LIMIT)
+        return LossBatch(
+            self.index,
+            self.advantages,
+            weights,
+            old_logprobs=None if on_policy else self.old,
+            ref_logprobs=self.ref,
+            num_items_in_batch=float(self.lengths.sum()),
+        )
+
+
+def make_step(name: str, *, dtype: torch.dtype = torch.float64) -> Step:
+    generator = torch.Generator().manual_seed(7)
+    lengths = torch.tensor(LENGTHS)
+    index = torch.repeat_interleave(torch.arange(len(LENGTHS)), lengths)
+    tokens = len(index)
+    old = -torch.rand(tokens, generator=generator, dtype=torch.float64) * 3 - 0.1
+    shift = torch.randn(len(LENGTHS), generator=generator, dtype=torch.float64)[index] * 0.25
+    logprobs = old + shift + 0.3 * torch.randn(tokens, generator=generator, dtype=torch.float64)
+    ref = old + 0.4 * torch.randn(tokens, generator=generator, dtype=torch.float64)
+    entropy = torch.rand(tokens, generator=generator, dtype=torch.float64) * 2
+    advantages = OBJECTIVES[name].advantages(torch.tensor(REWARDS, dtype=torch.float64), scale_rewards="group").advantages
+    values = (logprobs, old, ref, entropy)
+    return Step(*(v.to(dtype) for v in values), index, advantages.flatten().to(dtype), lengths)
+
+
+def oracle_surrogate(r: torch.Tensor, logp: torch.Tensor, advantage: float, config: Config) -> torch.Tensor:
+    """What one token adds, by cases on plain numbers rather than by minima of tensors."""
+    if config.loss_type == "cispo":
+        return -min(r.item(), config.epsilon_high) * advantage * logp
+    if config.loss_type == "sapo":
+        tau = config.sapo_temperature_pos if advantage > 0 else config.sapo_temperature_neg
+        return -(4 / tau) / (1 + torch.exp(-tau * (r - 1))) * advantage
+    upper = 1 + (config.epsilon if config.epsilon_high is None else config.epsilon_high)
+    bounded = r if config.delta is None or r.item() < config.delta else torch.full((), config.delta, dtype=torch.float64)
+    if advantage > 0 and bounded.item() > upper:
+        return torch.full((), -advantage * upper, dtype=torch.float64)
+    if advantage < 0 and bounded.item() < 1 - config.epsilon:
+        return torch.full((), -advantage * (1 - config.epsilon), dtype=torch.float64)
+    return -advantage * bounded
+
+
+def oracle(step: Step, config: Config, *, on_policy: bool = False) -> tuple[float, torch.Tensor, torch.Tensor]:
+    """Loss and its gradients in logprobs and entropy, by loops over sequences, in float64 autograd."""
+    name = config.loss_type
+    logp = step.logprobs.double().clone().requires_grad_()
+    entropies = step.entropy.double().clone().requires_grad_()
+    total_tokens, count = sum(LENGTHS), len(LENGTHS)
+    start, total = 0, torch.zeros((), dtype=torch.float64)
+    for i, length in enumerate(LENGTHS):
+        rows = range(start, start + length)
+        start += length
+        if length == 0:
+            continue
+        advantage = float(step.advantages[i])
+        old = {t: logp[t].detach() if on_policy else step.old[t].double() for t in rows}
+        if name in ("gspo", "luspo", "rloo"):
+            exponent = sum(logp[t] - old[t] for t in rows)
+            shared = torch.exp(exponent if name == "rloo" else exponent / length)
+            ratios = dict.fromkeys(rows, shared)
+        else:
+            ratios = {t: torch.exp(logp[t] - old[t]) for t in rows}
+        inner = torch.zeros((), dtype=torch.float64)
+        for t in rows:
+            term = oracle_surrogate(ratios[t], logp[t], advantage, config)
+            if config.beta and name != "rloo":
+                gap = step.ref[t].double() - logp[t]
+                term = term + config.beta * (torch.exp(gap) - gap - 1) * ratios[t]
+            inner = inner + term
+        divisor = {
+            "grpo": count * length,
+            "gspo": count * length,
+            "sapo": count * length,
+            "rloo": count * length,
+            "dr_grpo": count * LIMIT,
+            "luspo": count,
+        }.get(name, total_tokens)
+        total = total + inner / divisor
+    total = total - config.entropy_coef * entropies.sum() / total_tokens
+    grad, entropy_grad = torch.autograd.grad(total, [logp, entropies], allow_unused=True)
+    return total.item(), grad, torch.zeros_like(entropies) if entropy_grad is None else entropy_grad
+
+
+VARIANTS = {
+    "plain": {},
+    "kl": {"beta": 0.04},
+    "entropy": {"entropy_coef": 0.01},
+    "kl and entropy": {"beta": 0.2, "entropy_coef": 0.02},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("on_policy", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_loss_and_gradient_equal_an_independent_formula(name: str, on_policy: bool, variant: str) -> None:
+    config = settings(name, **VARIANTS[variant])
+    step = make_step(name)
+    logprobs = step.logprobs.clone().requires_grad_()
+    entropy = step.entropy.clone().requires_grad_()
+    result = policy_loss(logprobs, step.batch(config, on_policy=on_policy), spec=OBJECTIVES[name].spec(config), entropy=entropy)
+    result.loss.backward()
+    loss, grad, entropy_grad = oracle(step, config, on_policy=on_policy)
+    # Loss weights are float32 by contract, so 6e-8 relative is theirs.
+    assert result.loss.item() == pytest.approx(loss, rel=2e-7, abs=2e-8)
+    torch.testing.assert_close(logprobs.grad, grad, rtol=2e-7, atol=1e-10)
+    found = torch.zeros_like(entropy) if entropy.grad is None else entropy.grad
+    torch.testing.assert_close(found, entropy_grad, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_inputs_are_telling(name: str) -> None:
+    step = make_step(name)
+    config = settings(name)
+    metrics = policy_loss(step.logprobs, step.batch(config), spec=OBJECTIVES[name].spec(config)).metrics
+    if name != "sapo":
+        assert metrics.clip_high > 0
+    if name not in ("sapo", "cispo"):
+        assert metrics.clip_low > 0
+        assert metrics.clip_region < metrics.num_ratios
+    assert metrics.ratio_min < 0.8
+    assert metrics.ratio_max > 1.2
+    assert (step.advantages[4:8] == 0).all()
+    assert step.advantages[9] == 0
+    assert {1, 0} <= set(LENGTHS)
+    assert (step.advantages > 0).any()
+    assert (step.advantages < 0).any()
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("cispo", "sapo")])
+def test_delta_bounds_the_ratio_of_negative_advantages(name: str) -> None:
+    config = settings(name, delta=1.4)
+    step = make_step(name)
+    logprobs = step.logprobs.clone().requires_grad_()
+    result = policy_loss(logprobs, step.batch(config), spec=OBJECTIVES[name].spec(config))
+    result.loss.backward()
+    loss, grad, _ = oracle(step, config)
+    unbounded, _, _ = oracle(step, settings(name))
+    assert abs(loss - unbounded) > 1e-4
+    assert result.loss.item() == pytest.approx(loss, rel=2e-7)
+    torch.testing.assert_close(logprobs.grad, grad, rtol=2e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float32_is_as_close_as_float32_gets(name: str) -> None:
+    config = settings(name, beta=0.04)
+    step = make_step(name, dtype=torch.float32)
+    logprobs = step.logprobs.clone().requires_grad_()
+    result = policy_loss(logprobs, step.batch(config), spec=OBJECTIVES[name].spec(config))
+    result.loss.backward()
+    loss, grad, _ = oracle(step, config)
+    assert result.loss.item() == pytest.approx(loss, rel=1e-5, abs=1e-7)
+    torch.testing.assert_close(logprobs.grad.double(), grad, rtol=1e-5, atol=2e-8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("cuts", [[6, 12], [1, 2, 5, 12], list(range(1, 13))])
+def test_micro_batches_add_up_to_the_step(name: str, cuts: list[int]) -> None:
+    config = settings(name, beta=0.04, entropy_coef=0.01)
+    spec = OBJECTIVES[name].spec(config)
+    step = make_step(name, dtype=torch.float32)
+    whole = step.logprobs.clone().requires_grad_()
+    batch = step.batch(config)
+    one = policy_loss(whole, batch, spec=spec, entropy=step.entropy)
+    one.loss.backward()
+    parted = step.logprobs.clone().requires_grad_()
+    total, first = torch.zeros(()), 0
+    for last in cuts:
+        rows = (batch.sequence_index >= first) & (batch.sequence_index < last)
+        part = batch._replace(
+            sequence_index=batch.sequence_index[rows] - first,
+            advantages=batch.advantages[first:last],
+            loss_weights=batch.loss_weights[first:last],
+            old_logprobs=batch.old_logprobs[rows],
+            ref_logprobs=batch.ref_logprobs[rows],
+        )
+        loss = policy_loss(parted[rows], part, spec=spec, entropy=step.entropy[rows]).loss
+        loss.backward()
+        total, first = total + loss.detach(), last
+    assert total.item() == pytest.approx(one.loss.item(), rel=1e-6, abs=1e-7)
+    torch.testing.assert_close(parted.grad, whole.grad, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dead_sequences_can_be_left_out(name: str) -> None:
+    config = settings(name)
+    spec = OBJECTIVES[name].spec(config)
+    step = make_step(name, dtype=torch.float32)
+    batch = step.batch(config)
+    whole = step.logprobs.clone().requires_grad_()
+    policy_loss(whole, batch, spec=spec).loss.backward()
+    live = live_sequences(LENGTHS, step.advantages.tolist(), beta=spec.beta, entropy_coef=spec.entropy_coef)
+    assert 0 < sum(live) < len(LENGTHS) - 3
+    keep = torch.tensor(live)
+    rows = keep[batch.sequence_index]
+    parted = step.logprobs.clone().requires_grad_()
+    compact = batch._replace(
+        sequence_index=(keep.cumsum(0) - 1)[batch.sequence_index][rows],
+        advantages=batch.advantages[keep],
+        loss_weights=batch.loss_weights[keep],
+        old_logprobs=batch.old_logprobs[rows],
+        ref_logprobs=None,
+    )
+    policy_loss(parted[rows], compact, spec=spec).loss.backward()
+    assert torch.equal(parted.grad, whole.grad)
+    assert (whole.grad[~rows] == 0).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_are_the_normaliser_of_the_whole_step(name: str) -> None:
+    lengths = torch.tensor([4, 0, 2, 8])
+    expected = {
+        "sequence_mean": [1 / 16, 0, 1 / 8, 1 / 32],
+        "token_mean": [1 / 14, 0, 1 / 14, 1 / 14],
+        "fixed_length": [1 / 40, 0, 1 / 40, 1 / 40],
+        "sequence_sum": [1 / 4, 0, 1 / 4, 1 / 4],
+    }[OBJECTIVES[name].normalizer]
+    weights = OBJECTIVES[name].loss_weights(lengths, max_completion_length=10)
+    assert weights.dtype == torch.float32
+    torch.testing.assert_close(weights, torch.tensor(expected))
+    ranks = [
+        OBJECTIVES[name].loss_weights(part, max_completion_length=10, num_sequences=4, num_items_in_batch=14)
+        for part in lengths.split(2)
+    ]
+    assert torch.equal(torch.cat(ranks), weights)
+    assert OBJECTIVES[name].loss_weights(lengths * 0, max_completion_length=10).tolist() == [0.0] * 4
+    assert OBJECTIVES[name].loss_weights(lengths[:0], max_completion_length=10).shape == (0,)
+
+
+@pytest.mark.parametrize("lengths", [[3, 11], [-1, 4]])
+def test_impossible_lengths_are_refused(lengths: list[int]) -> None:
+    with pytest.raises(ValueError, match="max_completion_length=10"):
+        OBJECTIVES["dapo"].loss_weights(torch.tensor(lengths), max_completion_length=10)
+
+
+def test_spec_takes_the_configuration() -> None:
+    config = settings("dapo", epsilon=0.1, epsilon_high=None, beta=0.3, entropy_coef=0.2)
+    spec = OBJECTIVES["dapo"].spec(config)
+    assert (spec.epsilon_low, spec.epsilon_high, spec.beta, spec.entropy_coef) == (0.1, 0.1, 0.3, 0.2)
+    assert spec.use_bias_correction_kl
+    assert OBJECTIVES["cispo"].spec(settings("cispo", epsilon_high=5.0)).epsilon_high == 5.0
+    assert OBJECTIVES["rloo"].spec(settings("rloo", beta=0.3)).beta == 0.0
+    with pytest.raises(ValueError, match="epsilon_high"):
+        OBJECTIVES["cispo"].spec(settings("dapo", epsilon_high=None))
+    with pytest.raises(ValueError, match=r"delta=2\.0"):
+        OBJECTIVES["sapo"].spec(settings("sapo", delta=2.0))
+
+
+def test_only_rloo_fixes_how_rewards_are_scaled() -> None:
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 3.0]])
+    for name, objective in OBJECTIVES.items():
+        scaled = objective.advantages(rewards, scale_rewards="group").advantages
+        plain = objective.advantages(rewards, scale_rewards="none").advantages
+        assert torch.equal(scaled, plain) == (name == "rloo")
+    torch.testing.assert_close(plain, torch.tensor([[0.0, -1.0, -1.0, 2.0]]))
+    loo = OBJECTIVES["rloo"].advantages(rewards, scale_rewards="group").advantages
+    torch.testing.assert_close(loo, torch.tensor([[0.0, -4 / 3, -4 / 3, 8 / 3]]))
+
+
+def test_sequence_kl_sums_over_each_completion() -> None:
+    index = torch.tensor([0, 0, 2])
+    kl = sequence_kl(torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-2.0, -1.5, -1.0]), sequence_index=index, num_sequences=3)
+    assert kl.tolist() == [0.5, 0.0, -2.0]
+
+
+TRL_CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    name: (name, {"loss_type": name}, {}) for name in ("grpo", "dr_grpo", "bnpo", "dapo", "cispo", "sapo")
+}
+TRL_CASES["gspo"] = ("gspo", {"loss_type": "grpo", "importance_sampling_level": "sequence"}, {})
+TRL_CASES["luspo"] = ("luspo", {"loss_type": "luspo", "importance_sampling_level": "sequence"}, {})
+TRL_CASES |= {
+    f"{key} with {what}": (name, trl, extra | more)
+    for key, (name, trl, extra) in list(TRL_CASES.items())
+    for what, more in {"kl": {"beta": 0.1}, "entropy": {"entropy_coef": 0.05}}.items()
+}
+TRL_CASES |= {f"{n} with delta": (n, TRL_CASES[n][1], {"delta": 1.5}) for n in ("grpo", "dapo", "gspo", "luspo")}
+
+
+class TrlRig:
+    """TRL's trainers around one tiny random Llama, and hand-made inputs for their loss."""
+
+    def __init__(self, directory: str) -> None:
+        import trl
+        from datasets import Dataset
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+        self.trl, self.directory = trl, directory
+        words = {f"w{i}": i for i in range(29)} | {"<pad>": 29, "<eos>": 30, "<unk>": 31}
+        splitter = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+        splitter.pre_tokenizer = pre_tokenizers.Whitespace()
+        self.tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=splitter, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+        )
+        self.dataset = Dataset.from_list([{"prompt": "w1 w2"}])
+        torch.manual_seed(3)
+        shape = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
+        special = {"pad_token_id": 29, "eos_token_id": 30, "bos_token_id": None, "initializer_range": 0.4}
+        # TRL loads the reference of beta > 0 from where the model came from.
+        LlamaForCausalLM(LlamaConfig(**shape, **heads, **special)).save_pretrained(directory)
+        self.model = LlamaForCausalLM.from_pretrained(directory).train()
+        self.lengths = torch.tensor([7, 1, 4, 5, 3, 6])
+        self.mask = (torch.arange(7)[None] < self.lengths[:, None]).long()
+        self.advantages = torch.tensor([1.2, -0.4, 0.7, -1.1, 0.3, -0.6])
+        self.prompt, self.completion = torch.randint(0, 29, (6, 3)), torch.randint(0, 29, (6, 7))
+        with torch.no_grad():
+            logprobs, _ = self.own_logprobs()
+            self.old = self._spread(logprobs + 0.25 * torch.randn_like(logprobs))
+            self.ref = self._spread(logprobs + 0.25 * torch.randn_like(logprobs))
+
+    def _spread(self, packed: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(6, 7).masked_scatter(self.mask.bool(), packed)
+
+    def own_logprobs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities and entropies of the scored tokens, packed, at temperature 0.8, from the model's plain logits."""
+        ids = torch.cat([self.prompt, self.completion], 1)
+        attention = torch.cat([torch.ones_like(self.prompt), self.mask], 1)
+        hidden = self.model.model(input_ids=ids, attention_mask=attention).last_hidden_state
+        log_softmax = torch.log_softmax(self.model.lm_head(hidden).float() / 0.8, -1)[:, 2:-1]
+        rows = log_softmax[self.mask.bool()]
+        targets = self.completion[self.mask.bool()]
+        return rows.gather(1, targets[:, None])[:, 0], -(rows.exp() * rows).sum(-1)
+
+    def batch(self, config: Config) -> LossBatch:
+        scored = self.mask.bool()
+        return LossBatch(
+            torch.repeat_interleave(torch.arange(6), self.lengths),
+            self.advantages,
+            OBJECTIVES[config.loss_type].loss_weights(self.lengths, max_completion_length=LIMIT),
+            old_logprobs=self.old[scored],
+            ref_logprobs=self.ref[scored],
+            num_items_in_batch=float(self.lengths.sum()),
+        )
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        return {
+            "prompt_ids": self.prompt,
+            "prompt_mask": torch.ones_like(self.prompt),
+            "completion_ids": self.completion,
+            "completion_mask": self.mask,
+            "advantages": self.advantages,
+            "old_per_token_logps": self.old,
+            "ref_per_token_logps": self.ref,
+            "old_logps": (self.old * self.mask).sum(1),
+            "num_items_in_batch": self.lengths.sum().float(),
+        }
+
+    def trainer(self, kind: str, **arguments: Any) -> Any:
+        config_type = getattr(self.trl, f"{kind}Config")
+        arguments = {"per_device_train_batch_size": 6, "num_generations": 3, "temperature": 0.8, "beta": 0.0} | arguments
+        trainer = getattr(self.trl, f"{kind}Trainer")(
+            model=self.model,
+            reward_funcs=lambda completions, **_: [0.0] * len(completions),
+            args=config_type(
+                output_dir=self.directory,
+                max_completion_length=LIMIT,
+                report_to=[],
+                use_cpu=True,
+                bf16=False,
+                activation_checkpointing=False,
+                **arguments,
+            ),
+            train_dataset=self.dataset,
+            processing_class=self.tokenizer,
+        )
+        trainer.current_gradient_accumulation_steps = 1
+        return trainer
+
+
+@pytest.fixture(scope="module")
+def trl_rig(tmp_path_factory: pytest.TempPathFactory) -> TrlRig:
+    if importlib.util.find_spec("trl") is None:
+        pytest.skip("TRL is not installed; pip install 'grpo-fast[trl]' compares the losses with it")
+    return TrlRig(str(tmp_path_factory.mktemp("trl")))
+
+
+pytestmark_trl = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+
+def of_trl(test: Any) -> Any:
+    for mark in pytestmark_trl:
+        test = mark(test)
+    return test
+
+
+def gradient_of(model: torch.nn.Module, loss: torch.Tensor) -> torch.Tensor:
+    model.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@of_trl
+@pytest.mark.parametrize("case", sorted(TRL_CASES))
+def test_loss_gradient_and_metrics_equal_trl(trl_rig: TrlRig, case: str) -> None:
+    name, trl_arguments, extra = TRL_CASES[case]
+    config = settings(name, **extra)
+    clip = {"epsilon": config.epsilon, "epsilon_high": config.epsilon_high}
+    trainer = trl_rig.trainer("GRPO", **trl_arguments, **clip, **extra)
+    theirs = trainer.compute_loss(trainer.model, trl_rig.inputs())
+    their_gradient = gradient_of(trl_rig.model, theirs)
+    logprobs, entropy = trl_rig.own_logprobs()
+    ours = policy_loss(logprobs, trl_rig.batch(config), spec=OBJECTIVES[name].spec(config), entropy=entropy)
+    our_gradient = gradient_of(trl_rig.model, ours.loss)
+    assert ours.loss.item() == pytest.approx(theirs.item(), rel=1e-5, abs=1e-6)
+    torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-4, atol=1e-6)
+    assert their_gradient.abs().max() > 1e-3
+    reported = {key: values[-1] for key, values in trainer._metrics["train"].items()}
+    m = ours.metrics
+    assert float(m.entropy_sum / m.num_tokens) == pytest.approx(reported["entropy"], rel=1e-5)
+    assert ("kl" in reported) == ("beta" in extra)
+    if "kl" in reported:
+        assert float(m.kl_sum / m.num_tokens) == pytest.approx(reported["kl"], rel=1e-4)
+    if name == "cispo":
+        assert float(m.clip_high / m.num_ratios) == pytest.approx(reported["cispo_clip_ratio"])
+    elif name != "sapo":
+        for side in ("low", "high", "region"):
+            found = float(getattr(m, f"clip_{side}") / m.num_ratios)
+            assert found == pytest.approx(reported[f"clip_ratio/{side}_mean"])
+
+
+@of_trl
+def test_rloo_equals_trl(trl_rig: TrlRig) -> None:
+    config = settings("rloo")
+    trainer = trl_rig.trainer("RLOO", epsilon=config.epsilon, epsilon_high=config.epsilon_high)
+    theirs = trainer.compute_loss(trainer.model, trl_rig.inputs())
+    their_gradient = gradient_of(trl_rig.model, theirs)
+    logprobs, entropy = trl_rig.own_logprobs()
+    ours = policy_loss(logprobs, trl_rig.batch(config), spec=OBJECTIVES["rloo"].spec(config), entropy=entropy)
+    assert ours.loss.item() == pytest.approx(theirs.item(), rel=1e-5)
+    torch.testing.assert_close(gradient_of(trl_rig.model, ours.loss), their_gradient, rtol=1e-4, atol=1e-6)
+    assert ours.metrics.clip_region > 0
+
+
+@of_trl
+def test_kl_without_bias_correction_equals_trl(trl_rig: TrlRig) -> None:
+    config = settings("grpo", beta=0.3)
+    trainer = trl_rig.trainer("GRPO", loss_type="grpo", epsilon_high=0.28, beta=0.3, use_bias_correction_kl=False)
+    theirs = trainer.compute_loss(trainer.model, trl_rig.inputs())
+    logprobs, _ = trl_rig.own_logprobs()
+    spec = OBJECTIVES["grpo"].spec(config)
+    ours = policy_loss(logprobs, trl_rig.batch(config), spec=replace(spec, use_bias_correction_kl=False)).loss
+    corrected = policy_loss(logprobs, trl_rig.batch(config), spec=spec).loss
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+    assert not math.isclose(ours.item(), corrected.item(), rel_tol=1e-4)
