@@ -42,7 +42,7 @@ $(VENV)/base: pyproject.toml setup.py constraints/cpu.txt
 	touch $@
 
 $(VENV)/dev: $(VENV)/base
-	$(PIP) --editable ".[dev,bench,lora,tracking,trl,reasoning-gym]"
+	$(PIP) --editable ".[dev,bench,lora,trl,reasoning-gym]"
 	touch $@
 
 env: $(VENV)/base

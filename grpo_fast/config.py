@@ -36,7 +36,7 @@ class ConfigError(ValueError):
 class Config(BaseModel):
     """Everything that decides a run. Frozen; make a changed copy with :meth:`replace`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     model: Annotated[str, _MODEL] = "embedded"
     """Causal language model: a directory, a hub id, or ``embedded`` for the tiny one in the package."""
@@ -265,7 +265,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
 
 

@@ -423,18 +423,11 @@ def trl_rig(tmp_path_factory: pytest.TempPathFactory) -> TrlRig:
     return TrlRig(str(tmp_path_factory.mktemp("trl")))
 
 
-pytestmark_trl = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
-
-
 def of_trl(test: Any) -> Any:
-    for mark in pytestmark_trl:
-        test = mark(test)
-    return test
+    """Marks a test that builds TRL's trainers, whose own deprecation warnings are not ours."""
+    for category in ("FutureWarning", "DeprecationWarning", "UserWarning"):
+        test = pytest.mark.filterwarnings(f"ignore::{category}")(test)
+    return pytest.mark.slow(test)
 
 
 def gradient_of(model: torch.nn.Module, loss: torch.Tensor) -> torch.Tensor:

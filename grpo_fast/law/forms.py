@@ -1,7 +1,7 @@
 """Functional forms of a GRPO reward curve: what the literature fits, written once.
 
-Two of them are the scaling law this package is built on; the other two are honest null members that keep it from seeing a rise in
-noise. Time ``t`` is the share of the training budget that has been spent, in (0, 1], measured in summed learning rate.
+Two of them are the scaling law this package is built on; the other two are honest null members that keep it from seeing a rise
+in noise. Time ``t`` is the share of the training budget that has been spent, in (0, 1], measured in summed learning rate.
 
 Not covered: forms that fall again, and forms with more than one rise.
 """
@@ -65,8 +65,8 @@ class AdditiveLogistic:
 
     ``R(t) = alpha * r_init + beta * size + gamma / (1 + exp(-delta * (t - t0)))``
 
-    The floor moves with the start and the size; the rise itself does not depend on either. The value at ``t = 0`` is not ``r_init``
-    unless the constants conspire.
+    The floor moves with the start and the size; the rise itself does not depend on either. The value at ``t = 0`` is not
+    ``r_init`` unless the constants conspire.
 
     Source: arXiv 2507.18014 v1, as quoted by a later survey; the paper's numeric coefficients are not known to us.
 
@@ -122,8 +122,8 @@ class ExponentialSaturation:
 
     ``R(t) = r_init + (plateau - r_init) * (1 - exp(-t / tau))`` with ``tau = timescale * size ** size_exponent``
 
-    The printed form is ``r_init = 0``, ``timescale = 1``, ``size_exponent = 0.3``. Without the offset it is wrong for any policy that
-    starts above zero. It has no inflection, so it cannot show a slow start.
+    The printed form is ``r_init = 0``, ``timescale = 1``, ``size_exponent = 0.3``. Without the offset it is wrong for any
+    policy that starts above zero. It has no inflection, so it cannot show a slow start.
 
     Source: arXiv 2507.18014 v2, as quoted in the introduction of arXiv 2606.30789; the offset is ours.
 

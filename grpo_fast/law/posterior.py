@@ -1,9 +1,10 @@
 """Exact Bayesian averaging of saturating reward curves from running sums.
 
-Model of an observation at progress x: ``y = a + b * g_phi(x) + e``, ``Var e = s2 / w``. The shape ``phi`` lives on a fixed grid; for
-each of its points ``(a, b, s2)`` has a normal-inverse-gamma prior and is integrated in closed form, so that seven running sums per
-shape say everything and a new observation costs the same at step 10 and at step 10,000. There is no sampler to converge: the draws
-below are a fixed low-discrepancy set pushed through the exact posterior, so equal observations give equal bits.
+Model of an observation at progress x: ``y = a + b * g_phi(x) + e``, ``Var e = s2 / w``. The shape ``phi`` lives on a fixed
+grid; for each of its points ``(a, b, s2)`` has a normal-inverse-gamma prior and is integrated in closed form, so that seven
+running sums per shape say everything and a new observation costs the same at step 10 and at step 10,000. There is no sampler to
+converge: the draws below are a fixed low-discrepancy set pushed through the exact posterior, so equal observations give equal
+bits.
 
 What the family cannot follow (second rises, declines, drifting noise) is carried by two constants that were chosen on published
 curves of real runs: a discount of evidence beyond ``evidence_steps`` observations, and a discrepancy added to forecasts.
@@ -11,7 +12,9 @@ curves of real runs: a discount of evidence beyond ``evidence_steps`` observatio
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.special import gammaincinv, ndtr, ndtri, stdtr, stdtrit
@@ -26,13 +29,14 @@ class Settings:
     """Prior of the curve in units of the reward's range, and what is allowed for its being wrong.
 
     Attributes:
-        rises: prior of the rise ``b`` as a mixture of normals (weight, mean, standard deviation): most runs move little, some move
-            all the way.
+        rises: prior of the rise ``b`` as a mixture of normals (weight, mean, standard deviation): most runs move little, some
+            move all the way.
         start_sd: prior standard deviation of the start ``a`` around the first observation.
         noise_dof: prior degrees of freedom of the noise scale ``s2`` around 1 (weights already hold the noise).
         weights: prior weights of the families (logistic, exponential, linear, constant).
         evidence_steps: n observations count as ``n / (1 + n / evidence_steps)``.
-        discrepancy: standard deviation of the level at the end of the budget around the family, for a forecast made at its start.
+        discrepancy: standard deviation of the level at the end of the budget around the family, for a forecast made at its
+            start.
         discrepancy_dof: degrees of freedom of its Student distribution.
         surprise: probability, at the start of a budget, of a rise in it that the family does not hold (a second skill, a harder
             share of the prompts); it falls with what is left of the budget.
@@ -47,6 +51,14 @@ class Settings:
     discrepancy_dof: float = 3.0
     surprise: float = 0.2
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Settings:
+        """Reads back what ``dataclasses.asdict`` wrote, also after a journey through JSON (lists for tuples)."""
+        plain = dict(values)
+        plain["rises"] = tuple(tuple(part) for part in plain["rises"])
+        plain["weights"] = tuple(plain["weights"])
+        return cls(**plain)
+
 
 class ShapeGrid:
     """The grid of shapes: each is 0 at the start of the budget, and tends to 1 (or reaches it at the budget's end: linear).
@@ -57,7 +69,7 @@ class ShapeGrid:
     """
 
     def __init__(self, weights: tuple[float, float, float, float]) -> None:
-        midpoints = np.array([0.02, 0.04, 0.07, 0.1, 0.13, 0.165, 0.2, 0.24, 0.28, 0.325, 0.37, 0.42, 0.48, 0.55, 0.65, 0.8, 1.0])
+        midpoints = np.array([2, 4, 7, 10, 13, 16.5, 20, 24, 28, 32.5, 37, 42, 48, 55, 65, 80, 100]) / 100
         widths = np.geomspace(0.008, 0.3, 12)
         self._midpoint = np.repeat(midpoints, widths.size)
         self._width = np.tile(widths, midpoints.size)
@@ -98,7 +110,7 @@ class ShapeGrid:
 
 @dataclass(frozen=True)
 class Draws:
-    """A weighted sample of the posterior, N draws, in normalised reward.
+    """A weighted sample of the posterior, N draws, in reward units.
 
     Attributes:
         shape: (N,) index of the shape.
@@ -162,8 +174,8 @@ class Posterior:
         self._end = self.grid.rise(np.ones(1))[:, 0]
         points = _lattice(NUM_DRAWS, 5)
         self._points = points
-        self._normal = np.asarray(ndtri(points[:, 3]))
-        self._student = np.asarray(stdtrit(settings.discrepancy_dof, points[:, 4]))
+        self._normal: Array = np.asarray(ndtri(points[:, 3]), dtype=np.float64)
+        self._student: Array = np.asarray(stdtrit(settings.discrepancy_dof, points[:, 4]), dtype=np.float64)
 
     def add(self, x: float, y: float, variance: float) -> None:
         """Takes one observation: progress ``x``, reward ``y``, and the variance of its noise (reward units squared)."""
@@ -199,7 +211,7 @@ class Posterior:
         pick = np.minimum(pick, mass.size - 1)
 
         def chosen(array: Array) -> Array:
-            return np.broadcast_to(array, mass.shape).reshape(-1)[pick]
+            return np.asarray(np.broadcast_to(array, mass.shape).reshape(-1)[pick], dtype=np.float64)
 
         # s2 | data is inverse gamma; the level at the end of the budget is drawn inside its bounds, then b given that level.
         s2 = chosen(scale) * dof / (2.0 * gammaincinv(dof / 2.0, self._points[:, 1]))
@@ -233,6 +245,7 @@ class Posterior:
         dof = s.noise_dof + discount * n
         residual = s.noise_dof + syy + prior_b * rise**2 - (ca * mean_a + cb * mean_b)
         residual = np.maximum(residual, 0.5 * s.noise_dof)
-        log_weight = self.grid.log_prior + np.log(share) + 0.5 * np.log(prior_b) - 0.5 * np.log(determinant) - 0.5 * dof * np.log(residual)
+        evidence = 0.5 * np.log(prior_b) - 0.5 * np.log(determinant) - 0.5 * dof * np.log(residual)
+        log_weight = self.grid.log_prior + np.log(share) + evidence
         cov = np.stack([bb / determinant, -ab / determinant, aa / determinant])
         return mean_a, mean_b, cov, log_weight, dof, residual / dof

@@ -1,7 +1,7 @@
 """What a run's rewards say about its end: one observation in, one forecast out.
 
-The predictor is independent of any trainer. It sees a step, the share of the training budget behind it (in summed learning rate, so
-that a plateau made by the schedule is not taken for one of the policy), and the mean reward of the step.
+The predictor is independent of any trainer. It sees a step, the share of the training budget behind it (in summed learning
+rate, so that a plateau made by the schedule is not taken for one of the policy), and the mean reward of the step.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from grpo_fast.law.posterior import Draws, Posterior, Settings, weighted_quantil
 
 PHASES = ("slow start", "rapid improvement", "plateau")
 NUM_BAND = 25
+_ROW = (
+    *("step", "median", "low", "high", "plateau", "plateau_low", "plateau_high", "x80", "x95", "p_gain_below_eps"),
+    *("phase", "phase_probability", "identifiable", "reason"),
+)
 _MIN_OBSERVATIONS = 5
 _LEVELS = np.array([0.05, 0.25, 0.5, 0.75, 0.95])
 _IDENTIFIABLE_WIDTH = 0.6
@@ -58,8 +62,8 @@ class Forecast:
         trend: gain by the end of the budget if the recent slope went on.
         trend_low: lower end of its interval.
         trend_high: upper end.
-        phase: the likeliest of "slow start" (under 10 % of the rise done), "rapid improvement" and "plateau" (95 % done, or less
-            than epsilon left).
+        phase: the likeliest of "slow start" (under 10 % of the rise done), "rapid improvement" and "plateau" (95 % done, or
+            less than epsilon left).
         phase_probabilities: of the three, in that order.
         identifiable: whether the rewards, rather than the prior, decide the plateau.
         reason: why it is not, in words; empty when it is.
@@ -104,9 +108,7 @@ class Forecast:
 
     def to_dict(self) -> dict[str, Any]:
         """One row of ``forecasts.jsonl``: JSON values only, no NaN."""
-        names = ("step", "median", "low", "high", "plateau", "plateau_low", "plateau_high", "x80", "x95", "p_gain_below_eps", "phase")
-        row: dict[str, Any] = {name: getattr(self, name) for name in names}
-        row |= {"phase_probability": self.phase_probability, "identifiable": self.identifiable, "reason": self.reason}
+        row: dict[str, Any] = {name: getattr(self, name) for name in _ROW}
         row["band"] = {name: list(values) for name, values in asdict(self.band).items()}
         return row
 
@@ -137,7 +139,7 @@ class _Clock:
         now, done, power = self._ahead()
         if progress <= done:
             return float(np.interp(progress, self.progress, self.steps))
-        return now + (self.horizon - now) * (1.0 - ((1.0 - progress) / (1.0 - done)) ** (1.0 / power))
+        return now + (self.horizon - now) * (1.0 - float(((1.0 - progress) / (1.0 - done)) ** (1.0 / power)))
 
 
 class OnlinePredictor:
@@ -146,8 +148,8 @@ class OnlinePredictor:
     Args:
         horizon: steps of the whole budget.
         epsilon: remaining gain under which going on is not worth it, in reward units.
-        reward_range: least and greatest mean reward that is possible, where that is known. Without one, a unit is taken from the data
-            and from ``epsilon`` (1 % of what matters), so that rewards of any scale do; intervals are then wider.
+        reward_range: least and greatest mean reward that is possible, where that is known. Without one, a unit is taken from
+            the data and from ``epsilon`` (1 % of what matters), so that rewards of any scale do; intervals are then wider.
         settings: the prior.
 
     Raises:
@@ -176,6 +178,8 @@ class OnlinePredictor:
         self._posterior = Posterior(self.settings, centre=centre)
         self._prior_width = self._plateau_width()
         self._rows: list[tuple[int, float, float, int, int, float | None]] = []
+        self._steps: list[float] = []
+        self._progress: list[float] = []
         self._last = (0, 0.0)
         self._num_skipped = 0
         self._extremes = (math.inf, -math.inf)
@@ -211,8 +215,8 @@ class OnlinePredictor:
             The forecast after this step.
 
         Raises:
-            ValueError: a step that repeats, goes back or exceeds the horizon; progress outside (0, 1] or falling; an infinite reward
-                or one outside ``reward_range``; counts below 1.
+            ValueError: a step that repeats, goes back or exceeds the horizon; progress outside (0, 1] or falling; an infinite
+                reward or one outside ``reward_range``; counts below 1.
         """
         self._check(step, progress, reward, num_prompts=num_prompts, num_generations=num_generations)
         self._last = (step, progress)
@@ -240,6 +244,7 @@ class OnlinePredictor:
         identifiable, reason = self._identifiable(q[0, -1], q[4, -1])
         x80, x95 = (self._time_to(share, draws, clock) if identifiable else None for share in (0.8, 0.95))
         trend = self._trend()
+        known = 1.0 - self.settings.surprise * (1.0 - progress)
         return Forecast(
             step=step,
             low=float(q[0, 0]),
@@ -251,7 +256,7 @@ class OnlinePredictor:
             plateau_high=float(q[4, -1]),
             x80=x80,
             x95=x95,
-            p_gain_below_eps=float(draws.weight @ (gain < self.epsilon)) * (1.0 - self.settings.surprise * (1.0 - progress)),
+            p_gain_below_eps=float(draws.weight @ (gain < self.epsilon)) * known,
             expected_gain=float(draws.weight @ gain),
             epsilon=self.epsilon,
             trend=trend[0],
@@ -281,13 +286,12 @@ class OnlinePredictor:
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> OnlinePredictor:
         """Rebuilds a predictor by feeding it the same observations again; later forecasts are bit-identical."""
-        settings = {name: tuple(value) if isinstance(value, list) else value for name, value in state["settings"].items()}
         bounds = state["reward_range"]
         predictor = cls(
             state["horizon"],
             epsilon=state["epsilon"],
             reward_range=None if bounds is None else (bounds[0], bounds[1]),
-            settings=Settings(**settings),
+            settings=Settings.from_dict(state["settings"]),
         )
         for step, progress, reward, num_prompts, num_generations, spread in state["rows"]:
             predictor._absorb((step, progress, reward, num_prompts, num_generations, spread))
@@ -303,7 +307,9 @@ class OnlinePredictor:
         if math.isinf(reward):
             raise ValueError(f"reward={reward} at step {step} is infinite; pass NaN for a step without a usable reward")
         if self.reward_range is not None and not (math.isnan(reward) or self.reward_range[0] <= reward <= self.reward_range[1]):
-            raise ValueError(f"reward={reward} at step {step} lies outside reward_range={self.reward_range}; correct it or pass None")
+            raise ValueError(
+                f"reward={reward} at step {step} is outside reward_range={self.reward_range}; pass None for an unknown range"
+            )
         if num_prompts < 1 or num_generations < 1:
             raise ValueError(f"num_prompts={num_prompts} and num_generations={num_generations} must both be at least 1")
 
@@ -315,6 +321,8 @@ class OnlinePredictor:
 
     def _absorb(self, row: tuple[int, float, float, int, int, float | None]) -> None:
         self._rows.append(row)
+        self._steps.append(float(row[0]))
+        self._progress.append(row[1])
         self._extremes = (min(self._extremes[0], row[2]), max(self._extremes[1], row[2]))
         self._posterior.add(row[1], row[2], self._noise_variance())
 
@@ -342,13 +350,14 @@ class OnlinePredictor:
         return posterior.draws(unit=self._unit, low=low, high=high)
 
     def _clock(self) -> _Clock:
-        points = [(0.0, 0.0), *((float(row[0]), row[1]) for row in self._rows)]
-        if self._last[0] > points[-1][0]:
-            points.append((float(self._last[0]), self._last[1]))
-        if len(points) == 1:
-            points.append((float(self.horizon), 1.0))
-        steps, progress = np.array(points).T
-        return _Clock(steps, progress, self.horizon)
+        steps, progress = [0.0, *self._steps], [0.0, *self._progress]
+        if self._last[0] > steps[-1]:
+            steps.append(float(self._last[0]))
+            progress.append(self._last[1])
+        if len(steps) == 1:
+            steps.append(float(self.horizon))
+            progress.append(1.0)
+        return _Clock(np.array(steps), np.array(progress), self.horizon)
 
     def _within(self, levels: Array) -> Array:
         return levels if self.reward_range is None else np.clip(levels, *self.reward_range)
@@ -385,7 +394,10 @@ class OnlinePredictor:
             return False, f"only {self.num_observations} rewards so far; {_MIN_OBSERVATIONS} are the least"
         share = (high - low) / (self._prior_width * self._unit)
         if share > _IDENTIFIABLE_WIDTH:
-            return False, f"the plateau could lie anywhere from {low:.3g} to {high:.3g}, {share:.0%} as wide as before the first step"
+            return (
+                False,
+                f"the plateau may lie anywhere in {low:.3g} to {high:.3g}, {share:.0%} of the width before the first step",
+            )
         return True, ""
 
     def _time_to(self, share: float, draws: Draws, clock: _Clock) -> int | None:
@@ -399,7 +411,7 @@ class OnlinePredictor:
         size = max(_MIN_RECENT, math.ceil(_RECENT * len(self._rows)))
         if len(self._rows) < _MIN_RECENT:
             return 0.0, -self._unit, self._unit
-        x, y = np.array([row[1:3] for row in self._rows[-size:]]).T
+        x, y = np.array([(row[1], row[2]) for row in self._rows[-size:]]).T
         away, left = x - x.mean(), 1.0 - self._last[1]
         inertia = float(away @ away)
         if inertia == 0.0:

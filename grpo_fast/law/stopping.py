@@ -88,9 +88,7 @@ class StoppingRule:
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> StoppingRule:
         """Rebuilds a rule in the middle of its row."""
-        rule = cls(
-            state["epsilon"], confidence=state["confidence"], patience=state["patience"], min_steps=state["min_steps"]
-        )
+        rule = cls(state["epsilon"], confidence=state["confidence"], patience=state["patience"], min_steps=state["min_steps"])
         rule.count = state["count"]
         return rule
 
@@ -109,5 +107,8 @@ class StoppingRule:
         if slow > _MAX_SLOW_START:
             return "inflection ahead", f"the rise may not have begun (probability {slow:.0%})"
         if forecast.trend_low > 0 and forecast.trend > self.epsilon:
-            return "rising slope", f"the recent slope would add {forecast.trend:.3f} (at least {forecast.trend_low:.3f}) by the end"
+            return (
+                "rising slope",
+                f"the recent slope would add {forecast.trend:.3f} (at least {forecast.trend_low:.3f}) by the end",
+            )
         return "", ""

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
-from PIL import Image
 
+from grpo_fast.report.costs import plot_compute
 from grpo_fast.report.run import Run, smoothed
 from grpo_fast.report.theme import (
     KEY_STYLE,
     LIGHT,
     PHASE_NAMES,
-    RC,
     Theme,
-    dress,
     grid,
     key,
     note,
@@ -33,20 +28,20 @@ from grpo_fast.report.theme import (
     value_limits,
     x_label,
 )
-from grpo_fast.sinks.quantities import duration, percent, si, significant
+from grpo_fast.sinks.quantities import percent
 
 CUTS = (0.2, 0.4, 0.6, 0.8)
 """Shares of the run at which beliefs are shown."""
 
 HEALTH: tuple[tuple[str, str, bool], ...] = (
-    ("entropy", "Entropy, nats a token", False),
-    ("kl", "KL to the reference, nats a token", False),
+    ("entropy", "Entropy, nats", False),
+    ("kl", "KL to reference, nats", False),
     ("grad_norm", "Gradient norm", True),
-    ("completions/mean_length", "Completion length, tokens", False),
-    ("frac_reward_zero_std", "Groups without reward variance", False),
-    ("completions/clipped_ratio", "Completions cut by the limit", False),
-    ("clip_ratio/region_mean", "Tokens in the clip range", False),
-    ("sampling/sampling_logp_difference/mean", "Sampler against trainer, nats", False),
+    ("completions/mean_length", "Length, tokens", False),
+    ("frac_reward_zero_std", "Zero-variance groups", False),
+    ("completions/clipped_ratio", "Cut completions", False),
+    ("clip_ratio/region_mean", "Clipped tokens", False),
+    ("sampling/sampling_logp_difference/mean", "Sampler gap, nats", False),
 )
 """Metric, its words, and whether it may need a logarithmic axis."""
 
@@ -60,6 +55,11 @@ def belief_steps(run: Run) -> list[int]:
     targets = [math.ceil(share * run.last_step) for share in CUTS]
     places = np.minimum(np.searchsorted(run.steps, targets), run.steps.size - 1)
     return sorted({int(step) for step in run.steps[places]})
+
+
+def view_end(run: Run) -> int:
+    """The last step that pictures show: the end of the budget, or twice the steps done where nothing is foretold beyond."""
+    return run.max_steps if run.forecasts else min(run.max_steps, max(10, 2 * run.last_step))
 
 
 def phase_spans(run: Run) -> list[tuple[str, int, int]]:
@@ -93,7 +93,7 @@ def plot_forecasts(run: Run, theme: Theme = LIGHT) -> Figure:
     believed = [run.forecast_at(cut) for cut in cuts]
     bounds = [value for row in believed if row for name in ("low", "high") for value in row["band"][name] if value is not None]
     axes[0].set_ylim(*value_limits(run.metric("reward"), run.metric("eval_reward"), beliefs=bounds))
-    axes[0].set_xlim(0, run.max_steps * 1.01)
+    axes[0].set_xlim(0, view_end(run) * 1.01)
     for axis, cut, forecast in zip(axes, cuts, believed, strict=False):
         _draw_rewards(axis, run, theme, until=cut)
         if forecast is None:
@@ -113,7 +113,9 @@ def plot_forecasts(run: Run, theme: Theme = LIGHT) -> Figure:
         handles.append(Line2D([], [], color=theme.held_out, marker="D", ms=4.5, lw=0, label="held-out"))
     if any(believed):
         handles.append(Patch(color=theme.forecast, alpha=0.3, lw=0, label="forecast, 90 % band"))
-        handles.append(Line2D([], [], color=theme.ink, lw=1.0, ls=(0, (1, 2)), label="where it ended"))
+        handles.append(
+            Line2D([], [], color=theme.ink, lw=1.0, ls=(0, (1, 2)), label="where it ended" if run.stopped_by else "level now")
+        )
     figure.legend(
         handles=handles, loc="outside upper left", ncols=theme.columns(len(handles), 2), **KEY_STYLE, labelcolor=theme.ink
     )
@@ -123,8 +125,9 @@ def plot_forecasts(run: Run, theme: Theme = LIGHT) -> Figure:
 def _draw_rewards(axis: Axes, run: Run, theme: Theme, *, until: int) -> None:
     """Rewards and evaluations up to a step, and what came later without colour."""
     rewards, seen = run.metric("reward"), run.steps <= until
-    axis.plot(run.steps[~seen], rewards[~seen], "o", ms=2.2, color=theme.faint, mew=0, zorder=1)
-    axis.plot(run.steps[seen], rewards[seen], "o", ms=2.6, color=theme.data, alpha=0.35, mew=0, zorder=2)
+    size = 5.0 if run.steps.size < 30 else 2.6
+    axis.plot(run.steps[~seen], rewards[~seen], "o", ms=size - 0.4, color=theme.faint, mew=0, zorder=1)
+    axis.plot(run.steps[seen], rewards[seen], "o", ms=size, color=theme.data, alpha=0.35, mew=0, zorder=2)
     axis.plot(run.steps[seen], smoothed(rewards[seen]), color=theme.data, lw=1.8, label="reward", zorder=4)
     evaluations = run.metric("eval_reward")
     tested = seen & np.isfinite(evaluations)
@@ -160,7 +163,7 @@ def plot_phases(run: Run, theme: Theme = LIGHT) -> Figure:
     forecast = run.forecasts[-1] if run.forecasts else None
     beliefs = [] if forecast is None else [_number(forecast, "low"), _number(forecast, "high")]
     axis.set_ylim(*value_limits(run.metric("reward"), run.metric("eval_reward"), beliefs=beliefs))
-    axis.set_xlim(0, run.max_steps * 1.005)
+    axis.set_xlim(0, view_end(run) * 1.005)
     for name, start, end in phase_spans(run):
         axis.axvspan(start, end, color=theme.phases[PHASE_NAMES.index(name)], lw=0, zorder=0)
         if end - start > len(name) * (0.018 if theme.narrow else 0.0082) * run.max_steps:
@@ -206,14 +209,14 @@ def end_words(run: Run) -> str:
 
 
 def _draw_end(axis: Axes, run: Run, theme: Theme) -> None:
-    last, allowed = run.last_step, run.max_steps
+    last, allowed, shown = run.last_step, run.max_steps, view_end(run)
     unused = 1 - last / allowed
     _draw_unused(axis, run, theme)
-    if unused > (0.4 if theme.narrow else 0.22):
-        words = f"{allowed - last} steps {'to come' if run.stopped_by is None else 'not run'}, {percent(unused)} of the budget"
+    if 1 - last / shown > (0.4 if theme.narrow else 0.22):
+        words = f"{allowed - last} steps {'not run' if run.is_over else 'to come'}, {percent(unused)} of the budget"
         words = words.replace(", ", ",\n") if theme.narrow else words
         box = {"facecolor": theme.paper, "alpha": 0.9, "lw": 0, "pad": 3.0}
-        place = ((last + allowed) / 2, 0.1)
+        place = ((last + shown) / 2, 0.1)
         note(axis, place, words, color=theme.ink, ha="center", va="center", transform=axis.get_xaxis_transform(), bbox=box)
     axis.axvline(last, color=theme.ink, lw=1.4, zorder=7)
     _tell_end(axis, run, theme, at=0.36, words=f"{end_words(run)}\nstep {last}")
@@ -221,14 +224,23 @@ def _draw_end(axis: Axes, run: Run, theme: Theme) -> None:
 
 def _draw_unused(axis: Axes, run: Run, theme: Theme) -> None:
     """Hatches the steps that the run left out; those that an unfinished run has before it stay blank."""
-    if run.last_step < run.max_steps and run.stopped_by is not None:
+    if run.last_step < run.max_steps and run.is_over:
         style: dict[str, Any] = {"facecolor": "none", "edgecolor": theme.faint, "hatch": "///", "alpha": 0.55}
-        axis.axvspan(run.last_step, run.max_steps, lw=0, zorder=0.5, **style)
+        axis.axvspan(run.last_step, view_end(run), lw=0, zorder=0.5, **style)
 
 
 def _tell_end(axis: Axes, run: Run, theme: Theme, *, at: float, words: str) -> None:
     """Words beside the line of the last step, on the side that has room; ``at`` is a share of the panel's height."""
-    right = run.last_step < (0.4 if theme.narrow else 0.6) * run.max_steps
+    words = words.replace("stopped by ", "stopped by\n").replace(": ", ":\n") if theme.narrow else words
+    right = run.last_step < 0.6 * view_end(run)
+    style: dict[str, Any] = {
+        "fontsize": 8.5,
+        "fontweight": "bold",
+        "linespacing": 1.4,
+        "color": theme.ink,
+        "va": "center",
+        "zorder": 8,
+    }
     axis.annotate(
         words,
         (run.last_step, at),
@@ -236,20 +248,15 @@ def _tell_end(axis: Axes, run: Run, theme: Theme, *, at: float, words: str) -> N
         xytext=(7 if right else -7, 0),
         textcoords="offset points",
         ha="left" if right else "right",
-        va="center",
-        fontsize=8.5,
-        fontweight="bold",
-        linespacing=1.4,
-        color=theme.ink,
         bbox={"facecolor": theme.paper, "alpha": 0.85, "lw": 0, "pad": 2.0},
-        zorder=8,
+        **style,
     )
 
 
 def plot_stop(run: Run, theme: Theme = LIGHT) -> Figure:
     """What the forecast for the end was at each step, and how sure it was that little was left to gain."""
     figure, (upper, lower) = grid(theme, 2, 1, height=4.8, ratios=[1.25, 1], sharex=True)
-    upper.set_xlim(0, run.max_steps * 1.005)
+    upper.set_xlim(0, view_end(run) * 1.005)
     steps = run.forecast_series("step")
     median, low, high = (run.forecast_series(name) for name in ("median", "low", "high"))
     upper.set_ylim(*value_limits(run.metric("reward"), median, beliefs=np.concatenate([low, high])))
@@ -273,7 +280,7 @@ def _draw_gain(axis: Axes, run: Run, theme: Theme) -> None:
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value)))
     axis.set_ylabel(f"P(gain left < {run.epsilon:g})", fontsize=9, color=theme.muted)
     axis.axhline(run.confidence, color=theme.ink, lw=1.0, ls=(0, (4, 3)), zorder=3)
-    right = run.last_step < 0.7 * run.max_steps
+    right = run.last_step < (0.45 if theme.narrow else 0.7) * view_end(run)
     place, words = (0.995 if right else 0.005, run.confidence), f"enough to stop: {percent(run.confidence)}"
     side = {"va": "bottom", "ha": "right" if right else "left", "transform": axis.get_yaxis_transform()}
     note(axis, place, words, color=theme.ink, **side)
@@ -289,98 +296,7 @@ def _draw_gain(axis: Axes, run: Run, theme: Theme) -> None:
     axis.plot(steps[-1:], sure[-1:], "o", ms=6, color=theme.forecast, mec=theme.paper, mew=1.2, zorder=8)
     if not known.all():
         key(axis, theme)
-    at = f" at {percent(float(sure[-1]))}" if math.isfinite(float(sure[-1])) else ""
-    _tell_end(axis, run, theme, at=0.42, words=f"{end_words(run)}{at}\nstep {run.last_step}")
-
-
-def plot_compute(run: Run, theme: Theme = LIGHT) -> Figure:
-    """Seconds and FLOPs by phase, and what was spent of the whole budget and what was saved."""
-    saved = _saved(run)
-    columns = theme.columns(2)
-    bars = 2 // columns
-    rows = bars + bool(saved)
-    ratios = [1.5] * bars + [0.35 + 0.26 * len(saved)] * bool(saved)
-    figure, axes = grid(theme, rows, columns, height=0.5 + 1.45 * sum(ratios), ratios=ratios)
-    _draw_bars(axes[0], run.seconds_by_phase(), theme, words="Wall-clock time by phase", unit=duration)
-    _draw_bars(axes[1], run.flops_by_phase(), theme, words="Model FLOPs by phase", unit=lambda value: si(value, "FLOP"))
-    if saved:
-        for axis in axes[2:]:
-            axis.remove()
-        _draw_saved(figure.add_subplot(figure.axes[0].get_gridspec()[rows - 1, :]), saved, theme)  # type: ignore[index]
-    return figure
-
-
-def _draw_bars(axis: Axes, parts: Mapping[str, float], theme: Theme, *, words: str, unit: Callable[[float], str]) -> None:
-    title(axis, words, theme)
-    _bare(axis)
-    names = sorted(parts, key=parts.__getitem__)
-    total = sum(parts.values())
-    if not total:
-        note(axis, (0.5, 0.5), "not measured", color=theme.muted, ha="center", va="center")
-        axis.set_yticks([])
-        return
-    values = [parts[name] for name in names]
-    axis.barh(range(len(names)), values, color=theme.data, height=0.58)
-    axis.set_yticks(range(len(names)), names, color=theme.ink)
-    axis.set_ylim(-0.6, max(len(names), 4) - 0.4)
-    for row, value in enumerate(values):
-        axis.text(
-            value + 0.015 * max(values),
-            row,
-            f"{unit(value)}, {percent(value / total)}",
-            va="center",
-            fontsize=8.5,
-            color=theme.muted,
-        )
-    axis.set_xlim(0, max(values) * (1.85 if theme.narrow else 1.62))
-
-
-def _saved(run: Run) -> dict[str, tuple[float, str, str]]:
-    """By what is counted: spent share, spent amount and saved amount in words; empty where nothing was saved."""
-    saved = (run.summary or {}).get("saved") or {}
-    compute = (run.summary or {}).get("compute") or {}
-    kinds: dict[str, tuple[str, Callable[[float], str]]] = {
-        "flops": ("FLOPs", lambda value: si(value, "FLOP")),
-        "gpu_hours": ("device time", lambda value: duration(3600 * value)),
-        "money": ("money", significant),
-    }
-    rows = {}
-    share, unused = _number(saved, "steps"), run.max_steps - run.last_step
-    if 0 < share < 1 and unused > 0:
-        rows["steps"] = (1 - share, f"{run.last_step} done", f"{unused} not run")
-    for name, (words, unit) in kinds.items():
-        spent, kept = _number(compute, name), _number(saved, name)
-        if spent > 0 and kept > 0:
-            rows[words] = (spent / (spent + kept), f"{unit(spent)} spent", f"about {unit(kept)} saved")
-    return rows
-
-
-def _draw_saved(axis: Axes, rows: Mapping[str, tuple[float, str, str]], theme: Theme) -> None:
-    dress(axis, theme)
-    title(axis, "Spent and saved" if theme.narrow else "Spent and saved, of what the whole budget would have taken", theme)
-    _bare(axis)
-    names = list(rows)[::-1]
-    places, spent = range(len(names)), [rows[name][0] for name in names]
-    axis.barh(places, spent, color=theme.data, height=0.56)
-    rest = [1 - share for share in spent]
-    axis.barh(places, rest, left=spent, facecolor=theme.phases[0], edgecolor=theme.faint, hatch="///", height=0.56, lw=0)
-    axis.set_yticks(places, names, color=theme.ink)
-    box = {"facecolor": theme.paper, "alpha": 0.9, "lw": 0, "pad": 1.5}
-    for row, name in enumerate(names):
-        share, done, kept = rows[name]
-        if share > (0.3 if theme.narrow else 0.2):
-            done = done.removesuffix(" spent") if theme.narrow else done
-            axis.text(0.012, row, done, va="center", fontsize=8.5, color=theme.paper, fontweight="bold")
-        kept = kept.split(" saved")[0] if theme.narrow else kept
-        axis.text(0.99, row, f"{kept}, {percent(1 - share)}", va="center", ha="right", fontsize=8.5, color=theme.ink, bbox=box)
-    axis.set_xlim(0, 1)
-
-
-def _bare(axis: Axes) -> None:
-    axis.grid(visible=False)
-    axis.set_xticks([])
-    axis.spines[:].set_visible(False)
-    axis.tick_params(length=0)
+    _tell_end(axis, run, theme, at=0.42, words=f"{end_words(run)}\n{percent(float(sure[-1]))} sure at step {run.last_step}")
 
 
 def plot_health(run: Run, theme: Theme = LIGHT) -> Figure:
@@ -389,9 +305,11 @@ def plot_health(run: Run, theme: Theme = LIGHT) -> Figure:
     columns = theme.columns(3, 2)
     rows = max(1, math.ceil(len(shown) / columns))
     figure, axes = grid(theme, rows, columns, height=0.35 + 1.75 * rows, sharex=True)
+    axes[0].set_xlim(0, max(run.last_step, 5) * 1.02)
+    size = 4.0 if run.steps.size < 30 else 1.8
     for axis, (name, words, may_be_log) in zip(axes, shown, strict=False):
         values = run.metric(name)
-        axis.plot(run.steps, values, "o", ms=1.8, color=theme.data, alpha=0.3, mew=0)
+        axis.plot(run.steps, values, "o", ms=size, color=theme.data, alpha=0.3, mew=0)
         axis.plot(run.steps, smoothed(values), color=theme.data, lw=1.6)
         title(axis, words, theme)
         axis.title.set_fontsize(8.5)
@@ -416,22 +334,6 @@ PICTURES: Mapping[str, Callable[[Run, Theme], Figure]] = MappingProxyType(
     {"phases": plot_phases, "forecasts": plot_forecasts, "stop": plot_stop, "compute": plot_compute, "health": plot_health}
 )
 """Every picture of a report, in its order."""
-
-
-@contextmanager
-def drawing() -> Iterator[None]:
-    """Keeps a user's own matplotlib settings out of the pictures."""
-    with mpl.rc_context(RC):
-        yield
-
-
-def png(figure: Figure) -> bytes:
-    """A figure as PNG at two pixels a CSS pixel: 256 colours, a third of the size of a full-colour file; always the same bytes."""
-    with io.BytesIO() as full, io.BytesIO() as small:
-        figure.savefig(full, dpi=200, format="png", metadata={"Software": None})
-        with Image.open(full) as image:
-            image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, format="PNG")
-        return small.getvalue()
 
 
 def _number(row: Mapping[str, object], name: str) -> float:

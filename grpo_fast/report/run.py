@@ -116,6 +116,11 @@ class Run:
         return None if self.summary is None else str(self.summary.get("stopped_by", "unknown"))
 
     @property
+    def is_over(self) -> bool:
+        """Whether the steps left will not be run: not so while a run goes on, or where it was only interrupted."""
+        return self.stopped_by not in {None, "interrupt", "user"}
+
+    @property
     def epsilon(self) -> float:
         """Remaining gain of the reward under which going on was not worth it."""
         return float(self.config.get("forecast_epsilon", 0.01))

@@ -7,7 +7,7 @@ A reward function has TRL's signature, ``fn(prompts, completions, completion_ids
 from __future__ import annotations
 
 from grpo_fast.rewards.call import RewardFunction, resolve_reward
-from grpo_fast.rewards.pool import RewardPool, RewardReport
-from grpo_fast.rewards.process import RewardError
+from grpo_fast.rewards.pool import RewardError, RewardPool
+from grpo_fast.rewards.report import RewardReport
 
 __all__ = ["RewardError", "RewardFunction", "RewardPool", "RewardReport", "resolve_reward"]

@@ -108,7 +108,7 @@ def call_reward(reward: RewardFunction, arguments: Mapping[str, Any]) -> list[fl
     result = reward.function(**_accepted(reward, arguments))
     if inspect.isawaitable(result):
         result = _run(result)
-    return _checked(reward.name, result, len(arguments["completions"]))
+    return _checked(result, len(arguments["completions"]))
 
 
 def describe_failure(error: BaseException) -> str:
@@ -157,7 +157,7 @@ def _run(awaitable: Awaitable[Any]) -> Any:
     def target() -> None:
         try:
             outcome.append(asyncio.run(wait()))
-        except BaseException as error:  # noqa: BLE001 (handed to the caller's thread)
+        except BaseException as error:
             failure.append(error)
 
     thread = threading.Thread(target=target)
@@ -168,7 +168,7 @@ def _run(awaitable: Awaitable[Any]) -> Any:
     return outcome[0]
 
 
-def _checked(name: str, result: Any, length: int) -> list[float | None]:
+def _checked(result: Any, length: int) -> list[float | None]:
     if hasattr(result, "tolist"):
         result = result.tolist()
     if isinstance(result, str | bytes | Mapping) or not isinstance(result, Iterable):

@@ -1,7 +1,7 @@
-"""The built-in reward functions: is the final answer right, and does the completion keep to a format.
+r"""The built-in reward functions: is the final answer right, and does the completion keep to a format.
 
 All have TRL's signature and read the ``answer`` column where they need a right answer. The final answer of a completion is
-looked for where instruction-tuned models put it: after ``</think>``, inside the last ``<answer>``, then the last ``\\boxed{}``,
+looked for where instruction-tuned models put it: after ``</think>``, inside the last ``<answer>``, then the last ``\boxed{}``,
 then what follows ``####``; without any of these marks, in its last characters.
 """
 
@@ -20,8 +20,10 @@ _PARSE_TIMEOUT_S = 2
 _VERIFY_TIMEOUT_S = 1
 _CACHE_SIZE = 4096
 
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))")
+_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+_NUMBER = re.compile(r"(?:(?<![\w)])[-+])?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))")
 _LATEX_COMMAND = re.compile(r"\\(?:[A-Za-z]+|.)")
+_LATEX_TEXT = re.compile(r"\\(?:text|textbf|mbox|mathrm)\s*\{[^{}]*\}")
 _WORD = re.compile(r"[A-Za-z]{2,}")
 _DELIMITED = re.compile(r"\$|\\\(|\\\[|\\boxed|\\begin")
 _THOUGHT_ANSWER = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
@@ -30,8 +32,8 @@ _THOUGHT_ANSWER = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\
 def accuracy(completions: Sequence[Any], answer: Sequence[Any], **columns: Any) -> list[float | None]:
     """1.0 where math-verify finds the final answer equal to the right one, else 0.0.
 
-    The right answer may be plain (``18``, ``1/2``), LaTeX, or a GSM8K solution that ends in ``#### 18``. An expression that takes
-    longer than about a second to compare counts as wrong; that limit needs a main thread, which a worker process has.
+    The right answer may be plain (``18``, ``1/2``), LaTeX, or a GSM8K solution that ends in ``#### 18``. An expression that
+    takes longer than a second to compare counts as wrong; that limit needs a main thread, which a worker process has.
 
     Args:
         completions: N texts, or N message lists.
@@ -52,8 +54,9 @@ def accuracy(completions: Sequence[Any], answer: Sequence[Any], **columns: Any) 
 def exact_match(completions: Sequence[Any], answer: Sequence[Any], **columns: Any) -> list[float | None]:
     """1.0 where the final answer reads the same as the right one, else 0.0.
 
-    Case, surrounding spaces, dollar signs and a full stop at the end are ignored, and so is how a number is written (``1,234.0``
-    is ``1234``). Where the right answer is a number and the completion marks no final answer, its last number is taken.
+    Case, surrounding spaces, dollar signs and a full stop at the end are ignored, and so is how a number is written
+    (``1,234.0`` is ``1234``). Where the right answer is a number and the completion marks no final answer, its last number is
+    taken.
 
     Args:
         completions: N texts, or N message lists.
@@ -131,7 +134,8 @@ def final_answer(text: str) -> tuple[str, bool]:
         text: the completion.
 
     Returns:
-        The part, and whether it was marked as the answer (``<answer>``, ``\boxed{}``, ``####``). Empty where a ``<think>`` is never closed.
+        The part, and whether it was marked as the answer (``<answer>``, ``\boxed{}``, ``####``). Empty where a ``<think>`` is
+        never closed.
     """
     thought, closed, rest = text.rpartition("</think>")
     if not closed and "<think>" in thought + rest:
@@ -162,7 +166,8 @@ def last_boxed(text: str) -> str | None:
 
 @functools.lru_cache(maxsize=_CACHE_SIZE)
 def _mathematically_equal(gold: str, found: tuple[str, bool]) -> float | None:
-    import math_verify  # noqa: PLC0415 (sympy takes a quarter of a second, which other rewards need not pay)
+    # Imported late: sympy takes a quarter of a second, which other rewards need not pay.
+    import math_verify  # type: ignore[import-untyped]  # noqa: PLC0415
 
     expected = _parsed_gold(gold)
     if not expected:
@@ -179,7 +184,7 @@ def _parsed_gold(gold: str) -> tuple[Any, ...]:
 
 def _parsed(text: str, *, as_formula: bool) -> list[Any]:
     """What math-verify reads in a text; ``as_formula`` takes all of it as one formula where no delimiter says otherwise."""
-    import math_verify  # noqa: PLC0415 (as above)
+    import math_verify  # noqa: PLC0415
 
     # Its warnings quote whole completions. Called outside a main thread it cannot set its alarm, and warns of that too.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
@@ -198,12 +203,12 @@ def _timeout(seconds: int) -> int | None:
 
 
 def _is_prose(text: str) -> bool:
-    return _WORD.search(_LATEX_COMMAND.sub(" ", text)) is not None
+    return _WORD.search(_LATEX_COMMAND.sub(" ", _LATEX_TEXT.sub(" ", text))) is not None
 
 
 def _reads_equal(gold: str, found: tuple[str, bool]) -> float | None:
     expected = _normalised(gold)
-    if not expected:
+    if expected == "":
         return None
     text, marked = found
     if not marked and isinstance(expected, Fraction):
@@ -214,7 +219,7 @@ def _reads_equal(gold: str, found: tuple[str, bool]) -> float | None:
 
 def _normalised(text: str) -> str | Fraction:
     """A number as such; any other text without what does not change its meaning."""
-    text = " ".join(text.replace("$", " ").split()).rstrip(".").strip()
+    text = " ".join(text.replace("$", " ").replace("\\%", "%").split()).rstrip(".").strip()
     if text and _NUMBER.fullmatch(text):
         return Fraction(text.replace(",", ""))
     return text.casefold()
@@ -223,6 +228,3 @@ def _normalised(text: str) -> str | Fraction:
 def _has_reasoning_format(text: str) -> bool:
     match = _THOUGHT_ANSWER.fullmatch(text)
     return match is not None and not any(tag in part for part in match.groups() for tag in _TAGS)
-
-
-_TAGS = ("<think>", "</think>", "<answer>", "</answer>")

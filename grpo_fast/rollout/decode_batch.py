@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from grpo_fast.rollout.kv_cache import PreallocatedCache
 from grpo_fast.rollout.llama_step import LlamaStep
 from grpo_fast.rollout.sampling import sample
+from grpo_fast.rollout.shared_prefix import SharedPrefixCache
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from grpo_fast.rollout.engine import SamplingParams
     from grpo_fast.rollout.transcript import Transcript
 
-Stepping: TypeAlias = Literal["fused", "masked", "plain"]
+Stepping: TypeAlias = Literal["shared", "fused", "masked", "plain"]
 
 _PREFILL_TOKENS = 8192
 """Padded prompt tokens of one prefill forward; bounds its activations."""
@@ -38,8 +39,8 @@ class DecodeBatch:
         source: [N], ascending: which prompt each sequence continues.
         draws: float64 [max_tokens, N], uniform numbers.
         sampling: how to sample.
-        stepping: ``fused`` steps with :class:`LlamaStep`; ``masked`` with the module, given a finished attention mask; ``plain``
-            with the module, which builds its mask from the padding.
+        stepping: ``shared`` and ``fused`` step with :class:`LlamaStep`, over prompts kept once or copied; ``masked`` with the
+            module, given a finished mask; ``plain`` with the module, which builds its mask from the padding.
     """
 
     def __init__(
@@ -57,18 +58,21 @@ class DecodeBatch:
         self._prompts, self._source, self._sampling = prompts, source, sampling
         self._lengths = np.array([len(prompt) for prompt in prompts])
         self._width = int(self._lengths.max())
+        self._seen = self._width
         self._draws = torch.from_numpy(draws).to(self._device)
         self._positions = torch.from_numpy(self._lengths[source]).to(self._device)
-        self._llama_step = LlamaStep(model, self._width + sampling.max_tokens) if stepping == "fused" else None
-        self._mask = self._decode_mask(finished=stepping != "plain")
+        fused = stepping in {"shared", "fused"}
+        self._llama_step = LlamaStep(model, self._width + sampling.max_tokens) if fused else None
+        self._stepping = stepping
+        self._mask = self._decode_mask()
         self._rows = np.arange(len(source))
 
-    def _decode_mask(self, *, finished: bool) -> torch.Tensor | None:
-        if (self._lengths == self._width).all():
+    def _decode_mask(self) -> torch.Tensor | None:
+        if (self._lengths == self._width).all() or self._stepping == "shared":
             return None
         columns = np.arange(self._width + self._sampling.max_tokens)
         seen = torch.from_numpy(columns >= self._width - self._lengths[self._source, None]).to(self._device)
-        if not finished:
+        if self._stepping == "plain":
             return seen.long()
         blocked = torch.finfo(self._dtype).min
         return torch.zeros_like(seen, dtype=self._dtype).masked_fill_(~seen, blocked)[:, None, None, :]
@@ -95,26 +99,34 @@ class DecodeBatch:
         logprobs = torch.stack([logprob for _, logprob in pending]).cpu().numpy()
         return transcript.record(self._rows, step - len(pending), tokens, logprobs)
 
-    def _prefill(self) -> tuple[PreallocatedCache, torch.Tensor]:
-        """Reads each prompt once and gives every sequence its copy.
+    def _prefill(self) -> tuple[PreallocatedCache | SharedPrefixCache, torch.Tensor]:
+        """Reads each prompt once.
 
         Returns:
-            The cache of N rows and the logits [N, V] of the first completion token.
+            The cache of N sequences and the logits [N, V] of the first completion token.
         """
-        cache: PreallocatedCache | None = None
+        cache: PreallocatedCache | SharedPrefixCache | None = None
         logits = []
         count = max(1, _PREFILL_TOKENS // self._width)
         for first in range(0, len(self._prompts), count):
             prompts = slice(first, first + count)
             prefilled, last = self._read(prompts)
+            cache = cache or self._new_cache(prefilled)
             rows = slice(*np.searchsorted(self._source, [first, first + count]).tolist())
             index = torch.from_numpy(self._source[rows] - first).to(self._device)
-            if cache is None:
-                cache = PreallocatedCache(len(self._source), self._width + self._sampling.max_tokens, prefilled)
-            cache.fill(rows, prefilled, index)
+            if isinstance(cache, SharedPrefixCache):
+                cache.fill(prompts, prefilled)
+            else:
+                cache.fill(rows, prefilled, index)
             logits.append(last[index])
         assert cache is not None
         return cache, torch.cat(logits)
+
+    def _new_cache(self, like: DynamicCache) -> PreallocatedCache | SharedPrefixCache:
+        room = self._sampling.max_tokens
+        if self._stepping == "shared":
+            return SharedPrefixCache(self._source, self._width - self._lengths, max_tokens=room, like=like)
+        return PreallocatedCache(len(self._source), self._width + room, like)
 
     def _read(self, prompts: slice) -> tuple[DynamicCache, torch.Tensor]:
         lengths = self._lengths[prompts, None]
@@ -135,9 +147,10 @@ class DecodeBatch:
         ).logits[:, -1]
         return cache, logits
 
-    def _step(self, cache: PreallocatedCache, tokens: torch.Tensor) -> torch.Tensor:
+    def _step(self, cache: PreallocatedCache | SharedPrefixCache, tokens: torch.Tensor) -> torch.Tensor:
         """Appends one token to every row and returns the logits [n, V] of the next."""
-        mask = None if self._mask is None else self._mask[..., : cache.get_seq_length() + 1]
+        self._seen += 1
+        mask = None if self._mask is None else self._mask[..., : self._seen]
         positions, self._positions = self._positions, self._positions + 1
         if self._llama_step is not None:
             return self._llama_step(cache, tokens, positions, mask)
@@ -153,7 +166,9 @@ class DecodeBatch:
         assert isinstance(logits, torch.Tensor)
         return logits
 
-    def _compact(self, cache: PreallocatedCache, tokens: torch.Tensor, ended: NDArray[np.bool_]) -> torch.Tensor:
+    def _compact(
+        self, cache: PreallocatedCache | SharedPrefixCache, tokens: torch.Tensor, ended: NDArray[np.bool_]
+    ) -> torch.Tensor:
         """Moves open rows from the end of the batch into the places of ended ones and drops the rest."""
         count = int((~ended).sum())
         holes = np.flatnonzero(ended[:count])

@@ -66,12 +66,12 @@ class PreallocatedCache(Cache):
     """A layer of the above for each layer of a prefilled cache."""
 
     def __init__(self, rows: int, capacity: int, like: DynamicCache) -> None:
-        self._owned = [PreallocatedLayer(rows, capacity, layer) for layer in _attention_layers(like)]
+        self._owned = [PreallocatedLayer(rows, capacity, layer) for layer in attention_layers(like)]
         super().__init__(layers=list(self._owned))
 
     def fill(self, rows: slice, source: DynamicCache, index: torch.Tensor) -> None:
         """Copies sequences ``index`` of ``source`` into ``rows``, layer by layer."""
-        for layer, prefilled in zip(self._owned, _attention_layers(source), strict=True):
+        for layer, prefilled in zip(self._owned, attention_layers(source), strict=True):
             layer.fill(rows, prefilled, index)
 
     def move(self, source: torch.Tensor, target: torch.Tensor, num_rows: int) -> None:
@@ -80,7 +80,8 @@ class PreallocatedCache(Cache):
             layer.move(source, target, num_rows)
 
 
-def _attention_layers(cache: DynamicCache) -> list[DynamicLayer]:
+def attention_layers(cache: DynamicCache) -> list[DynamicLayer]:
+    """Layers of a cache that transformers filled, all of them keeping every position."""
     layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
     assert len(layers) == len(cache.layers)
     return layers

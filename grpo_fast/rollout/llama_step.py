@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own custom)
 
+from grpo_fast.rollout.shared_prefix import SharedPrefixCache
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -66,10 +68,13 @@ class LlamaStep:
         self._cos = cos[0]
         # Rotation takes (-second half, first half); the sign goes into the table, so that a plain roll is enough.
         self._sin = torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)
-        self._by_products = weight.device.type == "cpu" and weight.dtype == torch.float32
 
     def __call__(
-        self, cache: PreallocatedCache, tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None
+        self,
+        cache: PreallocatedCache | SharedPrefixCache,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """Appends one token to every row.
 
@@ -77,16 +82,14 @@ class LlamaStep:
             cache: keys and values so far; grows by one position.
             tokens: int64 [n].
             positions: int64 [n].
-            mask: [n, 1, 1, length + 1], added to the scores; ``None`` where every position is seen.
+            mask: [n, 1, 1, length + 1], added to the scores; ``None`` where every position is seen, and for a
+                :class:`SharedPrefixCache`, which masks its prompts itself.
 
         Returns:
             Logits [n, V] of the next token.
         """
         hidden = self._embedding(tokens)
         cos, sin = self._cos[positions, None], self._sin[positions, None]
-        if mask is not None and self._by_products:
-            heads = self._layers[0].self_attn.k_proj.out_features // self._cos.shape[-1]
-            mask = mask[:, 0].expand(-1, heads, -1).reshape(-1, 1, mask.shape[-1])
         for index, layer in enumerate(self._layers):
             normed = _rms_norm(hidden, layer.input_layernorm)
             attended = self._attend(cache, index, normed, (cos, sin), mask)
@@ -100,7 +103,7 @@ class LlamaStep:
 
     def _attend(
         self,
-        cache: PreallocatedCache,
+        cache: PreallocatedCache | SharedPrefixCache,
         index: int,
         normed: torch.Tensor,
         rotation: tuple[torch.Tensor, torch.Tensor],
@@ -111,21 +114,16 @@ class LlamaStep:
         count, size = normed.shape[0], attention.head_dim
         query = attention.q_proj(normed).view(count, -1, size)
         key = attention.k_proj(normed).view(count, -1, size)
-        value = attention.v_proj(normed).view(count, -1, 1, size)
+        value = attention.v_proj(normed).view(count, -1, size)
         if hasattr(attention, "q_norm"):
             query, key = _rms_norm(query, attention.q_norm), _rms_norm(key, attention.k_norm)
         query, key = _rotate(query, rotation), _rotate(key, rotation)
-        keys, values = cache.update(key[:, :, None], value, index)
-        heads = keys.shape[1]
-        if not self._by_products:
-            grouped = query.view(count, heads, -1, size)
-            mixed = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=attention.scaling)
-            return mixed.reshape(count, -1)
-        # For one query a row two batched products beat the fused CPU kernel: 150 us against 225 us (512 heads, 40 positions).
-        rows = query.view(count * heads, -1, size)
-        added, beta = (rows.new_empty(1, 1, 1), 0) if mask is None else (mask, 1)
-        scores = torch.baddbmm(added, rows, keys.flatten(0, 1).transpose(1, 2), beta=beta, alpha=attention.scaling)
-        return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(count, -1)
+        if isinstance(cache, SharedPrefixCache):
+            return cache.attend(index, query, key, value, scale=attention.scaling)
+        keys, values = cache.update(key[:, :, None], value[:, :, None], index)
+        grouped = query.view(count, keys.shape[1], -1, size)
+        mixed = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=attention.scaling)
+        return mixed.reshape(count, -1)
 
 
 def _rms_norm(hidden: torch.Tensor, norm: torch.nn.Module) -> torch.Tensor:

@@ -121,13 +121,12 @@ def sample(logits: torch.Tensor, sampling: SamplingParams, draws: torch.Tensor) 
     scaled = logits.float()
     if sampling.temperature == 0:
         chosen = scaled.argmax(-1, keepdim=True)
-        return chosen[:, 0], (scaled.gather(-1, chosen) - scaled.logsumexp(-1, keepdim=True))[:, 0]
+        return chosen[:, 0], scaled.log_softmax(-1).gather(-1, chosen)[:, 0]
     if sampling.temperature != 1:
         scaled = scaled / sampling.temperature
-    scaled = truncate(scaled, sampling)
-    log_normaliser = scaled.logsumexp(-1, keepdim=True)
-    cumulative = (scaled - log_normaliser).exp_().cumsum(-1, dtype=torch.float64)
+    logprobs = truncate(scaled, sampling).log_softmax(-1)
+    cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
     # The target stays strictly below the total, so the token found has a probability above 0. NaN rows find none: clamp.
     target = draws[:, None] * cumulative[:, -1:]
     chosen = torch.searchsorted(cumulative, target, right=True).clamp_(max=logits.shape[-1] - 1)
-    return chosen[:, 0], (scaled.gather(-1, chosen) - log_normaliser)[:, 0]
+    return chosen[:, 0], logprobs.gather(-1, chosen)[:, 0]

@@ -198,7 +198,7 @@ class TransformersEngine:
 
 
 def _choose_stepping(model: PreTrainedModel, impl: Literal["auto", "fused", "module"]) -> Stepping:
-    """Which of the three ways to step fits ``model``.
+    """Which of the four ways to step fits ``model``.
 
     A finished mask saves building one a step, but would replace the window that windowed layers apply themselves.
     """
@@ -207,7 +207,8 @@ def _choose_stepping(model: PreTrainedModel, impl: Literal["auto", "fused", "mod
     windowed = kinds - {"full_attention"} or getattr(config, "sliding_window", None) is not None
     plain = bool(windowed) or config._attn_implementation not in {"sdpa", "eager"}
     if impl != "module" and not plain and supports(model):
-        return "fused"
+        weight = next(model.parameters())
+        return "shared" if weight.device.type == "cpu" and weight.dtype == torch.float32 else "fused"
     if impl == "fused":
         raise ValueError(
             f"impl='fused' does not fit this {type(model).__name__}: it takes Llama, Mistral, Qwen2 and Qwen3 models with full "

@@ -1,19 +1,19 @@
 """Pre-trains the embedded model: ``python -m grpo_fast.tasks.pretrain_arithmetic --output DIR``.
 
-The corpus mixes, as found text does, four ways of writing a solution of ``347+586=``:
+The corpus mixes, as found text does, three ways of writing a solution of ``347+586=``:
 
 ========= ====================================== ================================================================
 Style     Text                                   What it is
 ========= ====================================== ================================================================
-guess     ``#823``                               digits added without carrying: right where nothing carries
-wild      ``#640``                               a number pulled out of the air
-careless  ``7+6=3,4+8=2,3+5=8#823``              columns written out, everything over ten forgotten
-careful   ``7+6=13,4+8+1=13,3+5+1=9#933``        columns written out, carries kept: always right
+guess     ``#1240``                              a number pulled out of the air
+careless  ``7+6=3,4+8=2,3+5=8#823``              columns added, whatever exceeds ten forgotten: right if none does
+careful   ``7+6=13,4+8+1=13,3+5+1=9#933``        columns added, carries kept: always right
 ========= ====================================== ================================================================
 
-Careful work is a small minority, so the model knows how to add but seldom does, sampled or greedy. Reinforcement learning
-has to find that skill and make it the habit, which is what gives its reward curve the S shape. Held-out problems never
-enter the corpus.
+A balanced textbook mixture comes first and teaches to add; a web mixture follows, in which careful work is a small
+minority, and sets the habit. The model then knows how to carry but seldom does, sampled or greedy. Reinforcement
+learning has to find that skill and make it the habit, which is what gives its reward curve the S shape. Held-out problems
+never enter the corpus.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from grpo_fast.tasks.arithmetic import ANSWER_MARK, NUM_DIGITS, is_held_out, problem_prompt
 
-Style = Literal["guess", "wild", "careless", "careful"]
+Style = Literal["guess", "careless", "careful"]
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
 ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz\n !\"#%&'()*+,-./:;<=>?_|"
 MAX_LENGTH = 128
@@ -57,11 +57,9 @@ class PretrainConfig:
     """Peak of a cosine schedule that ends at 0."""
     warmup_steps: int = 50
     """Updates over which the learning rate rises from 0."""
-    textbook: Mapping[Style, float] = field(default_factory=lambda: {"guess": 0.35, "careless": 0.15, "careful": 0.50})
+    textbook: Mapping[Style, float] = field(default_factory=lambda: {"careless": 0.4, "careful": 0.6})
     """Share of each style in the textbook mixture."""
-    web: Mapping[Style, float] = field(
-        default_factory=lambda: {"guess": 0.60, "wild": 0.22, "careless": 0.13, "careful": 0.05}
-    )
+    web: Mapping[Style, float] = field(default_factory=lambda: {"guess": 0.25, "careless": 0.70, "careful": 0.05})
     """Share of each style in the web mixture."""
 
     @property
@@ -71,8 +69,8 @@ class PretrainConfig:
 
 
 def write_solution(first: int, second: int, *, style: Style, rng: random.Random) -> str:
-    """One solution text of ``first + second`` in a style of the table above; only ``wild`` reads ``rng``."""
-    if style == "wild":
+    """One solution text of ``first + second`` in a style of the table above; only ``guess`` reads ``rng``."""
+    if style == "guess":
         return f"{ANSWER_MARK}{rng.randrange(2 * 10 ** (NUM_DIGITS - 1), 2 * 10**NUM_DIGITS)}"
     columns, digits, carry = [], [], 0
     for power in range(NUM_DIGITS):
@@ -82,8 +80,7 @@ def write_solution(first: int, second: int, *, style: Style, rng: random.Random)
         columns.append(f"{left}+{right}{'+1' if carry else ''}={shown}")
         digits.append(str(shown if power == NUM_DIGITS - 1 else shown % 10))
         carry = shown // 10
-    answer = ANSWER_MARK + str(int("".join(reversed(digits))))
-    return answer if style == "guess" else ",".join(columns) + answer
+    return ",".join(columns) + ANSWER_MARK + str(int("".join(reversed(digits))))
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

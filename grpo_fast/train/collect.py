@@ -11,7 +11,7 @@ import numpy as np
 
 from grpo_fast.config import Config
 from grpo_fast.metrics import PhaseTimer
-from grpo_fast.rewards import RewardPool
+from grpo_fast.rewards import RewardPool, RewardReport
 from grpo_fast.rollout.engine import RolloutEngine, SamplingParams
 from grpo_fast.tasks.stream import PromptStream
 from grpo_fast.types import Completion, Group, Prompt
@@ -27,21 +27,23 @@ class Collected:
     """Every group that was sampled, those that refilling replaced included, for the meter."""
     metrics: dict[str, float]
     """Reward and length statistics of the *first* draw: refilling must not flatter the learning curve."""
+    problems: list[str]
+    """One line for each reward call that failed and was counted."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; prompts by their dataset row."""
-        kept = {id(group) for group in self.groups}
+        place = {id(group): number for number, group in enumerate(self.groups)}
         rows = [
             {
                 "prompt": group.prompt.index,
-                "kept": id(group) in kept,
+                "place": place.get(id(group)),
                 "completions": [asdict(completion) for completion in group.completions],
                 "rewards": group.rewards,
                 "reward": group.reward,
             }
             for group in self.sampled
         ]
-        return {"groups": rows, "metrics": self.metrics}
+        return {"groups": rows, "metrics": self.metrics, "problems": self.problems}
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any], prompts: Sequence[Prompt]) -> Collected:
@@ -59,8 +61,9 @@ class Collected:
             )
             for row in state["groups"]
         ]
-        kept = [group for group, row in zip(sampled, state["groups"], strict=True) if row["kept"]]
-        return cls(kept, sampled, dict(state["metrics"]))
+        placed = [(row["place"], group) for group, row in zip(sampled, state["groups"], strict=True) if row["place"] is not None]
+        groups = [group for _, group in sorted(placed, key=lambda pair: pair[0])]
+        return cls(groups, sampled, dict(state["metrics"]), list(state["problems"]))
 
 
 class Collector:
@@ -86,25 +89,28 @@ class Collector:
         Args:
             step: number of the step; with the run's seed it decides every draw.
             timer: charged with ``rollout`` and ``reward``.
+
+        Raises:
+            RewardError: a reward function failed and ``reward_on_error`` is ``raise``.
         """
-        groups = self._sample(self._config.prompts_per_step, step, round_=0, timer=timer)
-        metrics = self._describe(groups)
+        groups, report = self._sample(self._config.prompts_per_step, step, round_=0, timer=timer)
+        metrics = describe(groups) | report.metrics()
+        problems = list(report.problems)
         sampled = list(groups)
         for round_ in range(1, self._config.refill_rounds + 1):
-            live = [group for group in groups if has_variance(group)]
-            missing = len(groups) - len(live)
-            if not missing:
-                break
-            fresh = self._sample(missing, step, round_=round_, timer=timer)
-            sampled += fresh
             dead = [group for group in groups if not has_variance(group)]
+            if not dead:
+                break
+            fresh, report = self._sample(len(dead), step, round_=round_, timer=timer)
+            sampled += fresh
+            problems += report.problems
             useful = [group for group in fresh if has_variance(group)]
-            groups = live + useful + dead[: missing - len(useful)]
+            groups = [group for group in groups if has_variance(group)] + useful + dead[: len(dead) - len(useful)]
         if self._config.refill_rounds:
             metrics["refilled_prompts"] = float(len(sampled) - self._config.prompts_per_step)
-        return Collected(groups, sampled, metrics)
+        return Collected(groups, sampled, metrics, problems)
 
-    def _sample(self, count: int, step: int, *, round_: int, timer: PhaseTimer) -> list[Group]:
+    def _sample(self, count: int, step: int, *, round_: int, timer: PhaseTimer) -> tuple[list[Group], RewardReport]:
         config = self._config
         prompts = self._stream.take(count)
         with timer.phase("rollout"):
@@ -116,30 +122,27 @@ class Collector:
             )
         groups = [Group(prompt, completions) for prompt, completions in zip(prompts, answers, strict=True)]
         with timer.phase("reward"):
-            self._rewards.score(groups)
-        return groups
+            return groups, self._rewards.score(groups)
 
-    def _describe(self, groups: Sequence[Group]) -> dict[str, float]:
-        """TRL's names; statistics over completions that have a reward."""
-        reward = np.array([group.reward for group in groups])
-        by_function = np.array([group.rewards for group in groups]).reshape(-1, len(self._rewards.names))
-        completions = [completion for group in groups for completion in group.completions]
-        lengths = np.array([len(completion.token_ids) for completion in completions])
-        ended = np.array([len(completion.token_ids) for completion in completions if not completion.truncated])
-        metrics = {
-            "reward": _mean(reward),
-            "reward_std": _mean(np.array([_std(row) for row in reward])),
-            "frac_reward_zero_std": 1.0 - sum(map(has_variance, groups)) / len(groups),
-            "completions/mean_length": float(lengths.mean()),
-            "completions/min_length": float(lengths.min()),
-            "completions/max_length": float(lengths.max()),
-            "completions/clipped_ratio": 1.0 - len(ended) / len(lengths),
-            "completions/mean_terminated_length": _mean(ended),
-        }
-        for name, column in zip(self._rewards.names, by_function.T, strict=True):
-            metrics[f"rewards/{name}/mean"] = _mean(column)
-            metrics[f"rewards/{name}/std"] = _std(column)
-        return metrics
+
+def describe(groups: Sequence[Group]) -> dict[str, float]:
+    """Reward and length statistics under TRL's names; rewards over the completions that have one."""
+    completions = [completion for group in groups for completion in group.completions]
+    lengths = np.array([len(completion.token_ids) for completion in completions])
+    ended = np.array([len(completion.token_ids) for completion in completions if not completion.truncated])
+    metrics = {
+        "reward": _mean(np.array([value for group in groups for value in group.reward])),
+        "reward_std": _mean(np.array([_std(np.array(group.reward)) for group in groups])),
+        "frac_reward_zero_std": 1.0 - sum(map(has_variance, groups)) / len(groups),
+        "completions/mean_length": float(lengths.mean()),
+        "completions/min_length": float(lengths.min()),
+        "completions/max_length": float(lengths.max()),
+        "completions/clipped_ratio": 1.0 - len(ended) / len(lengths),
+    }
+    if ended.size:
+        terminated = {"mean": ended.mean(), "min": ended.min(), "max": ended.max()}
+        metrics |= {f"completions/{name}_terminated_length": float(value) for name, value in terminated.items()}
+    return metrics
 
 
 def has_variance(group: Group) -> bool:

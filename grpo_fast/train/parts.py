@@ -149,6 +149,7 @@ def build_parts(config: Config, given: Replacements, *, resume: bool) -> Parts:
         )
         for rows in (task.train, task.eval)
     )
+    rewards.start()
     record, sinks = build_sinks(() if "sinks" in given else config.sinks, config.output_dir)
     if "sinks" in given:
         sinks = SinkSet([record, *given["sinks"]])

@@ -161,6 +161,8 @@ class GRPOTrainer:
                 [[len(completion.token_ids) for completion in group.completions] for group in sampled],
             )
             self._stream_state = self._parts.stream.state_dict()
+            for problem in self._pending.problems:
+                self._event("warn", problem)
 
     def _learn(self) -> StepResult:
         """The rest of a step: from collected groups to the decision to go on."""

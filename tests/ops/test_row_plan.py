@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -25,7 +26,7 @@ def test_each_live_sequence_once_and_the_budget_kept(sequences: list[tuple[int, 
 def test_no_two_neighbours_would_fit_together(sequences: list[tuple[int, bool]], budget: int) -> None:
     lengths = [n for n, _ in sequences]
     plan = plan_microbatches(lengths, live=[True] * len(lengths), token_budget=budget)
-    for first, second in zip(plan, plan[1:], strict=False):
+    for first, second in pairwise(plan):
         assert (len(first) + 1) * max(lengths[i] for i in first) > budget
         assert min(lengths[i] for i in first) >= max(lengths[i] for i in second)
 

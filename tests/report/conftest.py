@@ -42,12 +42,20 @@ class RunMaker:
     def write(self) -> Path:
         self.rng = np.random.default_rng(self.seed)
         config = Config(
-            max_steps=self.max_steps, eval_steps=self.eval_steps, price_per_gpu_hour=self.price, learning_rate=1e-3, output_dir=self.path
+            max_steps=self.max_steps,
+            eval_steps=self.eval_steps,
+            price_per_gpu_hour=self.price,
+            learning_rate=1e-3,
+            output_dir=self.path,
         )
         sink = JsonlSink(self.path)
         sink.start(
             RunInfo(
-                run_dir=self.path, model="embedded", dataset="arithmetic", max_steps=self.max_steps, config=config.model_dump(mode="json")
+                run_dir=self.path,
+                model="embedded",
+                dataset="arithmetic",
+                max_steps=self.max_steps,
+                config=config.model_dump(mode="json"),
             )
         )
         (self.path / "config.toml").write_text(config.to_toml())
@@ -151,7 +159,13 @@ class RunMaker:
         chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 17 + 25?"}]
         texts = [self.completion, "I think it is 41", "17 + 25 = 42. So 42.", ""]
         return [
-            {"step": step, "prompt": chat if i % 2 else "17 + 25 =", "completion": text, "reward": float("42" in text), "advantage": 0.87 - i}
+            {
+                "step": step,
+                "prompt": chat if i % 2 else "17 + 25 =",
+                "completion": text,
+                "reward": float("42" in text),
+                "advantage": 0.87 - i,
+            }
             for i, text in enumerate(texts)
         ]
 

@@ -1,0 +1,272 @@
+"""One HTML file that tells a run: it needs no network, and opens anywhere."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from grpo_fast.config import Config
+from grpo_fast.report.plots import PICTURES
+from grpo_fast.report.run import Run
+from grpo_fast.report.theme import DARK, LIGHT, drawing, png
+from grpo_fast.sinks.quantities import duration, percent, si, significant
+
+REPORT = "report.html"
+_SAMPLES_A_STEP = 3
+_LONGEST_TEXT = 2000
+
+_HEADINGS = {
+    "phases": "The run",
+    "forecasts": "What was believed, and what came",
+    "stop": "The decision to stop",
+    "compute": "What it cost, and what was left",
+    "health": "Health",
+}
+_CAPTIONS = {
+    "phases": """
+        Each dot is the mean reward of a step, the line their running mean, diamonds the reward on held-out prompts. Shades are
+        the phases as the forecasts saw them, hatching is budget that was not used, and the band is what more steps were to
+        bring.""",
+    "forecasts": """
+        The forecast at 20, 40, 60 and 80 % of the steps done, made from what lies left of the upright line and nothing else.
+        The band is to hold 90 %.""",
+    "stop": """
+        Above, the reward forecast for the end of the budget, step by step. Below, the probability that so little is left to
+        gain that going on is not worth it.""",
+    "compute": """
+        Seconds are wall-clock time. FLOPs are those that the model needs; padding and recomputation inside kernels are not
+        counted. What is left is estimated from the mean cost of a step.""",
+    "health": """
+        What goes wrong first when a run goes wrong: entropy that vanishes, gradients that jump, completions that run into the
+        limit, groups that teach nothing because all their rewards are equal.""",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One figure in four dresses, as base64 PNG."""
+
+    name: str
+    heading: str
+    caption: str
+    wide: str
+    wide_dark: str
+    narrow: str
+    narrow_dark: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One number at the top of a report."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Writes ``report.html`` and ``plots/*.png`` into a run's directory; the run may be finished, going on or killed.
+
+    Args:
+        run_dir: directory of the run.
+
+    Returns:
+        The HTML file.
+
+    Raises:
+        RunError: the directory is not a run, or the run has not done a step.
+    """
+    run = Run.load(run_dir)
+    page = _template().render(
+        run=run,
+        name=run.path.resolve().name,
+        model=_fact(run, "model"),
+        dataset=_fact(run, "dataset"),
+        headline=headline(run),
+        reason=_reason(run),
+        tiles=tiles(run),
+        pictures=_pictures(run),
+        samples=samples(run),
+        changed=changed_settings(run.config),
+        device=_table((run.summary or {}).get("device")),
+        versions=_table((run.summary or {}).get("versions")),
+        events=run.events,
+    )
+    path = run.path / REPORT
+    partial = path.with_name(f".{REPORT}.partial")
+    partial.write_text(page, encoding="utf-8", errors="backslashreplace")
+    return partial.replace(path)
+
+
+def headline(run: Run) -> str:
+    """One sentence about how the run ended, with numbers."""
+    done = f"step {run.last_step} of {run.max_steps}"
+    left = percent(1 - run.last_step / run.max_steps).replace(" ", "\u00a0")
+    level = f"at a reward of {run.final_reward:.3f}" if math.isfinite(run.final_reward) else "without a single reward"
+    if run.stopped_by is None:
+        return f"The run is unfinished: {done}, {level}."
+    if run.stopped_by == "forecast":
+        why = f"because its forecast saw the plateau; {left} of the steps were not needed"
+        return f"The run stopped itself at {done}, {level}, {why}."
+    if run.stopped_by == "max_steps":
+        return f"The run did all of its {run.last_step} steps and ended {level}."
+    if run.stopped_by in {"interrupt", "user"}:
+        who = "was interrupted" if run.stopped_by == "interrupt" else "was stopped by its caller"
+        return f"The run {who} at {done}, {level}; it can be resumed."
+    return f"The run ended at {done}, {level}, because the budget {run.stopped_by} was used up."
+
+
+def _reason(run: Run) -> str:
+    if run.summary is not None:
+        return str(run.summary.get("reason") or "")
+    forecast = run.forecasts[-1] if run.forecasts else None
+    if forecast is None:
+        return "There is no forecast yet."
+    words = "Its forecast for the end is {median:.3f} (90 % interval {low:.3f} to {high:.3f}).".format(**forecast)
+    return words if forecast.get("identifiable", True) else f"{words} It is not identifiable yet: {forecast.get('reason')}."
+
+
+def tiles(run: Run) -> list[Tile]:
+    """The numbers that people look for first; what was not measured is left out."""
+    summary = run.summary or {}
+    compute: Mapping[str, Any] = summary.get("compute") or {}
+    rewards = run.metric("reward")
+    finite = rewards[[math.isfinite(value) for value in rewards]]
+    start = f"from {finite[:5].mean():.3f} at the start" if finite.size else ""
+    shown = [Tile("Reward", f"{run.final_reward:.3f}", start)] if finite.size else []
+    held_out = _number(summary.get("eval_reward"), run.last("eval_reward"))
+    if math.isfinite(held_out):
+        shown.append(Tile("Held-out reward", f"{held_out:.3f}", "on prompts that were not trained on"))
+    if run.forecasts:
+        last = run.forecasts[-1]
+        shown.append(Tile("Forecast for the end", f"{last['median']:.3f}", f"90 % in {last['low']:.3f} to {last['high']:.3f}"))
+    shown.append(Tile("Steps", f"{run.last_step:,}", f"of {run.max_steps:,} at most"))
+    seconds = _number(compute.get("wall_hours")) * 3600
+    seconds = seconds if math.isfinite(seconds) else sum(run.seconds_by_phase().values())
+    if seconds > 0:
+        shown.append(Tile("Wall-clock time", duration(seconds), f"{duration(seconds / run.steps.size)} a step"))
+    flops = _number(compute.get("flops"), run.last("flops"))
+    if flops > 0:
+        mfu = run.last("mfu")
+        shown.append(Tile("Model FLOPs", si(flops, "FLOP"), f"MFU {percent(mfu)}" if math.isfinite(mfu) else ""))
+    tokens = _number(compute.get("tokens"), run.last("num_tokens"))
+    if tokens > 0:
+        rate = f"{si(tokens / seconds)} a second" if seconds > 0 else ""
+        shown.append(Tile("Tokens", si(tokens), rate))
+    return shown + _cost_tiles(run, compute)
+
+
+def _cost_tiles(run: Run, compute: Mapping[str, Any]) -> list[Tile]:
+    hours = _number(compute.get("gpu_hours"), run.last("gpu_seconds") / 3600)
+    energy = _number(compute.get("energy_kwh"), run.last("energy_kwh"))
+    money = _number(compute.get("money"), run.last("money"))
+    shown = [Tile("Device time", duration(hours * 3600), "all devices")] if hours > 0 else []
+    if energy > 0:
+        shown.append(Tile("Energy", f"{significant(energy, 2)} kWh", str(compute.get("energy_source", ""))))
+    if money > 0:
+        price = _number(run.config.get("price_per_gpu_hour"))
+        shown.append(Tile("Money", significant(money), f"at {significant(price)} a device hour" if price > 0 else ""))
+    saved = _number(((run.summary or {}).get("saved") or {}).get("steps"))
+    if run.stopped_by == "forecast" and saved > 0:
+        shown.append(Tile("Saved", percent(saved), "of the steps that were allowed"))
+    return shown
+
+
+def samples(run: Run) -> list[dict[str, Any]]:
+    """Completions of the first, the middle and the last step that logged any; long texts are cut and say so."""
+    steps = sorted({int(row["step"]) for row in run.completions})
+    chosen = {steps[0], steps[len(steps) // 2], steps[-1]} if steps else set()
+    rows = []
+    for step in sorted(chosen):
+        of_step = [row for row in run.completions if row["step"] == step][:_SAMPLES_A_STEP]
+        rows += [
+            {
+                "step": step,
+                "prompt": _shortened(_words(row.get("prompt", ""))),
+                "completion": _shortened(str(row.get("completion", ""))),
+                "reward": significant(_number(row.get("reward"))),
+                "advantage": significant(_number(row.get("advantage"))),
+            }
+            for row in of_step
+        ]
+    return rows
+
+
+def changed_settings(config: Mapping[str, Any]) -> dict[str, str]:
+    """Settings that differ from this version's defaults."""
+    defaults = Config.parse({}).model_dump(mode="json", exclude_none=True)
+    return {name: _value(value) for name, value in config.items() if value != defaults.get(name)}
+
+
+def _pictures(run: Run) -> list[Picture]:
+    folder = run.path / "plots"
+    folder.mkdir(exist_ok=True)
+    dresses = {
+        "wide": LIGHT,
+        "wide_dark": DARK,
+        "narrow": dataclasses.replace(LIGHT, narrow=True),
+        "narrow_dark": dataclasses.replace(DARK, narrow=True),
+    }
+    made = []
+    with drawing():
+        for name, draw in PICTURES.items():
+            images = {dress: png(draw(run, theme)) for dress, theme in dresses.items()}
+            (folder / f"{name}.png").write_bytes(images["wide"])
+            heading, caption = _HEADINGS[name], " ".join(_CAPTIONS[name].split())
+            encoded = {dress: base64.b64encode(image).decode() for dress, image in images.items()}
+            made.append(Picture(name=name, heading=heading, caption=caption, **encoded))
+    return made
+
+
+def _template() -> Any:
+    environment = Environment(
+        loader=PackageLoader("grpo_fast", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.jinja")
+
+
+def _fact(run: Run, name: str) -> str:
+    return str((run.summary or {}).get(name) or run.config.get(name) or "unknown")
+
+
+def _table(values: Any) -> dict[str, str]:
+    return {str(key): _value(value) for key, value in values.items()} if isinstance(values, Mapping) else {}
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "unknown"}[value]
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(_value(item) for item in value) or "none"
+    return str(value)
+
+
+def _words(prompt: Any) -> str:
+    if isinstance(prompt, Sequence) and not isinstance(prompt, str):
+        return "\n".join(
+            f"{turn.get('role')}: {turn.get('content')}" if isinstance(turn, Mapping) else str(turn) for turn in prompt
+        )
+    return str(prompt)
+
+
+def _shortened(text: str) -> str:
+    more = len(text) - _LONGEST_TEXT
+    return text if more <= 0 else f"{text[:_LONGEST_TEXT]}\n[... {more} more characters]"
+
+
+def _number(*values: Any) -> float:
+    """The first finite number, NaN without one."""
+    return next((float(value) for value in values if isinstance(value, (int, float)) and math.isfinite(value)), math.nan)

@@ -1,0 +1,358 @@
+"""The reward pool: reward functions in worker processes, each call under a deadline, nothing that can hang the run."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import selectors
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Self, TypeAlias
+
+import cloudpickle  # type: ignore[import-untyped]
+
+from grpo_fast.rewards.batch import call_arguments, column_names, pickled
+from grpo_fast.rewards.call import RewardFunction, call_reward, describe_failure, resolve_reward, reward_name
+from grpo_fast.rewards.process import WorkerDiedError, WorkerProcess
+from grpo_fast.rewards.report import RewardReport, Tally
+from grpo_fast.types import Group
+
+OnError: TypeAlias = Literal["raise", "none"]
+
+_MAX_ATTEMPTS = 3
+
+
+class RewardError(RuntimeError):
+    """A reward call that failed: it raised, hung, ended its process or broke the contract.
+
+    Attributes:
+        function: name of the reward function.
+        worker_traceback: the traceback in the worker; empty where there is none.
+    """
+
+    def __init__(self, function: str, message: str, *, worker_traceback: str = "") -> None:
+        super().__init__(f"reward function {function!r} {message}")
+        self.function = function
+        self.worker_traceback = worker_traceback
+
+
+@dataclass(slots=True)
+class _Call:
+    """One function on one slice of the groups."""
+
+    function: int
+    first: int
+    """First completion of the slice."""
+    count: int
+    arguments: bytes
+    attempts: int = 0
+    """How often it was handed to a worker that turned out to have ended before."""
+
+
+class RewardPool:
+    """Runs reward functions over groups.
+
+    With workers, functions run in processes that are started when first needed and then kept. A call (one function, one batch)
+    that misses its deadline has its process killed; a process that ends by itself is noticed at once; both are replaced. With
+    more than one worker a batch is cut between groups, so that a function sees whole groups, but not the whole batch.
+
+    What a function prints to standard output in a worker is dropped (it would tear the live console); standard error is shown.
+    A function defined in a script or a notebook is sent by value; one that lives in a module is imported from there.
+
+    Args:
+        reward_funcs: built-in names, ``module:function`` or callables.
+        weights: one a function; ``None`` weighs all by 1.
+        timeout_s: deadline of one call, in seconds; the import of the function's module is not part of it.
+        workers: processes; 0 calls the functions in this process, where no deadline can be kept and a crash is everybody's.
+        on_error: what a failed call does: ``raise`` a :class:`RewardError`, or (``none``) be counted and leave its completions
+            without a value from that function.
+
+    Raises:
+        ValueError: no functions, an unknown name, weights that do not fit, a deadline or a count out of range.
+        TypeError: a reward that is neither a name nor a function, or one that cannot be sent to a process.
+    """
+
+    def __init__(
+        self,
+        reward_funcs: Sequence[str | Callable[..., Any]],
+        *,
+        weights: Sequence[float] | None = None,
+        timeout_s: float = 30.0,
+        workers: int = 1,
+        on_error: OnError = "raise",
+    ) -> None:
+        if isinstance(reward_funcs, str) or not reward_funcs:
+            raise ValueError(f"reward_funcs={reward_funcs!r} must be a list with at least one reward")
+        self._specs = list(reward_funcs)
+        self.names = _distinct([reward_name(spec) for spec in self._specs])
+        """One a function, as in metrics; a repeated name gets a number."""
+        self.weights = _checked_weights(weights, len(self._specs))
+        if not timeout_s > 0 or math.isinf(timeout_s):
+            raise ValueError(f"timeout_s={timeout_s} must be a positive number of seconds (workers=0 runs without a deadline)")
+        if workers < 0:
+            raise ValueError(f"workers={workers} must be 0 (run in this process) or more")
+        if on_error not in ("raise", "none"):
+            raise ValueError(f"on_error={on_error!r} must be 'raise' or 'none'")
+        self.timeout_s = timeout_s
+        self.workers = workers
+        self.on_error = on_error
+        self._frozen = [_freeze(name, spec) for name, spec in zip(self.names, self._specs, strict=True)] if workers else []
+        self._local: list[RewardFunction] | None = None
+        self._slots: list[WorkerProcess | None] = [None] * workers
+        self._closed = False
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        """Resolves the functions and starts every worker now, so that a wrong name is known before the first step.
+
+        Raises:
+            ValueError: a function cannot be found, imported or loaded; the pool is closed.
+            RewardError: a worker ends or hangs while it loads the functions.
+        """
+        with self._lock:
+            self._require_open()
+            if not self.workers:
+                self._resolve_here()
+                return
+            self._drive([], Tally(self.names, 0), start=self.workers)
+
+    def score(self, groups: Sequence[Group]) -> RewardReport:
+        """Fills ``rewards`` and ``reward`` of every group in place.
+
+        ``reward`` is the weighted sum over the functions that gave a value, NaN where none did.
+
+        Args:
+            groups: groups with their completions.
+
+        Returns:
+            Statistics and counts of what failed.
+
+        Raises:
+            RewardError: a call failed and ``on_error`` is ``raise``. The groups are as they were; the pool can be used again.
+            ValueError: a function cannot be found, imported or loaded; a column has a reserved name; the pool is closed.
+            TypeError: a dataset column cannot be sent to a process.
+        """
+        with self._lock:
+            self._require_open()
+            tally = Tally(self.names, sum(len(group.completions) for group in groups))
+            columns = column_names(groups)
+            if self.workers:
+                self._drive(self._calls(groups, columns), tally, start=0)
+            elif tally.num_completions:
+                self._score_here(call_arguments(groups, columns), tally)
+            tally.fill(groups, self.weights)
+            return tally.report()
+
+    def close(self) -> None:
+        """Ends the workers; calling it twice is harmless."""
+        with self._lock:
+            self._closed = True
+            for slot, worker in enumerate(self._slots):
+                if worker is not None:
+                    worker.close()
+                self._slots[slot] = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def process_ids(self) -> list[int]:
+        """Ids of the live worker processes."""
+        return [worker.process_id for worker in self._slots if worker is not None]
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ValueError("the reward pool is closed; make a new one")
+
+    def _resolve_here(self) -> list[RewardFunction]:
+        if self._local is None:
+            found = [resolve_reward(spec) for spec in self._specs]
+            self._local = [RewardFunction(name, reward.function) for name, reward in zip(self.names, found, strict=True)]
+        return self._local
+
+    def _score_here(self, arguments: dict[str, list[Any]], tally: Tally) -> None:
+        for index, reward in enumerate(self._resolve_here()):
+            try:
+                values = call_reward(reward, arguments)
+            except Exception as error:
+                self._fail(index, describe_failure(error), tally, cause=error)
+            else:
+                tally.store(index, values)
+
+    def _calls(self, groups: Sequence[Group], columns: Sequence[str]) -> list[_Call]:
+        parts = min(self.workers, len(groups))
+        bounds = [len(groups) * part // max(1, parts) for part in range(parts + 1)]
+        calls: list[_Call] = []
+        first = 0
+        for low, high in itertools.pairwise(bounds):
+            arguments = call_arguments(groups[low:high], columns)
+            count = len(arguments["completions"])
+            if count:
+                payload = pickled(arguments)
+                calls += [_Call(function, first, count, payload) for function in range(len(self._specs))]
+            first += count
+        return calls
+
+    def _drive(self, calls: Sequence[_Call], tally: Tally, *, start: int) -> None:
+        """Runs calls on the workers until none is left, first starting workers so that at least ``start`` are ready."""
+        waiting = deque(calls)
+        running: dict[int, _Call] = {}
+        try:
+            while waiting or running or self._ready_workers() < start:
+                self._ensure_workers(max(start, min(self.workers, len(waiting) + len(running))))
+                self._hand_out(waiting, running, tally)
+                for slot in self._wait():
+                    self._take(slot, running, tally)
+                self._expire(running, tally)
+        except BaseException:
+            # A worker left in mid-call would hand its answer to the next batch.
+            for slot, worker in enumerate(self._slots):
+                if worker is not None and worker.state != "idle":
+                    self._drop(slot, tally)
+            raise
+
+    def _ready_workers(self) -> int:
+        return sum(worker is not None and worker.state == "idle" for worker in self._slots)
+
+    def _ensure_workers(self, wanted: int) -> None:
+        alive = sum(worker is not None for worker in self._slots)
+        for slot, worker in enumerate(self._slots):
+            if worker is None and alive < wanted:
+                self._slots[slot] = WorkerProcess(self._frozen)
+                alive += 1
+
+    def _hand_out(self, waiting: deque[_Call], running: dict[int, _Call], tally: Tally) -> None:
+        for slot, worker in enumerate(self._slots):
+            if not waiting:
+                return
+            if worker is None or worker.state != "idle":
+                continue
+            call = waiting.popleft()
+            try:
+                worker.submit(call.function, call.arguments, timeout_s=self.timeout_s)
+            except TimeoutError:
+                self._drop(slot, tally)
+                self._fail(call.function, "could not be given its batch in time; its worker was killed", tally, timeout=True)
+            except WorkerDiedError as death:
+                self._drop(slot, tally)
+                call.attempts += 1
+                if call.attempts == _MAX_ATTEMPTS:
+                    self._fail(call.function, f"{death}, before it was called, {_MAX_ATTEMPTS} times running", tally)
+                else:  # lost between two calls, which is no function's fault: the call is still to be made
+                    waiting.appendleft(call)
+            else:
+                running[slot] = call
+
+    def _wait(self) -> list[int]:
+        """Slots whose worker has something to say, as soon as there is one or a deadline has passed."""
+        expected = {slot: worker for slot, worker in enumerate(self._slots) if worker is not None and worker.state != "idle"}
+        if not expected:
+            return []
+        with selectors.DefaultSelector() as selector:
+            for slot, worker in expected.items():
+                selector.register(worker.channel, selectors.EVENT_READ, slot)
+            nearest = min(worker.deadline for worker in expected.values())
+            return [key.data for key, _ in selector.select(max(0.0, nearest - time.monotonic()))]
+
+    def _take(self, slot: int, running: dict[int, _Call], tally: Tally) -> None:
+        worker = self._slots[slot]
+        assert worker is not None
+        starting = worker.state == "starting"
+        try:
+            reply = worker.receive()
+        except WorkerDiedError as death:
+            self._drop(slot, tally)
+            if starting:
+                raise RewardError(", ".join(self.names), f"{death} while it was loaded") from None
+            self._fail(running.pop(slot).function, str(death), tally)
+            return
+        if reply is None:
+            return
+        status, value, trace = reply
+        if starting:
+            if status != "ok":
+                self._drop(slot, tally)
+                raise ValueError(value)
+            return
+        call = running.pop(slot)
+        if status == "ok":
+            tally.store(call.function, value, first=call.first)
+        else:
+            self._fail(call.function, value, tally, trace=trace)
+
+    def _expire(self, running: dict[int, _Call], tally: Tally) -> None:
+        now = time.monotonic()
+        for slot, worker in enumerate(self._slots):
+            if worker is None or worker.state == "idle" or worker.deadline > now:
+                continue
+            starting = worker.state == "starting"
+            self._drop(slot, tally)
+            if starting:
+                raise RewardError(", ".join(self.names), "could not be loaded in time: the import of a module hangs")
+            call = running.pop(slot)
+            message = (
+                f"took longer than {self.timeout_s:g} s for {call.count} completions; its worker was killed (reward_timeout_s)"
+            )
+            self._fail(call.function, message, tally, timeout=True)
+
+    def _drop(self, slot: int, tally: Tally) -> None:
+        worker = self._slots[slot]
+        assert worker is not None
+        worker.kill()
+        self._slots[slot] = None
+        tally.restarts += 1
+
+    def _fail(
+        self,
+        function: int,
+        message: str,
+        tally: Tally,
+        *,
+        trace: str = "",
+        timeout: bool = False,
+        cause: BaseException | None = None,
+    ) -> None:
+        error = RewardError(self.names[function], message, worker_traceback=trace)
+        if self.on_error == "raise":
+            raise error from cause
+        (tally.timeouts if timeout else tally.errors)[function] += 1
+        tally.problems.append(str(error))
+
+
+def _freeze(name: str, spec: str | Callable[..., Any]) -> str | bytes:
+    if isinstance(spec, str):
+        return spec
+    try:
+        return bytes(cloudpickle.dumps(spec))
+    except Exception as error:
+        raise TypeError(
+            f"reward function {name!r} cannot be sent to a worker process ({error}); make what it holds inside the function, "
+            "give it as 'module:function', or set reward_workers to 0"
+        ) from error
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    result: list[str] = []
+    for name in names:
+        number, candidate = 2, name
+        while candidate in result:
+            number, candidate = number + 1, f"{name}_{number}"
+        result.append(candidate)
+    return result
+
+
+def _checked_weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
+    if weights is None:
+        return (1.0,) * count
+    if len(weights) != count:
+        raise ValueError(f"reward weights {list(weights)} are {len(weights)} for {count} reward functions; give one each")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"reward weights {list(weights)} must be finite")
+    return tuple(float(weight) for weight in weights)

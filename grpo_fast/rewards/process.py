@@ -1,0 +1,153 @@
+"""The pool's side of one worker process: start it, hand it a call, read its answer, end it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+from grpo_fast.rewards.worker import HEADER, Reply, pack
+
+State: TypeAlias = Literal["starting", "idle", "busy"]
+
+START_TIMEOUT_S = 120.0
+"""Longest time a worker may take to import the modules of its reward functions; not part of a call's deadline."""
+
+_GRACE_S = 2.0
+_CHUNK_BYTES = 1 << 20
+# -P keeps the current folder off the path until the parent's own path is taken over: a socket.py there must not come first.
+_BOOT = (
+    "import sys; descriptor, parent = map(int, sys.argv[1:3]); sys.path[:] = sys.argv[3:]; "
+    "from grpo_fast.rewards.worker import serve; serve(descriptor, parent)"
+)
+
+
+class WorkerDiedError(RuntimeError):
+    """The worker's process ended by itself; the message says how."""
+
+
+class WorkerProcess:
+    """One worker process and the socket to it.
+
+    Args:
+        specs: the reward functions, names as they are and callables pickled.
+    """
+
+    def __init__(self, specs: Sequence[str | bytes]) -> None:
+        self.channel, theirs = socket.socketpair()
+        path = [entry for entry in sys.path if isinstance(entry, str)]
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _BOOT, str(theirs.fileno()), str(os.getpid()), *path],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+            )
+        self.state: State = "starting"
+        self.deadline = time.monotonic() + START_TIMEOUT_S
+        self._received = bytearray()
+        self._open = True
+        self.channel.settimeout(START_TIMEOUT_S)
+        with contextlib.suppress(OSError):  # a worker that is dead already is noticed where its answer is read
+            self.channel.sendall(pack(pickle.dumps(list(specs))))
+
+    @property
+    def process_id(self) -> int:
+        """Process id, which is also the id of the process group that the worker leads."""
+        return self._process.pid
+
+    def submit(self, index: int, arguments: bytes, *, timeout_s: float) -> None:
+        """Hands an idle worker a call, whose deadline starts now.
+
+        Args:
+            index: which reward function.
+            arguments: its pickled keyword arguments.
+            timeout_s: deadline of the call, in seconds.
+
+        Raises:
+            WorkerDiedError: the process had ended before.
+            TimeoutError: it does not read its socket.
+        """
+        self.deadline = time.monotonic() + timeout_s
+        self.state = "busy"
+        self.channel.settimeout(timeout_s)
+        try:
+            self.channel.sendall(pack(pickle.dumps((index, timeout_s, arguments))))
+        except TimeoutError:
+            raise
+        except OSError:
+            raise WorkerDiedError(self._cause_of_death()) from None
+
+    def receive(self) -> Reply | None:
+        """Reads what has arrived; to be called when the socket is readable.
+
+        Returns:
+            The answer once it is complete, else ``None``.
+
+        Raises:
+            WorkerDiedError: the process has ended.
+        """
+        try:
+            part = self.channel.recv(_CHUNK_BYTES)
+        except ConnectionError:
+            part = b""
+        if not part:
+            raise WorkerDiedError(self._cause_of_death())
+        self._received += part
+        if len(self._received) < HEADER.size:
+            return None
+        end = HEADER.size + HEADER.unpack_from(self._received)[0]
+        if len(self._received) < end:
+            return None
+        reply: Reply = pickle.loads(bytes(self._received[HEADER.size : end]))
+        self._received.clear()
+        self.state = "idle"
+        return reply
+
+    def kill(self) -> None:
+        """Ends the worker and whatever its reward functions started, at once; calling it twice is harmless."""
+        if not self._open:
+            return
+        self._open = False
+        self.channel.close()
+        # The group first: once the leader is waited for, its id may be another process's.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def close(self) -> None:
+        """Lets an idle worker end by itself, and kills it where it does not within two seconds."""
+        if self._open and self.state == "idle":
+            with contextlib.suppress(OSError):
+                self.channel.shutdown(socket.SHUT_WR)
+                self.channel.settimeout(_GRACE_S)
+                self.channel.recv(1)
+            end = time.monotonic() + _GRACE_S
+            while time.monotonic() < end and not _has_ended(self._process.pid):
+                time.sleep(0.005)
+        self.kill()
+
+    def _cause_of_death(self) -> str:
+        end = time.monotonic() + _GRACE_S
+        while time.monotonic() < end and not _has_ended(self._process.pid):
+            time.sleep(0.005)
+        self.kill()
+        code = self._process.returncode
+        if code >= 0:
+            return f"ended its worker process with exit code {code}"
+        name = signal.Signals(-code).name
+        hint = " (the kernel does this when memory runs out)" if name == "SIGKILL" else ""
+        return f"ended its worker process by {name}{hint}"
+
+
+def _has_ended(process_id: int) -> bool:
+    """Whether a child has ended, without waiting for it: its id stays taken until then."""
+    return os.waitid(os.P_PID, process_id, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None

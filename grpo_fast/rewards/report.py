@@ -1,0 +1,102 @@
+"""What the reward functions gave in one step, and what went wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from grpo_fast.types import Group
+
+
+@dataclass(frozen=True, slots=True)
+class RewardReport:
+    """What one :meth:`RewardPool.score` saw, by the name of the reward function."""
+
+    mean: dict[str, float]
+    """Mean over the completions that got a value; NaN where none did."""
+    std: dict[str, float]
+    """Sample standard deviation (n - 1) over the same, as TRL's; NaN below two values."""
+    nones: dict[str, int]
+    """Completions without a value: the function gave ``None`` or NaN, or its call failed."""
+    errors: dict[str, int]
+    """Calls that raised, broke the contract or ended their process."""
+    timeouts: dict[str, int]
+    """Calls that missed the deadline."""
+    restarts: int
+    """Workers lost, each replaced when it is next needed."""
+    problems: tuple[str, ...]
+    """One line for each failed call."""
+
+    def metrics(self) -> dict[str, float]:
+        """Flat metrics under TRL's names, with the counts of what went wrong where something did."""
+        flat: dict[str, float] = {}
+        for name in self.mean:
+            flat[f"rewards/{name}/mean"] = self.mean[name]
+            flat[f"rewards/{name}/std"] = self.std[name]
+            counts = {"nones": self.nones[name], "errors": self.errors[name], "timeouts": self.timeouts[name]}
+            flat |= {f"rewards/{name}/{key}": float(count) for key, count in counts.items() if count}
+        return flat | ({"rewards/restarts": float(self.restarts)} if self.restarts else {})
+
+
+@dataclass(slots=True)
+class Tally:
+    """The values and failures of a step while its calls come back."""
+
+    names: Sequence[str]
+    num_completions: int
+    values: list[list[float]] = field(init=False)
+    """[F][N], NaN where there is no value (yet)."""
+    errors: list[int] = field(init=False)
+    timeouts: list[int] = field(init=False)
+    restarts: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.values = [[math.nan] * self.num_completions for _ in self.names]
+        self.errors = [0] * len(self.names)
+        self.timeouts = [0] * len(self.names)
+
+    def store(self, function: int, values: Sequence[float | None], *, first: int = 0) -> None:
+        """Keeps what function number ``function`` gave the completions from number ``first`` on."""
+        numbers = [math.nan if value is None else value for value in values]
+        self.values[function][first : first + len(numbers)] = numbers
+
+    def fill(self, groups: Sequence[Group], weights: Sequence[float]) -> None:
+        """Sets ``rewards`` and ``reward`` of the groups whose completions, in order, were scored."""
+        rows = zip(*self.values, strict=True)
+        for group in groups:
+            group.rewards = [list(next(rows)) for _ in group.completions]
+            group.reward = [_weighted_sum(row, weights) for row in group.rewards]
+
+    def report(self) -> RewardReport:
+        """The statistics of what was kept."""
+        present = {
+            name: [value for value in values if not math.isnan(value)]
+            for name, values in zip(self.names, self.values, strict=True)
+        }
+        return RewardReport(
+            mean={name: _mean(values) for name, values in present.items()},
+            std={name: _std(values) for name, values in present.items()},
+            nones={name: self.num_completions - len(values) for name, values in present.items()},
+            errors=dict(zip(self.names, self.errors, strict=True)),
+            timeouts=dict(zip(self.names, self.timeouts, strict=True)),
+            restarts=self.restarts,
+            problems=tuple(self.problems),
+        )
+
+
+def _weighted_sum(row: Sequence[float], weights: Sequence[float]) -> float:
+    parts = [weight * value for weight, value in zip(weights, row, strict=True) if not math.isnan(value)]
+    return math.fsum(parts) if parts else math.nan
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def _std(values: Sequence[float]) -> float:
+    if len(values) < 2:
+        return math.nan
+    mean = _mean(values)
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))

@@ -1,0 +1,114 @@
+"""The worker's side of the reward pool: a process that loads reward functions once and answers one call at a time.
+
+It is started as plain ``python -c``, so that the user's ``__main__`` is never imported a second time, and it speaks
+length-prefixed pickles over a socket of its own: what a reward function prints to standard output is dropped, standard error
+is left through.
+It ends with its parent, however that one ends: an idle worker reads the end of the socket, a busy one sees its parent's id
+change, and one that is stuck in C code is ended by a timer that needs no interpreter.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import pickle
+import signal
+import socket
+import struct
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+from grpo_fast.rewards.call import RewardFunction, call_reward, describe_failure, resolve_reward
+
+Reply: TypeAlias = tuple[str, Any, str]
+"""``("ok", value, "")`` or ``("error", one line, traceback)``."""
+
+HEADER = struct.Struct("!Q")
+"""Length in bytes of the pickle that follows."""
+
+_STDERR = 2  # the descriptor: there is no sys.stderr where the parent has closed its own
+_PARENT_POLL_S = 0.5
+_ORPHAN_GRACE_S = 2.0
+
+
+def pack(payload: bytes) -> bytes:
+    """A frame: the payload's length, then the payload."""
+    return HEADER.pack(len(payload)) + payload
+
+
+def serve(descriptor: int, parent_id: int) -> None:
+    """Answers requests until the socket ends.
+
+    The first request holds the reward functions, names as they are and callables pickled; each later one a function's
+    index, its deadline in seconds and its pickled arguments.
+
+    Args:
+        descriptor: the inherited socket.
+        parent_id: process id of the pool's process.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.enable(file=_STDERR)
+    threading.Thread(target=_end_with_parent, args=(parent_id,), daemon=True).start()
+    with socket.socket(fileno=descriptor) as channel:
+        specs = _read(channel)
+        if specs is None:
+            return
+        reply, rewards = _loaded(pickle.loads(specs))
+        _send(channel, reply)
+        while (request := _read(channel)) is not None:
+            _send(channel, _answer(rewards, request))
+
+
+def _loaded(specs: Sequence[str | bytes]) -> tuple[Reply, list[RewardFunction]]:
+    try:
+        rewards = [resolve_reward(spec if isinstance(spec, str) else pickle.loads(spec)) for spec in specs]
+    except (ValueError, TypeError) as error:
+        return ("error", str(error), traceback.format_exc()), []
+    except BaseException as error:
+        message = (
+            f"a reward function cannot be loaded in a worker process: {describe_failure(error)}; "
+            "give it as 'module:function' with its folder on the Python path, or set reward_workers to 0"
+        )
+        return ("error", message, traceback.format_exc()), []
+    return ("ok", None, ""), rewards
+
+
+def _answer(rewards: Sequence[RewardFunction], request: bytes) -> Reply:
+    index, timeout_s, arguments = pickle.loads(request)
+    faulthandler.dump_traceback_later(timeout_s + _ORPHAN_GRACE_S, exit=True, file=_STDERR)
+    try:
+        return "ok", call_reward(rewards[index], pickle.loads(arguments)), ""
+    except BaseException as error:  # SystemExit too must not end the worker
+        return "error", describe_failure(error), traceback.format_exc()
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _read(channel: socket.socket) -> bytes | None:
+    header = _read_exactly(channel, HEADER.size)
+    return None if header is None else _read_exactly(channel, HEADER.unpack(header)[0])
+
+
+def _read_exactly(channel: socket.socket, size: int) -> bytes | None:
+    buffer = bytearray(size)
+    view, filled = memoryview(buffer), 0
+    while filled < size:
+        count = channel.recv_into(view[filled:])
+        if count == 0:
+            return None
+        filled += count
+    return bytes(buffer)
+
+
+def _send(channel: socket.socket, reply: Reply) -> None:
+    channel.sendall(pack(pickle.dumps(reply)))
+
+
+def _end_with_parent(parent_id: int) -> None:
+    while os.getppid() == parent_id:
+        time.sleep(_PARENT_POLL_S)
+    # The worker leads its own process group: what a reward function started goes with it.
+    os.killpg(os.getpgrp(), signal.SIGKILL)

@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+import torch
+
+from grpo_fast.ops.fused_grpo import _FEW_LOGITS, FusedLoss, fused_grpo, fused_grpo_reference
+from grpo_fast.ops.policy_loss import LossBatch, LossSpec
+from grpo_fast.ops.token_logprob import LMHead
+
+V, H = 31, 10
+LENGTHS = [6, 1, 9, 0, 4, 2, 7]
+T = sum(LENGTHS)
+SPECS = {
+    "clip": LossSpec(epsilon_high=0.28),
+    "two-sided kl": LossSpec(delta=1.5, beta=0.1),
+    "cispo": LossSpec(surrogate="cispo", epsilon_high=1.3),
+    "sapo": LossSpec(surrogate="sapo"),
+    "gspo": LossSpec(importance_sampling_level="sequence", epsilon_low=0.1, epsilon_high=0.1),
+    "gspo kl entropy": LossSpec(
+        importance_sampling_level="sequence", epsilon_low=0.1, epsilon_high=0.1, beta=0.1, entropy_coef=0.02
+    ),
+    "rloo": LossSpec(importance_sampling_level="sequence_sum"),
+    "entropy": LossSpec(entropy_coef=0.05),
+}
+
+
+def case(*, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[torch.Tensor, LMHead, torch.Tensor, LossBatch]:
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    hidden, weight, bias = (x.to(dtype).requires_grad_() for x in (draw(T, H), draw(V, H), draw(V)))
+    head = LMHead(weight, bias, **options)
+    targets = torch.randint(0, V, (T,), generator=generator)
+    with torch.no_grad():
+        batch = LossBatch(torch.zeros(T, dtype=torch.long), torch.zeros(1), torch.zeros(1))
+        logprobs = fused_grpo_reference(hidden, head, targets=targets, batch=batch, spec=LossSpec()).logprobs.double()
+    index = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+    old = logprobs + 0.3 * draw(T)
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    batch = LossBatch(
+        index,
+        torch.tensor([1.0, -0.6, 0.0, 0.4, -1.2, 0.8, 1.4], dtype=work),
+        torch.tensor([0.1, 0.3, 0.2, 0.5, 0.25, 0.15, 0.05], dtype=work),
+        old_logprobs=old.to(work),
+        ref_logprobs=(logprobs + 0.3 * draw(T)).to(work),
+        num_items_in_batch=50.0,
+    )
+    return hidden, head, targets, batch
+
+
+def outcome(result: FusedLoss, hidden: torch.Tensor, head: LMHead) -> list[torch.Tensor]:
+    grads = torch.autograd.grad(3.0 * result.loss, [hidden, head.weight, head.bias])
+    return [result.loss.detach(), result.logprobs, result.entropy, *grads]
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "transformed": {"temperature": 0.8, "softcap": 5.0, "logit_scale": 0.7},
+}
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 3, 8, 12, 1000])
+@pytest.mark.parametrize("on_policy", [False, True])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name", SPECS)
+def test_one_pass_equals_the_two_ops(name: str, options: str, on_policy: bool, chunk_rows: int) -> None:
+    hidden, head, targets, batch = case(**OPTIONS[options])
+    if on_policy:
+        batch = batch._replace(old_logprobs=None)
+    given = {"targets": targets, "batch": batch, "spec": SPECS[name]}
+    expected = fused_grpo_reference(hidden, head, **given)
+    small = replace(head, chunk_bytes=chunk_rows * V * 8)
+    found = fused_grpo(hidden, small, **given)
+    for value, wanted in zip(outcome(found, hidden, head), outcome(expected, hidden, head), strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-10, atol=1e-12)
+    for key, value in asdict(found.metrics).items():
+        torch.testing.assert_close(value, getattr(expected.metrics, key), rtol=1e-10, atol=1e-12)
+        assert not value.requires_grad
+    if on_policy:
+        assert found.metrics.ratio_min == found.metrics.ratio_max == 1.0
+    elif name not in ("sapo", "cispo"):
+        assert 0 < found.metrics.clip_region < found.metrics.num_ratios
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_error_keeps_to_the_budget(name: str, dtype: torch.dtype) -> None:
+    hidden, head, targets, batch = case(dtype=dtype, temperature=0.9)
+    exact_hidden = hidden.detach().double().requires_grad_()
+    exact = replace(
+        head, weight=head.weight.detach().double().requires_grad_(), bias=head.bias.detach().double().requires_grad_()
+    )
+    given = {"targets": targets, "batch": batch, "spec": SPECS[name]}
+    wanted = outcome(fused_grpo_reference(exact_hidden, exact, **given), exact_hidden, exact)
+    reference = outcome(fused_grpo_reference(hidden, head, **given), hidden, head)
+    small = replace(head, chunk_bytes=8 * V * 4)
+    found = outcome(fused_grpo(hidden, small, **given), hidden, small)
+    assert found[3].dtype == found[4].dtype == found[5].dtype == dtype
+    for value, base, true in zip(found, reference, wanted, strict=True):
+        half_ulp = torch.finfo(value.dtype).eps / 2 * true.abs().max()
+        assert (value.double() - true).abs().max() <= 4 * (base.double() - true).abs().max() + half_ulp
+
+
+def test_gradients_reach_only_what_asks_for_them() -> None:
+    hidden, head, targets, batch = case()
+    given = {"targets": targets, "batch": batch, "spec": SPECS["clip"]}
+    expected = outcome(fused_grpo_reference(hidden, head, **given), hidden, head)
+    small = {"chunk_bytes": 8 * V * 8}
+    frozen = LMHead(head.weight.detach(), head.bias.detach(), **small)
+    fused_grpo(hidden, frozen, **given).loss.backward()
+    torch.testing.assert_close(3 * hidden.grad, expected[3])
+    fused_grpo(hidden.detach(), LMHead(head.weight, head.bias.detach(), **small), **given).loss.backward()
+    torch.testing.assert_close(3 * head.weight.grad, expected[4])
+    assert head.bias.grad is None
+    without = LMHead(head.weight.detach(), None, **small)
+    assert fused_grpo(hidden, without, **given).loss.requires_grad
+    for chunk_rows in (8, 1000):
+        sized = replace(head, chunk_bytes=chunk_rows * V * 8)
+        with torch.no_grad():
+            quiet = fused_grpo(hidden, sized, **given)
+        assert not quiet.loss.requires_grad
+        torch.testing.assert_close(quiet.loss, expected[0])
+        assert not fused_grpo(hidden.detach(), replace(frozen, chunk_bytes=sized.chunk_bytes), **given).loss.requires_grad
+
+
+def test_backward_twice_gives_the_same_again() -> None:
+    hidden, head, targets, batch = case(chunk_bytes=8 * V * 8)
+    loss = fused_grpo(hidden, head, targets=targets, batch=batch, spec=SPECS["clip"]).loss
+    first = torch.autograd.grad(loss, [hidden, head.weight], retain_graph=True)
+    second = torch.autograd.grad(loss * -2, [hidden, head.weight])
+    for one, two in zip(first, second, strict=True):
+        torch.testing.assert_close(two, -2 * one)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_logprobs_serve_as_the_old_ones_of_the_next_iteration(name: str) -> None:
+    hidden, head, targets, batch = case(dtype=torch.float32, chunk_bytes=8 * V * 4)
+    first = fused_grpo(hidden, head, targets=targets, batch=batch._replace(old_logprobs=None), spec=SPECS[name])
+    assert not first.logprobs.requires_grad
+    again = fused_grpo(hidden, head, targets=targets, batch=batch._replace(old_logprobs=first.logprobs), spec=SPECS[name])
+    assert again.metrics.ratio_min == again.metrics.ratio_max == 1.0
+    one, two = outcome(first, hidden, head), outcome(again, hidden, head)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_many_logits_in_one_block_equal_the_two_ops() -> None:
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(300, 8, generator=generator, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(1000, 8, generator=generator, dtype=torch.float64).requires_grad_()
+    head = LMHead(weight, torch.zeros(1000, dtype=torch.float64).requires_grad_())
+    targets = torch.randint(0, 1000, (300,), generator=generator)
+    batch = LossBatch(torch.arange(3).repeat_interleave(100), torch.tensor([1.0, -1.0, 0.5]), torch.full((3,), 1 / 300))
+    assert _FEW_LOGITS < 300 * 1000
+    given = {"targets": targets, "batch": batch, "spec": LossSpec()}
+    expected = outcome(fused_grpo_reference(hidden, head, **given), hidden, head)
+    for value, wanted in zip(outcome(fused_grpo(hidden, head, **given), hidden, head), expected, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_no_rows_give_a_differentiable_zero(name: str) -> None:
+    hidden, head, targets, batch = case()
+    result = fused_grpo(hidden[:0], head, targets=targets[:0], batch=batch.tokens(0, 0), spec=SPECS[name])
+    result.loss.backward()
+    assert result.loss == 0
+    assert (hidden.grad == 0).all()
+    assert (head.weight.grad == 0).all()
+    assert (head.bias.grad == 0).all()
+    assert result.logprobs.shape == result.entropy.shape == (0,)
+    assert result.metrics.num_tokens == 0
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_rows_without_weight_give_zero_gradients(name: str) -> None:
+    hidden, head, targets, batch = case(chunk_bytes=8 * V * 8)
+    dead = batch._replace(advantages=batch.advantages * 0, loss_weights=batch.loss_weights * 0)
+    spec = replace(SPECS[name], entropy_coef=0.0)
+    loss, *_, dh, dw, db = outcome(fused_grpo(hidden, head, targets=targets, batch=dead, spec=spec), hidden, head)
+    assert loss == 0
+    assert all((grad == 0).all() for grad in (dh, dw, db))
+
+
+@pytest.mark.parametrize("chunk_rows", [2, 1000])
+@pytest.mark.parametrize("name", SPECS)
+def test_a_nan_row_is_seen_in_the_loss(name: str, chunk_rows: int) -> None:
+    hidden, head, targets, batch = case(chunk_bytes=chunk_rows * V * 8)
+    row = LENGTHS[0] + LENGTHS[1]
+    assert batch.advantages[batch.sequence_index[row]] == 0
+    with torch.no_grad():
+        hidden[row] = math.nan
+    result = fused_grpo(hidden, head, targets=targets, batch=batch, spec=SPECS[name])
+    assert result.loss.isnan()
+    assert result.logprobs[row].isnan()
+    assert result.logprobs[row + 1 :].isfinite().all()
+
+
+def test_autocast_does_not_reach_it() -> None:
+    hidden, head, targets, batch = case(dtype=torch.float32, chunk_bytes=8 * V * 4)
+    given = {"targets": targets, "batch": batch, "spec": SPECS["entropy"]}
+    plain = outcome(fused_grpo(hidden, head, **given), hidden, head)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = outcome(fused_grpo(hidden, head, **given), hidden, head)
+    assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+
+
+def test_dead_sequences_can_be_left_out() -> None:
+    hidden, head, targets, batch = case(chunk_bytes=8 * V * 8)
+    spec = LossSpec()
+    whole = outcome(fused_grpo(hidden, head, targets=targets, batch=batch, spec=spec), hidden, head)
+    rows = batch.advantages[batch.sequence_index] != 0
+    assert 0 < rows.sum() < T
+    compact = batch._replace(
+        sequence_index=batch.sequence_index[rows], old_logprobs=batch.old_logprobs[rows], ref_logprobs=None
+    )
+    parted = outcome(fused_grpo(hidden[rows], head, targets=targets[rows], batch=compact, spec=spec), hidden, head)
+    assert parted[0].item() == pytest.approx(whole[0].item(), rel=1e-12)
+    for value, wanted in zip(parted[3:], whole[3:], strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-14)
+
+
+def test_what_does_not_fit_is_named() -> None:
+    hidden, head, targets, batch = case(chunk_bytes=5 * V * 8)
+    with pytest.raises(ValueError, match=r"sequence_index has shape \(28,\)"):
+        fused_grpo(hidden, head, targets=targets, batch=batch.tokens(1, T), spec=LossSpec())
+    wrong = batch._replace(sequence_index=batch.sequence_index + 3)
+    with pytest.raises(ValueError, match="must ascend and stay under B"):
+        fused_grpo(hidden, head, targets=targets, batch=wrong, spec=SPECS["gspo"])
+    with pytest.raises(ValueError, match="ref_logprobs"):
+        fused_grpo(hidden, head, targets=targets, batch=batch._replace(ref_logprobs=None), spec=SPECS["two-sided kl"])

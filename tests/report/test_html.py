@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from grpo_fast.report import RunError, write_report
+from grpo_fast.report.html import changed_settings, headline, samples, tiles
+from grpo_fast.report.run import Run
+
+MakeRun = Callable[..., Path]
+INJECTION = "</pre><script>alert('x')</script><img src=http://evil.example/x.png onerror=alert(1)> {{ 7 * 7 }} & done"
+
+
+class _Page(HTMLParser):
+    """Tags, and every attribute that a browser would fetch from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.fetched: list[str] = []
+        self.handlers: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.fetched += [value or "" for name, value in attrs if name in {"src", "srcset", "href", "action", "data", "poster"}]
+        self.handlers += [name for name, _ in attrs if name.startswith("on")]
+
+
+def _parsed(path: Path) -> tuple[str, _Page]:
+    text, page = path.read_text(encoding="utf-8"), _Page()
+    page.feed(text)
+    return text, page
+
+
+def test_one_file_tells_the_run_and_needs_nothing_else(make_run: MakeRun) -> None:
+    path = make_run(steps=168)
+    report = write_report(path)
+    assert report == path / "report.html"
+    text, page = _parsed(report)
+    assert page.fetched
+    assert all(value.startswith("data:image/png;base64,") for value in page.fetched)
+    assert not {"script", "link", "iframe", "object", "form"} & set(page.tags)
+    assert not re.search(r"https?:|@import|url\(", re.sub(r"base64,[A-Za-z0-9+/=]+", "", text))
+    assert "stopped itself at step 168 of 400" in text
+    assert "below 0.01 with probability 91.2%" in text
+    assert "TFLOP" in text
+    assert "prefers-color-scheme: dark" in text
+    assert "learning_rate" in text
+    assert "5.23.0" in text
+    assert not list(path.glob(".*"))
+
+
+def test_pictures_are_written_beside_it(make_run: MakeRun) -> None:
+    path = make_run(steps=30)
+    write_report(path)
+    names = sorted(picture.name for picture in (path / "plots").iterdir())
+    assert names == ["compute.png", "forecasts.png", "health.png", "phases.png", "stop.png"]
+    with Image.open(path / "plots" / "phases.png") as image:
+        assert image.size == (1680, 780)
+
+
+def test_what_a_model_wrote_is_text_never_markup(make_run: MakeRun) -> None:
+    path = make_run("<b>run</b>", steps=6, completion=INJECTION)
+    with (path / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 6, "event": "warn", "message": INJECTION}) + "\n")
+    text, page = _parsed(write_report(path))
+    assert html.escape(INJECTION, quote=False).replace("'", "&#39;") in text
+    assert "script" not in page.tags
+    assert "b" not in page.tags or "<b>run" not in text
+    assert not page.handlers
+    assert not any("evil.example" in value for value in page.fetched)
+    assert "&lt;b&gt;run&lt;/b&gt;" in text
+
+
+def test_an_unfinished_run_has_a_report(make_run: MakeRun) -> None:
+    path = make_run(steps=90, stopped_by=None)
+    text = write_report(path).read_text()
+    assert "The run is unfinished: step 90 of 400" in text
+    assert "Its forecast for the end is" in text
+    first = make_run("first", steps=1, stopped_by=None, eval_steps=0)
+    (first / "config.toml").unlink()
+    (first / "completions.jsonl").unlink()
+    text = write_report(first).read_text()
+    assert "There is no forecast yet" in text
+    assert "No completions were kept" in text
+    assert "config.toml is missing" in text
+    early = write_report(make_run("early", steps=20, stopped_by=None)).read_text()
+    assert "not identifiable yet: the rise has not begun" in early
+
+
+@pytest.mark.parametrize(
+    ("stopped_by", "words"),
+    [
+        ("forecast", "stopped itself at step 40 of 400, at a reward of 0.2"),
+        ("interrupt", "was interrupted at step 40 of 400"),
+        ("max_tokens", "because the budget max_tokens was used up"),
+        (None, "is unfinished: step 40 of 400"),
+    ],
+)
+def test_the_headline_says_how_it_ended(make_run: MakeRun, stopped_by: str | None, words: str) -> None:
+    assert words in headline(Run.load(make_run(steps=40, stopped_by=stopped_by)))
+
+
+def test_headlines_of_whole_and_empty_runs(make_run: MakeRun) -> None:
+    assert "did all of its 30 steps" in headline(Run.load(make_run("a", steps=30, max_steps=30, stopped_by="max_steps")))
+    nothing = Run.load(make_run("b", steps=3, nan_steps=(1, 2, 3), eval_steps=0, stopped_by=None))
+    assert "without a single reward" in headline(nothing)
+    assert "Reward" not in {tile.label for tile in tiles(nothing)}
+
+
+def test_tiles_hold_what_was_measured(make_run: MakeRun) -> None:
+    run = Run.load(make_run(steps=168))
+    shown = {tile.label: tile.value for tile in tiles(run)}
+    assert shown["Steps"] == "168"
+    assert shown["Saved"] == "58 %"
+    assert shown["Model FLOPs"] == "1.08 TFLOP"
+    assert shown["Device time"] == "5 min 23 s"
+    assert shown["Reward"] == f"{run.final_reward:.3f}"
+    free = {
+        tile.label for tile in tiles(Run.load(make_run("free", steps=20, price=0.0, stopped_by="max_tokens", eval_steps=0)))
+    }
+    assert not {"Money", "Saved", "Held-out reward"} & free
+
+
+def test_samples_are_of_the_first_middle_and_last_step_and_cut(make_run: MakeRun) -> None:
+    rows = samples(Run.load(make_run(steps=20, completion="x" * 5000)))
+    assert [row["step"] for row in rows] == [1] * 3 + [10] * 3 + [20] * 3
+    assert rows[0]["completion"].endswith("[... 3000 more characters]")
+    assert rows[1]["prompt"] == "system: Be brief.\nuser: What is 17 + 25?"
+    assert rows[0]["reward"] == "0"
+
+
+def test_only_changed_settings_are_told() -> None:
+    told = changed_settings({"learning_rate": 1e-3, "seed": 0, "stop": ["a", "b"], "shuffle": False, "unknown_here": None})
+    assert told == {"learning_rate": "0.001", "stop": "a, b", "shuffle": "no", "unknown_here": "unknown"}
+
+
+def test_no_run_no_report(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="not a run"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [1280, 500])
+def test_a_browser_shows_it(make_run: MakeRun, tmp_path: Path, width: int) -> None:
+    assert CHROMIUM is not None
+    report, shot = write_report(make_run(steps=168)), tmp_path / "shot.png"
+    profile = tmp_path / "profile"
+    quiet = [
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--no-first-run",
+        "--disable-quic",
+    ]
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        *quiet,
+        f"--user-data-dir={profile}",
+        "--hide-scrollbars",
+    ]
+    command += [f"--window-size={width},2400", f"--screenshot={shot}", report.as_uri()]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    with Image.open(shot) as image:
+        pixels = image.convert("RGB")
+        assert pixels.width == width
+        colors = {color for _, color in pixels.getcolors(maxcolors=1 << 24)}  # type: ignore[union-attr]
+    assert (0xF4, 0xF6, 0xF8) in colors
+    assert (0x1F, 0x23, 0x28) in colors
+    blue = sum(abs(r - 0) < 8 and abs(g - 0x72) < 8 and abs(b - 0xB2) < 8 for r, g, b in colors)
+    assert blue > 0

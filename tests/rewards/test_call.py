@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import asyncio
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from grpo_fast.rewards.call import (
+    InvalidRewardError,
+    RewardFunction,
+    call_reward,
+    describe_failure,
+    resolve_reward,
+    reward_name,
+)
+
+ARGUMENTS = {"prompts": ["p", "q"], "completions": ["a", "bb"], "completion_ids": [[1], [1, 2]], "answer": ["a", "b"]}
+
+
+def call(function: Any, arguments: dict[str, list[Any]] | None = None) -> list[float | None]:
+    return call_reward(RewardFunction("f", function), ARGUMENTS if arguments is None else arguments)
+
+
+@pytest.mark.parametrize("name", ["accuracy", "exact_match", "format", "boxed_format"])
+def test_built_in_rewards_are_found_by_name(name: str) -> None:
+    reward = resolve_reward(name)
+    assert reward.name == name
+    assert len(call(reward.function)) == 2
+
+
+def test_unknown_built_in_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"unknown reward 'acuracy'; did you mean 'accuracy'\?"):
+        resolve_reward("acuracy")
+    with pytest.raises(ValueError, match="'module:function'"):
+        resolve_reward(":f")
+
+
+def test_module_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = "class Box:\n    @staticmethod\n    def inner(completions):\n        return [2.0] * len(completions)\nnumber = 3\n"
+    (tmp_path / "rewards_for_call.py").write_text(source)
+    (tmp_path / "broken_for_call.py").write_text("import no_such_module_anywhere\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert call(resolve_reward("rewards_for_call:Box.inner").function) == [2.0, 2.0]
+    assert reward_name("rewards_for_call:Box.inner") == "inner"
+    with pytest.raises(ValueError, match=r"'rewards_for_call' has no 'numbr'; did you mean 'number'\?"):
+        resolve_reward("rewards_for_call:numbr")
+    with pytest.raises(TypeError, match="is 3, which is not a function"):
+        resolve_reward("rewards_for_call:number")
+    with pytest.raises(TypeError, match=r"Box.*which is not a function"):
+        resolve_reward("rewards_for_call:Box")
+    with pytest.raises(ValueError, match=r"cannot import 'absent_module'.*PYTHONPATH"):
+        resolve_reward("absent_module:f")
+    with pytest.raises(ValueError, match="no_such_module_anywhere"):
+        resolve_reward("broken_for_call:f")
+
+
+def test_callables_are_named_by_their_name() -> None:
+    class Scorer:
+        def __call__(self, completions: list[str]) -> list[float]:
+            return [float(len(text)) for text in completions]
+
+    def by_length(completions: list[str], scale: float) -> list[float]:
+        return [scale * len(text) for text in completions]
+
+    assert reward_name(by_length) == "by_length"
+    assert reward_name(functools.partial(by_length, scale=2.0)) == "by_length"
+    assert reward_name(Scorer()) == "Scorer"
+    assert call(resolve_reward(Scorer()).function) == [1.0, 2.0]
+    assert call(functools.partial(by_length, scale=2.0)) == [2.0, 4.0]
+    with pytest.raises(TypeError, match="not 3"):
+        resolve_reward(3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="Scorer"):
+        resolve_reward(Scorer)
+
+
+def test_a_function_is_given_what_its_signature_takes() -> None:
+    seen: dict[str, Any] = {}
+
+    def everything(**columns: Any) -> list[float]:
+        seen.update(columns)
+        return [0.0, 0.0]
+
+    def some(completions: list[str], *, answer: list[str], scale: float = 3.0) -> list[float]:
+        return [scale * (text == right) for text, right in zip(completions, answer, strict=True)]
+
+    call(everything)
+    assert seen == ARGUMENTS
+    assert call(some) == [3.0, 0.0]
+    assert call(lambda: [1.0, 1.0]) == [1.0, 1.0]
+
+
+def test_a_function_without_readable_signature_is_given_everything() -> None:
+    with pytest.raises(TypeError, match="max"):  # it takes no such keywords; what matters is that it was called with them
+        call(max)
+
+
+def test_a_missing_column_is_named() -> None:
+    with pytest.raises(InvalidRewardError, match="needs a dataset column 'solution'; the dataset has answer"):
+        call(lambda completions, solution: [0.0])
+    bare = {name: ARGUMENTS[name] for name in ("prompts", "completions", "completion_ids")}
+    with pytest.raises(InvalidRewardError, match="needs a dataset column 'answer'; the dataset has no column but the prompt"):
+        call(resolve_reward("accuracy").function, bare)
+
+
+@pytest.mark.parametrize(
+    ("result", "expected"),
+    [
+        ([1, 0.5], [1.0, 0.5]),
+        ((True, None), [1.0, None]),
+        ([math.nan, 1.0], [None, 1.0]),
+        (np.array([1.0, 2.0], dtype=np.float32), [1.0, 2.0]),
+        ([np.float32(0.5), np.int64(2)], [0.5, 2.0]),
+        ((value for value in (1.0, 2.0)), [1.0, 2.0]),
+    ],
+)
+def test_numbers_of_every_kind(result: Any, expected: list[float | None]) -> None:
+    values = call(lambda: result)
+    assert values == expected
+    assert all(value is None or type(value) is float for value in values)
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ([1.0], "returned 1 values for 2 completions"),
+        ([1.0, 1.0, 1.0], "returned 3 values for 2 completions"),
+        (["1", "2"], r"returned '1' \(str\) for completion 0"),
+        ([1.0, "x" * 100], r"\.\.\. \(str\) for completion 1"),
+        ([1.0, [2.0]], r"returned \[2.0\] \(list\) for completion 1"),
+        ([1.0, math.inf], "returned inf for completion 1"),
+        ([1.0, -math.inf], "returned -inf for completion 1"),
+        ("ab", r"returned 'ab' \(str\); it must return a list"),
+        ({"a": 1, "b": 2}, "must return a list"),
+        (None, r"returned None \(NoneType\)"),
+        (1.0, r"returned 1.0 \(float\)"),
+    ],
+)
+def test_results_that_are_refused(result: Any, message: str) -> None:
+    with pytest.raises(InvalidRewardError, match=message):
+        call(lambda: result)
+
+
+def test_async_functions_are_awaited() -> None:
+    async def later(completions: list[str]) -> list[float]:
+        await asyncio.sleep(0)
+        return [float(len(text)) for text in completions]
+
+    async def failing() -> list[float]:
+        raise KeyError("inside")
+
+    assert call(later) == [1.0, 2.0]
+
+    async def in_a_notebook() -> tuple[list[float | None], str]:
+        try:
+            call(failing)
+        except KeyError as error:
+            return call(later), str(error)
+        return [], ""
+
+    assert asyncio.run(in_a_notebook()) == ([1.0, 2.0], "'inside'")
+
+
+def test_failures_are_described_by_exception_and_line() -> None:
+    def broken() -> list[float]:
+        return [1 / 0]
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        call(broken)
+    text = describe_failure(caught.value)
+    assert text.startswith("raised ZeroDivisionError: division by zero (")
+    assert "in broken: return [1 / 0])" in text
+    assert describe_failure(KeyError("k")) == "raised KeyError: 'k'"
+    assert describe_failure(InvalidRewardError("returned nothing")) == "returned nothing"

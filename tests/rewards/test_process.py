@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import pytest
+
+from grpo_fast.rewards.process import WorkerDiedError, WorkerProcess
+from grpo_fast.rewards.worker import Reply
+
+
+def alive(process_id: int) -> bool:
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def answer(worker: WorkerProcess, *, within_s: float = 60.0) -> Reply:
+    worker.channel.settimeout(within_s)
+    while (reply := worker.receive()) is None:
+        pass
+    return reply
+
+
+def ready(function: Any) -> WorkerProcess:
+    worker = WorkerProcess([cloudpickle.dumps(function)])
+    assert answer(worker)[0] == "ok"
+    return worker
+
+
+def submit(worker: WorkerProcess, timeout_s: float = 60.0, **arguments: Any) -> None:
+    worker.submit(0, pickle.dumps(arguments or {"completions": ["a"]}), timeout_s=timeout_s)
+
+
+@pytest.fixture
+def by_length() -> Iterator[WorkerProcess]:
+    worker = ready(lambda completions: [float(len(text)) for text in completions])
+    yield worker
+    worker.kill()
+
+
+def test_a_worker_answers_call_after_call(by_length: WorkerProcess) -> None:
+    for _ in range(2):
+        submit(by_length, completions=["a", "bb"])
+        assert by_length.state == "busy"
+        assert answer(by_length) == ("ok", [1.0, 2.0], "")
+        assert by_length.state == "idle"
+
+
+def test_a_large_batch_passes(by_length: WorkerProcess) -> None:
+    size = 3_000_000
+    submit(by_length, completions=["a" * size] + [""] * 200_000)
+    status, values, _ = answer(by_length)
+    assert status == "ok"
+    assert values[0] == size
+    assert len(values) == 200_001
+
+
+def test_close_lets_the_process_end_by_itself(by_length: WorkerProcess) -> None:
+    by_length.close()
+    assert by_length._process.returncode == 0
+    assert not alive(by_length.process_id)
+    by_length.close()
+    by_length.kill()
+
+
+def test_close_kills_a_busy_worker_at_once() -> None:
+    def hangs() -> None:
+        time.sleep(600)
+
+    worker = ready(hangs)
+    submit(worker)
+    start = time.monotonic()
+    worker.close()
+    assert time.monotonic() - start < 1.5
+    assert worker._process.returncode == -signal.SIGKILL
+
+
+def test_kill_takes_what_the_function_started_along() -> None:
+    def starts_another(completions: list[str]) -> list[float]:
+        import subprocess
+
+        return [float(subprocess.Popen(["sleep", "600"]).pid)]
+
+    worker = ready(starts_another)
+    submit(worker)
+    child = int(answer(worker)[1][0])
+    assert alive(child)
+    worker.kill()
+    end = time.monotonic() + 5
+    while _runs(child) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not _runs(child)
+
+
+def _runs(process_id: int) -> bool:
+    """Alive and not a zombie that nobody waits for (a container's first process may not)."""
+    try:
+        return (Path("/proc") / str(process_id) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(("code", "message"), [(3, "exit code 3"), (0, "exit code 0")])
+def test_an_exit_is_noticed_at_once(code: int, message: str) -> None:
+    worker = ready(lambda: os._exit(code))
+    submit(worker)
+    start = time.monotonic()
+    with pytest.raises(WorkerDiedError, match=message):
+        answer(worker)
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(("number", "message"), [(signal.SIGSEGV, "by SIGSEGV"), (signal.SIGKILL, "SIGKILL.*memory runs out")])
+def test_a_death_by_signal_is_named(number: int, message: str) -> None:
+    worker = ready(lambda: os.kill(os.getpid(), number))
+    submit(worker)
+    with pytest.raises(WorkerDiedError, match=message):
+        answer(worker)
+
+
+def test_a_worker_that_died_between_calls_cannot_be_given_one(by_length: WorkerProcess) -> None:
+    os.kill(by_length.process_id, signal.SIGKILL)
+    os.waitid(os.P_PID, by_length.process_id, os.WEXITED | os.WNOWAIT)
+    with pytest.raises(WorkerDiedError, match="SIGKILL"):
+        submit(by_length)
+
+
+def test_a_worker_that_does_not_read_cannot_block_its_parent(by_length: WorkerProcess) -> None:
+    os.kill(by_length.process_id, signal.SIGSTOP)
+    start = time.monotonic()
+    with pytest.raises(TimeoutError):
+        submit(by_length, timeout_s=0.3, completions=["a" * 10_000_000])
+    assert time.monotonic() - start < 2

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from cyclopts import Parameter
+
+from grpo_fast.config import Config, ConfigError, read_toml
+
+EVERYTHING_SET: dict[str, Any] = {
+    "model": 'a "quoted" \\ name',
+    "revision": "main",
+    "eval_split": "test",
+    "system_prompt": "Think.\nThen answer: ü ∑",
+    "max_prompt_length": 7,
+    "reward_funcs": ("accuracy", "my.module:score"),
+    "reward_weights": (1.0, 0.1),
+    "reward_range": (-0.5, 1.1),
+    "temperature": 0.1 + 0.2,
+    "stop": ("</answer>", "\n\n"),
+    "learning_rate": 1e-6 / 3,
+    "epsilon_high": 0.28,
+    "max_tokens": 1e18,
+    "max_flops": 2.5e20,
+    "output_dir": Path("runs/some where"),
+    "sinks": (),
+}
+
+
+def test_defaults_are_a_configuration() -> None:
+    assert Config() == Config.parse({})
+    assert Config().output_dir == Path("runs/grpo")
+
+
+def test_unknown_key_names_the_nearest_known_one() -> None:
+    with pytest.raises(ConfigError, match=r"unknown configuration key 'learning_rat'; did you mean 'learning_rate'\?"):
+        Config.parse({"learning_rat": 1e-3})
+
+
+def test_unknown_key_far_from_any_other_has_no_guess() -> None:
+    with pytest.raises(ConfigError, match=r"^unknown configuration key 'zzzzzz'$"):
+        Config.parse({"zzzzzz": 1})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_generations", "many"),
+        ("num_generations", 2.5),
+        ("reward_range", (0.0,)),
+        ("sinks", ("teletype",)),
+        ("loss_type", "ppo"),
+        ("shuffle", "perhaps"),
+        ("stop", 3),
+    ],
+)
+def test_bad_type_names_key_and_value(key: str, value: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config.parse({key: value})
+    assert str(caught.value).startswith(key)
+    shown = value[0] if isinstance(value, tuple) and isinstance(value[0], str) else value
+    assert f"(got {shown!r})" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_generations", 1),
+        ("prompts_per_step", 0),
+        ("temperature", 0.0),
+        ("top_p", 0.0),
+        ("top_p", 1.01),
+        ("min_p", 1.0),
+        ("beta", -0.1),
+        ("delta", 1.0),
+        ("learning_rate", 0.0),
+        ("adam_beta2", 1.0),
+        ("max_steps", 0),
+        ("max_tokens", 0.0),
+        ("forecast_confidence", 0.5),
+        ("forecast_confidence", 1.0),
+        ("seed", -1),
+        ("reward_timeout_s", 0.0),
+        ("learning_rate", float("nan")),
+        ("learning_rate", float("inf")),
+        ("max_money", float("inf")),
+        ("reward_range", (0.0, float("inf"))),
+    ],
+)
+def test_value_out_of_range_names_the_key(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"^{key}"):
+        Config.parse({key: value})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"reward_weights": (1.0,)}, r"reward_weights has 1 values for 0 reward_funcs"),
+        ({"reward_funcs": ("accuracy", "format"), "reward_weights": (1.0,)}, r"reward_weights has 1 values for 2 reward_funcs"),
+        ({"loss_type": "cispo"}, r"cispo.* needs epsilon_high"),
+        ({"reward_range": (1.0, 0.0)}, r"reward_range=\(1.0, 0.0\) must be \(least, greatest\)"),
+        ({"reward_range": (1.0, 1.0)}, r"must be \(least, greatest\)"),
+        ({"warmup_steps": 11, "max_steps": 10}, r"warmup_steps=11 exceeds max_steps=10"),
+    ],
+)
+def test_fields_that_do_not_go_together(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Config.parse(values)
+
+
+def test_every_mistake_is_told_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config.parse({"learning_rat": 1, "beta": -1.0})
+    assert "learning_rat" in str(caught.value)
+    assert "beta" in str(caught.value)
+
+
+@pytest.mark.parametrize(("top_p", "top_k", "min_p"), [(0.9, 0, 0.0), (1.0, 5, 0.0), (1.0, 0, 0.1)])
+def test_any_cut_of_the_support_is_noticed(top_p: float, top_k: int, min_p: float) -> None:
+    assert Config(top_p=top_p, top_k=top_k, min_p=min_p).truncates_support
+    assert not Config().truncates_support
+
+
+@pytest.mark.parametrize("values", [{}, EVERYTHING_SET], ids=["defaults", "everything"])
+def test_toml_round_trip_is_exact(values: dict[str, Any], tmp_path: Path) -> None:
+    config = Config.parse(values)
+    file = tmp_path / "config.toml"
+    file.write_text(config.to_toml(), encoding="utf-8")
+    assert Config.from_toml(file) == config
+    assert Config.from_toml(file).to_toml() == config.to_toml()
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the configuration .*none\.toml: No such file"):
+        Config.from_toml(tmp_path / "none.toml")
+
+
+def test_invalid_toml_names_file_and_line(tmp_path: Path) -> None:
+    file = tmp_path / "bad.toml"
+    file.write_text("seed = 1\nbeta = = 2\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"bad\.toml is not valid TOML: .*line 2"):
+        read_toml(file)
+
+
+def test_file_that_is_not_text(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(ConfigError, match=r"model\.safetensors is not valid TOML"):
+        read_toml(file)
+
+
+def test_unknown_key_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(tomli_w.dumps({"max_step": 3}), encoding="utf-8")
+    with pytest.raises(ConfigError, match="did you mean 'max_steps'"):
+        Config.from_toml(file)
+
+
+def test_replace_checks_and_leaves_the_original() -> None:
+    config = Config(max_steps=10)
+    assert config.replace(warmup_steps=3).warmup_steps == 3
+    assert config.warmup_steps == 0
+    with pytest.raises(ConfigError, match="exceeds"):
+        config.replace(warmup_steps=11)
+    with pytest.raises(ConfigError, match="did you mean 'warmup_steps'"):
+        config.replace(warmup_step=1)
+
+
+@pytest.mark.parametrize("name", list(Config.model_fields))
+def test_every_field_is_described_and_belongs_to_a_group(name: str) -> None:
+    field = Config.model_fields[name]
+    assert field.description
+    assert field.description.endswith(".")
+    groups = [item.group for item in field.metadata if isinstance(item, Parameter)]
+    assert len(groups) == 1
+    assert groups[0], f"{name} stands in no help group"
+
+
+def test_configuration_needs_no_torch() -> None:
+    code = "import sys, grpo_fast.config; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'numpy')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,58 @@
+"""What the README says is run: its Python, its commands, its table."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.tables import rendered_readme
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+SHELL = [block.replace("\\\n", " ") for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)]
+COMMANDS = [line.strip() for block in SHELL for line in block.splitlines() if line.startswith("grpo-fast")]
+
+
+def test_the_table_is_what_the_results_say() -> None:
+    assert rendered_readme() == README, "run `python benchmarks/tables.py`"
+
+
+@pytest.mark.slow
+def test_the_python_example_runs(tmp_path: Path) -> None:
+    assert len(PYTHON) == 1
+    script = tmp_path / "example.py"
+    script.write_text(PYTHON[0], encoding="utf-8")
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "1 " in done.stdout
+    assert done.stdout.strip().splitlines()[-1].endswith(".")
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_embedded_model_run(tmp_path: Path) -> None:
+    program = shutil.which("grpo-fast", path=Path(sys.executable).parent)
+    assert program is not None
+    local = [command for command in COMMANDS if "--model" not in command]
+    assert len(local) == 4
+    for command in local:
+        done = subprocess.run(
+            [program, *command.split()[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    assert (tmp_path / "runs/first/report.html").exists()
+    assert (tmp_path / "runs/first/checkpoint-25/model.safetensors").exists()
+
+
+def test_every_flag_in_the_readme_exists() -> None:
+    from grpo_fast.config import Config
+
+    known = {name.replace("_", "-") for name in Config.model_fields} | {"config", "recipe", "resume", "help"}
+    for command in COMMANDS:
+        for flag in re.findall(r"--([a-z-]+)", command):
+            assert flag in known, f"--{flag} in the README is no flag"

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from grpo_fast.train.interrupt import InterruptFlag
+
+SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+
+
+@SIGNALS
+def test_first_signal_is_remembered_by_name(number: signal.Signals) -> None:
+    with InterruptFlag() as flag:
+        assert not flag
+        os.kill(os.getpid(), number)
+        time.sleep(0.001)
+        assert flag
+        assert flag.name == number.name
+
+
+@SIGNALS
+def test_second_signal_ends_at_once(number: signal.Signals) -> None:
+    with InterruptFlag() as flag:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.001)
+        assert flag
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012 (the signal arrives on its own time)
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+
+
+def test_handlers_are_put_back_and_the_flag_starts_anew() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    flag = InterruptFlag()
+    with flag:
+        assert signal.getsignal(signal.SIGTERM) != before[1]
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.001)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert flag
+    with flag:
+        assert not flag
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_handlers_are_put_back_after_an_error() -> None:
+    before = signal.getsignal(signal.SIGINT)
+
+    def fail() -> None:
+        with InterruptFlag():
+            raise ValueError("inside")
+
+    with pytest.raises(ValueError, match="inside"):
+        fail()
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_outside_the_main_thread_signals_keep_their_meaning() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    seen: list[object] = []
+
+    def enter() -> None:
+        with InterruptFlag() as flag:
+            seen.extend([bool(flag), signal.getsignal(signal.SIGINT)])
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == [False, before]
