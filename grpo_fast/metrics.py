@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal, TypeAlias
 
@@ -12,6 +12,13 @@ import torch
 Phase: TypeAlias = Literal["rollout", "reward", "score", "train", "sync", "other"]
 PHASES: tuple[Phase, ...] = ("rollout", "reward", "score", "train", "sync", "other")
 Reduction: TypeAlias = Literal["sum", "min", "max"]
+
+
+_COMBINE: dict[Reduction, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "sum": torch.add,
+    "min": torch.minimum,
+    "max": torch.maximum,
+}
 
 
 class MetricSums:
@@ -36,8 +43,7 @@ class MetricSums:
         value = value.detach().float()
         if name in self._values:
             _, _, held = self._values[name]
-            combine = {"sum": torch.add, "min": torch.minimum, "max": torch.maximum}[reduction]
-            value = combine(held, value)
+            value = _COMBINE[reduction](held, value)
         self._values[name] = (reduction, weight, value)
 
     def compute(self) -> dict[str, float]:
@@ -57,7 +63,7 @@ class PhaseTimer:
     """Seconds of wall-clock time by phase. Phases do not nest; time outside any is ``other``."""
 
     def __init__(self) -> None:
-        self.seconds: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self._mark = time.perf_counter()
         self._inside: Phase = "other"
 
@@ -72,7 +78,7 @@ class PhaseTimer:
             self._charge()
             self._inside = "other"
 
-    def lap(self) -> dict[Phase, float]:
+    def lap(self) -> dict[str, float]:
         """Seconds by phase since the last lap."""
         self._charge()
         lap, self.seconds = self.seconds, dict.fromkeys(PHASES, 0.0)

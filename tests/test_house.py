@@ -59,7 +59,9 @@ def test_constraints_pin_what_the_project_asks_for() -> None:
         for line in (ROOT / "constraints" / "cpu.txt").read_text(encoding="utf-8").splitlines()
         if "==" in line
     }
-    extras = [name for extra in ("dev", "bench", "lora", "trl", "reasoning-gym") for name in project["optional-dependencies"][extra]]
+    extras = [
+        name for extra in ("dev", "bench", "lora", "trl", "reasoning-gym") for name in project["optional-dependencies"][extra]
+    ]
     for requirement in [*project["dependencies"], *extras]:
         name = re.split(r"[<>=\[; ]", requirement)[0].lower()
         assert name in pinned, f"{name} is asked for in pyproject.toml and not pinned in constraints/cpu.txt"

@@ -6,8 +6,9 @@ running sums per shape say everything and a new observation costs the same at st
 converge: the draws below are a fixed low-discrepancy set pushed through the exact posterior, so equal observations give equal
 bits.
 
-What the family cannot follow (second rises, declines, drifting noise) is carried by two constants that were chosen on published
-curves of real runs: a discount of evidence beyond ``evidence_steps`` observations, and a discrepancy added to forecasts.
+What the family cannot follow (second rises, declines, drifting noise) is carried by three constants, chosen by hand on published
+curves of real runs: a discount of evidence beyond ``evidence_steps`` observations, a discrepancy added to forecasts, and a
+probability of surprise taken off the certainty that nothing more will come.
 """
 
 from __future__ import annotations
@@ -223,9 +224,11 @@ class Posterior:
         slope = chosen((cov[1] + end * cov[2]) / var_level)
         left = np.maximum(chosen(cov[2] - (cov[1] + end * cov[2]) ** 2 / var_level), 0.0)
         rise = chosen(mean_b) + slope * (at_end - centre) + np.sqrt(s2 * left) * self._normal
+        shape = pick % self.grid.num_shapes
+        rise = np.where(shape == self.grid.num_shapes - 1, 0.0, rise)  # the constant has none; its b would be the bare prior
         start = at_end - rise * chosen(end) + self._centre
         weight = room / np.maximum(chosen(inside), 1e-12)
-        return Draws(pick % self.grid.num_shapes, weight / weight.sum(), start, rise, self._student)
+        return Draws(shape, weight / weight.sum(), start, rise, self._student)
 
     def _solve(self, unit: float) -> tuple[Array, Array, Array, Array, float, Array]:
         """Closed-form posterior of every (prior scale, shape): means, (co)variances over s2, log evidence, dof, scale of s2."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from grpo_fast.law.clock import StepClock
 from grpo_fast.law.forms import Array
 from grpo_fast.law.posterior import Draws, Posterior, Settings, weighted_quantiles
 
@@ -47,6 +48,7 @@ class Forecast:
 
     Attributes:
         step: last step seen.
+        horizon: last step of the budget.
         median: mean reward at the end of the budget.
         low: lower end of its interval.
         high: upper end.
@@ -54,9 +56,11 @@ class Forecast:
         plateau: level that the law tends to, budget or not.
         plateau_low: lower end of its interval.
         plateau_high: upper end.
-        x80: step at which 80 % of the rise to the plateau is done; None when unknown or beyond the budget.
+        x80: step at which 80 % of the rise to the plateau is done; None when the plateau is unknown or that is beyond the
+            budget.
         x95: the same for 95 %.
-        p_gain_below_eps: probability that the mean curve gains less than epsilon from here to the end of the budget.
+        p_gain_below_eps: probability that the mean curve gains less than epsilon from here to the end of the budget,
+            with the settings' allowance for a surprise: far from the end it stays clearly below 1.
         expected_gain: expected gain of the mean curve from here to the end of the budget.
         epsilon: the gain that is not worth having.
         trend: gain by the end of the budget if the recent slope went on.
@@ -65,7 +69,7 @@ class Forecast:
         phase: the likeliest of "slow start" (under 10 % of the rise done), "rapid improvement" and "plateau" (95 % done, or
             less than epsilon left).
         phase_probabilities: of the three, in that order.
-        identifiable: whether the rewards, rather than the prior, decide the plateau.
+        identifiable: whether the rewards, rather than the prior, decide where the budget ends.
         reason: why it is not, in words; empty when it is.
         num_observations: rewards that were used.
         num_skipped: steps whose reward was NaN.
@@ -73,6 +77,7 @@ class Forecast:
     """
 
     step: int
+    horizon: int
     median: float
     low: float
     high: float
@@ -113,35 +118,6 @@ class Forecast:
         return row
 
 
-@dataclass(frozen=True)
-class _Clock:
-    """Steps against progress: as it was up to now, and on to the budget's end with the learning rate's present course."""
-
-    steps: Array
-    progress: Array
-    horizon: int
-
-    def _ahead(self) -> tuple[float, float, float]:
-        """Step and progress now, and the power by which the rest of the budget runs out (1: constant rate, 2: linear decay)."""
-        step, done = float(self.steps[-1]), float(self.progress[-1])
-        if step >= self.horizon or done >= 1.0:
-            return step, done, 1.0
-        back = max(0, self.steps.size - 3)
-        rate = (done - self.progress[back]) / (step - self.steps[back])
-        return step, done, float(np.clip(rate * (self.horizon - step) / (1.0 - done), 0.25, 4.0))
-
-    def progress_at(self, step: Array) -> Array:
-        now, done, power = self._ahead()
-        left = np.clip((self.horizon - step) / max(self.horizon - now, 1.0), 0.0, 1.0)
-        return np.where(step <= now, np.interp(step, self.steps, self.progress), 1.0 - (1.0 - done) * left**power)
-
-    def step_at(self, progress: float) -> float:
-        now, done, power = self._ahead()
-        if progress <= done:
-            return float(np.interp(progress, self.progress, self.steps))
-        return now + (self.horizon - now) * (1.0 - float(((1.0 - progress) / (1.0 - done)) ** (1.0 / power)))
-
-
 class OnlinePredictor:
     """Learns a run's reward curve step by step and says where it will end.
 
@@ -176,7 +152,7 @@ class OnlinePredictor:
         self.settings = settings or Settings()
         centre = 0.0 if self.reward_range is None else sum(self.reward_range) / 2
         self._posterior = Posterior(self.settings, centre=centre)
-        self._prior_width = self._plateau_width()
+        self._width_before = self._prior_end_width()
         self._rows: list[tuple[int, float, float, int, int, float | None]] = []
         self._steps: list[float] = []
         self._progress: list[float] = []
@@ -219,7 +195,9 @@ class OnlinePredictor:
                 reward or one outside ``reward_range``; counts below 1.
         """
         self._check(step, progress, reward, num_prompts=num_prompts, num_generations=num_generations)
-        self._last = (step, progress)
+        if reward_std is not None and (reward_std < 0 or math.isinf(reward_std)):
+            raise ValueError(f"reward_std={reward_std} at step {step} must be finite and not negative, or None when unknown")
+        self._last = (int(step), float(progress))
         if math.isnan(reward):
             self._num_skipped += 1
         else:
@@ -241,12 +219,14 @@ class OnlinePredictor:
         plateau = self._plateaus(draws, float(reach[0, 1]))
         q = weighted_quantiles(np.concatenate([levels[:, 1:], plateau[:, None]], axis=1), draws.weight, _LEVELS)
         phases = self._phases(draws, progress)
-        identifiable, reason = self._identifiable(q[0, -1], q[4, -1])
-        x80, x95 = (self._time_to(share, draws, clock) if identifiable else None for share in (0.8, 0.95))
+        identifiable, reason = self._identifiable(q[0, 0], q[4, 0])
+        timed = identifiable and self._width(q[0, -1], q[4, -1]) <= _IDENTIFIABLE_WIDTH
+        x80, x95 = (self._time_to(share, draws, clock) if timed else None for share in (0.8, 0.95))
         trend = self._trend()
-        known = 1.0 - self.settings.surprise * (1.0 - progress)
+        known = 1.0 - self.settings.surprise * (1.0 - progress) * self._room(draws, curves[:, 0])
         return Forecast(
             step=step,
+            horizon=self.horizon,
             low=float(q[0, 0]),
             median=float(q[2, 0]),
             high=float(q[4, 0]),
@@ -256,7 +236,7 @@ class OnlinePredictor:
             plateau_high=float(q[4, -1]),
             x80=x80,
             x95=x95,
-            p_gain_below_eps=float(draws.weight @ (gain < self.epsilon)) * known,
+            p_gain_below_eps=min(1.0, float(draws.weight @ (gain < self.epsilon)) * known),
             expected_gain=float(draws.weight @ gain),
             epsilon=self.epsilon,
             trend=trend[0],
@@ -349,7 +329,7 @@ class OnlinePredictor:
         low, high = self.reward_range or (-math.inf, math.inf)
         return posterior.draws(unit=self._unit, low=low, high=high)
 
-    def _clock(self) -> _Clock:
+    def _clock(self) -> StepClock:
         steps, progress = [0.0, *self._steps], [0.0, *self._progress]
         if self._last[0] > steps[-1]:
             steps.append(float(self._last[0]))
@@ -357,10 +337,14 @@ class OnlinePredictor:
         if len(steps) == 1:
             steps.append(float(self.horizon))
             progress.append(1.0)
-        return _Clock(np.array(steps), np.array(progress), self.horizon)
+        return StepClock(np.array(steps), np.array(progress), self.horizon)
 
     def _within(self, levels: Array) -> Array:
         return levels if self.reward_range is None else np.clip(levels, *self.reward_range)
+
+    def _room(self, draws: Draws, now: Array) -> float:
+        """Probability that the range leaves room for a gain of epsilon at all."""
+        return 1.0 if self.reward_range is None else float(draws.weight @ (now <= self.reward_range[1] - self.epsilon))
 
     def _discrepancy(self, draws: Draws, level: Array) -> Array:
         """What the law may be wrong by at the end of the budget, (N, 1); less where a bounded reward has less room."""
@@ -374,12 +358,12 @@ class OnlinePredictor:
         level = (draws.start + draws.rise)[:, None]
         return self._within(level + reach * self._discrepancy(draws, level))[:, 0]
 
-    def _plateau_width(self) -> float:
-        """Width of the plateau's 90 % interval before the first reward, in units of the range."""
+    def _prior_end_width(self) -> float:
+        """Width of the 90 % interval of the level at the budget's end before the first reward, in units of the range."""
         low, high = (0.0, 1.0) if self.reward_range is not None else (-math.inf, math.inf)
-        prior = Posterior(self.settings, centre=0.5).draws(unit=1.0, low=low, high=high)
-        level = np.clip(prior.start + prior.rise, low, high)
-        ends = weighted_quantiles(level[:, None], prior.weight, _LEVELS)
+        posterior = Posterior(self.settings, centre=0.5)
+        prior = posterior.draws(unit=1.0, low=low, high=high)
+        ends = weighted_quantiles(prior.curve(posterior.grid.rise(np.ones(1))), prior.weight, _LEVELS)
         return float(ends[4, 0] - ends[0, 0])
 
     def _phases(self, draws: Draws, progress: float) -> tuple[float, float, float]:
@@ -392,15 +376,15 @@ class OnlinePredictor:
     def _identifiable(self, low: float, high: float) -> tuple[bool, str]:
         if self.num_observations < _MIN_OBSERVATIONS:
             return False, f"only {self.num_observations} rewards so far; {_MIN_OBSERVATIONS} are the least"
-        share = (high - low) / (self._prior_width * self._unit)
+        share = self._width(low, high)
         if share > _IDENTIFIABLE_WIDTH:
-            return (
-                False,
-                f"the plateau may lie anywhere in {low:.3g} to {high:.3g}, {share:.0%} of the width before the first step",
-            )
+            return False, f"the end may lie anywhere in {low:.3g} to {high:.3g}, {share:.0%} of the width before the first step"
         return True, ""
 
-    def _time_to(self, share: float, draws: Draws, clock: _Clock) -> int | None:
+    def _width(self, low: float, high: float) -> float:
+        return (high - low) / (self._width_before * self._unit)
+
+    def _time_to(self, share: float, draws: Draws, clock: StepClock) -> int | None:
         when = self._posterior.grid.time_to(share)[draws.shape]
         when = np.where(np.abs(draws.rise) >= self.epsilon, np.minimum(when, 2.0), 2.0)
         middle = float(weighted_quantiles(when[:, None], draws.weight, np.array([0.5]))[0, 0])

@@ -30,7 +30,7 @@ class StopDecision:
 class StoppingRule:
     """Stops when the probability of a remaining gain below epsilon reaches ``confidence`` on ``patience`` forecasts in a row.
 
-    A veto breaks the row. So does a forecast that falls short.
+    A veto breaks the row. So does a forecast that falls short. On the last step of the budget nothing is stopped.
 
     Args:
         epsilon: remaining gain that is not worth having; the forecasts must be made for the same.
@@ -63,6 +63,8 @@ class StoppingRule:
         """
         if forecast.epsilon != self.epsilon:
             raise ValueError(f"the forecast is for epsilon={forecast.epsilon}, the rule for {self.epsilon}; give both the same")
+        if forecast.step >= forecast.horizon:
+            return StopDecision(False, f"The budget ends with step {forecast.step}; there is nothing left to stop")
         if forecast.p_gain_below_eps < self.confidence:
             self.count = 0
             return StopDecision(False, self._gain(forecast) + f"; {self.confidence:.0%} would be enough")

@@ -90,7 +90,7 @@ def write_report(run_dir: str | Path) -> Path:
         model=_fact(run, "model"),
         dataset=_fact(run, "dataset"),
         headline=headline(run),
-        reason=_reason(run),
+        reason=reason(run),
         tiles=tiles(run),
         pictures=_pictures(run),
         samples=samples(run),
@@ -123,14 +123,16 @@ def headline(run: Run) -> str:
     return f"The run ended at {done}, {level}, because the budget {run.stopped_by} was used up."
 
 
-def _reason(run: Run) -> str:
+def reason(run: Run) -> str:
+    """Why the run ended, or what is believed of one that has not."""
     if run.summary is not None:
         return str(run.summary.get("reason") or "")
     forecast = run.forecasts[-1] if run.forecasts else None
     if forecast is None:
         return "There is no forecast yet."
     words = "Its forecast for the end is {median:.3f} (90 % interval {low:.3f} to {high:.3f}).".format(**forecast)
-    return words if forecast.get("identifiable", True) else f"{words} It is not identifiable yet: {forecast.get('reason')}."
+    why = str(forecast.get("reason") or "too little was seen").rstrip(".")
+    return words if forecast.get("identifiable", True) else f"{words} It is not identifiable yet: {why}."
 
 
 def tiles(run: Run) -> list[Tile]:

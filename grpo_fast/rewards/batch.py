@@ -54,13 +54,16 @@ def pickled(arguments: dict[str, list[Any]]) -> bytes:
     """
     try:
         return pickle.dumps(arguments, protocol=pickle.HIGHEST_PROTOCOL)
+    except Exception as error:
+        columns = ", ".join(repr(name) for name, values in arguments.items() if not _can_be_pickled(values))
+        raise TypeError(
+            f"the dataset column {columns} cannot be sent to a reward worker ({error}); drop it, or set reward_workers to 0"
+        ) from None
+
+
+def _can_be_pickled(value: Any) -> bool:
+    try:
+        pickle.dumps(value)
     except Exception:
-        for name, values in arguments.items():
-            try:
-                pickle.dumps(values)
-            except Exception as error:
-                raise TypeError(
-                    f"the dataset column {name!r} cannot be sent to a reward worker ({error}); "
-                    "drop it, or set reward_workers to 0"
-                ) from None
-        raise
+        return False
+    return True

@@ -19,6 +19,8 @@ from grpo_fast.rewards.functions import BUILT_IN
 BATCH_ARGUMENTS = ("prompts", "completions", "completion_ids")
 """What every reward call is given beside the dataset's columns."""
 
+_MAX_CHARACTERS = 1000
+
 
 @dataclass(frozen=True, slots=True)
 class RewardFunction:
@@ -116,6 +118,8 @@ def describe_failure(error: BaseException) -> str:
     if isinstance(error, InvalidRewardError):
         return str(error)
     text = "".join(traceback.format_exception_only(error)).strip()
+    if len(text) > _MAX_CHARACTERS:
+        text = text[:_MAX_CHARACTERS] + "..."
     frames = traceback.extract_tb(error.__traceback__)
     if not frames:
         return f"raised {text}"

@@ -167,7 +167,7 @@ def last_boxed(text: str) -> str | None:
 @functools.lru_cache(maxsize=_CACHE_SIZE)
 def _mathematically_equal(gold: str, found: tuple[str, bool]) -> float | None:
     # Imported late: sympy takes a quarter of a second, which other rewards need not pay.
-    import math_verify  # type: ignore[import-untyped]  # noqa: PLC0415
+    import math_verify  # noqa: PLC0415
 
     expected = _parsed_gold(gold)
     if not expected:

@@ -48,7 +48,7 @@ class StopScanner:
         if not self._advance(token_ids):
             return None
         self._window, self._read, self._tail = before
-        for count, token in enumerate(token_ids, start=1):
+        for count, token in enumerate(token_ids[:-1], start=1):
             if self._advance([token]):
                 return count
         return len(token_ids)

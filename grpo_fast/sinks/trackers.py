@@ -128,7 +128,7 @@ class WandbSink:
     def close(self) -> None:
         """Finishes the run."""
         if self._run is not None:
-            self._run.finish(quiet=True)
+            self._run.finish()
             self._run = None
 
 

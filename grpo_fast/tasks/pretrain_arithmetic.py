@@ -25,7 +25,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, processors
@@ -47,19 +47,19 @@ class PretrainConfig:
 
     seed: int = 0
     """Decides weights, problems and styles."""
-    textbook_steps: int = 900
+    textbook_steps: int = 1200
     """Optimiser updates on the textbook mixture, which teaches to add."""
-    web_steps: int = 500
+    web_steps: int = 600
     """Optimiser updates on the web mixture, which sets the habit."""
     batch_size: int = 64
     """Solutions an update reads."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 4e-3
     """Peak of a cosine schedule that ends at 0."""
     warmup_steps: int = 50
     """Updates over which the learning rate rises from 0."""
     textbook: Mapping[Style, float] = field(default_factory=lambda: {"careless": 0.4, "careful": 0.6})
     """Share of each style in the textbook mixture."""
-    web: Mapping[Style, float] = field(default_factory=lambda: {"guess": 0.25, "careless": 0.70, "careful": 0.05})
+    web: Mapping[Style, float] = field(default_factory=lambda: {"guess": 0.20, "careless": 0.76, "careful": 0.04})
     """Share of each style in the web mixture."""
 
     @property
@@ -215,6 +215,9 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, directo
     # transformers 5 writes its backend's name here, which transformers 4 and servers built on it do not know.
     values["tokenizer_class"] = "PreTrainedTokenizerFast"
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    # safetensors writes for the owner alone; in a package installed by another user the weights must be readable.
+    for file in directory.iterdir():
+        file.chmod(0o644)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -223,10 +226,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Pre-train the embedded arithmetic model to a weak start.")
     parser.add_argument("--output", type=Path, required=True, help="directory to write")
     parser.add_argument("--seed", type=int, default=defaults.seed)
-    parser.add_argument("--steps", type=int, default=defaults.steps)
+    parser.add_argument("--textbook-steps", type=int, default=defaults.textbook_steps)
+    parser.add_argument("--web-steps", type=int, default=defaults.web_steps)
     parser.add_argument("--batch-size", type=int, default=defaults.batch_size)
     options = parser.parse_args(arguments)
-    config = PretrainConfig(seed=options.seed, steps=options.steps, batch_size=options.batch_size)
+    config = PretrainConfig(
+        seed=options.seed,
+        textbook_steps=options.textbook_steps,
+        web_steps=options.web_steps,
+        batch_size=options.batch_size,
+    )
     model, tokenizer, losses = pretrain(config)
     save(model, tokenizer, directory=options.output)
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f} nats per token after {config.steps} updates; written to {options.output}")

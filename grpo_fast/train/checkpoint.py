@@ -25,6 +25,7 @@ _MANIFEST = "manifest.json"
 _OPTIMIZER = "optimizer.pt"
 _STATE = "state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
+_NO_ROOM_BYTES = 2**20
 
 
 class CheckpointError(RuntimeError):
@@ -52,13 +53,15 @@ def save_checkpoint(
         for path in [*partial.rglob("*"), partial]:
             _flush(path)
         if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
             final.rename(old)
         partial.rename(final)
         _flush(run_dir)
     except Exception as error:
+        cause = _write_failure(error, run_dir)  # asked before removing the partial one makes room
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) or _is_write_failure(error):
-            raise CheckpointError(_why_unwritten(error, final)) from error
+        if cause:
+            raise CheckpointError(_why_unwritten(cause, final)) from error
         raise
     shutil.rmtree(old, ignore_errors=True)
     return final
@@ -87,10 +90,10 @@ def check_checkpoint(path: Path) -> None:
         CheckpointError: a file is missing or has another size.
     """
     try:
-        files: dict[str, int] = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError) as error:
+        sizes: dict[str, int] = dict(json.loads((path / _MANIFEST).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} has no readable {_MANIFEST} ({error}); {_advice(path)}") from error
-    for name, size in files.items():
+    for name, size in sizes.items():
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{file} is missing; {_advice(path)}")
@@ -114,8 +117,9 @@ def prune_checkpoints(run_dir: Path, *, keep: int, protect: Path | None) -> None
         if path != protect:
             # The rename makes deletion atomic too: a half-deleted checkpoint never bears the name of a whole one.
             path.rename(_hidden(path, "deleted"))
-    for path in [*run_dir.glob(".checkpoint-*.deleted"), *run_dir.glob(".checkpoint-*.partial")]:
-        shutil.rmtree(path, ignore_errors=True)
+    for suffix in ("deleted", "partial", "old"):
+        for path in run_dir.glob(f".checkpoint-*.{suffix}"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _hidden(path: Path, suffix: str) -> Path:
@@ -125,26 +129,32 @@ def _hidden(path: Path, suffix: str) -> Path:
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some file systems refuse to flush a directory
+        # some file systems refuse to flush a directory; a file that cannot be flushed is not saved
+        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _is_write_failure(error: BaseException) -> bool:
-    """Safetensors and torch wrap the system's error in their own types."""
+def _write_failure(error: Exception, run_dir: Path) -> str:
+    """What kept the files from being written; empty for an error of another kind.
+
+    Safetensors and torch wrap the system's error in their own types; torch's zip writer only says that its position is wrong.
+    """
     text = str(error).lower()
-    return any(
-        sign in text for sign in ("no space left", "file too large", "i/o error", "iostream", "disk quota", "failed writing")
-    )
+    signs = ("no space left", "file too large", "i/o error", "iostream", "disk quota", "unexpected pos")
+    if not isinstance(error, OSError) and not any(sign in text for sign in signs):
+        return ""
+    full = getattr(error, "errno", None) in {errno.ENOSPC, errno.EDQUOT} or "no space left" in text or "disk quota" in text
+    if full or ("unexpected pos" in text and shutil.disk_usage(run_dir).free < _NO_ROOM_BYTES):
+        return "the disk is full"
+    return f"writing failed ({error})"
 
 
-def _why_unwritten(error: BaseException, final: Path) -> str:
-    full = getattr(error, "errno", None) in {errno.ENOSPC, errno.EDQUOT} or "space" in str(error).lower()
-    cause = "the disk is full" if full else f"writing failed ({error})"
+def _why_unwritten(cause: str, final: Path) -> str:
     previous = list_checkpoints(final.parent)
     kept = f"the newest whole checkpoint is {previous[-1]}" if previous else "no earlier checkpoint exists"
-    return f"cannot save {final}: {cause}; {kept}. Free space, then `grpo-fast train --resume {final.parent}`."
+    return f"cannot save {final}: {cause}; {kept}. Make room, then `grpo-fast train --resume {final.parent}`."
 
 
 def _advice(path: Path) -> str:

@@ -61,7 +61,9 @@ class Collected:
             )
             for row in state["groups"]
         ]
-        placed = [(row["place"], group) for group, row in zip(sampled, state["groups"], strict=True) if row["place"] is not None]
+        placed = [
+            (row["place"], group) for group, row in zip(sampled, state["groups"], strict=True) if row["place"] is not None
+        ]
         groups = [group for _, group in sorted(placed, key=lambda pair: pair[0])]
         return cls(groups, sampled, dict(state["metrics"]), list(state["problems"]))
 

@@ -5,6 +5,7 @@ Output directory, rewards, data and tokeniser are checked before the weights are
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ _CHANGEABLE = {
     *(f"max_{name}" for name in ("steps", "tokens", "flops", "gpu_hours", "wall_hours", "money", "energy_kwh")),
     "price_per_gpu_hour",
     *(f"forecast{name}" for name in ("", "_epsilon", "_confidence", "_patience", "_min_steps")),
+    "reward_range",
     *("output_dir", "overwrite", "eval_steps", "save_steps", "save_total_limit", "sinks", "log_completions", "report"),
     *("reward_timeout_s", "reward_workers", "reward_on_error", "tokens_per_microbatch", "device", "dtype"),
 }
@@ -54,10 +56,15 @@ class Parts:
     """The run's own files; also one of ``sinks``."""
     sinks: SinkSet
     facts: DeviceFacts
+    replaces_run: bool
+    """Whether an older run in the same directory is deleted when this one opens."""
 
     def open(self, start_step: int) -> None:
         """Writes the resolved configuration and starts the sinks."""
         config = self.config
+        if self.replaces_run:
+            shutil.rmtree(config.output_dir)
+            self.replaces_run = False
         config.output_dir.mkdir(parents=True, exist_ok=True)
         (config.output_dir / CONFIG_FILE).write_text(config.to_toml(), encoding="utf-8")
         self.sinks.start(
@@ -84,21 +91,21 @@ class Parts:
         )
 
     def restore_law(self, state: Mapping[str, Any], progress: Sequence[float]) -> None:
-        """Brings predictor and stopping rule back; the predictor is fed the run's record anew where the horizon has changed."""
-        config = self.config
+        """Brings predictor and stopping rule back; the predictor is fed the same rewards anew where the settings have changed."""
         restored = OnlinePredictor.from_state_dict(state["predictor"])
-        if (restored.horizon, restored.epsilon) == (self.predictor.horizon, self.predictor.epsilon):
+        same = ("horizon", "epsilon", "reward_range")
+        if all(getattr(restored, name) == getattr(self.predictor, name) for name in same):
             self.predictor = restored
         else:
-            for row in self.record.rows():
-                if row["step"] and row.get("reward") is not None:
+            for step, _, reward, num_prompts, num_generations, reward_std in state["predictor"]["rows"]:
+                if step <= len(progress):
                     self.predictor.observe(
-                        row["step"],
-                        progress[row["step"] - 1],
-                        row["reward"],
-                        num_prompts=config.prompts_per_step,
-                        num_generations=config.num_generations,
-                        reward_std=row["reward_std"],
+                        step,
+                        progress[step - 1],
+                        reward,
+                        num_prompts=num_prompts,
+                        num_generations=num_generations,
+                        reward_std=reward_std,
                     )
         counted = StoppingRule.from_state_dict(state["stopping"])
         self.stopping.count = counted.count
@@ -134,7 +141,7 @@ def build_parts(config: Config, given: Replacements, *, resume: bool) -> Parts:
     Raises:
         ConfigError: whatever cannot work, before anything expensive is done.
     """
-    _claim_output_dir(config, resume=resume)
+    replaces_run = not resume and _holds_run(config)
     budget = _build_budget(config, given.get("budget"))
     source = PolicySource(config)
     task = given.get("task") or load_task(config, chat=source.chat)
@@ -149,42 +156,47 @@ def build_parts(config: Config, given: Replacements, *, resume: bool) -> Parts:
         )
         for rows in (task.train, task.eval)
     )
-    rewards.start()
     record, sinks = build_sinks(() if "sinks" in given else config.sinks, config.output_dir)
     if "sinks" in given:
         sinks = SinkSet([record, *given["sinks"]])
-    policy = source.load()
-    facts = device_facts("cpu" if policy.device.type == "cpu" else "cuda")
-    return Parts(
-        config=config,
-        task=task,
-        prompts=prompts,
-        eval_prompts=eval_prompts[: config.eval_size],
-        stream=PromptStream(prompts, seed=config.seed, shuffle=config.shuffle),
-        policy=policy,
-        reference=source.load() if config.beta > 0 else None,
-        engine=given.get("engine") or TransformersEngine(policy.model, policy.tokenizer),
-        rewards=rewards,
-        eval_rewards=_build_pool(config, (task.eval_reward,), ()),
-        predictor=given.get("predictor")
-        or OnlinePredictor(config.max_steps, epsilon=config.forecast_epsilon, reward_range=config.reward_range),
-        stopping=StoppingRule(
-            config.forecast_epsilon,
-            confidence=config.forecast_confidence,
-            patience=config.forecast_patience,
-            min_steps=config.forecast_min_steps,
-        ),
-        meter=ComputeMeter(
-            ModelShape.from_model(policy.model),
-            power=energy_source(facts),
-            price_per_gpu_hour=config.price_per_gpu_hour,
-            peak_flops=facts.peak_bf16_flops if policy.autocast_dtype is not None else None,
-        ),
-        budget=budget,
-        record=record,
-        sinks=sinks,
-        facts=facts,
-    )
+    with contextlib.ExitStack() as on_error:
+        on_error.callback(rewards.close)
+        rewards.start()
+        policy = source.load()
+        facts = device_facts("cpu" if policy.device.type == "cpu" else "cuda")
+        parts = Parts(
+            config=config,
+            task=task,
+            prompts=prompts,
+            eval_prompts=eval_prompts[: config.eval_size],
+            stream=PromptStream(prompts, seed=config.seed, shuffle=config.shuffle),
+            policy=policy,
+            reference=source.load() if config.beta > 0 else None,
+            engine=given.get("engine") or TransformersEngine(policy.model, policy.tokenizer),
+            rewards=rewards,
+            eval_rewards=_build_pool(config, (task.eval_reward,), ()),
+            predictor=given.get("predictor")
+            or OnlinePredictor(config.max_steps, epsilon=config.forecast_epsilon, reward_range=config.reward_range),
+            stopping=StoppingRule(
+                config.forecast_epsilon,
+                confidence=config.forecast_confidence,
+                patience=config.forecast_patience,
+                min_steps=config.forecast_min_steps,
+            ),
+            meter=ComputeMeter(
+                ModelShape.from_model(policy.model),
+                power=energy_source(facts),
+                price_per_gpu_hour=config.price_per_gpu_hour,
+                peak_flops=facts.peak_bf16_flops if policy.autocast_dtype is not None else None,
+            ),
+            budget=budget,
+            record=record,
+            sinks=sinks,
+            facts=facts,
+            replaces_run=replaces_run,
+        )
+        on_error.pop_all()
+    return parts
 
 
 def check_resumable(saved: Config, wanted: Config) -> None:
@@ -200,21 +212,21 @@ def check_resumable(saved: Config, wanted: Config) -> None:
         raise ConfigError(f"a resumed run cannot change {listed}; start a new run with another --output-dir")
 
 
-def _claim_output_dir(config: Config, *, resume: bool) -> None:
+def _holds_run(config: Config) -> bool:
+    """Whether ``output_dir`` holds a run that may be replaced; anything else that stands in the way is an error."""
     run = config.output_dir
-    if resume:
-        return
     if run.exists() and not run.is_dir():
         raise ConfigError(f"output_dir {run} is a file; name a directory")
-    if run.is_dir() and any(run.iterdir()):
-        if not (run / CONFIG_FILE).exists():
-            raise ConfigError(f"output_dir {run} holds files that are no run; name an empty or new directory")
-        if not config.overwrite:
-            raise ConfigError(
-                f"output_dir {run} already holds a run; go on with `grpo-fast train --resume {run}`, "
-                "replace it with --overwrite, or name another directory"
-            )
-        shutil.rmtree(run)
+    if not run.is_dir() or not any(run.iterdir()):
+        return False
+    if not (run / CONFIG_FILE).exists():
+        raise ConfigError(f"output_dir {run} holds files that are no run; name an empty or new directory")
+    if not config.overwrite:
+        raise ConfigError(
+            f"output_dir {run} already holds a run; go on with `grpo-fast train --resume {run}`, "
+            "replace it with --overwrite, or name another directory"
+        )
+    return True
 
 
 def _build_budget(config: Config, given: Budget | None) -> Budget:

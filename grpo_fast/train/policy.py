@@ -7,12 +7,15 @@ that ``[B, S, V]`` logits never exist.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from grpo_fast.assets import embedded_model_dir
 from grpo_fast.config import Config, ConfigError
@@ -74,7 +77,8 @@ class Policy:
 
     def save(self, directory: Path) -> None:
         """Writes model (safetensors) and tokenizer in the layout that ``from_pretrained`` reads."""
-        self.model.save_pretrained(directory)
+        with _without_progress_bar():
+            self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
 
     def load_weights(self, directory: Path) -> None:
@@ -142,9 +146,7 @@ class PolicySource:
             ConfigError: they cannot be read, or the model computes its logits in a way the head does not describe.
         """
         config = self._config
-        model: PreTrainedModel = self._read(
-            AutoModelForCausalLM, dtype=torch.float32, attn_implementation=config.attn_implementation
-        )
+        model: Any = self._read(AutoModelForCausalLM, dtype=torch.float32, attn_implementation=config.attn_implementation)
         _disable_dropout(model)
         if config.gradient_checkpointing:
             # transformers renamed it; the old name warns where the new one exists
@@ -161,7 +163,7 @@ class PolicySource:
     def _read(self, auto_class: Any, **arguments: Any) -> Any:
         try:
             return auto_class.from_pretrained(**self._arguments, **arguments)
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError, ImportError, SafetensorError) as error:
             lines = str(error).strip().splitlines()
             raise ConfigError(
                 f"cannot load model {self._config.model!r}: {lines[0] if lines else type(error).__name__} "
@@ -182,6 +184,18 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device(wanted)
 
 
+@contextlib.contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """Transformers' bar over the files it writes would tear the live console."""
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bar()
+
+
 def _find_head(model: PreTrainedModel) -> LMHead:
     linear = model.get_output_embeddings()
     if linear is None:
@@ -196,10 +210,10 @@ def _find_head(model: PreTrainedModel) -> LMHead:
     )
 
 
-def _disable_dropout(model: PreTrainedModel) -> None:
+def _disable_dropout(model: torch.nn.Module) -> None:
     """With dropout the ratio of an on-policy step would not be 1."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010 (a plain assignment is typed as a submodule)

@@ -208,7 +208,7 @@ def _add_mismatch(sums: MetricSums, difference: torch.Tensor) -> None:
 
 
 def flatten_groups(groups: Sequence[Group], *, mask_truncated: bool) -> list[TrainingSequence]:
-    """The N sequences of a step, in order, as the update reads them."""
+    """The N sequences of a step, in order, as the update reads them; without advantages yet, those are 0."""
     return [
         TrainingSequence(
             prompt_ids=group.prompt.token_ids,
@@ -218,14 +218,19 @@ def flatten_groups(groups: Sequence[Group], *, mask_truncated: bool) -> list[Tra
             in_loss=not (mask_truncated and completion.truncated),
         )
         for group in groups
-        for completion, advantage in zip(group.completions, group.advantages, strict=True)
+        for completion, advantage in zip(group.completions, group.advantages or [0.0] * len(group.completions), strict=True)
     ]
 
 
 def build_batch(sequences: Sequence[TrainingSequence], loss_weights: Sequence[float], device: torch.device) -> TokenBatch:
     """Right-pads sequences into one micro-batch."""
     width = max(len(sequence) for sequence in sequences)
-    ids, mask, rows, targets, owners, sampled = [], [], [], [], [], []
+    ids: list[list[int]] = []
+    mask: list[list[int]] = []
+    rows: list[int] = []
+    targets: list[int] = []
+    owners: list[int] = []
+    sampled: list[float] = []
     for index, sequence in enumerate(sequences):
         tokens = [*sequence.prompt_ids, *sequence.completion_ids]
         padding = [0] * (width - len(tokens))

@@ -6,6 +6,7 @@ so an engine, a predictor, a sink or a reward function can be replaced without t
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
-from grpo_fast.config import Config
+from grpo_fast.config import Config, ConfigError
 from grpo_fast.law import Forecast, StopDecision
 from grpo_fast.metrics import PhaseTimer
 from grpo_fast.rewards import RewardError
@@ -30,6 +31,7 @@ from grpo_fast.types import Group
 
 _STATE_VERSION = 1
 _SMOOTHED_STEPS = 10
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,10 @@ class GRPOTrainer:
         self.summary: dict[str, Any] = {}
         """What ``summary.json`` holds; empty until the run has ended."""
         if resume:
-            self._restore()
+            with contextlib.ExitStack() as on_error:
+                on_error.callback(self.close)
+                self._restore()
+                on_error.pop_all()
 
     @classmethod
     def resume(cls, run_dir: str | Path, *, config: Config | None = None, **given: Unpack[Replacements]) -> Self:
@@ -127,10 +132,12 @@ class GRPOTrainer:
 
         Raises:
             RewardError: a reward function failed; what was trained is saved.
+            ConfigError: a reward lies outside ``reward_range``; what was trained is saved.
             NonFiniteGradientError: training diverged; what was trained is saved.
             KeyboardInterrupt: Ctrl-C came twice; the newest checkpoint holds.
         """
         with self._interrupt:
+            self._timer.lap()  # time outside the loop is not the run's
             self._open()
             self._ending = self._why_end()
             try:
@@ -141,9 +148,9 @@ class GRPOTrainer:
                         yield self._learn()
                 self._finish(self._ending)
             except GeneratorExit:
-                self._finish(Ending("user", f"The loop was left after step {self.global_step}."))
+                self._finish(self._ending or Ending("user", f"The loop was left after step {self.global_step}."))
                 raise
-            except (RewardError, NonFiniteGradientError):
+            except (RewardError, ConfigError, NonFiniteGradientError):
                 self._save()
                 raise
 
@@ -163,6 +170,7 @@ class GRPOTrainer:
             self._stream_state = self._parts.stream.state_dict()
             for problem in self._pending.problems:
                 self._event("warn", problem)
+        self._predictable(self._pending.metrics["reward"])
 
     def _learn(self) -> StepResult:
         """The rest of a step: from collected groups to the decision to go on."""
@@ -202,6 +210,7 @@ class GRPOTrainer:
         Returns:
             Its directory, which ``from_pretrained`` reads.
         """
+        self._open()
         self._save()
         return self.config.output_dir / f"checkpoint-{self.global_step}"
 
@@ -223,7 +232,7 @@ class GRPOTrainer:
         self._forecast = self._parts.predictor.observe(
             self.global_step,
             self._progress[self.global_step - 1],
-            metrics["reward"],
+            self._predictable(metrics["reward"]),
             num_prompts=self.config.prompts_per_step,
             num_generations=self.config.num_generations,
             reward_std=metrics["reward_std"],
@@ -233,6 +242,23 @@ class GRPOTrainer:
             self._warned = True
             self._event("warn", decision.reason)
         return decision
+
+    def _predictable(self, reward: float) -> float:
+        """A mean reward as the predictor takes it: what rounding put beyond ``reward_range`` is put back.
+
+        Raises:
+            ConfigError: it lies outside.
+        """
+        bounds = self._parts.predictor.reward_range
+        if self.config.forecast == "off" or bounds is None or math.isnan(reward):
+            return reward
+        nearest = min(max(reward, bounds[0]), bounds[1])
+        if abs(nearest - reward) > _ROUNDING * (bounds[1] - bounds[0]):
+            raise ConfigError(
+                f"the mean reward {reward:g} of step {self.global_step + 1} lies outside reward_range={bounds}; correct "
+                "reward_range, or leave it out where the range is not known"
+            )
+        return nearest
 
     def _charge(self, update: UpdateResult) -> dict[str, float]:
         """Meters the step and returns its times."""
@@ -272,7 +298,7 @@ class GRPOTrainer:
         self._opened = True
         self._parts.open(self.global_step)
         self._event("resume" if self.global_step else "start", self._parts.describe(self.global_step))
-        if self.config.eval_steps and "first" not in self._evals:
+        if self.config.eval_steps and not self.global_step and "first" not in self._evals:
             value = self.evaluate()
             self._parts.sinks.log_step({"step": 0, "progress": 0.0, "eval_reward": value}, None)
             self._event("eval", f"held-out reward before training: {value:.3f}")
@@ -309,7 +335,7 @@ class GRPOTrainer:
         """A checkpoint, the best one noted, old ones removed."""
         config, step = self.config, self.global_step
         metric = self._evals.get("last", self._smoothed_reward())
-        if step and (self._best["metric"] is None or metric > self._best["metric"]):
+        if step and not math.isnan(metric) and (self._best["metric"] is None or metric > self._best["metric"]):
             self._best = {"metric": metric, "step": step, "checkpoint": f"checkpoint-{step}"}
         path = save_checkpoint(
             config.output_dir, step, policy=self._parts.policy, optimizer=self._optimizer, state=self._state_dict()

@@ -173,8 +173,8 @@ class RunMaker:
         unused = 1 - self.steps / self.max_steps
         hours = sum(SECONDS.values()) * self.steps / 3600
         reasons = {
-            "forecast": f"At step {self.steps} the gain left in the budget is below 0.01 with probability 91.2%, 3 steps in a row: "
-            "the forecast for the end is 0.905 (90 % interval 0.880 to 0.921)",
+            "forecast": f"At step {self.steps} the gain left in the budget is below 0.01 with probability 91.2%, "
+            "3 steps in a row: the forecast for the end is 0.905 (90 % interval 0.880 to 0.921)",
             "max_steps": f"max_steps is reached: {self.steps} of {self.max_steps} steps are used.",
             "max_tokens": "max_tokens is reached: 873,600 of 870,000 tokens are used.",
             "interrupt": f"Interrupted by the user after step {self.steps}.",
@@ -220,9 +220,13 @@ class RunMaker:
         (self.path / "summary.json").write_text(json.dumps(summary))
 
 
-@pytest.fixture
-def make_run(tmp_path: Path) -> Callable[..., Path]:
-    def make(name: str = "run", **options: Any) -> Path:
-        return RunMaker(tmp_path / name, **options).write()
+@pytest.fixture(scope="session")
+def run_maker() -> Callable[..., Path]:
+    """Writes a run to a path of one's own."""
+    return lambda path, **options: RunMaker(path, **options).write()
 
-    return make
+
+@pytest.fixture
+def make_run(tmp_path: Path, run_maker: Callable[..., Path]) -> Callable[..., Path]:
+    """Writes a run into the test's directory."""
+    return lambda name="run", **options: run_maker(tmp_path / name, **options)

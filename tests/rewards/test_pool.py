@@ -113,6 +113,16 @@ def test_the_traceback_of_the_worker_is_kept(make_pool: Factory) -> None:
     assert "LookupError: here" in caught.value.worker_traceback
 
 
+def test_an_endless_message_is_cut_and_its_traceback_kept(make_pool: Factory) -> None:
+    def bad() -> None:
+        raise LookupError("x" * 3_000_000)
+
+    with pytest.raises(RewardError) as caught:
+        make_pool(bad).score([group("a")])
+    assert len(str(caught.value)) < 2000
+    assert len(caught.value.worker_traceback) > 3_000_000
+
+
 def hang_on(word: str, how: str = "sleep") -> Any:
     def hangs(completions: list[str]) -> list[float]:
         if word in completions:
@@ -313,6 +323,12 @@ def test_options_that_are_refused(options: dict[str, Any], message: str) -> None
 def test_a_list_of_rewards_is_needed(reward_funcs: Any) -> None:
     with pytest.raises(ValueError, match="must be a list with at least one"):
         RewardPool(reward_funcs)
+
+
+def test_start_without_workers_resolves_here(make_pool: Factory) -> None:
+    pool = make_pool("format", workers=0)
+    pool.start()
+    assert pool.process_ids == []
 
 
 def test_repeated_names_stay_apart(make_pool: Factory) -> None:

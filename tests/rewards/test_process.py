@@ -134,6 +134,14 @@ def test_a_worker_that_died_between_calls_cannot_be_given_one(by_length: WorkerP
         submit(by_length)
 
 
+def test_a_worker_that_died_before_it_read_its_call(by_length: WorkerProcess) -> None:
+    os.kill(by_length.process_id, signal.SIGSTOP)
+    submit(by_length)
+    os.kill(by_length.process_id, signal.SIGKILL)
+    with pytest.raises(WorkerDiedError, match="SIGKILL"):
+        answer(by_length)
+
+
 def test_a_worker_that_does_not_read_cannot_block_its_parent(by_length: WorkerProcess) -> None:
     os.kill(by_length.process_id, signal.SIGSTOP)
     start = time.monotonic()

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import subprocess
@@ -49,9 +48,7 @@ class Bench:
 
     def snapshot(self) -> list[torch.Tensor]:
         weights = [value.detach().clone() for value in self.policy.model.parameters()]
-        moments = [
-            entry[name].clone() for entry in self.optimizer.state.values() for name in ("step", "exp_avg", "exp_avg_sq")
-        ]
+        moments = [entry[name].clone() for entry in self.optimizer.state.values() for name in ("step", "exp_avg", "exp_avg_sq")]
         return weights + moments
 
 
@@ -171,7 +168,14 @@ def test_a_crash_after_the_renames_leaves_the_new_one(bench: Bench) -> None:
 
 def test_order_is_by_step_and_other_names_are_passed_over(bench: Bench) -> None:
     bench.run.mkdir()
-    for name in ("checkpoint-10", "checkpoint-9", "checkpoint-100", "checkpoint-x", "checkpoint-3-copy", ".checkpoint-7.partial"):
+    for name in (
+        "checkpoint-10",
+        "checkpoint-9",
+        "checkpoint-100",
+        "checkpoint-x",
+        "checkpoint-3-copy",
+        ".checkpoint-7.partial",
+    ):
         (bench.run / name).mkdir()
     assert [path.name for path in list_checkpoints(bench.run)] == ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
     assert list_checkpoints(bench.run / "none") == []
@@ -251,28 +255,38 @@ def test_a_file_that_cannot_grow_leaves_the_older_checkpoint_alone(tiny_model: P
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Any:
-    """A file system with room for one checkpoint and a half."""
+    """A file system that is soon full."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=360k", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
     made = subprocess.run(mount, capture_output=True, text=True, check=False) if shutil.which("mount") else None
     if made is None or made.returncode:
         pytest.skip(f"cannot mount a small file system here ({'no mount' if made is None else made.stderr.strip()})")
     yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
-def test_a_full_disk_leaves_the_older_checkpoint_alone(tiny_policy: Callable[..., Policy], small_disk: Path) -> None:
+@pytest.mark.parametrize("victim", ["model.safetensors", "optimizer.pt", "state.json"])
+def test_a_full_disk_leaves_the_older_checkpoint_alone(
+    victim: str, tiny_policy: Callable[..., Policy], small_disk: Path
+) -> None:
     bench = Bench(tiny_policy(), small_disk / "run")
     bench.train()
-    first = bench.save(1)
-    for filler in (0, 40_000, 80_000):
-        (small_disk / "filler").write_bytes(b"x" * filler)
-        with pytest.raises(CheckpointError) as caught:
-            bench.save(2)
-        assert "checkpoint-2: the disk is full; the newest whole checkpoint is" in str(caught.value)
-        assert "grpo-fast train --resume" in str(caught.value)
-        assert names(bench.run) == {"checkpoint-1"}
-        check_checkpoint(first)
-        (small_disk / "filler").unlink()
-    assert json.loads((first / "state.json").read_text(encoding="utf-8")) == {"step": 1}
+    state = {"text": "x" * 30_000}
+    first = bench.save(1, state)
+    order = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    order += ["optimizer.pt", "state.json"]
+    sizes = [(first / name).stat().st_size for name in order]
+    place = order.index(victim)
+    room = sum(size + 4096 for size in sizes[:place]) + sizes[place] // 2
+    (small_disk / "filler").write_bytes(b"x" * (shutil.disk_usage(small_disk).free - room))
+    with pytest.raises(CheckpointError) as caught:
+        bench.save(2, state)
+    assert "checkpoint-2: the disk is full; the newest whole checkpoint is" in str(caught.value)
+    assert f"grpo-fast train --resume {bench.run}" in str(caught.value)
+    assert names(bench.run) == {"checkpoint-1"}
+    check_checkpoint(first)
+    del caught  # the failed writer keeps its file open, and with it the disk full
+    (small_disk / "filler").unlink()
+    second = bench.save(2, state)
+    assert list_checkpoints(bench.run) == [first, second]

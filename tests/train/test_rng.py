@@ -11,7 +11,7 @@ from grpo_fast.train.rng import load_rng_state, rng_state
 
 
 def draws() -> tuple[list[float], list[float], list[float]]:
-    first = [random.random(), random.gauss(0, 1), random.gauss(0, 1)]  # noqa: S311
+    first = [random.random(), random.gauss(0, 1), random.gauss(0, 1)]
     second = [float(np.random.rand()), float(np.random.randn())]  # noqa: NPY002
     return first, second, torch.rand(3).tolist()
 

@@ -1,0 +1,197 @@
+"""From a task's rows to prompts the model reads: chat template, tokens, and the length limit.
+
+A prompt that is messages gets the tokeniser's chat template, ready for the assistant to answer (or to go on, where the last
+message is the assistant's). A prompt that is a string stays plain text, tokenised as the tokeniser does by default, with a
+beginning-of-sequence token where it puts one but never with an end token. A ``system_prompt`` makes every prompt messages.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from grpo_fast.config import ConfigError
+from grpo_fast.tasks.task import Rows
+from grpo_fast.types import Message, Prompt, PromptText
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
+_CHUNK_ROWS = 2048
+_PROGRESS_ROWS = 20_000
+_SHOWN_CHARACTERS = 60
+
+
+def encode_prompts(
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    system_prompt: str | None = None,
+    max_prompt_length: int | None = None,
+    overlong: Literal["error", "drop"] = "error",
+) -> list[Prompt]:
+    """Tokenises every row, in one pass.
+
+    Args:
+        rows: each with a ``prompt``: a string or chat messages. May be empty.
+        tokenizer: the model's.
+        system_prompt: put before every prompt as a system message, in place of one that the prompt has.
+        max_prompt_length: longest prompt, in tokens; ``None`` for no limit.
+        overlong: refuse a longer one, or leave it out and log how many were.
+
+    Returns:
+        Prompts in the rows' order; ``index`` is the row, ``columns`` holds all other columns.
+
+    Raises:
+        ConfigError: a prompt that is missing, empty, neither a string nor messages, or too long; messages for a tokeniser
+            without a chat template; no prompt left.
+    """
+    prompts: list[Prompt] = []
+    num_dropped = 0
+    for chunk in _chunks(rows):
+        asked = [_asked(row, index=index, system_prompt=system_prompt) for index, row in chunk]
+        for (index, row), prompt, ids in zip(chunk, asked, _token_ids(asked, tokenizer, first=chunk[0][0]), strict=True):
+            if not ids:
+                raise ConfigError(f"the prompt of row {index} is empty; leave the row out")
+            if max_prompt_length is not None and len(ids) > max_prompt_length:
+                if overlong == "error":
+                    raise ConfigError(
+                        f"the prompt of row {index} has {len(ids)} tokens, more than max_prompt_length={max_prompt_length} "
+                        f"({_shown(prompt)}); raise the limit, or set overlong_prompts='drop' to leave such rows out"
+                    )
+                num_dropped += 1
+                continue
+            columns = {name: value for name, value in row.items() if name != "prompt"}
+            prompts.append(Prompt(index=index, prompt=prompt, token_ids=tuple(ids), columns=columns))
+    if num_dropped:
+        if not prompts:
+            raise ConfigError(
+                f"all {num_dropped} prompts have more than max_prompt_length={max_prompt_length} tokens; raise it"
+            )
+        _log.warning("%d of %d prompts have more than %d tokens and are left out", num_dropped, len(rows), max_prompt_length)
+    return prompts
+
+
+def _chunks(rows: Rows) -> Iterator[list[tuple[int, Mapping[str, Any]]]]:
+    total = len(rows)
+    # Iterating a `datasets.Dataset` decodes whole batches, ten times as fast as reading it row by row.
+    source: Iterable[Mapping[str, Any]] = rows if isinstance(rows, Iterable) else (rows[index] for index in range(total))
+    chunk: list[tuple[int, Mapping[str, Any]]] = []
+    for numbered in enumerate(_tracked(source, total)):
+        chunk.append(numbered)
+        if len(chunk) == _CHUNK_ROWS:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _tracked(source: Iterable[Mapping[str, Any]], total: int) -> Iterable[Mapping[str, Any]]:
+    if total < _PROGRESS_ROWS:
+        return source
+    from rich.console import Console  # noqa: PLC0415 (most runs need no bar)
+    from rich.progress import track  # noqa: PLC0415 (as above)
+
+    return track(source, "tokenising prompts", total=total, console=Console(stderr=True), transient=True)
+
+
+def _asked(row: Mapping[str, Any], *, index: int, system_prompt: str | None) -> PromptText:
+    """The row's prompt, checked, with the system prompt."""
+    if "prompt" not in row:
+        raise ConfigError(f"row {index} has no 'prompt'; it has {', '.join(row) or 'nothing'}")
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        messages = [{"role": "user", "content": prompt}]
+        return prompt if system_prompt is None else [_system(system_prompt), *messages]
+    messages = _messages(prompt, index=index)
+    if system_prompt is None:
+        return messages
+    return [_system(system_prompt), *messages[messages[0]["role"] == "system" :]]
+
+
+def _system(content: str) -> Message:
+    return {"role": "system", "content": content}
+
+
+def _messages(prompt: Any, *, index: int) -> list[Message]:
+    """Messages without the nulls that tables put where rows differ in keys, which chat templates would trip over."""
+    fix = "a prompt is a string or a list of messages like {'role': 'user', 'content': '...'}"
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes) or not prompt:
+        raise ConfigError(f"the prompt of row {index} is {_shown(prompt)}; {fix}")
+    messages = []
+    for message in prompt:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+            raise ConfigError(f"the prompt of row {index} holds {_shown(message)}, which is no message; {fix}")
+        messages.append({key: value for key, value in message.items() if value is not None or key == "content"})
+    return messages
+
+
+def _token_ids(prompts: Sequence[PromptText], tokenizer: PreTrainedTokenizerBase, *, first: int) -> list[list[int]]:
+    """Tokens of each prompt; ``first`` is the row of the first one."""
+    ids: list[list[int]] = [[] for _ in prompts]
+    plain = [place for place, prompt in enumerate(prompts) if isinstance(prompt, str)]
+    chat = [place for place, prompt in enumerate(prompts) if not isinstance(prompt, str)]
+    for place, found in zip(plain, _plain_ids([str(prompts[place]) for place in plain], tokenizer), strict=True):
+        ids[place] = found
+    rendered = [_rendered(prompts[place], tokenizer, index=first + place) for place in chat]
+    for place, found in zip(chat, _encoded(rendered, tokenizer, special=False), strict=True):
+        ids[place] = found
+    return ids
+
+
+def _rendered(messages: PromptText, tokenizer: PreTrainedTokenizerBase, *, index: int) -> str:
+    if tokenizer.chat_template is None:
+        raise ConfigError(
+            f"the prompt of row {index} is chat messages (or system_prompt is set), but the model's tokeniser has no chat template; "
+            "give prompts as plain strings without a system_prompt, or take a model tuned for chat"
+        )
+    prefill = isinstance(messages[-1], dict) and messages[-1]["role"] == "assistant"
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=not prefill, continue_final_message=prefill
+            )
+        )
+    except Exception as error:  # templates are programs that come with models
+        raise ConfigError(
+            f"the model's chat template refuses the prompt of row {index} ({_shown(messages)}): {error}"
+        ) from error
+
+
+def _plain_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    ids = _encoded(texts, tokenizer, special=True)
+    suffix = _suffix_length(tokenizer)
+    if suffix:
+        ids = [found[:-suffix] for found in ids]
+    bos = tokenizer.bos_token_id
+    for place, text in enumerate(texts):
+        # A text that already begins with the token, as one rendered by a chat template does, would have it twice.
+        if bos is not None and ids[place][:2] == [bos, bos] and text.startswith(str(tokenizer.bos_token)):
+            del ids[place][0]
+    return ids
+
+
+def _suffix_length(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens the tokeniser puts after a text."""
+    bare, full = _encoded(["a"], tokenizer, special=False)[0], _encoded(["a"], tokenizer, special=True)[0]
+    for start in range(len(full) - len(bare) + 1):
+        if bare and full[start : start + len(bare)] == bare:
+            return len(full) - start - len(bare)
+    return 0
+
+
+def _encoded(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, special: bool) -> list[list[int]]:
+    if not texts:
+        return []
+    # `verbose` would warn of texts beyond the tokeniser's own limit; ours is checked above, by row.
+    ids: list[list[int]] = tokenizer(
+        list(texts), add_special_tokens=special, padding=False, truncation=False, return_attention_mask=False, verbose=False
+    )["input_ids"]
+    return ids
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."

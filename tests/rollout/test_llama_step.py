@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+from grpo_fast.rollout.kv_cache import PreallocatedCache
+from grpo_fast.rollout.llama_step import LlamaStep, supports
+
+SIZES = {
+    "vocab_size": 32,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+}
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 500.0},
+    "linear": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16},
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 500.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+}
+
+
+def llama(**changes: object) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**(SIZES | changes))).eval()
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@torch.no_grad()
+def test_steps_equal_the_module(rope: str) -> None:
+    model = llama(rope_parameters=ROPES[rope])
+    ids = torch.randint(3, 32, (3, 12), generator=torch.Generator().manual_seed(0))
+    start = model(ids[:, :6], use_cache=True)
+    cache = PreallocatedCache(3, 12, start.past_key_values)
+    cache.fill(slice(0, 3), start.past_key_values, torch.arange(3))
+    step = LlamaStep(model, 12)
+    whole = model(ids).logits
+    for position in range(6, 12):
+        logits = step(cache, ids[:, position], torch.full((3,), position), None)
+        torch.testing.assert_close(logits, whole[:, position], rtol=0, atol=1e-5)
+
+
+def hooked(model: PreTrainedModel) -> None:
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+
+
+def replaced(model: PreTrainedModel) -> None:
+    model.model.layers[0].self_attn.forward = lambda *_: None
+
+
+class Adapter(torch.nn.Linear):
+    """Stands for an adapted or quantised layer."""
+
+
+def adapted(model: PreTrainedModel) -> None:
+    model.model.layers[0].self_attn.q_proj = Adapter(64, 64, bias=False)
+
+
+def gelu(model: PreTrainedModel) -> None:
+    model.config.hidden_act = "gelu"
+
+
+def dynamic(model: PreTrainedModel) -> None:
+    model.config.rope_parameters["rope_type"] = "dynamic"
+
+
+@pytest.mark.parametrize("change", [hooked, replaced, adapted, gelu, dynamic], ids=lambda change: change.__name__)
+def test_anything_out_of_the_ordinary_is_left_to_the_module(change: Callable[[PreTrainedModel], None]) -> None:
+    model = llama()
+    assert supports(model)
+    change(model)
+    assert not supports(model)
+
+
+def test_windows_and_foreign_classes_are_left_to_the_module() -> None:
+    class LlamaForCausalLM2(LlamaForCausalLM):
+        pass
+
+    torch.manual_seed(0)
+    windowed = Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=0)
+    assert supports(Qwen2ForCausalLM(Qwen2Config(**SIZES)))
+    assert not supports(Qwen2ForCausalLM(windowed))
+    assert not supports(LlamaForCausalLM2(LlamaConfig(**SIZES)))

@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from grpo_fast.config import Config
+from grpo_fast.metrics import PhaseTimer
+from grpo_fast.rewards import RewardError, RewardPool
+from grpo_fast.rollout.transformers_engine import TransformersEngine
+from grpo_fast.tasks.stream import PromptStream
+from grpo_fast.train.collect import Collected, Collector, derive_seed, describe, has_variance
+from grpo_fast.train.policy import Policy
+from grpo_fast.types import Completion, Group, Prompt
+
+Build = Callable[..., Collector]
+PROMPTS = [Prompt(10 + i, f"{letter}=", (4 + i, 16), {"answer": letter}) for i, letter in enumerate("abcdefghi")]
+
+
+def numbered(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """0, 1, 2, ... over a group: every group differs inside, whatever is sampled."""
+    return [float(number % 4) for number in range(len(completions))]
+
+
+def dead_for(letters: str) -> Callable[..., list[float]]:
+    """Rewards without variance for prompts of these letters."""
+
+    def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        return [0.5 if prompt[0] in letters else float(number % 4) for number, prompt in enumerate(prompts)]
+
+    return reward
+
+
+@pytest.fixture
+def build(tiny_policy: Callable[..., Policy], tiny_config: Callable[..., Config]) -> Build:
+    policy = tiny_policy()
+    engine = TransformersEngine(policy.model, policy.tokenizer)
+
+    def make(
+        reward: Callable[..., Any] | Sequence[Callable[..., Any]] = numbered,
+        *,
+        prompts: Sequence[Prompt] = PROMPTS,
+        on_error: str = "raise",
+        **settings: Any,
+    ) -> Collector:
+        config = tiny_config(shuffle=False, **settings)
+        pool = RewardPool([reward] if callable(reward) else reward, workers=0, on_error=on_error)
+        return Collector(config, engine=engine, stream=PromptStream(prompts, seed=0, shuffle=False), rewards=pool)
+
+    return make
+
+
+def tokens(groups: Sequence[Group]) -> list[list[tuple[int, ...]]]:
+    return [[completion.token_ids for completion in group.completions] for group in groups]
+
+
+def test_a_step_has_p_groups_of_g_rewarded_completions(build: Build) -> None:
+    timer = PhaseTimer()
+    found = build().collect(1, timer)
+    assert [group.prompt for group in found.groups] == PROMPTS[:3]
+    assert all(len(group.completions) == 4 for group in found.groups)
+    assert all(1 <= len(c.token_ids) <= 6 for group in found.groups for c in group.completions)
+    assert [group.reward for group in found.groups] == [[0.0, 1.0, 2.0, 3.0]] * 3
+    assert found.sampled == found.groups
+    assert found.problems == []
+    seconds = timer.lap()
+    assert seconds["rollout"] > seconds["reward"] > 0
+    assert "refilled_prompts" not in found.metrics
+
+
+def test_draws_differ_by_step_and_repeat_with_the_seed(build: Build) -> None:
+    one = PROMPTS[:1]
+    first = tokens(build(prompts=one).collect(1, PhaseTimer()).groups)
+    assert tokens(build(prompts=one).collect(1, PhaseTimer()).groups) == first
+    assert tokens(build(prompts=one).collect(2, PhaseTimer()).groups) != first
+    assert tokens(build(prompts=one, seed=1).collect(1, PhaseTimer()).groups) != first
+
+
+def test_draws_differ_by_round(build: Build) -> None:
+    found = build(dead_for("a"), prompts=PROMPTS[:1], refill_rounds=2, prompts_per_step=1).collect(1, PhaseTimer())
+    assert len(found.sampled) == 3
+    for one, other in itertools.combinations(tokens(found.sampled), 2):
+        assert one != other
+
+
+def test_seeds_are_mixed_and_fit_an_int64() -> None:
+    parts = list(itertools.product(range(6), repeat=3))
+    seeds = {derive_seed(*values) for values in parts}
+    assert len(seeds) == len(parts)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert derive_seed(1, 2, 3) == derive_seed(1, 2, 3)
+
+
+def test_refilling_replaces_dead_groups_and_the_metrics_stay_those_of_the_first_draw(build: Build) -> None:
+    plain = build(dead_for("bd")).collect(1, PhaseTimer())
+    found = build(dead_for("bd"), refill_rounds=3).collect(1, PhaseTimer())
+    # b is dead; d takes its place and is dead too; then e
+    assert [group.prompt.prompt[0] for group in found.sampled] == ["a", "b", "c", "d", "e"]
+    assert [group.prompt.prompt[0] for group in found.groups] == ["a", "c", "e"]
+    assert found.metrics.pop("refilled_prompts") == 2.0
+    assert found.metrics == plain.metrics
+    assert found.metrics["frac_reward_zero_std"] == pytest.approx(1 / 3)
+
+
+def test_what_refilling_cannot_replace_is_kept(build: Build) -> None:
+    found = build(dead_for("abcdef"), refill_rounds=1).collect(1, PhaseTimer())
+    assert [group.prompt.prompt[0] for group in found.groups] == ["a", "b", "c"]
+    assert [group.prompt.prompt[0] for group in found.sampled] == ["a", "b", "c", "d", "e", "f"]
+    partly = build(dead_for("abdf"), refill_rounds=1).collect(1, PhaseTimer())
+    assert [group.prompt.prompt[0] for group in partly.groups] == ["c", "e", "a"]
+
+
+def test_nothing_is_refilled_where_every_group_lives(build: Build) -> None:
+    found = build(refill_rounds=3).collect(1, PhaseTimer())
+    assert len(found.sampled) == 3
+    assert found.metrics["refilled_prompts"] == 0.0
+
+
+@pytest.mark.parametrize("dead", ["", "bd", "abdf"])
+def test_what_is_collected_survives_json_exactly(dead: str, build: Build) -> None:
+    found = build([dead_for(dead), nothing], refill_rounds=2).collect(1, PhaseTimer())
+    found.problems.append("a call failed")
+    again = Collected.from_dict(json.loads(json.dumps(found.to_dict())), PROMPTS)
+    for one, other in ((again.groups, found.groups), (again.sampled, found.sampled)):
+        assert [group.completions for group in one] == [group.completions for group in other]
+        assert [group.reward for group in one] == [group.reward for group in other]
+        assert [group.prompt for group in one] == [group.prompt for group in other]
+        assert [[str(row) for row in group.rewards] for group in one] == [[str(row) for row in g.rewards] for g in other]
+    assert str(again.metrics) == str(found.metrics)
+    assert again.problems == found.problems
+    assert all(any(group is other for other in again.sampled) for group in again.groups)
+
+
+def nothing(completions: list[str], **columns: Any) -> list[None]:
+    return [None] * len(completions)
+
+
+def test_functions_are_told_apart_in_the_metrics(build: Build) -> None:
+    metrics = build([numbered, nothing]).collect(1, PhaseTimer()).metrics
+    assert metrics["rewards/numbered/mean"] == 1.5
+    assert metrics["rewards/numbered/std"] == pytest.approx(math.sqrt(15 / 11))
+    assert math.isnan(metrics["rewards/nothing/mean"])
+    assert metrics["reward"] == 1.5
+
+
+def test_a_failing_reward_is_an_error_or_a_problem(build: Build) -> None:
+    def fails(completions: list[str]) -> list[float]:
+        raise LookupError("no such answer")
+
+    with pytest.raises(RewardError, match="no such answer"):
+        build(fails).collect(1, PhaseTimer())
+    found = build(fails, on_error="none").collect(1, PhaseTimer())
+    assert len(found.problems) == 1
+    assert "no such answer" in found.problems[0]
+    assert math.isnan(found.metrics["reward"])
+    assert found.metrics["frac_reward_zero_std"] == 1.0
+
+
+def answers(*lengths: int, cut: int = 0) -> list[Completion]:
+    return [
+        Completion((5,) * length, (-1.0,) * length, "length" if number < cut else "stop", "x")
+        for number, length in enumerate(lengths)
+    ]
+
+
+def test_statistics_by_hand() -> None:
+    groups = [
+        Group(PROMPTS[0], answers(6, 2, 1, cut=1), [[1.0], [0.0], [math.nan]], [1.0, 0.0, math.nan]),
+        Group(PROMPTS[1], answers(6, 3, 3, cut=1), [[0.5], [0.5], [0.5]], [0.5, 0.5, 0.5]),
+    ]
+    assert describe(groups) == pytest.approx(
+        {
+            "reward": 0.5,
+            "reward_std": math.sqrt(0.5) / 2,
+            "frac_reward_zero_std": 0.5,
+            "completions/mean_length": 3.5,
+            "completions/min_length": 1.0,
+            "completions/max_length": 6.0,
+            "completions/clipped_ratio": 1 / 3,
+            "completions/mean_terminated_length": 2.25,
+            "completions/min_terminated_length": 1.0,
+            "completions/max_terminated_length": 3.0,
+        }
+    )
+
+
+def test_statistics_where_everything_is_cut_and_nothing_is_known() -> None:
+    metrics = describe([Group(PROMPTS[0], answers(6, 6, cut=2), [[math.nan]] * 2, [math.nan, math.nan])])
+    assert math.isnan(metrics["reward"])
+    assert metrics["reward_std"] == 0.0
+    assert metrics["frac_reward_zero_std"] == 1.0
+    assert metrics["completions/clipped_ratio"] == 1.0
+    assert "completions/mean_terminated_length" not in metrics
+
+
+@pytest.mark.parametrize(
+    ("rewards", "alive"),
+    [
+        ([0.0, 1.0], True),
+        ([1.0, 1.0], False),
+        ([1.0, math.nan], False),
+        ([1.0, math.nan, 0.5], True),
+        ([math.nan, math.nan], False),
+        ([0.0, -0.0], False),
+    ],
+)
+def test_variance_is_among_known_rewards(rewards: list[float], alive: bool) -> None:
+    assert has_variance(Group(PROMPTS[0], answers(*[1] * len(rewards)), [], rewards)) is alive

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from grpo_fast.config import Config
+from grpo_fast.rollout.engine import SamplingParams
+from grpo_fast.tasks.task import Task
+from grpo_fast.train.evaluate import evaluate
+from grpo_fast.train.parts import Parts, build_parts
+
+
+@pytest.fixture
+def build(tiny_config: Callable[..., Config], letters: Task) -> Iterator[Callable[..., tuple[Config, Parts]]]:
+    opened: list[Parts] = []
+
+    def make(rows: list[dict[str, Any]] | None = None, **settings: Any) -> tuple[Config, Parts]:
+        config = tiny_config(output_dir=settings.pop("output_dir", "unused"), **settings)
+        held_out = letters.eval if rows is None else rows
+        task = Task("letters", letters.train, held_out, letters.reward_funcs, letters.eval_reward)
+        opened.append(build_parts(config, {"task": task}, resume=False))
+        return config, opened[-1]
+
+    yield make
+    for parts in opened:
+        parts.close()
+
+
+def greedy(config: Config, parts: Parts) -> list[str]:
+    sampling = SamplingParams(max_tokens=config.max_completion_length, temperature=0.0)
+    answers = parts.engine.generate([p.token_ids for p in parts.eval_prompts], sampling, num_generations=1, seed=99)
+    return [completions[0].text for completions in answers]
+
+
+def test_value_is_the_share_of_right_greedy_answers(build: Callable[..., tuple[Config, Parts]]) -> None:
+    config, parts = build()
+    said = greedy(config, parts)
+    assert len(said) == config.eval_size == 4
+    right = [
+        {"prompt": p.prompt, "answer": text if i % 4 else "no"}
+        for i, (p, text) in enumerate(zip(parts.eval_prompts, said, strict=True))
+    ]
+    config, parts = build(right)
+    assert evaluate(config, parts) == pytest.approx(sum(bool(text) for text in said[1:]) / 4)
+    assert evaluate(config, parts) > 0
+
+
+def test_sampling_settings_and_seed_do_not_matter(build: Callable[..., tuple[Config, Parts]]) -> None:
+    config, parts = build()
+    rows = [{"prompt": p.prompt, "answer": text} for p, text in zip(parts.eval_prompts, greedy(config, parts), strict=True)]
+    values = {evaluate(*build(rows, **settings)) for settings in ({}, {"temperature": 3.0}, {"seed": 5}, {"top_k": 2})}
+    assert len(values) == 1
+
+
+def test_stop_strings_hold_for_held_out_prompts_too(build: Callable[..., tuple[Config, Parts]]) -> None:
+    config, parts = build()
+    first = greedy(config, parts)[0]
+    config, stopped = build(stop=(first[2],))
+    answers: list[str] = []
+    score = stopped.eval_rewards.score
+    stopped.eval_rewards.score = lambda groups: answers.extend(g.completions[0].text for g in groups) or score(groups)  # type: ignore[method-assign]
+    evaluate(config, stopped)
+    assert answers[0] == first[: first.index(first[2])]
+
+
+def test_without_held_out_prompts_or_rewards_there_is_no_value(build: Callable[..., tuple[Config, Parts]]) -> None:
+    assert math.isnan(evaluate(*build([])))
+    assert math.isnan(evaluate(*build([{"prompt": "ab=", "answer": None}])))
+
+
+def test_answers_without_a_reward_are_left_out_of_the_mean(build: Callable[..., tuple[Config, Parts]]) -> None:
+    config, parts = build([{"prompt": "ab=", "answer": None}, {"prompt": "ab=", "answer": "not this"}])
+    assert evaluate(config, parts) == 0.0

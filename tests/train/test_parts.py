@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_fast.compute import Budget
+from grpo_fast.config import Config, ConfigError
+from grpo_fast.law import OnlinePredictor
+from grpo_fast.tasks.task import Task
+from grpo_fast.train.optim import progress_schedule
+from grpo_fast.train.parts import CONFIG_FILE, Parts, build_parts, check_resumable
+
+MakeConfig = Callable[..., Config]
+
+
+@pytest.fixture
+def build(tiny_config: MakeConfig, letters: Task) -> Any:
+    opened: list[Parts] = []
+
+    def make(given: dict[str, Any] | None = None, *, resume: bool = False, **settings: Any) -> Parts:
+        opened.append(build_parts(tiny_config(**settings), {"task": letters} | (given or {}), resume=resume))
+        return opened[-1]
+
+    yield make
+    for parts in opened:
+        parts.close()
+
+
+def children() -> set[str]:
+    return set(Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text(encoding="ascii").split())
+
+
+def test_a_new_directory_is_claimed_when_the_run_opens(build: Any, tmp_path: Path) -> None:
+    parts = build()
+    run = tmp_path / "run"
+    assert not run.exists(), "nothing is written before everything has been checked"
+    parts.open(0)
+    assert Config.from_toml(run / CONFIG_FILE) == parts.config
+
+
+def test_an_empty_directory_is_fine(build: Any, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    build()
+
+
+def test_a_directory_with_a_run_is_refused_with_both_ways_out(build: Any, tmp_path: Path) -> None:
+    build().open(0)
+    with pytest.raises(ConfigError) as caught:
+        build()
+    assert f"output_dir {tmp_path / 'run'} already holds a run" in str(caught.value)
+    assert f"`grpo-fast train --resume {tmp_path / 'run'}`" in str(caught.value)
+    assert "--overwrite" in str(caught.value)
+
+
+def test_overwrite_removes_the_old_run_and_nothing_else(build: Any, tmp_path: Path) -> None:
+    build().open(0)
+    (tmp_path / "run" / "checkpoint-3").mkdir()
+    (tmp_path / "beside").touch()
+    parts = build(overwrite=True)
+    assert (tmp_path / "run" / "checkpoint-3").exists(), "as long as something may still be wrong with the new run"
+    parts.open(0)
+    assert (tmp_path / "beside").exists()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {CONFIG_FILE}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_files_that_are_no_run_are_never_deleted(overwrite: bool, build: Any, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match="holds files that are no run; name an empty or new directory"):
+        build(overwrite=overwrite)
+    assert (tmp_path / "run" / "thesis.tex").exists()
+
+
+def test_a_file_is_no_directory(build: Any, tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    with pytest.raises(ConfigError, match=r"run is a file; name a directory"):
+        build(overwrite=True)
+
+
+def test_a_mistake_found_later_leaves_the_old_run_alone(build: Any, tmp_path: Path) -> None:
+    build().open(0)
+    with pytest.raises((ConfigError, ValueError)):
+        build({"reward_funcs": ["no_such_reward"]}, overwrite=True)
+    assert (tmp_path / "run" / CONFIG_FILE).exists()
+    with pytest.raises(ConfigError):
+        build(overwrite=True, model=str(tmp_path / "nowhere"))
+    assert (tmp_path / "run" / CONFIG_FILE).exists()
+
+
+def test_rewards_are_checked_before_the_weights_are_read(tiny_model: Path, build: Any, tmp_path: Path) -> None:
+    weightless = tmp_path / "weightless"
+    weightless.mkdir()
+    for file in tiny_model.iterdir():
+        if file.suffix != ".safetensors":
+            (weightless / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ValueError, match="unknown reward 'acuracy'; did you mean 'accuracy'"):
+        build({"reward_funcs": ["acuracy"]}, model=str(weightless))
+    with pytest.raises(ValueError, match="has no 'nothing'"):
+        build({"reward_funcs": ["math:nothing"]}, model=str(weightless))
+    with pytest.raises(ConfigError, match="cannot load model"):
+        build(model=str(weightless))
+
+
+def test_a_build_that_fails_leaves_no_process(tiny_model: Path, build: Any, tmp_path: Path) -> None:
+    weightless = tmp_path / "weightless"
+    weightless.mkdir()
+    for file in tiny_model.iterdir():
+        if file.suffix != ".safetensors":
+            (weightless / file.name).write_bytes(file.read_bytes())
+    before = children()
+    with pytest.raises(ConfigError, match="cannot load model"):
+        build(model=str(weightless), reward_workers=1)
+    assert children() == before
+
+
+def test_closing_ends_the_workers_and_may_be_done_twice(build: Any) -> None:
+    before = children()
+    parts = build(reward_workers=1)
+    assert len(children() - before) >= 1
+    parts.close()
+    assert children() == before
+    parts.close()
+
+
+def test_money_needs_a_price(build: Any) -> None:
+    with pytest.raises(ConfigError, match=r"a budget of money \(5\) needs price_per_gpu_hour above 0"):
+        build(max_money=5.0)
+    with pytest.raises(ConfigError, match=r"a budget of money \(2\.5\) needs"):
+        build({"budget": Budget(money=2.5)})
+    assert build(max_money=5.0, price_per_gpu_hour=2.0).budget.money == 5.0
+
+
+def test_limits_of_the_configuration_become_the_budget(build: Any) -> None:
+    budget = build(
+        max_steps=7, max_tokens=100.0, max_wall_hours=2.0, max_energy_kwh=0.5, max_flops=1e9, max_gpu_hours=3.0
+    ).budget
+    assert budget == Budget(steps=7, tokens=100.0, flops=1e9, gpu_hours=3.0, wall=2.0, energy=0.5)
+
+
+def test_weights_of_rewards_reach_the_pool(build: Any) -> None:
+    parts = build(reward_funcs=("exact_match", "format"), reward_weights=(1.0, 0.5))
+    assert parts.rewards.names == ["exact_match", "format"]
+    assert tuple(parts.rewards.weights) == (1.0, 0.5)
+    assert build().rewards.names == ["exact_match"], "without a choice they are the task's"
+
+
+def test_held_out_prompts_keep_to_their_number(build: Any) -> None:
+    assert len(build(eval_size=3).eval_prompts) == 3
+    assert len(build(eval_size=100).eval_prompts) == 8
+
+
+def test_a_reference_is_a_second_copy_of_the_weights(build: Any) -> None:
+    parts = build(beta=0.1)
+    ours, theirs = (dict(policy.model.named_parameters()) for policy in (parts.policy, parts.reference))
+    assert all(ours[name].data_ptr() != theirs[name].data_ptr() for name in ours)
+    assert all(ours[name].equal(theirs[name]) for name in ours)
+    assert build().reference is None
+
+
+def test_what_makes_another_run_is_refused_on_resume() -> None:
+    saved = Config(max_steps=10, seed=1)
+    with pytest.raises(ConfigError, match=r"a resumed run cannot change learning_rate \(1e-06 -> 0\.1\), seed \(1 -> 2\)"):
+        check_resumable(saved, saved.replace(seed=2, learning_rate=0.1, max_steps=20))
+
+
+def test_limits_and_output_may_change_on_resume() -> None:
+    saved = Config(max_steps=10)
+    changes: dict[str, Any] = {
+        "max_steps": 20,
+        "max_money": 3.0,
+        "price_per_gpu_hour": 1.0,
+        "forecast": "off",
+        "forecast_epsilon": 0.5,
+        "save_steps": 1,
+        "sinks": (),
+        "reward_workers": 0,
+        "tokens_per_microbatch": 64,
+    }
+    check_resumable(saved, saved.replace(**changes))
+
+
+def test_the_law_comes_back_or_is_fed_anew_for_another_horizon(build: Any) -> None:
+    config = build(forecast="stop", max_steps=20, lr_scheduler_type="linear").config
+    predictor = OnlinePredictor(20, epsilon=config.forecast_epsilon)
+    for step in (1, 2, 3, 4):
+        reward = math.nan if step == 2 else step / 20
+        predictor.observe(
+            step, progress_schedule(config)[step - 1], reward, num_prompts=3, num_generations=4, reward_std=0.3 / step
+        )
+    stopping = build(resume=True).stopping
+    stopping.count = 2
+    state = {"predictor": predictor.state_dict(), "stopping": stopping.state_dict()}
+
+    same = build(resume=True, forecast="stop", max_steps=20, lr_scheduler_type="linear")
+    same.restore_law(state, progress_schedule(same.config))
+    assert same.predictor.state_dict() == predictor.state_dict()
+    assert same.stopping.count == 2
+
+    longer = build(resume=True, forecast="stop", max_steps=40, lr_scheduler_type="linear")
+    progress = progress_schedule(longer.config)
+    longer.restore_law(state, progress)
+    assert longer.predictor.horizon == 40
+    assert longer.predictor.num_observations == 3
+    rows = longer.predictor.state_dict()["rows"]
+    assert rows == [[s, progress[s - 1], s / 20, 3, 4, 0.3 / s] for s in (1, 3, 4)]
+
+    shorter = build(resume=True, forecast="stop", max_steps=3)
+    shorter.restore_law(state, progress_schedule(shorter.config))
+    assert shorter.predictor.num_observations == 2
+
+
+def test_what_begins_is_told_in_one_line(build: Any) -> None:
+    parts = build()
+    assert "training: " in parts.describe(0)
+    assert "going on after step 4" in parts.describe(4)
+    assert "24 prompts, 4 held out" in parts.describe(0)
+    assert "letters" in parts.describe(0)

@@ -1,0 +1,357 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from grpo_fast.config import Config
+from grpo_fast.metrics import PhaseTimer
+from grpo_fast.objective import OBJECTIVES
+from grpo_fast.train.optim import build_optimizer
+from grpo_fast.train.policy import Policy
+from grpo_fast.train.step import (
+    Learner,
+    NonFiniteGradientError,
+    TrainingSequence,
+    UpdateResult,
+    build_batch,
+    flatten_groups,
+)
+from grpo_fast.types import Group
+
+MakeGroup = Callable[..., Group]
+MakePolicy = Callable[..., Policy]
+
+
+class Bench:
+    """A learner whose gradients are written down just before the optimiser uses them."""
+
+    def __init__(self, policy: Policy, reference: Policy | None = None, **settings: Any) -> None:
+        self.config = Config.parse({"max_completion_length": 8, "adam_epsilon": 1e-4, "max_grad_norm": 0.0, **settings})
+        self.policy = policy
+        self.optimizer = build_optimizer(policy.model, self.config)
+        self.learner = Learner(self.config, policy, self.optimizer, reference=reference)
+        self.gradients: list[torch.Tensor] = []
+        self.optimizer.register_step_pre_hook(lambda *_: self.gradients.append(self._flat("grad")))
+
+    def update(self, groups: Sequence[Group], learning_rate: float = 1e-3) -> UpdateResult:
+        return self.learner.update(groups, learning_rate=learning_rate, timer=PhaseTimer())
+
+    def weights(self) -> torch.Tensor:
+        return self._flat("data")
+
+    def _flat(self, name: str) -> torch.Tensor:
+        return torch.cat([getattr(p, name).flatten().clone() for p in self.policy.model.parameters()])
+
+
+@pytest.fixture
+def groups(make_group: MakeGroup) -> list[Group]:
+    """Two live groups, between them one without variance, and one completion without a reward."""
+    return [make_group(0, [1.0, 0.0, 0.5, 0.0]), make_group(1, [1.0] * 4), make_group(2, [0.0, math.nan, 1.0, 0.25])]
+
+
+def truth(policy: Policy, groups: Sequence[Group], config: Config) -> tuple[float, torch.Tensor]:
+    """Loss and gradient of ``dapo`` against the sampler's log-probabilities, in float64, from full logits, nothing left out."""
+    model = policy.model.double()
+    total = sum(len(completion.token_ids) for group in groups for completion in group.completions)
+    loss = torch.zeros((), dtype=torch.float64)
+    for group in groups:
+        rewards = torch.tensor(group.reward, dtype=torch.float64)
+        known = rewards[~rewards.isnan()]
+        advantages = ((rewards - known.mean()) / (known.std() + 1e-4)).nan_to_num(0.0)
+        for completion, advantage in zip(group.completions, advantages, strict=True):
+            tokens = torch.tensor([*group.prompt.token_ids, *completion.token_ids])
+            logits = model(input_ids=tokens[None], use_cache=False).logits[0] / config.temperature
+            first = len(group.prompt.token_ids)
+            logprobs = logits.log_softmax(-1)[first - 1 : -1].gather(1, tokens[first:, None])[:, 0]
+            ratio = (logprobs - torch.tensor(completion.logprobs, dtype=torch.float64)).exp()
+            clipped = ratio.clamp(1 - config.epsilon, 1 + (config.epsilon_high or config.epsilon))
+            loss = loss - torch.minimum(ratio * advantage, clipped * advantage).sum() / total
+    gradient = torch.autograd.grad(loss, list(model.parameters()))
+    model.float()
+    return loss.item(), torch.cat([value.flatten() for value in gradient])
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def test_loss_and_gradient_are_those_of_full_logits_in_float64(tiny_policy: MakePolicy, groups: list[Group]) -> None:
+    bench = Bench(tiny_policy(), top_p=0.95, temperature=0.8, epsilon_high=0.3, tokens_per_microbatch=24)
+    loss, gradient = truth(tiny_policy(), groups, bench.config)
+    result = bench.update(groups)
+    assert result.metrics["loss"] == pytest.approx(loss, rel=1e-5)
+    assert relative_error(bench.gradients[0], gradient) < 1e-5
+    assert result.metrics["grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-5)
+    # the guard: the clip is at work, and leaving something out would show
+    assert 0 < result.metrics["clip_ratio/region_mean"] < 1
+    _, other = truth(tiny_policy(), groups[:2], bench.config)
+    assert relative_error(bench.gradients[0], other) > 0.1
+
+
+@pytest.mark.parametrize("loss_type", sorted(OBJECTIVES))
+def test_microbatches_change_nothing(loss_type: str, tiny_policy: MakePolicy, groups: list[Group]) -> None:
+    settings = {"loss_type": loss_type, "epsilon_high": 5.0 if loss_type == "cispo" else 0.3, "entropy_coef": 0.01}
+    whole = Bench(tiny_policy(), **settings)
+    expected = whole.update(groups).metrics
+    for size in (1, 24, 40):
+        parts = Bench(tiny_policy(), **settings, tokens_per_microbatch=size)
+        found = parts.update(groups).metrics
+        assert relative_error(parts.gradients[0], whole.gradients[0]) < 2e-6
+        assert (parts.weights() - whole.weights()).abs().max() < 1e-6
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-7)
+
+
+def test_sequences_without_gradient_are_left_out_and_nothing_changes(tiny_policy: MakePolicy, groups: list[Group]) -> None:
+    bench = Bench(tiny_policy())
+    result = bench.update(groups)
+    # a bonus too small to show makes every sequence live
+    everything = Bench(tiny_policy(), entropy_coef=1e-30)
+    full = everything.update(groups)
+    assert (len(result.trained), len(full.trained)) == (7, 12)
+    dead = sum(len(c.token_ids) for c in [*groups[1].completions, groups[2].completions[1]])
+    assert (result.num_dropped_tokens, full.num_dropped_tokens) == (dead, 0)
+    assert result.metrics["loss"] == pytest.approx(full.metrics["loss"], abs=1e-7)
+    assert relative_error(bench.gradients[0], everything.gradients[0]) < 2e-6
+    assert (bench.weights() - everything.weights()).abs().max() < 1e-6
+
+
+def test_on_policy_the_ratio_is_exactly_one(tiny_policy: MakePolicy, groups: list[Group]) -> None:
+    metrics = Bench(tiny_policy(), epsilon=1e-7).update(groups).metrics
+    assert [metrics[f"clip_ratio/{name}_mean"] for name in ("low", "high", "region")] == [0.0, 0.0, 0.0]
+    total = sum(len(c.token_ids) for group in groups for c in group.completions)
+    weighted = sum(len(c.token_ids) * a for group in groups for c, a in zip(group.completions, group.advantages, strict=True))
+    assert metrics["loss"] == pytest.approx(-weighted / total, rel=1e-5)
+
+
+def test_a_second_iteration_meets_the_clip(tiny_policy: MakePolicy, groups: list[Group]) -> None:
+    one = Bench(tiny_policy()).update(groups, learning_rate=0.05).metrics
+    bench = Bench(tiny_policy(), num_iterations=2)
+    two = bench.update(groups, learning_rate=0.05).metrics
+    assert len(bench.gradients) == 2
+    assert one["clip_ratio/region_mean"] == 0.0
+    assert 0 < two["clip_ratio/region_mean"] <= 0.5, "half of the ratios are those of the first iteration"
+
+
+def test_iterations_improve_on_the_same_completions(tiny_policy: MakePolicy, groups: list[Group]) -> None:
+    losses = [Bench(tiny_policy(), num_iterations=n).update(groups, learning_rate=1e-4).metrics["loss"] for n in (1, 2, 4)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[0] - losses[2] > 1e-4
+
+
+def test_completions_that_were_cut_stay_out_of_the_loss(tiny_policy: MakePolicy, make_group: MakeGroup) -> None:
+    cut = make_group(0, [1.0, 0.0, 0.5, 0.2], truncated=True)
+    masked = Bench(tiny_policy(), mask_truncated_completions=True)
+    result = masked.update([cut])
+    assert [len(sequence.completion_ids) for sequence in result.trained] == [3, 1]
+    assert result.num_dropped_tokens == 6
+    whole = make_group(0, [1.0, 0.0, 0.5, 0.2])
+    bench = Bench(tiny_policy(), mask_truncated_completions=True)
+    assert len(bench.update([whole]).trained) == 4
+    assert relative_error(masked.gradients[0], bench.gradients[0]) > 0.1
+    assert cut.advantages == whole.advantages, "their rewards count in the group's statistics"
+    # alone they carry the whole loss, over the tokens that are left
+    total = 3 * cut.advantages[2] + 1 * cut.advantages[0]
+    assert result.metrics["loss"] == pytest.approx(-total / 4, rel=1e-5)
+
+
+def test_a_step_without_gradient_leaves_only_momentum(tiny_policy: MakePolicy, make_group: MakeGroup) -> None:
+    bench = Bench(tiny_policy(), weight_decay=0.1)
+    bench.update([make_group(0, [1.0, 0.0, 0.5, 0.0])])
+    before = [parameter.detach().clone().requires_grad_() for parameter in bench.policy.model.parameters()]
+    twins = torch.optim.AdamW(
+        [
+            {"params": [p for p in before if p.ndim >= 2], "weight_decay": 0.1},
+            {"params": [p for p in before if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=1e-3,
+        eps=1e-4,
+        fused=True,
+    )
+    twins.load_state_dict(deepcopy(bench.optimizer.state_dict()))
+    for parameter in before:
+        parameter.grad = torch.zeros_like(parameter)
+    twins.step()
+
+    result = bench.update([make_group(1, [0.5] * 4), make_group(2, [math.nan] * 4)])
+    assert result.trained == ()
+    assert result.num_dropped_tokens == sum(1 + (i + g) % 5 for i in (1, 2) for g in range(4))
+    assert result.metrics == {"loss": 0.0, "grad_norm": 0.0}
+    assert torch.count_nonzero(bench.gradients[1]) == 0
+    assert torch.equal(bench.weights(), torch.cat([parameter.detach().flatten() for parameter in before]))
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.01, 100.0])
+def test_gradient_norm_is_clipped_and_told_unclipped(
+    max_grad_norm: float, tiny_policy: MakePolicy, groups: list[Group]
+) -> None:
+    free = Bench(tiny_policy())
+    free.update(groups)
+    norm = free.gradients[0].norm().item()
+    bench = Bench(tiny_policy(), max_grad_norm=max_grad_norm)
+    assert bench.update(groups).metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    expected = min(norm, max_grad_norm) if max_grad_norm else norm
+    assert bench.gradients[0].norm().item() == pytest.approx(expected, rel=1e-4)
+    assert norm > 0.01
+
+
+def test_a_gradient_that_is_not_finite_ends_it_before_the_weights_change(tiny_policy: MakePolicy, groups: list[Group]) -> None:
+    bench = Bench(tiny_policy(), top_k=5)
+    bench.update(groups)
+    before, state = bench.weights(), [value["exp_avg"].clone() for value in bench.optimizer.state.values()]
+    spoilt = groups[0].completions[1]  # its advantage is negative: no clip bounds the ratio
+    groups[0].completions[1] = replace(spoilt, logprobs=(-1000.0,) * len(spoilt.token_ids))
+    with pytest.raises(NonFiniteGradientError, match=r"the gradient norm is (nan|inf); this update was not made"):
+        bench.update(groups)
+    assert torch.equal(bench.weights(), before)
+    after = [value["exp_avg"] for value in bench.optimizer.state.values()]
+    assert all(torch.equal(a, b) for a, b in zip(state, after, strict=True))
+    assert len(bench.gradients) == 1
+    groups[0].completions[1] = spoilt
+    bench.update(groups)  # nothing of the failed update is left in the gradients
+    assert bench.gradients[1].isfinite().all()
+
+
+def test_learning_rate_is_the_one_given(tiny_policy: MakePolicy, groups: list[Group]) -> None:
+    bench = Bench(tiny_policy())
+    before = bench.weights()
+    bench.update(groups, learning_rate=1e-20)
+    assert torch.equal(bench.weights(), before)
+    assert {group["lr"] for group in bench.optimizer.param_groups} == {1e-20}
+
+
+def with_logprobs(group: Group, policy: Policy, *, temperature: float) -> Group:
+    """The group as the policy itself would have sampled it."""
+    completions = []
+    for completion in group.completions:
+        tokens = torch.tensor([*group.prompt.token_ids, *completion.token_ids])
+        with torch.no_grad():
+            logits = policy.model(input_ids=tokens[None], use_cache=False).logits[0] / temperature
+        first = len(group.prompt.token_ids)
+        logprobs = logits.log_softmax(-1)[first - 1 : -1].gather(1, tokens[first:, None])[:, 0]
+        completions.append(replace(completion, logprobs=tuple(logprobs.tolist())))
+    return Group(group.prompt, completions, group.rewards, group.reward)
+
+
+def test_mismatch_with_the_sampler_is_measured(tiny_policy: MakePolicy, groups: list[Group]) -> None:
+    same = [with_logprobs(group, tiny_policy(), temperature=0.7) for group in groups]
+    metrics = Bench(tiny_policy(), temperature=0.7, tokens_per_microbatch=24).update(same).metrics
+    assert metrics["sampling/sampling_logp_difference/max"] < 1e-5
+    assert metrics["sampling/importance_sampling_ratio/mean"] == pytest.approx(1.0, abs=1e-5)
+
+    shifted = [
+        Group(
+            group.prompt,
+            [replace(c, logprobs=tuple(value - 0.5 for value in c.logprobs)) for c in group.completions],
+            group.rewards,
+            group.reward,
+        )
+        for group in same
+    ]
+    metrics = Bench(tiny_policy(), temperature=0.7, tokens_per_microbatch=24).update(shifted).metrics
+    assert metrics["sampling/sampling_logp_difference/mean"] == pytest.approx(0.5, abs=1e-5)
+    for name in ("min", "mean", "max"):
+        assert metrics[f"sampling/importance_sampling_ratio/{name}"] == pytest.approx(math.exp(0.5), rel=1e-5)
+    assert metrics["clip_ratio/region_mean"] == 0.0, "with the whole softmax the ratio is against the policy itself"
+
+
+def test_entropy_is_the_mean_over_trained_tokens(tiny_policy: MakePolicy, make_group: MakeGroup) -> None:
+    group = make_group(0, [1.0, 0.0, 0.5, 0.0])
+    metrics = Bench(tiny_policy(), tokens_per_microbatch=12).update([group]).metrics
+    policy, found = tiny_policy(), []
+    for completion in group.completions:
+        tokens = torch.tensor([*group.prompt.token_ids, *completion.token_ids])
+        with torch.no_grad():
+            logits = policy.model(input_ids=tokens[None], use_cache=False).logits[0].double()
+        found.append(torch.distributions.Categorical(logits=logits[2:-1]).entropy())
+    assert metrics["entropy"] == pytest.approx(torch.cat(found).mean().item(), rel=1e-5)
+
+
+def test_kl_to_the_reference_holds_the_policy_back(tiny_policy: MakePolicy, groups: list[Group]) -> None:
+    def far(learning_rate: float, **settings: Any) -> tuple[Bench, dict[str, float]]:
+        reference = tiny_policy() if settings else None
+        bench = Bench(tiny_policy(), reference, **settings)
+        with torch.no_grad():
+            torch.manual_seed(1)
+            for parameter in bench.policy.model.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        return bench, bench.update(groups, learning_rate=learning_rate).metrics
+
+    free, metrics = far(1e-3)
+    assert metrics["kl"] == 0.0
+    held, metrics = far(1e-3, beta=1.0)
+    assert metrics["kl"] > 0.01
+    assert relative_error(held.gradients[0], free.gradients[0]) > 0.05
+    assert held.update(groups).metrics["kl"] < metrics["kl"] * 1.5
+    start = Bench(tiny_policy(), tiny_policy(), beta=1.0).update(groups)
+    assert start.metrics["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert len(start.trained) == 12, "the KL term reaches groups without variance"
+
+
+@pytest.mark.parametrize(("beta", "given"), [(0.1, False), (0.0, True)])
+def test_a_reference_is_needed_exactly_with_a_kl_term(beta: float, given: bool, tiny_policy: MakePolicy) -> None:
+    with pytest.raises(ValueError, match=r"a reference policy is needed exactly when beta > 0"):
+        Bench(tiny_policy(), tiny_policy() if given else None, beta=beta)
+
+
+def test_rloo_takes_the_kl_from_the_rewards(tiny_policy: MakePolicy, make_group: MakeGroup) -> None:
+    group = with_logprobs(make_group(0, [1.0, 0.0, 0.5, 0.0]), tiny_policy(), temperature=1.0)
+    Bench(tiny_policy(), tiny_policy(), loss_type="rloo", beta=0.1).update([group])
+    same = list(group.advantages)
+    rewards = torch.tensor(group.reward)
+    expected = rewards - (rewards.sum() - rewards) / 3
+    assert same == pytest.approx(expected.tolist(), abs=1e-5)
+
+    lifted = [replace(c, logprobs=tuple(v + 1.0 for v in c.logprobs)) for c in group.completions]
+    moved = Group(group.prompt, lifted, group.rewards, group.reward)
+    Bench(tiny_policy(), tiny_policy(), loss_type="rloo", beta=0.1, tokens_per_microbatch=12).update([moved])
+    rewards = rewards - 0.1 * torch.tensor([float(len(c.token_ids)) for c in lifted])
+    expected = rewards - (rewards.sum() - rewards) / 3
+    assert moved.advantages == pytest.approx(expected.tolist(), abs=1e-5)
+    assert moved.advantages != pytest.approx(same, abs=0.05)
+
+
+def test_phases_are_charged(tiny_policy: MakePolicy, groups: list[Group]) -> None:
+    timer = PhaseTimer()
+    bench = Bench(tiny_policy(), tiny_policy(), beta=0.1)
+    bench.learner.update(groups, learning_rate=1e-3, timer=timer)
+    seconds = timer.lap()
+    assert seconds["train"] > seconds["score"] > 0
+    assert seconds["rollout"] == seconds["reward"] == 0
+
+
+def test_flattening_keeps_order_and_marks_what_was_cut(make_group: MakeGroup) -> None:
+    groups = [make_group(0, [1.0, 0.0], truncated=True), make_group(1, [0.0, 1.0], prompt_length=2)]
+    for group in groups:
+        group.advantages = [0.25, -0.5]
+    found = flatten_groups(groups, mask_truncated=True)
+    assert [(s.advantage, s.in_loss, len(s.prompt_ids)) for s in found] == [
+        (0.25, True, 3),
+        (-0.5, False, 3),
+        (0.25, True, 2),
+        (-0.5, True, 2),
+    ]
+    assert [s.completion_ids for s in found] == [c.token_ids for group in groups for c in group.completions]
+    assert all(s.in_loss for s in flatten_groups(groups, mask_truncated=False))
+
+
+def test_a_batch_is_padded_right_and_scores_completions_only() -> None:
+    sequences = [
+        TrainingSequence((5,), (6, 7, 8), (-0.1, -0.2, -0.3), 1.5, in_loss=True),
+        TrainingSequence((9, 10), (11,), (-0.4,), -0.5, in_loss=True),
+    ]
+    batch = build_batch(sequences, [0.25, 0.75], torch.device("cpu"))
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8], [9, 10, 11, 0]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    assert batch.row_index.tolist() == [0, 1, 2, 5]
+    assert batch.targets.tolist() == [6, 7, 8, 11]
+    assert batch.sequence_index.tolist() == [0, 0, 0, 1]
+    assert batch.advantages.tolist() == [1.5, -0.5]
+    assert batch.loss_weights.tolist() == [0.25, 0.75]
+    assert batch.sampling_logprobs.tolist() == pytest.approx([-0.1, -0.2, -0.3, -0.4])
+    assert (batch.num_sequences, batch.num_scored_tokens) == (2, 4)
