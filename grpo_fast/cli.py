@@ -6,13 +6,16 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import App, ArgumentCollection, Group, Parameter
+from cyclopts import App, ArgumentCollection, CycloptsError, Group, Parameter
 from cyclopts import config as cyclopts_config
+from pydantic import ValidationError
 from rich.console import Console
+from rich.markup import escape
 
 from grpo_fast import __version__
-from grpo_fast.config import Config, ConfigError, read_toml
+from grpo_fast.config import Config, ConfigError, explain, read_toml
 from grpo_fast.recipes import recipe_values
+from grpo_fast.types import TrainingError
 
 _SOURCE = Group("Where the configuration comes from", sort_key=0)
 _FAILED = 1
@@ -75,8 +78,9 @@ def train(
 
     with GRPOTrainer.resume(resume, config=settings) if resume is not None else GRPOTrainer(settings) as trainer:
         summary = trainer.train()
-    Console().print(f"[bold]{summary['reason']}[/]", highlight=False, soft_wrap=True)
-    return 0
+    console = Console()
+    console.print(f"[bold]{escape(summary['reason'])}[/]", highlight=False, soft_wrap=True)
+    return report(settings.output_dir) if settings.report else 0
 
 
 @app.command
@@ -103,7 +107,17 @@ def doctor() -> int:
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; errors that the user can mend are one message without a traceback, exit code 1."""
     try:
-        sys.exit(app(arguments))
-    except (ConfigError, ValueError, OSError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
-        sys.exit(_FAILED)
+        sys.exit(app(arguments, exit_on_error=False, print_error=False))
+    except CycloptsError as error:
+        cause = error.__cause__
+        found = "\n".join(map(explain, cause.errors())) if isinstance(cause, ValidationError) else str(error)
+        _fail(found)
+    except (ValueError, OSError, TrainingError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("stopped at once; `grpo-fast train --resume RUN` goes on from the newest checkpoint")
+
+
+def _fail(message: str) -> None:
+    Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    sys.exit(_FAILED)

@@ -35,6 +35,10 @@ PromptText: TypeAlias = str | list[Message]
 """What a dataset's ``prompt`` column holds: plain text or chat messages."""
 
 
+class TrainingError(RuntimeError):
+    """A run cannot go on; the message says why, what is safe, and what to do."""
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """One prompt, as the dataset gave it and as the model reads it."""

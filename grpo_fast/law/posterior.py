@@ -1,14 +1,14 @@
 """Exact Bayesian averaging of saturating reward curves from running sums.
 
 Model of an observation at progress x: ``y = a + b * g_phi(x) + e``, ``Var e = s2 / w``. The shape ``phi`` lives on a fixed
-grid; for each of its points ``(a, b, s2)`` has a normal-inverse-gamma prior and is integrated in closed form, so that seven
+grid; for each of its points ``(a, b, s2)`` has a normal-inverse-gamma prior and is integrated in closed form, so that six
 running sums per shape say everything and a new observation costs the same at step 10 and at step 10,000. There is no sampler to
 converge: the draws below are a fixed low-discrepancy set pushed through the exact posterior, so equal observations give equal
 bits.
 
-What the family cannot follow (second rises, declines, drifting noise) is carried by three constants, chosen by hand on published
-curves of real runs: a discount of evidence beyond ``evidence_steps`` observations, a discrepancy added to forecasts, and a
-probability of surprise taken off the certainty that nothing more will come.
+What the family cannot follow (second rises, declines, drifting noise) is carried by three constants, chosen by hand on
+published curves of real runs: a discount of evidence beyond ``evidence_steps`` observations, a discrepancy added to forecasts,
+and a probability of surprise taken off the certainty that nothing more will come.
 """
 
 from __future__ import annotations

@@ -19,14 +19,14 @@ from grpo_fast.rewards.batch import call_arguments, column_names, pickled
 from grpo_fast.rewards.call import RewardFunction, call_reward, describe_failure, resolve_reward, reward_name
 from grpo_fast.rewards.process import WorkerDiedError, WorkerProcess
 from grpo_fast.rewards.report import RewardReport, Tally
-from grpo_fast.types import Group
+from grpo_fast.types import Group, TrainingError
 
 OnError: TypeAlias = Literal["raise", "none"]
 
 _MAX_ATTEMPTS = 3
 
 
-class RewardError(RuntimeError):
+class RewardError(TrainingError):
     """A reward call that failed: it raised, hung, ended its process or broke the contract.
 
     Attributes:

@@ -59,6 +59,8 @@ class TransformersEngine:
             costs ``2 * layers * key-value heads * head size`` numbers. One sequence always runs, however long.
         check_every: steps between two looks at the sampled tokens; ``None`` looks at every step on a CPU, where a look is free,
             and at every 8th on a GPU, where it waits for the device. Changes speed only.
+        autocast_dtype: precision that the forward pass runs in under autocast, as in training; ``None`` is that of the weights.
+            The written-out step is not made for it, so ``auto`` then calls the module.
         impl: how a token is computed. ``module`` calls the model; ``fused`` is the written-out step of
             :mod:`~grpo_fast.rollout.llama_step`, for Llama-shaped models; ``auto`` takes it where it fits.
 
@@ -66,7 +68,7 @@ class TransformersEngine:
         ValueError: an encoder-decoder, a model with recurrent layers, a size below 1, or ``fused`` for a model it does not fit.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (options, each with a default)
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
@@ -74,6 +76,7 @@ class TransformersEngine:
         eos_token_ids: Sequence[int] | None = None,
         max_batch_tokens: int = 65_536,
         check_every: int | None = None,
+        autocast_dtype: torch.dtype | None = None,
         impl: Literal["auto", "fused", "module"] = "auto",
     ) -> None:
         config = model.config.get_text_config(decoder=True)
@@ -97,7 +100,8 @@ class TransformersEngine:
         self._context = int(getattr(config, "max_position_embeddings", 0)) or None
         self._vocabulary = int(config.vocab_size)
         self._is_end = np.isin(np.arange(self._vocabulary), sorted(end_tokens))
-        self._stepping = _choose_stepping(model, impl)
+        self._autocast_dtype = autocast_dtype
+        self._stepping = _choose_stepping(model, "module" if autocast_dtype is not None and impl == "auto" else impl)
         self._version = 0
 
     @property
@@ -144,7 +148,9 @@ class TransformersEngine:
         """
         self._check(prompts, sampling, num_generations)
         answers: list[list[Completion | None]] = [[None] * num_generations for _ in prompts]
-        with torch.no_grad(), _evaluating(self._model):
+        device = next(self._model.parameters()).device.type
+        precision = torch.autocast(device, dtype=self._autocast_dtype, enabled=self._autocast_dtype is not None)
+        with torch.no_grad(), _evaluating(self._model), precision:
             for rows in self._batches(prompts, sampling.max_tokens, num_generations):
                 transcript = self._decode(prompts, rows, sampling, seed)
                 for row, completion in zip(rows, transcript.completions(self._version), strict=True):

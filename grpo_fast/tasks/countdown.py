@@ -1,114 +1,177 @@
-"""Countdown: make a target from given numbers, each used exactly once, with + - * /."""
+"""Countdown: reach a target from a few numbers with ``+ - * /``, each number used exactly once.
+
+A problem is a function of (seed, split, index). Numbers and a random expression of them are drawn until its value is a target
+in range, so that every problem can be solved. Which problems are held out is decided by the problem alone: no seed trains on
+what another evaluates.
+"""
 
 from __future__ import annotations
 
 import ast
+import operator
 import random
 import re
-from collections import Counter
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, Literal
 
-from grpo_fast.config import ConfigError
+from grpo_fast.rewards.functions import completion_text
 from grpo_fast.tasks.task import Task
-from grpo_fast.types import PromptText
+from grpo_fast.tasks.wording import ANSWER_TAGS, ask, tagged_answer
 
-INSTRUCTION = (
-    "Using the numbers {numbers}, each exactly once, and the operations + - * /, write an expression that equals {target}. "
-    "Reason first, then give the expression alone in <answer> </answer>."
-)
-_NUM_NUMBERS = 4
-_LARGEST_NUMBER, _LARGEST_TARGET = 50, 200
-_MAX_EXPRESSION = 200
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_EVAL_STREAM = 1
+NUM_NUMBERS = (3, 4)
+"""Fewest and most numbers of a problem."""
+NUMBER_RANGE = (1, 99)
+"""Least and greatest number of a problem."""
+TARGET_RANGE = (10, 99)
+"""Least and greatest target."""
+
+_HELD_OUT_ONE_IN = 8
+_MAX_EXPRESSION_CHARACTERS = 200
+_ALLOWED = re.compile(r"[\d+\-*/()\s]+")
+_SIGNS = str.maketrans({"\u00d7": "*", "\u00b7": "*", "\u00f7": "/", "\u2212": "-", "\u2013": "-"})
+_OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
 
 
 def countdown_task(*, size: int, eval_size: int, seed: int, chat: bool) -> Task:
-    """Puzzles that have a solution by construction; those held out come from a stream of their own and are kept apart.
+    """Generated Countdown problems.
 
     Args:
         size: rows trained on.
-        eval_size: rows held out.
-        seed: decides the puzzles.
-        chat: whether prompts are chat messages.
+        eval_size: rows held out; 0 for none.
+        seed: decides which problems are drawn.
+        chat: whether prompts are messages.
+
+    Returns:
+        Rows of ``prompt``, ``numbers`` (list of int), ``target`` (int) and ``solution`` (one expression that reaches it).
+
+    Raises:
+        ValueError: ``size`` below 1 or ``eval_size`` below 0.
     """
-    held_out = _puzzles(eval_size, random.Random(f"{seed}-{_EVAL_STREAM}"), taken=set())
-    train = _puzzles(size, random.Random(f"{seed}"), taken=set(held_out))
-    name = "grpo_fast.tasks.countdown:countdown_reward"
-    rows = [[_row(puzzle, chat=chat) for puzzle in puzzles] for puzzles in (train, held_out)]
-    return Task("countdown", rows[0], rows[1], reward_funcs=(name,), eval_reward=name)
+    if size < 1 or eval_size < 0:
+        raise ValueError(f"size={size} must be at least 1 and eval_size={eval_size} at least 0")
+    reward = "grpo_fast.tasks.countdown:countdown_reward"
+    return Task(
+        name="countdown",
+        train=[_row(seed, split="train", index=index, chat=chat) for index in range(size)],
+        eval=[_row(seed, split="eval", index=index, chat=chat) for index in range(eval_size)],
+        reward_funcs=(reward,),
+        eval_reward=reward,
+    )
 
 
 def countdown_reward(
-    prompts: Sequence[Any], completions: Sequence[Any], *, target: Sequence[int], numbers: Sequence[list[int]], **columns: Any
+    completions: Sequence[Any], numbers: Sequence[Sequence[int]], target: Sequence[int], **columns: Any
 ) -> list[float]:
-    """1.0 where the last ``<answer>`` is an expression that uses each number once and equals the target (TRL's signature).
+    """1.0 where the given expression uses each number exactly once and equals the target, else 0.0.
+
+    The expression is what stands in the last ``<answer>...</answer>``, or else the last line; what follows an equals sign is
+    left out. It may hold integers, ``+ - * /`` and parentheses; anything else is worth 0.0. Nothing is executed.
 
     Args:
-        prompts: N prompts; not read.
-        completions: N completions, text or chat messages.
-        target: N targets.
+        completions: N texts, or N message lists.
         numbers: N lists of the numbers to use.
-        columns: further columns; not read.
+        target: N targets.
+        columns: not read.
 
     Returns:
-        N rewards, 0.0 or 1.0.
+        N rewards.
     """
-    texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
-    return [float(solves(text, goal, given)) for text, goal, given in zip(texts, target, numbers, strict=True)]
+    return [
+        float(reaches(given_expression(completion_text(completion)), numbers=own, target=goal))
+        for completion, own, goal in zip(completions, numbers, target, strict=True)
+    ]
 
 
-def solves(completion: str, target: int, numbers: Sequence[int]) -> bool:
-    """Whether a completion's answer makes the target from the numbers."""
-    answers = _ANSWER.findall(completion)
-    if not answers or len(answers[-1]) > _MAX_EXPRESSION:
+def given_expression(text: str) -> str:
+    """The expression that a completion gives as its answer; empty where it gives none."""
+    tagged = tagged_answer(text)
+    lines = text.strip().splitlines()
+    given = tagged if tagged is not None else (lines[-1] if lines else "")
+    return given.partition("=")[0].translate(_SIGNS).strip()
+
+
+def reaches(expression: str, *, numbers: Sequence[int], target: int) -> bool:
+    """Whether an expression uses exactly these numbers and equals the target.
+
+    Safe on any text: bounded in length, parsed but never executed, and computed only once its numbers are known to be the
+    given ones.
+    """
+    if len(expression) > _MAX_EXPRESSION_CHARACTERS or not _ALLOWED.fullmatch(expression):
         return False
     try:
-        tree = ast.parse(answers[-1].strip(), mode="eval")
-        used = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
-        return Counter(used) == Counter(numbers) and _value(tree.body) == target
-    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
+        tree = ast.parse(expression, mode="eval").body
+        return sorted(_leaves(tree)) == sorted(numbers) and _value(tree) == target
+    except (SyntaxError, ValueError, ZeroDivisionError, MemoryError, RecursionError):
         return False
+
+
+def draw_problem(seed: int, *, split: Literal["train", "eval"], index: int) -> tuple[list[int], int, str]:
+    """One problem; equal arguments draw equal problems.
+
+    Returns:
+        Its numbers, its target, and an expression that reaches it.
+    """
+    rng = random.Random(f"countdown/{seed}/{split}/{index}")
+    while True:
+        numbers = [rng.randint(*NUMBER_RANGE) for _ in range(rng.randint(*NUM_NUMBERS))]
+        solution, value = _random_expression(numbers, rng)
+        if value is None or value.denominator != 1 or not TARGET_RANGE[0] <= value <= TARGET_RANGE[1]:
+            continue
+        if is_held_out(numbers, int(value)) == (split == "eval"):
+            return numbers, int(value), solution
+
+
+def is_held_out(numbers: Sequence[int], target: int) -> bool:
+    """Whether a problem belongs to evaluation: one in eight does, in whatever order the numbers are given."""
+    return zlib.crc32(f"{sorted(numbers)}={target}".encode()) % _HELD_OUT_ONE_IN == 0
+
+
+def problem_text(numbers: Sequence[int], target: int) -> str:
+    """The problem in words."""
+    listed = ", ".join(map(str, numbers))
+    return (
+        f"Write an arithmetic expression that equals {target}. Use each of the numbers {listed} exactly once, and only "
+        f"+, -, *, / and parentheses. {ANSWER_TAGS}\nFor 3, 5, 20 and the target 12, for example: <answer>(20 / 5) * 3</answer>"
+    )
+
+
+def _row(seed: int, *, split: Literal["train", "eval"], index: int, chat: bool) -> dict[str, Any]:
+    numbers, target, solution = draw_problem(seed, split=split, index=index)
+    prompt = ask(problem_text(numbers, target), chat=chat)
+    return {"prompt": prompt, "numbers": numbers, "target": target, "solution": solution}
+
+
+def _random_expression(numbers: Sequence[int], rng: random.Random) -> tuple[str, Fraction | None]:
+    """A random expression of the numbers and its value, ``None`` where it divides by zero."""
+    parts = [(str(number), Fraction(number)) for number in numbers]
+    while len(parts) > 1:
+        (left, first), (right, second) = (parts.pop(rng.randrange(len(parts))) for _ in range(2))
+        sign = rng.choice("+-*/")
+        if sign == "/" and second == 0:
+            return "", None
+        value = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}[sign]
+        parts.append((f"({left} {sign} {right})", value(first, second)))
+    return parts[0]
+
+
+def _leaves(node: ast.expr) -> list[int]:
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        return _leaves(node.left) + _leaves(node.right)
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return [node.value]
+    raise ValueError(f"{type(node).__name__} is not allowed")
 
 
 def _value(node: ast.expr) -> Fraction:
-    """Exact value; only integers, the four operations and parentheses pass, so nothing is ever executed."""
-    match node:
-        case ast.Constant(value=int() as number) if not isinstance(number, bool):
-            return Fraction(number)
-        case ast.BinOp(left=left, op=ast.Add(), right=right):
-            return _value(left) + _value(right)
-        case ast.BinOp(left=left, op=ast.Sub(), right=right):
-            return _value(left) - _value(right)
-        case ast.BinOp(left=left, op=ast.Mult(), right=right):
-            return _value(left) * _value(right)
-        case ast.BinOp(left=left, op=ast.Div(), right=right):
-            return _value(left) / _value(right)
-    raise ValueError(f"{ast.dump(node)[:60]} has no place in an expression")
-
-
-def _puzzles(count: int, draw: random.Random, *, taken: set[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Distinct puzzles, each the sorted numbers and then the target."""
-    found: dict[tuple[int, ...], None] = {}
-    attempts = 0
-    while len(found) < count:
-        attempts += 1
-        if attempts > 1000 + 100 * count:
-            raise ConfigError(f"there are not {count} different countdown puzzles to be had; lower dataset_size or eval_size")
-        numbers = [draw.randint(1, _LARGEST_NUMBER) for _ in range(_NUM_NUMBERS)]
-        target = numbers[0]
-        for number in numbers[1:]:
-            target = draw.choice([target + number, target - number, target * number])
-        puzzle = (*sorted(numbers), target)
-        if 1 <= target <= _LARGEST_TARGET and puzzle not in taken:
-            found[puzzle] = None
-    return list(found)
-
-
-def _row(puzzle: tuple[int, ...], *, chat: bool) -> dict[str, Any]:
-    *numbers, target = puzzle
-    text = INSTRUCTION.format(numbers=", ".join(map(str, numbers)), target=target)
-    prompt: PromptText = [{"role": "user", "content": text}] if chat else f"{text}\n"
-    return {"prompt": prompt, "numbers": numbers, "target": target}
+    if isinstance(node, ast.BinOp):
+        return _OPERATORS[type(node.op)](_value(node.left), _value(node.right))
+    assert isinstance(node, ast.Constant)
+    assert isinstance(node.value, int)
+    return Fraction(node.value)

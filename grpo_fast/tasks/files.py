@@ -1,106 +1,85 @@
-"""A user's own data: a file, a directory, or a dataset of the hub, read by the ``datasets`` library."""
+"""Datasets of one's own: a hub dataset, a directory, or a parquet or JSONL file, with a ``prompt`` column."""
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+import numpy as np
+from datasets import Dataset
 
 from grpo_fast.config import Config, ConfigError
+from grpo_fast.tasks.tables import evenly, read_directory, read_files, read_hub
 from grpo_fast.tasks.task import Task
 
-BUILT_IN = ("arithmetic", "countdown", "gsm8k", "reasoning_gym:TASK")
-_FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
-_MAX_HELD_OUT = 0.2
+_LARGEST_EVAL_SHARE = 5
 
 
-def file_task(config: Config) -> Task:
-    """Reads ``config.dataset`` and holds rows out.
+def table_task(config: Config, *, path: Path | None, needs_reward: bool) -> Task:
+    """The rows of a dataset as they are; columns beside ``prompt`` go to the reward functions.
 
-    Held-out rows are ``eval_split`` where it is named, otherwise ``eval_size`` rows (at most a fifth) drawn from the training split.
+    Args:
+        config: ``dataset``, ``dataset_config``, ``dataset_split``, ``eval_split``, ``eval_size``, ``seed`` and ``reward_funcs``
+            are read.
+        path: the file or directory; ``None`` asks the hub for ``config.dataset``.
+        needs_reward: whether ``config`` or the dataset must say how answers are rewarded.
+
+    Returns:
+        The task. Without ``eval_split``, ``eval_size`` rows chosen by the seed (a fifth of all at most) are held out. Rewarded
+        by ``accuracy`` where there is an ``answer`` column; without one, and without ``reward_funcs``, both rewards are empty.
 
     Raises:
-        ConfigError: nothing there, no rows, no ``prompt`` column, or no reward named and no ``answer`` to check.
+        ConfigError: the data cannot be read, has no ``prompt`` column, or nothing says how to reward it.
     """
-    train = _read(config, config.dataset_split)
-    _check(train, config)
+    train = _read(config, path, split=config.dataset_split)
     if config.eval_split is not None:
-        held_out = _read(config, config.eval_split)
-        _check(held_out, config)
-    elif config.eval_steps:
-        parts = train.train_test_split(test_size=_held_out_rows(len(train), config.eval_size), seed=config.seed)
-        train, held_out = parts["train"], parts["test"]
+        held_out = evenly(_read(config, path, split=config.eval_split), config.eval_size)
     else:
-        held_out = train.select([])
-    rewards = config.reward_funcs or ("accuracy",)
-    return Task(config.dataset, train, held_out, reward_funcs=rewards, eval_reward=rewards[0])
+        train, held_out = hold_out(train, config.eval_size, seed=config.seed)
+    has_answer = "answer" in train.column_names
+    if needs_reward and not has_answer and not config.reward_funcs:
+        raise ConfigError(
+            f"dataset {config.dataset!r} has no 'answer' column to check completions against (it has "
+            f"{', '.join(train.column_names)}); set reward_funcs to a built-in or 'module:function'"
+        )
+    default = ("accuracy",) if has_answer else ()
+    return Task(
+        name=config.dataset,
+        train=train,
+        eval=held_out,
+        reward_funcs=default,
+        eval_reward=(*config.reward_funcs, *default, "")[0],
+    )
 
 
-def read_hub(name: str, subset: str | None, split: str) -> Dataset:
-    """A split of a dataset on the hub.
+def hold_out(table: Dataset, count: int, *, seed: int) -> tuple[Dataset, Dataset]:
+    """Splits rows off, the same ones for the same seed and number of rows.
 
-    Raises:
-        ConfigError: it does not exist or cannot be reached.
+    Args:
+        table: all rows.
+        count: rows to split off; a fifth of the table at most.
+        seed: decides which.
+
+    Returns:
+        The rows that stay and those split off, both in the table's order.
     """
-    try:
-        return load_dataset(name, subset, split=split)
-    except Exception as error:  # datasets raises whatever its readers and the network raise
-        near = difflib.get_close_matches(name, BUILT_IN, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        lines = str(error).strip().splitlines()
+    size = len(table)
+    count = min(count, size // _LARGEST_EVAL_SHARE)
+    chosen = np.zeros(size, dtype=bool)
+    chosen[np.random.default_rng([seed, size]).permutation(size)[:count]] = True
+    return table.select(np.flatnonzero(~chosen)), table.select(np.flatnonzero(chosen))
+
+
+def _read(config: Config, path: Path | None, *, split: str) -> Dataset:
+    if path is None:
+        instead = "give the path of a local directory, .parquet or .jsonl file; there is none of that name"
+        table = read_hub(config.dataset, name=config.dataset_config, split=split, instead=instead)
+    elif path.is_dir():
+        table = read_directory(path, name=config.dataset_config, split=split)
+    else:
+        table = read_files({"train": path}, split=split)
+    if "prompt" not in table.column_names:
         raise ConfigError(
-            f"cannot load dataset {name!r}: {lines[0] if lines else type(error).__name__}.{hint} Give {', '.join(BUILT_IN)}, a hub id "
-            "that this machine can reach, or a directory, parquet or JSONL file."
-        ) from error
-
-
-def _read(config: Config, split: str) -> Dataset:
-    path = Path(config.dataset)
-    if path.suffix in _FORMATS:
-        if not path.is_file():
-            raise ConfigError(f"dataset {path} does not exist")
-        return _read_files(_FORMATS[path.suffix], [path])
-    if not path.is_dir():
-        return read_hub(config.dataset, config.dataset_config, split)
-    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-        saved = load_from_disk(str(path))
-        return _pick(saved, split, path) if isinstance(saved, DatasetDict) else saved
-    for suffix, form in _FORMATS.items():
-        files = sorted(path.rglob(f"*{suffix}"))
-        of_split = [file for file in files if split in file.stem.split("-") + [file.parent.name]]
-        if files:
-            return _read_files(form, of_split or files)
-    raise ConfigError(f"dataset {path} holds neither a saved dataset nor parquet, JSONL or CSV files")
-
-
-def _read_files(form: str, files: list[Path]) -> Dataset:
-    try:
-        return load_dataset(form, data_files=[str(file) for file in files], split="train")
-    except Exception as error:
-        raise ConfigError(f"cannot read {', '.join(map(str, files))} as {form}: {str(error).strip() or error!r}") from error
-
-
-def _pick(saved: DatasetDict, split: str, path: Path) -> Dataset:
-    if split not in saved:
-        raise ConfigError(f"dataset {path} has no split {split!r}; it has {', '.join(map(repr, saved))}")
-    return saved[split]
-
-
-def _check(rows: Dataset, config: Config) -> None:
-    if len(rows) == 0:
-        raise ConfigError(f"dataset {config.dataset} is empty")
-    if "prompt" not in rows.column_names:
-        columns = ", ".join(map(repr, rows.column_names))
-        raise ConfigError(
-            f"dataset {config.dataset} has no column 'prompt'; it has {columns}. Rename the one that holds the prompts"
+            f"dataset {config.dataset!r} has no 'prompt' column; it has {', '.join(table.column_names)}. Rename the one that "
+            "holds the prompts"
         )
-    if not config.reward_funcs and "answer" not in rows.column_names:
-        raise ConfigError(
-            f"dataset {config.dataset} has no column 'answer' to check, so no reward can be chosen; name reward_funcs, such as "
-            "'module:function'"
-        )
-
-
-def _held_out_rows(available: int, wanted: int) -> int:
-    return max(1, min(wanted, int(available * _MAX_HELD_OUT)))
+    return table

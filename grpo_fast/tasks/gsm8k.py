@@ -1,4 +1,7 @@
-"""GSM8K: grade-school word problems with a number for an answer (arXiv 2110.14168)."""
+"""GSM8K: 7,473 grade-school word problems to train on, 1,319 for evaluation.
+
+Source: Cobbe et al., Training Verifiers to Solve Math Word Problems (arXiv:2110.14168); hub dataset ``openai/gsm8k``.
+"""
 
 from __future__ import annotations
 
@@ -6,40 +9,61 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from grpo_fast.config import ConfigError
-from grpo_fast.tasks.files import read_hub
-from grpo_fast.tasks.task import Task
-from grpo_fast.types import PromptText
+from grpo_fast.config import Config, ConfigError
+from grpo_fast.tasks.tables import evenly, read_files, read_hub
+from grpo_fast.tasks.task import Rows, Task
+from grpo_fast.tasks.wording import ask
 
-HUB_ID = "openai/gsm8k"
-INSTRUCTION = "Reason step by step, and put the final number within \\boxed{}."
+INSTRUCTION = r"Reason step by step, and put the final answer, a number, in \boxed{}."
+"""Follows the question, unless the configuration gives a ``system_prompt``, which then says what is wanted."""
+
+_HUB_ID = "openai/gsm8k"
+_HUB_CONFIG = "main"
+_EVAL_SPLIT = "test"
 
 
-def gsm8k_task(directory: str | None = None, *, chat: bool) -> Task:
-    """GSM8K with its test split held out; answers are checked by math-verify.
+def gsm8k_task(config: Config, *, chat: bool, directory: Path | None) -> Task:
+    """GSM8K from the hub or from a directory, rewarded by whether the final number is right.
 
     Args:
-        directory: holds ``train.jsonl`` and ``test.jsonl``; without one, the hub's copy is read.
-        chat: whether prompts are chat messages.
+        config: ``dataset_config``, ``dataset_split``, ``eval_split`` (without one, ``test``), ``eval_size`` and
+            ``system_prompt`` are read.
+        chat: whether prompts are messages.
+        directory: where ``train.jsonl`` and ``test.jsonl`` with ``question`` and ``answer`` are; ``None`` asks the hub.
+
+    Returns:
+        Rows of ``prompt``, ``question`` and ``answer`` (the solution, whose last line is like ``#### 72``).
 
     Raises:
-        ConfigError: a file is missing, or the hub cannot be reached.
+        ConfigError: the data cannot be read or has other columns.
     """
-    parts = {split: _read(directory, split) for split in ("train", "test")}
-    rows = {split: part.map(lambda row: {"prompt": _phrase(row["question"], chat=chat)}) for split, part in parts.items()}
-    return Task("gsm8k", rows["train"], rows["test"], reward_funcs=("accuracy",), eval_reward="accuracy")
+    instruction = INSTRUCTION if config.system_prompt is None else ""
+    held_out = evenly(_read(config, directory, split=config.eval_split or _EVAL_SPLIT), config.eval_size)
+    return Task(
+        name="gsm8k",
+        train=_rows(_read(config, directory, split=config.dataset_split), instruction=instruction, chat=chat),
+        eval=_rows(held_out, instruction=instruction, chat=chat),
+        reward_funcs=("accuracy",),
+        eval_reward="accuracy",
+    )
 
 
-def _read(directory: str | None, split: str) -> Dataset:
+def _read(config: Config, directory: Path | None, *, split: str) -> Dataset:
     if directory is None:
-        return read_hub(HUB_ID, "main", split)
-    path = Path(directory) / f"{split}.jsonl"
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist; gsm8k:DIRECTORY needs train.jsonl and test.jsonl in the directory")
-    return Dataset.from_json(str(path))
+        instead = "give dataset 'gsm8k:DIRECTORY' with the directory of its train.jsonl and test.jsonl"
+        return read_hub(_HUB_ID, name=config.dataset_config or _HUB_CONFIG, split=split, instead=instead)
+    table = read_files({name: directory / f"{name}.jsonl" for name in ("train", "test")}, split=split)
+    missing = {"question", "answer"} - set(table.column_names)
+    if missing:
+        raise ConfigError(
+            f"{directory} is not in GSM8K's form: no column {', '.join(sorted(missing))}; it has "
+            f"{', '.join(table.column_names)}"
+        )
+    return table
 
 
-def _phrase(question: str, *, chat: bool) -> PromptText:
-    if chat:
-        return [{"role": "user", "content": f"{question}\n\n{INSTRUCTION}"}]
-    return f"Question: {question}\n{INSTRUCTION}\nAnswer:"
+def _rows(table: Dataset, *, instruction: str, chat: bool) -> Rows:
+    return [
+        {"prompt": ask(f"{row['question']}\n\n{instruction}".strip(), chat=chat), **row}
+        for row in table.select_columns(["question", "answer"])
+    ]

@@ -1,33 +1,86 @@
-"""From the name of a dataset to a task."""
+"""From the name in ``config.dataset`` to a task."""
 
 from __future__ import annotations
 
-from grpo_fast.config import Config
+import difflib
+import re
+from pathlib import Path
+
+from grpo_fast.config import Config, ConfigError
 from grpo_fast.tasks.arithmetic import arithmetic_task
 from grpo_fast.tasks.countdown import countdown_task
-from grpo_fast.tasks.files import file_task
+from grpo_fast.tasks.files import table_task
 from grpo_fast.tasks.gsm8k import gsm8k_task
 from grpo_fast.tasks.reasoning_gym import reasoning_gym_task
+from grpo_fast.tasks.tables import FILE_BUILDERS
 from grpo_fast.tasks.task import Task
 
+BUILT_IN = ("arithmetic", "countdown", "gsm8k", "reasoning_gym")
+"""Names that stand for a task of ours; a local directory of that name is given as ``./NAME``."""
 
-def load_task(config: Config, *, chat: bool) -> Task:
-    """Loads what ``config.dataset`` names.
+_ACCEPTED = (
+    "A dataset is arithmetic, countdown, gsm8k, gsm8k:DIRECTORY, reasoning_gym:TASK, a directory, a .parquet, .jsonl or .json "
+    "file, or a hub id written OWNER/NAME"
+)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def load_task(config: Config, *, chat: bool, needs_reward: bool = True) -> Task:
+    """Makes or reads the task that ``config.dataset`` names.
 
     Args:
-        config: the run's configuration.
-        chat: whether the model takes chat messages; the built-in tasks then phrase their prompts as such.
+        config: the run's configuration; its data fields, ``eval_size``, ``seed`` and ``reward_funcs`` are read.
+        chat: whether the tokeniser has a chat template; built-in tasks then ask in messages, except arithmetic.
+        needs_reward: whether an answer column or ``config.reward_funcs`` must say how to reward; False where reward functions
+            are handed over in Python.
+
+    Returns:
+        The task, its rows neither tokenised nor shuffled.
 
     Raises:
-        ConfigError: nothing of that name, no rows, no prompts, or no reward to go with them.
+        ConfigError: a name that stands for nothing (what is accepted and the nearest match are named), or data that cannot be
+            used.
     """
-    kind, _, rest = config.dataset.partition(":")
-    if config.dataset == "arithmetic":
-        return arithmetic_task(size=config.dataset_size, eval_size=config.eval_size, seed=config.seed)
-    if config.dataset == "countdown":
-        return countdown_task(size=config.dataset_size, eval_size=config.eval_size, seed=config.seed, chat=chat)
+    kind, colon, argument = config.dataset.partition(":")
+    if kind not in BUILT_IN:
+        return table_task(config, path=_find(config.dataset), needs_reward=needs_reward)
+    wants_argument = {"gsm8k": bool(colon), "reasoning_gym": True}.get(kind, False)
+    if bool(argument) != wants_argument or bool(colon) != wants_argument:
+        raise ConfigError(f"dataset {config.dataset!r} is not understood. {_ACCEPTED}")
+    return _built_in(config, kind, argument=argument, chat=chat)
+
+
+def _built_in(config: Config, kind: str, *, argument: str, chat: bool) -> Task:
     if kind == "gsm8k":
-        return gsm8k_task(rest or None, chat=chat)
-    if kind == "reasoning_gym":
-        return reasoning_gym_task(rest, size=config.dataset_size, eval_size=config.eval_size, seed=config.seed, chat=chat)
-    return file_task(config)
+        return gsm8k_task(config, chat=chat, directory=_directory(argument) if argument else None)
+    for field, default in (("dataset_config", None), ("dataset_split", "train"), ("eval_split", None)):
+        value = getattr(config, field)
+        if value != default:
+            raise ConfigError(f"{field}={value!r} means nothing to the generated task {config.dataset!r}; leave it out")
+    size, eval_size, seed = config.dataset_size, config.eval_size, config.seed
+    if kind == "arithmetic":
+        return arithmetic_task(size=size, eval_size=eval_size, seed=seed)
+    if kind == "countdown":
+        return countdown_task(size=size, eval_size=eval_size, seed=seed, chat=chat)
+    return reasoning_gym_task(argument, size=size, eval_size=eval_size, seed=seed, chat=chat)
+
+
+def _find(dataset: str) -> Path | None:
+    """The file or directory that a name means; ``None`` for a hub id."""
+    path = Path(dataset).expanduser()
+    if dataset and (path.exists() or path.suffix in FILE_BUILDERS):
+        return path
+    if _HUB_ID.fullmatch(dataset):
+        return None
+    if "/" in dataset:
+        raise ConfigError(f"dataset {dataset!r}: there is no such file or directory. {_ACCEPTED}")
+    near = difflib.get_close_matches(dataset.partition(":")[0], BUILT_IN, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ConfigError(f"unknown dataset {dataset!r}; {hint}{_ACCEPTED}")
+
+
+def _directory(text: str) -> Path:
+    path = Path(text).expanduser()
+    if not path.is_dir():
+        raise ConfigError(f"dataset 'gsm8k:{text}': there is no directory {path}; give one with train.jsonl and test.jsonl")
+    return path

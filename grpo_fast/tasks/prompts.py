@@ -131,23 +131,26 @@ def _messages(prompt: Any, *, index: int) -> list[Message]:
 def _token_ids(prompts: Sequence[PromptText], tokenizer: PreTrainedTokenizerBase, *, first: int) -> list[list[int]]:
     """Tokens of each prompt; ``first`` is the row of the first one."""
     ids: list[list[int]] = [[] for _ in prompts]
-    plain = [place for place, prompt in enumerate(prompts) if isinstance(prompt, str)]
-    chat = [place for place, prompt in enumerate(prompts) if not isinstance(prompt, str)]
-    for place, found in zip(plain, _plain_ids([str(prompts[place]) for place in plain], tokenizer), strict=True):
+    plain = {place: prompt for place, prompt in enumerate(prompts) if isinstance(prompt, str)}
+    rendered = {
+        place: _rendered(prompt, tokenizer, index=first + place)
+        for place, prompt in enumerate(prompts)
+        if not isinstance(prompt, str)
+    }
+    for place, found in zip(plain, _plain_ids(list(plain.values()), tokenizer), strict=True):
         ids[place] = found
-    rendered = [_rendered(prompts[place], tokenizer, index=first + place) for place in chat]
-    for place, found in zip(chat, _encoded(rendered, tokenizer, special=False), strict=True):
+    for place, found in zip(rendered, _encoded(list(rendered.values()), tokenizer, special=False), strict=True):
         ids[place] = found
     return ids
 
 
-def _rendered(messages: PromptText, tokenizer: PreTrainedTokenizerBase, *, index: int) -> str:
+def _rendered(messages: list[Message], tokenizer: PreTrainedTokenizerBase, *, index: int) -> str:
     if tokenizer.chat_template is None:
         raise ConfigError(
-            f"the prompt of row {index} is chat messages (or system_prompt is set), but the model's tokeniser has no chat template; "
-            "give prompts as plain strings without a system_prompt, or take a model tuned for chat"
+            f"the prompt of row {index} is chat messages (or system_prompt is set), but the model's tokeniser has no chat "
+            "template; give prompts as plain strings without a system_prompt, or take a model tuned for chat"
         )
-    prefill = isinstance(messages[-1], dict) and messages[-1]["role"] == "assistant"
+    prefill = messages[-1]["role"] == "assistant"
     try:
         return str(
             tokenizer.apply_chat_template(

@@ -1,103 +1,190 @@
-"""Every task of the ``reasoning-gym`` package by its name (arXiv 2505.24760)."""
+"""Every task of reasoning-gym by its name: generated problems, scored by the task's own verifier.
+
+Needs the extra ``reasoning-gym``. A row carries its whole entry, so that a reward worker can score it without generating it
+again; tuples and integer keys, which some verifiers insist on, survive the way through JSON.
+
+Source: Stojanovski et al., Reasoning Gym (arXiv:2505.24760).
+"""
 
 from __future__ import annotations
 
 import difflib
-import importlib
+import functools
 import json
+import logging
+import random
 import re
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from grpo_fast.config import ConfigError
+from grpo_fast.rewards.functions import completion_text
 from grpo_fast.tasks.task import Task
-from grpo_fast.types import PromptText
+from grpo_fast.tasks.wording import ANSWER_TAGS, ask, tagged_answer
 
-INSTRUCTION = "Reason first, then give the final answer alone in <answer> </answer>."
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_HELD_OUT_SEED = 1_000_003
-REWARD = "grpo_fast.tasks.reasoning_gym:reasoning_gym_reward"
+_log = logging.getLogger(__name__)
+
+# It mixes other tasks and generates nothing without their list.
+_NOT_ALONE = frozenset({"composite"})
+# An item's seed is the data set's seed plus its index: splits keep apart by lying in different halves of 32 bits.
+_SEED_HALF = 2**31
+_SEED_STEP = 2**20
+_DRAWS_PER_EVAL_ROW = 4
+_TUPLE, _MAPPING = "__tuple__", "__mapping__"
+# Verifiers that read formulas with sympy would compute towers like 9**9**9 to the last digit, out of reach of any signal.
+_POWER_TOWER = re.compile(r"(?:\*\*|\^)[\s({]*[-+]?(?:\d{4,}|\d+[\s)}]*(?:\*\*|\^))")
 
 
 def reasoning_gym_task(name: str, *, size: int, eval_size: int, seed: int, chat: bool) -> Task:
-    """A task with its default settings; held-out rows come from another seed, and no question of theirs is trained on.
+    """Problems of one reasoning-gym task in its default configuration.
 
     Args:
-        name: as reasoning-gym registers it, such as ``gcd``.
-        size: rows trained on, at most: questions that are held out too are left out.
-        eval_size: rows held out.
-        seed: decides the questions.
-        chat: whether prompts are chat messages.
+        name: as reasoning-gym registers it (``gcd``, ``sudoku``, ...).
+        size: rows trained on.
+        eval_size: rows held out at most. They are drawn from other seeds, and questions that training holds are left out, so
+            a task with few different questions has fewer.
+        seed: decides the problems, 0 or more.
+        chat: whether prompts are messages.
+
+    Returns:
+        Rows of ``prompt``, ``task`` and ``entry`` (JSON of reasoning-gym's entry with question, answer and metadata).
 
     Raises:
-        ConfigError: the package is missing, or no task has that name; the nearest one is named.
+        ConfigError: reasoning-gym is not installed, has no such task, or cannot generate it.
+        ValueError: ``size`` below 1 or ``eval_size`` below 0.
     """
-    held_out = _entries(name, eval_size, seed + _HELD_OUT_SEED)
-    questions = {entry["question"] for entry in held_out}
-    train = [entry for entry in _entries(name, size, seed) if entry["question"] not in questions]
-    rows = [[_row(name, entry, chat=chat) for entry in entries] for entries in (train, held_out)]
-    return Task(f"reasoning_gym:{name}", rows[0], rows[1], reward_funcs=(REWARD,), eval_reward=REWARD)
+    if size < 1 or eval_size < 0:
+        raise ValueError(f"size={size} must be at least 1 and eval_size={eval_size} at least 0")
+    known = task_names()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are: {', '.join(known)}"
+        raise ConfigError(f"reasoning_gym has no task {name!r} (dataset 'reasoning_gym:{name}'); {hint}")
+    base = random.Random(seed).randrange(_SEED_HALF // _SEED_STEP - 1) * _SEED_STEP
+    try:
+        train = list(_entries(name, size=size, seed=base))
+        drawn = _entries(name, size=_DRAWS_PER_EVAL_ROW * eval_size, seed=_SEED_HALF + base)
+        held_out = _unseen(drawn, {entry["question"] for entry in train}, count=eval_size)
+    except Exception as error:
+        raise ConfigError(
+            f"reasoning_gym cannot generate {name!r} ({type(error).__name__}: {error}); choose another task"
+        ) from error
+    reward = "grpo_fast.tasks.reasoning_gym:reasoning_gym_reward"
+    return Task(
+        name=f"reasoning_gym:{name}",
+        train=[_row(name, entry=entry, chat=chat) for entry in train],
+        eval=[_row(name, entry=entry, chat=chat) for entry in held_out],
+        reward_funcs=(reward,),
+        eval_reward=reward,
+    )
 
 
-def reasoning_gym_reward(
-    prompts: Sequence[Any], completions: Sequence[Any], *, task: Sequence[str], entry: Sequence[str], **columns: Any
-) -> list[float]:
-    """The task's own score of the answer, in [0, 1] (TRL's reward signature).
+def reasoning_gym_reward(completions: Sequence[Any], task: Sequence[str], entry: Sequence[str], **columns: Any) -> list[float]:
+    """What the task's own verifier gives the answer: 1.0 where it is right, for some tasks a part of it where it is close.
+
+    The answer is what stands in the last ``<answer>...</answer>``, or else the whole completion, stripped. An answer on which
+    the verifier fails (several raise on text they cannot parse) is worth 0.0, and so is one with a tower of powers. A verifier
+    has no time limit of its own; the reward pool's deadline holds.
 
     Args:
-        prompts: N prompts; not read.
-        completions: N completions, text or chat messages; what the last ``<answer>`` holds counts, or the whole text without one.
+        completions: N texts, or N message lists.
         task: N names of tasks.
         entry: N entries as JSON.
-        columns: further columns; not read.
+        columns: not read.
 
     Returns:
         N rewards.
+
+    Raises:
+        ConfigError: reasoning-gym is not installed.
     """
-    texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
     return [
-        float(_scorer(name).score_answer(answer=given_answer(text), entry=json.loads(row)))
-        for text, name, row in zip(texts, task, entry, strict=True)
+        _score(name, row, completion_text(completion)) for completion, name, row in zip(completions, task, entry, strict=True)
     ]
 
 
-def given_answer(completion: str) -> str:
-    """What stands in the last ``<answer>``, or the whole completion."""
-    found = _ANSWER.findall(completion)
-    return (found[-1] if found else completion).strip()
+def task_names() -> list[str]:
+    """The tasks that can be used, in alphabetical order.
+
+    Raises:
+        ConfigError: reasoning-gym is not installed.
+    """
+    return sorted(set(_library().factory.DATASETS) - _NOT_ALONE)
 
 
-def _entries(name: str, size: int, seed: int) -> list[dict[str, Any]]:
-    if size == 0:
-        return []
-    dataset = _package().create_dataset(_known(name), size=size, seed=seed)
-    return [dataset[index] for index in range(size)]
+def to_json(entry: Any) -> str:
+    """An entry as JSON that :func:`from_json` turns back into an equal one: tuples and keys that are no strings are marked."""
+    return json.dumps(_marked(entry))
 
 
-@cache
-def _scorer(name: str) -> Any:
-    return _package().create_dataset(name, size=1, seed=0)
+def from_json(text: str) -> Any:
+    """The entry that :func:`to_json` wrote."""
+    return json.loads(text, object_hook=_unmarked)
 
 
-def _package() -> Any:
+def _library() -> Any:
     try:
-        return importlib.import_module("reasoning_gym")
-    except ModuleNotFoundError:
-        raise ConfigError('reasoning_gym tasks need the package: pip install "grpo-fast[reasoning-gym]"') from None
+        import reasoning_gym  # noqa: PLC0415 (an optional dependency; this is its door)
+    except ImportError as error:
+        raise ConfigError(
+            f"tasks of reasoning_gym need the package ({error}); install it with: pip install 'grpo-fast[reasoning-gym]'"
+        ) from error
+    return reasoning_gym
 
 
-def _known(name: str) -> str:
-    _package()
-    names = sorted(importlib.import_module("reasoning_gym.factory").DATASETS)
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=3)
-        hint = f"; did you mean {', '.join(map(repr, near))}?" if near else f"; there are {len(names)}, such as 'gcd'"
-        raise ConfigError(f"reasoning-gym has no task {name!r}{hint}")
-    return name
+@functools.cache
+def _verifier(name: str) -> Any:
+    return _library().create_dataset(name, size=1, seed=0)
 
 
-def _row(name: str, entry: dict[str, Any], *, chat: bool) -> dict[str, Any]:
-    text = f"{entry['question']}\n\n{INSTRUCTION}"
-    prompt: PromptText = [{"role": "user", "content": text}] if chat else f"{text}\n"
-    return {"prompt": prompt, "answer": entry["answer"], "task": name, "entry": json.dumps(entry, default=str)}
+def _entries(name: str, *, size: int, seed: int) -> Iterator[dict[str, Any]]:
+    if size:
+        data = _library().create_dataset(name, size=size, seed=seed)
+        # Not `iter(data)`: it would take an IndexError of a faulty generator for the end.
+        yield from (data[index] for index in range(size))
+
+
+def _unseen(entries: Iterator[dict[str, Any]], seen: set[str], *, count: int) -> list[dict[str, Any]]:
+    """Up to ``count`` entries whose question is new."""
+    found: list[dict[str, Any]] = []
+    for entry in entries:
+        if entry["question"] not in seen:
+            seen.add(entry["question"])
+            found.append(entry)
+        if len(found) == count:
+            break
+    return found
+
+
+def _row(name: str, *, entry: dict[str, Any], chat: bool) -> dict[str, Any]:
+    prompt = ask(f"{entry['question'].strip()}\n\n{ANSWER_TAGS}", chat=chat)
+    return {"prompt": prompt, "task": name, "entry": to_json(entry)}
+
+
+def _score(name: str, entry: str, text: str) -> float:
+    tagged = tagged_answer(text)
+    answer = text.strip() if tagged is None else tagged
+    verifier = _verifier(name)
+    if _POWER_TOWER.search(answer):
+        return 0.0
+    try:
+        return float(verifier.score_answer(answer, from_json(entry)))
+    except Exception as error:  # whatever a third party's parser raises on a model's text
+        _log.debug("reasoning_gym:%s cannot score %r: %s: %s", name, answer[:80], type(error).__name__, error)
+        return 0.0
+
+
+def _marked(value: Any) -> Any:
+    if isinstance(value, dict):
+        if all(isinstance(key, str) for key in value):
+            return {key: _marked(item) for key, item in value.items()}
+        return {_MAPPING: [[_marked(key), _marked(item)] for key, item in value.items()]}
+    if isinstance(value, tuple):
+        return {_TUPLE: [_marked(item) for item in value]}
+    return [_marked(item) for item in value] if isinstance(value, list) else value
+
+
+def _unmarked(value: dict[str, Any]) -> Any:
+    if _TUPLE in value:
+        return tuple(value[_TUPLE])
+    return dict(value[_MAPPING]) if _MAPPING in value else value

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from grpo_fast.train.policy import Policy
+from grpo_fast.types import TrainingError
 
 _MANIFEST = "manifest.json"
 _OPTIMIZER = "optimizer.pt"
@@ -28,7 +29,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 _NO_ROOM_BYTES = 2**20
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(TrainingError):
     """A checkpoint cannot be written or read; the message names the file and what to do."""
 
 

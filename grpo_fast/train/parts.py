@@ -15,6 +15,7 @@ from grpo_fast.compute import Budget, ComputeMeter, ModelShape
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.device import DeviceFacts, device_facts, energy_source
 from grpo_fast.law import OnlinePredictor, StoppingRule
+from grpo_fast.objective import OBJECTIVES
 from grpo_fast.rewards import RewardPool
 from grpo_fast.rollout import RolloutEngine
 from grpo_fast.rollout.transformers_engine import TransformersEngine
@@ -91,7 +92,7 @@ class Parts:
         )
 
     def restore_law(self, state: Mapping[str, Any], progress: Sequence[float]) -> None:
-        """Brings predictor and stopping rule back; the predictor is fed the same rewards anew where the settings have changed."""
+        """Brings predictor and stopping rule back; the predictor is fed anew where its settings have changed."""
         restored = OnlinePredictor.from_state_dict(state["predictor"])
         same = ("horizon", "epsilon", "reward_range")
         if all(getattr(restored, name) == getattr(self.predictor, name) for name in same):
@@ -140,8 +141,10 @@ def build_parts(config: Config, given: Replacements, *, resume: bool) -> Parts:
 
     Raises:
         ConfigError: whatever cannot work, before anything expensive is done.
+        ValueError: numbers that the loss, a reward or a sink cannot work with, likewise.
     """
     replaces_run = not resume and _holds_run(config)
+    OBJECTIVES[config.loss_type].spec(config)
     budget = _build_budget(config, given.get("budget"))
     source = PolicySource(config)
     task = given.get("task") or load_task(config, chat=source.chat)
@@ -172,7 +175,7 @@ def build_parts(config: Config, given: Replacements, *, resume: bool) -> Parts:
             stream=PromptStream(prompts, seed=config.seed, shuffle=config.shuffle),
             policy=policy,
             reference=source.load() if config.beta > 0 else None,
-            engine=given.get("engine") or TransformersEngine(policy.model, policy.tokenizer),
+            engine=given.get("engine") or _transformers_engine(policy),
             rewards=rewards,
             eval_rewards=_build_pool(config, (task.eval_reward,), ()),
             predictor=given.get("predictor")
@@ -237,6 +240,10 @@ def _build_budget(config: Config, given: Budget | None) -> Budget:
     if budget.money is not None and config.price_per_gpu_hour == 0:
         raise ConfigError(f"a budget of money ({budget.money:g}) needs price_per_gpu_hour above 0")
     return budget
+
+
+def _transformers_engine(policy: Policy) -> RolloutEngine:
+    return TransformersEngine(policy.model, policy.tokenizer, autocast_dtype=policy.autocast_dtype)
 
 
 def _build_pool(config: Config, reward_funcs: Sequence[str | Callable[..., Any]], weights: Sequence[float]) -> RewardPool:

@@ -17,10 +17,10 @@ from grpo_fast.objective import OBJECTIVES, sequence_kl
 from grpo_fast.ops import LossBatch, PolicyMetrics, fused_grpo, live_sequences, plan_microbatches, token_logprob
 from grpo_fast.train.optim import set_learning_rate
 from grpo_fast.train.policy import Policy
-from grpo_fast.types import Group, TokenBatch
+from grpo_fast.types import Group, TokenBatch, TrainingError
 
 
-class NonFiniteGradientError(RuntimeError):
+class NonFiniteGradientError(TrainingError):
     """The gradient is not finite; the weights were left as they were."""
 
 

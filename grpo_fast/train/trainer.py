@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -86,6 +87,7 @@ class GRPOTrainer:
         self._saved_step: int | None = None
         self._stop_message = ""
         self._ending: Ending | None = None
+        self._loop: Callable[[], Generator[StepResult] | None] = lambda: None
         self._forecast: Forecast | None = None
         self.global_step = 0
         """Steps done."""
@@ -93,7 +95,7 @@ class GRPOTrainer:
         """What ``summary.json`` holds; empty until the run has ended."""
         if resume:
             with contextlib.ExitStack() as on_error:
-                on_error.callback(self.close)
+                on_error.callback(parts.close)
                 self._restore()
                 on_error.pop_all()
 
@@ -136,6 +138,11 @@ class GRPOTrainer:
             NonFiniteGradientError: training diverged; what was trained is saved.
             KeyboardInterrupt: Ctrl-C came twice; the newest checkpoint holds.
         """
+        loop = self._steps()
+        self._loop = weakref.ref(loop)  # weak, so that leaving the loop ends it
+        return loop
+
+    def _steps(self) -> Generator[StepResult]:
         with self._interrupt:
             self._timer.lap()  # time outside the loop is not the run's
             self._open()
@@ -215,8 +222,12 @@ class GRPOTrainer:
         return self.config.output_dir / f"checkpoint-{self.global_step}"
 
     def close(self) -> None:
-        """Ends worker processes, the engine and the sinks; calling it twice is harmless."""
-        self._parts.close()
+        """Ends the loop, worker processes, the engine and the sinks; calling it twice is harmless."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._parts.close)
+            loop = self._loop()
+            if loop is not None:
+                loop.close()
 
     def __enter__(self) -> Self:
         return self
