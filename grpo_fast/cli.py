@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import App, ArgumentCollection, CycloptsError, Group, Parameter
+from cyclopts import App, ArgumentCollection, CycloptsError, Group, Parameter, Token
 from cyclopts import config as cyclopts_config
 from pydantic import ValidationError
 from rich.console import Console
@@ -41,6 +41,10 @@ def _fill(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) ->
         values |= read_toml(file) if file is not None else {}
     Config.parse(values)
     cyclopts_config.Dict(values, use_commands_as_keys=False, source="the configuration")(app, commands, arguments)
+    for key, value in values.items():
+        argument = arguments[f"--{key.replace('_', '-')}"]
+        if value == [] and not argument.tokens:  # an empty list makes no tokens, and would leave the default
+            argument.append(Token(keyword=argument.name, source="the configuration", implicit_value=()))
 
 
 app = App(
@@ -78,9 +82,10 @@ def train(
 
     with GRPOTrainer.resume(resume, config=settings) if resume is not None else GRPOTrainer(settings) as trainer:
         summary = trainer.train()
+        run = trainer.config.output_dir
     console = Console()
     console.print(f"[bold]{escape(summary['reason'])}[/]", highlight=False, soft_wrap=True)
-    return report(settings.output_dir) if settings.report else 0
+    return report(run) if settings.report else 0
 
 
 @app.command

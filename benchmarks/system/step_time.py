@@ -1,8 +1,8 @@
 """Whole training steps beside TRL's GRPOTrainer: same model, prompts, group size, lengths, loss and learning rate.
 
 The two take turns, one step each, so that both meet the same state of the machine; each rollout is the trainer's own (TRL's
-through ``model.generate``, its default without vLLM). Run ``python benchmarks/system/step_time.py``; it prints a table and, with
-``--output``, writes JSON.
+through ``model.generate``, its default without vLLM). Run ``python benchmarks/system/step_time.py``; it prints JSON and, with
+``--output``, writes it.
 """
 
 from __future__ import annotations

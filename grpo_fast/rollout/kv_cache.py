@@ -14,7 +14,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 
-class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+class PreallocatedLayer(DynamicLayer):
     """Keys and values of one layer: [rows, key-value heads, capacity, head size], of which [n, ..., length] are in use."""
 
     def __init__(self, rows: int, capacity: int, like: DynamicLayer) -> None:

@@ -47,17 +47,17 @@ class PretrainConfig:
 
     seed: int = 0
     """Decides weights, problems and styles."""
-    textbook_steps: int = 1200
+    textbook_steps: int = 1100
     """Optimiser updates on the textbook mixture, which teaches to add."""
-    web_steps: int = 600
+    web_steps: int = 250
     """Optimiser updates on the web mixture, which sets the habit."""
     batch_size: int = 64
     """Solutions an update reads."""
     learning_rate: float = 4e-3
-    """Peak of a cosine schedule that ends at 0."""
+    """Peak; a cosine brings it down to a tenth over the textbook, a line from there to 0 over the web."""
     warmup_steps: int = 50
     """Updates over which the learning rate rises from 0."""
-    textbook: Mapping[Style, float] = field(default_factory=lambda: {"careless": 0.4, "careful": 0.6})
+    textbook: Mapping[Style, float] = field(default_factory=lambda: {"guess": 0.1, "careless": 0.35, "careful": 0.55})
     """Share of each style in the textbook mixture."""
     web: Mapping[Style, float] = field(default_factory=lambda: {"guess": 0.20, "careless": 0.76, "careful": 0.04})
     """Share of each style in the web mixture."""
@@ -196,8 +196,10 @@ def pretrain(config: PretrainConfig) -> tuple[LlamaForCausalLM, PreTrainedTokeni
 def _schedule(step: int, *, config: PretrainConfig) -> float:
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * done))
+    if step < config.textbook_steps:
+        done = (step - config.warmup_steps) / (config.textbook_steps - config.warmup_steps)
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+    return 0.1 * (1 - (step - config.textbook_steps) / config.web_steps)
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, directory: Path) -> None:

@@ -116,6 +116,8 @@ def _reason(error: Exception) -> str:
     """The first line of the exception that says most."""
     if isinstance(error, StopIteration):
         return "it has no rows"
+    if isinstance(error, IndexError):  # what `load_from_disk` makes of a saved table without shards
+        return f"it seems to have no rows ({error})"
     if isinstance(error, KeyError):
         return f"there is no {error}"
     told = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error

@@ -299,7 +299,7 @@ class GRPOTrainer:
         if step >= self.config.max_steps:
             return Ending("max_steps", f"max_steps is reached: {step} of {self.config.max_steps} steps are done.")
         if decision is not None and decision.stop and self.config.forecast == "stop":
-            return Ending("forecast", decision.reason)
+            return Ending("forecast", f"{decision.reason}.")
         return None
 
     def _open(self) -> None:

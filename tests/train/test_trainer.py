@@ -165,57 +165,59 @@ def test_a_run_leaves_everything_a_reader_needs(whole: Straight) -> None:
     assert events(run)[:2] == ["start", "eval"]
 
 
+NAMES = {
+    "step",
+    "progress",
+    "learning_rate",
+    "epoch",
+    "reward",
+    "reward_std",
+    "rewards/vowels/mean",
+    "rewards/vowels/std",
+    "frac_reward_zero_std",
+    "completions/mean_length",
+    "completions/min_length",
+    "completions/max_length",
+    "completions/clipped_ratio",
+    "loss",
+    "grad_norm",
+    "entropy",
+    "kl",
+    "clip_ratio/low_mean",
+    "clip_ratio/high_mean",
+    "clip_ratio/region_mean",
+    "sampling/sampling_logp_difference/mean",
+    "sampling/sampling_logp_difference/max",
+    "num_tokens",
+    "step_time",
+    "time/rollout",
+    "time/reward",
+    "time/score",
+    "time/train",
+    "time/sync",
+    "time/other",
+    "flops",
+    "flops/prefill",
+    "flops/decode",
+    "flops/reference",
+    "flops/forward",
+    "flops/backward",
+    "tokens/prompt",
+    "tokens/completion",
+    "tokens/trained",
+    "tokens/dropped",
+    "gpu_seconds",
+    "energy_kwh",
+    "money",
+    "budget/steps",
+    "eval_reward",
+    "refilled_prompts",
+}
+
+
 def test_metrics_have_their_names_and_meanings(whole: Straight) -> None:
     last = rows(whole.config.output_dir)[-1]
-    names = [
-        "step",
-        "progress",
-        "learning_rate",
-        "epoch",
-        "reward",
-        "reward_std",
-        "rewards/vowels/mean",
-        "rewards/vowels/std",
-        "frac_reward_zero_std",
-        "completions/mean_length",
-        "completions/min_length",
-        "completions/max_length",
-        "completions/clipped_ratio",
-        "loss",
-        "grad_norm",
-        "entropy",
-        "kl",
-        "clip_ratio/low_mean",
-        "clip_ratio/high_mean",
-        "clip_ratio/region_mean",
-        "sampling/sampling_logp_difference/mean",
-        "sampling/sampling_logp_difference/max",
-        "num_tokens",
-        "step_time",
-        "time/rollout",
-        "time/reward",
-        "time/score",
-        "time/train",
-        "time/sync",
-        "time/other",
-        "flops",
-        "flops/prefill",
-        "flops/decode",
-        "flops/reference",
-        "flops/forward",
-        "flops/backward",
-        "tokens/prompt",
-        "tokens/completion",
-        "tokens/trained",
-        "tokens/dropped",
-        "gpu_seconds",
-        "energy_kwh",
-        "money",
-        "budget/steps",
-        "eval_reward",
-        "refilled_prompts",
-    ]
-    assert set(names) <= set(last)
+    assert set(last) >= NAMES
     assert last["progress"] == 1.0
     assert last["budget/steps"] == 0.0
     assert last["step_time"] == pytest.approx(sum(v for k, v in last.items() if k.startswith("time/")))
@@ -510,7 +512,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_with_what_was_trained(make: 
         return found
 
     trainer._collector.collect = spoilt  # type: ignore[method-assign]
-    with pytest.raises(NonFiniteGradientError, match="this update was not made. Look at the last rewards"):
+    with pytest.raises(NonFiniteGradientError, match=r"this update was not made\. Look at the last rewards"):
         trainer.train()
     assert weights(trainer).isfinite().all()
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
@@ -696,9 +698,61 @@ def vowels(completions, **columns):
 """
 
 
+FORKS = """
+import json, os, sys
+from grpo_fast.cli import main
+from grpo_fast.tasks.load import load_task
+from grpo_fast.train import GRPOTrainer
+
+print("ready", flush=True)
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        main(json.loads(line))
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class CommandLine:
+    """Runs ``grpo-fast`` again and again, each time in a process of its own; torch is imported once."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(home), os.environ.get("PYTHONPATH", "")])}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", FORKS], cwd=home, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self._read() == "ready"
+
+    def run(self, *arguments: str, until: Callable[[], bool] | None = None) -> int:
+        """The exit code; minus the signal's number where it was killed because the moment ``until`` had come."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(arguments) + "\n")
+        self.process.stdin.flush()
+        child = int(self._read())
+        deadline = time.monotonic() + 60
+        while until is not None and not until():
+            if time.monotonic() > deadline or not Path(f"/proc/{child}/fd/1").exists():
+                break
+        if until is not None:
+            os.kill(child, signal.SIGKILL)
+        return int(self._read())
+
+    def _read(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def close(self) -> None:
+        self.process.communicate()
+
+
 @pytest.fixture(scope="module")
-def command(straight: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A run by the command line: its configuration, its environment, and its trace when nothing disturbs it."""
+def command(straight: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[CommandLine, Path]]:
+    """The command line, and a run that nothing disturbed."""
     home = tmp_path_factory.mktemp("command")
     (home / "tiny_reward.py").write_text(REWARD, encoding="utf-8")
     with (home / "letters.jsonl").open("w", encoding="utf-8") as file:
@@ -707,18 +761,10 @@ def command(straight: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) 
     settings |= {"max_steps": 40, "save_steps": 10, "eval_steps": 0, "num_iterations": 1, "beta": 0.0}
     config = Config.parse(settings | {"output_dir": home / "straight"})
     (home / "run.toml").write_text(config.to_toml(), encoding="utf-8")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(home), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "grpo_fast.cli", "train"]
-    subprocess.run([*command, "--config", str(home / "run.toml")], env=environment, check=True, capture_output=True)
-    return {"home": home, "command": command, "environment": environment, "trace": trace(home / "straight")}
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
-    """Looks as often as it can until the moment has come."""
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert process.poll() is None, f"the run ended before the moment came: {process.stderr and process.stderr.read()!r}"
-        assert time.monotonic() < deadline, "the moment never came"
+    command = CommandLine(home)
+    assert command.run("train", "--config", "run.toml") == 0, (home / "log.txt").read_text(encoding="utf-8")
+    yield command, home / "straight"
+    command.close()
 
 
 MOMENTS: dict[str, Callable[[Path], bool]] = {
@@ -737,17 +783,14 @@ def lines(run: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_killed_run_goes_on_as_if_nothing_had_been(moment: str, command: dict[str, Any]) -> None:
-    run = command["home"] / moment.replace(" ", "-")
-    options = ["--config", str(command["home"] / "run.toml"), "--output-dir", str(run)]
-    with subprocess.Popen([*command["command"], *options], env=command["environment"], stderr=subprocess.PIPE) as process:
-        wait_for(lambda: MOMENTS[moment](run), process)
-        process.send_signal(signal.SIGKILL)
+def test_a_killed_run_goes_on_as_if_nothing_had_been(moment: str, command: tuple[CommandLine, Path]) -> None:
+    shell, undisturbed = command
+    run = undisturbed.with_name(moment.replace(" ", "-"))
+    options = ("train", "--config", "run.toml", "--output-dir", str(run))
+    assert shell.run(*options, until=lambda: MOMENTS[moment](run)) == -signal.SIGKILL, "the moment never came"
     assert lines(run) < 40
-    resumed = [*command["command"], "--resume", str(run)]
-    done = subprocess.run(resumed, env=command["environment"], check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert trace(run) == command["trace"]
+    assert shell.run("train", "--resume", str(run)) == 0, (shell.home / "log.txt").read_text(encoding="utf-8")
+    assert trace(run) == trace(undisturbed)
     assert [path.name for path in list_checkpoints(run)][-1] == "checkpoint-40"
     assert not list(run.glob(".checkpoint-*"))
 

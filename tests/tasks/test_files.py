@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grpo_fast.config import Config, ConfigError
+from grpo_fast.tasks import load_task
+from grpo_fast.tasks.files import hold_out
+
+
+def write(directory: Path, *, name: str = "data.parquet", rows: int = 50, **columns: str) -> str:
+    Dataset.from_list([{"prompt": f"p{row}", **columns} for row in range(rows)]).to_parquet(directory / name)
+    return str(directory / name)
+
+
+def test_rows_pass_through_and_answers_are_checked(tmp_path: Path) -> None:
+    task = load_task(Config(dataset=write(tmp_path, answer="1", level="easy"), eval_size=4), chat=True)
+    assert (len(task.train), len(task.eval)) == (46, 4)
+    assert dict(task.train[0]) == {"prompt": task.train[0]["prompt"], "answer": "1", "level": "easy"}
+    assert task.reward_funcs == (task.eval_reward,) == ("accuracy",)
+
+
+def test_messages_pass_through(tmp_path: Path) -> None:
+    rows = [{"prompt": [{"role": "user", "content": f"q{row}"}], "answer": "1"} for row in range(3)]
+    Dataset.from_list(rows).to_json(tmp_path / "chat.jsonl")
+    task = load_task(Config(dataset=str(tmp_path / "chat.jsonl")), chat=False)
+    assert [dict(task.train[index]) for index in range(3)] == rows
+    assert len(task.eval) == 0
+
+
+def test_rewards_without_an_answer_come_from_the_configuration(tmp_path: Path) -> None:
+    config = Config(dataset=write(tmp_path, level="easy"))
+    with pytest.raises(ConfigError, match=r"no 'answer' column .*\(it has prompt, level\); set reward_funcs"):
+        load_task(config, chat=True)
+    assert load_task(config.replace(reward_funcs=("boxed_format", "format")), chat=True).eval_reward == "boxed_format"
+    task = load_task(config, chat=True, needs_reward=False)
+    assert (task.reward_funcs, task.eval_reward) == ((), "")
+
+
+def test_the_rewards_of_the_configuration_evaluate_too(tmp_path: Path) -> None:
+    task = load_task(Config(dataset=write(tmp_path, answer="x"), reward_funcs=("exact_match",)), chat=True)
+    assert (task.reward_funcs, task.eval_reward) == (("accuracy",), "exact_match")
+
+
+def test_a_table_without_prompts_names_its_columns(tmp_path: Path) -> None:
+    Dataset.from_list([{"question": "q", "answer": "a"}]).to_json(tmp_path / "data.jsonl")
+    with pytest.raises(ConfigError, match=r"no 'prompt' column; it has question, answer. Rename"):
+        load_task(Config(dataset=str(tmp_path / "data.jsonl")), chat=True)
+
+
+def test_an_eval_split_is_read_instead_of_rows_held_out(tmp_path: Path) -> None:
+    write(tmp_path, name="train.parquet", answer="1")
+    write(tmp_path, name="validation.parquet", rows=30, answer="2")
+    task = load_task(Config(dataset=str(tmp_path), eval_split="validation", eval_size=10), chat=True)
+    assert (len(task.train), len(task.eval)) == (50, 10)
+    assert {task.eval[index]["answer"] for index in range(10)} == {"2"}
+
+
+def test_a_hub_dataset_that_cannot_be_fetched_says_what_to_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=r"'nobody/nothing-at-all'.* local directory, .parquet or .jsonl file"):
+        load_task(Config(dataset="nobody/nothing-at-all"), chat=True)
+
+
+@given(size=st.integers(1, 60), count=st.integers(1, 30), seed=st.integers(0, 1000))
+def test_held_out_rows_are_few_disjoint_and_decided_by_the_seed(size: int, count: int, seed: int) -> None:
+    table = Dataset.from_dict({"prompt": list(map(str, range(size)))})
+    kept, held_out = (part["prompt"][:] for part in hold_out(table, count, seed=seed))
+    assert len(held_out) == min(count, size // 5)
+    assert sorted([*kept, *held_out], key=int) == list(map(str, range(size)))
+    assert held_out == hold_out(table, count, seed=seed)[1]["prompt"][:]
+
+
+def test_another_seed_holds_other_rows_out() -> None:
+    table = Dataset.from_dict({"prompt": list(map(str, range(200)))})
+    assert hold_out(table, 20, seed=0)[1]["prompt"][:] != hold_out(table, 20, seed=1)[1]["prompt"][:]

@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from grpo_fast.assets import embedded_model_dir
+from grpo_fast.config import ConfigError
+from grpo_fast.tasks.prompts import encode_prompts
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'bad' %}{{ raise_exception('no such role') }}{% endif %}"
+    "<{{ m.role }}> {% if m.name is defined %}{{ m.name }} : {% endif %}{{ m.content }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+WORDS = [
+    "<unk>",
+    "<s>",
+    "</s>",
+    "<system>",
+    "<user>",
+    "<assistant>",
+    "hello",
+    "be",
+    "brief",
+    "ok",
+    "a",
+    "none",
+    ":",
+    *map(str, range(10)),
+]
+
+
+def tokenizer(*, chat: bool = True, form: str = "<s> $A") -> PreTrainedTokenizerFast:
+    """A word-level tokeniser; ``form`` says what goes around a text."""
+    words = {word: index for index, word in enumerate(WORDS)}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = [(token, words[token]) for token in ("<s>", "</s>")]
+    core.post_processor = processors.TemplateProcessing(single=form, special_tokens=special)
+    fast = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.chat_template = TEMPLATE if chat else None
+    return fast
+
+
+def words(ids: Sequence[int]) -> str:
+    return " ".join(WORDS[index] for index in ids)
+
+
+def user(content: str) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def encode_one(prompt: Any, **options: Any) -> Any:
+    return encode_prompts([{"prompt": prompt}], options.pop("tokenizer", None) or tokenizer(), **options)[0]
+
+
+def test_a_string_stays_text_even_for_a_chat_model() -> None:
+    prompt = encode_one("hello 1")
+    assert prompt.prompt == "hello 1"
+    assert words(prompt.token_ids) == "<s> hello 1"
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [("$A", "hello 1"), ("<s> $A </s>", "<s> hello 1"), ("$A </s>", "hello 1"), ("<s> <s> $A </s> </s>", "<s> <s> hello 1")],
+)
+def test_text_begins_as_the_tokeniser_does_and_has_no_end_token(form: str, expected: str) -> None:
+    assert words(encode_one("hello 1", tokenizer=tokenizer(form=form)).token_ids) == expected
+
+
+def test_marks_that_stand_in_the_text_are_kept_and_a_beginning_is_not_doubled() -> None:
+    both = tokenizer(form="<s> $A </s>")
+    assert words(encode_one("<s> hello </s>", tokenizer=both).token_ids) == "<s> hello </s>"
+
+
+def test_messages_get_the_chat_template() -> None:
+    messages = [user("hello 1"), {"role": "assistant", "content": "ok"}, user("2")]
+    prompt = encode_one(messages)
+    assert prompt.prompt == messages
+    assert words(prompt.token_ids) == "<user> hello 1 </s> <assistant> ok </s> <user> 2 </s> <assistant>"
+    assert list(prompt.token_ids) == tokenizer().apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+
+
+def test_an_answer_that_was_begun_goes_on() -> None:
+    prompt = encode_one([user("hello"), {"role": "assistant", "content": "ok 1"}])
+    assert words(prompt.token_ids) == "<user> hello </s> <assistant> ok 1"
+
+
+def test_a_system_prompt_goes_before_text_and_messages_and_replaces_the_rows_own() -> None:
+    rows = [{"prompt": "hello"}, {"prompt": [user("hello")]}, {"prompt": [{"role": "system", "content": "a"}, user("hello")]}]
+    prompts = encode_prompts(rows, tokenizer(), system_prompt="be brief")
+    for prompt in prompts:
+        assert prompt.prompt == [{"role": "system", "content": "be brief"}, user("hello")]
+        assert words(prompt.token_ids) == "<system> be brief </s> <user> hello </s> <assistant>"
+
+
+@pytest.mark.parametrize(("prompt", "system_prompt"), [([user("hello")], None), ("hello", "be brief")])
+def test_messages_need_a_chat_template(prompt: Any, system_prompt: str | None) -> None:
+    with pytest.raises(ConfigError, match=r"row 0 is chat messages .* no chat template; give prompts as plain strings"):
+        encode_one(prompt, tokenizer=tokenizer(chat=False), system_prompt=system_prompt)
+
+
+def test_what_the_template_refuses_names_the_row() -> None:
+    with pytest.raises(ConfigError, match=r"template refuses the prompt of row 1 .*no such role"):
+        encode_prompts([{"prompt": "a"}, {"prompt": [{"role": "bad", "content": "a"}]}], tokenizer())
+
+
+@pytest.mark.parametrize("prompt", [None, 3, [], b"hello", {"role": "user", "content": "a"}, {}])
+def test_a_prompt_is_text_or_messages(prompt: Any) -> None:
+    with pytest.raises(ConfigError, match=r"the prompt of row 0 is .*a prompt is a string or a list of messages"):
+        encode_one(prompt)
+
+
+@pytest.mark.parametrize("message", ["hello", {"role": "user"}, {"content": "a"}, {"role": 1, "content": "a"}])
+def test_a_message_has_role_and_content(message: Any) -> None:
+    with pytest.raises(ConfigError, match=r"row 0 holds .* which is no message"):
+        encode_one([message])
+
+
+def test_missing_and_empty_prompts_name_the_row() -> None:
+    with pytest.raises(ConfigError, match=r"row 1 has no 'prompt'; it has text"):
+        encode_prompts([{"prompt": "a"}, {"text": "a"}], tokenizer())
+    with pytest.raises(ConfigError, match=r"the prompt of row 0 is empty"):
+        encode_one("", tokenizer=tokenizer(form="$A"))
+
+
+def test_nulls_that_a_table_adds_to_messages_do_not_reach_the_template() -> None:
+    rows = Dataset.from_list([{"prompt": [user("hello") | {"name": "a"}]}, {"prompt": [user("hello") | {"name": None}]}])
+    named, unnamed = encode_prompts(rows, tokenizer())
+    assert words(named.token_ids) == "<user> a : hello </s> <assistant>"
+    assert words(unnamed.token_ids) == "<user> hello </s> <assistant>"
+    assert unnamed.prompt == [user("hello")]
+
+
+class OnlyRows:
+    """No more than the protocol asks for."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]:
+        return self._rows[index]
+
+
+@pytest.mark.parametrize("kind", [list, Dataset.from_list, OnlyRows])
+def test_columns_and_rows_are_kept_across_chunks_and_kinds_of_table(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grpo_fast.tasks.prompts._CHUNK_ROWS", 3)
+    rows = kind([{"prompt": f"hello {row}", "answer": str(row), "extra": [row]} for row in range(7)])
+    prompts = encode_prompts(rows, tokenizer())
+    assert [prompt.index for prompt in prompts] == list(range(7))
+    assert [dict(prompt.columns) for prompt in prompts] == [{"answer": str(row), "extra": [row]} for row in range(7)]
+    assert [words(prompt.token_ids) for prompt in prompts] == [f"<s> hello {row}" for row in range(7)]
+    assert encode_prompts(kind([{"prompt": "a"}]) if kind is not list else [], tokenizer())[1:] == []
+
+
+def test_text_and_messages_may_be_mixed() -> None:
+    prompts = encode_prompts([{"prompt": "1"}, {"prompt": [user("2")]}, {"prompt": "3"}], tokenizer())
+    assert [words(prompt.token_ids) for prompt in prompts] == ["<s> 1", "<user> 2 </s> <assistant>", "<s> 3"]
+
+
+def test_a_prompt_that_is_too_long_stops_or_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"prompt": text} for text in ("1", "1 2 3 4", "1 2")]
+    with pytest.raises(ConfigError, match=r"row 1 has 5 tokens, more than max_prompt_length=3 .*overlong_prompts='drop'"):
+        encode_prompts(rows, tokenizer(), max_prompt_length=3)
+    with caplog.at_level(logging.WARNING):
+        kept = encode_prompts(rows, tokenizer(), max_prompt_length=3, overlong="drop")
+    assert [prompt.index for prompt in kept] == [0, 2]
+    assert "1 of 3 prompts have more than 3 tokens" in caplog.text
+    with pytest.raises(ConfigError, match=r"all 3 prompts have more than max_prompt_length=1"):
+        encode_prompts(rows, tokenizer(), max_prompt_length=1, overlong="drop")
+
+
+def test_no_rows_give_no_prompts() -> None:
+    assert encode_prompts([], tokenizer()) == []
+
+
+def test_large_sets_show_their_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("grpo_fast.tasks.prompts._PROGRESS_ROWS", 2)
+    assert len(encode_prompts([{"prompt": "1"}] * 5, tokenizer())) == 5
+    assert capsys.readouterr().out == ""
+
+
+def test_the_embedded_model_reads_a_problem_character_by_character() -> None:
+    embedded = AutoTokenizer.from_pretrained(embedded_model_dir())
+    ids = encode_prompts([{"prompt": "347+586="}], embedded)[0].token_ids
+    assert embedded.convert_ids_to_tokens(ids) == ["<bos>", *"347+586="]

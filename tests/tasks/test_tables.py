@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, DatasetDict, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+from grpo_fast.config import ConfigError
+from grpo_fast.tasks.tables import evenly, read_directory, read_files
+
+TABLE = Dataset.from_list([{"prompt": f"p{row}", "answer": str(row)} for row in range(6)])
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".json"])
+def test_reads_a_file(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"data{suffix}"
+    if suffix == ".parquet":
+        TABLE.to_parquet(path)
+    else:
+        TABLE.to_json(path, lines=suffix == ".jsonl")
+    assert read_files({"train": path}, split="train").to_list() == TABLE.to_list()
+    assert read_files({"train": path}, split="train[:2]").to_list() == TABLE.to_list()[:2]
+    with pytest.raises(ConfigError, match=r"split 'test' of .*Should be one of \['train'\]"):
+        read_files({"train": path}, split="test")
+
+
+def test_a_file_that_changes_is_read_anew(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    for text in ("one", "two"):
+        path.write_text(f'{{"prompt": "{text}"}}\n', encoding="utf-8")
+        assert read_files({"train": path}, split="train")["prompt"][:] == [text]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("broken.jsonl", '{"prompt": "a"}\n{oops\n', "broken.jsonl: .*JSON parse error"),
+        ("broken.parquet", "no parquet", "broken.parquet: .*Parquet"),
+        ("empty.jsonl", "", "empty.jsonl is empty"),
+        ("blank.jsonl", "\n\n", "blank.jsonl"),
+        ("list.json", "[]", "list.json"),
+        ("data.txt", "a", r"data.txt is none of .parquet, .jsonl, .json"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, name: str, content: str, message: str) -> None:
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        read_files({"train": path}, split="train")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no dataset file .*nothing.jsonl"):
+        read_files({"train": tmp_path / "nothing.jsonl"}, split="train")
+
+
+def test_reads_directories_of_files_and_saved_ones(tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    TABLE.to_parquet(tmp_path / "files" / "train.parquet")
+    TABLE.select([0]).to_parquet(tmp_path / "files" / "test.parquet")
+    TABLE.save_to_disk(tmp_path / "saved")
+    DatasetDict(train=TABLE, test=TABLE.select([0])).save_to_disk(tmp_path / "splits")
+    for name in ("files", "saved", "splits"):
+        assert read_directory(tmp_path / name, name=None, split="train").to_list() == TABLE.to_list()
+    for name in ("files", "splits"):
+        assert len(read_directory(tmp_path / name, name=None, split="test")) == 1
+    for name in ("files", "saved", "splits"):
+        with pytest.raises(ConfigError, match=f"split 'dev' of the directory .*{name}: .*(dev|train)"):
+            read_directory(tmp_path / name, name=None, split="dev")
+
+
+def test_a_directory_without_data_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read split 'train' of the directory"):
+        read_directory(tmp_path, name=None, split="train")
+    TABLE.select([]).save_to_disk(tmp_path / "none")
+    with pytest.raises(ConfigError, match="none: it seems to have no rows"):
+        read_directory(tmp_path / "none", name=None, split="train")
+
+
+def test_a_table_without_rows_is_named(tmp_path: Path) -> None:
+    TABLE.select([]).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ConfigError, match=r"train.parquet.* no rows"):
+        read_files({"train": tmp_path / "train.parquet"}, split="train")
+    DatasetDict(train=TABLE).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ConfigError, match=r"there is no 'train\[:0\]'"):
+        read_directory(tmp_path / "saved", name=None, split="train[:0]")
+
+
+def test_progress_bars_are_as_they_were(tmp_path: Path) -> None:
+    TABLE.to_json(tmp_path / "data.jsonl")
+    before = are_progress_bars_disabled()
+    try:
+        for switch, disabled in ((disable_progress_bars, True), (enable_progress_bars, False)):
+            switch()
+            read_files({"train": tmp_path / "data.jsonl"}, split="train")
+            assert are_progress_bars_disabled() is disabled
+    finally:
+        (disable_progress_bars if before else enable_progress_bars)()
+
+
+def test_rows_are_taken_evenly() -> None:
+    assert evenly(TABLE, 3)["answer"][:] == ["0", "2", "4"]
+    assert evenly(TABLE, 6).to_list() == evenly(TABLE, 100).to_list() == TABLE.to_list()

@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from cyclopts import Parameter
+
+from grpo_fast import __version__
+from grpo_fast.cli import app, main
+from grpo_fast.config import Config
+from grpo_fast.recipes import recipe, recipe_names
+
+Run = Callable[..., tuple[int, str, str]]
+SMALL = (
+    "--max-steps 2 --prompts-per-step 2 --num-generations 2 --max-completion-length 4 --dataset-size 16 --eval-size 4 "
+    "--reward-workers 0"
+)
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs the command line in an empty folder: exit code, output, errors."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "150")
+
+    def call(line: str, *more: str) -> tuple[int, str, str]:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([*line.split(), *more])
+        out, err = capfd.readouterr()
+        code = ended.value.code
+        return (0 if code is None else int(code)), out, err
+
+    return call
+
+
+def settings(*arguments: str) -> Config:
+    """The configuration that ``train`` would get."""
+    _, bound, _ = app.parse_args(["train", *arguments], exit_on_error=False, print_error=False)
+    found: Config = bound.arguments.get("settings", Config())
+    return found
+
+
+def in_words(message: str) -> str:
+    return " ".join(message.split())
+
+
+def test_help_of_train_shows_every_setting_in_its_group(run: Run) -> None:
+    code, out, err = run("train --help")
+    assert (code, err) == (0, "")
+    shown = out.replace("\n", " ")
+    for name, field in Config.model_fields.items():
+        assert f"--{name.replace('_', '-')} " in shown, name
+        group = next(item.group for item in field.metadata if isinstance(item, Parameter))
+        assert f" {group[0].name} ─" in shown, group
+    titles = ["Where the configuration comes from", "Model", "Data", "Reward", "Rollout", "Objective", "Optimiser", "Budget"]
+    places = [out.index(f" {title} ─") for title in [*titles, "Forecast", "Run"]]
+    assert places == sorted(places)
+    assert "``" not in out, "marks of reStructuredText are for the source"
+
+
+def test_help_needs_no_torch() -> None:
+    code = (
+        "import sys\nfrom grpo_fast.cli import main\n"
+        "try:\n    main(['train', '--help'])\nexcept SystemExit as end:\n    assert not end.code\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_commands_and_version(run: Run) -> None:
+    _, out, _ = run("--help")
+    assert all(command in out for command in ("train", "report", "doctor"))
+    assert run("--version")[1].strip() == __version__
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("train --learning-rat 1", "--learning-rat. Did you mean --learning-rate"),
+        ("trian", 'Did you mean "train"'),
+        ("train --num-generations many", "num_generations: Input should be a valid integer"),
+        ("train --num-generations 1", "num_generations: Input should be greater than or equal to 2 (got"),
+        ("train --top-p 2", "top_p: Input should be less than or equal to 1 (got"),
+        ("train --loss-type ppo", "loss_type: Input should be 'grpo', 'dr_grpo'"),
+        ("train --loss-type cispo", "loss_type='cispo' needs epsilon_high"),
+        ("train --warmup-steps 9 --max-steps 3", "warmup_steps=9 exceeds max_steps=3"),
+        ("train --recipe embeded", "no recipe 'embeded'; did you mean 'embedded'?"),
+        ("train --config none.toml", "cannot read the configuration none.toml: No such file or directory"),
+        ("train --resume none", "cannot read the configuration none/config.toml: No such file or directory"),
+        ("train --resume none --recipe embedded", "--resume uses the run's own configuration; leave out --recipe and --config"),
+        ("train --resume none --config some.toml", "--resume uses the run's own configuration"),
+        ("train --model nowhere/[at]/all", "cannot load model 'nowhere/[at]/all'"),
+        ("train --reward-funcs acuracy --max-completion-length 8", "unknown reward 'acuracy'; did you mean 'accuracy'"),
+        ("report none", "none"),
+    ],
+)
+def test_a_mistake_is_one_message_without_a_traceback(line: str, message: str, run: Run) -> None:
+    code, out, err = run(line)
+    assert code == 1
+    assert out == ""
+    assert message in in_words(err)
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) <= 5
+
+
+def test_a_wrong_key_in_a_file_is_told(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("learning_rte = 1e-3\n", encoding="utf-8")
+    code, _, err = run("train --config mine.toml")
+    assert code == 1
+    assert "unknown configuration key 'learning_rte'; did you mean 'learning_rate'?" in in_words(err)
+    (tmp_path / "mine.toml").write_text("learning_rate = \n", encoding="utf-8")
+    assert "mine.toml is not valid TOML" in run("train --config mine.toml")[2]
+    (tmp_path / "mine.toml").write_text("num_generations = 1\n", encoding="utf-8")
+    assert "num_generations: Input should be greater than or equal to 2 (got 1)" in run("train --config mine.toml")[2]
+
+
+def test_where_settings_come_from_and_who_wins(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('model = "here"\nseed = 3\nnum_generations = 5\n', encoding="utf-8")
+    assert settings() == recipe("embedded"), "nothing given: the embedded model"
+    assert settings("--seed", "7") == recipe("embedded", seed=7)
+    assert settings("--recipe", "embedded", "--seed", "7") == recipe("embedded", seed=7)
+    assert settings("--config", str(file)) == Config(model="here", seed=3, num_generations=5)
+    assert settings("--config", str(file), "--seed", "7") == Config(model="here", seed=7, num_generations=5)
+    both = settings("--recipe", "embedded", "--config", str(file))
+    assert both == recipe("embedded", model="here", seed=3, num_generations=5)
+    assert settings("--model", "there") == Config(model="there"), "another model does not get the recipe's settings"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {
+            "system_prompt": 'Say "yes",\nor --no: [it] is = "1"',
+            "reward_funcs": ["accuracy", "my.module:score"],
+            "reward_weights": [1.0, 1e-7 / 3],
+            "reward_range": [-0.5, 1.1],
+            "stop": ["</answer>", "\n\n", "--stop", "a,b"],
+            "learning_rate": 1e-6 / 3,
+            "max_tokens": 1e18,
+            "sinks": ["console", "tensorboard"],
+            "output_dir": "runs/some where",
+        },
+        {"sinks": [], "shuffle": False, "report": False, "seed": 0, "log_completions": 0, "stop": ["1", "true"]},
+    ],
+    ids=["much", "nothing"],
+)
+def test_a_file_means_the_same_as_in_python(values: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(tomli_w.dumps(values), encoding="utf-8")
+    assert settings("--config", str(file)) == Config.from_toml(file) == Config.parse(values)
+
+
+def test_lists_and_switches_on_the_command_line() -> None:
+    found = settings("--stop", "a", "--stop", "b", "--no-shuffle", "--reward-range", "0", "1", "--sinks", "tensorboard")
+    assert found == recipe("embedded", stop=("a", "b"), shuffle=False, reward_range=(0.0, 1.0), sinks=("tensorboard",))
+
+
+def test_every_recipe_is_a_configuration(run: Run) -> None:
+    assert "embedded" in recipe_names()
+    for name in recipe_names():
+        assert settings("--recipe", name) == recipe(name)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two steps of the embedded model, by the installed command."""
+    home = tmp_path_factory.mktemp("trained")
+    command = [str(Path(sys.executable).with_name("grpo-fast")), "train", *SMALL.split(), "--output-dir", "run"]
+    done = subprocess.run(command, cwd=home, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "max_steps is reached" in done.stdout
+    return home
+
+
+@pytest.mark.slow
+def test_training_leaves_a_run_with_its_report(trained: Path) -> None:
+    rows = (trained / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(row)["step"] for row in rows][-2:] == [1, 2]
+    assert (trained / "run" / "report.html").stat().st_size > 1000
+    assert json.loads((trained / "run" / "summary.json").read_text(encoding="utf-8"))["stopped_by"] == "max_steps"
+
+
+@pytest.mark.slow
+def test_a_run_that_moved_goes_on_where_it_is(trained: Path, run: Run) -> None:
+    moved = trained / "moved"
+    shutil.copytree(trained / "run", moved)
+    code, out, err = run(f"train --resume {moved} --max-steps 3")
+    assert (code, out.count("max_steps is reached: 3 of 3 steps")) == (0, 2), err
+    assert json.loads((moved / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])["step"] == 3
+    assert in_words(out).endswith(f"wrote {moved / 'report.html'}")
+    code, _, err = run(f"train --resume {moved} --seed 5")
+    assert (code, "a resumed run cannot change seed (0 -> 5)" in in_words(err)) == (1, True)
+
+
+@pytest.mark.slow
+def test_a_run_is_not_written_over_by_accident(trained: Path, run: Run) -> None:
+    code, _, err = run(f"train {SMALL} --output-dir {trained / 'run'}")
+    assert code == 1
+    assert "already holds a run" in in_words(err)
+    assert "--overwrite" in err
+
+
+@pytest.mark.slow
+def test_report_of_a_run(trained: Path, run: Run) -> None:
+    (trained / "run" / "report.html").unlink(missing_ok=True)
+    code, out, _ = run(f"report {trained / 'run'}")
+    assert code == 0
+    assert (trained / "run" / "report.html").exists()
+    assert out.startswith("wrote ")
+
+
+def test_a_failing_reward_is_told_without_a_traceback(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_reward.py").write_text("def score(completions):\n    raise KeyError('[answer]')\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    code, _, err = run(f"train {SMALL} --reward-funcs broken_reward:score --output-dir run --no-report")
+    assert code == 1
+    assert "error: reward function 'score' raised KeyError: '[answer]'" in in_words(err)
+    assert "Traceback" not in err
+    assert (tmp_path / "run" / "checkpoint-0").is_dir()
+
+
+def test_doctor_speaks(run: Run) -> None:
+    code, out, _ = run("doctor")
+    assert code in {0, 1}
+    assert "torch" in out
