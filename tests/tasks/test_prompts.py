@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from grpo_fast.assets import embedded_model_dir
@@ -177,6 +177,12 @@ def test_a_prompt_that_is_too_long_stops_or_is_left_out(caplog: pytest.LogCaptur
     assert "1 of 3 prompts have more than 3 tokens" in caplog.text
     with pytest.raises(ConfigError, match=r"all 3 prompts have more than max_prompt_length=1"):
         encode_prompts(rows, tokenizer(), max_prompt_length=1, overlong="drop")
+
+
+def test_a_tokeniser_that_changes_the_text_still_ends_without_an_end_token() -> None:
+    unknown = tokenizer(form="<s> $A")
+    unknown.backend_tokenizer.normalizer = normalizers.Replace("a", "")
+    assert words(encode_one("hello 1", tokenizer=unknown).token_ids) == "<s> hello 1"
 
 
 def test_no_rows_give_no_prompts() -> None:

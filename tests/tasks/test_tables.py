@@ -79,7 +79,7 @@ def test_a_directory_without_data_is_named(tmp_path: Path) -> None:
 
 def test_a_table_without_rows_is_named(tmp_path: Path) -> None:
     TABLE.select([]).to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(ConfigError, match=r"train.parquet.* no rows"):
+    with pytest.raises(ConfigError, match=r"train.parquet.* no data"):
         read_files({"train": tmp_path / "train.parquet"}, split="train")
     DatasetDict(train=TABLE).save_to_disk(tmp_path / "saved")
     with pytest.raises(ConfigError, match=r"there is no 'train\[:0\]'"):

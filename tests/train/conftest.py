@@ -58,8 +58,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def tiny_model(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a Llama with random weights."""
     directory = tmp_path_factory.mktemp("tiny") / "model"
-    torch.manual_seed(7)
-    LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False)).save_pretrained(directory)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False))
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for _, parameter in sorted(model.named_parameters()):  # not the model's own order, which may change
+            if parameter.ndim > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * SIZES["initializer_range"])
+    model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import signal
@@ -276,6 +275,7 @@ class Stumbling(TransformersEngine):
     ) -> list[list[Completion]]:
         answers = super().generate(prompts, sampling, num_generations=num_generations, seed=seed)
         if sampling.temperature > 0 and self.weight_version == self.at_version:
+            self.at_version = -1  # once: a second signal, from the refill, would end the process
             os.kill(os.getpid(), signal.SIGINT)
         return answers
 
@@ -333,15 +333,19 @@ def test_an_error_in_the_loop_keeps_what_was_trained(make: Make, tmp_path: Path)
 
 def test_leaving_the_loop_and_going_on_with_the_same_trainer(whole: Straight, tmp_path: Path) -> None:
     config = whole.config.replace(output_dir=tmp_path / "run")
+    inside = -time.perf_counter()
     with GRPOTrainer(config, task=LETTERS, reward_funcs=[vowels]) as trainer:
         for result in trainer.steps():
             if result.step == 4:
                 break
+        inside += time.perf_counter()
         assert trainer.summary["reason"] == "The loop was left after step 4."
-        time.sleep(0.3)
+        time.sleep(0.5)
+        inside -= time.perf_counter()
         assert [result.step for result in trainer.steps()] == [5, 6, 7, 8]
+        inside += time.perf_counter()
         assert trainer.summary["stopped_by"] == "max_steps"
-        assert trainer.summary["compute"]["seconds"]["other"] < 0.3, "time outside the loop is not the run's"
+        assert trainer.summary["compute"]["wall_hours"] * 3600 < inside, "time outside the loop is not the run's"
     assert trace(config.output_dir) == whole.trace
 
 
@@ -568,7 +572,7 @@ def test_a_warning_comes_once_also_over_a_resume(make: Make, resume: Make, tmp_p
         {"reward_funcs": [same]},
         forecast="warn",
         reward_range=(0.0, 1.0),
-        max_steps=80,
+        max_steps=40,
         learning_rate=1e-7,
         forecast_epsilon=0.1,
         forecast_min_steps=5,
@@ -736,6 +740,7 @@ class CommandLine:
         child = int(self._read())
         deadline = time.monotonic() + 60
         while until is not None and not until():
+            time.sleep(0.0005)
             if time.monotonic() > deadline or not Path(f"/proc/{child}/fd/1").exists():
                 break
         if until is not None:
@@ -798,29 +803,25 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(moment: str, command: tuple
 GOLDEN = Path(__file__).with_name("golden_trace.json")
 
 
-def test_the_golden_trace(tmp_path: Path, tiny_model: Path) -> None:
-    """Twenty steps from fixed random weights: a refactoring that changes any of them changes the mathematics."""
-    config = Config.parse(
-        {
-            "model": str(tiny_model),
-            "output_dir": tmp_path / "run",
-            "prompts_per_step": 4,
-            "num_generations": 4,
-            "max_completion_length": 6,
-            "learning_rate": 3e-3,
-            "max_steps": 20,
-            "save_steps": 100,
-            "forecast": "off",
-            "reward_workers": 0,
-            "sinks": (),
-            "report": False,
-        }
+def test_the_golden_trace(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
+    """Twenty steps from fixed weights: a refactoring that changes any number of them changes the mathematics.
+
+    Where the change is meant, copy the trace that the message names over the golden one, in a commit of its own.
+    """
+    config = tiny_config(
+        prompts_per_step=4,
+        max_steps=20,
+        save_steps=100,
+        learning_rate=3e-3,
+        adam_epsilon=1e-4,
+        num_iterations=2,
     )
     with GRPOTrainer(config, task=LETTERS, reward_funcs=[vowels]) as trainer:
         trainer.train()
-    found = {key: [row[key] for row in rows(config.output_dir)] for key in ("loss", "reward", "grad_norm", "entropy")}
+    found = {key: [row[key] for row in rows(config.output_dir)] for key in ("reward", "loss", "grad_norm", "entropy")}
+    new = tmp_path / GOLDEN.name
+    new.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
-    assert found["reward"] == golden["reward"], "the completions themselves are the same"
+    assert found["reward"] == golden["reward"], f"other completions were sampled; the new trace is {new}"
     for key in ("loss", "grad_norm", "entropy"):
-        assert found[key] == pytest.approx(golden[key], rel=1e-5, abs=1e-7)
-    assert not any(math.isnan(value) for values in found.values() for value in values)
+        assert found[key] == pytest.approx(golden[key], rel=1e-5, abs=1e-7), f"{key} has changed; the new trace is {new}"

@@ -1,0 +1,17 @@
+"""A step of the embedded task costs at most half of TRL's, measured in turns on this machine."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("trl", reason="TRL is not installed; the comparison needs it")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # TRL's own
+def test_a_step_costs_at_most_half_of_trls() -> None:
+    from benchmarks.system.step_time import measure
+
+    result = measure(24)
+    print(result)
+    assert result["median_ratio_trl_over_ours"] >= 2.0
