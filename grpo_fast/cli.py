@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from json import dumps as to_json
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import App, ArgumentCollection, CycloptsError, Group, Parameter, Token
+from cyclopts import App, ArgumentCollection, CycloptsError, Group, Parameter, validators
 from cyclopts import config as cyclopts_config
 from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from grpo_fast import __version__
 from grpo_fast.config import Config, ConfigError, explain, read_toml
@@ -18,7 +21,7 @@ from grpo_fast.recipes import recipe_values
 from grpo_fast.types import TrainingError
 
 _SOURCE = Group("Where the configuration comes from", sort_key=0)
-_FAILED = 1
+_INTERRUPTED = 128 + signal.SIGINT  # as a shell reports it
 
 
 def _fill(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
@@ -42,10 +45,6 @@ def _fill(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) ->
     Config.parse(values)
     # under the command's name: a bare "report" would be taken for the command of that name and be left out
     cyclopts_config.Dict({"train": values}, source="the configuration")(app, commands, arguments)
-    for key, value in values.items():
-        argument = arguments[f"--{key.replace('_', '-')}"]
-        if value == [] and not argument.tokens:  # an empty list makes no tokens, and would leave the default
-            argument.append(Token(keyword=argument.name, source="the configuration", implicit_value=()))
 
 
 app = App(
@@ -56,6 +55,7 @@ app = App(
     default_parameter=Parameter(negative_iterable=()),
     config=(_fill,),
     result_action="return_value",
+    suppress_keyboard_interrupt=False,
 )
 
 
@@ -103,6 +103,70 @@ def report(run: Path) -> int:
 
 
 @app.command
+def forecast(  # noqa: PLR0913 (flags)
+    log: Path,
+    *,
+    reward_column: str | None = None,
+    max_steps: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None,
+    epsilon: float | None = None,
+    confidence: float = 0.9,
+    reward_range: tuple[float, float] | None = None,
+    num_prompts: Annotated[int, Parameter(validator=validators.Number(gte=1))] = 1,
+    num_generations: Annotated[int, Parameter(validator=validators.Number(gte=1))] = 1,
+    plot: Path | None = None,
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """Say where the rewards of a log will end, and when the law would have stopped the run.
+
+    Read are transformers' ``trainer_state.json``, runs of grpo_fast, JSON lines, console logs of verl, OpenRLHF and TRL, W&B's
+    CSV exports, TensorBoard's event directories, and plain CSV.
+
+    Args:
+        log: The file, or the directory of a run.
+        reward_column: Column of the reward, where the guess is wrong or in doubt.
+        max_steps: Steps of the whole budget, where the log does not tell them.
+        epsilon: Remaining gain that is not worth having, in units of the reward.
+        confidence: Probability of so small a gain that stops a run.
+        reward_range: Least and greatest mean reward that is possible.
+        num_prompts: Prompts a step; they tell how noisy a reward is.
+        num_generations: Completions per prompt.
+        plot: Write a picture to this PNG file.
+        json: Print one JSON object in place of the table.
+    """
+    from grpo_fast.integrations import forecast_log, read_log  # noqa: PLC0415 (each command imports what it needs)
+
+    result = forecast_log(
+        read_log(log, reward_column=reward_column),
+        max_steps=max_steps,
+        epsilon=epsilon,
+        confidence=confidence,
+        reward_range=reward_range,
+        num_prompts=num_prompts,
+        num_generations=num_generations,
+    )
+    if plot is not None:
+        from grpo_fast.report.log_plot import write_log_plot  # noqa: PLC0415 (matplotlib is slow to import)
+
+        curve = result.log
+        write_log_plot(
+            plot, curve.steps, curve.rewards, forecast=result.forecast, stop=result.stop_forecast, name=curve.reward_column
+        )
+    if json:
+        print(to_json(result.to_dict(), allow_nan=False))
+        return 0
+    console = Console()
+    table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name, words in result.to_words().items():
+        table.add_row(f"[bold]{escape(name)}[/]", escape(words))
+    console.print(table, highlight=False)
+    for told in result.notes:
+        console.print(f"[dim]note:[/] {escape(told)}", highlight=False)
+    if plot is not None:
+        console.print(f"wrote {plot}", highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+@app.command
 def doctor() -> int:
     """Say what is installed, what is missing for which feature, and how to mend it."""
     from grpo_fast.report.doctor import doctor as examine  # noqa: PLC0415 (each command imports what it needs)
@@ -121,9 +185,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError, TrainingError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        _fail("stopped at once; `grpo-fast train --resume RUN` goes on from the newest checkpoint")
+        _fail("stopped at once; `grpo-fast train --resume RUN` goes on from the newest checkpoint", code=_INTERRUPTED)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, *, code: int = 1) -> None:
     Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
-    sys.exit(_FAILED)
+    sys.exit(code)

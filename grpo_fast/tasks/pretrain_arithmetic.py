@@ -49,7 +49,7 @@ class PretrainConfig:
     """Decides weights, problems and styles."""
     textbook_steps: int = 1100
     """Optimiser updates on the textbook mixture, which teaches to add."""
-    web_steps: int = 250
+    web_steps: int = 300
     """Optimiser updates on the web mixture, which sets the habit."""
     batch_size: int = 64
     """Solutions an update reads."""
@@ -59,7 +59,7 @@ class PretrainConfig:
     """Updates over which the learning rate rises from 0."""
     textbook: Mapping[Style, float] = field(default_factory=lambda: {"guess": 0.1, "careless": 0.35, "careful": 0.55})
     """Share of each style in the textbook mixture."""
-    web: Mapping[Style, float] = field(default_factory=lambda: {"guess": 0.20, "careless": 0.76, "careful": 0.04})
+    web: Mapping[Style, float] = field(default_factory=lambda: {"guess": 0.20, "careless": 0.75, "careful": 0.05})
     """Share of each style in the web mixture."""
 
     @property

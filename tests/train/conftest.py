@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,15 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
     )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Products this small gain nothing from threads, and lose much where other processes want the same cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -114,7 +123,7 @@ def letters() -> Task:
 
 @pytest.fixture
 def share_of_vowels() -> Callable[..., list[float]]:
-    """A reward that any model gets some of."""
+    """A reward that any model gets some of; it is sent to a worker by value, not imported there with this test."""
 
     def vowels(completions: list[str], **columns: Any) -> list[float]:
         return [sum(letter in "aei" for letter in text) / max(1, len(text)) for text in completions]

@@ -16,6 +16,8 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
@@ -36,6 +38,9 @@ from grpo_fast.types import TokenBatch
 MODELS: dict[str, Callable[[dict[str, Any]], PreTrainedModel]] = {
     "llama": lambda sizes: LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=False)),
     "qwen2-tied": lambda sizes: Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=True)),
+    "gpt2-dropout": lambda sizes: GPT2LMHeadModel(
+        GPT2Config(vocab_size=sizes["vocab_size"], n_embd=32, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2)
+    ),
     "gemma2-softcap": lambda sizes: Gemma2ForCausalLM(Gemma2Config(**sizes, final_logit_softcapping=0.5)),
     "cohere-logit-scale": lambda sizes: CohereForCausalLM(CohereConfig(**sizes, logit_scale=0.25)),
     "granite-logits-scaling": lambda sizes: GraniteForCausalLM(GraniteConfig(**sizes, logits_scaling=4.0)),
@@ -44,7 +49,7 @@ MODELS: dict[str, Callable[[dict[str, Any]], PreTrainedModel]] = {
 
 def save_model(name: str, directory: Path, *, sizes: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     torch.manual_seed(3)
-    model = MODELS[name](sizes)
+    model = MODELS[name](sizes).eval()
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return model
@@ -221,10 +226,9 @@ def test_weights_are_taken_over_in_place(
     assert policy.head(1.0).weight is policy.model.get_output_embeddings().weight
 
 
-def test_dropout_is_off(tmp_path: Path, sizes: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:
-    torch.manual_seed(3)
-    LlamaForCausalLM(LlamaConfig(**sizes, attention_dropout=0.5)).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+@pytest.mark.parametrize("name", ["llama", "gpt2-dropout"])
+def test_dropout_is_off(name: str, tmp_path: Path, sizes: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:
+    save_model(name, tmp_path, sizes=sizes | {"attention_dropout": 0.5}, tokenizer=tokenizer)
     policy, batch = load(tmp_path), ragged_batch()
     policy.model.train()
     with torch.no_grad():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from grpo_fast.compute import Budget
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.law import OnlinePredictor
+from grpo_fast.objective import OBJECTIVES
 from grpo_fast.rewards import RewardError
 from grpo_fast.rollout.engine import SamplingParams
 from grpo_fast.rollout.transformers_engine import TransformersEngine
@@ -232,6 +234,34 @@ def test_reward_rises_where_it_can(make: Make) -> None:
     assert sum(reward[-5:]) / 5 > sum(reward[:5]) / 5 + 0.2
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"loss_type": name, "beta": 0.01} for name in sorted(OBJECTIVES) if name != "cispo"),
+        {"loss_type": "cispo", "epsilon_high": 5.0, "scale_rewards": "none"},
+        {"dtype": "bfloat16"},
+        {"gradient_checkpointing": True, "mask_truncated_completions": True},
+        {"top_k": 5, "top_p": 0.9, "temperature": 1.3, "scale_rewards": "batch"},
+        {"entropy_coef": 0.01, "tokens_per_microbatch": 20, "stop": ("a",)},
+        {"reward_workers": 1},
+    ],
+    ids=lambda settings: ", ".join(f"{key}={value}" for key, value in settings.items()),
+)
+def test_settings_work_together(settings: dict[str, Any], make: Make, share_of_vowels: Callable[..., list[float]]) -> None:
+    trainer = make({"reward_funcs": [share_of_vowels]}, **settings, max_steps=2)
+    before = weights(trainer)
+    for result in trainer.steps():
+        assert math.isfinite(result.metrics["loss"])
+        assert result.metrics["grad_norm"] > 0
+        close = 0.1 if settings.get("dtype") == "bfloat16" else 1e-4
+        assert result.metrics["sampling/sampling_logp_difference/max"] < (3 if "top_k" in settings else close)
+    assert not torch.equal(weights(trainer), before)
+
+
+def test_evaluation_comes_when_asked_and_at_the_end(whole: Straight) -> None:
+    assert [row["step"] for row in whole.trace if "eval_reward" in row] == [0, 2, 4, 6, 8]
+
+
 def test_same_seed_same_run_bit_by_bit(whole: Straight, tmp_path: Path) -> None:
     config = whole.config.replace(output_dir=tmp_path / "run")
     with GRPOTrainer(config, task=LETTERS, reward_funcs=[vowels]) as trainer:
@@ -369,6 +399,17 @@ def test_stop_ends_after_the_present_step(make: Make, tmp_path: Path) -> None:
     assert [result.step for result in trainer.steps()] == [3, 4, 5, 6]
 
 
+def test_closing_ends_a_loop_that_is_still_held(make: Make, tmp_path: Path) -> None:
+    trainer = make()
+    loop = trainer.steps()
+    next(loop)
+    next(loop)
+    trainer.close()
+    assert (trainer.summary["stopped_by"], trainer.summary["step"]) == ("user", 2)
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    assert list(loop) == []
+
+
 def test_summary_of_a_whole_run(whole: Straight) -> None:
     summary = whole.summary
     assert summary["stopped_by"] == "max_steps"
@@ -420,9 +461,11 @@ def test_each_budget_ends_the_run(limits: dict[str, float], stopped_by: str, lea
     assert events(tmp_path / "run")[-1] == "budget"
 
 
-def test_a_budget_given_in_python_holds(make: Make) -> None:
+def test_a_budget_given_in_python_holds(make: Make, tmp_path: Path) -> None:
     summary = make({"budget": Budget(steps=3)}, max_steps=50).train()
     assert (summary["stopped_by"], summary["step"], summary["max_steps"]) == ("max_steps", 3, 50)
+    summary = make({"budget": Budget(tokens=1e9)}, max_steps=2, output_dir=tmp_path / "other").train()
+    assert (summary["stopped_by"], summary["step"]) == ("max_steps", 2)
 
 
 def test_a_budget_spent_in_mid_step_keeps_the_rollout(whole: Straight, tmp_path: Path) -> None:
@@ -727,13 +770,16 @@ class CommandLine:
     def __init__(self, home: Path) -> None:
         self.home = home
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(home), os.environ.get("PYTHONPATH", "")])}
+        environment["OMP_NUM_THREADS"] = "1"
         self.process = subprocess.Popen(
             [sys.executable, "-c", FORKS], cwd=home, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         assert self._read() == "ready"
 
-    def run(self, *arguments: str, until: Callable[[], bool] | None = None) -> int:
-        """The exit code; minus the signal's number where it was killed because the moment ``until`` had come."""
+    def run(
+        self, *arguments: str, until: Callable[[], bool] | None = None, signals: Sequence[signal.Signals] = (signal.SIGKILL,)
+    ) -> int:
+        """The exit code, minus a signal's number where that ended it; signals are sent once the moment ``until`` has come."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(arguments) + "\n")
         self.process.stdin.flush()
@@ -743,8 +789,8 @@ class CommandLine:
             time.sleep(0.0005)
             if time.monotonic() > deadline or not Path(f"/proc/{child}/fd/1").exists():
                 break
-        if until is not None:
-            os.kill(child, signal.SIGKILL)
+        for number in signals if until is not None else ():
+            os.kill(child, number)
         return int(self._read())
 
     def _read(self) -> str:
@@ -798,6 +844,28 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(moment: str, command: tuple
     assert trace(run) == trace(undisturbed)
     assert [path.name for path in list_checkpoints(run)][-1] == "checkpoint-40"
     assert not list(run.glob(".checkpoint-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_once_saves_and_twice_ends_at_once(times: int, command: tuple[CommandLine, Path]) -> None:
+    shell, undisturbed = command
+    run = undisturbed.with_name(f"interrupted-{times}")
+    options = ("train", "--config", "run.toml", "--output-dir", str(run))
+    signals = (signal.SIGINT, signal.SIGTERM)[:times]
+    code = shell.run(*options, until=lambda: lines(run) >= 13, signals=signals)
+    told = (shell.home / "log.txt").read_text(encoding="utf-8")
+    assert "Traceback" not in told
+    if times == 1:
+        assert code == 0
+        assert events(run)[-1] == "interrupt"
+        assert list_checkpoints(run)[-1].name not in {"checkpoint-10", "checkpoint-40"}
+    else:
+        assert code == 128 + signal.SIGINT
+        assert "error: stopped at once" in told
+        assert list_checkpoints(run)[-1].name == "checkpoint-10"
+    assert shell.run("train", "--resume", str(run)) == 0
+    assert trace(run) == trace(undisturbed)
 
 
 GOLDEN = Path(__file__).with_name("golden_trace.json")

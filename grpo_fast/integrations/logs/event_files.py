@@ -16,14 +16,12 @@ def read_events(path: Path) -> list[dict[str, float]]:
     Raises:
         ModuleNotFoundError: tensorboard is not installed.
     """
-    try:
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: PLC0415 (an extra)
-        from tensorboard.util.tensor_util import make_ndarray  # noqa: PLC0415
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{path} holds TensorBoard events and tensorboard is not installed; `pip install grpo-fast[tracking]`"
-        ) from error
-    events = EventAccumulator(str(path), size_guidance={"scalars": 0, "tensors": 0}, purge_orphaned_data=False)
+    from tensorboard.backend.event_processing import event_accumulator  # type: ignore[import-untyped]  # noqa: PLC0415 (an extra)
+    from tensorboard.util.tensor_util import make_ndarray  # type: ignore[import-untyped]  # noqa: PLC0415
+
+    events = event_accumulator.EventAccumulator(
+        str(path), size_guidance={"scalars": 0, "tensors": 0}, purge_orphaned_data=False
+    )
     events.Reload()
     tags = events.Tags()
     points = [(point.wall_time, point.step, tag, point.value) for tag in tags["scalars"] for point in events.Scalars(tag)]
@@ -34,6 +32,8 @@ def read_events(path: Path) -> list[dict[str, float]]:
                 points.append((point.wall_time, point.step, tag, float(value.item())))
     rows: list[dict[str, float]] = []
     for _, step, tag, value in sorted(points, key=lambda point: point[0]):
+        if tag == "step":
+            continue
         if not rows or rows[-1]["step"] != step or tag in rows[-1]:
             rows.append({"step": float(step)})
         rows[-1][tag] = float(value)

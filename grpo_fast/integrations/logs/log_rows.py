@@ -56,7 +56,7 @@ def read_rows(path: Path) -> LogRows:
     if not path.is_file():
         raise LogError(f"{path} does not exist; give a log file or the directory of a run")
     if ".tfevents." in path.name:
-        return LogRows(read_events(path), "TensorBoard events")
+        return _events(path)
     if path.suffix == ".wandb":
         raise LogError(f"{path} is W&B's own binary format; export the run's history as CSV, or give its output.log")
     data = path.read_bytes()
@@ -80,7 +80,7 @@ def _directory(path: Path) -> LogRows:
     if (path / _STATE).is_file():
         return read_rows(path / _STATE)
     if has_events(path):
-        return LogRows(read_events(path), "TensorBoard events")
+        return _events(path)
     states = [place for place in path.glob(f"{_CHECKPOINTS}/{_STATE}") if place.parent.name.split("-")[-1].isdigit()]
     if states:
         return read_rows(max(states, key=lambda place: int(place.parent.name.split("-")[-1])))
@@ -90,6 +90,13 @@ def _directory(path: Path) -> LogRows:
     if len(inner) == 1:
         return read_rows(Path(inner[0]))
     raise LogError(f"{path} holds {len(inner)} runs; name one of them: {', '.join(inner[:8])}{', ...' if inner[8:] else ''}")
+
+
+def _events(path: Path) -> LogRows:
+    try:
+        return LogRows(read_events(path), "TensorBoard events")
+    except ModuleNotFoundError as error:
+        raise LogError(f"reading TensorBoard events needs {error.name}; `pip install grpo-fast[tracking]`") from error
 
 
 def _json(text: str) -> LogRows | None:

@@ -1,0 +1,217 @@
+"""The plateau stop for any transformers trainer that logs a reward, TRL's GRPOTrainer above all."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from typing import Any, Literal
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from grpo_fast.law import Forecast, OnlinePredictor, StopDecision, StoppingRule
+
+logger = logging.getLogger(__name__)
+
+_LEAST_PROGRESS = 1e-9
+
+
+class PlateauStopCallback(TrainerCallback, ExportableState):
+    """Forecasts the end of a run from its logged rewards, and ends it when going on is not worth it.
+
+    ``GRPOTrainer(..., callbacks=[PlateauStopCallback()])`` is all. Each log that holds the reward is one observation; a log of
+    ``logging_steps`` steps counts as their mean. Evaluation logs are passed over. The forecast is written into the log as
+    ``forecast/median``, ``forecast/low``, ``forecast/high`` (the mean reward at the end of the budget and its 90 % interval),
+    ``forecast/plateau`` and ``forecast/p_gain_below_eps``: it so reaches ``state.log_history``, ``trainer_state.json`` and
+    every callback that comes after this one. Trackers come first in a trainer; to have the forecast there as well, put
+    this one before them: ``trainer.callback_handler.callbacks.insert(0, callback)`` in place of ``callbacks=``.
+
+    Progress is counted in summed learning rate where the schedule is one of transformers' functions of the step, as all but
+    ``reduce_lr_on_plateau`` are, and in steps elsewhere. After a resume the rewards are taken from the checkpoint and the
+    forecasts are what they would have been without a break, also where the callback is new or ``max_steps`` has changed.
+
+    Where the run is stopped, a checkpoint is saved unless ``save_strategy`` is "no".
+
+    Args:
+        horizon: steps of the whole budget; the trainer's ``max_steps`` without one.
+        reward_key: name of the logged reward.
+        epsilon: remaining gain that is not worth having, in reward units.
+        confidence: probability of so small a gain that stops the run.
+        patience: logs in a row that must say so.
+        min_steps: steps before which nothing stops a run.
+        mode: "stop", or "warn" for one log line and no stop.
+        reward_range: least and greatest mean reward that is possible, where that is known; it sharpens the forecast.
+        num_prompts: prompts a step; from the trainer's batch sizes without one.
+        num_generations: completions per prompt; the trainer's ``num_generations`` without one.
+
+    Attributes:
+        history: forecasts, one row a log in the layout of ``forecasts.jsonl`` without the band.
+        forecast: the newest forecast; None before the first reward.
+        decision: what the rule said last.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    def __init__(  # noqa: PLR0913 (the law's own)
+        self,
+        horizon: int | None = None,
+        *,
+        reward_key: str = "reward",
+        epsilon: float = 0.01,
+        confidence: float = 0.9,
+        patience: int = 3,
+        min_steps: int = 20,
+        mode: Literal["stop", "warn"] = "stop",
+        reward_range: tuple[float, float] | None = None,
+        num_prompts: int | None = None,
+        num_generations: int | None = None,
+    ) -> None:
+        if mode not in {"stop", "warn"}:
+            raise ValueError(f'mode={mode!r} must be "stop" or "warn"')
+        self._args: dict[str, Any] = {
+            "horizon": horizon,
+            "reward_key": reward_key,
+            "epsilon": epsilon,
+            "confidence": confidence,
+            "patience": patience,
+            "min_steps": min_steps,
+            "mode": mode,
+            "reward_range": None if reward_range is None else tuple(reward_range),
+            "num_prompts": num_prompts,
+            "num_generations": num_generations,
+        }
+        self.rewards: list[tuple[int, float]] = []
+        self._progress = [1.0]
+        self._counts = (1, 1)
+        self._begin(1 if horizon is None else horizon)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the arguments and the rewards seen."""
+        return {"args": self._args, "attributes": {"rewards": self.rewards}}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Fixes horizon and schedule, and takes up what a resumed run has logged."""
+        if isinstance(
+            state.stateful_callbacks, dict
+        ):  # a resumed state lacks this callback where it is new, and saving needs it
+            state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        key = self._args["reward_key"]
+        seen = self.rewards or [(int(row["step"]), _number(row[key])) for row in state.log_history if key in row]
+        horizon = self._args["horizon"] or state.max_steps
+        self._progress = _schedule(kwargs.get("lr_scheduler"), horizon)
+        self._counts = _counts(args, self._args["num_prompts"], self._args["num_generations"])
+        self._begin(horizon)
+        for step, reward in seen:
+            if step <= min(state.global_step, horizon):
+                self._observe(step, reward)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Takes the reward of a log, writes the forecast into it, and stops the run where the rule says so."""
+        key, step = self._args["reward_key"], state.global_step
+        if logs is None or key not in logs or step <= self._last_step:
+            return
+        if step > self.predictor.horizon:
+            self._say_once(
+                "horizon", f"step {step} lies beyond horizon={self.predictor.horizon}; no forecasts from here", state
+            )
+            return
+        self._observe(step, _number(logs[key]), state)
+        assert self.forecast is not None
+        assert self.decision is not None
+        values = {
+            f"forecast/{name}": self.history[-1][name] for name in ("median", "low", "high", "plateau", "p_gain_below_eps")
+        }
+        logs.update(values)
+        if state.log_history and state.log_history[-1].get("step") == step:
+            state.log_history[-1].update(values)
+        if not self.decision.stop:
+            return
+        if self._args["mode"] == "warn":
+            self._say_once("stop", f"the plateau is reached, and training goes on: {self.decision.reason}", state)
+            return
+        self._say_once("stop", f"training stops at the plateau: {self.decision.reason}", state)
+        control.should_training_stop = True
+        control.should_save = control.should_save or args.save_strategy != "no"
+
+    def _begin(self, horizon: int) -> None:
+        made = self._args
+        self.predictor = OnlinePredictor(horizon, epsilon=made["epsilon"], reward_range=made["reward_range"])
+        self.rule = StoppingRule(
+            made["epsilon"], confidence=made["confidence"], patience=made["patience"], min_steps=made["min_steps"]
+        )
+        self.rewards = []
+        self.history: list[dict[str, Any]] = []
+        self.forecast: Forecast | None = None
+        self.decision: StopDecision | None = None
+        self._said: set[str] = set()
+        self._last_step = 0
+
+    def _observe(self, step: int, reward: float, state: TrainerState | None = None) -> None:
+        if math.isinf(reward):
+            self._say_once("infinite", f"the reward of step {step} is infinite and counts as missing", state)
+            reward = math.nan
+        bounds = self.predictor.reward_range
+        if bounds is not None and not (math.isnan(reward) or bounds[0] <= reward <= bounds[1]):
+            self._say_once("range", f"the reward {reward:g} of step {step} lies outside reward_range={bounds}, dropped", state)
+            self._forget_range()
+        num_prompts, num_generations = self._counts
+        self.forecast = self.predictor.observe(
+            step,
+            self._progress[step - 1],
+            reward,
+            num_prompts=num_prompts * (step - self._last_step),
+            num_generations=num_generations,
+        )
+        self.decision = self.rule.update(self.forecast)
+        self.rewards.append((step, reward))
+        self._last_step = step
+        row = self.forecast.to_dict()
+        del row["band"]
+        self.history.append(row)
+
+    def _forget_range(self) -> None:
+        """Goes on as if no range had been given."""
+        said, seen = self._said, self.rewards
+        self._args = self._args | {"reward_range": None}
+        self._begin(self.predictor.horizon)
+        self._said = said
+        for step, reward in seen:
+            self._observe(step, reward)
+
+    def _say_once(self, what: str, message: str, state: TrainerState | None) -> None:
+        if what not in self._said and (state is None or state.is_world_process_zero):
+            logger.warning(message)
+        self._said.add(what)
+
+
+def _schedule(scheduler: Any, horizon: int) -> list[float]:
+    """Share of the summed learning rate that is spent after step 1, 2, ..., ``horizon``, each above 0."""
+    scheduler = getattr(scheduler, "scheduler", scheduler)
+    factors = getattr(scheduler, "lr_lambdas", None)
+    rates = [float(factors[0](step)) for step in range(horizon)] if factors else [1.0] * horizon
+    spent = list(itertools.accumulate(rates))
+    if not spent[-1] > 0:
+        return [step / horizon for step in range(1, horizon + 1)]
+    return [min(1.0, max(_LEAST_PROGRESS, value / spent[-1])) for value in spent]
+
+
+def _counts(args: TrainingArguments, num_prompts: int | None, num_generations: int | None) -> tuple[int, int]:
+    """Prompts a step and completions per prompt: as given, as the trainer's arguments tell, or 1."""
+    group = num_generations or int(getattr(args, "num_generations", None) or 1)
+    batch = int(args.train_batch_size) * int(args.gradient_accumulation_steps) * int(args.world_size)
+    told = max(1, batch // group) if hasattr(args, "num_generations") else 1
+    return num_prompts or told, group
+
+
+def _number(value: Any) -> float:
+    """A logged value; NaN for None, which TRL logs where no completion had a reward."""
+    return math.nan if value is None else float(value)
