@@ -19,8 +19,8 @@ from grpo_fast.recipes import recipe, recipe_names
 
 Run = Callable[..., tuple[int, str, str]]
 SMALL = (  # with the model named, the recipe's own settings stay out
-    "--model embedded --max-steps 2 --prompts-per-step 2 --num-generations 2 --max-completion-length 4 --dataset-size 16 --eval-size 4 "
-    "--reward-workers 0"
+    "--model embedded --max-steps 2 --prompts-per-step 2 --num-generations 2 --max-completion-length 4 --dataset-size 16 "
+    "--eval-size 4 --reward-workers 0"
 )
 
 

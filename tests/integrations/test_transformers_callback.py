@@ -27,6 +27,8 @@ from grpo_fast.law import OnlinePredictor
 from grpo_fast.tasks.arithmetic import arithmetic_task
 
 EASY: dict[str, Any] = {"epsilon": 0.05, "reward_range": (0, 1), "confidence": 0.6, "patience": 2, "min_steps": 5}
+
+
 def trl(test: Callable[..., None]) -> Callable[..., None]:
     """Marks a test that trains with TRL 1.16, which still uses names that transformers 5.23 has renamed."""
     return pytest.mark.slow(pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning")(test))
@@ -121,7 +123,7 @@ def test_trl_stops_at_a_constant_reward(tmp_path: Path, caplog: pytest.LogCaptur
 @trl
 def test_trl_goes_on_while_the_reward_rises(tmp_path: Path) -> None:
     callback = PlateauStopCallback(**EASY)
-    trainer = trl_trainer(tmp_path, callback, reward=growing_reward())
+    trainer = trl_trainer(tmp_path, callback, reward=growing_reward(), lr_scheduler_type="constant")
     trainer.train()
     assert trainer.state.global_step == 30
     assert callback.forecast is not None

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from grpo_fast import assets
 from grpo_fast.assets import embedded_model_dir
 from grpo_fast.tasks.arithmetic import arithmetic_accuracy, arithmetic_task, draw_problem, given_answer, is_held_out
 from grpo_fast.tasks.pretrain_arithmetic import (
@@ -132,6 +133,12 @@ def test_script_writes_a_directory_that_from_pretrained_loads(tmp_path, capsys):
     input_ids = torch.tensor([tokenizer("347+586=").input_ids])
     assert torch.equal(model.eval()(input_ids=input_ids).logits, expected(input_ids=input_ids).logits)
     assert (tmp_path / "model" / "model.safetensors").stat().st_mode & 0o044 == 0o044
+
+
+def test_missing_weights_are_named_with_the_fix(tmp_path, monkeypatch):
+    monkeypatch.setattr(assets, "__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(FileNotFoundError, match="pretrain_arithmetic --output"):
+        embedded_model_dir()
 
 
 def test_shipped_files_are_small_and_need_no_code(shipped):

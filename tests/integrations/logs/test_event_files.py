@@ -28,7 +28,13 @@ def write_events(folder: Path, points: list[tuple[int, str, float]], *, as_tenso
 
 @pytest.mark.parametrize("as_tensors", [False, True])
 def test_rows_in_the_order_of_writing(tmp_path: Path, as_tensors: bool) -> None:
-    points = [(1, "train/reward", 0.25), (1, "train/loss", 3.0), (2, "train/reward", 0.5), (2, "step", 9.0), (1, "train/reward", 0.75)]
+    points = [
+        (1, "train/reward", 0.25),
+        (1, "train/loss", 3.0),
+        (2, "train/reward", 0.5),
+        (2, "step", 9.0),
+        (1, "train/reward", 0.75),
+    ]
     write_events(tmp_path, points, as_tensors=as_tensors)
     expected = [
         {"step": 1.0, "train/reward": 0.25, "train/loss": 3.0},

@@ -35,8 +35,16 @@ def test_columns_beside_the_reward() -> None:
 @pytest.mark.parametrize(
     ("names", "wanted", "message"),
     [
-        (["Step", "a - reward", "b - reward"], None, "more than one column may be the reward; .*--reward-column: a - reward, b - r"),
-        (["step", "rewards/format/mean", "rewards/accuracy/mean"], None, "parts of a reward but no whole.*rewards/format/mean, "),
+        (
+            ["Step", "a - reward", "b - reward"],
+            None,
+            "more than one column may be the reward; .*--reward-column: a - reward, b - r",
+        ),
+        (
+            ["step", "rewards/format/mean", "rewards/accuracy/mean"],
+            None,
+            "parts of a reward but no whole.*rewards/format/mean, ",
+        ),
         (["step", "loss", "eval_reward"], None, "no column is known to be a reward.*It has step, loss, eval_reward"),
         ([], None, "no columns of numbers"),
         (["step", "rewards"], "reward", "no column 'reward'; did you mean 'rewards'"),

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from grpo_fast.integrations.logs import LogError, read_log
+
+
+def csv(path: Path, *rows: tuple[object, ...], header: str = "step,reward") -> Path:
+    path.write_text("\n".join([header, *(",".join(map(str, row)) for row in rows)]) + "\n", encoding="utf-8")
+    return path
+
+
+def rising(steps: range, start: float = 0.0) -> list[tuple[object, ...]]:
+    return [(step, start + step / 100) for step in steps]
+
+
+def test_a_clean_log(tmp_path: Path) -> None:
+    rows = [(step, step / 100, 0.3, 1e-6 * step, 0.9) for step in range(1, 21)]
+    log = read_log(csv(tmp_path / "log.csv", *rows, header="step,reward,reward_std,learning_rate,eval_reward"))
+    assert log.steps.tolist() == list(range(1, 21))
+    assert log.rewards.tolist() == [step / 100 for step in range(1, 21)]
+    assert log.reward_std is not None
+    assert log.reward_std.tolist() == [0.3] * 20
+    assert log.learning_rate is not None
+    assert log.learning_rate[-1] == pytest.approx(2e-5)
+    assert (log.source, log.reward_column, log.step_column, log.max_steps) == ("CSV", "reward", "step", None)
+    assert log.last_reward == 0.2
+    assert log.notes == []
+
+
+def test_evaluation_rows_of_a_trainer_state_are_passed_over(tmp_path: Path) -> None:
+    history = [{"reward": step / 20, "learning_rate": 1e-6, "step": step} for step in range(1, 13)]
+    history.insert(3, {"eval_reward": 0.9, "step": 3})
+    history.append({"train_loss": 0.1, "step": 12})
+    path = tmp_path / "trainer_state.json"
+    path.write_text(json.dumps({"max_steps": 40, "log_history": history}), encoding="utf-8")
+    log = read_log(path)
+    assert log.steps.tolist() == list(range(1, 13))
+    assert (log.max_steps, log.notes) == (40, [])
+
+
+def test_nan_and_gaps_are_told(tmp_path: Path) -> None:
+    rows = rising(range(1, 31))
+    rows[4], rows[5] = (5, "nan"), (6, "inf")
+    del rows[10:13]
+    log = read_log(csv(tmp_path / "log.csv", *rows))
+    assert np.isnan(log.rewards[[4, 5]]).all()
+    assert log.notes == [
+        "1 rewards are infinite and count as missing",
+        "2 of 27 rewards are NaN and count as missing",
+        "3 steps are missing between step 1 and step 30",
+    ]
+    every_tenth = read_log(csv(tmp_path / "tenth.csv", *rising(range(10, 200, 10))))
+    assert every_tenth.notes == [], "logging every tenth step leaves no gap"
+
+
+def test_repeated_steps_the_later_wins(tmp_path: Path) -> None:
+    log = read_log(csv(tmp_path / "log.csv", *rising(range(1, 13)), (12, 0.7), (13, 0.8)))
+    assert log.rewards[-2:].tolist() == [0.7, 0.8]
+    assert log.notes == ["1 steps were written again; the later row was used"]
+
+
+def test_a_resumed_run(tmp_path: Path) -> None:
+    log = read_log(csv(tmp_path / "log.csv", *rising(range(1, 31)), *rising(range(21, 26), start=0.5)))
+    assert log.steps.tolist() == list(range(1, 26)), "what came after the checkpoint is forgotten"
+    assert log.rewards[19:21].tolist() == [0.2, 0.71]
+    assert log.notes == ["the run was resumed once, at step 21; what it did again was used"]
+
+
+def test_two_runs_in_a_file(tmp_path: Path) -> None:
+    log = read_log(csv(tmp_path / "log.csv", *rising(range(1, 31)), *rising(range(1, 16), start=0.5)))
+    assert log.steps.tolist() == list(range(1, 16))
+    assert log.rewards[0] == 0.51
+    assert log.notes == ["the file holds 2 runs one after the other; the last one is used"]
+
+
+def test_rows_out_of_order(tmp_path: Path) -> None:
+    log = read_log(csv(tmp_path / "log.csv", *reversed(rising(range(1, 21)))))
+    assert log.steps.tolist() == list(range(1, 21))
+    assert log.notes == ["the rows were not in the order of their steps and were sorted"]
+
+
+def test_steps_that_are_none(tmp_path: Path) -> None:
+    log = read_log(csv(tmp_path / "log.csv", (-1, 0.5), (0.5, 0.5), ("", 0.5), *rising(range(20))))
+    assert log.steps.tolist() == list(range(1, 21))
+    assert log.rewards[1] == 0.01
+    assert log.notes == [
+        "1 rewards have no step and were left out",
+        "2 rows have a step that is negative or no whole number and were left out",
+        "steps count from 0 in this log; 1 is added to each",
+    ]
+    counted = read_log(csv(tmp_path / "bare.csv", *((step / 50,) for step in range(1, 21)), header="reward"))
+    assert (counted.steps[-1], counted.step_column) == (20, None)
+    assert counted.notes == ["the log has no column of steps; its rows are counted, from 1"]
+
+
+def test_few_constant_and_wide(tmp_path: Path) -> None:
+    few = read_log(csv(tmp_path / "few.csv", (1, 0.5), (2, 0.5)))
+    assert few.notes == ["only 2 rewards: too few to say much", "the reward is 0.5 throughout"]
+    wide = read_log(csv(tmp_path / "wide.csv", *((step, 4 * step) for step in range(1, 21))))
+    assert wide.notes == ["rewards run from 4 to 80: no range is taken for granted"]
+    one = read_log(csv(tmp_path / "one.csv", (1, 0.5)))
+    assert one.notes == ["only 1 rewards: too few to say much"]
+
+
+def test_other_columns_are_told(tmp_path: Path) -> None:
+    rows = [(step, step / 100, 0.9, 0) for step in range(1, 13)]
+    path = csv(tmp_path / "log.csv", *rows, header="step,reward,accuracy,lr")
+    log = read_log(path)
+    assert log.notes == ["other columns that could be meant: accuracy"]
+    assert log.learning_rate is None, "a rate that was rounded to zero says nothing"
+    assert read_log(path, reward_column="accuracy").rewards.tolist() == [0.9] * 12
+
+
+def test_a_budget_that_the_log_outran(tmp_path: Path) -> None:
+    path = tmp_path / "trainer_state.json"
+    rows = [{"reward": step / 40, "step": step} for step in range(1, 21)]
+    path.write_text(json.dumps({"max_steps": 10, "log_history": rows}), encoding="utf-8")
+    log = read_log(path)
+    assert log.max_steps is None
+    assert log.notes == ["the log goes on to step 20, past the 10 steps that it says were planned"]
+
+
+def test_our_run_knows_its_column(tmp_path: Path) -> None:
+    rows = [{"step": 0, "eval_reward": 0.1}, *({"step": step, "reward": 0.1, "rewards/a/mean": 0.2} for step in range(1, 12))]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "config.toml").write_text("max_steps = 30", encoding="utf-8")
+    log = read_log(tmp_path)
+    assert (log.source, log.reward_column, log.max_steps, log.steps[0]) == ("grpo_fast run", "reward", 30, 1)
+    assert read_log(tmp_path, reward_column="rewards/a/mean").rewards[0] == 0.2
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "message"),
+    [
+        ("step,loss", (1, 0.5), r"log.csv \(CSV\): no column is known to be a reward"),
+        ("step,reward,train/reward", (1, 0.5, 0.5), "more than one column may be the reward"),
+        ("step,reward", (1, "nan"), "column 'reward' holds no number at a known step"),
+        ("step,reward", (0.5, 1), "column 'reward' holds no number at a known step"),
+    ],
+)
+def test_nothing_to_forecast_from(tmp_path: Path, header: str, row: tuple[object, ...], message: str) -> None:
+    with pytest.raises(LogError, match=message):
+        read_log(csv(tmp_path / "log.csv", row, header=header))
+
+
+def test_reading_needs_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys, grpo_fast.integrations.logs, grpo_fast.integrations as found\n"
+        "found.read_log, found.forecast_log\n"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'matplotlib', 'tensorboard', 'pydantic')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_real_curves_are_read(shared_data: Path) -> None:
+    files = sorted((shared_data / "reward_curves").glob("*.csv"))
+    files = [file for file in files if file.name != "index.csv"][:40]
+    for file in files:
+        log = read_log(file, reward_column="reward")
+        assert np.all(np.diff(log.steps) > 0), file
+        assert np.isfinite(log.rewards).any(), file

@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from grpo_fast import integrations
+from grpo_fast.integrations.forecast import forecast_log, progress_of
+from grpo_fast.integrations.logs import LogError, RewardLog, read_log
+from grpo_fast.law import OnlinePredictor, StoppingRule
+
+COMMAND = str(Path(sys.executable).with_name("grpo-fast"))
+
+
+def s_curve(num_steps: int = 150, *, seed: int = 0, scale: float = 1.0) -> np.ndarray:
+    """Rises around step 30 and rests at 0.85."""
+    steps = np.arange(1, num_steps + 1)
+    clean = 0.1 + 0.75 / (1 + np.exp(-(steps - 30) / 7))
+    return scale * np.clip(clean + np.random.default_rng(seed).normal(0, 0.02, num_steps), 0, 1)
+
+
+def log_of(rewards: np.ndarray, **values: Any) -> RewardLog:
+    settings: dict[str, Any] = {
+        "steps": np.arange(1, len(rewards) + 1),
+        "rewards": np.asarray(rewards, dtype=float),
+        "reward_std": None,
+        "learning_rate": None,
+        "max_steps": None,
+        "source": "CSV",
+        "reward_column": "reward",
+        "step_column": "step",
+        "notes": [],
+    }
+    return RewardLog(**settings | values)
+
+
+def test_numbers_are_those_of_the_law_online() -> None:
+    rewards = s_curve()
+    law, rule = OnlinePredictor(200, reward_range=(0.0, 1.0)), StoppingRule()
+    decisions = []
+    for step, reward in enumerate(rewards, 1):
+        belief = law.observe(step, step / 200, reward, num_prompts=8, num_generations=4)
+        decisions.append((rule.update(belief), belief))
+    found = forecast_log(log_of(rewards), max_steps=200, num_prompts=8, num_generations=4)
+    assert found.forecast == belief
+    decision, then = next(item for item in decisions if item[0].stop)
+    assert (found.stop_step, found.stop_reason, found.stop_forecast) == (then.step, decision.reason, then)
+    assert 40 < then.step < 150
+    assert belief.low < 0.85 < belief.high
+
+
+def test_what_is_assumed_is_told() -> None:
+    found = forecast_log(log_of(s_curve(60)))
+    assert found.horizon == 60
+    assert found.reward_range == (0.0, 1.0)
+    assert [note.split(";")[0].split(",")[0] for note in found.notes] == [
+        "the log does not tell how many steps were planned",
+        "all rewards lie in 0 to 1",
+    ]
+    told = forecast_log(log_of(s_curve(60), max_steps=90), reward_range=(-1, 1), epsilon=0.02)
+    assert (told.horizon, told.reward_range, told.epsilon, told.notes) == (90, (-1, 1), 0.02, [])
+
+
+def test_rewards_in_percent() -> None:
+    whole = forecast_log(log_of(s_curve(100), max_steps=150), epsilon=0.01, reward_range=None)
+    percent = forecast_log(log_of(s_curve(100, scale=100.0), max_steps=150))
+    assert percent.reward_range is None
+    assert percent.epsilon == pytest.approx(0.8, abs=0.2)
+    assert "epsilon is" in percent.notes[0]
+    assert percent.forecast.median == pytest.approx(100 * whole.forecast.median, abs=3)
+
+
+def test_a_constant_reward_and_hardly_any() -> None:
+    constant = forecast_log(log_of(np.full(60, 0.5), max_steps=80))
+    assert constant.reward_range is None
+    assert constant.forecast.median == pytest.approx(0.5, abs=0.05)
+    few = forecast_log(log_of(np.array([0.1, 0.2]), max_steps=80))
+    assert not few.forecast.identifiable
+    assert few.to_words()["identifiable"].startswith("no: only 2 rewards so far")
+    assert few.stop_step is None
+    assert "unknown" in few.to_words()["80 % of the rise"]
+
+
+@pytest.mark.slow
+def test_missing_rewards_and_long_logs() -> None:
+    rewards = s_curve(2500)
+    rewards[:40:4] = np.nan
+    rewards[100:102] = np.nan
+    found = forecast_log(log_of(rewards, steps=np.arange(1, 2501), max_steps=3000))
+    assert "2500 rows: the law sees means of 2 neighbours" in found.notes
+    assert found.forecast.num_observations == 1249, "a pair without any number is skipped"
+    assert found.forecast.step == 2500
+    assert found.forecast.low < 0.85 < found.forecast.high
+
+
+def test_our_own_spread_is_used_and_others_are_not() -> None:
+    values: dict[str, Any] = {"reward_std": np.full(60, 0.02), "max_steps": 100}
+    plain, ours = (forecast_log(log_of(s_curve(60), source=name, **values)) for name in ("CSV", "grpo_fast run"))
+    without = forecast_log(log_of(s_curve(60), max_steps=100))
+    assert plain.forecast == without.forecast
+    assert ours.forecast != without.forecast
+
+
+@pytest.mark.parametrize(
+    ("name", "share", "told"),
+    [
+        ("constant", np.ones_like, 0),
+        ("linear", lambda done: 1 - done, 1),
+        ("cosine", lambda done: 0.5 * (1 + np.cos(np.pi * done)), 1),
+    ],
+)
+@pytest.mark.parametrize("seen", [60, 100])
+def test_progress_is_summed_learning_rate(name: str, share: Any, told: int, seen: int) -> None:
+    warm = np.minimum(np.arange(1, 101) / 5, 1.0)
+    rate = 1e-6 * np.where(warm < 1, warm, share(np.clip((np.arange(100) - 4) / 96, 0, 1)))
+    notes: list[str] = []
+    progress = progress_of(log_of(np.zeros(seen), learning_rate=rate[:seen]), 100, notes)
+    truth = (rate.cumsum() / rate.sum())[:seen]
+    assert np.abs(progress - truth).max() < 0.01
+    assert len(notes) == (told if seen < 100 else 0)
+    assert all(name in note for note in notes)
+
+
+def test_progress_in_steps_where_the_schedule_is_unknown() -> None:
+    steps = np.arange(1, 41)
+    notes: list[str] = []
+    assert progress_of(log_of(np.zeros(40)), 80, notes).tolist() == (steps / 80).tolist()
+    assert notes == []
+    for rate in (1e-6 * steps, 1e-6 * (1 + (steps < 20))):
+        notes = []
+        assert progress_of(log_of(np.zeros(40), learning_rate=rate), 80, notes).tolist() == (steps / 80).tolist()
+        assert notes == ["the learning rate follows no schedule that is known here; progress is counted in steps"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_steps": 20}, "max_steps=20 lies before the log's last step, 30"),
+        ({"reward_range": (0.2, 0.5)}, "outside reward_range"),
+        ({"epsilon": -1.0}, "epsilon=-1.0"),
+        ({"confidence": 0.2}, "confidence=0.2"),
+    ],
+)
+def test_what_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((LogError, ValueError), match=message):
+        forecast_log(log_of(s_curve(30)), **options)
+
+
+def test_names_of_the_package() -> None:
+    assert set(integrations.__all__) <= set(dir(integrations))
+    assert integrations.forecast_log is forecast_log
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = integrations.nonsense
+
+
+@pytest.fixture(scope="module")
+def curve(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("logs") / "curve.csv"
+    rows = [f"{step},{reward:.4f}" for step, reward in enumerate(s_curve(), 1)]
+    path.write_text("\n".join(["step,reward", *rows]), encoding="utf-8")
+    return path
+
+
+def command(*arguments: str, columns: int = 80) -> subprocess.CompletedProcess[str]:
+    """The installed command, as a user runs it."""
+    environment = os.environ | {"COLUMNS": str(columns)}
+    return subprocess.run([COMMAND, "forecast", *arguments], capture_output=True, text=True, check=False, env=environment)
+
+
+def test_the_command_prints_a_table(curve: Path) -> None:
+    done = command(str(curve), "--max-steps", "200")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    found = forecast_log(read_log(curve), max_steps=200)
+    printed = " ".join(done.stdout.split())
+    for name, words in found.to_words().items():
+        assert " ".join(f"{name} {words}".split()[:4]) in printed
+    assert f"would have stopped at step {found.stop_step}," in printed
+    assert printed.count("note:") == len(found.notes) == 1
+
+
+def test_the_command_prints_json_and_draws(curve: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "forecast.png"
+    done = command(
+        str(curve), "--max-steps", "200", "--json", "--plot", str(picture), "--num-prompts", "8", "--epsilon", "0.02"
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    expected = forecast_log(read_log(curve), max_steps=200, num_prompts=8, epsilon=0.02).to_dict()
+    assert found == json.loads(json.dumps(expected))
+    assert found["stop"]["would_stop"]
+    assert found["stop"]["saved"] == pytest.approx(1 - found["stop"]["step"] / 200)
+    assert len(found["forecast"]["band"]["step"]) == 25
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none.csv"], "none.csv does not exist"),
+        (["{curve}", "--reward-column", "rewards"], "no column 'rewards'; did you mean 'reward'?"),
+        (["{curve}", "--max-steps", "10"], "max_steps=10 lies before the log's last step, 150"),
+        (["{curve}", "--max-steps", "0"], "Must be >= 1"),
+        (["{curve}", "--num-prompts", "0"], "Must be >= 1"),
+        (["{curve}", "--plot", "picture.jpg"], "picture.jpg must end in .png"),
+        ([], "requires an argument"),
+    ],
+)
+def test_a_mistake_is_one_message(curve: Path, arguments: list[str], message: str) -> None:
+    done = command(*(argument.format(curve=curve) for argument in arguments), columns=200)
+    assert done.returncode == 1
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+def test_json_has_no_nan(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("step,reward\n1,0.5\n2,nan\n", encoding="utf-8")
+    done = command(str(path), "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert found["last_reward"] == 0.5
+    assert math.isfinite(found["forecast"]["median"])
