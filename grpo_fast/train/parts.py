@@ -160,6 +160,8 @@ def build_parts(config: Config, given: Replacements, *, resume: bool) -> Parts:
         )
         for rows in (task.train, task.eval)
     )
+    if config.eval_steps and not eval_prompts:
+        raise ConfigError(f"eval_steps={config.eval_steps} and {task.name} holds no rows out; set eval_split, or eval_steps=0")
     record, sinks = build_sinks(() if "sinks" in given else config.sinks, config.output_dir)
     if "sinks" in given:
         sinks = SinkSet([record, *given["sinks"]])

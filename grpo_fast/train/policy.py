@@ -23,6 +23,7 @@ from grpo_fast.ops import LMHead, token_logprob
 from grpo_fast.types import TokenBatch
 
 _PROBE_TOLERANCE = 1e-3
+_PROBE_TOLERANCE_BF16 = 0.2  # nats; the model rounds its logits to bfloat16, the head here does not
 _DEFAULT_CONTEXT = 4096
 
 
@@ -93,12 +94,13 @@ class Policy:
     def _check_head(self) -> None:
         tokens = torch.arange(min(8, self._head.weight.shape[0]), device=self.device)[None]
         mask = torch.ones_like(tokens)
-        logits = self.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits[0].float()
+        with self.autocast():
+            logits = self.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits[0].float()
         expected = logits.log_softmax(-1)[:-1].gather(1, tokens[0, 1:, None])[:, 0]
-        hidden = self.model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state[0, :-1]
+        hidden = self._hidden_states(tokens, mask)[0, :-1]
         found = token_logprob(hidden, self._head, targets=tokens[0, 1:], want_entropy=False)[0]
         error = (expected - found).abs().max().item()
-        if not error <= _PROBE_TOLERANCE:
+        if not error <= (_PROBE_TOLERANCE if self.autocast_dtype is None else _PROBE_TOLERANCE_BF16):
             raise ConfigError(
                 f"{type(self.model).__name__} makes logits in a way this trainer does not know (log-probabilities differ by "
                 f"{error:.3g} nats from head(hidden states)); please report the model's name"

@@ -157,8 +157,10 @@ class GRPOTrainer:
             except GeneratorExit:
                 self._finish(self._ending or Ending("user", f"The loop was left after step {self.global_step}."))
                 raise
-            except (RewardError, ConfigError, NonFiniteGradientError):
-                self._save()
+            except (RewardError, ConfigError, NonFiniteGradientError) as error:
+                # Past the first of several iterations the weights have moved already: only an older checkpoint is whole.
+                if self.config.num_iterations == 1 or not isinstance(error, NonFiniteGradientError):
+                    self._save()
                 raise
 
     def stop(self, message: str = "stop() was called") -> None:

@@ -103,6 +103,7 @@ def test_gradients_reach_only_what_asks_for_them() -> None:
         assert not token_logprob(hidden, head, targets=targets)[0].requires_grad
 
 
+@pytest.mark.slow
 def test_gradcheck_of_the_chunked_path() -> None:
     hidden, head, targets = case(6, temperature=0.8, softcap=5.0)
 

@@ -221,3 +221,11 @@ def test_what_begins_is_told_in_one_line(build: Any) -> None:
     assert "going on after step 4" in parts.describe(4)
     assert "24 prompts, 4 held out" in parts.describe(0)
     assert "letters" in parts.describe(0)
+
+
+def test_evaluation_without_held_out_rows_is_refused(tmp_path: Path) -> None:
+    rows = [{"prompt": "1+1=", "answer": "2"}]
+    task = Task("own", rows, [], reward_funcs=("exact_match",), eval_reward="exact_match")
+    config = Config(output_dir=tmp_path / "run", max_completion_length=8, sinks=(), eval_steps=1)
+    with pytest.raises(ConfigError, match="holds no rows out"):
+        build_parts(config, {"task": task}, resume=False)
