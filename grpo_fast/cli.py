@@ -109,10 +109,10 @@ def forecast(  # noqa: PLR0913 (flags)
     reward_column: str | None = None,
     max_steps: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None,
     epsilon: float | None = None,
-    confidence: float = 0.9,
+    confidence: float | None = None,
     reward_range: tuple[float, float] | None = None,
-    num_prompts: Annotated[int, Parameter(validator=validators.Number(gte=1))] = 1,
-    num_generations: Annotated[int, Parameter(validator=validators.Number(gte=1))] = 1,
+    num_prompts: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None,
+    num_generations: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None,
     plot: Path | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
@@ -126,10 +126,10 @@ def forecast(  # noqa: PLR0913 (flags)
         reward_column: Column of the reward, where the guess is wrong or in doubt.
         max_steps: Steps of the whole budget, where the log does not tell them.
         epsilon: Remaining gain that is not worth having, in units of the reward.
-        confidence: Probability of so small a gain that stops a run.
+        confidence: Probability of so small a gain that stops a run; 0.9, or what the run itself had.
         reward_range: Least and greatest mean reward that is possible.
-        num_prompts: Prompts a step; they tell how noisy a reward is.
-        num_generations: Completions per prompt.
+        num_prompts: Prompts a step, where the log does not tell them; they say how noisy a reward is.
+        num_generations: Completions per prompt, likewise.
         plot: Write a picture to this PNG file.
         json: Print one JSON object in place of the table.
     """

@@ -77,7 +77,7 @@ def test_help_needs_no_torch() -> None:
 
 def test_commands_and_version(run: Run) -> None:
     _, out, _ = run("--help")
-    assert all(command in out for command in ("train", "report", "doctor"))
+    assert all(command in out for command in ("train", "forecast", "report", "doctor"))
     assert run("--version")[1].strip() == __version__
 
 

@@ -38,8 +38,8 @@ def test_the_python_example_runs(tmp_path: Path) -> None:
 def test_the_commands_of_the_embedded_model_run(tmp_path: Path) -> None:
     program = shutil.which("grpo-fast", path=Path(sys.executable).parent)
     assert program is not None
-    local = [command for command in COMMANDS if "--model" not in command]
-    assert len(local) == 4
+    local = [command for command in COMMANDS if "--model" not in command]  # those that need no hub
+    assert len(local) == 5
     for command in local:
         done = subprocess.run(
             [program, *command.split()[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False

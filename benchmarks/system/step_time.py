@@ -79,7 +79,7 @@ def _trl_trainer(config: Config, folder: Path, num_steps: int, turns: TakeTurns)
         output_dir=str(folder),
         use_cpu=not torch.cuda.is_available(),
         bf16=False,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         per_device_train_batch_size=size,
         num_generations=config.num_generations,
         max_completion_length=config.max_completion_length,

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from grpo_fast.integrations.logs import LogError, RewardLog
+from grpo_fast.integrations.logs import LogError, RewardLog, RunSettings
+from grpo_fast.integrations.logs.log_rows import OWN_RUN
 from grpo_fast.law import Forecast, OnlinePredictor, StoppingRule
 from grpo_fast.law.forms import Array
 
+_T = TypeVar("_T")
 _NARROW_SPAN = 3.0
 _MAX_POINTS = 2000
 _SCHEDULE_TOLERANCE = 0.02
@@ -104,25 +107,28 @@ def forecast_log(  # noqa: PLR0913 (keywords, each of them the law's own)
     *,
     max_steps: int | None = None,
     epsilon: float | None = None,
-    confidence: float = 0.9,
-    patience: int = 3,
-    min_steps: int = 20,
+    confidence: float | None = None,
+    patience: int | None = None,
+    min_steps: int | None = None,
     reward_range: tuple[float, float] | None = None,
-    num_prompts: int = 1,
-    num_generations: int = 1,
+    num_prompts: int | None = None,
+    num_generations: int | None = None,
 ) -> LogForecast:
     """Shows a log's rewards to the law one after another, as if the run were going on.
+
+    What is not given is taken from the run's own configuration where the log has one, as runs of grpo_fast do: they get the
+    numbers that they got while they ran.
 
     Args:
         log: the rewards.
         max_steps: steps of the whole budget; the log's own word without one, and else its last step.
         epsilon: gain that is not worth having; without one 0.01, or a hundredth of the observed span where that exceeds 3.
-        confidence: probability of a gain below epsilon that stops a run.
-        patience: forecasts in a row that must say so.
-        min_steps: steps before which nothing stops a run.
+        confidence: probability of a gain below epsilon that stops a run, 0.9 without one.
+        patience: forecasts in a row that must say so, 3.
+        min_steps: steps before which nothing stops a run, 20.
         reward_range: least and greatest mean reward that is possible; 0 to 1 is assumed, and told, where all rewards lie there.
-        num_prompts: prompts a step.
-        num_generations: completions per prompt.
+        num_prompts: prompts a step, 1.
+        num_generations: completions per prompt, 1.
 
     Raises:
         LogError: the log goes beyond ``max_steps`` or leaves ``reward_range``.
@@ -130,13 +136,20 @@ def forecast_log(  # noqa: PLR0913 (keywords, each of them the law's own)
     """
     notes = list(log.notes)
     horizon = _horizon(log, max_steps, notes)
+    own = log.settings
+    epsilon = own.epsilon if epsilon is None else epsilon
     epsilon = _epsilon(log, notes) if epsilon is None else epsilon
-    bounds = _bounds(log, reward_range, notes)
+    confidence = _or(confidence, own.confidence)
+    bounds = reward_range if reward_range is not None else own.reward_range
+    bounds = _bounds(log, notes) if bounds is None and own == RunSettings() else _checked(log, bounds)
+    num_prompts, num_generations = _or(num_prompts, own.num_prompts), _or(num_generations, own.num_generations)
     predictor = OnlinePredictor(horizon, epsilon=epsilon, reward_range=bounds)
-    rule = StoppingRule(epsilon, confidence=confidence, patience=patience, min_steps=min_steps)
+    rule = StoppingRule(
+        epsilon, confidence=confidence, patience=_or(patience, own.patience), min_steps=_or(min_steps, own.min_steps)
+    )
     stopped: tuple[int, str, Forecast] | None = None
     forecast, reason = predictor.forecast(), ""
-    spread = log.reward_std if log.source == "grpo_fast run" else None
+    spread = log.reward_std if log.source == OWN_RUN else None
     progress = progress_of(log, horizon, notes)
     for group in _groups(log, notes):
         last = group[-1]
@@ -156,12 +169,18 @@ def forecast_log(  # noqa: PLR0913 (keywords, each of them the law's own)
     return LogForecast(log, forecast, horizon, epsilon, confidence, bounds, step, reason, then, notes)
 
 
+def _or(asked: _T | None, own: _T) -> _T:
+    return own if asked is None else asked
+
+
 def progress_of(log: RewardLog, horizon: int, notes: list[str]) -> Array:
     """Share of the budget's summed learning rate behind each logged step, (n,) in (0, 1].
 
     It needs the rest of the schedule. That is known where the log reaches the horizon, and where the rates after their highest
     are constant or fall to zero at the horizon in a line or a half cosine. Elsewhere a step is a step, and that is told.
     """
+    if log.progress is not None and horizon == log.max_steps:
+        return log.progress
     linear = log.steps / horizon
     rate = log.learning_rate
     if rate is None:
@@ -198,11 +217,13 @@ def _schedule_ahead(steps: Array, rate: Array, every: Array) -> tuple[str, Array
         "cosine": lambda left: 0.5 * (1 - np.cos(np.pi * left)),
     }
     for name, shape in shapes.items():
-        for begun in {float(steps[first]), 0.0}:
-            fitted = shape(np.clip((horizon - steps[first:]) / (horizon - begun), 0, 1))
+        for begun, end in itertools.product(
+            (float(steps[first]), 0.0), (horizon, horizon + 1)
+        ):  # zero at the last step or after
+            fitted = shape(np.clip((end - steps[first:]) / (end - begun), 0, 1))
             scale = float(fitted @ rate[first:]) / float(fitted @ fitted)
             error = float(np.abs(rate[first:] - scale * fitted).max())
-            found.append((error, name, scale * shape(np.clip((horizon - every) / (horizon - begun), 0, 1))))
+            found.append((error, name, scale * shape(np.clip((end - every) / (end - begun), 0, 1))))
     error, name, future = min(found, key=lambda item: item[0])
     return (name, future) if error <= _SCHEDULE_TOLERANCE * peak else None
 
@@ -230,12 +251,15 @@ def _epsilon(log: RewardLog, notes: list[str]) -> float:
     return epsilon
 
 
-def _bounds(log: RewardLog, asked: tuple[float, float] | None, notes: list[str]) -> tuple[float, float] | None:
+def _checked(log: RewardLog, asked: tuple[float, float] | None) -> tuple[float, float] | None:
     low, high = float(np.nanmin(log.rewards)), float(np.nanmax(log.rewards))
-    if asked is not None:
-        if low < asked[0] or high > asked[1]:
-            raise LogError(f"rewards run from {low:g} to {high:g}, outside reward_range={asked}")
-        return asked
+    if asked is not None and (low < asked[0] or high > asked[1]):
+        raise LogError(f"rewards run from {low:g} to {high:g}, outside reward_range={asked}")
+    return asked
+
+
+def _bounds(log: RewardLog, notes: list[str]) -> tuple[float, float] | None:
+    low, high = float(np.nanmin(log.rewards)), float(np.nanmax(log.rewards))
     if low >= 0 and high <= 1 and low < high:
         notes.append("all rewards lie in 0 to 1, and that is taken for their range; give another with --reward-range")
         return 0.0, 1.0

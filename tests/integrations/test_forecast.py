@@ -108,6 +108,30 @@ def test_our_own_spread_is_used_and_others_are_not() -> None:
     assert ours.forecast != without.forecast
 
 
+def test_a_run_of_our_own_gets_its_own_numbers(tmp_path: Path) -> None:
+    rewards, law, rule = (
+        s_curve(80),
+        OnlinePredictor(100, epsilon=0.02, reward_range=(0.0, 1.0)),
+        StoppingRule(0.02, confidence=0.8),
+    )
+    rows, beliefs, stops = [], [], []
+    for step, reward in enumerate(rewards.tolist(), 1):
+        progress = 1 - (1 - step / 100) ** 2
+        rows.append({"step": step, "progress": progress, "learning_rate": 1e-6, "reward": reward, "reward_std": 0.2})
+        beliefs.append(law.observe(step, progress, reward, num_prompts=8, num_generations=4, reward_std=0.2))
+        stops.append(rule.update(beliefs[-1]).stop)
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    config = "max_steps = 100\nprompts_per_step = 8\nnum_generations = 4\nreward_range = [0.0, 1.0]\n"
+    law_settings = "forecast_epsilon = 0.02\nforecast_confidence = 0.8\nforecast_patience = 3\nforecast_min_steps = 20\n"
+    (tmp_path / "config.toml").write_text(config + law_settings, encoding="utf-8")
+    found = forecast_log(read_log(tmp_path))
+    assert found.forecast == beliefs[-1]
+    assert found.stop_step == stops.index(True) + 1
+    assert found.notes == []
+    assert forecast_log(read_log(tmp_path), num_prompts=1).forecast != beliefs[-1], "what is given wins"
+    assert forecast_log(read_log(tmp_path), max_steps=120).horizon == 120
+
+
 @pytest.mark.parametrize(
     ("name", "share", "told"),
     [
@@ -145,6 +169,8 @@ def test_progress_in_steps_where_the_schedule_is_unknown() -> None:
         ({"max_steps": 20}, "max_steps=20 lies before the log's last step, 30"),
         ({"reward_range": (0.2, 0.5)}, "outside reward_range"),
         ({"epsilon": -1.0}, "epsilon=-1.0"),
+        ({"epsilon": 0.0}, "epsilon=0.0"),
+        ({"num_prompts": 0}, "num_prompts=0"),
         ({"confidence": 0.2}, "confidence=0.2"),
     ],
 )

@@ -16,8 +16,8 @@ def read_events(path: Path) -> list[dict[str, float]]:
     Raises:
         ModuleNotFoundError: tensorboard is not installed.
     """
-    from tensorboard.backend.event_processing import event_accumulator  # type: ignore[import-untyped]  # noqa: PLC0415 (an extra)
-    from tensorboard.util.tensor_util import make_ndarray  # type: ignore[import-untyped]  # noqa: PLC0415
+    from tensorboard.backend.event_processing import event_accumulator  # noqa: PLC0415 (an extra)
+    from tensorboard.util.tensor_util import make_ndarray  # noqa: PLC0415
 
     events = event_accumulator.EventAccumulator(
         str(path), size_guidance={"scalars": 0, "tensors": 0}, purge_orphaned_data=False

@@ -19,11 +19,44 @@ _STATE = "trainer_state.json"
 _METRICS = "metrics.jsonl"
 _CONFIG = "config.toml"
 _CHECKPOINTS = "checkpoint-*"
+OWN_RUN = "grpo_fast run"
+_SETTINGS = {
+    "num_prompts": "prompts_per_step",
+    "num_generations": "num_generations",
+    "reward_range": "reward_range",
+    "epsilon": "forecast_epsilon",
+    "confidence": "forecast_confidence",
+    "patience": "forecast_patience",
+    "min_steps": "forecast_min_steps",
+}
 _TEXT_SAMPLE = 4096
 
 
 class LogError(ValueError):
     """A file that holds no reward curve that could be read; the message says what was looked for."""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a run's own configuration says of its rewards and its stop; the defaults where the log has no configuration.
+
+    Attributes:
+        num_prompts: prompts a step.
+        num_generations: completions per prompt.
+        reward_range: least and greatest mean reward that is possible, where that is known.
+        epsilon: gain that is not worth having; None where nothing says so.
+        confidence: probability of so small a gain that stops the run.
+        patience: forecasts in a row that must say so.
+        min_steps: steps before which nothing stops the run.
+    """
+
+    num_prompts: int = 1
+    num_generations: int = 1
+    reward_range: tuple[float, float] | None = None
+    epsilon: float | None = None
+    confidence: float = 0.9
+    patience: int = 3
+    min_steps: int = 20
 
 
 @dataclass(frozen=True)
@@ -36,6 +69,7 @@ class LogRows:
         max_steps: planned steps, where the log tells them.
         reward_column: the column that the format itself names, where it does.
         notes: what could not be read.
+        settings: what the run's configuration says.
     """
 
     rows: list[dict[str, float]]
@@ -43,6 +77,7 @@ class LogRows:
     max_steps: int | None = None
     reward_column: str | None = None
     notes: list[str] = field(default_factory=list)
+    settings: RunSettings = RunSettings()
 
 
 def read_rows(path: Path) -> LogRows:
@@ -131,18 +166,23 @@ def _json_lines(path: Path, text: str) -> LogRows | None:
         return None
     notes = [f"{bad} of {len(lines)} lines are no JSON objects and were left out"] if bad else []
     if path.name == _METRICS and (path.parent / _CONFIG).is_file():
-        return LogRows(numbers_of(objects), "grpo_fast run", _configured_steps(path.parent / _CONFIG, notes), "reward", notes)
+        planned, settings = _configured(path.parent / _CONFIG, notes)
+        return LogRows(numbers_of(objects), OWN_RUN, planned, "reward", notes, settings)
     verl = all(isinstance(row.get("data"), dict) for row in objects)
     return LogRows(numbers_of(objects), "verl JSON lines" if verl else "JSON lines", notes=notes)
 
 
-def _configured_steps(path: Path, notes: list[str]) -> int | None:
+def _configured(path: Path, notes: list[str]) -> tuple[int | None, RunSettings]:
+    """Planned steps and settings of a run of grpo_fast."""
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8")).get("max_steps")
+        config = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError):
         notes.append(f"{path.name} cannot be read")
-        return None
-    return found if isinstance(found, int) and found > 0 else None
+        return None, RunSettings()
+    values = {name: config[key] for name, key in _SETTINGS.items() if key in config}
+    if "reward_range" in values:
+        values["reward_range"] = tuple(values["reward_range"])
+    return config.get("max_steps"), RunSettings(**values)
 
 
 def _console(text: str) -> LogRows | None:

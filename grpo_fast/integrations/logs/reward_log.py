@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from grpo_fast.integrations.logs.log_columns import Columns, choose_columns
-from grpo_fast.integrations.logs.log_rows import LogError, LogRows, read_rows
+from grpo_fast.integrations.logs.log_rows import OWN_RUN, LogError, LogRows, RunSettings, read_rows
 
 Floats = npt.NDArray[np.float64]
 
@@ -33,6 +33,8 @@ class RewardLog:
         reward_column: column that was read.
         step_column: column of the steps; None where rows were counted.
         notes: what was wrong or had to be guessed, in sentences.
+        progress: (n,) share of the budget's summed learning rate behind each step, which runs of grpo_fast log; else None.
+        settings: what the run's own configuration says, or the defaults.
     """
 
     steps: npt.NDArray[np.int64]
@@ -44,6 +46,8 @@ class RewardLog:
     reward_column: str
     step_column: str | None
     notes: list[str] = field(default_factory=list)
+    progress: Floats | None = None
+    settings: RunSettings = field(default_factory=RunSettings)
 
     @property
     def last_reward(self) -> float:
@@ -167,6 +171,8 @@ def _log(rows: list[tuple[int, dict[str, float]]], columns: Columns, found: LogR
         reward_column=columns.reward,
         step_column=columns.step,
         notes=notes,
+        progress=column("progress") if found.source == OWN_RUN else None,
+        settings=found.settings,
     )
     rate = log.learning_rate
     return replace(log, learning_rate=None) if rate is not None and not np.nanmax(rate) > 0 else log

@@ -9,7 +9,7 @@ VERL = [
     "\x1b[36m(TaskRunner pid=77)\x1b[0m Total training steps: 435",
     "(TaskRunner pid=77) step:0 - val-core/gsm8k/acc/mean@1:0.508",
     "(TaskRunner pid=77) Training Progress:   0%|          | 1/435 [01:02<7:29:17, 62.11s/it]",
-    "\x1b[36m(TaskRunner pid=77)\x1b[0m step:1 - actor/lr:1e-06 - training/epoch:0 - critic/rewards/mean:-0.25 - critic/score/max:1.0",
+    "\x1b[36m(TaskRunner pid=77)\x1b[0m step:1 - actor/lr:1e-06 - training/epoch:0 - critic/rewards/mean:-0.25 - kl/max:1.0",
     "step:2 - actor/lr:1e-06 - critic/rewards/mean:np.float64(0.5) - actor/grad_norm:nan",
 ]
 
@@ -18,7 +18,7 @@ def test_verl() -> None:
     rows, source = read_console(VERL)
     assert source == "verl console log"
     assert rows[0] == {"step": 0, "val-core/gsm8k/acc/mean@1": 0.508}
-    assert rows[1] == {"step": 1, "actor/lr": 1e-6, "training/epoch": 0, "critic/rewards/mean": -0.25, "critic/score/max": 1.0}
+    assert rows[1] == {"step": 1, "actor/lr": 1e-6, "training/epoch": 0, "critic/rewards/mean": -0.25, "kl/max": 1.0}
     assert rows[2]["critic/rewards/mean"] == 0.5
     assert math.isnan(rows[2]["actor/grad_norm"])
     assert len(rows) == 3

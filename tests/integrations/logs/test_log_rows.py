@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from grpo_fast.integrations.logs.log_rows import LogError, number, numbers_of, read_rows
+from grpo_fast.config import Config
+from grpo_fast.integrations.logs.log_rows import LogError, RunSettings, number, numbers_of, read_rows
 
 STATE = {"global_step": 2, "max_steps": 50, "log_history": [{"reward": 0.1, "step": 1}, {"reward": 0.2, "step": 2}]}
 ROWS = [{"reward": 0.1, "step": 1.0}, {"reward": 0.2, "step": 2.0}]
@@ -41,7 +42,7 @@ def test_directories(tmp_path: Path) -> None:
     found = read_rows(tmp_path / "mine")
     assert (found.rows, found.max_steps, found.source, found.reward_column) == (ROWS, 77, "grpo_fast run", "reward")
     assert read_rows(tmp_path / "mine" / "metrics.jsonl") == found
-    with pytest.raises(LogError, match="holds 4 runs; name one of them: .*mine"):
+    with pytest.raises(LogError, match=r"holds 4 runs; name one of them: .*mine"):
         read_rows(tmp_path)
     write(tmp_path / "outer" / "one" / "metrics.jsonl", lines(*ROWS))
     assert read_rows(tmp_path / "outer").rows == ROWS
@@ -54,7 +55,16 @@ def test_a_run_whose_configuration_is_broken(tmp_path: Path) -> None:
     write(tmp_path / "metrics.jsonl", lines(*ROWS))
     write(tmp_path / "config.toml", "max_steps = \n")
     found = read_rows(tmp_path)
-    assert (found.max_steps, found.notes) == (None, ["config.toml cannot be read"])
+    assert (found.max_steps, found.notes, found.settings) == (None, ["config.toml cannot be read"], RunSettings())
+
+
+def test_what_our_configuration_says(tmp_path: Path) -> None:
+    write(tmp_path / "metrics.jsonl", lines(*ROWS))
+    values = {"prompts_per_step": 8, "num_generations": 4, "reward_range": (0.0, 2.0), "forecast_epsilon": 0.02}
+    write(tmp_path / "config.toml", Config.parse(values | {"max_steps": 90, "forecast_patience": 5}).to_toml())
+    found = read_rows(tmp_path)
+    assert found.max_steps == 90
+    assert found.settings == RunSettings(8, 4, (0.0, 2.0), 0.02, patience=5), "by the names of the configuration itself"
 
 
 def test_json_lines(tmp_path: Path) -> None:
