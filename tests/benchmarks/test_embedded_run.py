@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ def test_it_starts_weak_and_ends_strong(run: dict[str, Any]) -> None:
 def test_the_rise_is_s_shaped(run: dict[str, Any]) -> None:
     tenth = run["max_steps"] // 10
     levels = [statistics.mean(run["reward"][i : i + tenth // 2]) for i in range(0, run["max_steps"], tenth // 2)]
-    rises = [after - before for before, after in zip(levels, levels[1:], strict=False)]
+    rises = [after - before for before, after in pairwise(levels)]
     steepest = max(range(len(rises)), key=rises.__getitem__)
     assert steepest > 0, f"no slow start: {levels[:6]}"
     assert rises[steepest] > 2 * max(rises[0], 0.0)
