@@ -25,6 +25,7 @@ from grpo_fast.train.evaluate import evaluate
 from grpo_fast.train.interrupt import InterruptFlag
 from grpo_fast.train.optim import build_optimizer, learning_rate_at, progress_schedule
 from grpo_fast.train.parts import CONFIG_FILE, Parts, Replacements, build_parts, check_resumable
+from grpo_fast.train.policy import Policy
 from grpo_fast.train.rng import load_rng_state, rng_state
 from grpo_fast.train.step import Learner, NonFiniteGradientError, UpdateResult
 from grpo_fast.train.summary import Ending, Outcome, write_summary
@@ -118,6 +119,11 @@ class GRPOTrainer:
         wanted = (config or saved).replace(output_dir=Path(run_dir))
         check_resumable(saved, wanted)
         return cls(wanted, resume=True, **given)
+
+    @property
+    def policy(self) -> Policy:
+        """The model in training, with its tokeniser."""
+        return self._parts.policy
 
     def train(self) -> dict[str, Any]:
         """Runs to the end.
