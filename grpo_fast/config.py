@@ -7,6 +7,7 @@ Python, and is written back, resolved, into every run. Nothing here imports torc
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -136,8 +137,8 @@ class Config(BaseModel):
     """Peak learning rate."""
     lr_scheduler_type: Annotated[Literal["constant", "linear", "cosine"], _OPTIM] = "constant"
     """Shape of the learning rate after warm-up, over ``max_steps``."""
-    warmup_steps: Annotated[int, _OPTIM] = Field(0, ge=0)
-    """Steps over which the learning rate rises from 0."""
+    warmup_steps: Annotated[float, _OPTIM] = Field(0, ge=0)
+    """Steps over which the learning rate rises from 0; below 1, a share of ``max_steps``."""
     weight_decay: Annotated[float, _OPTIM] = Field(0.0, ge=0)
     """Decoupled weight decay."""
     adam_beta1: Annotated[float, _OPTIM] = Field(0.9, ge=0, lt=1)
@@ -213,8 +214,13 @@ class Config(BaseModel):
         if self.reward_range is not None and not self.reward_range[0] < self.reward_range[1]:
             raise ValueError(f"reward_range={self.reward_range} must be (least, greatest)")
         if self.warmup_steps > self.max_steps:
-            raise ValueError(f"warmup_steps={self.warmup_steps} exceeds max_steps={self.max_steps}")
+            raise ValueError(f"warmup_steps={self.warmup_steps:g} exceeds max_steps={self.max_steps}")
         return self
+
+    @property
+    def num_warmup_steps(self) -> int:
+        """Steps of warm-up, a share turned into steps (rounded up, as transformers does)."""
+        return math.ceil(self.warmup_steps * self.max_steps) if self.warmup_steps < 1 else int(self.warmup_steps)
 
     @property
     def truncates_support(self) -> bool:

@@ -183,3 +183,9 @@ def test_every_field_is_described_and_belongs_to_a_group(name: str) -> None:
 def test_configuration_needs_no_torch() -> None:
     code = "import sys, grpo_fast.config; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_warm_up_below_one_is_a_share_of_the_steps() -> None:
+    assert Config.parse({"warmup_steps": 0.25, "max_steps": 30}).num_warmup_steps == 8
+    assert Config.parse({"warmup_steps": 3, "max_steps": 30}).num_warmup_steps == 3
+    assert Config.parse({"max_steps": 30}).num_warmup_steps == 0

@@ -32,8 +32,9 @@ WARMUP_STEPS = 3
 class TakeTurns(TrainerCallback):
     """Times TRL's step and then takes one of ours."""
 
-    def __init__(self, ours: GRPOTrainer) -> None:
+    def __init__(self, ours: GRPOTrainer, num_steps: int) -> None:
         self._steps = ours.steps()
+        self._num_steps = num_steps
         self._begun = 0.0
         self.trl_s: list[float] = []
         self.ours_s: list[float] = []
@@ -42,37 +43,36 @@ class TakeTurns(TrainerCallback):
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self._begun = time.perf_counter()
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trl_s.append(time.perf_counter() - self._begun)
         begun = time.perf_counter()
         step = next(self._steps)
         self.ours_s.append(time.perf_counter() - begun)
         self.rewards.append(step.metrics["reward"])
+        control.should_training_stop = step.step >= self._num_steps
 
     def close(self) -> None:
         self._steps.close()
 
 
 def measure(num_steps: int, *, seed: int = 0) -> dict[str, Any]:
-    """Runs both for ``num_steps`` steps on the embedded task.
+    """Runs both for the first ``num_steps`` steps of the embedded recipe, with its schedule.
 
     Returns:
         Medians and quartiles in seconds, the ratio of medians, last rewards and versions.
     """
     with tempfile.TemporaryDirectory() as folder:
-        config = recipe(
-            "embedded", output_dir=Path(folder) / "ours", max_steps=num_steps, forecast="off", sinks=(), eval_steps=0, seed=seed
-        )
+        config = recipe("embedded", output_dir=Path(folder) / "ours", forecast="off", sinks=(), eval_steps=0, seed=seed)
         with GRPOTrainer(config) as ours:
-            turns = TakeTurns(ours)
-            theirs = _trl_trainer(config, Path(folder) / "trl", num_steps, turns)
+            turns = TakeTurns(ours, num_steps)
+            theirs = _trl_trainer(config, Path(folder) / "trl", turns)
             theirs.train()
             turns.close()
         trl_rewards = [row["reward"] for row in theirs.state.log_history if "reward" in row]
     return _table(turns, trl_rewards, num_steps)
 
 
-def _trl_trainer(config: Config, folder: Path, num_steps: int, turns: TakeTurns) -> TRLTrainer:
+def _trl_trainer(config: Config, folder: Path, turns: TakeTurns) -> TRLTrainer:
     task = arithmetic_task(size=config.dataset_size, eval_size=0, seed=config.seed)
     size = config.prompts_per_step * config.num_generations
     arguments = GRPOConfig(
@@ -89,7 +89,8 @@ def _trl_trainer(config: Config, folder: Path, num_steps: int, turns: TakeTurns)
         max_grad_norm=config.max_grad_norm,
         loss_type=config.loss_type,
         beta=config.beta,
-        max_steps=num_steps,
+        warmup_steps=config.num_warmup_steps,
+        max_steps=config.max_steps,
         logging_steps=1,
         save_strategy="no",
         report_to="none",
@@ -126,7 +127,7 @@ def _table(turns: TakeTurns, trl_rewards: list[float], num_steps: int) -> dict[s
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     result = measure(options.steps)

@@ -166,9 +166,13 @@ def _conflicts(versions: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(found)
 
 
+_MODULES = {"pillow": "PIL"}
+"""Modules that are not called as their distribution is."""
+
+
 def _import_error(name: str) -> str:
     try:
-        importlib.import_module(name.replace("-", "_"))
+        importlib.import_module(_MODULES.get(name, name.replace("-", "_")))
     except Exception as error:  # a broken package may raise anything, and the doctor must live to tell
         return f"{type(error).__name__}: {error}"
     return ""

@@ -37,9 +37,9 @@ def learning_rate_at(step: int, config: Config) -> float:
 
     Source: the schedules of ``transformers.get_scheduler``, counted in steps from 1.
     """
-    if step <= config.warmup_steps:
-        return config.learning_rate * step / (config.warmup_steps + 1)
-    done = (step - 1 - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    if step <= config.num_warmup_steps:
+        return config.learning_rate * step / (config.num_warmup_steps + 1)
+    done = (step - 1 - config.num_warmup_steps) / max(1, config.max_steps - config.num_warmup_steps)
     match config.lr_scheduler_type:
         case "constant":
             share = 1.0

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 import os
 import signal
@@ -360,7 +361,10 @@ def test_close_ends_every_worker_and_can_be_repeated() -> None:
             use()
 
 
-def test_an_interrupt_leaves_a_usable_pool(make_pool: Factory) -> None:
+def test_an_interrupt_leaves_a_usable_pool(make_pool: Factory, request: pytest.FixtureRequest) -> None:
+    # A test run that was started in the background ignores SIGINT.
+    request.addfinalizer(functools.partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     pool = make_pool(hang_on("hang"), timeout_s=60.0)
     pool.start()
     timer = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT))
