@@ -125,7 +125,8 @@ class ConsoleSink:
         self._metrics = metrics
         self._forecast = forecast if forecast is not None else self._forecast
         step = int(metrics["step"])
-        self._rewards.append(_number(metrics, "reward"))
+        if "reward" in metrics:  # an evaluation before the first step has none
+            self._rewards.append(metrics["reward"])
         tokens = _number(metrics, "num_tokens")
         self._laps.append((step, tokens - self._tokens, _number(metrics, "step_time")))
         self._tokens = tokens
@@ -173,7 +174,9 @@ class ConsoleSink:
     def _print_step(self, now: float) -> None:
         assert self._info is not None
         self._drawn_at, self._printed_step = now, int(self._metrics["step"])
-        parts = [f"step {self._printed_step}/{self._info.max_steps}", f"reward {self._smoothed():.3f}"]
+        parts = [f"step {self._printed_step}/{self._info.max_steps}"] + (
+            [f"reward {self._smoothed():.3f}"] if self._rewards else []
+        )
         if self._evaluated is not None and self._evaluated[0] == self._printed_step:
             parts.append(f"held-out {self._evaluated[1]:.3f}")
         if self._forecast is not None:
