@@ -180,7 +180,9 @@ def progress_of(log: RewardLog, horizon: int, notes: list[str]) -> Array:
     are constant or fall to zero at the horizon in a line or a half cosine. Elsewhere a step is a step, and that is told.
     """
     if log.progress is not None and horizon == log.max_steps:
-        return log.progress
+        if (np.diff(log.progress) >= 0).all():
+            return log.progress
+        notes.append("the run was resumed with a longer budget; progress is counted anew")
     linear = log.steps / horizon
     rate = log.learning_rate
     if rate is None:

@@ -254,3 +254,12 @@ def test_json_has_no_nan(tmp_path: Path) -> None:
     found = json.loads(done.stdout, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert found["last_reward"] == 0.5
     assert math.isfinite(found["forecast"]["median"])
+
+
+def test_a_run_resumed_with_a_longer_budget_has_its_progress_counted_anew() -> None:
+    steps = np.arange(1, 26)
+    logged = np.concatenate([steps[:20] / 20, steps[20:] / 25])
+    notes: list[str] = []
+    found = progress_of(log_of(np.zeros(25), progress=logged, learning_rate=np.full(25, 1e-4), max_steps=25), 25, notes)
+    assert found == pytest.approx(steps / 25)
+    assert "longer budget" in notes[0]
