@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from grpo_fast.metrics import PHASES, MetricSums, PhaseTimer
+from grpo_fast.metrics import PHASES, MetricSums, PhaseTimer, mean_known
 
 
 def test_sums_minima_and_maxima_over_parts() -> None:
@@ -110,3 +110,9 @@ def test_a_phase_that_fails_is_charged_too() -> None:
     seconds = timer.lap()
     assert seconds["reward"] >= 0.02
     assert seconds["other"] >= 0.01
+
+
+def test_the_mean_leaves_out_what_is_not_known() -> None:
+    assert mean_known([1.0, math.nan, 2.0]) == 1.5
+    assert math.isnan(mean_known([math.nan]))
+    assert math.isnan(mean_known([]))

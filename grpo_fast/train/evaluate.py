@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from grpo_fast.config import Config
+from grpo_fast.metrics import mean_known
 from grpo_fast.rollout.engine import SamplingParams
 from grpo_fast.train.parts import Parts
 from grpo_fast.types import Group
@@ -25,5 +26,4 @@ def evaluate(config: Config, parts: Parts) -> float:
     )
     groups = [Group(prompt, completions) for prompt, completions in zip(parts.eval_prompts, answers, strict=True)]
     parts.eval_rewards.score(groups)
-    known = [value for group in groups for value in group.reward if not math.isnan(value)]
-    return sum(known) / len(known) if known else math.nan
+    return mean_known(value for group in groups for value in group.reward)

@@ -17,7 +17,7 @@ from typing import Any, Self, Unpack
 
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.law import Forecast, StopDecision
-from grpo_fast.metrics import PhaseTimer
+from grpo_fast.metrics import PhaseTimer, mean_known
 from grpo_fast.rewards import RewardError
 from grpo_fast.train.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
 from grpo_fast.train.collect import Collected, Collector
@@ -408,8 +408,7 @@ class GRPOTrainer:
         load_rng_state(state["rng"])
 
     def _smoothed_reward(self) -> float:
-        known = [value for value in self._recent_rewards if not math.isnan(value)]
-        return sum(known) / len(known) if known else math.nan
+        return mean_known(self._recent_rewards)
 
     def _event(self, event: str, message: str) -> None:
         self._parts.sinks.log_event(self.global_step, event, message)
