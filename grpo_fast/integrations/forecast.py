@@ -188,7 +188,7 @@ def progress_of(log: RewardLog, horizon: int, notes: list[str]) -> Array:
     if rate is None:
         return np.asarray(linear)
     known = np.isfinite(rate) & (rate >= 0)
-    steps = np.arange(1.0, horizon + 1)
+    steps = np.arange(1, horizon + 1, dtype=np.float64)
     values = np.interp(steps, log.steps[known], rate[known])
     if log.steps[known][-1] < horizon:
         ahead = _schedule_ahead(log.steps[known].astype(np.float64), rate[known], steps)

@@ -1,7 +1,7 @@
 """Which implementation of an op runs: one explicit table per op, and one rule to read it.
 
-A table lists implementations from the most to the least preferred. ``auto`` takes the first that can run on the device and
-says so once; a name asks for that one and gets it or an error, never another one in its place.
+A table lists implementations from the most to the least preferred. ``auto`` takes the first that can run on the inputs and
+has no drawback there, and says so once; a name asks for that one and gets it or an error, never another one in its place.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 import torch
 
-Impl: TypeAlias = Literal["auto", "torch"]
-"""What a caller may ask for."""
+from grpo_fast.ops import jit
+
+Impl: TypeAlias = Literal["auto", "triton", "native", "torch"]
+"""What a caller may ask for: the best that runs, Triton kernels, the compiled extension, or plain PyTorch."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -22,7 +24,7 @@ _log = logging.getLogger(__name__)
 _announced: set[tuple[str, str, str]] = set()
 
 
-def runs_everywhere(device: torch.device) -> None:
+def nothing(like: torch.Tensor) -> None:
     """The answer of an implementation that nothing can be missing for."""
 
 
@@ -32,44 +34,59 @@ class Implementation(Generic[F]):
 
     run: F
     """The function, with the op's own signature."""
-    obstacle: Callable[[torch.device], str | None] = runs_everywhere
-    """Why it cannot run on a device here, in words for people; ``None`` where it can."""
+    obstacle: Callable[[torch.Tensor], str | None] = nothing
+    """Why it cannot run here on inputs like a tensor, in words for people; ``None`` where it can."""
+    drawback: Callable[[torch.Tensor], str | None] = nothing
+    """Why ``auto`` passes it over where it can run; ``None`` where it does not."""
 
 
-def resolve(op: str, table: Mapping[str, Implementation[F]], *, impl: str, device: torch.device) -> F:
+def triton_kernels(run: F, *, drawback: Callable[[torch.Tensor], str | None] = nothing) -> Implementation[F]:
+    """An implementation that launches Triton kernels.
+
+    Args:
+        run: the function, with the op's own signature.
+        drawback: why ``auto`` passes it over, beside what holds for every kernel: inputs too small, say.
+    """
+    return Implementation(run, jit.obstacle, lambda like: jit.drawback(like) or drawback(like))
+
+
+def resolve(op: str, table: Mapping[str, Implementation[F]], *, impl: str, like: torch.Tensor) -> F:
     """Picks the implementation of one call.
 
     Args:
         op: name of the op, for messages.
         table: the op's implementations by name, most preferred first.
         impl: a name of the table, or ``auto``.
-        device: where the op's inputs live.
+        like: the op's main input; its device and type decide.
 
     Returns:
         The function to call.
 
     Raises:
-        ValueError: ``impl`` is not in the table, or it (for ``auto``: none of them) can run on ``device``. The message names
+        ValueError: ``impl`` is not in the table, or it (for ``auto``: none of them) can run on ``like``. The message names
         what can.
     """
     if impl == "auto":
-        for name, candidate in table.items():
-            if candidate.obstacle(device) is None:
-                _announce(op, name, device)
-                return candidate.run
-        reasons = "; ".join(f"{name}: {candidate.obstacle(device)}" for name, candidate in table.items())
-        raise ValueError(f"{op}: no implementation runs on {device.type} ({reasons})")
+        objections = {name: candidate.obstacle(like) or candidate.drawback(like) for name, candidate in table.items()}
+        for name, objection in objections.items():
+            if objection is None:
+                _announce(op, name, like.device)
+                return table[name].run
+        reasons = "; ".join(f"{name}: {objection}" for name, objection in objections.items())
+        raise ValueError(f"{op}: no implementation runs on {_describe(like)} ({reasons})")
+    others = [name for name, candidate in table.items() if candidate.obstacle(like) is None]
     if impl not in table:
-        raise ValueError(f"{op}: no implementation {impl!r}; choose impl='auto' or one of {_available(table, device)}")
-    obstacle = table[impl].obstacle(device)
-    others = _available(table, device)
+        raise ValueError(f"{op}: no implementation {impl!r}; choose impl='auto' or one of {others}")
+    obstacle = table[impl].obstacle(like)
     if obstacle is not None:
-        raise ValueError(f"{op}: impl={impl!r} cannot run on {device.type}: {obstacle}; choose impl='auto' or one of {others}")
+        raise ValueError(
+            f"{op}: impl={impl!r} cannot run on {_describe(like)}: {obstacle}; choose impl='auto' or one of {others}"
+        )
     return table[impl].run
 
 
-def _available(table: Mapping[str, Implementation[F]], device: torch.device) -> list[str]:
-    return [name for name, candidate in table.items() if candidate.obstacle(device) is None]
+def _describe(like: torch.Tensor) -> str:
+    return f"{like.device.type} {str(like.dtype).removeprefix('torch.')}"
 
 
 def _announce(op: str, name: str, device: torch.device) -> None:

@@ -238,5 +238,5 @@ def fused_grpo(
     """
     check_rows(hidden, head, targets)
     check_shapes(hidden, batch)
-    run = resolve("fused_grpo", _IMPLEMENTATIONS, impl=impl, device=hidden.device)
+    run = resolve("fused_grpo", _IMPLEMENTATIONS, impl=impl, like=hidden)
     return run(hidden, head, targets=targets, batch=batch, spec=spec)

@@ -107,5 +107,5 @@ def group_advantage(
         raise ValueError(
             f"the reward of prompt {row}, completion {column} is {rewards[row, column].item()}; rewards must be finite"
         )
-    run = resolve("group_advantage", _IMPLEMENTATIONS, impl=impl, device=rewards.device)
+    run = resolve("group_advantage", _IMPLEMENTATIONS, impl=impl, like=rewards)
     return run(rewards, scale_rewards=scale_rewards, leave_one_out=leave_one_out)

@@ -286,9 +286,7 @@ def policy_loss(
         See the module; TRL 1.16 is matched term by term.
     """
     check_shapes(logprobs, batch)
-    return resolve("policy_loss", _IMPLEMENTATIONS, impl=impl, device=logprobs.device)(
-        logprobs, batch, spec=spec, entropy=entropy
-    )
+    return resolve("policy_loss", _IMPLEMENTATIONS, impl=impl, like=logprobs)(logprobs, batch, spec=spec, entropy=entropy)
 
 
 def check_shapes(per_token: torch.Tensor, batch: LossBatch) -> None:

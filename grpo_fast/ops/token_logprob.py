@@ -287,7 +287,7 @@ def token_logprob(
         ValueError: shapes that do not fit.
     """
     check_rows(hidden, head, targets)
-    run = resolve("token_logprob", _IMPLEMENTATIONS, impl=impl, device=hidden.device)
+    run = resolve("token_logprob", _IMPLEMENTATIONS, impl=impl, like=hidden)
     return run(hidden, head, targets=targets, want_entropy=want_entropy)
 
 
