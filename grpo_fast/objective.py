@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 
 from grpo_fast.ops.group_advantage import GroupAdvantage, ScaleRewards, group_advantage
-from grpo_fast.ops.policy_loss import LossSpec, RatioLevel, Surrogate
+from grpo_fast.ops.loss_spec import LossSpec, RatioLevel, Surrogate
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

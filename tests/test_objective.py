@@ -12,7 +12,8 @@ import torch
 
 from grpo_fast.config import Config
 from grpo_fast.objective import OBJECTIVES, sequence_kl
-from grpo_fast.ops.policy_loss import LossBatch, policy_loss
+from grpo_fast.ops.loss_spec import LossBatch
+from grpo_fast.ops.policy_loss import policy_loss
 from grpo_fast.ops.row_plan import live_sequences
 
 NAMES = sorted(OBJECTIVES)

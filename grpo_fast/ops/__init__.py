@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from grpo_fast.ops.fused_grpo import FusedLoss, fused_grpo
 from grpo_fast.ops.group_advantage import GroupAdvantage, group_advantage
-from grpo_fast.ops.policy_loss import LossBatch, LossSpec, PolicyLoss, PolicyMetrics, policy_loss
+from grpo_fast.ops.loss_spec import LossBatch, LossSpec, PolicyCoefficients, PolicyLoss, PolicyMetrics
+from grpo_fast.ops.policy_loss import policy_coefficients, policy_loss
 from grpo_fast.ops.row_plan import live_sequences, plan_microbatches
 from grpo_fast.ops.token_logprob import LMHead, token_logprob
 
@@ -14,12 +15,14 @@ __all__ = [
     "LMHead",
     "LossBatch",
     "LossSpec",
+    "PolicyCoefficients",
     "PolicyLoss",
     "PolicyMetrics",
     "fused_grpo",
     "group_advantage",
     "live_sequences",
     "plan_microbatches",
+    "policy_coefficients",
     "policy_loss",
     "token_logprob",
 ]

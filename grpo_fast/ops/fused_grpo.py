@@ -2,7 +2,7 @@
 
 The gradient of the loss with respect to a token's log-probability needs that log-probability and constants only (at sequence
 level: those of its sequence). So each block of rows makes its logits, reduces them to ``logp`` and ``H``, asks
-:func:`~grpo_fast.ops.policy_loss.policy_loss_reference` for the loss and ``g = dL/dlogp``, ``e = dL/dH``, and turns the very
+:func:`~grpo_fast.ops.policy_loss.policy_coefficients` for the loss and ``g = dL/dlogp``, ``e = dL/dH``, and turns the very
 same block into
 
     d hidden = dZ W,   d weight += dZ^T hidden,   dZ = g·(onehot - p) - e·p·(log p + H)
@@ -24,15 +24,8 @@ from typing import Any, NamedTuple
 import torch
 
 from grpo_fast.ops.dispatch import Impl, Implementation, resolve
-from grpo_fast.ops.policy_loss import (
-    LossBatch,
-    LossSpec,
-    PolicyLoss,
-    PolicyMetrics,
-    check_shapes,
-    policy_loss_reference,
-    sequence_lengths,
-)
+from grpo_fast.ops.loss_spec import LossBatch, LossSpec, PolicyLoss, PolicyMetrics, check_needs, check_shapes
+from grpo_fast.ops.policy_loss import policy_coefficients, policy_loss_reference, sequence_lengths
 from grpo_fast.ops.token_logprob import (
     HeadGradient,
     HeadTensors,
@@ -167,16 +160,11 @@ def _one_unit(
 def _loss_and_gradient(
     logprobs: torch.Tensor, entropy: torch.Tensor, batch: LossBatch, spec: LossSpec, *, wanted: bool
 ) -> tuple[PolicyLoss, RowGradient | None]:
-    """Loss of some rows and what it sends back to them; the loss itself stays the policy loss's own formula."""
+    """Loss of some rows and what it sends back to them."""
     if not wanted:
         return policy_loss_reference(logprobs, batch, spec=spec, entropy=entropy), None
-    with torch.enable_grad():
-        leaves = [logprobs.detach().requires_grad_()]
-        if spec.entropy_coef != 0:
-            leaves.append(entropy.detach().requires_grad_())
-        part = policy_loss_reference(leaves[0], batch, spec=spec, entropy=leaves[-1] if len(leaves) == 2 else entropy)
-        found = torch.autograd.grad(part.loss, leaves)
-    return PolicyLoss(part.loss.detach(), part.metrics), RowGradient(*found)
+    found = policy_coefficients(logprobs, batch, spec=spec, entropy=entropy, impl="torch")
+    return PolicyLoss(found.loss, found.metrics), RowGradient(found.logprobs, found.entropy)
 
 
 class _KnownGradient(torch.autograd.Function):
@@ -238,5 +226,6 @@ def fused_grpo(
     """
     check_rows(hidden, head, targets)
     check_shapes(hidden, batch)
+    check_needs(batch, spec, hidden)
     run = resolve("fused_grpo", _IMPLEMENTATIONS, impl=impl, like=hidden)
     return run(hidden, head, targets=targets, batch=batch, spec=spec)

@@ -1,7 +1,7 @@
 """Policy-gradient loss of packed tokens: the one place that holds the mathematics of every objective.
 
 With ``i`` the sequence of token ``t``, ``n_i`` its scored tokens, ``w_i`` its loss weight (the objective's normaliser),
-``A_i`` its advantage and ``d_t = logp_t - old_t``:
+``A_i`` its advantage, ``v_t`` its importance weight (1 where none is given) and ``d_t = logp_t - old_t``:
 
     ratio      r = exp(d_t)                token
                r = exp(Σ_{t in i} d_t / n_i)   sequence
@@ -13,133 +13,50 @@ With ``i`` the sequence of token ``t``, ``n_i`` its scored tokens, ``w_i`` its l
 
     k3         kl_t = e^{ref_t - logp_t} - (ref_t - logp_t) - 1,  times r with the bias correction
 
-    loss       Σ_t w_i·(l + β·kl_t) - c·Σ_t H_t / num_items_in_batch
+    loss       Σ_t w_i·(v_t·l + β·kl_t) - c·Σ_t H_t / num_items_in_batch
+
+and its derivatives, with ``s = ∂l/∂log r`` (for cispo ``∂l/∂logp``), ``V_i = Σ v_t`` and ``K_i = Σ kl_t`` over the tokens that
+share a ratio, and ``∂log r/∂logp_t`` = 1, 1/n_i, 1:
+
+    dL/dlogp_t = w_i·(s·V_i + β·K_i·[bias correction])·∂log r/∂logp_t + w_i·β·(1 - e^{ref_t - logp_t})·(r or 1)
+    dL/dH_t    = -c / num_items_in_batch
 
 Everything is float32, or float64 for float64 inputs; the sum over tokens is one reduction. Sums over sequences are segment
 sums of an ascending index, forward and backward, so that nothing depends on the order of atomics. Nothing is read back to the
-host. A ratio that overflows (d above 88 in float32) makes the gradient NaN; nothing hides it.
+host. A ratio or a KL term that overflows (exponents above 88 in float32) makes its gradient NaN or infinite, also where the
+clip would have made it 0 and where its weight is 0; nothing hides it.
 
 Source: TRL 1.16 ``GRPOTrainer._compute_loss`` and ``RLOOTrainer._compute_loss``; papers stand in :mod:`grpo_fast.objective`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple, Self, TypeAlias
+from typing import NamedTuple
 
 import torch
 
 from grpo_fast.ops.dispatch import Impl, Implementation, resolve
-
-Surrogate: TypeAlias = Literal["clip", "cispo", "sapo"]
-RatioLevel: TypeAlias = Literal["token", "sequence", "sequence_sum"]
-
-
-@dataclass(frozen=True, slots=True)
-class LossSpec:
-    """Which loss it is and with which numbers.
-
-    Raises:
-        ValueError: values that do not go together, with the field named.
-    """
-
-    surrogate: Surrogate = "clip"
-    importance_sampling_level: RatioLevel = "token"
-    """What the ratio is of: a token, a sequence's geometric mean, or a whole sequence's probability."""
-    epsilon_low: float = 0.2
-    epsilon_high: float = 0.2
-    """Upper clip range of ``clip``; the absolute cap of the ratio for ``cispo``."""
-    delta: float | None = None
-    """Cap of the ratio for negative advantages too (two-sided clipping); ``clip`` only."""
-    beta: float = 0.0
-    """Weight of the KL term; 0 needs no reference log-probabilities."""
-    use_bias_correction_kl: bool = True
-    """Multiply the KL estimate by the ratio, as DeepSeek-V3.2 (arXiv 2512.02556) and TRL do."""
-    entropy_coef: float = 0.0
-    """Weight of the mean token entropy, which is subtracted from the loss."""
-    sapo_temperature_pos: float = 1.0
-    sapo_temperature_neg: float = 1.05
-
-    def __post_init__(self) -> None:
-        if self.surrogate == "cispo" and self.importance_sampling_level != "token":
-            raise ValueError(
-                f"importance_sampling_level={self.importance_sampling_level!r} has no meaning for surrogate='cispo', "
-                "which weighs single tokens; use 'token'"
-            )
-        if self.delta is not None and self.surrogate != "clip":
-            raise ValueError(
-                f"delta={self.delta} bounds a clipped ratio; surrogate={self.surrogate!r} has none, set delta=None"
-            )
+from grpo_fast.ops.loss_spec import (
+    LossBatch,
+    LossSpec,
+    PolicyCoefficients,
+    PolicyLoss,
+    PolicyMetrics,
+    check_needs,
+    check_shapes,
+)
 
 
-class LossBatch(NamedTuple):
-    """What the loss reads of a micro-batch beside the log-probabilities of its tokens."""
+class _Tokens(NamedTuple):
+    """What a token brings, in the working type; what a masked one brings is 0."""
 
-    sequence_index: torch.Tensor
-    """int64 [T]: which of the B sequences a token belongs to, ascending."""
-    advantages: torch.Tensor
-    """float [B]."""
-    loss_weights: torch.Tensor
-    """float [B]: what multiplies each token's loss of a sequence."""
-    old_logprobs: torch.Tensor | None = None
-    """float [T]: nats under the policy that the ratio is against; ``None`` is on-policy, with a ratio of exactly 1."""
-    ref_logprobs: torch.Tensor | None = None
-    """float [T]: nats under the reference policy; read where ``beta`` is not 0."""
-    num_items_in_batch: float | None = None
-    """Scored tokens of the whole step; divides the entropy bonus, read where ``entropy_coef`` is not 0."""
-
-    def tokens(self, start: int, stop: int) -> LossBatch:
-        """The same batch with the tokens from ``start`` to ``stop`` only; sequences are kept, some may be empty."""
-        return self._replace(
-            sequence_index=self.sequence_index[start:stop],
-            old_logprobs=None if self.old_logprobs is None else self.old_logprobs[start:stop],
-            ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[start:stop],
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class PolicyMetrics:
-    """Sums over a batch: detached scalar tensors on the batch's device.
-
-    Means are ``clip_* / num_ratios``, ``ratio_sum / num_ratios``, ``kl_sum / num_tokens`` and ``entropy_sum / num_tokens``:
-    TRL's ``clip_ratio/low_mean``, ``clip_ratio/high_mean`` (``cispo_clip_ratio`` for cispo), ``clip_ratio/region_mean``,
-    ``kl``, ``entropy``.
-    """
-
-    num_tokens: torch.Tensor
-    num_ratios: torch.Tensor
-    """Tokens at token level; sequences that have tokens at sequence level."""
-    clip_low: torch.Tensor
-    """Ratios under ``1 - epsilon_low`` with a negative advantage."""
-    clip_high: torch.Tensor
-    """Ratios over ``1 + epsilon_high`` (``cispo``: over the cap) with a positive advantage."""
-    clip_region: torch.Tensor
-    """Either."""
-    kl_sum: torch.Tensor
-    entropy_sum: torch.Tensor
-    ratio_sum: torch.Tensor
-    ratio_min: torch.Tensor
-    """Infinity over nothing."""
-    ratio_max: torch.Tensor
-    """Minus infinity over nothing."""
-
-    def combine(self, other: Self) -> Self:
-        """Both parts as one."""
-        combined = {}
-        for field in fields(self):
-            mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            operation = {"ratio_min": torch.minimum, "ratio_max": torch.maximum}.get(field.name, torch.add)
-            combined[field.name] = operation(mine, theirs)
-        return type(self)(**combined)
-
-
-@dataclass(frozen=True, slots=True)
-class PolicyLoss:
-    """A loss and what to report of it."""
-
-    loss: torch.Tensor
-    """Scalar, differentiable."""
-    metrics: PolicyMetrics
+    logprobs: torch.Tensor
+    old: torch.Tensor
+    ref: torch.Tensor | None
+    importance: torch.Tensor
+    """[T]."""
+    present: torch.Tensor
+    """[T]: 1, or 0 for a masked token."""
 
 
 class _Units(NamedTuple):
@@ -151,68 +68,94 @@ class _Units(NamedTuple):
     weights: torch.Tensor
     num_tokens: torch.Tensor
     """float [U]: tokens that share the ratio."""
+    importance: torch.Tensor
+    """[U]: sum of their importance weights."""
     kl: torch.Tensor | None
-    """[U]: summed over the unit's tokens."""
+    """[U]: summed over the unit's tokens, without the bias correction."""
+
+
+class _Terms(NamedTuple):
+    tokens: _Tokens
+    units: _Units
+    ratio: torch.Tensor
+    """[U]."""
+    loss: torch.Tensor
+    """Scalar."""
+    metrics: PolicyMetrics
 
 
 def policy_loss_reference(
     logprobs: torch.Tensor, batch: LossBatch, *, spec: LossSpec, entropy: torch.Tensor | None = None
 ) -> PolicyLoss:
     """The specification of :func:`policy_loss`, in plain differentiable PyTorch."""
-    logprobs = _working(logprobs)
-    old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs.to(logprobs.dtype)
-    kl = _k3(logprobs, batch.ref_logprobs) if spec.beta != 0 else None
-    units = _units(logprobs - old, kl, batch, spec)
+    terms = _terms(logprobs, batch, spec, entropy)
+    return PolicyLoss(terms.loss, terms.metrics)
+
+
+def _terms(logprobs: torch.Tensor, batch: LossBatch, spec: LossSpec, entropy: torch.Tensor | None) -> _Terms:
+    tokens = _tokens(logprobs, batch)
+    units = _units(tokens, batch, spec)
     ratio = units.log_ratio.exp()
-    per_unit = _surrogate(ratio, logprobs, units.advantages, spec) * units.num_tokens
-    unit_kl = units.kl
-    if unit_kl is not None:
-        unit_kl = unit_kl * ratio if spec.use_bias_correction_kl else unit_kl
-        per_unit = per_unit + spec.beta * unit_kl
+    per_unit = _surrogate(ratio, tokens.logprobs, units.advantages, spec) * units.importance
+    kl = units.kl * ratio if units.kl is not None and spec.use_bias_correction_kl else units.kl
+    if kl is not None:
+        per_unit = per_unit + spec.beta * kl
     loss = (units.weights * per_unit).sum()
+    total_entropy = None if entropy is None else (_where(batch.token_mask, _working(entropy))).sum()
     if spec.entropy_coef != 0:
-        loss = loss - spec.entropy_coef * _mean_entropy(entropy, batch)
+        assert total_entropy is not None
+        loss = loss + _entropy_slope(batch, spec) * total_entropy
     with torch.no_grad():
-        metrics = _metrics(ratio, units._replace(kl=unit_kl), entropy, spec)
-    return PolicyLoss(loss, metrics)
+        metrics = _metrics(ratio.detach(), units, spec, kl=kl, entropy=total_entropy)
+    return _Terms(tokens, units, ratio, loss, metrics)
 
 
 def _working(values: torch.Tensor) -> torch.Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-def _k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor | None) -> torch.Tensor:
-    if ref_logprobs is None:
-        raise ValueError("beta is not 0, so ref_logprobs are needed; score the tokens under the reference, or set beta=0")
-    difference = ref_logprobs.to(logprobs.dtype) - logprobs
-    return difference.exp() - difference - 1
+def _where(mask: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:
+    return values if mask is None else torch.where(mask, values, values.new_zeros(()))
 
 
-def _mean_entropy(entropy: torch.Tensor | None, batch: LossBatch) -> torch.Tensor:
-    if entropy is None:
-        raise ValueError("entropy_coef is not 0, so the tokens' entropy is needed; pass entropy=")
-    if batch.num_items_in_batch is None:
-        raise ValueError("entropy_coef is not 0, so num_items_in_batch, the scored tokens of the step, is needed")
-    return _working(entropy).sum() / max(batch.num_items_in_batch, 1.0)
+def _tokens(logprobs: torch.Tensor, batch: LossBatch) -> _Tokens:
+    mask = batch.token_mask
+    logprobs = _where(mask, _working(logprobs))
+    present = torch.ones_like(logprobs, requires_grad=False) if mask is None else mask.to(logprobs.dtype)
+    old, ref, importance = (
+        None if values is None else _where(mask, values.to(logprobs.dtype))
+        for values in (batch.old_logprobs, batch.ref_logprobs, batch.importance_weights)
+    )
+    return _Tokens(
+        logprobs, logprobs.detach() if old is None else old, ref, present if importance is None else importance, present
+    )
 
 
-def _units(log_ratio: torch.Tensor, kl: torch.Tensor | None, batch: LossBatch, spec: LossSpec) -> _Units:
+def _units(tokens: _Tokens, batch: LossBatch, spec: LossSpec) -> _Units:
+    log_ratio = tokens.logprobs - tokens.old
+    kl = None
+    if spec.beta != 0:
+        assert tokens.ref is not None
+        difference = tokens.ref - tokens.logprobs
+        kl = difference.exp() - difference - 1
     advantages = batch.advantages.to(log_ratio.dtype)
     weights = batch.loss_weights.to(log_ratio.dtype)
     if spec.importance_sampling_level == "token":
         index = batch.sequence_index
-        return _Units(log_ratio, advantages[index], weights[index], torch.ones_like(log_ratio), kl)
+        return _Units(log_ratio, advantages[index], weights[index], tokens.present, tokens.importance, kl)
     lengths = sequence_lengths(batch.sequence_index, num_sequences=advantages.shape[0])
-    num_tokens = lengths.to(log_ratio.dtype)
+    num_tokens = lengths.to(log_ratio.dtype) if batch.token_mask is None else _segment_sum(tokens.present, lengths)
+    importance = num_tokens if batch.importance_weights is None else _segment_sum(tokens.importance, lengths)
     summed = _segment_sum(log_ratio, lengths)
     if spec.importance_sampling_level == "sequence":
         summed = summed / num_tokens.clamp(min=1.0)
-    return _Units(summed, advantages, weights, num_tokens, None if kl is None else _segment_sum(kl, lengths))
+    return _Units(summed, advantages, weights, num_tokens, importance, None if kl is None else _segment_sum(kl, lengths))
 
 
 def sequence_lengths(sequence_index: torch.Tensor, *, num_sequences: int) -> torch.Tensor:
-    """Tokens of each sequence, int64 [B], of an ascending int64 index [T]; nothing is read back to the host."""
-    ends = torch.searchsorted(sequence_index, torch.arange(num_sequences, device=sequence_index.device), right=True)
+    """Tokens of each sequence, int64 [B], of an ascending index [T]; nothing is read back to the host."""
+    sequences = torch.arange(num_sequences, device=sequence_index.device, dtype=sequence_index.dtype)
+    ends = torch.searchsorted(sequence_index, sequences, right=True)
     return torch.diff(ends, prepend=ends.new_zeros(1))
 
 
@@ -224,15 +167,25 @@ def _surrogate(ratio: torch.Tensor, logprobs: torch.Tensor, advantages: torch.Te
     if spec.surrogate == "cispo":
         return -ratio.clamp(max=spec.epsilon_high).detach() * advantages * logprobs
     if spec.surrogate == "sapo":
-        tau = torch.full_like(advantages, spec.sapo_temperature_neg).masked_fill(advantages > 0, spec.sapo_temperature_pos)
+        tau = _sapo_temperature(advantages, spec)
         return -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * advantages
     clipped = ratio.clamp(1 - spec.epsilon_low, 1 + spec.epsilon_high)
     bounded = ratio if spec.delta is None else ratio.clamp(max=spec.delta)
     return -torch.minimum(bounded * advantages, clipped * advantages)
 
 
-def _metrics(ratio: torch.Tensor, units: _Units, entropy: torch.Tensor | None, spec: LossSpec) -> PolicyMetrics:
-    ratio = ratio.detach()
+def _sapo_temperature(advantages: torch.Tensor, spec: LossSpec) -> torch.Tensor:
+    return torch.full_like(advantages, spec.sapo_temperature_neg).masked_fill(advantages > 0, spec.sapo_temperature_pos)
+
+
+def _entropy_slope(batch: LossBatch, spec: LossSpec) -> float:
+    assert batch.num_items_in_batch is not None
+    return -spec.entropy_coef / max(batch.num_items_in_batch, 1.0)
+
+
+def _metrics(
+    ratio: torch.Tensor, units: _Units, spec: LossSpec, *, kl: torch.Tensor | None, entropy: torch.Tensor | None
+) -> PolicyMetrics:
     zero = ratio.new_zeros(())
     live = units.num_tokens > 0
     low = high = zero
@@ -242,21 +195,99 @@ def _metrics(ratio: torch.Tensor, units: _Units, entropy: torch.Tensor | None, s
     elif spec.surrogate == "cispo":
         high = (live & (ratio > spec.epsilon_high) & (units.advantages > 0)).sum().to(ratio.dtype)
     nothing = ratio.new_full((1,), float("inf"))
-    return PolicyMetrics(
-        num_tokens=units.num_tokens.sum(),
-        num_ratios=live.sum().to(ratio.dtype),
-        clip_low=low,
-        clip_high=high,
-        clip_region=low + high,
-        kl_sum=zero if units.kl is None else units.kl.detach().sum(),
-        entropy_sum=zero if entropy is None else _working(entropy.detach()).sum(),
-        ratio_sum=torch.where(live, ratio, zero).sum(),
-        ratio_min=torch.cat([torch.where(live, ratio, nothing), nothing]).amin(),
-        ratio_max=torch.cat([torch.where(live, ratio, -nothing), -nothing]).amax(),
-    )
+    values = {
+        "num_tokens": units.num_tokens.sum(),
+        "num_ratios": live.sum().to(ratio.dtype),
+        "clip_low": low,
+        "clip_high": high,
+        "kl_sum": zero if kl is None else kl.detach().sum(),
+        "entropy_sum": zero if entropy is None else entropy.detach().to(ratio.dtype),
+        "ratio_sum": torch.where(live, ratio, zero).sum(),
+        "ratio_min": torch.cat([torch.where(live, ratio, nothing), nothing]).amin(),
+        "ratio_max": torch.cat([torch.where(live, ratio, -nothing), -nothing]).amax(),
+    }
+    return PolicyMetrics(torch.stack([values[name] for name in PolicyMetrics.NAMES]))
 
 
+def _policy_coefficients_torch(
+    logprobs: torch.Tensor, batch: LossBatch, *, spec: LossSpec, entropy: torch.Tensor | None = None
+) -> PolicyCoefficients:
+    with torch.no_grad():
+        tokens, units, ratio, loss, metrics = _terms(logprobs, batch, spec, entropy)
+        slope = _surrogate_slope(ratio, units.advantages, spec) * units.importance
+        if units.kl is not None and spec.use_bias_correction_kl:
+            slope = slope + spec.beta * units.kl * ratio
+        slope = slope * units.weights
+        if spec.importance_sampling_level == "sequence":
+            slope = slope / units.num_tokens.clamp(min=1.0)
+        by_token = spec.importance_sampling_level == "token"
+        index = batch.sequence_index
+        slopes = slope if by_token else slope[index]
+        if tokens.ref is not None and spec.beta != 0:
+            kl_weight = units.weights * ratio if spec.use_bias_correction_kl else units.weights
+            kl_slope = 1 - torch.exp(tokens.ref - tokens.logprobs)
+            slopes = slopes + spec.beta * kl_slope * (kl_weight if by_token else kl_weight[index])
+        slopes = _where(batch.token_mask, slopes)
+        entropy_slopes = None
+        if spec.entropy_coef != 0:
+            entropy_slopes = tokens.present * _entropy_slope(batch, spec)
+    return PolicyCoefficients(loss, slopes, entropy_slopes, metrics)
+
+
+def _surrogate_slope(ratio: torch.Tensor, advantages: torch.Tensor, spec: LossSpec) -> torch.Tensor:
+    """Derivative of the surrogate with respect to the ratio's logarithm (``cispo``: to the token's log-probability).
+
+    Products with the ratio, never choices, take a slope to 0: 0 times an infinite ratio has to be NaN.
+    """
+    if spec.surrogate == "cispo":
+        return -ratio.clamp(max=spec.epsilon_high) * advantages
+    if spec.surrogate == "sapo":
+        argument = _sapo_temperature(advantages, spec) * (ratio - 1)
+        return torch.sigmoid(argument) * torch.sigmoid(-argument) * -4 * advantages * ratio
+    low, high = 1 - spec.epsilon_low, 1 + spec.epsilon_high
+    bounded = ratio if spec.delta is None else ratio.clamp(max=spec.delta)
+    first, second = bounded * advantages, ratio.clamp(low, high) * advantages
+    # Where both are equal, as they are inside the range, each has half a share, as autograd gives to a minimum.
+    half = (first == second) * 0.5
+    share = torch.where(first < second, 1.0, half)
+    reaches_first = share if spec.delta is None else share * (ratio <= spec.delta)
+    reaches_second = torch.where(second < first, 1.0, half) * ((ratio >= low) & (ratio <= high))
+    return -(reaches_first + reaches_second) * advantages * ratio
+
+
+_COEFFICIENTS = {"torch": Implementation(_policy_coefficients_torch)}
 _IMPLEMENTATIONS = {"torch": Implementation(policy_loss_reference)}
+
+
+def policy_coefficients(
+    logprobs: torch.Tensor,
+    batch: LossBatch,
+    *,
+    spec: LossSpec,
+    entropy: torch.Tensor | None = None,
+    impl: Impl = "auto",
+) -> PolicyCoefficients:
+    """Loss of T packed tokens together with its derivatives, without autograd and without waiting for the device.
+
+    Args:
+        logprobs: float [T], nats under the current policy.
+        batch: what else is known of the tokens and their sequences. ``batch.tokens(start, stop)`` gives the part of a block of
+            tokens: at token level any block will do, otherwise one that no sequence reaches out of.
+        spec: which loss.
+        entropy: float [T], nats.
+        impl: how it is computed.
+
+    Returns:
+        The loss and metrics that :func:`policy_loss` has, and ``dloss/dlogprobs`` and ``dloss/dentropy`` [T]; all of them
+        float32 (float64 for float64 inputs) and detached. Losses and metrics of blocks add up to those of the whole.
+
+    Raises:
+        ValueError: shapes that do not fit, or an input that ``spec`` needs is missing.
+    """
+    check_shapes(logprobs, batch)
+    check_needs(batch, spec, entropy)
+    run = resolve("policy_loss", _COEFFICIENTS, impl=impl, like=logprobs)
+    return run(logprobs, batch, spec=spec, entropy=entropy)
 
 
 def policy_loss(
@@ -286,20 +317,6 @@ def policy_loss(
         See the module; TRL 1.16 is matched term by term.
     """
     check_shapes(logprobs, batch)
-    return resolve("policy_loss", _IMPLEMENTATIONS, impl=impl, like=logprobs)(logprobs, batch, spec=spec, entropy=entropy)
-
-
-def check_shapes(per_token: torch.Tensor, batch: LossBatch) -> None:
-    """Holds a batch against the T of its first dimension.
-
-    Raises:
-        ValueError: a tensor that does not fit, with both shapes.
-    """
-    num_tokens, weights = per_token.shape[0], tuple(batch.loss_weights.shape)
-    for name in ("sequence_index", "old_logprobs", "ref_logprobs"):
-        values = getattr(batch, name)
-        if values is not None and tuple(values.shape) != (num_tokens,):
-            raise ValueError(f"{name} has shape {tuple(values.shape)}; it must be ({num_tokens},), one a token")
-    if batch.advantages.ndim != 1 or tuple(batch.advantages.shape) != weights:
-        shape = tuple(batch.advantages.shape)
-        raise ValueError(f"advantages {shape} and loss_weights {weights} must both have shape (B,), one a sequence")
+    check_needs(batch, spec, entropy)
+    run = resolve("policy_loss", _IMPLEMENTATIONS, impl=impl, like=logprobs)
+    return run(logprobs, batch, spec=spec, entropy=entropy)

@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from grpo_fast.ops.fused_grpo import _FEW_LOGITS, FusedLoss, fused_grpo, fused_grpo_reference
-from grpo_fast.ops.policy_loss import LossBatch, LossSpec
+from grpo_fast.ops.loss_spec import LossBatch, LossSpec
 from grpo_fast.ops.token_logprob import LMHead
 
 V, H = 31, 10
@@ -79,7 +79,7 @@ def test_one_pass_equals_the_two_ops(name: str, options: str, on_policy: bool, c
     found = fused_grpo(hidden, small, **given)
     for value, wanted in zip(outcome(found, hidden, head), outcome(expected, hidden, head), strict=True):
         torch.testing.assert_close(value, wanted, rtol=1e-10, atol=1e-12)
-    for key, value in asdict(found.metrics).items():
+    for key, value in found.metrics.named().items():
         torch.testing.assert_close(value, getattr(expected.metrics, key), rtol=1e-10, atol=1e-12)
         assert not value.requires_grad
     if on_policy:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import replace
 
 import pytest
 import torch
 
-from grpo_fast.ops.policy_loss import LossBatch, LossSpec, policy_loss, sequence_lengths
+from grpo_fast.ops.loss_spec import LossBatch, LossSpec
+from grpo_fast.ops.policy_loss import policy_coefficients, policy_loss, policy_loss_reference, sequence_lengths
 
 SPECS = {
     "clip": LossSpec(epsilon_high=0.28),
@@ -19,7 +20,11 @@ SPECS = {
     "raw kl": LossSpec(beta=0.1, use_bias_correction_kl=False),
     "gspo kl": LossSpec(importance_sampling_level="sequence", beta=0.1),
     "entropy": LossSpec(entropy_coef=0.01),
+    "everything": LossSpec(
+        importance_sampling_level="sequence", epsilon_low=0.05, epsilon_high=0.05, delta=1.2, beta=0.1, entropy_coef=0.02
+    ),
 }
+EXTRAS = ("plain", "weighted", "masked", "weighted and masked", "on-policy")
 
 
 def case(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, LossBatch]:
@@ -39,6 +44,96 @@ def case(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor
         num_items_in_batch=20.0,
     )
     return old + 0.4 * draw(14), draw(14).abs(), batch
+
+
+def extended(batch: LossBatch, extra: str) -> LossBatch:
+    """The same tokens with importance weights (some 0), with a mask (one sequence wholly), or on-policy."""
+    tokens = len(batch.sequence_index)
+    if "weighted" in extra:
+        weights = torch.linspace(0, 2, tokens, dtype=batch.advantages.dtype)
+        batch = batch._replace(importance_weights=torch.where(torch.arange(tokens) % 5 == 2, 0.0, weights))
+    if "masked" in extra:
+        present = torch.arange(tokens) % 4 != 1
+        batch = batch._replace(token_mask=present & (batch.sequence_index != 1))
+    return batch._replace(old_logprobs=None) if extra == "on-policy" else batch
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_coefficients_are_the_gradient_of_the_reference(name: str, extra: str, dtype: torch.dtype) -> None:
+    logprobs, entropy, batch = case(dtype)
+    batch, spec = extended(batch, extra), SPECS[name]
+    found = policy_coefficients(logprobs, batch, spec=spec, entropy=entropy)
+    leaves = logprobs.clone().requires_grad_(), entropy.clone().requires_grad_()
+    expected = policy_loss_reference(leaves[0], batch, spec=spec, entropy=leaves[1])
+    gradients = torch.autograd.grad(expected.loss, leaves, allow_unused=True)
+    tight = {"rtol": 1e-12, "atol": 1e-15} if dtype == torch.float64 else {"rtol": 2e-6, "atol": 1e-7}
+    assert torch.equal(found.loss, expected.loss)
+    assert torch.equal(found.metrics.values, expected.metrics.values)
+    torch.testing.assert_close(found.logprobs, gradients[0], **tight)
+    if spec.entropy_coef == 0:
+        assert found.entropy is None
+    else:
+        torch.testing.assert_close(found.entropy, gradients[1], **tight)
+    assert not any(value.requires_grad for value in (found.loss, found.logprobs, found.metrics.values))
+    assert found.logprobs.dtype == dtype
+
+
+def test_ties_of_the_clip_share_the_gradient_as_autograd_does() -> None:
+    ratios = torch.tensor([0.8, 1.2, 1.0, 1.5, 0.5, 1.4, 1.3], dtype=torch.float64)
+    spec = LossSpec(delta=1.4)
+    for sign in (1.0, -1.0, 0.0):
+        batch = LossBatch(
+            torch.zeros(7, dtype=torch.long),
+            torch.tensor([sign], dtype=torch.float64),
+            torch.ones(1, dtype=torch.float64),
+            old_logprobs=torch.zeros(7, dtype=torch.float64),
+        )
+        for low in (1 - 0.2, 0.5):
+            leaf = ratios.log().requires_grad_()
+            each = replace(spec, epsilon_low=1 - low, epsilon_high=0.2)
+            policy_loss_reference(leaf, batch, spec=each).loss.backward()
+            assert torch.equal(policy_coefficients(leaf.detach(), batch, spec=each).logprobs, leaf.grad)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_masked_token_is_not_there(name: str) -> None:
+    logprobs, entropy, batch = case()
+    batch = extended(batch, "weighted and masked")
+    mask = batch.token_mask
+    kept = {"sequence_index", "old_logprobs", "ref_logprobs", "importance_weights"}
+    compact = batch._replace(token_mask=None, **{field: getattr(batch, field)[mask] for field in kept})
+    expected = policy_coefficients(logprobs[mask], compact, spec=SPECS[name], entropy=entropy[mask])
+    poison = {field: torch.where(mask, getattr(batch, field), math.nan) for field in kept - {"sequence_index"}}
+    for each in (batch, batch._replace(**poison)):
+        ruined = each is not batch
+        lp, h = (torch.where(mask, v, math.nan) if ruined else v for v in (logprobs, entropy))
+        found = policy_coefficients(lp, each, spec=SPECS[name], entropy=h)
+        torch.testing.assert_close(found.loss, expected.loss)
+        torch.testing.assert_close(found.metrics.values, expected.metrics.values)
+        torch.testing.assert_close(found.logprobs[mask], expected.logprobs)
+        assert (found.logprobs[~mask] == 0).all()
+        if found.entropy is not None:
+            assert (found.entropy[~mask] == 0).all()
+            torch.testing.assert_close(found.entropy[mask], expected.entropy)
+        leaf = lp.clone().requires_grad_()
+        policy_loss(leaf, each, spec=SPECS[name], entropy=h).loss.backward()
+        torch.testing.assert_close(leaf.grad, found.logprobs, rtol=1e-12, atol=1e-15)
+    assert 0 < mask.sum() < len(mask)
+
+
+def test_importance_weights_reach_the_surrogate_alone() -> None:
+    logprobs, entropy, batch = case()
+    for name in ("clip", "cispo", "sapo", "gspo", "rloo"):
+        spec = replace(SPECS[name], beta=0.3, entropy_coef=0.01)
+        plain = policy_coefficients(logprobs, batch, spec=spec, entropy=entropy)
+        rest = policy_coefficients(logprobs, batch._replace(advantages=batch.advantages * 0), spec=spec, entropy=entropy)
+        weights = torch.full((14,), 0.7, dtype=torch.float64)
+        weighted = policy_coefficients(logprobs, batch._replace(importance_weights=weights), spec=spec, entropy=entropy)
+        torch.testing.assert_close(weighted.loss, rest.loss + 0.7 * (plain.loss - rest.loss))
+        torch.testing.assert_close(weighted.logprobs, rest.logprobs + 0.7 * (plain.logprobs - rest.logprobs))
+        torch.testing.assert_close(weighted.metrics.values, plain.metrics.values)
 
 
 @pytest.mark.parametrize("name", [name for name in SPECS if name != "cispo"])  # its ratio is a constant by definition
@@ -84,7 +179,7 @@ def test_metrics_count_tokens_at_token_level() -> None:
     )
     entropy = torch.arange(7.0)
     metrics = policy_loss(ratios.log(), batch, spec=LossSpec(epsilon_high=0.2), entropy=entropy).metrics
-    found = {name: round(value.item(), 5) for name, value in asdict(metrics).items()}
+    found = {name: round(value.item(), 5) for name, value in metrics.named().items()}
     assert found == {
         "num_tokens": 7.0,
         "num_ratios": 7.0,
@@ -117,7 +212,7 @@ def test_metrics_of_parts_combine_to_those_of_the_whole(name: str) -> None:
     cut = 5
     first = policy_loss(logprobs[:cut], batch.tokens(0, cut), spec=SPECS[name], entropy=entropy[:cut])
     second = policy_loss(logprobs[cut:], batch.tokens(cut, 14), spec=SPECS[name], entropy=entropy[cut:])
-    for key, value in asdict(first.metrics.combine(second.metrics)).items():
+    for key, value in first.metrics.combine(second.metrics).named().items():
         torch.testing.assert_close(value, getattr(whole, key), rtol=1e-12, atol=1e-12)
         assert not value.requires_grad
         assert value.ndim == 0
@@ -180,12 +275,3 @@ def test_missing_inputs_are_named() -> None:
         policy_loss(logprobs, batch._replace(old_logprobs=batch.old_logprobs[1:]), spec=SPECS["clip"])
     with pytest.raises(ValueError, match=r"loss_weights \(5,\)"):
         policy_loss(logprobs, batch._replace(loss_weights=batch.loss_weights[1:]), spec=SPECS["clip"])
-    with pytest.raises(ValueError, match="no implementation 'triton'"):
-        policy_loss(logprobs, batch, spec=SPECS["clip"], impl="triton")  # type: ignore[arg-type]
-
-
-def test_impossible_losses_are_refused() -> None:
-    with pytest.raises(ValueError, match="importance_sampling_level='sequence'"):
-        LossSpec(surrogate="cispo", importance_sampling_level="sequence")
-    with pytest.raises(ValueError, match=r"delta=2\.0"):
-        LossSpec(surrogate="sapo", delta=2.0)

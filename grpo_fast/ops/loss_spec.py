@@ -1,0 +1,219 @@
+"""What a policy loss is told and what it answers: plain data, shared by every op that takes or makes the loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeAlias
+
+import torch
+
+Surrogate: TypeAlias = Literal["clip", "cispo", "sapo"]
+RatioLevel: TypeAlias = Literal["token", "sequence", "sequence_sum"]
+
+
+@dataclass(frozen=True, slots=True)
+class LossSpec:
+    """Which loss it is and with which numbers.
+
+    Raises:
+        ValueError: values that do not go together, with the field named.
+    """
+
+    surrogate: Surrogate = "clip"
+    importance_sampling_level: RatioLevel = "token"
+    """What the ratio is of: a token, a sequence's geometric mean, or a whole sequence's probability."""
+    epsilon_low: float = 0.2
+    epsilon_high: float = 0.2
+    """Upper clip range of ``clip``; the absolute cap of the ratio for ``cispo``."""
+    delta: float | None = None
+    """Cap of the ratio for negative advantages too (two-sided clipping); ``clip`` only."""
+    beta: float = 0.0
+    """Weight of the KL term; 0 needs no reference log-probabilities."""
+    use_bias_correction_kl: bool = True
+    """Multiply the KL estimate by the ratio, as DeepSeek-V3.2 (arXiv 2512.02556) and TRL do."""
+    entropy_coef: float = 0.0
+    """Weight of the mean token entropy, which is subtracted from the loss."""
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+
+    def __post_init__(self) -> None:
+        if self.surrogate == "cispo" and self.importance_sampling_level != "token":
+            raise ValueError(
+                f"importance_sampling_level={self.importance_sampling_level!r} has no meaning for surrogate='cispo', "
+                "which weighs single tokens; use 'token'"
+            )
+        if self.delta is not None and self.surrogate != "clip":
+            raise ValueError(
+                f"delta={self.delta} bounds a clipped ratio; surrogate={self.surrogate!r} has none, set delta=None"
+            )
+
+
+class LossBatch(NamedTuple):
+    """What the loss reads of a micro-batch beside the log-probabilities of its tokens."""
+
+    sequence_index: torch.Tensor
+    """int64 or int32 [T]: which of the B sequences a token belongs to, ascending."""
+    advantages: torch.Tensor
+    """float [B]."""
+    loss_weights: torch.Tensor
+    """float [B]: what multiplies each token's loss of a sequence."""
+    old_logprobs: torch.Tensor | None = None
+    """float [T]: nats under the policy that the ratio is against; ``None`` is on-policy, with a ratio of exactly 1."""
+    ref_logprobs: torch.Tensor | None = None
+    """float [T]: nats under the reference policy; read where ``beta`` is not 0."""
+    num_items_in_batch: float | None = None
+    """Scored tokens of the whole step; divides the entropy bonus, read where ``entropy_coef`` is not 0."""
+    importance_weights: torch.Tensor | None = None
+    """float [T], not negative and without gradient: multiplies a token's surrogate, and neither its KL term nor its entropy.
+
+    TRL's product of ``off_policy_mask``, ``entropy_mask`` and ``importance_sampling_ratio`` (the policy against the engine
+    that sampled); a weight of a whole sequence is repeated on its tokens."""
+    token_mask: torch.Tensor | None = None
+    """bool [T]: a ``False`` token is not there: it has no part in loss, ratio, length or metrics, whatever its numbers are."""
+
+    def tokens(self, start: int, stop: int) -> LossBatch:
+        """The same batch with the tokens from ``start`` to ``stop`` only; sequences are kept, some may be empty."""
+        given = {name: getattr(self, name) for name in TOKEN_FIELDS}
+        parts: dict[str, Any] = {name: None if values is None else values[start:stop] for name, values in given.items()}
+        return self._replace(**parts)
+
+
+TOKEN_FIELDS = ("sequence_index", "old_logprobs", "ref_logprobs", "importance_weights", "token_mask")
+"""Fields of :class:`LossBatch` with one value a token."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PolicyMetrics:
+    """Sums over a batch, detached, in one tensor on the batch's device: one copy brings all of them to the host.
+
+    Means are ``clip_* / num_ratios``, ``ratio_sum / num_ratios``, ``kl_sum / num_tokens`` and ``entropy_sum / num_tokens``:
+    TRL's ``clip_ratio/low_mean``, ``clip_ratio/high_mean`` (``cispo_clip_ratio`` for cispo), ``clip_ratio/region_mean``,
+    ``kl``, ``entropy``.
+    """
+
+    NAMES: ClassVar = (
+        "num_tokens",
+        "num_ratios",
+        "clip_low",
+        "clip_high",
+        "kl_sum",
+        "entropy_sum",
+        "ratio_sum",
+        "ratio_min",
+        "ratio_max",
+    )
+    values: torch.Tensor
+    """[9], in the order of ``NAMES``."""
+
+    def combine(self, *others: Self) -> Self:
+        """All parts as one."""
+        parts = torch.stack([self.values, *(other.values for other in others)])
+        return type(self)(torch.cat([parts[:, :-2].sum(0), parts[:, -2:-1].amin(0), parts[:, -1:].amax(0)]))
+
+    def named(self) -> dict[str, torch.Tensor]:
+        """Every value by its name, ``clip_region`` too."""
+        return dict(zip(self.NAMES, self.values.unbind(), strict=True)) | {"clip_region": self.clip_region}
+
+    @property
+    def num_tokens(self) -> torch.Tensor:
+        """Tokens in the loss."""
+        return self.values[0]
+
+    @property
+    def num_ratios(self) -> torch.Tensor:
+        """Tokens at token level; sequences that have tokens at sequence level."""
+        return self.values[1]
+
+    @property
+    def clip_low(self) -> torch.Tensor:
+        """Ratios under ``1 - epsilon_low`` with a negative advantage."""
+        return self.values[2]
+
+    @property
+    def clip_high(self) -> torch.Tensor:
+        """Ratios over ``1 + epsilon_high`` (``cispo``: over the cap) with a positive advantage."""
+        return self.values[3]
+
+    @property
+    def clip_region(self) -> torch.Tensor:
+        """Either."""
+        return self.values[2] + self.values[3]
+
+    @property
+    def kl_sum(self) -> torch.Tensor:
+        """Of the KL estimate, bias correction included where it is on."""
+        return self.values[4]
+
+    @property
+    def entropy_sum(self) -> torch.Tensor:
+        """0 where no entropy was given."""
+        return self.values[5]
+
+    @property
+    def ratio_sum(self) -> torch.Tensor:
+        """Of the ratios."""
+        return self.values[6]
+
+    @property
+    def ratio_min(self) -> torch.Tensor:
+        """Infinity over nothing."""
+        return self.values[7]
+
+    @property
+    def ratio_max(self) -> torch.Tensor:
+        """Minus infinity over nothing."""
+        return self.values[8]
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyLoss:
+    """A loss and what to report of it."""
+
+    loss: torch.Tensor
+    """Scalar, differentiable."""
+    metrics: PolicyMetrics
+
+
+class PolicyCoefficients(NamedTuple):
+    """A loss with its own derivatives, all detached."""
+
+    loss: torch.Tensor
+    """Scalar."""
+    logprobs: torch.Tensor
+    """[T]: derivative with respect to each token's log-probability."""
+    entropy: torch.Tensor | None
+    """[T]: derivative with respect to each token's entropy; ``None`` without an entropy bonus."""
+    metrics: PolicyMetrics
+
+
+def check_shapes(per_token: torch.Tensor, batch: LossBatch) -> None:
+    """Holds a batch against the T of its first dimension.
+
+    Raises:
+        ValueError: a tensor that does not fit, with both shapes.
+        TypeError: a mask that is not boolean.
+    """
+    num_tokens, weights = per_token.shape[0], tuple(batch.loss_weights.shape)
+    for name in TOKEN_FIELDS:
+        values = getattr(batch, name)
+        if values is not None and tuple(values.shape) != (num_tokens,):
+            raise ValueError(f"{name} has shape {tuple(values.shape)}; it must be ({num_tokens},), one a token")
+    if batch.token_mask is not None and batch.token_mask.dtype != torch.bool:
+        raise TypeError(f"token_mask is {batch.token_mask.dtype}; give booleans (mask.bool() of ones and zeros)")
+    if batch.advantages.ndim != 1 or tuple(batch.advantages.shape) != weights:
+        shape = tuple(batch.advantages.shape)
+        raise ValueError(f"advantages {shape} and loss_weights {weights} must both have shape (B,), one a sequence")
+
+
+def check_needs(batch: LossBatch, spec: LossSpec, entropy: torch.Tensor | None) -> None:
+    """Holds what is given against what a loss reads.
+
+    Raises:
+        ValueError: something that ``spec`` needs is missing.
+    """
+    if spec.beta != 0 and batch.ref_logprobs is None:
+        raise ValueError("beta is not 0, so ref_logprobs are needed; score the tokens under the reference, or set beta=0")
+    if spec.entropy_coef != 0 and entropy is None:
+        raise ValueError("entropy_coef is not 0, so the tokens' entropy is needed; pass entropy=")
+    if spec.entropy_coef != 0 and batch.num_items_in_batch is None:
+        raise ValueError("entropy_coef is not 0, so num_items_in_batch, the scored tokens of the step, is needed")

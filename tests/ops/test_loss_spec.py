@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from grpo_fast.ops.loss_spec import TOKEN_FIELDS, LossBatch, LossSpec, PolicyMetrics, check_needs, check_shapes
+
+BATCH = LossBatch(
+    torch.tensor([0, 0, 1, 3]),
+    torch.ones(4),
+    torch.ones(4),
+    old_logprobs=torch.arange(4.0),
+    ref_logprobs=torch.arange(4.0) + 10,
+    num_items_in_batch=4.0,
+    importance_weights=torch.arange(4.0) + 20,
+    token_mask=torch.tensor([True, False, True, True]),
+)
+
+
+def test_a_part_has_its_own_tokens_and_every_sequence() -> None:
+    part = BATCH.tokens(1, 3)
+    assert part.sequence_index.tolist() == [0, 1]
+    assert part.old_logprobs.tolist() == [1.0, 2.0]
+    assert part.ref_logprobs.tolist() == [11.0, 12.0]
+    assert part.importance_weights.tolist() == [21.0, 22.0]
+    assert part.token_mask.tolist() == [False, True]
+    assert part.advantages is BATCH.advantages
+    assert part.num_items_in_batch == 4.0
+    bare = LossBatch(BATCH.sequence_index, BATCH.advantages, BATCH.loss_weights).tokens(0, 1)
+    assert [getattr(bare, name) for name in TOKEN_FIELDS[1:]] == [None] * 4
+
+
+def test_metrics_combine() -> None:
+    parts = [
+        PolicyMetrics(torch.tensor([2.0, 2, 1, 0, 0.5, 3, 2.5, 0.5, 2.0])),
+        PolicyMetrics(torch.tensor([0.0, 0, 0, 0, 0, 0, 0, math.inf, -math.inf])),
+        PolicyMetrics(torch.tensor([1.0, 1, 0, 1, 0.25, 1, 0.25, 0.25, 0.25])),
+    ]
+    whole = parts[0].combine(*parts[1:])
+    assert {name: value.item() for name, value in whole.named().items()} == {
+        "num_tokens": 3.0,
+        "num_ratios": 3.0,
+        "clip_low": 1.0,
+        "clip_high": 1.0,
+        "clip_region": 2.0,
+        "kl_sum": 0.75,
+        "entropy_sum": 4.0,
+        "ratio_sum": 2.75,
+        "ratio_min": 0.25,
+        "ratio_max": 2.0,
+    }
+    assert all(torch.equal(getattr(whole, name), value) for name, value in whole.named().items())
+    assert torch.equal(parts[0].combine().values, parts[0].values)
+
+
+@pytest.mark.parametrize("name", TOKEN_FIELDS)
+def test_a_token_field_of_another_length_is_named(name: str) -> None:
+    check_shapes(torch.zeros(4, 7), BATCH)
+    with pytest.raises(ValueError, match=rf"{name} has shape \(3,\); it must be \(4,\)"):
+        check_shapes(torch.zeros(4), BATCH._replace(**{name: getattr(BATCH, name)[1:]}))
+
+
+def test_shapes_of_sequences_and_type_of_the_mask() -> None:
+    with pytest.raises(ValueError, match=r"advantages \(3,\) and loss_weights \(4,\)"):
+        check_shapes(torch.zeros(4), BATCH._replace(advantages=torch.ones(3)))
+    with pytest.raises(ValueError, match=r"advantages \(4, 1\)"):
+        check_shapes(torch.zeros(4), BATCH._replace(advantages=torch.ones(4, 1)))
+    with pytest.raises(TypeError, match=r"torch\.int64"):
+        check_shapes(torch.zeros(4), BATCH._replace(token_mask=BATCH.token_mask.long()))
+
+
+def test_what_a_loss_reads_must_be_there() -> None:
+    bare, entropy = LossBatch(BATCH.sequence_index, BATCH.advantages, BATCH.loss_weights), torch.zeros(4)
+    check_needs(bare, LossSpec(), None)
+    with pytest.raises(ValueError, match="ref_logprobs are needed"):
+        check_needs(bare, LossSpec(beta=0.1), entropy)
+    with pytest.raises(ValueError, match="entropy="):
+        check_needs(BATCH, LossSpec(entropy_coef=0.1), None)
+    with pytest.raises(ValueError, match="num_items_in_batch"):
+        check_needs(bare, LossSpec(entropy_coef=0.1), entropy)
+
+
+def test_impossible_losses_are_refused() -> None:
+    with pytest.raises(ValueError, match="importance_sampling_level='sequence'"):
+        LossSpec(surrogate="cispo", importance_sampling_level="sequence")
+    with pytest.raises(ValueError, match=r"delta=2\.0"):
+        LossSpec(surrogate="sapo", delta=2.0)
