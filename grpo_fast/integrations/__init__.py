@@ -1,6 +1,6 @@
-"""For people who train with other tools: a callback that stops at the plateau, and forecasts from logs.
+"""For people who train with other tools: TRL's trainer with the fused loss, a callback that stops at the plateau, forecasts.
 
-Each name is imported when it is first used: the callback needs transformers, the logs need neither that nor torch.
+Each name is imported when it is first used: the trainer needs TRL, the callback transformers, the logs neither that nor torch.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from grpo_fast.integrations.logs import RewardLog as RewardLog
     from grpo_fast.integrations.logs import read_log as read_log
     from grpo_fast.integrations.transformers_callback import PlateauStopCallback as PlateauStopCallback
+    from grpo_fast.integrations.trl import FusedGRPOTrainer as FusedGRPOTrainer
 
 _HOMES = {
+    "FusedGRPOTrainer": "trl",
     "LogError": "logs",
     "LogForecast": "forecast",
     "PlateauStopCallback": "transformers_callback",
