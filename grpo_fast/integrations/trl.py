@@ -144,7 +144,7 @@ class FusedGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         if self.loss_type == "luspo":
             return torch.full_like(lengths, 1.0 / (num_sequences * parts))
         parts = parts / self.args.steps_per_generation if self.model.training else 1.0
-        normalizer = num_items_in_batch.clamp(min=1.0) / self.accelerator.num_processes
+        normalizer: torch.Tensor = num_items_in_batch.clamp(min=1.0) / self.accelerator.num_processes
         return torch.ones_like(lengths) / (normalizer * parts)
 
     def _hold_against_trl(self, ours: torch.Tensor, theirs: torch.Tensor, request: _LossRequest) -> None:
