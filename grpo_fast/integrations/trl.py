@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from grpo_fast.ops import LMHead, LossBatch, LossSpec, fused_grpo, token_logprob
-from grpo_fast.ops.policy_loss import RatioLevel, Surrogate
+from grpo_fast.ops.loss_spec import RatioLevel, Surrogate
 
 try:
     from trl import GRPOConfig, GRPOTrainer
@@ -54,7 +54,7 @@ class FusedGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         from grpo_fast.integrations import FusedGRPOTrainer as GRPOTrainer
 
     All arguments, logged metrics and checkpoints are TRL's. Full fine-tuning and PEFT adapters (outside the head) work, on one
-    process or several with data parallelism; tool masks, images and vLLM's sequence-level importance ratio too.
+    process or several with data parallelism; tool masks, images and the importance ratio against vLLM too.
 
     Raises:
         ValueError: a setting that the fused loss does not know (each is named with what to set instead), or a model whose
@@ -93,9 +93,7 @@ class FusedGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         advantages = inputs["advantages"]
         if advantages.ndim != 1:
             raise ValueError(f"advantages have shape {tuple(advantages.shape)}; the fused loss takes one a sequence, (B,)")
-        if self.use_vllm and self.vllm_importance_sampling_correction:
-            # Every surrogate here is linear in A, and the ratio is not negative; the KL term stays outside, as in TRL.
-            advantages = advantages * inputs["importance_sampling_ratio"].reshape(advantages.shape)
+        corrected = self.use_vllm and self.vllm_importance_sampling_correction
         training = self.model.training
         parts = float(self.current_gradient_accumulation_steps) if training else 1.0
         entropy_coef = self._entropy_weight()
@@ -105,6 +103,7 @@ class FusedGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             loss_weights=self._loss_weights(mask, inputs["num_items_in_batch"], parts=parts),
             old_logprobs=inputs.get("old_per_token_logps"),
             ref_logprobs=inputs["ref_per_token_logps"] if self.beta != 0 else None,
+            importance_weights=inputs["importance_sampling_ratio"].expand(mask.shape) if corrected else None,
             num_items_in_batch=parts * float(mask.sum()) if entropy_coef != 0 else None,
             spec=self._spec(entropy_coef),
         )
@@ -177,12 +176,6 @@ def check_settings(config: GRPOConfig) -> None:
             config.use_liger_kernel,
             "set it to False: Liger would replace the forward pass that is fused here",
         ),
-        "vllm_importance_sampling_mode": (
-            config.use_vllm
-            and config.vllm_importance_sampling_correction
-            and config.vllm_importance_sampling_mode.startswith("token"),
-            "choose 'sequence_mask' or 'sequence_truncate', or set vllm_importance_sampling_correction=False",
-        ),
         "fsdp": (bool(config.fsdp), "leave it empty: a sharded head cannot be read whole; use data parallelism"),
         "deepspeed": (bool(config.deepspeed), "leave it empty: a sharded head cannot be read whole; use data parallelism"),
     }
@@ -203,6 +196,7 @@ class _LossRequest:
     loss_weights: torch.Tensor
     old_logprobs: torch.Tensor | None
     ref_logprobs: torch.Tensor | None
+    importance_weights: torch.Tensor | None
     num_items_in_batch: float | None
     spec: LossSpec
 
@@ -214,6 +208,7 @@ class _LossRequest:
             loss_weights=self.loss_weights,
             old_logprobs=None if self.old_logprobs is None else self.old_logprobs[scored],
             ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[scored],
+            importance_weights=None if self.importance_weights is None else self.importance_weights[scored],
             num_items_in_batch=self.num_items_in_batch,
         )
 

@@ -152,15 +152,18 @@ def test_losses_gradients_and_metrics_are_trls(name: str, model_dir: Path, tmp_p
     assert_same(ours, theirs, micro_batch(theirs.model, tools=True))
 
 
+@pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("loss_type", ["dapo", "sapo"])
-def test_the_ratio_to_the_rollout_engine_counts_once_a_sequence(loss_type: str, model_dir: Path, tmp_path: Path) -> None:
+def test_the_ratio_to_the_rollout_engine(loss_type: str, per_token: bool, model_dir: Path, tmp_path: Path) -> None:
     ours, theirs = (
         trainer(cls, tmp_path, model=LlamaForCausalLM.from_pretrained(model_dir), loss_type=loss_type, beta=0.1)
         for cls in (fused_class(), trl.GRPOTrainer)
     )
     ours.use_vllm = theirs.use_vllm = True  # what TRL's loss reads; no engine is asked for anything
-    inputs = micro_batch(theirs.model) | {"importance_sampling_ratio": torch.tensor([[0.5], [1.3], [1.0], [0.9], [0.0], [2.0]])}
-    assert_same(ours, theirs, inputs)
+    ratio = torch.tensor([[0.5], [1.3], [1.0], [0.9], [0.0], [2.0]])
+    if per_token:
+        ratio = ratio * (torch.arange(L) % 3)
+    assert_same(ours, theirs, micro_batch(theirs.model) | {"importance_sampling_ratio": ratio})
 
 
 def test_evaluation_and_a_batch_of_nothing_are_trls(model_dir: Path, tmp_path: Path) -> None:
@@ -238,17 +241,6 @@ REFUSED: dict[str, dict[str, Any]] = {
 def test_what_is_not_fused_is_refused_by_name(message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message + r".*use trl\.GRPOTrainer"):
         trainer(fused_class(), tmp_path, **REFUSED[message])
-
-
-def test_token_level_engine_ratios_are_refused() -> None:
-    from grpo_fast.integrations.trl import check_settings
-
-    config = trl.GRPOConfig(use_cpu=True, bf16=False, output_dir="unused")
-    config.use_vllm, config.vllm_importance_sampling_mode = True, "token_truncate"
-    with pytest.raises(ValueError, match=r"vllm_importance_sampling_mode='token_truncate'.*'sequence_mask'"):
-        check_settings(config)
-    config.vllm_importance_sampling_mode = "sequence_mask"
-    check_settings(config)
 
 
 def test_a_change_of_trls_formula_is_noticed(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
