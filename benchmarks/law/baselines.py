@@ -17,7 +17,7 @@ from benchmarks.law.curves import Array
 from benchmarks.law.evaluate import Prediction, Seen
 
 MAX_BINS = 80
-_REFINEMENTS = 4
+_REFINEMENTS = 10
 
 Rise = Callable[[Array, Array], Array]
 
@@ -97,7 +97,7 @@ class Fit:
     Attributes:
         name: its name.
         rise: (M, D) parameters and (K,) progress to (M, K).
-        grid: one axis of values per parameter; refined around the best four times, geometrically where positive.
+        grid: one axis of values per parameter; refined around the best one ten times, geometrically where positive.
         zero_start: the start is 0, as in the printed second version of the law.
         averaged: average with the mean of the last 20 % seen.
     """
@@ -128,19 +128,18 @@ class Fit:
             index = int(np.argmin(loss))
             if best is None or loss[index] < best[0]:
                 best = (float(loss[index]), points[index], float(start[index]), float(end[index]))
-            axes = tuple(_around(axis, value) for axis, value in zip(axes, best[1], strict=True))
+            axes = tuple(_around(axis, value, whole) for axis, value, whole in zip(axes, best[1], self.grid, strict=True))
         assert best is not None
         return best[1], best[2], best[3]
 
 
-def _around(axis: Array, value: float) -> Array:
-    """Seven values about the best one, a third as far apart, inside the axis."""
-    if axis[0] > 0:
-        width = np.log(axis[-1] / axis[0]) / (axis.size - 1)
-        finer = value * np.exp(width * np.arange(-3, 4) / 3)
+def _around(axis: Array, value: float, whole: Array) -> Array:
+    """Seven values about the best one, half as far apart as before, inside the whole axis."""
+    if whole[0] > 0:
+        finer = value * (axis[-1] / axis[0]) ** (np.arange(-3, 4) / (2 * (axis.size - 1)))
     else:
-        finer = value + (axis[-1] - axis[0]) / (axis.size - 1) * np.arange(-3, 4) / 3
-    return np.asarray(np.clip(finer, axis[0], axis[-1]))
+        finer = value + (axis[-1] - axis[0]) * np.arange(-3, 4) / (2 * (axis.size - 1))
+    return np.asarray(np.clip(finer, whole[0], whole[-1]))
 
 
 def solve_levels(

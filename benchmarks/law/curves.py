@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -17,12 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import uniform_filter1d
 
+from benchmarks.law.hindsight import Hindsight, classify, look_back
 from grpo_fast.integrations.logs import LogError, read_log
 
 Array = NDArray[np.float64]
 
 INDEX = "index.csv"
 LOGS = (".csv", ".jsonl", ".json", ".log", ".txt")
+SHAPES = ("concave", "S-shaped", "still rising", "second rise", "flat", "collapse")
+RISING = frozenset(SHAPES[:4])
+MAX_POINTS = 200
 _FEWEST = 10
 
 
@@ -83,12 +87,46 @@ class Curve:
     @property
     def learning(self) -> bool:
         """Whether the whole curve, in hindsight, rises: neither flat nor in decline."""
-        return self.shape in {"concave", "S-shaped", "still rising", "second rise"}
+        return self.shape in RISING
+
+    @cached_property
+    def hindsight(self) -> Hindsight:
+        """The whole curve without its noise; a long curve is thinned first."""
+        return look_back(thinned(self).rewards)
 
     @cached_property
     def shape(self) -> str:
-        """One of concave, S-shaped, still rising, flat, collapse; "unlabelled" where nothing says."""
-        return _class(self.label)
+        """One of concave, S-shaped, second rise, still rising, flat, collapse: the collection's label where there is one.
+
+        No collection labels second rises; they are looked for among those that rise.
+        """
+        own = classify(self.hindsight)
+        labelled = _class(self.label)
+        if not labelled or (own == "second rise" and labelled in RISING):
+            return own
+        return labelled
+
+    @property
+    def size_class(self) -> str:
+        """Of the model: "up to 1B", "1B to 4B", "above 4B" or "unknown"."""
+        if math.isnan(self.size_b):
+            return "unknown"
+        return "up to 1B" if self.size_b <= 1 else "1B to 4B" if self.size_b <= 4 else "above 4B"
+
+
+def thinned(curve: Curve, most: int = MAX_POINTS) -> Curve:
+    """The curve in at most ``most`` points: means of neighbours, each at the last of their steps."""
+    size = curve.rewards.size
+    if size <= most:
+        return curve
+    edges = np.linspace(0, size, most + 1).round().astype(int)
+    count = np.diff(edges)
+    return replace(
+        curve,
+        steps=curve.steps[edges[1:] - 1],
+        rewards=np.add.reduceat(curve.rewards, edges[:-1]) / count,
+        rollouts=round(curve.rollouts * size / most),
+    )
 
 
 def smoothed(rewards: Array) -> Array:
@@ -174,8 +212,8 @@ def _logs(root: Path) -> Iterator[Curve]:
 
 
 def _class(label: str) -> str:
-    """The collection's label in the words of the tables."""
+    """The collection's label in the words of the tables; empty where it is none of its labels."""
     for begin, name in (("flat", "flat"), ("constant", "flat"), ("collapse", "collapse"), ("S-shape", "S-shaped")):
         if label.startswith(begin):
             return name
-    return {"rise to plateau": "concave", "still rising at end": "still rising"}.get(label, "unlabelled")
+    return {"rise to plateau": "concave", "still rising at end": "still rising"}.get(label, "")
