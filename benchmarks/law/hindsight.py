@@ -90,9 +90,9 @@ def classify(past: Hindsight) -> str:
 
     With ``gain`` the greatest level less the first one: flat where the levels span less than four of their standard errors, or
     where the gain is under a quarter of that span; collapse where the end lies below the peak by over half the gain (or below
-    the start); second rise where the curve stands still between two rises of at least a quarter of the span each; S-shaped where
-    a tenth of the gain takes over a fifth of the time to nine tenths of it; still rising where the last fifth of the run adds
-    over a tenth of the gain.
+    the start); second rise where the curve stands still between two rises of at least a quarter of the span each; S-shaped
+    where a tenth of the gain takes over a fifth of the time to nine tenths of it; still rising where the last fifth
+    of the run adds over a tenth of the gain.
     """
     level, span = past.level, float(np.ptp(past.level))
     error = past.noise_sd * float(np.median(np.linalg.norm(past.weights, axis=1)))
