@@ -107,6 +107,7 @@ def forecast(  # noqa: PLR0913 (flags)
     log: Path,
     *,
     reward_column: str | None = None,
+    run: str | None = None,
     max_steps: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None,
     epsilon: float | None = None,
     confidence: float | None = None,
@@ -118,12 +119,13 @@ def forecast(  # noqa: PLR0913 (flags)
 ) -> int:
     """Say where the rewards of a log will end, and when the law would have stopped the run.
 
-    Read are transformers' ``trainer_state.json``, runs of grpo_fast, JSON lines, console logs of verl, OpenRLHF and TRL, W&B's
-    CSV exports, TensorBoard's event directories, and plain CSV.
+    Read are transformers' ``trainer_state.json``, runs of grpo_fast, JSON lines, console logs of verl, OpenRLHF and TRL,
+    exports of W&B and TensorBoard, TensorBoard's event directories, and plain CSV, gzipped or not.
 
     Args:
         log: The file, or the directory of a run.
         reward_column: Column of the reward, where the guess is wrong or in doubt.
+        run: Which run, where a column of the log tells several apart; else the last one.
         max_steps: Steps of the whole budget, where the log does not tell them.
         epsilon: Remaining gain that is not worth having, in units of the reward.
         confidence: Probability of so small a gain that stops a run; 0.9, or what the run itself had.
@@ -136,7 +138,7 @@ def forecast(  # noqa: PLR0913 (flags)
     from grpo_fast.integrations import forecast_log, read_log  # noqa: PLC0415 (each command imports what it needs)
 
     result = forecast_log(
-        read_log(log, reward_column=reward_column),
+        read_log(log, reward_column=reward_column, run=run),
         max_steps=max_steps,
         epsilon=epsilon,
         confidence=confidence,

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,36 @@ def test_importing_the_library_costs_nothing() -> None:
         "import sys, grpo_fast; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'numpy', 'pydantic')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_law_needs_numpy_and_scipy_alone(tmp_path: Path) -> None:
+    """In a folder that holds nothing else, an interpreter without site-packages forecasts from a list of rewards."""
+    for name in ("numpy", "scipy", "grpo_fast"):
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        home = Path(next(iter(spec.submodule_search_locations or ())))
+        (tmp_path / name).symlink_to(home)
+        if (libraries := home.with_name(f"{name}.libs")).is_dir():
+            (tmp_path / libraries.name).symlink_to(libraries)
+    code = f"""
+import importlib.util, sys
+sys.path.insert(0, {str(tmp_path)!r})
+for name in ("torch", "transformers", "pydantic", "matplotlib", "pip", "cyclopts", "rich"):
+    assert importlib.util.find_spec(name) is None, name
+from grpo_fast import OnlinePredictor
+import grpo_fast.law
+predictor = OnlinePredictor(100, reward_range=(0.0, 1.0))
+for step in range(1, 41):
+    reward = 0.8 - 0.6 * 0.9**step + 0.02 * (-1) ** step
+    forecast = predictor.observe(step, step / 100, reward, num_prompts=8, num_generations=4)
+assert grpo_fast.law.StoppingRule().update(forecast).reason
+print(forecast.low, forecast.median, forecast.high)
+"""
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    low, median, high = map(float, done.stdout.split())
+    assert low < 0.8 < high
+    assert 0.7 < median < 0.9
 
 
 def test_there_are_about_ten_names() -> None:

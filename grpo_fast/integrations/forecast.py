@@ -20,6 +20,7 @@ _T = TypeVar("_T")
 _NARROW_SPAN = 3.0
 _MAX_POINTS = 2000
 _SCHEDULE_TOLERANCE = 0.02
+_MAX_GRID = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -188,8 +189,8 @@ def progress_of(log: RewardLog, horizon: int, notes: list[str]) -> Array:
     if rate is None:
         return np.asarray(linear)
     known = np.isfinite(rate) & (rate >= 0)
-    steps = np.arange(1, horizon + 1, dtype=np.float64)
-    values = np.interp(steps, log.steps[known], rate[known])
+    steps: Array = np.linspace(1.0, horizon, min(horizon, _MAX_GRID))
+    values: Array = np.interp(steps, log.steps[known], rate[known])
     if log.steps[known][-1] < horizon:
         ahead = _schedule_ahead(log.steps[known].astype(np.float64), rate[known], steps)
         if ahead is None:
@@ -202,7 +203,7 @@ def progress_of(log: RewardLog, horizon: int, notes: list[str]) -> Array:
             )
         values = np.where(steps <= log.steps[known][-1], values, future)
     spent = np.cumsum(values)
-    return np.asarray(np.clip(spent[log.steps - 1] / spent[-1], 1e-9, 1.0))
+    return np.asarray(np.clip(np.interp(log.steps, steps, spent) / spent[-1], 1e-9, 1.0))
 
 
 def _schedule_ahead(steps: Array, rate: Array, every: Array) -> tuple[str, Array] | None:

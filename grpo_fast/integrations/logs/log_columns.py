@@ -21,6 +21,7 @@ STEPS: tuple[str, ...] = (
     *("iteration", "iter", "batch", "update"),
 )
 RATES: tuple[str, ...] = ("learning_rate", "actor/lr", "actor_lr", "lr", "optim/lr")
+_KNOWN = {*REWARDS, *STEPS, *RATES, "progress", "value"}
 _PREFIX = re.compile(r"^(?:train|training|metrics)[/_](?!step)")
 _RUN = re.compile(r"^.+ - (?=\S+$)")
 _ONE_REWARD = re.compile(r"^rewards?/[^/]+(?:/mean)?$")
@@ -71,6 +72,17 @@ def choose_columns(names: Iterable[str], *, reward_column: str | None = None) ->
     )
 
 
+def may_matter(name: str, reward_column: str | None) -> bool:
+    """Whether a column can be chosen at all, or made the log's meaning unclear."""
+    if reward_column is not None and reward_column in {name, _RUN.sub("", name)}:
+        return True
+    short = plain(name)
+    known = {short, name.strip().lower()}
+    if known & _KNOWN or short == "reward_std":
+        return True
+    return _ONE_REWARD.match(short) is not None
+
+
 def plain(name: str) -> str:
     """A column's name in small letters without a W&B run's name and without ``train/`` before it."""
     return _PREFIX.sub("", _RUN.sub("", name.strip()).lower())
@@ -80,7 +92,7 @@ def _named(names: list[str], wanted: str) -> tuple[str, list[str]]:
     found = [name for name in names if name == wanted] or [name for name in names if _RUN.sub("", name) == wanted]
     if not found:
         near = difflib.get_close_matches(wanted, names, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(f"the log has no column {wanted!r}{hint} It has {_listed(names)}")
     if len(found) > 1:
         raise ValueError(f"{wanted!r} is the name of {len(found)} columns; give one in full: {_listed(found)}")

@@ -10,12 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from grpo_fast.integrations.logs.log_columns import Columns, choose_columns
-from grpo_fast.integrations.logs.log_rows import OWN_RUN, LogError, LogRows, RunSettings, read_rows
-
-Floats = npt.NDArray[np.float64]
+from grpo_fast.integrations.logs.log_rows import OWN_RUN, read_rows
+from grpo_fast.integrations.logs.raw_log import LogError, Names, RawLog, RunSettings, counted
+from grpo_fast.integrations.logs.row_order import Floats, Rows, one_run
 
 _FEW = 10
 _WIDE_SPAN = 5.0
+_FAR = 100.0
+_LONG_BEFORE = 0.5
 
 
 @dataclass(frozen=True)
@@ -55,115 +57,108 @@ class RewardLog:
         return float(self.rewards[np.isfinite(self.rewards)][-1])
 
 
-def read_log(path: str | Path, *, reward_column: str | None = None) -> RewardLog:
+def read_log(path: str | Path, *, reward_column: str | None = None, run: str | None = None) -> RewardLog:
     """Reads the reward curve of a log.
 
-    Known are transformers' ``trainer_state.json``, run directories and ``metrics.jsonl`` of grpo_fast, JSON lines (verl's and
-    flat ones), console logs of verl, OpenRLHF and TRL, W&B's CSV exports, TensorBoard's event directories, and plain CSV.
+    Known are transformers' ``trainer_state.json``, run directories and ``metrics.jsonl`` of grpo_fast, JSON lines (verl's,
+    W&B's and flat ones), console logs of verl, OpenRLHF and TRL, CSV exports of W&B and TensorBoard, TensorBoard's event
+    directories, and plain tables; each of them gzipped or not.
 
     Args:
         path: the file, or the directory of a run.
         reward_column: column of the reward; guessed from known names without one, and told in ``reward_column``.
+        run: which run, where a column tells several apart; the last one without it.
 
     Raises:
         LogError: no such file, no known format, no column that is surely the reward, or not one reward in it.
     """
-    found = read_rows(Path(path))
-    names = list(dict.fromkeys(name for row in found.rows for name in row))
+    names = Names(reward_column)
+    found = read_rows(Path(path), names)
+    present = {name for row in found.rows for name in row}
+    listed = [name for name in names.all() if name in present or not names.keeps(name)]
     wanted = reward_column
-    if wanted is None and found.reward_column in names:
+    if wanted is None and found.reward_column in listed:
         wanted = found.reward_column
     try:
-        columns = choose_columns(names, reward_column=wanted)
+        columns = choose_columns(listed, reward_column=wanted)
     except ValueError as error:
         raise LogError(f"{path} ({found.source}): {error}") from error
     notes = list(found.notes)
     if columns.others:
         notes.append(f"other columns that could be meant: {', '.join(columns.others[:6])}")
-    rows = _placed(found, columns, notes)
-    if not any(math.isfinite(row[columns.reward]) for _, row in rows):
+    rows = _placed(_rows_of(found, run, notes), columns, notes)
+    if not np.isfinite(rows.rewards).any():
         raise LogError(f"{path} ({found.source}): column {columns.reward!r} holds no number at a known step")
-    log = _log(_one_run(rows, notes), columns, found, notes)
+    log = _log(one_run(rows, notes), columns, found, notes=notes)
     notes.extend(_oddities(log))
     return log
 
 
-def _placed(found: LogRows, columns: Columns, notes: list[str]) -> list[tuple[int, dict[str, float]]]:
-    """Rows with a reward and their steps, as written. Infinite rewards become NaN."""
-    rows = [row for row in found.rows if columns.reward in row]
-    infinite = sum(math.isinf(row[columns.reward]) for row in rows)
-    if infinite:
-        notes.append(f"{infinite} rewards are infinite and count as missing")
-        rows = [row | {columns.reward: math.nan} if math.isinf(row[columns.reward]) else row for row in rows]
+def _rows_of(found: RawLog, run: str | None, notes: list[str]) -> list[dict[str, float]]:
+    """The rows of one run, where a column names the run of each."""
+    names = list(dict.fromkeys(found.runs or ()))
+    if run is not None and run not in names:
+        known = f"it holds {', '.join(names[:8])}" if names else "no column tells runs apart"
+        raise LogError(f"the log has no run {run!r}; {known}")
+    if found.runs is None or len(names) < 2:
+        return found.rows
+    chosen = found.runs[-1] if run is None else run
+    if run is None:
+        listed = ", ".join(names[:6]) + (", ..." if names[6:] else "")
+        notes.append(f"the file holds {len(names)} runs ({listed}); {chosen}, the last one, is used. Choose with --run")
+    return [row for row, name in zip(found.rows, found.runs, strict=True) if name == chosen]
+
+
+def _placed(rows: list[dict[str, float]], columns: Columns, notes: list[str]) -> Rows:
+    """Rows with a reward and a step. Rewards that are infinite, or far beyond all others, become NaN."""
+    rows = [row for row in rows if columns.reward in row]
+    nothing = math.nan
+    read = {name: np.array([row.get(name, nothing) for row in rows]) for name in _beside(columns)}
+    rewards = _within_reason(np.array([row[columns.reward] for row in rows], dtype=np.float64), notes)
     if columns.step is None:
         notes.append("the log has no column of steps; its rows are counted, from 1")
-        return list(enumerate(rows, 1))
-    placed = [(row[columns.step], row) for row in rows if columns.step in row and math.isfinite(row[columns.step])]
-    if len(placed) < len(rows):
-        notes.append(f"{len(rows) - len(placed)} rewards have no step and were left out")
-    if any(step < 0 or step != math.floor(step) for step, _ in placed):
-        kept = [(step, row) for step, row in placed if step >= 0 and step == math.floor(step)]
-        notes.append(f"{len(placed) - len(kept)} rows have a step that is negative or no whole number and were left out")
-        placed = kept
-    return [(int(step), row) for step, row in placed]
+        return Rows(np.arange(1, len(rows) + 1), rewards, read)
+    steps = np.array([row.get(columns.step, nothing) for row in rows], dtype=np.float64)
+    known = np.isfinite(steps)
+    if not known.all():
+        notes.append(counted(int((~known).sum()), "reward", "has|have no step and was|were left out"))
+    whole = known & (steps >= 0) & (steps == np.floor(steps)) & (steps < 2**62)
+    if (known & ~whole).any():
+        count = int((known & ~whole).sum())
+        notes.append(counted(count, "row", "has|have a step that is negative or no whole number and was|were left out"))
+    return Rows(np.where(whole, steps, 0).astype(np.int64), rewards, read).at(whole)
 
 
-def _one_run(rows: list[tuple[int, dict[str, float]]], notes: list[str]) -> list[tuple[int, dict[str, float]]]:
-    """The last run of a file, each step once, ascending; what was done to get there is told."""
-    steps = [step for step, _ in rows]
-    if len(set(steps)) == len(steps):
-        if steps != sorted(steps):
-            notes.append("the rows were not in the order of their steps and were sorted")
-        rows = sorted(rows, key=lambda row: row[0])
-    else:
-        rows = _unrepeated(rows, notes)
-    if rows and rows[0][0] == 0:
-        notes.append("steps count from 0 in this log; 1 is added to each")
-        rows = [(step + 1, row) for step, row in rows]
-    return rows
+def _beside(columns: Columns) -> list[str]:
+    return [name for name in (columns.reward_std, columns.learning_rate, "progress") if name is not None]
 
 
-def _unrepeated(rows: list[tuple[int, dict[str, float]]], notes: list[str]) -> list[tuple[int, dict[str, float]]]:
-    """Later rows win: over a repeated step, over what a resumed run did again, and over a whole earlier run."""
-    kept: list[tuple[int, dict[str, float]]] = []
-    repeated = runs = 0
-    resumed: list[int] = []
-    for step, row in rows:
-        if kept and step == kept[-1][0]:
-            repeated += 1
-            kept.pop()
-        elif kept and step <= kept[0][0]:
-            runs += 1
-            kept = []
-        elif kept and step < kept[-1][0]:
-            resumed.append(step)
-            kept = [item for item in kept if item[0] < step]
-        kept.append((step, row))
-    if repeated:
-        notes.append(f"{repeated} steps were written again; the later row was used")
-    if resumed:
-        shown = ", ".join(map(str, resumed[:5])) + (", ..." if resumed[5:] else "")
-        notes.append(f"the run was resumed {_times(len(resumed))}, at step {shown}; what it did again was used")
-    if runs:
-        notes.append(f"the file holds {runs + 1} runs one after the other; the last one is used")
-    return kept
+def _within_reason(rewards: Floats, notes: list[str]) -> Floats:
+    infinite = np.isinf(rewards)
+    if infinite.any():
+        notes.append(counted(int(infinite.sum()), "reward", "is|are infinite and counts|count as missing"))
+    sizes = np.where(np.isfinite(rewards), np.abs(rewards), 0.0)
+    usual = float(np.quantile(sizes, 0.95)) if sizes.size > 2 * _FEW else math.inf
+    far = ~infinite & (sizes > _FAR * max(usual, 0.01))
+    if far.any():
+        worst = rewards[far][np.argmax(sizes[far])]
+        words = "lies|lie a hundred times beyond all others and counts|count as missing"
+        notes.append(f"{counted(int(far.sum()), 'reward', words)}: {worst:g}")
+    return np.where(infinite | far, np.nan, rewards)
 
 
-def _log(rows: list[tuple[int, dict[str, float]]], columns: Columns, found: LogRows, notes: list[str]) -> RewardLog:
+def _log(rows: Rows, columns: Columns, found: RawLog, *, notes: list[str]) -> RewardLog:
     def column(name: str | None) -> Floats | None:
-        if name is None:
-            return None
-        values = np.array([row.get(name, math.nan) for _, row in rows])
-        return values if np.isfinite(values).any() else None
+        values = None if name is None else rows.others[name]
+        return values if values is not None and np.isfinite(values).any() else None
 
-    steps = np.array([step for step, _ in rows], dtype=np.int64)
-    planned = found.max_steps
-    if planned is not None and planned < steps[-1]:
-        notes.append(f"the log goes on to step {steps[-1]}, past the {planned} steps that it says were planned")
+    planned, last = found.max_steps, int(rows.steps[-1])
+    if planned is not None and planned < last:
+        notes.append(f"the log goes on to step {last}, past the {planned} steps that it says were planned")
         planned = None
     log = RewardLog(
-        steps=steps,
-        rewards=np.array([row[columns.reward] for _, row in rows], dtype=np.float64),
+        steps=rows.steps,
+        rewards=rows.rewards,
         reward_std=column(columns.reward_std),
         learning_rate=column(columns.learning_rate),
         max_steps=planned,
@@ -181,23 +176,22 @@ def _log(rows: list[tuple[int, dict[str, float]]], columns: Columns, found: LogR
 def _oddities(log: RewardLog) -> list[str]:
     """What a reader of a forecast should know about the curve."""
     finite = log.rewards[np.isfinite(log.rewards)]
+    first, last = int(log.steps[0]), int(log.steps[-1])
     notes = []
     if finite.size < log.rewards.size:
-        notes.append(f"{log.rewards.size - finite.size} of {log.rewards.size} rewards are NaN and count as missing")
+        of = counted(log.rewards.size, "reward", "is|are")
+        notes.append(f"{log.rewards.size - finite.size} of {of} NaN and count as missing")
     strides = np.diff(log.steps)
-    if strides.size and strides.max() > np.median(strides):
-        stride = int(np.median(strides))
-        missing = int(sum(max(0, round(gap / stride) - 1) for gap in strides))
-        if missing:
-            notes.append(f"{missing} steps are missing between step {log.steps[0]} and step {log.steps[-1]}")
+    stride = int(np.median(strides)) if strides.size else 1
+    missing = int(np.maximum(0, np.round(strides / max(stride, 1)) - 1).sum())
+    if missing:
+        notes.append(counted(missing, "step", f"is|are missing between step {first} and step {last}"))
+    if first > stride and first > _LONG_BEFORE * (last - first):
+        notes.append(f"the log begins at step {first}; what came before is unknown")
     if finite.size < _FEW:
-        notes.append(f"only {finite.size} rewards: too few to say much")
+        notes.append(f"only {counted(finite.size, 'reward', '')}: too few to say much".replace(" :", ":"))
     if finite.size > 1 and np.ptp(finite) == 0:
         notes.append(f"the reward is {finite[0]:g} throughout")
     if np.ptp(finite) > _WIDE_SPAN:
         notes.append(f"rewards run from {finite.min():g} to {finite.max():g}: no range is taken for granted")
     return notes
-
-
-def _times(count: int) -> str:
-    return "once" if count == 1 else f"{count} times"

@@ -2,7 +2,23 @@ from __future__ import annotations
 
 import math
 
-from grpo_fast.integrations.logs.console_lines import planned_steps, read_console
+from grpo_fast.integrations.logs.console_lines import read_console
+from grpo_fast.integrations.logs.raw_log import Names, RawLog
+
+
+class AllNames(Names):
+    """Keeps every column."""
+
+    def keeps(self, name: str) -> bool:
+        super().keeps(name)
+        return True
+
+
+def read(*lines: str) -> RawLog:
+    found = read_console("\n".join(lines), AllNames())
+    assert found is not None
+    return found
+
 
 VERL = [
     "{'actor_rollout_ref': {'actor': {'ppo_mini_batch_size': 64}}}",
@@ -15,37 +31,59 @@ VERL = [
 
 
 def test_verl() -> None:
-    rows, source = read_console(VERL)
-    assert source == "verl console log"
-    assert rows[0] == {"step": 0, "val-core/gsm8k/acc/mean@1": 0.508}
-    assert rows[1] == {"step": 1, "actor/lr": 1e-6, "training/epoch": 0, "critic/rewards/mean": -0.25, "kl/max": 1.0}
-    assert rows[2]["critic/rewards/mean"] == 0.5
-    assert math.isnan(rows[2]["actor/grad_norm"])
-    assert len(rows) == 3
-    assert planned_steps(VERL) == 435
-    assert planned_steps(VERL[3:4]) == 435, "from the bar alone"
+    found = read(*VERL)
+    assert (found.source, found.max_steps) == ("verl console log", 435)
+    assert found.rows[0] == {"step": 0, "val-core/gsm8k/acc/mean@1": 0.508}
+    assert found.rows[1] == {"step": 1, "actor/lr": 1e-6, "training/epoch": 0, "critic/rewards/mean": -0.25, "kl/max": 1.0}
+    assert found.rows[2]["critic/rewards/mean"] == 0.5
+    assert math.isnan(found.rows[2]["actor/grad_norm"])
+    assert len(found.rows) == 3
+    assert read(VERL[3], VERL[4]).max_steps == 435, "from the bar alone"
+
+
+def test_verl_behind_a_progress_bar() -> None:
+    bar = "Training Progress:  3%|#| 3/435 [00:45<1:00, 31.2s/it]"
+    found = read(
+        f"{bar}(TaskRunner pid=1) step:3 - critic/rewards/mean:0.5\r{bar}\x1b[36m(TaskRunner)\x1b[0m step:4 - reward:1"
+    )
+    assert [row["step"] for row in found.rows] == [3, 4]
 
 
 def test_dicts() -> None:
-    rows, source = read_console(
-        [
-            "(PPOTrainer pid=3) ppo_trainer.py:547] ✨ Global step 12: {'reward': 0.31, 'actor_lr': 5.0e-07, 'kl': None}",
-            "{'loss': '0.0031', 'reward': '0.4', 'epoch': '0.1'}",
-            '{"reward": 1e-3, "step": 14}  100%|##| 3/3',
-            "{'name': 'model', 'kind': 'x'}",
-            "nothing of note",
-        ]
+    found = read(
+        "(PPOTrainer pid=3) ppo_trainer.py:547] ✨ Global step 12: {'reward': 0.31, 'actor_lr': 5.0e-07, 'kl': None}",
+        "{'loss': '0.0031', 'reward': '0.4', 'epoch': '0.1'}",
+        '{"reward": 1e-3, "step": 14}  100%|##| 3/3',
+        "{'name': 'model', 'kind': 'x'}",
+        "nothing of note",
     )
-    assert source == "console log of Python dicts"
-    assert rows[0]["step"] == 12
-    assert rows[0]["actor_lr"] == 5e-7
-    assert math.isnan(rows[0]["kl"])
-    assert rows[1] == {"loss": 0.0031, "reward": 0.4, "epoch": 0.1}
-    assert rows[2] == {"reward": 0.001, "step": 14}
-    assert len(rows) == 3
+    assert found.source == "console log of Python dicts"
+    assert found.rows[0]["step"] == 12
+    assert found.rows[0]["actor_lr"] == 5e-7
+    assert math.isnan(found.rows[0]["kl"])
+    assert found.rows[1] == {"loss": 0.0031, "reward": 0.4, "epoch": 0.1}
+    assert found.rows[2] == {"reward": 0.001, "step": 14}
+    assert len(found.rows) == 3
+
+
+def bar(count: int, total: int, reward: float) -> str:
+    return f"Episode [1/1]: 9%|█▏ | {count}/{total} [01:23<10:11, 6.95s/it, act_loss=-.0123, reward={reward}, actor_lr=5e-7]"
+
+
+def test_progress_bars() -> None:
+    found = read(*(bar(count, 300, count / 10) for count in (1, 2, 2, 3)), "Loading: 3/4 [00:01<00:02, 2.0s/it]")
+    assert (found.source, found.max_steps) == ("progress bars", 300)
+    assert found.rows[0] == {"step": 1, "act_loss": -0.0123, "reward": 0.1, "actor_lr": 5e-7}
+    assert [row["step"] for row in found.rows] == [1, 2, 2, 3]
+    assert found.notes == ["steps are counted by a progress bar"]
+    anew = read(bar(1, 2, 0.1), bar(2, 2, 0.2), bar(1, 2, 0.3), bar(2, 2, 0.4))
+    assert [row["step"] for row in anew.rows] == [1, 2, 3, 4]
+    assert (anew.max_steps, anew.notes[1]) == (None, "1 time the bar began anew; its counts are added up")
+    better = read(bar(1, 300, 0.5), "{'reward': 0.3}")
+    assert better.rows == [{"reward": 0.3}], "a bar's three digits are the last resort"
 
 
 def test_what_is_no_log() -> None:
-    assert read_console(["step: 3 of the recipe - stir:well", "a { b } c", ""])[0] == []
-    assert planned_steps(["nothing", "total_training_steps: 0"]) is None
-    assert planned_steps(["'total_training_steps': 20", "total_training_steps=30"]) == 30
+    assert read_console("step: 3 of the recipe - stir:well\na { b } c\n\n", Names()) is None
+    assert read("total_training_steps: 0", "step:1 - reward:1").max_steps is None
+    assert read("'total_training_steps': 20", "total_training_steps=30", "step:1 - reward:1").max_steps == 30

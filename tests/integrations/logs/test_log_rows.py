@@ -1,14 +1,15 @@
 from __future__ import annotations
 
+import gzip
 import json
-import math
 import sys
 from pathlib import Path
 
 import pytest
 
 from grpo_fast.config import Config
-from grpo_fast.integrations.logs.log_rows import LogError, RunSettings, number, numbers_of, read_rows
+from grpo_fast.integrations.logs.log_rows import read_rows
+from grpo_fast.integrations.logs.raw_log import LogError, Names, RawLog, RunSettings
 
 STATE = {"global_step": 2, "max_steps": 50, "log_history": [{"reward": 0.1, "step": 1}, {"reward": 0.2, "step": 2}]}
 ROWS = [{"reward": 0.1, "step": 1.0}, {"reward": 0.2, "step": 2.0}]
@@ -20,14 +21,18 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
+def read(path: Path) -> RawLog:
+    return read_rows(path, Names())
+
+
 def lines(*objects: object) -> str:
     return "\n".join(json.dumps(item) for item in objects) + "\n"
 
 
 def test_trainer_state(tmp_path: Path) -> None:
-    found = read_rows(write(tmp_path / "trainer_state.json", json.dumps(STATE)))
+    found = read(write(tmp_path / "trainer_state.json", json.dumps(STATE)))
     assert (found.rows, found.max_steps, found.source) == (ROWS, 50, "transformers trainer_state.json")
-    found = read_rows(write(tmp_path / "state.json", json.dumps(STATE | {"max_steps": -1}, indent=2)))
+    found = read(write(tmp_path / "state.json", json.dumps(STATE | {"max_steps": -1}, indent=2)))
     assert found.max_steps is None
 
 
@@ -35,26 +40,29 @@ def test_directories(tmp_path: Path) -> None:
     for step in (9, 10):
         write(tmp_path / "trl" / f"checkpoint-{step}" / "trainer_state.json", json.dumps(STATE | {"max_steps": step}))
     write(tmp_path / "trl" / "checkpoint-best" / "trainer_state.json", json.dumps(STATE))
-    assert read_rows(tmp_path / "trl").max_steps == 10, "the newest checkpoint holds the whole history"
-    assert read_rows(tmp_path / "trl" / "checkpoint-9").max_steps == 9
+    assert read(tmp_path / "trl").max_steps == 10, "the newest checkpoint holds the whole history"
+    assert read(tmp_path / "trl" / "checkpoint-9").max_steps == 9
     write(tmp_path / "mine" / "metrics.jsonl", lines(*ROWS))
     write(tmp_path / "mine" / "config.toml", "max_steps = 77\n")
-    found = read_rows(tmp_path / "mine")
+    found = read(tmp_path / "mine")
     assert (found.rows, found.max_steps, found.source, found.reward_column) == (ROWS, 77, "grpo_fast run", "reward")
-    assert read_rows(tmp_path / "mine" / "metrics.jsonl") == found
+    assert read(tmp_path / "mine" / "metrics.jsonl") == found
     with pytest.raises(LogError, match=r"holds 4 runs; name one of them: .*mine"):
-        read_rows(tmp_path)
+        read(tmp_path)
     write(tmp_path / "outer" / "one" / "metrics.jsonl", lines(*ROWS))
-    assert read_rows(tmp_path / "outer").rows == ROWS
+    assert read(tmp_path / "outer").rows == ROWS
+    write(tmp_path / "wandb" / "wandb-history.jsonl", lines(*ROWS))
+    write(tmp_path / "printed" / "output.log", "{'reward': 0.1, 'step': 1}\n{'reward': 0.2, 'step': 2}\n")
+    assert read(tmp_path / "wandb").rows == read(tmp_path / "printed").rows == ROWS
     (tmp_path / "bare").mkdir()
     with pytest.raises(LogError, match="bare holds no log"):
-        read_rows(tmp_path / "bare")
+        read(tmp_path / "bare")
 
 
 def test_a_run_whose_configuration_is_broken(tmp_path: Path) -> None:
     write(tmp_path / "metrics.jsonl", lines(*ROWS))
     write(tmp_path / "config.toml", "max_steps = \n")
-    found = read_rows(tmp_path)
+    found = read(tmp_path)
     assert (found.max_steps, found.notes, found.settings) == (None, ["config.toml cannot be read"], RunSettings())
 
 
@@ -62,47 +70,42 @@ def test_what_our_configuration_says(tmp_path: Path) -> None:
     write(tmp_path / "metrics.jsonl", lines(*ROWS))
     values = {"prompts_per_step": 8, "num_generations": 4, "reward_range": (0.0, 2.0), "forecast_epsilon": 0.02}
     write(tmp_path / "config.toml", Config.parse(values | {"max_steps": 90, "forecast_patience": 5}).to_toml())
-    found = read_rows(tmp_path)
+    found = read(tmp_path)
     assert found.max_steps == 90
     assert found.settings == RunSettings(8, 4, (0.0, 2.0), 0.02, patience=5), "by the names of the configuration itself"
 
 
-def test_json_lines(tmp_path: Path) -> None:
-    verl = lines({"step": 1, "data": {"critic/rewards/mean": 0.5, "train": {"lr": 1e-6}, "note": "x"}})
-    found = read_rows(write(tmp_path / "verl.jsonl", verl * 2))
-    assert found.source == "verl JSON lines"
-    assert found.rows[0] == {"step": 1, "critic/rewards/mean": 0.5, "train/lr": 1e-6}
-    text = lines({"global_step": 3, "reward": None, "return": "NaN", "ok": True}) + "oops\n" + lines(*ROWS) + '{"step": 4, "rew'
-    found = read_rows(write(tmp_path / "flat.jsonl", text))
-    assert found.source == "JSON lines"
-    assert len(found.rows) == 3
-    assert found.rows[0].keys() == {"global_step", "reward", "return"}
-    assert math.isnan(found.rows[0]["reward"])
-    assert found.notes == ["1 of 5 lines are no JSON objects and were left out"], "a half-written last line is nothing to tell"
-    assert read_rows(write(tmp_path / "list.json", json.dumps(ROWS))).rows == ROWS
+def test_every_format_is_found(tmp_path: Path) -> None:
+    texts = {
+        "a.csv": "step,reward\n1,0.1\n2,0.2\n",
+        "a.txt": "step reward\n1   0.1\n2   0.2\n",
+        "a.jsonl": lines(*ROWS),
+        "a.json": json.dumps(ROWS, indent=1),
+        "run.log": "noise\nstep:1 - reward:0.1\nstep:2 - reward:0.2\n",
+        "trl.log": "{'reward': '0.1', 'step': 1}\r{'reward': '0.2', 'step': 2}",
+    }
+    for name, text in texts.items():
+        assert read(write(tmp_path / name, text)).rows == ROWS, name
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
+        assert read(tmp_path / f"{name}.gz").rows == ROWS, name
 
 
-def test_tables(tmp_path: Path) -> None:
-    found = read_rows(write(tmp_path / "a.csv", "\ufeffstep,reward,name\n1,0.1,x\n2,,y\n3,nan,z\n"))
-    assert found.source == "CSV"
-    assert found.rows[:2] == [{"step": 1, "reward": 0.1}, {"step": 2}]
-    assert math.isnan(found.rows[2]["reward"])
-    for mark in ";\t":
-        assert read_rows(write(tmp_path / "b.csv", f"step{mark}reward\n1{mark}0.1\n2{mark}0.2\n")).rows == ROWS
-    wandb = '"Step","run - train/reward","run - train/reward__MIN","run - train/reward__MAX"\n"0","0.5","0.5","0.5"\n'
-    found = read_rows(write(tmp_path / "w.csv", wandb))
-    assert found.source == "W&B CSV export"
-    assert found.rows[0]["run - train/reward"] == 0.5
-    found = read_rows(write(tmp_path / "c.csv", "1,0.1\n2,0.2\n"))
-    assert (found.rows, found.notes) == (ROWS, ["the file has no header; its columns are taken as step and reward"])
-    assert read_rows(write(tmp_path / "d.csv", "0.1\n0.2\n")).rows == [{"reward": 0.1}, {"reward": 0.2}]
-
-
-def test_console(tmp_path: Path) -> None:
-    text = "Total training steps: 9\rbar\nstep:1 - critic/rewards/mean:0.5\nstep:2 - critic/rewards/mean:0.6\n"
-    found = read_rows(write(tmp_path / "run.log", text))
-    assert (found.source, found.max_steps) == ("verl console log", 9)
-    assert [row["critic/rewards/mean"] for row in found.rows] == [0.5, 0.6]
+def test_bytes_between_the_lines(tmp_path: Path) -> None:
+    text = "step,reward,größe\n1,0.1,1\n2,0.2,2\n"
+    path = tmp_path / "a.csv"
+    for encoding in ("utf-16", "utf-8-sig"):
+        path.write_bytes(text.encode(encoding))
+        found = read(path)
+        assert (found.rows, found.notes) == (ROWS, [])
+    path.write_bytes(text.encode("latin-1"))
+    found = read(path)
+    assert (found.rows, found.notes) == (
+        ROWS,
+        ["some bytes are no UTF-8; they were passed over, and names of columns may suffer"],
+    )
+    path.write_bytes(b"step,reward\n1,0.1\n" + bytes(9) + b"2,0.2\n")
+    found = read(path)
+    assert (found.rows, found.notes) == (ROWS, ["9 zero bytes were left out"])
 
 
 @pytest.mark.parametrize(
@@ -113,17 +116,21 @@ def test_console(tmp_path: Path) -> None:
         ("numbers.csv", b"1,2,3\n4,5,6\n", "of no known format"),
         ("model.bin", b"\x00\x01\x02", "is a binary file"),
         ("run-1.wandb", b":W&B\x00", "W&B's own binary format; export"),
+        ("plot.png", b"\x89PNG\r\n\x1a\n" + bytes(range(1, 256)) * 9, "is a binary file"),
+        ("cut.csv.gz", b"\x1f\x8b\x08\x00", "cannot be unpacked"),
+        ("head.csv", b"step,reward\n", "holds a header and no rows"),
+        ("trainer_state.json", b'{"log_history": [{"reward": 1}', "is not whole JSON of rows; was it cut off"),
     ],
 )
 def test_nonsense(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(LogError, match=message):
-        read_rows(tmp_path / name)
+        read(tmp_path / name)
 
 
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(LogError, match="does not exist"):
-        read_rows(tmp_path / "none.csv")
+        read(tmp_path / "none.csv")
 
 
 def test_events_without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,11 +138,4 @@ def test_events_without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "events.out.tfevents.1.host").write_bytes(b"")
     for path in (tmp_path, tmp_path / "events.out.tfevents.1.host"):
         with pytest.raises(LogError, match=r"needs tensorboard.*pip install grpo-fast\[tracking\]"):
-            read_rows(path)
-
-
-def test_numbers() -> None:
-    assert number("1e-3") == 0.001
-    assert all(math.isnan(number(value)) for value in (None, True, "x", [1], 10**400))
-    assert numbers_of([{"a": {"b": 1}}, 3]) == [{"a/b": 1.0}]
-    assert math.isnan(numbers_of([{"a": float("nan")}])[0]["a"])
+            read(path)

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +54,7 @@ def test_nan_and_gaps_are_told(tmp_path: Path) -> None:
     log = read_log(csv(tmp_path / "log.csv", *rows))
     assert np.isnan(log.rewards[[4, 5]]).all()
     assert log.notes == [
-        "1 rewards are infinite and count as missing",
+        "1 reward is infinite and counts as missing",
         "2 of 27 rewards are NaN and count as missing",
         "3 steps are missing between step 1 and step 30",
     ]
@@ -63,7 +65,7 @@ def test_nan_and_gaps_are_told(tmp_path: Path) -> None:
 def test_repeated_steps_the_later_wins(tmp_path: Path) -> None:
     log = read_log(csv(tmp_path / "log.csv", *rising(range(1, 13)), (12, 0.7), (13, 0.8)))
     assert log.rewards[-2:].tolist() == [0.7, 0.8]
-    assert log.notes == ["1 steps were written again; the later row was used"]
+    assert log.notes == ["1 step was written again; the later row was used"]
 
 
 def test_a_resumed_run(tmp_path: Path) -> None:
@@ -91,7 +93,7 @@ def test_steps_that_are_none(tmp_path: Path) -> None:
     assert log.steps.tolist() == list(range(1, 21))
     assert log.rewards[1] == 0.01
     assert log.notes == [
-        "1 rewards have no step and were left out",
+        "1 reward has no step and was left out",
         "2 rows have a step that is negative or no whole number and were left out",
         "steps count from 0 in this log; 1 is added to each",
     ]
@@ -106,7 +108,56 @@ def test_few_constant_and_wide(tmp_path: Path) -> None:
     wide = read_log(csv(tmp_path / "wide.csv", *((step, 4 * step) for step in range(1, 21))))
     assert wide.notes == ["rewards run from 4 to 80: no range is taken for granted"]
     one = read_log(csv(tmp_path / "one.csv", (1, 0.5)))
-    assert one.notes == ["only 1 rewards: too few to say much"]
+    assert one.notes == ["only 1 reward: too few to say much"]
+
+
+def test_a_reward_beyond_all_reason(tmp_path: Path) -> None:
+    rows = rising(range(1, 61))
+    rows[40] = (41, -1e9)
+    log = read_log(csv(tmp_path / "log.csv", *rows))
+    assert np.isnan(log.rewards[40])
+    assert log.notes[0] == "1 reward lies a hundred times beyond all others and counts as missing: -1e+09"
+    sparse = read_log(csv(tmp_path / "sparse.csv", *((step, float(step == 50)) for step in range(1, 61))))
+    assert sparse.rewards[49] == 1, "the first success after many failures is no mistake"
+
+
+def test_runs_side_by_side(tmp_path: Path) -> None:
+    rows = [(name, step, level) for step in range(1, 13) for name, level in (("a", 0.01 * step), ("b", 0.02 * step))]
+    path = csv(tmp_path / "log.csv", *rows, header="run,step,reward")
+    log = read_log(path)
+    assert log.rewards[-1] == 0.24
+    assert log.notes == ["the file holds 2 runs (a, b); b, the last one, is used. Choose with --run"]
+    chosen = read_log(path, run="a")
+    assert (chosen.rewards[-1], chosen.notes) == (0.12, [])
+    with pytest.raises(LogError, match="the log has no run 'c'; it holds a, b"):
+        read_log(path, run="c")
+    with pytest.raises(LogError, match="no column tells runs apart"):
+        read_log(csv(tmp_path / "one.csv", *rising(range(1, 5))), run="a")
+
+
+def test_a_log_that_begins_late(tmp_path: Path) -> None:
+    log = read_log(csv(tmp_path / "log.csv", *rising(range(5001, 5101))))
+    assert "the log begins at step 5001; what came before is unknown" in log.notes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "log"])
+def test_a_million_lines(tmp_path: Path, kind: str) -> None:
+    pairs = [(step, f"{0.5 + 0.4 * math.sin(step / 1e5):.5f}") for step in range(1, 1_000_001)]
+    line = {
+        "csv": "{0},{1},0.1,0.2,300.5,0.01",
+        "jsonl": '{{"step": {0}, "reward": {1}, "kl": 0.1, "entropy": 0.2, "loss": 0.01}}',
+        "log": "(TaskRunner pid=1) step:{0} - actor/kl:0.1 - critic/rewards/mean:{1} - timing_s/step:3.2",
+    }[kind]
+    path = tmp_path / f"log.{kind}"
+    head = "step,reward,kl,entropy,length,loss\n" if kind == "csv" else ""
+    path.write_text(head + "\n".join(line.format(*pair) for pair in pairs) + "\n", encoding="utf-8")
+    begun = time.process_time()
+    log = read_log(path)
+    took = time.process_time() - begun
+    assert log.steps.size == 1_000_000
+    assert log.rewards[-1] == float(pairs[-1][1])
+    assert took < 20, "seconds of one core; about 4, 6 and 8 on a quiet one"
 
 
 def test_other_columns_are_told(tmp_path: Path) -> None:

@@ -1,0 +1,128 @@
+"""JSON as rows of numbers: a trainer's state, lists of rows, columns of values, and one object a line."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from grpo_fast.integrations.logs.raw_log import RUN_COLUMNS, Names, RawLog, counted
+
+_NOT_NUMBERS = ("nan", "null", "none", "-nan")
+_POINT = 3
+
+
+def read_json(text: str, names: Names) -> RawLog | None:
+    """One JSON document; None where the text is none or holds no rows."""
+    if text.lstrip()[:1] not in {"{", "["}:
+        return None
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return _state(found, names) if isinstance(found, dict) else _list(found, names)
+
+
+def _state(found: dict[str, Any], names: Names) -> RawLog | None:
+    """A trainer's state, or columns of values side by side."""
+    if isinstance(found.get("log_history"), list):
+        limit = found.get("max_steps")
+        planned = limit if isinstance(limit, int) and limit > 0 else None
+        return RawLog(numbers_of(found["log_history"], names), "transformers trainer_state.json", planned)
+    columns = {name: list(_values(column)) for name, column in found.items() if isinstance(column, (list, dict))}
+    if not columns or len(columns) < len(found) or len({len(column) for column in columns.values()}) > 1:
+        return None
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return RawLog(numbers_of(rows, names), "JSON columns", runs=_runs(rows))
+
+
+def _list(found: list[Any], names: Names) -> RawLog:
+    if found and all(isinstance(row, list) and len(row) == _POINT for row in found):
+        points = [dict(zip(("wall_time", "step", "value"), row, strict=True)) for row in found]
+        return RawLog(numbers_of(points, names), "TensorBoard JSON export", reward_column="value")
+    return RawLog(numbers_of(found, names), "JSON list of rows", runs=_runs(found))
+
+
+def read_json_lines(text: str, names: Names) -> RawLog | None:
+    """One JSON object a line; a line that is none is left out and told, but for a half-written last one."""
+    lines = [line for line in text.split("\n") if line and not line.isspace()]
+    if sum(line.lstrip().startswith("{") for line in lines) <= len(lines) / 2:
+        return None
+    rows: list[dict[str, float]] = []
+    runs: list[str] = []
+    bad, verl, run = 0, True, None
+    for number, line in enumerate(lines, 1):
+        try:
+            found = json.loads(line)
+        except ValueError:
+            found = None
+        if isinstance(found, dict):
+            run = _run_column(found) if not rows else run
+            row: dict[str, float] = {}
+            _flatten(found, "", row, names=names)
+            rows.append(row)
+            if run is not None:
+                runs.append(str(found.get(run, runs[-1] if runs else "")))
+            verl = verl and isinstance(found.get("data"), dict)
+        elif number < len(lines):
+            bad += 1
+    if len(rows) <= bad:
+        return None
+    notes = [f"{bad} of {counted(len(lines), 'line', 'is|are')} no JSON objects and were left out"] if bad else []
+    return RawLog(rows, "verl JSON lines" if verl else "JSON lines", notes=notes, runs=runs if run is not None else None)
+
+
+def _values(column: Any) -> Iterable[Any]:
+    return column.values() if isinstance(column, dict) else column
+
+
+def _run_column(row: dict[str, Any]) -> str | None:
+    return next((name for name in row if name.lower() in RUN_COLUMNS), None)
+
+
+def _runs(rows: list[Any]) -> list[str] | None:
+    """Names of the runs of the rows, where the first row has one."""
+    mappings = [row for row in rows if isinstance(row, dict)]
+    name = _run_column(mappings[0]) if mappings else None
+    return None if name is None else [str(row.get(name, "")) for row in mappings]
+
+
+def number(value: Any) -> float:
+    """A JSON value as a number; NaN where it is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return math.nan
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return math.nan
+
+
+def numbers_of(objects: Iterable[Any], names: Names) -> list[dict[str, float]]:
+    """JSON objects as rows; nested names are joined by "/", but those under "data", which are verl's own row.
+
+    null and the word NaN become NaN; what is neither that nor a number is left out.
+    """
+    rows: list[dict[str, float]] = []
+    for item in objects:
+        if isinstance(item, dict):
+            row: dict[str, float] = {}
+            _flatten(item, "", row, names=names)
+            rows.append(row)
+    return rows
+
+
+def _flatten(item: dict[str, Any], prefix: str, row: dict[str, float], *, names: Names) -> None:
+    for name, value in item.items():
+        whole = f"{prefix}{name}" if prefix else name
+        if isinstance(value, float):
+            if names.keeps(whole):
+                row[whole] = value
+        elif isinstance(value, dict):
+            _flatten(value, "" if whole == "data" else f"{whole}/", row, names=names)
+        elif not (isinstance(value, (list, bool)) or (isinstance(value, str) and _is_text(value))) and names.keeps(whole):
+            row[whole] = number(value)
+
+
+def _is_text(value: str) -> bool:
+    return math.isnan(number(value)) and value.strip().lower() not in _NOT_NUMBERS

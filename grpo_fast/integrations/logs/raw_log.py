@@ -1,0 +1,89 @@
+"""What a log holds before a column is chosen, and which of its columns are worth keeping."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from grpo_fast.integrations.logs.log_columns import may_matter
+
+
+class LogError(ValueError):
+    """A file that holds no reward curve that could be read; the message says what was looked for."""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a run's own configuration says of its rewards and its stop; the defaults where the log has no configuration.
+
+    Attributes:
+        num_prompts: prompts a step.
+        num_generations: completions per prompt.
+        reward_range: least and greatest mean reward that is possible, where that is known.
+        epsilon: gain that is not worth having; None where nothing says so.
+        confidence: probability of so small a gain that stops the run.
+        patience: forecasts in a row that must say so.
+        min_steps: steps before which nothing stops the run.
+    """
+
+    num_prompts: int = 1
+    num_generations: int = 1
+    reward_range: tuple[float, float] | None = None
+    epsilon: float | None = None
+    confidence: float = 0.9
+    patience: int = 3
+    min_steps: int = 20
+
+
+class Names:
+    """The columns of a log, all remembered in their order, of which only those that may matter are read.
+
+    A log of a million lines has dozens of columns, and a forecast needs four.
+    """
+
+    def __init__(self, reward_column: str | None = None) -> None:
+        self._reward_column = reward_column
+        self._kept: dict[str, bool] = {}
+
+    def keeps(self, name: str) -> bool:
+        """Whether a column is read; it is remembered either way."""
+        kept = self._kept.get(name)
+        if kept is None:
+            kept = self._kept[name] = may_matter(name, self._reward_column)
+        return kept
+
+    def all(self) -> list[str]:
+        """Every column seen."""
+        return list(self._kept)
+
+
+@dataclass(frozen=True)
+class RawLog:
+    """Rows of numbers in the order in which they were written.
+
+    Attributes:
+        rows: numbers by column name, one mapping a logged row; NaN where the log says so.
+        source: the format, in words.
+        max_steps: planned steps, where the log tells them.
+        reward_column: the column that the format itself names, where it does.
+        notes: what could not be read.
+        settings: what the run's configuration says.
+        runs: name of the run that each row belongs to, where the log has such a column.
+    """
+
+    rows: list[dict[str, float]]
+    source: str
+    max_steps: int | None = None
+    reward_column: str | None = None
+    notes: list[str] = field(default_factory=list)
+    settings: RunSettings = RunSettings()
+    runs: list[str] | None = None
+
+
+RUN_COLUMNS = ("run", "run_id", "run_name", "runid", "experiment", "exp_name", "trial", "trial_id")
+"""Columns that tell several runs in one file apart, in small letters."""
+
+
+def counted(count: int, noun: str, rest: str) -> str:
+    """``counted(2, "reward", "is|are infinite")`` is "2 rewards are infinite"."""
+    words = " ".join(part.split("|")[count != 1] if "|" in part else part for part in rest.split(" "))
+    return f"{count} {noun}{'' if count == 1 else 's'} {words}"
