@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from grpo_fast.ops.fused_grpo import FusedLoss, fused_grpo
 from grpo_fast.ops.group_advantage import GroupAdvantage, group_advantage
+from grpo_fast.ops.lm_head import LMHead
 from grpo_fast.ops.loss_spec import LossBatch, LossSpec, PolicyCoefficients, PolicyLoss, PolicyMetrics
 from grpo_fast.ops.policy_loss import policy_coefficients, policy_loss
 from grpo_fast.ops.row_plan import live_sequences, plan_microbatches
-from grpo_fast.ops.token_logprob import LMHead, token_logprob
+from grpo_fast.ops.token_logprob import token_logprob
 
 __all__ = [
     "FusedLoss",

@@ -1,15 +1,15 @@
 """From hidden rows to the policy loss and its gradients in one pass over the logits.
 
 The gradient of the loss with respect to a token's log-probability needs that log-probability and constants only (at sequence
-level: those of its sequence). So each block of rows makes its logits, reduces them to ``logp`` and ``H``, asks
-:func:`~grpo_fast.ops.policy_loss.policy_coefficients` for the loss and ``g = dL/dlogp``, ``e = dL/dH``, and turns the very
-same block into
+level: those of its sequence). So each chunk of rows makes its logits, reduces them to ``logp`` and ``H``, asks
+:func:`~grpo_fast.ops.policy_loss.policy_coefficients` for ``g = dL/dlogp`` and ``c = dL/dH``, and turns the very same block into
 
-    d hidden = dZ W,   d weight += dZ^T hidden,   dZ = g·(onehot - p) - e·p·(log p + H)
+    d hidden = dZ W,   d weight += dZ^T hidden,   dZ as in :mod:`grpo_fast.ops.head_pass`
 
-before it is freed: 6 T·H·V FLOP (4 with a frozen head), where recomputing logits in backward takes 8. Backward only
-multiplies by the incoming scalar. Where the ratio is a sequence's, blocks are cut between sequences; a sequence longer than a
-block is walked twice, its logits made again for the gradient.
+before the next chunk takes its place: 6 T·H·V FLOP (4 with a frozen head), where recomputing logits in backward takes 8. Rows
+that turn out to carry no gradient (clipped, advantage 0) are left out of the last two products. Backward only multiplies by
+the incoming scalar. Where the ratio is a sequence's, chunks are cut between sequences; a sequence longer than a chunk is walked
+twice, its logits made again for the gradient.
 
 ``logp``, ``H``, the loss, ``d weight`` and ``d bias`` are accumulated in float32 (float64 for float64 rows), in an order that
 the sizes fix.
@@ -24,27 +24,12 @@ from typing import Any, NamedTuple
 import torch
 
 from grpo_fast.ops.dispatch import Impl, Implementation, resolve
+from grpo_fast.ops.head_pass import HeadPass, RowGradient, row_statistics
+from grpo_fast.ops.head_torch import TorchHeadPass
+from grpo_fast.ops.lm_head import LMHead, check_rows, full_precision, row_chunks, working_dtype
 from grpo_fast.ops.loss_spec import LossBatch, LossSpec, PolicyLoss, PolicyMetrics, check_needs, check_shapes
 from grpo_fast.ops.policy_loss import policy_coefficients, policy_loss_reference, sequence_lengths
-from grpo_fast.ops.token_logprob import (
-    HeadGradient,
-    HeadTensors,
-    LMHead,
-    LogitBlock,
-    RowGradient,
-    block_statistics,
-    check_rows,
-    full_precision,
-    head_tensors,
-    logit_block,
-    logit_gradient,
-    row_chunks,
-    rows_per_chunk,
-    token_logprob_reference,
-)
-
-_FEW_LOGITS = 2**18
-"""T·V up to which plain autograd is the faster: the pass below costs 0.1 ms more of Python (one x86 core, V = 32)."""
+from grpo_fast.ops.token_logprob import token_logprob_reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,49 +56,40 @@ def fused_grpo_reference(
     return FusedLoss(result.loss, result.metrics, logprobs.detach(), entropy.detach())
 
 
-class _Rows(NamedTuple):
-    """What is fixed while the rows of one call are walked."""
+class _Outputs(NamedTuple):
+    """What is known of all T rows, filled chunk by chunk."""
 
-    hidden: torch.Tensor
-    head: LMHead
-    tensors: HeadTensors
-    targets: torch.Tensor
-    max_rows: int
-
-    def block(self, rows: slice) -> LogitBlock:
-        return logit_block(self.hidden[rows], self.head, self.tensors)
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
 
 
 def _fused_grpo_torch(
     hidden: torch.Tensor, head: LMHead, *, targets: torch.Tensor, batch: LossBatch, spec: LossSpec
 ) -> FusedLoss:
-    max_rows = rows_per_chunk(hidden, head)
-    if hidden.shape[0] <= max_rows and hidden.shape[0] * head.weight.shape[0] <= _FEW_LOGITS:
-        return fused_grpo_reference(hidden, head, targets=targets, batch=batch, spec=spec)
     enabled = torch.is_grad_enabled()
     bias_wanted = head.bias is not None and head.bias.requires_grad
     wanted = (enabled and hidden.requires_grad, enabled and head.weight.requires_grad, enabled and bias_wanted)
     with torch.no_grad(), full_precision(hidden):
-        tensors = head_tensors(hidden, head)
-        rows = _Rows(hidden.detach(), head, tensors, targets, max_rows)
-        gradient = HeadGradient(rows.hidden, tensors, wanted=wanted)
-        logprobs = torch.empty(hidden.shape[0], dtype=tensors.weight.dtype, device=hidden.device)
-        entropy = torch.empty_like(logprobs)
+        work = TorchHeadPass(hidden, head, targets=targets, wanted=wanted, gated=spec.entropy_coef == 0)
+        logprobs = torch.empty(hidden.shape[0], dtype=working_dtype(hidden), device=hidden.device)
+        outputs = _Outputs(logprobs, torch.empty_like(logprobs))
         parts = [
-            _one_unit(rows, unit, batch, spec, outputs=(logprobs, entropy), gradient=gradient)
-            for unit in _units(batch, spec, num_rows=hidden.shape[0], max_rows=rows.max_rows)
+            _one_unit(work, unit, batch, spec, outputs=outputs, wanted=any(wanted))
+            for unit in _units(batch, spec, num_rows=hidden.shape[0], max_rows=work.max_rows)
         ]
-        loss, metrics = parts[0].loss, parts[0].metrics
-        for part in parts[1:]:
-            loss, metrics = loss + part.loss, metrics.combine(part.metrics)
-    if gradient.wanted:
-        loss = _KnownGradient.apply(hidden, head.weight, head.bias, loss, gradient)  # type: ignore[no-untyped-call]
-    return FusedLoss(loss, metrics, logprobs, entropy)
+        loss = torch.stack([part.loss for part in parts]).sum()
+        metrics = parts[0].metrics.combine(*(part.metrics for part in parts[1:]))
+    if any(wanted):
+        loss = _KnownGradient.apply(hidden, head.weight, head.bias, loss, work.gradients())  # type: ignore[no-untyped-call]
+    return FusedLoss(loss, metrics, outputs.logprobs, outputs.entropy)
 
 
 def _units(batch: LossBatch, spec: LossSpec, *, num_rows: int, max_rows: int) -> Iterator[slice]:
     """Cuts rows into what the loss can be taken of on its own: blocks, or blocks of whole sequences."""
-    if spec.importance_sampling_level == "token" or num_rows <= max_rows:
+    if num_rows <= max_rows:
+        yield slice(0, num_rows)
+        return
+    if spec.importance_sampling_level == "token":
         yield from row_chunks(0, num_rows, max_rows=max_rows)
         return
     start = stop = 0
@@ -127,33 +103,24 @@ def _units(batch: LossBatch, spec: LossSpec, *, num_rows: int, max_rows: int) ->
     yield slice(start, stop)
 
 
-def _one_unit(
-    rows: _Rows,
-    unit: slice,
-    batch: LossBatch,
-    spec: LossSpec,
-    *,
-    outputs: tuple[torch.Tensor, torch.Tensor],
-    gradient: HeadGradient,
-) -> PolicyLoss:
-    logprobs, entropy = outputs
-    chunks = list(row_chunks(unit.start, unit.stop, max_rows=rows.max_rows))
-    block = None
+def _one_unit(work: HeadPass, unit: slice, batch: LossBatch, spec: LossSpec, *, outputs: _Outputs, wanted: bool) -> PolicyLoss:
+    chunks = list(row_chunks(unit.start, unit.stop, max_rows=work.max_rows))
+    one = len(chunks) == 1
     for chunk in chunks:
-        block = rows.block(chunk)
-        logprobs[chunk], entropy[chunk] = block_statistics(block, rows.targets[chunk])
-    part, found = _loss_and_gradient(
-        logprobs[unit], entropy[unit], batch.tokens(unit.start, unit.stop), spec, wanted=gradient.wanted
+        block = work.block(chunk, want_entropy=True, want_exp=wanted and one)
+        statistics = row_statistics(block)
+        assert statistics.entropy is not None
+        outputs.logprobs[chunk], outputs.entropy[chunk] = statistics.logprobs, statistics.entropy
+    part, gradient = _loss_and_gradient(
+        outputs.logprobs[unit], outputs.entropy[unit], batch.tokens(unit.start, unit.stop), spec, wanted=wanted
     )
-    if found is None:
+    if gradient is None:
         return part
     for chunk in chunks:
-        if block is None or len(chunks) > 1:
-            block = rows.block(chunk)
-        local = slice(chunk.start - unit.start, chunk.stop - unit.start)
-        rows_gradient = RowGradient(found.logprobs[local], None if found.entropy is None else found.entropy[local])
-        dz = logit_gradient(block, rows_gradient, targets=rows.targets[chunk], entropy=entropy[chunk], head=rows.head)
-        gradient.add(chunk, rows.hidden[chunk], dz)
+        if not one:
+            block = work.block(chunk, want_entropy=True, want_exp=True)
+            statistics = row_statistics(block)
+        work.add(block, statistics, gradient.rows(chunk.start - unit.start, chunk.stop - unit.start))
     return part
 
 
@@ -177,7 +144,7 @@ class _KnownGradient(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         loss: torch.Tensor,
-        gradient: HeadGradient,
+        gradient: tuple[torch.Tensor | None, ...],
     ) -> torch.Tensor:
         ctx.gradient = gradient
         ctx.dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
@@ -188,9 +155,9 @@ class _KnownGradient(torch.autograd.Function):
     def backward(
         ctx: Any, grad_loss: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, None, None]:
-        known = (ctx.gradient.hidden, ctx.gradient.weight, ctx.gradient.bias)
         hidden, weight, bias = (
-            None if value is None else (value * grad_loss).to(dtype) for value, dtype in zip(known, ctx.dtypes, strict=True)
+            None if value is None else (value * grad_loss).to(dtype)
+            for value, dtype in zip(ctx.gradient, ctx.dtypes, strict=True)
         )
         return hidden, weight, bias, None, None
 
