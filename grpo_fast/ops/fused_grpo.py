@@ -2,7 +2,8 @@
 
 The gradient of the loss with respect to a token's log-probability needs that log-probability and constants only (at sequence
 level: those of its sequence). So each chunk of rows makes its logits, reduces them to ``logp`` and ``H``, asks
-:func:`~grpo_fast.ops.policy_loss.policy_coefficients` for ``g = dL/dlogp`` and ``c = dL/dH``, and turns the very same block into
+:func:`~grpo_fast.ops.policy_loss.policy_coefficients` for ``g = dL/dlogp`` and ``c = dL/dH``, and turns the very same block
+into
 
     d hidden = dZ W,   d weight += dZ^T hidden,   dZ as in :mod:`grpo_fast.ops.head_pass`
 
@@ -155,8 +156,10 @@ class _KnownGradient(torch.autograd.Function):
     def backward(
         ctx: Any, grad_loss: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, None, None]:
+        # On a CPU, reading the scalar costs nothing and usually saves a pass over every gradient.
+        as_is = grad_loss.device.type == "cpu" and grad_loss.item() == 1
         hidden, weight, bias = (
-            None if value is None else (value * grad_loss).to(dtype)
+            None if value is None else (value if as_is else value * grad_loss).to(dtype)
             for value, dtype in zip(ctx.gradient, ctx.dtypes, strict=True)
         )
         return hidden, weight, bias, None, None

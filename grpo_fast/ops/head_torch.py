@@ -112,22 +112,35 @@ class TorchHeadPass:
         negative = -scales.others
         live = gradient.live()
         num_live = int(torch.count_nonzero(live))
-        index = None
-        if num_live < _LIVE_SHARE * count:
+        # A dead row that is not finite (a masked one, say) must not come in as 0·NaN.
+        if num_live < _LIVE_SHARE * count or not bool(block.others[~live].isfinite().all()):
             index = live.nonzero()[:, 0]
-            exp, rows, negative = _pad(exp[index]), rows[index], negative[index]
+            self._add_products(block.rows, _pad(exp[index]), rows[index], negative[index], index=index)
+        else:
+            self._add_products(block.rows, exp, rows, negative)
+
+    def _add_products(
+        self,
+        rows: slice,
+        exp: torch.Tensor,
+        inputs: torch.Tensor,
+        scales: torch.Tensor,
+        *,
+        index: torch.Tensor | None = None,
+    ) -> None:
+        """The last two matrix products, of all rows of a block or of those that ``index`` picks."""
+        count = len(scales)
         if self._dhidden is not None:
-            scaled = torch.mm(exp, self._weight)[: num_live if index is not None else count].mul_(negative[:, None])
-            if index is None:
-                self._dhidden[block.rows] = scaled
+            found = self._dhidden[rows]
+            if index is None and exp.shape[0] == count and found.dtype == exp.dtype:
+                torch.mm(exp, self._weight, out=found).mul_(scales[:, None])
             else:
-                self._dhidden[block.rows] = 0
-                self._dhidden[block.rows].index_copy_(0, index, scaled.to(self._dhidden.dtype))
-        exp = exp[: len(negative)]
-        if self._wanted[1] and len(negative):
-            self._dweight = _accumulate(self._dweight, exp, rows.to(exp.dtype) * negative[:, None])
-        if self._wanted[2] and len(negative):
-            self._dbias = _accumulate(self._dbias, exp, negative[:, None])
+                part = torch.mm(exp, self._weight)[:count].mul_(scales[:, None]).to(found.dtype)
+                _ = found.copy_(part) if index is None else found.zero_().index_copy_(0, index, part)
+        if self._wanted[1] and count:
+            self._dweight = _accumulate(self._dweight, exp[:count], inputs.to(exp.dtype) * scales[:, None])
+        if self._wanted[2] and count:
+            self._dbias = _accumulate(self._dbias, exp[:count], scales[:, None])
 
     def _add_entropy(self, exp: torch.Tensor, block: Block, statistics: RowStatistics, gradient: RowGradient) -> None:
         assert gradient.entropy is not None

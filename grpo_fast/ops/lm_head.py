@@ -97,8 +97,10 @@ def full_precision(hidden: torch.Tensor) -> torch.autocast:
 
 @functools.cache
 def default_chunk_bytes(device: torch.device) -> int:
-    """What ``chunk_bytes=None`` means: of the device's whole memory, not of what is free, so that sizes, and with them the
-    order of sums, are the same in every step and after a resume.
+    """What ``chunk_bytes=None`` means.
+
+    A share of the device's whole memory, not of what is free, so that sizes, and with them the order of sums, are the same in
+    every step and after a resume.
     """
     if device.type != "cuda":
         return _CPU_CHUNK_BYTES

@@ -7,10 +7,11 @@ For row t of ``hidden`` [T, H] with target ``y_t`` and logits ``z`` of the head 
 
     dL/dz_v = g_t·(1[v = y] - p_v) - c_t·p_v·(log p_v + H_t),   g = dL/dlogp, c = dL/dH
 
-Rows are walked in chunks of ``LMHead.chunk_bytes`` of logits. Forward keeps two numbers a row (2 T·H·V FLOP); backward makes each
-chunk's logits again (8 T·H·V in all). Logits, ``d weight`` and ``d bias`` are float32 (float64 for float64 inputs) whatever the
-type of hidden states and weight, also under autocast: bfloat16 logits are wrong by 0.02 nat in the mean at a vocabulary of
-151,936. The order of every sum is fixed by the sizes, so a repeated call is bitwise the same, and the same bits come out of
+Rows are walked in chunks of ``LMHead.chunk_bytes`` of logits. Forward keeps two numbers a row (2 T·H·V FLOP); backward makes
+each chunk's logits again (8 T·H·V in all). Logits, ``d weight`` and ``d bias`` are float32 (float64 for float64 inputs)
+whatever the type of hidden states and weight, also under autocast: bfloat16 logits are wrong by 0.02 nat in the mean at a
+vocabulary of 151,936. The order of every sum is fixed by the sizes, so a repeated call is bitwise the same, and the same bits
+come out of
 :func:`~grpo_fast.ops.fused_grpo.fused_grpo`.
 """
 
@@ -71,7 +72,7 @@ def statistics_of_rows(work: HeadPass, hidden: torch.Tensor, *, want_entropy: bo
 
 class _TokenLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913, PLR0917 (autograd passes arguments by position)
         ctx: Any,
         hidden: torch.Tensor,
         weight: torch.Tensor,

@@ -10,6 +10,7 @@ import torch
 from grpo_fast.ops.fused_grpo import FusedLoss, fused_grpo, fused_grpo_reference
 from grpo_fast.ops.lm_head import LMHead
 from grpo_fast.ops.loss_spec import LossBatch, LossSpec
+from grpo_fast.ops.token_logprob import token_logprob
 
 V, H = 31, 10
 LENGTHS = [6, 1, 9, 0, 4, 2, 7]
@@ -163,6 +164,17 @@ def test_logprobs_serve_as_the_old_ones_of_the_next_iteration(name: str) -> None
     assert again.metrics.ratio_min == again.metrics.ratio_max == 1.0
     one, two = outcome(first, hidden, head), outcome(again, hidden, head)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("chunk_rows", [8, 1000])
+@pytest.mark.parametrize("name", SPECS)
+def test_logprobs_are_bitwise_those_of_token_logprob(name: str, chunk_rows: int) -> None:
+    hidden, head, targets, batch = case(dtype=torch.float32, chunk_bytes=chunk_rows * V * 4)
+    found = fused_grpo(hidden, head, targets=targets, batch=batch, spec=SPECS[name])
+    other = replace(head, chunk_bytes=16 * V * 4)
+    logprobs, entropy = token_logprob(hidden, other, targets=targets)
+    assert torch.equal(found.logprobs, logprobs)
+    assert torch.equal(found.entropy, entropy)
 
 
 def test_many_logits_in_one_block_equal_the_two_ops() -> None:

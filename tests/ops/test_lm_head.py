@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from grpo_fast.ops.lm_head import ROW_MULTIPLE, LMHead, default_chunk_bytes, row_chunks, rows_per_chunk
+
+CPU = torch.device("cpu")
+
+
+def test_rows_are_cut_evenly_in_multiples() -> None:
+    assert [s.stop - s.start for s in row_chunks(3, 83, max_rows=32)] == [24, 24, 32]
+    assert [(s.start, s.stop) for s in row_chunks(5, 18, max_rows=8)] == [(5, 13), (13, 18)]
+    assert list(row_chunks(5, 5, max_rows=8)) == []
+    for stop in range(1, 100):
+        for max_rows in (8, 16, 40):
+            cuts = list(row_chunks(0, stop, max_rows=max_rows))
+            assert [cut.start for cut in cuts[1:]] == [cut.stop for cut in cuts[:-1]]
+            assert (cuts[0].start, cuts[-1].stop) == (0, stop)
+            assert all(0 < cut.stop - cut.start <= max_rows for cut in cuts)
+            assert all(cut.start % ROW_MULTIPLE == 0 for cut in cuts)
+            assert len(cuts) == -(-stop // max_rows)
+
+
+def test_a_chunk_fits_its_bytes() -> None:
+    head = LMHead(torch.zeros(37, 5))
+    assert rows_per_chunk(replace(head, chunk_bytes=1), CPU, bytes_per_logit=4) == 8
+    assert rows_per_chunk(replace(head, chunk_bytes=37 * 4 * 31), CPU, bytes_per_logit=4) == 24
+    assert rows_per_chunk(head, CPU, bytes_per_logit=4) == default_chunk_bytes(CPU) // (37 * 4) // 8 * 8
+
+
+def test_what_is_derived_from_the_numbers() -> None:
+    head = LMHead(torch.zeros(3, 2), temperature=0.5, logit_scale=0.25)
+    assert head.slope == 0.5
+    assert not head.rounds_logits
+    assert not replace(head, logits_dtype=torch.float32).rounds_logits
+    assert replace(head, logits_dtype=torch.bfloat16).rounds_logits
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"temperature": 0.0}, "temperature=0"),
+        ({"softcap": -1.0}, "softcap=-1"),
+        ({"chunk_bytes": 0}, "chunk_bytes=0"),
+        ({"bias": torch.zeros(36)}, "bias has shape"),
+        ({"weight": torch.zeros(3)}, "weight has shape"),
+        ({"logits_dtype": torch.float16}, "logits_dtype=torch.float16"),
+    ],
+)
+def test_impossible_heads_are_refused(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(LMHead(torch.zeros(37, 5)), **wrong)
