@@ -1,41 +1,125 @@
-"""Judges forecasters on a folder of curves: ``python -m benchmarks.law FOLDER``."""
+"""Judges the law and its rivals on a folder of curves and on simulated runs: ``python -m benchmarks.law [FOLDER]``.
+
+Prints the tables; ``--output`` writes them as JSON, with pictures. ``--only TEXT`` judges the forecasters and rules whose name
+holds it, for a quick look while a model is being changed.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import json
+import platform
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from benchmarks.law import pictures, results
 from benchmarks.law.baselines import BASELINES
-from benchmarks.law.curves import load_curves, repositories
-from benchmarks.law.evaluate import FINAL, LEVEL, evaluate, table
+from benchmarks.law.curves import Curve, load_curves
+from benchmarks.law.evaluate import FINAL, LEVEL, SHARES, evaluate
 from benchmarks.law.models import Law
+from benchmarks.law.residuals import Residual
+from benchmarks.law.simulator import STORIES, simulate
+from benchmarks.law.stopping import Fixed, LawStop, Oracle, Patience, PlugIn, Stopper, replay
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "reward_curves"
+CONFIDENCES = (0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
+NUM_SIMULATED, FIRST_SEED = 120, 10_000
+_PLUGGED = ("exponential from zero (v2)", "exponential + R0", "logistic (v1)")
+
+
+def stoppers(law: Law) -> list[Stopper]:
+    """Every rule that is compared."""
+    fits = {baseline.name: baseline for baseline in BASELINES}
+    plain: list[Stopper] = [Oracle(), *map(Fixed, (0.4, 0.6, 0.8)), *map(Patience, (0.1, 0.2))]
+    return [*plain, *(PlugIn(fits[name]) for name in _PLUGGED), *(LawStop(law, confidence) for confidence in CONFIDENCES)]
+
+
+def judged(curves: Sequence[Curve], law: Law, *, only: str = "", stopping: bool = True) -> dict[str, Any]:
+    """All figures of one set of curves.
+
+    Args:
+        curves: the set.
+        law: the law that is judged.
+        only: judge what has this in its name, beside the law's name and the oracle.
+        stopping: whether stops are replayed too.
+    """
+    begun = time.perf_counter()
+
+    def told(name: str) -> None:
+        print(f"{time.perf_counter() - begun:6.1f} s  {name}", flush=True)
+
+    forecasters = [one for one in (*map(Residual, BASELINES), law) if only in one.name]
+    records = evaluate(forecasters, curves, told=told)
+    out: dict[str, Any] = {
+        "about": results.about(curves),
+        "shares": list(SHARES),
+        "forecasts": results.forecast_tables(records),
+    }
+    if not only:
+        out["against_best"] = {measure: results.against_best(records, law.name, measure) for measure in ("error", "crps")}
+        out["by_repository"] = results.by_repository(records, ("mean of last 20 % seen", "exponential + R0", law.name))
+    if stopping:
+        rules = [rule for rule in stoppers(law) if only in rule.name or isinstance(rule, Oracle)]
+        out["stopping"] = results.stopping_tables(replay(rules, curves, told=told))
+    return out | {"seconds": round(time.perf_counter() - begun, 1)}
+
+
+def printed(found: dict[str, Any]) -> None:
+    """The tables as text."""
+    for group in ("all", "learning"):
+        print(f"\nlevel error / smoothed range, {group} ({found['forecasts'][group]['curves']} curves)")
+        for name, figures in found["forecasts"][group][LEVEL]["error"].items():
+            print(f"  {name:46s}" + " ".join(f"{value[0]:.3f} [{value[1]:.2f} {value[2]:.2f}]  " for value in figures))
+    for target in (LEVEL, FINAL):
+        for measure in results.FORECAST_MEASURES:
+            print(f"\n{measure} of the {target}")
+            for name, figures in found["forecasts"]["all"][target][measure].items():
+                print(f"  {name:46s}" + " ".join(f"{value[0]:.3f}" if value[0] is not None else "  -  " for value in figures))
+    for group, rows in found.get("stopping", {}).items():
+        print(f"\nstops, {group} ({rows['curves']} curves)")
+        for name, row in rows.items():
+            if name != "curves":
+                shown = ("saved", "share_of_oracle", "lost", "false", "bad", "surely_false", "missed")
+                print(f"  {name:42s}" + "  ".join(f"{part} {row[part][0]}" for part in shown))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, default=SHARED)
-    parser.add_argument("--only", default="", help="part of the names of the forecasters to run")
+    parser.add_argument("--only", default="", help="part of the names to judge")
     parser.add_argument("--all-duplicates", action="store_true", help="keep near-duplicate curves")
+    parser.add_argument("--no-stopping", action="store_true")
+    parser.add_argument("--simulated", type=int, default=None, metavar="N", help="judge N simulated runs instead of a folder")
+    parser.add_argument("--output", type=Path, help="folder for JSON and pictures; both test beds are judged")
     options = parser.parse_args()
-    curves = load_curves(options.folder, distinct=not options.all_duplicates)
-    chosen = [forecaster for forecaster in (*BASELINES, Law()) if options.only in forecaster.name]
-    print(f"{len(curves)} curves of {len(repositories(curves))} repositories")
-    begun = time.perf_counter()
-    records = evaluate(chosen, curves, told=lambda name: print(f"{time.perf_counter() - begun:6.1f} s  {name}"))
-    for title, subset in (("all", lambda _: True), ("learning", lambda curve: curve.learning)):
-        rows = table(records, chosen=subset)
-        print(f"\nlevel error / smoothed range, {title}: seen 20/40/60/80 %")
-        for name, values in rows.items():
-            print(f"{name:46s} " + " ".join(f"{value:.3f}" for value in values))
-    for target in (LEVEL, FINAL):
-        for measure in ("error", "crps", "inside50", "inside90", "width90", "log_score"):
-            rows = table(records, measure=measure, target=target)
-            for name, values in rows.items():
-                if values[0] == values[0] and "law" in name:
-                    print(f"{target} {measure:10s} {name:30s} " + " ".join(f"{value:.3f}" for value in values))
+    law = Law()
+    if options.output is not None:
+        written(options.folder, law, options.output)
+        return
+    if options.simulated is not None:
+        curves = [simulate(FIRST_SEED + seed) for seed in range(options.simulated)]
+    else:
+        curves = load_curves(options.folder, distinct=not options.all_duplicates)
+    printed(judged(curves, law, only=options.only, stopping=not options.no_stopping))
+
+
+def written(folder: Path, law: Law, output: Path) -> None:
+    """Both test beds, judged in full, as JSON and pictures."""
+    output.mkdir(parents=True, exist_ok=True)
+    simulated = [simulate(FIRST_SEED + seed) for seed in range(NUM_SIMULATED)]
+    where = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in ("numpy", "scipy")}
+    for name, curves in (("published", load_curves(folder)), ("simulated", simulated)):
+        found = judged(curves, law) | {"versions": where}
+        printed(found)
+        (output / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        pictures.errors(found["forecasts"], SHARES, law.name, output / f"{name}_error.png")
+        pictures.coverage(found["forecasts"], SHARES, law.name, output / f"{name}_coverage.png")
+        pictures.stops(found["stopping"], law.name, output / f"{name}_stops.png")
+    shown = [next(run for run in simulated if run.task == story) for story in STORIES]
+    pictures.examples(shown, law, output / "simulated_examples.png")
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ Rise = Callable[[Array, Array], Array]
 
 
 def binned(seen: Seen) -> tuple[Array, Array, Array]:
-    """Progress, reward and count of at most 80 bins of neighbouring points."""
-    x, y = seen.progress(seen.steps), seen.rewards
+    """Share of the budget, reward and count of at most 80 bins of neighbouring points."""
+    x, y = seen.time(seen.steps), seen.rewards
     if x.size <= MAX_BINS:
         return x, y, np.ones_like(x)
     edges = np.linspace(0, x.size, MAX_BINS + 1).round().astype(int)
@@ -114,7 +114,7 @@ class Fit:
         parameters, start, end = self.fitted(x, y, weight, level_bounds(seen))
         out = []
         for steps in targets:
-            value = float((start + (end - start) * self.rise(parameters[None], seen.progress(steps))[0]).mean())
+            value = float((start + (end - start) * self.rise(parameters[None], seen.time(steps))[0]).mean())
             out.append(Prediction(0.5 * (value + recent(seen, 0.2)) if self.averaged else value))
         return out
 
@@ -213,7 +213,7 @@ class PowerInError:
         error = np.log(np.maximum(top - y, 1e-3 * (top - low)))
         slope, at_one = np.polyfit(np.log(x), error, 1, w=np.sqrt(weight))
         return [
-            Prediction(float(np.clip(top - np.exp(at_one + slope * np.log(seen.progress(steps))), low, top).mean()))
+            Prediction(float(np.clip(top - np.exp(at_one + slope * np.log(seen.time(steps))), low, top).mean()))
             for steps in targets
         ]
 

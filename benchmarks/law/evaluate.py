@@ -20,6 +20,7 @@ from benchmarks.law.curves import Array, Curve, repositories, smoothed
 
 SHARES = (0.2, 0.4, 0.6, 0.8)
 LEVEL, FINAL = "level", "final"
+TARGETS = (LEVEL, FINAL)
 _TAIL = {LEVEL: 0.2, FINAL: 0.05}
 
 
@@ -37,6 +38,8 @@ class Seen:
         num_prompts: prompts behind a point; 0 where unknown.
         num_generations: completions per prompt; 0 where unknown.
         algorithm: as published.
+        schedule: (steps, share of the summed learning rate behind each) of the whole budget, which a run knows beforehand; None
+            where the learning rate is unknown and taken to be constant.
     """
 
     steps: Array
@@ -48,16 +51,21 @@ class Seen:
     num_prompts: int = 0
     num_generations: int = 0
     algorithm: str = ""
+    schedule: tuple[Array, Array] | None = None
 
     @property
     def range(self) -> float:
         """Smoothed range of what was seen."""
         return float(np.ptp(smoothed(self.rewards)))
 
-    def progress(self, steps: Array) -> Array:
-        """Share of the budget in (0, 1] at given steps; a run that counts from 0 is moved by one step."""
+    def time(self, steps: Array) -> Array:
+        """Share of the budget's steps in (0, 1] at given steps; a run that counts from 0 is moved by one step."""
         shift = 1.0 if self.steps[0] <= 0 else 0.0
         return np.asarray((steps + shift) / (self.horizon + shift))
+
+    def progress(self, steps: Array) -> Array:
+        """Share of the budget's summed learning rate, where the schedule is known; else :meth:`time`."""
+        return self.time(steps) if self.schedule is None else np.asarray(np.interp(steps, *self.schedule))
 
 
 def seen_of(curve: Curve, size: int) -> Seen:
@@ -73,6 +81,7 @@ def seen_of(curve: Curve, size: int) -> Seen:
         num_prompts=curve.rollouts // generations,
         num_generations=curve.group_size,
         algorithm=curve.algorithm,
+        schedule=None if curve.clock is None else (curve.steps, curve.clock),
     )
 
 
@@ -170,7 +179,7 @@ def evaluate(
 
 def _judged(forecaster: Forecaster, name: str, curve: Curve, shares: Sequence[float]) -> Iterable[Record]:
     size = curve.rewards.size
-    tails = {target: tail_of(size, target) for target in (LEVEL, FINAL)}
+    tails = {target: tail_of(size, target) for target in TARGETS}
     truths = {target: float(curve.rewards[-tail:].mean()) for target, tail in tails.items()}
     for share in shares:
         seen = seen_of(curve, num_seen(size, share))

@@ -77,6 +77,12 @@ def look_back(rewards: Array) -> Hindsight:
     return best[1]
 
 
+def known_mean(mean: Array) -> Hindsight:
+    """Hindsight of a simulated run."""
+    size = mean.size
+    return Hindsight((np.arange(size) + 0.5) / size, mean, np.eye(size), 0.0, 0.0)
+
+
 def _local_lines(x: Array, width: float) -> Array:
     """Rows of a local linear smoother with tricube weights; windows at the ends reach as far, one-sided."""
     away = x[None, :] - x[:, None]
@@ -90,7 +96,7 @@ def classify(past: Hindsight) -> str:
 
     With ``gain`` the greatest level less the first one: flat where the levels span less than four of their standard errors, or
     where the gain is under a quarter of that span; collapse where the end lies below the peak by over half the gain (or below
-    the start); second rise where the curve stands still between two rises of at least a quarter of the span each; S-shaped
+    the start); second rise where the curve slows down between two rises of at least a fifth of the span each; S-shaped
     where a tenth of the gain takes over a fifth of the time to nine tenths of it; still rising where the last fifth
     of the run adds over a tenth of the gain.
     """
@@ -104,7 +110,7 @@ def classify(past: Hindsight) -> str:
     gain = peak - start
     if gain < 0.25 * span:
         return "flat"
-    if _stands_still_between(past, span):
+    if _rises_twice(past, span):
         return "second rise"
     done = (level - start) / gain
     tenth, most = (float(past.x[int(np.argmax(done >= share))]) for share in (0.1, 0.9))
@@ -114,11 +120,17 @@ def classify(past: Hindsight) -> str:
     return "still rising" if end - level[fifth] > 0.1 * gain else "concave"
 
 
-def _stands_still_between(past: Hindsight, span: float) -> bool:
-    """Whether a tenth of the run moves at most a fifth of its fair share, with a quarter of the span on each side."""
+def _rises_twice(past: Hindsight, span: float) -> bool:
+    """Whether a tenth of the run moves less than half its share of the span, between tenths that move thrice as much.
+
+    A fifth of the span must lie on either side.
+    """
     level, stretch = past.level, max(2, round(0.1 * past.level.size))
-    for begin in range(level.size - stretch):
-        part = level[begin : begin + stretch + 1]
-        if np.ptp(part) <= 0.02 * span and min(part[0] - level[0], level[-1] - part[-1]) >= 0.25 * span:
+    moved = level[stretch:] - level[:-stretch]
+    for begin in range(1, moved.size - 1):
+        slow = float(np.ptp(level[begin : begin + stretch + 1]))
+        sides = min(level[begin] - level[0], level[-1] - level[begin + stretch])
+        fast = min(moved[:begin].max(), moved[begin + 1 :].max())
+        if slow <= 0.05 * span and sides >= 0.2 * span and fast >= max(3.0 * slow, 0.1 * span):
             return True
     return False

@@ -2,29 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 
-from benchmarks.law.curves import Array
-from benchmarks.law.evaluate import Prediction, Seen, samples_from_quantiles
-from grpo_fast.law import Forecast, OnlinePredictor, Settings
+from benchmarks.law.curves import Array, Curve
+from benchmarks.law.evaluate import Prediction, Seen, samples_from_quantiles, seen_of
+from grpo_fast.law import Band, Forecast, OnlinePredictor, Settings
 
-_EPSILON = 0.01
+EPSILON = 0.01
+_NO_BAND = Band((), (), (), ())
 
 
-@dataclass(frozen=True)
 class Law:
-    """``OnlinePredictor`` with given settings.
+    """``OnlinePredictor`` with one prior, or with one that is fitted on the repositories that are not tested.
 
-    Attributes:
-        name: its name.
-        settings: its prior.
+    Args:
+        name: its name in the tables.
+        settings: the prior.
+        fitting: makes the prior from curves; None keeps ``settings`` throughout.
     """
 
-    name: str = "grpo_fast.law"
-    settings: Settings = field(default_factory=Settings)
+    def __init__(
+        self,
+        name: str = "grpo_fast.law",
+        *,
+        settings: Settings | None = None,
+        fitting: Callable[[Sequence[Curve]], Settings] | None = None,
+    ) -> None:
+        self.name = name
+        self.settings = settings or Settings()
+        self._fitting = fitting
+        self._fitted: dict[tuple[tuple[str, str], ...], Law] = {}
+        self._online: dict[tuple[str, str], list[Forecast]] = {}
+
+    def fit(self, curves: Sequence[Curve]) -> Law:
+        """The law whose prior knows these curves; the same object for the same curves."""
+        if self._fitting is None:
+            return self
+        key = tuple((curve.repository, curve.name) for curve in curves)
+        if key not in self._fitted:
+            self._fitted[key] = Law(self.name, settings=self._fitting(curves))
+        return self._fitted[key]
 
     def forecast(self, seen: Seen, targets: Sequence[Array]) -> list[Prediction]:
         """The band's median over the target, spread as the interval at the end of the budget is."""
@@ -38,6 +59,23 @@ class Law:
             point = float(np.interp(steps, at, last.band.median).mean())
             out.append(Prediction(point, samples + (point - last.median), noise_sd=noise))
         return out
+
+    def online(self, curve: Curve) -> list[Forecast]:
+        """Forecasts after every point of a run, made once and asked by many rules; without their bands."""
+        key = (curve.repository, curve.name)
+        if key not in self._online:
+            self._online[key] = [replace(forecast, band=_NO_BAND) for forecast in self._observed(curve)]
+        return self._online[key]
+
+    def _observed(self, curve: Curve) -> Iterator[Forecast]:
+        size = curve.rewards.size
+        seen = seen_of(curve, size)
+        progress = np.clip(seen.progress(curve.steps), 1e-9, 1.0)
+        low, high = curve.reward_range or (-np.inf, np.inf)
+        predictor = OnlinePredictor(size, epsilon=EPSILON, reward_range=curve.reward_range, settings=self.settings)
+        counts: dict[str, Any] = {"num_prompts": max(seen.num_prompts, 1), "num_generations": max(seen.num_generations, 1)}
+        for step, (done, reward) in enumerate(zip(progress, np.clip(curve.rewards, low, high), strict=True), start=1):
+            yield predictor.observe(step, float(done), float(reward), **counts)
 
 
 def noise_sd(rewards: Array) -> float:
@@ -59,7 +97,7 @@ def final_forecast(seen: Seen, settings: Settings) -> Forecast:
     ]
     state = {
         "horizon": horizon,
-        "epsilon": _EPSILON,
+        "epsilon": EPSILON,
         "reward_range": None if seen.reward_range is None else list(seen.reward_range),
         "settings": asdict(settings),
         "rows": rows,

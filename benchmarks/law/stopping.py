@@ -11,17 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Protocol
 
 from benchmarks.law.baselines import Fit
-from benchmarks.law.curves import Array, Curve, repositories, thinned
+from benchmarks.law.curves import Curve, repositories, thinned
 from benchmarks.law.evaluate import pooled, seen_of
-from benchmarks.law.hindsight import Hindsight
-from grpo_fast.law import Forecast, OnlinePredictor, Settings, StoppingRule
+from benchmarks.law.models import EPSILON, Law
+from grpo_fast.law import StoppingRule
 
-EPSILON = 0.01
 FIRST = 0.1
 FALSE, BAD = 0.02, 0.05
 
@@ -97,19 +94,18 @@ def replay(
     stoppers: Iterable[Stopper],
     curves: Sequence[Curve],
     *,
-    truth: Callable[[Curve], Hindsight] = lambda curve: curve.hindsight,
     told: Callable[[str], None] = lambda _: None,
 ) -> list[Stop]:
     """Every rule on every run of unit rewards; one that learns is fitted on all repositories but the tested one."""
     judged = [thinned(curve) for curve in curves if curve.unit_interval]
-    oracle = {curve.name: Oracle(truth).stop(curve) for curve in judged}
+    oracle = {(curve.repository, curve.name): Oracle().stop(curve) for curve in judged}
     stops = []
     for stopper in stoppers:
         fit = getattr(stopper, "fit", None)
         for repository in repositories(judged):
             fitted = stopper if fit is None else fit([curve for curve in curves if curve.repository != repository])
             stops += [
-                judge(stopper.name, curve, fitted.stop(curve), truth(curve), oracle=oracle[curve.name])
+                judge(stopper.name, curve, fitted.stop(curve), oracle=oracle[curve.repository, curve.name])
                 for curve in judged
                 if curve.repository == repository
             ]
@@ -117,8 +113,9 @@ def replay(
     return stops
 
 
-def judge(rule: str, curve: Curve, size: int | None, past: Hindsight, *, oracle: int | None = None) -> Stop:
-    """A stop after ``size`` points against what came."""
+def judge(rule: str, curve: Curve, size: int | None, *, oracle: int | None = None) -> Stop:
+    """A stop after ``size`` points against what came; None is no stop."""
+    past = curve.hindsight
     total = curve.rewards.size
     kept = total if size is None else size
     change, error = past.lost(kept) if size is not None else (0.0, 0.0)
@@ -139,12 +136,11 @@ def judge(rule: str, curve: Curve, size: int | None, past: Hindsight, *, oracle:
 class Oracle:
     """Hindsight: the earliest permitted point whose level lies at most 0.01 below the end's."""
 
-    truth: Callable[[Curve], Hindsight] = field(default=lambda curve: curve.hindsight, repr=False)
     name: str = "hindsight oracle"
 
     def stop(self, curve: Curve) -> int | None:
         """The point; it knows the future, as nothing else here does."""
-        past, size = self.truth(curve), curve.rewards.size
+        past, size = curve.hindsight, curve.rewards.size
         return next((k for k in range(first_point(size), size) if past.lost(k)[0] <= EPSILON), None)
 
 
@@ -212,49 +208,32 @@ class PlugIn:
         return None
 
 
-class Forecasts:
-    """Forecasts of ``OnlinePredictor`` after every point of a run, made once and asked by many rules."""
-
-    def __init__(self, settings: Settings | None = None) -> None:
-        self.settings = settings
-        self._known: dict[tuple[str, str], list[Forecast]] = {}
-
-    def of(self, curve: Curve) -> list[Forecast]:
-        """One for each point."""
-        key = (curve.repository, curve.name)
-        if key not in self._known:
-            self._known[key] = list(self._made(curve))
-        return self._known[key]
-
-    def _made(self, curve: Curve) -> Iterable[Forecast]:
-        size = curve.rewards.size
-        seen = seen_of(curve, size)
-        progress = np.clip(seen.progress(curve.steps), 1e-9, 1.0)
-        predictor = OnlinePredictor(size, epsilon=EPSILON, reward_range=curve.reward_range, settings=self.settings)
-        counts: dict[str, Any] = {"num_prompts": max(seen.num_prompts, 1), "num_generations": max(seen.num_generations, 1)}
-        for step, (done, reward) in enumerate(zip(progress, np.clip(curve.rewards, 0.0, 1.0), strict=True), start=1):
-            yield predictor.observe(step, float(done), float(reward), **counts)
-
-
 @dataclass(frozen=True)
 class LawStop:
     """The package's own rule on its own forecasts.
 
     Attributes:
-        name: its name.
-        forecasts: where they come from.
+        law: where the forecasts come from.
         confidence: demanded probability of a gain below 0.01.
     """
 
-    name: str
-    forecasts: Forecasts = field(repr=False)
+    law: Law = field(repr=False)
     confidence: float = 0.9
+
+    @property
+    def name(self) -> str:
+        """The law's, with the confidence."""
+        return f"{self.law.name}, {self.confidence:g}"
+
+    def fit(self, curves: Sequence[Curve]) -> LawStop:
+        """The rule on a law that knows these curves."""
+        return LawStop(self.law.fit(curves), self.confidence)
 
     def stop(self, curve: Curve) -> int | None:
         """The first point at which ``StoppingRule`` stops."""
         size = curve.rewards.size
         rule = StoppingRule(EPSILON, confidence=self.confidence, min_steps=first_point(size))
-        for k, forecast in enumerate(self.forecasts.of(curve)[: size - 1], start=1):
+        for k, forecast in enumerate(self.law.online(curve)[: size - 1], start=1):
             if rule.update(forecast).stop:
                 return k
         return None
@@ -269,9 +248,3 @@ def summary(stops: Sequence[Stop]) -> dict[str, float]:
         "share_of_oracle": saved / oracle if oracle > 0 else math.nan,
         **{name: pooled(stops, name) for name in names},
     }
-
-
-def levels_of(mean: Array) -> Hindsight:
-    """Hindsight of a simulated run, whose mean is known."""
-    size = mean.size
-    return Hindsight((np.arange(size) + 0.5) / size, mean, np.eye(size), 0.0, 0.0)

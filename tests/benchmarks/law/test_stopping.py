@@ -9,16 +9,15 @@ import pytest
 
 from benchmarks.law.baselines import BASELINES
 from benchmarks.law.curves import Curve
+from benchmarks.law.models import Law
 from benchmarks.law.stopping import (
     Fixed,
-    Forecasts,
     LawStop,
     Oracle,
     Patience,
     PlugIn,
     first_point,
     judge,
-    levels_of,
     replay,
     summary,
 )
@@ -31,29 +30,25 @@ def risen(name: str = "a", *, noise: float = 0.0, seed: int = 0, size: int = 100
     steps = np.arange(1.0, size + 1)
     mean = 0.2 + 0.6 * np.minimum(steps / (0.4 * size), 1.0)
     rewards = np.clip(mean + noise * np.random.default_rng(seed).standard_normal(size), 0, 1)
-    return Curve(name=name, repository=name, steps=steps, rewards=rewards, label="rise to plateau")
-
-
-def known(curve: Curve):
-    return levels_of(risen(size=curve.rewards.size).rewards)
+    return Curve(name=name, repository=name, steps=steps, rewards=rewards, mean=mean)
 
 
 def test_saved_and_lost_by_hand():
     curve = risen()
-    stop = judge("x", curve, 30, levels_of(curve.rewards), oracle=40)
+    stop = judge("x", curve, 30, oracle=40)
     assert stop.saved == pytest.approx(0.7)
     assert stop.lost == pytest.approx(0.8 - 0.65)
     assert (stop.false, stop.bad, stop.stopped) == (1.0, 1.0, True)
     assert stop.utility == pytest.approx(0.05 * 0.7 - 0.15)
-    assert judge("x", curve, None, levels_of(curve.rewards), oracle=40).missed == 1.0
-    late = judge("x", curve, 39, levels_of(curve.rewards))
+    assert judge("x", curve, None, oracle=40).missed == 1.0
+    late = judge("x", curve, 39)
     assert late.lost == pytest.approx(0.015)
     assert (late.false, late.bad) == (0.0, 0.0)
 
 
 def test_a_fall_after_the_stop_is_no_loss_but_its_sign_is_kept():
     mean = np.concatenate([np.full(50, 0.6), np.full(50, 0.3)])
-    stop = judge("x", replace(risen(), rewards=mean), 50, levels_of(mean))
+    stop = judge("x", replace(risen(), mean=mean), 50)
     assert stop.lost == 0.0
     assert stop.change == pytest.approx(-0.3)
     assert stop.lost_at_best == 0.0
@@ -61,8 +56,8 @@ def test_a_fall_after_the_stop_is_no_loss_but_its_sign_is_kept():
 
 def test_the_oracle_stops_at_the_first_point_that_loses_little_enough():
     # 0.015 a point: one point before the top 0.015 are lost, at it none.
-    assert Oracle(known).stop(risen()) == 40
-    assert Oracle(lambda curve: levels_of(np.full(100, 0.5))).stop(risen()) == first_point(100) == 10
+    assert Oracle().stop(risen()) == 40
+    assert Oracle().stop(replace(risen(), mean=np.full(100, 0.5))) == first_point(100) == 10
 
 
 def test_fixed_and_patience_by_hand():
@@ -88,17 +83,17 @@ def test_no_rule_looks_ahead(rule):
 
 def test_the_law_stops_behind_the_rise_and_does_not_look_ahead():
     curve = risen(noise=0.02)
-    at = LawStop("law", Forecasts(), 0.8).stop(curve)
+    at = LawStop(Law(), 0.8).stop(curve)
     assert at is not None
     assert at >= 40
     other = curve.rewards.copy()
     other[at:] = 0.0
-    assert LawStop("law", Forecasts(), 0.8).stop(replace(curve, rewards=other)) == at
+    assert LawStop(Law(), 0.8).stop(replace(curve, rewards=other)) == at
 
 
 def test_a_replay_weighs_repositories_and_leaves_unknown_scales_out():
     curves = [risen("a"), risen("b"), replace(risen("c"), unit_interval=False)]
-    stops = replay([Fixed(0.2), Fixed(0.8), Oracle(known)], curves, truth=known)
+    stops = replay([Fixed(0.2), Fixed(0.8), Oracle()], curves)
     assert len(stops) == 6
     early, late = (summary([stop for stop in stops if stop.rule == name]) for name in ("fixed 20%", "fixed 80%"))
     assert early["saved"] == pytest.approx(0.8)

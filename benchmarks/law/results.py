@@ -1,0 +1,170 @@
+"""What is published of an evaluation: pooled figures with bootstrap intervals over repositories, and never a reward."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from benchmarks.law.curves import SHAPES, Array, Curve, repositories
+from benchmarks.law.evaluate import LEVEL, TARGETS, Record, pooled
+from benchmarks.law.stopping import Stop
+
+NUM_RESAMPLES = 2000
+FORECAST_MEASURES = ("error", "crps", "inside50", "inside90", "width90", "log_score")
+STOP_MEASURES = ("saved", "lost", "change", "lost_at_best", "false", "bad", "surely_false", "missed", "utility", "oracle_saved")
+_SIZES = ("up to 1B", "1B to 4B", "above 4B", "unknown")
+
+Groups: TypeAlias = dict[str, Callable[[Curve], bool]]
+Figure: TypeAlias = list[float | None]
+
+
+def groups() -> Groups:
+    """Whom a table can be about: all curves, those that rise, each class, each size of model, and held-out curves."""
+    chosen: Groups = {"all": lambda _: True, "learning": lambda curve: curve.learning}
+    chosen |= {f"class: {shape}": lambda curve, shape=shape: curve.shape == shape for shape in SHAPES}
+    chosen |= {f"size: {size}": lambda curve, size=size: curve.size_class == size for size in _SIZES}
+    return chosen | {"held-out": lambda curve: curve.validation, "training reward": lambda curve: not curve.validation}
+
+
+def about(curves: Sequence[Curve]) -> dict[str, Any]:
+    """Counts that say what the figures rest on."""
+    return {
+        "curves": len(curves),
+        "repositories": len(repositories(curves)),
+        "points": sum(curve.rewards.size for curve in curves),
+        "without_range": sum(curve.smoothed_range == 0 for curve in curves),
+        "classes": dict(sorted(Counter(curve.shape for curve in curves).items())),
+        "sizes": dict(sorted(Counter(curve.size_class for curve in curves).items())),
+        "held_out": sum(curve.validation for curve in curves),
+    }
+
+
+class Bootstrap:
+    """Resamples repositories, the same ones for every figure, so that ratios of figures have intervals too."""
+
+    def __init__(self, names: Sequence[str], *, seed: int = 0) -> None:
+        self._column = {name: index for index, name in enumerate(names)}
+        self._draws = np.random.default_rng(seed).integers(len(names), size=(NUM_RESAMPLES, len(names)))
+
+    def resampled(self, records: Iterable[Any], measure: str) -> Array:
+        """(NUM_RESAMPLES,) pooled measure; NaN where a resample holds no repository with a value."""
+        values: dict[str, list[float]] = defaultdict(list)
+        for record in records:
+            if math.isfinite(value := float(getattr(record, measure))):
+                values[record.curve.repository].append(value)
+        means = np.full(len(self._column), np.nan)
+        for name, found in values.items():
+            means[self._column[name]] = np.mean(found)
+        drawn = means[self._draws]
+        known = np.isfinite(drawn)
+        total, count = np.where(known, drawn, 0.0).sum(axis=1), known.sum(axis=1)
+        return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+    def figure(self, records: Sequence[Any], measure: str) -> Figure:
+        """Value and 90 % interval, rounded to four digits; None for what cannot be had."""
+        value, resamples = pooled(records, measure), self.resampled(records, measure)
+        return [rounded(value), *interval(resamples)]
+
+
+def interval(resamples: Array) -> Figure:
+    """5 % and 95 % quantile."""
+    known = resamples[np.isfinite(resamples)]
+    return [rounded(float(q)) for q in np.quantile(known, [0.05, 0.95])] if known.size else [None, None]
+
+
+def rounded(value: float) -> float | None:
+    """Four digits behind the point; None for NaN, which JSON lacks."""
+    return round(value, 4) if math.isfinite(value) else None
+
+
+def forecast_tables(records: Sequence[Record]) -> dict[str, Any]:
+    """Group -> target -> measure -> forecaster -> one figure for each share seen."""
+    bootstrap = Bootstrap(repositories([record.curve for record in records]))
+    cells: dict[tuple[str, str, str, float], list[Record]] = defaultdict(list)
+    chosen = groups()
+    for record in records:
+        for group, holds in chosen.items():
+            if holds(record.curve):
+                cells[group, record.target, record.forecaster, record.share].append(record)
+    names = list(dict.fromkeys(record.forecaster for record in records))
+    shares = sorted({record.share for record in records})
+    tables: dict[str, Any] = {}
+    for group in chosen:
+        if not any(key[0] == group for key in cells):
+            continue
+        tables[group] = {
+            "curves": len({record.curve.name for record in cells[group, LEVEL, names[0], shares[0]]}),
+            **{
+                target: {
+                    measure: {
+                        name: [bootstrap.figure(cells[group, target, name, share], measure) for share in shares]
+                        for name in names
+                    }
+                    for measure in FORECAST_MEASURES
+                }
+                for target in TARGETS
+            },
+        }
+    return tables
+
+
+def against_best(records: Sequence[Record], name: str, measure: str = "error") -> dict[str, Any]:
+    """Ratio of one forecaster's error to the best other one's at each share, with a paired bootstrap interval.
+
+    The rival is the best at that share on these curves: a bar that no single forecaster clears, and that hindsight chooses.
+    """
+    out: dict[str, Any] = {}
+    for group in ("all", "learning"):
+        subset = [record for record in records if record.target == LEVEL and groups()[group](record.curve)]
+        bootstrap = Bootstrap(repositories([record.curve for record in subset]))
+        rows = []
+        for share in sorted({record.share for record in subset}):
+            at = defaultdict(list)
+            for record in subset:
+                if record.share == share:
+                    at[record.forecaster].append(record)
+            ours = at.pop(name)
+            best = min(at, key=lambda rival: pooled(at[rival], measure))
+            ratios = bootstrap.resampled(ours, measure) / bootstrap.resampled(at[best], measure)
+            value = pooled(ours, measure) / pooled(at[best], measure)
+            rows.append({"seen": share, "best": best, "ratio": [rounded(value), *interval(ratios)]})
+        out[group] = rows
+    return out
+
+
+def by_repository(records: Sequence[Record], names: Sequence[str]) -> dict[str, Any]:
+    """Level error of chosen forecasters in each repository, at each share seen."""
+    shares = sorted({record.share for record in records})
+    table: dict[str, Any] = {}
+    for repository in repositories([record.curve for record in records]):
+        inside = [record for record in records if record.curve.repository == repository and record.target == LEVEL]
+        table[repository] = {"curves": len({record.curve.name for record in inside})} | {
+            name: [rounded(pooled([r for r in inside if r.forecaster == name and r.share == share])) for share in shares]
+            for name in names
+        }
+    return table
+
+
+def stopping_tables(stops: Sequence[Stop]) -> dict[str, Any]:
+    """Group -> rule -> measure -> figure; "share_of_oracle" is what is saved over what the oracle saves on the same runs."""
+    bootstrap = Bootstrap(repositories([stop.curve for stop in stops]))
+    names = list(dict.fromkeys(stop.rule for stop in stops))
+    tables: dict[str, Any] = {}
+    for group, holds in groups().items():
+        subset = [stop for stop in stops if holds(stop.curve)]
+        if not subset:
+            continue
+        tables[group] = {"curves": len({(stop.curve.repository, stop.curve.name) for stop in subset})}
+        for name in names:
+            rule = [stop for stop in subset if stop.rule == name]
+            figures = {measure: bootstrap.figure(rule, measure) for measure in STOP_MEASURES}
+            possible = pooled(rule, "oracle_saved")
+            with np.errstate(invalid="ignore", divide="ignore"):
+                ratios = bootstrap.resampled(rule, "saved") / bootstrap.resampled(rule, "oracle_saved")
+            share = pooled(rule, "saved") / possible if possible > 0 else math.nan
+            tables[group][name] = figures | {"share_of_oracle": [rounded(share), *interval(ratios)]}
+    return tables
