@@ -90,6 +90,8 @@ def _describe(like: torch.Tensor) -> str:
 
 
 def _announce(op: str, name: str, device: torch.device) -> None:
+    if torch.compiler.is_compiling():  # a log line would break the graph
+        return
     key = (op, name, device.type)
     if key not in _announced:
         _announced.add(key)

@@ -26,6 +26,21 @@ except ModuleNotFoundError as error:
         raise
     triton = tl = TensorDescriptor = None
 
+__all__ = [
+    "INTERPRETED_ARCH",
+    "OLDEST_ARCH",
+    "Target",
+    "TensorDescriptor",
+    "drawback",
+    "interpreted",
+    "jit",
+    "obstacle",
+    "target",
+    "tl",
+]
+
+_INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
+
 OLDEST_ARCH = 80
 """Compute capability, times ten, under which there is no bfloat16 tensor core and no asynchronous copy."""
 INTERPRETED_ARCH = 90
@@ -55,7 +70,7 @@ def jit(kernel: Callable[..., Any] | None = None, *, do_not_specialize: tuple[st
 
 def interpreted() -> bool:
     """Whether kernels of this process run in Triton's interpreter."""
-    return triton is not None and bool(triton.knobs.runtime.interpret)
+    return _INTERPRETED
 
 
 def obstacle(like: torch.Tensor) -> str | None:
@@ -68,10 +83,15 @@ def obstacle(like: torch.Tensor) -> str | None:
         return None
     if like.device.type != "cuda":
         return "kernels need a CUDA device, or TRITON_INTERPRET=1 in the environment for a slow test on the CPU"
-    major, minor = torch.cuda.get_device_capability(like.device)
+    major, minor = _capability(like.device)
     if 10 * major + minor < OLDEST_ARCH:
         return f"kernels need compute capability 8.0 and this device has {major}.{minor}"
     return None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def drawback(like: torch.Tensor) -> str | None:

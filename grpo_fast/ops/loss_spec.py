@@ -217,3 +217,11 @@ def check_needs(batch: LossBatch, spec: LossSpec, entropy: torch.Tensor | None) 
         raise ValueError("entropy_coef is not 0, so the tokens' entropy is needed; pass entropy=")
     if spec.entropy_coef != 0 and batch.num_items_in_batch is None:
         raise ValueError("entropy_coef is not 0, so num_items_in_batch, the scored tokens of the step, is needed")
+
+
+def entropy_slope(batch: LossBatch, spec: LossSpec) -> float:
+    """Derivative of the loss with respect to the entropy of any one token; 0 without an entropy bonus."""
+    if spec.entropy_coef == 0:
+        return 0.0
+    assert batch.num_items_in_batch is not None
+    return -spec.entropy_coef / max(batch.num_items_in_batch, 1.0)

@@ -18,7 +18,7 @@ With ``i`` the sequence of token ``t``, ``n_i`` its scored tokens, ``w_i`` its l
 and its derivatives, with ``s = ∂l/∂log r`` (for cispo ``∂l/∂logp``), ``V_i = Σ v_t`` and ``K_i = Σ kl_t`` over the tokens that
 share a ratio, and ``∂log r/∂logp_t`` = 1, 1/n_i, 1:
 
-    dL/dlogp_t = w_i·(s·V_i + β·K_i·[bias correction])·∂log r/∂logp_t + w_i·β·(1 - e^{ref_t - logp_t})·(r or 1)
+    dL/dlogp_t = w_i·(s·V_i + β·K_i·r·[bias correction])·∂log r/∂logp_t + w_i·β·(1 - e^{ref_t - logp_t})·(r or 1)
     dL/dH_t    = -c / num_items_in_batch
 
 Everything is float32, or float64 for float64 inputs; the sum over tokens is one reduction. Sums over sequences are segment
@@ -35,7 +35,7 @@ from typing import NamedTuple
 
 import torch
 
-from grpo_fast.ops.dispatch import Impl, Implementation, resolve
+from grpo_fast.ops.dispatch import Impl, Implementation, resolve, triton_kernels
 from grpo_fast.ops.loss_spec import (
     LossBatch,
     LossSpec,
@@ -44,7 +44,9 @@ from grpo_fast.ops.loss_spec import (
     PolicyMetrics,
     check_needs,
     check_shapes,
+    entropy_slope,
 )
+from grpo_fast.ops.policy_loss_triton import policy_coefficients_triton, policy_loss_triton
 
 
 class _Tokens(NamedTuple):
@@ -104,7 +106,7 @@ def _terms(logprobs: torch.Tensor, batch: LossBatch, spec: LossSpec, entropy: to
     total_entropy = None if entropy is None else (_where(batch.token_mask, _working(entropy))).sum()
     if spec.entropy_coef != 0:
         assert total_entropy is not None
-        loss = loss + _entropy_slope(batch, spec) * total_entropy
+        loss = loss + entropy_slope(batch, spec) * total_entropy
     with torch.no_grad():
         metrics = _metrics(ratio.detach(), units, spec, kl=kl, entropy=total_entropy)
     return _Terms(tokens, units, ratio, loss, metrics)
@@ -178,11 +180,6 @@ def _sapo_temperature(advantages: torch.Tensor, spec: LossSpec) -> torch.Tensor:
     return torch.full_like(advantages, spec.sapo_temperature_neg).masked_fill(advantages > 0, spec.sapo_temperature_pos)
 
 
-def _entropy_slope(batch: LossBatch, spec: LossSpec) -> float:
-    assert batch.num_items_in_batch is not None
-    return -spec.entropy_coef / max(batch.num_items_in_batch, 1.0)
-
-
 def _metrics(
     ratio: torch.Tensor, units: _Units, spec: LossSpec, *, kl: torch.Tensor | None, entropy: torch.Tensor | None
 ) -> PolicyMetrics:
@@ -212,25 +209,26 @@ def _metrics(
 def _policy_coefficients_torch(
     logprobs: torch.Tensor, batch: LossBatch, *, spec: LossSpec, entropy: torch.Tensor | None = None
 ) -> PolicyCoefficients:
+    by_token, beta = spec.importance_sampling_level == "token", spec.beta
     with torch.no_grad():
         tokens, units, ratio, loss, metrics = _terms(logprobs, batch, spec, entropy)
         slope = _surrogate_slope(ratio, units.advantages, spec) * units.importance
-        if units.kl is not None and spec.use_bias_correction_kl:
-            slope = slope + spec.beta * units.kl * ratio
-        slope = slope * units.weights
+        kl_ratio = ratio if spec.use_bias_correction_kl else torch.ones_like(ratio)
+        if units.kl is not None and spec.use_bias_correction_kl and not by_token:
+            slope = slope + beta * units.kl * ratio
         if spec.importance_sampling_level == "sequence":
             slope = slope / units.num_tokens.clamp(min=1.0)
-        by_token = spec.importance_sampling_level == "token"
-        index = batch.sequence_index
-        slopes = slope if by_token else slope[index]
-        if tokens.ref is not None and spec.beta != 0:
-            kl_weight = units.weights * ratio if spec.use_bias_correction_kl else units.weights
-            kl_slope = 1 - torch.exp(tokens.ref - tokens.logprobs)
-            slopes = slopes + spec.beta * kl_slope * (kl_weight if by_token else kl_weight[index])
+        slopes, kl_weights = slope * units.weights, kl_ratio * units.weights
+        if not by_token:
+            slopes, kl_weights = slopes[batch.sequence_index], kl_weights[batch.sequence_index]
+        if units.kl is not None:
+            assert tokens.ref is not None
+            difference = tokens.ref - tokens.logprobs
+            # A token's own ratio: r·(kl + 1 - e^difference) is this, without its cancellation.
+            own = by_token and spec.use_bias_correction_kl
+            slopes = slopes + beta * kl_weights * (-difference if own else 1 - torch.exp(difference))
         slopes = _where(batch.token_mask, slopes)
-        entropy_slopes = None
-        if spec.entropy_coef != 0:
-            entropy_slopes = tokens.present * _entropy_slope(batch, spec)
+        entropy_slopes = tokens.present * entropy_slope(batch, spec) if spec.entropy_coef != 0 else None
     return PolicyCoefficients(loss, slopes, entropy_slopes, metrics)
 
 
@@ -255,8 +253,8 @@ def _surrogate_slope(ratio: torch.Tensor, advantages: torch.Tensor, spec: LossSp
     return -(reaches_first + reaches_second) * advantages * ratio
 
 
-_COEFFICIENTS = {"torch": Implementation(_policy_coefficients_torch)}
-_IMPLEMENTATIONS = {"torch": Implementation(policy_loss_reference)}
+_COEFFICIENTS = {"triton": triton_kernels(policy_coefficients_triton), "torch": Implementation(_policy_coefficients_torch)}
+_IMPLEMENTATIONS = {"triton": triton_kernels(policy_loss_triton), "torch": Implementation(policy_loss_reference)}
 
 
 def policy_coefficients(

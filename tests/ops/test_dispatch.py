@@ -82,3 +82,12 @@ def test_auto_says_once_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
         for _ in range(3):
             resolve("logged op", TABLE, impl="auto", like=CPU)
     assert [record.message for record in caplog.records] == ["logged op: impl='auto' runs 'torch' on cpu"]
+
+
+def test_it_breaks_no_graph(caplog: pytest.LogCaptureFixture) -> None:
+    table = {"triton": triton_kernels(torch.neg), "torch": Implementation(torch.square)}
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: resolve("quiet op", table, impl="auto", like=x)(x), backend="eager", fullgraph=True)
+    with caplog.at_level(logging.INFO, logger="grpo_fast.ops.dispatch"):
+        assert compiled(torch.full((), 3.0, dtype=torch.float64)) == 9.0
+    assert ("quiet op", "torch", "cpu") not in dispatch._announced

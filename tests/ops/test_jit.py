@@ -84,3 +84,14 @@ def test_the_target_is_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_interpreter_is_on_where_there_is_no_gpu() -> None:
     assert jit.interpreted() == (os.environ.get("TRITON_INTERPRET", "0") == "1")
+
+
+def test_what_decides_is_a_constant_under_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x * jit._capability(x.device)[0] if jit.interpreted() else x * jit._capability(x.device)[1]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(double, backend="eager", fullgraph=True)
+    assert compiled(torch.ones(())) == (8 if jit.interpreted() else 6)

@@ -8,54 +8,7 @@ import torch
 
 from grpo_fast.ops.loss_spec import LossBatch, LossSpec
 from grpo_fast.ops.policy_loss import policy_coefficients, policy_loss, policy_loss_reference, sequence_lengths
-
-SPECS = {
-    "clip": LossSpec(epsilon_high=0.28),
-    "two-sided": LossSpec(delta=1.5),
-    "cispo": LossSpec(surrogate="cispo", epsilon_high=1.3),
-    "sapo": LossSpec(surrogate="sapo"),
-    "gspo": LossSpec(importance_sampling_level="sequence", epsilon_low=0.05, epsilon_high=0.05),
-    "rloo": LossSpec(importance_sampling_level="sequence_sum"),
-    "kl": LossSpec(beta=0.1),
-    "raw kl": LossSpec(beta=0.1, use_bias_correction_kl=False),
-    "gspo kl": LossSpec(importance_sampling_level="sequence", beta=0.1),
-    "entropy": LossSpec(entropy_coef=0.01),
-    "everything": LossSpec(
-        importance_sampling_level="sequence", epsilon_low=0.05, epsilon_high=0.05, delta=1.2, beta=0.1, entropy_coef=0.02
-    ),
-}
-EXTRAS = ("plain", "weighted", "masked", "weighted and masked", "on-policy")
-
-
-def case(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, LossBatch]:
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(n: int) -> torch.Tensor:
-        return torch.randn(n, generator=generator, dtype=torch.float64).to(dtype)
-
-    lengths = torch.tensor([4, 1, 0, 6, 3, 0])
-    old = -draw(14).abs() - 0.2
-    batch = LossBatch(
-        torch.repeat_interleave(torch.arange(6), lengths),
-        torch.tensor([1.3, -0.7, 0.4, -1.1, 0.0, 2.0], dtype=dtype),
-        torch.tensor([0.25, 0.5, 1.0, 0.125, 0.3, 1.0], dtype=dtype),
-        old_logprobs=old,
-        ref_logprobs=old + 0.3 * draw(14),
-        num_items_in_batch=20.0,
-    )
-    return old + 0.4 * draw(14), draw(14).abs(), batch
-
-
-def extended(batch: LossBatch, extra: str) -> LossBatch:
-    """The same tokens with importance weights (some 0), with a mask (one sequence wholly), or on-policy."""
-    tokens = len(batch.sequence_index)
-    if "weighted" in extra:
-        weights = torch.linspace(0, 2, tokens, dtype=batch.advantages.dtype)
-        batch = batch._replace(importance_weights=torch.where(torch.arange(tokens) % 5 == 2, 0.0, weights))
-    if "masked" in extra:
-        present = torch.arange(tokens) % 4 != 1
-        batch = batch._replace(token_mask=present & (batch.sequence_index != 1))
-    return batch._replace(old_logprobs=None) if extra == "on-policy" else batch
+from tests.ops.loss_cases import EXTRAS, SPECS, case, extended
 
 
 @pytest.mark.parametrize("extra", EXTRAS)

@@ -1,0 +1,208 @@
+"""The policy loss by Triton kernels: launches, the operator that torch knows, and its gradient."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from grpo_fast.ops.loss_spec import LossBatch, LossSpec, PolicyCoefficients, PolicyLoss, PolicyMetrics, entropy_slope
+from grpo_fast.ops.policy_loss_kernels import (
+    _policy_loss_sequence_kernel,
+    _policy_loss_sum_kernel,
+    _policy_loss_token_kernel,
+)
+
+NUM_SUMS = 10
+"""The loss, and then the order of ``PolicyMetrics.NAMES``."""
+
+
+_BLOCK = 1024
+_MAX_PROGRAMS = 1024
+
+
+class LaunchShape(NamedTuple):
+    """How the tokens of one call are cut into programs."""
+
+    num_programs: int
+    tiles_per_program: int
+
+
+def _launch_shape(num_tokens: int) -> LaunchShape:
+    """Deals tiles to at most so many programs as the second launch adds up in one go; of T alone, as is the order of sums."""
+    tiles = -(-num_tokens // _BLOCK)
+    tiles_per_program = max(1, -(-tiles // _MAX_PROGRAMS))
+    return LaunchShape(-(-tiles // tiles_per_program), tiles_per_program)
+
+
+def _launch_policy_loss(  # noqa: PLR0913, PLR0917
+    logprobs: torch.Tensor,
+    entropy: torch.Tensor | None,
+    sequence_index: torch.Tensor,
+    advantages: torch.Tensor,
+    loss_weights: torch.Tensor,
+    old_logprobs: torch.Tensor | None,
+    ref_logprobs: torch.Tensor | None,
+    importance_weights: torch.Tensor | None,
+    token_mask: torch.Tensor | None,
+    surrogate: str,
+    level: str,
+    numbers: list[float],
+    two_sided: bool,
+    bias_correction: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums [10] and coefficients [T], float32. ``numbers``: lower and upper bound, δ, β, τ_pos, τ_neg, and dL/dH."""
+    coefficients = torch.empty(logprobs.shape[0], dtype=torch.float32, device=logprobs.device)
+    sequences = (advantages.contiguous(), loss_weights.contiguous())
+    given = (old_logprobs, ref_logprobs, importance_weights, token_mask, entropy)
+    tokens = [None if values is None else values.contiguous() for values in given]
+    # Eight warps: with four, ptxas spills for one surrogate on sm_90.
+    options = {"num_warps": 8, "enable_fp_fusion": True}
+    flags = {"SURROGATE": surrogate, "TWO_SIDED": two_sided, "BIAS_CORRECTION": bias_correction, **options}
+    if level == "token":
+        shape = _launch_shape(logprobs.shape[0])
+        sums = torch.empty(NUM_SUMS, shape.num_programs, dtype=torch.float64, device=logprobs.device)
+        if shape.num_programs > 0:
+            _policy_loss_token_kernel[(shape.num_programs,)](
+                logprobs.contiguous(),
+                sequence_index.contiguous(),
+                *sequences,
+                *tokens,
+                coefficients,
+                sums,
+                logprobs.shape[0],
+                logprobs.shape[0] // 16,
+                shape.tiles_per_program,
+                *numbers[:-1],
+                **flags,
+                BLOCK=_BLOCK,
+            )
+    else:
+        sums = torch.empty(NUM_SUMS, advantages.shape[0], dtype=torch.float64, device=logprobs.device)
+        starts = torch.arange(advantages.shape[0] + 1, dtype=sequence_index.dtype, device=logprobs.device)
+        if advantages.shape[0] > 0:
+            _policy_loss_sequence_kernel[(advantages.shape[0],)](
+                logprobs.contiguous(),
+                torch.searchsorted(sequence_index.contiguous(), starts),
+                *sequences,
+                *tokens,
+                coefficients,
+                sums,
+                *numbers[:-1],
+                **flags,
+                MEAN=level == "sequence",
+                BLOCK=_BLOCK,
+            )
+    result = torch.empty(NUM_SUMS, dtype=torch.float32, device=logprobs.device)
+    _policy_loss_sum_kernel[(NUM_SUMS,)](sums, result, sums.shape[1], numbers[-1], BLOCK=_BLOCK, **options)
+    return result, coefficients
+
+
+_policy_loss_fwd = torch.library.custom_op("grpo_fast::policy_loss_fwd", _launch_policy_loss, mutates_args=())
+
+
+@_policy_loss_fwd.register_fake
+def _(logprobs: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return logprobs.new_empty(NUM_SUMS, dtype=torch.float32), logprobs.new_empty(logprobs.shape, dtype=torch.float32)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    logprobs, entropy, mask, numbers = inputs[0], inputs[1], inputs[8], inputs[11]
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1], mask)
+    ctx.dtypes = (logprobs.dtype, None if entropy is None else entropy.dtype)
+    ctx.entropy_slope = numbers[-1]
+
+
+@torch.autograd.function.once_differentiable
+def _policy_loss_bwd(ctx: Any, grad_sums: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    coefficients, mask = ctx.saved_tensors
+    grad_loss = grad_sums[0]
+    grad_entropy = None
+    if ctx.needs_input_grad[1] and ctx.entropy_slope != 0:
+        slope = (grad_loss * ctx.entropy_slope).to(ctx.dtypes[1])
+        grad_entropy = slope.expand_as(coefficients) if mask is None else slope * mask
+    return ((coefficients * grad_loss).to(ctx.dtypes[0]), grad_entropy, *(None,) * 12)
+
+
+_policy_loss_fwd.register_autograd(_policy_loss_bwd, setup_context=_setup_context)
+
+
+def _sums_and_coefficients(
+    logprobs: torch.Tensor, batch: LossBatch, spec: LossSpec, entropy: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    sapo = (spec.sapo_temperature_pos, spec.sapo_temperature_neg)
+    high = spec.epsilon_high if spec.surrogate == "cispo" else 1 + spec.epsilon_high
+    delta = float("inf") if spec.delta is None else spec.delta
+    numbers = [1 - spec.epsilon_low, high, delta, spec.beta, *sapo, entropy_slope(batch, spec)]
+    result: tuple[torch.Tensor, torch.Tensor] = _policy_loss_fwd(
+        logprobs,
+        entropy,
+        batch.sequence_index,
+        batch.advantages,
+        batch.loss_weights,
+        batch.old_logprobs,
+        batch.ref_logprobs if spec.beta != 0 else None,
+        batch.importance_weights,
+        batch.token_mask,
+        spec.surrogate,
+        spec.importance_sampling_level,
+        [float(number) for number in numbers],
+        spec.delta is not None,
+        spec.use_bias_correction_kl,
+    )
+    return result
+
+
+def policy_loss_triton(
+    logprobs: torch.Tensor, batch: LossBatch, *, spec: LossSpec, entropy: torch.Tensor | None = None
+) -> PolicyLoss:
+    """``impl="triton"`` of :func:`~grpo_fast.ops.policy_loss.policy_loss`; differentiable once."""
+    sums, _ = _sums_and_coefficients(logprobs, batch, spec, entropy)
+    return PolicyLoss(sums[0], PolicyMetrics(sums[1:].detach()))
+
+
+@torch.no_grad()
+def policy_coefficients_triton(
+    logprobs: torch.Tensor, batch: LossBatch, *, spec: LossSpec, entropy: torch.Tensor | None = None
+) -> PolicyCoefficients:
+    """``impl="triton"`` of :func:`~grpo_fast.ops.policy_loss.policy_coefficients`."""
+    sums, coefficients = _sums_and_coefficients(logprobs, batch, spec, entropy)
+    slopes = None
+    if spec.entropy_coef != 0:
+        slopes = coefficients.new_full((), entropy_slope(batch, spec)).expand_as(coefficients)
+        slopes = slopes if batch.token_mask is None else slopes * batch.token_mask
+    return PolicyCoefficients(sums[0], coefficients, slopes, PolicyMetrics(sums[1:]))
+
+
+def aot_calls() -> dict[str, Callable[[], object]]:
+    """Launches that cover every branch of the kernels, on tensors that hold nothing; for ahead-of-time compilation."""
+
+    def call(surrogate: str, level: str, extras: bool) -> object:
+        tokens, sequences = (torch.empty(n, dtype=torch.float32, device="meta") for n in (2**14, 2**4))
+        index, mask = torch.empty_like(tokens, dtype=torch.int64), torch.empty_like(tokens, dtype=torch.bool)
+        return _launch_policy_loss(
+            tokens,
+            tokens,
+            index,
+            advantages=sequences,
+            loss_weights=sequences,
+            old_logprobs=tokens,
+            ref_logprobs=tokens if extras else None,
+            importance_weights=tokens if extras else None,
+            token_mask=mask if extras else None,
+            surrogate=surrogate,
+            level=level,
+            numbers=[0.8, 1.2, 2.0, 0.1, 1.0, 1.05, -0.1],
+            two_sided=extras and surrogate == "clip",
+            bias_correction=extras,
+        )
+
+    rows = [("clip", "token"), ("cispo", "token"), ("sapo", "token"), ("clip", "sequence"), ("sapo", "sequence_sum")]
+    return {
+        f"{surrogate}-{level}{'-extras' if extras else ''}": functools.partial(call, surrogate, level, extras)
+        for surrogate, level in rows
+        for extras in (False, True)
+    }
