@@ -46,7 +46,7 @@ def test_files_stay_readable(module: Path) -> None:
 
 
 def test_no_file_names_a_machine() -> None:
-    private = re.compile(r"(?<![\w.$}])/(work|farm|home|root|opt|tmp/v|mnt)/|[.]library")
+    private = re.compile(r"(?<![\w.$}])/(work|farm|home|root|opt|tmp/v|mnt)/|/[.]library")
     for path in [*PACKAGE.rglob("*.py"), *(ROOT / "tests").rglob("*.py"), *ROOT.glob("*.md"), ROOT / "Makefile"]:
         if path.name != Path(__file__).name:
             assert not private.search(path.read_text(encoding="utf-8")), path
