@@ -13,7 +13,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 README = ROOT / "README.md"
-_TABLE = re.compile(r"(<!-- table: [^\n]*-->\n).*?(<!-- table end -->)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- (?P<name>(?:law |stop )?table): [^\n]*-->\n).*?(<!-- table end -->)", re.DOTALL)
 
 
 def readme_table() -> str:
@@ -42,10 +42,51 @@ def readme_table() -> str:
     return head + "".join(f"| {name} | {value} |\n" for name, value in rows)
 
 
+def law_table() -> str:
+    """The law against its best rival at each point, on published curves of repositories that its prior never saw."""
+    found = _read("law/published.json")
+    about, shares = found["about"], ("20 %", "40 %", "60 %")
+    law = found["law"]
+    rows = []
+    for group, label in (("all", f"all {about['curves']} curves"), ("learning", "curves that rise")):
+        ours = found["forecasts"][group]["level"]["error"][law][: len(shares)]
+        rows.append((f"error, {label}", [f"{value[0]:.3f}" for value in ours]))
+        rivals = found["against_best"]["error"][group][: len(shares)]
+        errors = found["forecasts"][group]["level"]["error"]
+        best = [f"{errors[row['best']][at][0]:.3f} ({row['best']})" for at, row in enumerate(rivals)]
+        rows += [("best rival at that point", best), ("ratio, 90 % interval", [_interval(row["ratio"]) for row in rivals])]
+    inside = found["forecasts"]["all"]["level"]["inside90"][law][: len(shares)]
+    rows.append(("90 % intervals that held what came", [f"{value[0]:.0%}" for value in inside]))
+    head = [f"{about['repositories']} repositories, each counted once", *(f"{share} seen" for share in shares)]
+    return _markdown(head, [[name, *cells] for name, cells in rows])
+
+
+def stop_table() -> str:
+    """The law's stop against simple ones, replayed on the same curves."""
+    found = _read("law/published.json")
+    rules = found["stopping"]["all"]
+    names = [found["stop_rule"], "patience 20%", "patience 10%", "fixed 40%", "fixed 80%", "plug-in, exponential + R0"]
+    rows = []
+    for name in [*names, "hindsight oracle"]:
+        row = {measure: rules[name][measure][0] for measure in ("saved", "lost", "false", "bad")}
+        rows.append([name, f"{row['saved']:.0%}", f"{row['lost']:.4f}", f"{row['false']:.1%}", f"{row['bad']:.1%}"])
+    return _markdown(["rule", "compute saved", "mean reward lost", "lost over 0.02", "lost over 0.05"], rows)
+
+
 def rendered_readme() -> str:
-    """The README with its table as the results have it."""
+    """The README with its tables as the results have them."""
     text = README.read_text(encoding="utf-8")
-    return _TABLE.sub(lambda match: match[1] + readme_table() + match[2], text)
+    made = {"table": readme_table, "law table": law_table, "stop table": stop_table}
+    return _TABLE.sub(lambda match: match[1] + made[match["name"]]() + match[3], text)
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |\n" for cells in [head, *rows]]
+    return lines[0] + "|---" * len(head) + "|\n" + "".join(lines[1:])
+
+
+def _interval(figure: list[float]) -> str:
+    return f"{figure[0]:.2f} ({figure[1]:.2f} to {figure[2]:.2f})"
 
 
 def _read(name: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks.law import pictures, results
 from benchmarks.law.baselines import BASELINES
+from benchmarks.law.cost import cost_ms
 from benchmarks.law.curves import Curve, load_curves
 from benchmarks.law.evaluate import FINAL, LEVEL, SHARES, evaluate
 from benchmarks.law.models import Law
@@ -25,6 +26,7 @@ from benchmarks.law.simulator import STORIES, simulate
 from benchmarks.law.stopping import Fixed, LawStop, Oracle, Patience, PlugIn, Stopper, replay
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "reward_curves"
+DEFAULT = 0.9
 CONFIDENCES = (0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 NUM_SIMULATED, FIRST_SEED = 120, 10_000
 _PLUGGED = ("exponential from zero (v2)", "exponential + R0", "logistic (v1)")
@@ -78,6 +80,8 @@ def printed(found: dict[str, Any]) -> None:
             print(f"\n{measure} of the {target}")
             for name, figures in found["forecasts"]["all"][target][measure].items():
                 print(f"  {name:46s}" + " ".join(f"{value[0]:.3f}" if value[0] is not None else "  -  " for value in figures))
+    for row in found.get("targets", ()):
+        print(f"{'met ' if row['met'] else 'MISS'}  {row['target']}: {row['value']} in {row['bounds']}")
     for group, rows in found.get("stopping", {}).items():
         print(f"\nstops, {group} ({rows['curves']} curves)")
         for name, row in rows.items():
@@ -112,7 +116,14 @@ def written(folder: Path, law: Law, output: Path) -> None:
     simulated = [simulate(FIRST_SEED + seed) for seed in range(NUM_SIMULATED)]
     where = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in ("numpy", "scipy")}
     for name, curves in (("published", load_curves(folder)), ("simulated", simulated)):
-        found = judged(curves, law) | {"versions": where}
+        found = judged(curves, law)
+        found |= {
+            "law": law.name,
+            "stop_rule": f"{law.name}, {DEFAULT:g}",
+            "targets": results.targets(found, law.name, DEFAULT),
+            "cost_ms": cost_ms(),
+            "versions": where,
+        }
         printed(found)
         (output / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         pictures.errors(found["forecasts"], SHARES, law.name, output / f"{name}_error.png")

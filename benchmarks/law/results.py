@@ -136,6 +136,34 @@ def against_best(records: Sequence[Record], name: str, measure: str = "error") -
     return out
 
 
+def targets(found: dict[str, Any], name: str, confidence: float) -> list[dict[str, Any]]:
+    """What was asked of the law before it was judged, what came, and whether that meets it.
+
+    Args:
+        found: an evaluation with ``forecasts``, ``against_best`` and ``stopping``.
+        name: the law's.
+        confidence: of the rule that is meant.
+    """
+    rows: list[tuple[str, float | None, float, float]] = []
+    for group, ratios in found["against_best"]["error"].items():
+        early = [row for row in ratios if row["seen"] <= 0.6]
+        rows += [(f"error over the best rival's, {group}, {row['seen']:.0%} seen", row["ratio"][0], 0.0, 0.9) for row in early]
+    for target in TARGETS:
+        for share, figure in zip(found["shares"], found["forecasts"]["all"][target]["inside90"][name], strict=True):
+            rows.append((f"coverage of 90 % intervals of the {target}, {share:.0%} seen", figure[0], 0.87, 0.93))
+    stops = found["stopping"]["all"][f"{name}, {confidence:g}"]
+    rows += [
+        ("false stops (over 0.02 lost)", stops["false"][0], 0.0, 0.05),
+        ("share of the oracle's saving", stops["share_of_oracle"][0], 0.6, math.inf),
+        ("mean reward lost", stops["lost"][0], 0.0, 0.008),
+    ]
+    return [
+        {"target": what, "value": value, "bounds": [low, high if math.isfinite(high) else None], "met": low <= value <= high}
+        for what, value, low, high in rows
+        if value is not None
+    ]
+
+
 def by_repository(records: Sequence[Record], names: Sequence[str]) -> dict[str, Any]:
     """Level error of chosen forecasters in each repository, at each share seen."""
     shares = sorted({record.share for record in records})
