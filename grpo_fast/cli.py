@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Mapping, Sequence
 from json import dumps as to_json
 from pathlib import Path
 from typing import Annotated
@@ -33,7 +34,8 @@ def _fill(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) ->
         tokens = arguments[name].tokens
         return tokens[-1].value if tokens else None
 
-    recipe, file, resume = given("--recipe"), given("--config"), given("--resume")
+    recipe, file = given("--recipe"), given("--config")
+    resume = given("--resume")
     if resume is not None:
         if recipe is not None or file is not None:
             raise ConfigError("--resume uses the run's own configuration; leave out --recipe and --config")
@@ -44,7 +46,7 @@ def _fill(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) ->
         values |= read_toml(file) if file is not None else {}
     Config.parse(values)
     # under the command's name: a bare "report" would be taken for the command of that name and be left out
-    cyclopts_config.Dict({"train": values}, source="the configuration")(app, commands, arguments)
+    cyclopts_config.Dict({commands[0]: values}, source="the configuration")(app, commands, arguments)
 
 
 app = App(
@@ -147,25 +149,42 @@ def forecast(  # noqa: PLR0913 (flags)
         num_generations=num_generations,
     )
     if plot is not None:
-        from grpo_fast.report.log_plot import write_log_plot  # noqa: PLC0415 (matplotlib is slow to import)
+        from grpo_fast.report.log_plot import LogBeliefs, write_log_plot  # noqa: PLC0415 (matplotlib is slow to import)
 
         curve = result.log
-        write_log_plot(
-            plot, curve.steps, curve.rewards, forecast=result.forecast, stop=result.stop_forecast, name=curve.reward_column
+        beliefs = LogBeliefs(
+            steps=curve.steps,
+            rewards=curve.rewards,
+            name=curve.reward_column,
+            horizon=result.horizon,
+            rows=result.rows(),
+            prior=result.prior_row(),
+            stop_step=result.stop_step,
+            epsilon=result.epsilon,
+            confidence=result.confidence,
         )
+        write_log_plot(plot, beliefs)
     if json:
         print(to_json(result.to_dict(), allow_nan=False))
         return 0
     console = Console()
+    _print_words(console, result.to_words())
+    _print_notes(console, result.notes, plot=plot)
+    return 0
+
+
+def _print_words(console: Console, words: Mapping[str, str]) -> None:
     table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name, words in result.to_words().items():
-        table.add_row(f"[bold]{escape(name)}[/]", escape(words))
+    for name, told in words.items():
+        table.add_row(f"[bold]{escape(name)}[/]", escape(told))
     console.print(table, highlight=False)
-    for told in result.notes:
+
+
+def _print_notes(console: Console, notes: Sequence[str], *, plot: Path | None) -> None:
+    for told in notes:
         console.print(f"[dim]note:[/] {escape(told)}", highlight=False)
     if plot is not None:
         console.print(f"wrote {plot}", highlight=False, markup=False, soft_wrap=True)
-    return 0
 
 
 @app.command

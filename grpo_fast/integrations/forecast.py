@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ _NARROW_SPAN = 3.0
 _MAX_POINTS = 2000
 _SCHEDULE_TOLERANCE = 0.02
 _MAX_GRID = 1_000_000
+_A_SHARE = re.compile(r"acc|pass|success|solve|correct|percent|rate|%")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class LogForecast:
     Attributes:
         log: the log, with its notes.
         forecast: after the last step.
+        prior: before the first one.
         horizon: steps of the whole budget.
         epsilon: gain that is not worth having, in the log's units.
         confidence: probability that stops a run.
@@ -38,10 +41,13 @@ class LogForecast:
         stop_reason: why it would, or what it says after the last step.
         stop_forecast: what was believed at that step.
         notes: the log's, and what was assumed here.
+        history: forecasts in the order of their steps.
+        vetoes: what alone kept the rule from counting each of them; empty where nothing did.
     """
 
     log: RewardLog
     forecast: Forecast
+    prior: Forecast
     horizon: int
     epsilon: float
     confidence: float
@@ -50,6 +56,16 @@ class LogForecast:
     stop_reason: str
     stop_forecast: Forecast | None = None
     notes: list[str] = field(default_factory=list)
+    history: Sequence[Forecast] = ()
+    vetoes: Sequence[str] = ()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The history as rows of ``forecasts.jsonl``, with the phases' probabilities and vetoes."""
+        return [_row(forecast, veto) for forecast, veto in zip(self.history, self.vetoes, strict=True)]
+
+    def prior_row(self) -> dict[str, Any]:
+        """The forecast before the first reward, likewise."""
+        return _row(self.prior)
 
     def to_dict(self) -> dict[str, Any]:
         """One JSON object: JSON values only, no NaN."""
@@ -103,6 +119,10 @@ class LogForecast:
         return f"at step {self.stop_step}, {1 - self.stop_step / self.horizon:.0%} of the budget saved. {self.stop_reason}"
 
 
+def _row(forecast: Forecast, veto: str = "") -> dict[str, Any]:
+    return forecast.to_dict() | {"phase_probabilities": list(forecast.phase_probabilities), "veto": veto}
+
+
 def forecast_log(  # noqa: PLR0913 (keywords, each of them the law's own)
     log: RewardLog,
     *,
@@ -149,7 +169,10 @@ def forecast_log(  # noqa: PLR0913 (keywords, each of them the law's own)
         epsilon, confidence=confidence, patience=_or(patience, own.patience), min_steps=_or(min_steps, own.min_steps)
     )
     stopped: tuple[int, str, Forecast] | None = None
-    forecast, reason = predictor.forecast(), ""
+    prior = forecast = predictor.forecast()
+    reason = ""
+    history: list[Forecast] = []
+    vetoes: list[str] = []
     spread = log.reward_std if log.source == OWN_RUN else None
     progress = progress_of(log, horizon, notes)
     for group in _groups(log, notes):
@@ -164,10 +187,26 @@ def forecast_log(  # noqa: PLR0913 (keywords, each of them the law's own)
         )
         decision = rule.update(forecast)
         reason = decision.reason
+        history.append(forecast)
+        vetoes.append(decision.veto)
         if decision.stop and stopped is None:
             stopped = (forecast.step, decision.reason, forecast)
     step, reason, then = stopped if stopped is not None else (None, reason, None)
-    return LogForecast(log, forecast, horizon, epsilon, confidence, bounds, step, reason, then, notes)
+    return LogForecast(
+        log,
+        forecast,
+        prior,
+        horizon,
+        epsilon,
+        confidence,
+        bounds,
+        step,
+        reason,
+        then,
+        notes=notes,
+        history=history,
+        vetoes=vetoes,
+    )
 
 
 def _or(asked: _T | None, own: _T) -> _T:
@@ -263,9 +302,13 @@ def _checked(log: RewardLog, asked: tuple[float, float] | None) -> tuple[float, 
 
 def _bounds(log: RewardLog, notes: list[str]) -> tuple[float, float] | None:
     low, high = float(np.nanmin(log.rewards)), float(np.nanmax(log.rewards))
+    told = "and that is taken for their range; give another with --reward-range"
     if low >= 0 and high <= 1 and low < high:
-        notes.append("all rewards lie in 0 to 1, and that is taken for their range; give another with --reward-range")
+        notes.append(f"all rewards lie in 0 to 1, {told}")
         return 0.0, 1.0
+    if low >= 0 and _NARROW_SPAN < high <= 100 and _A_SHARE.search(log.reward_column.lower()):
+        notes.append(f"{log.reward_column!r} lies in 0 to 100 as per cent do, {told}")
+        return 0.0, 100.0
     return None
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from grpo_fast.config import Config
-from grpo_fast.report.plots import PICTURES
+from grpo_fast.report.plots import pictures_of
 from grpo_fast.report.run import Run
 from grpo_fast.report.theme import DARK, LIGHT, drawing, png
 from grpo_fast.sinks.quantities import duration, percent, si, significant
@@ -25,7 +25,9 @@ _LONGEST_TEXT = 2000
 _HEADINGS = {
     "phases": "The run",
     "forecasts": "What was believed, and what came",
+    "beliefs": "How it became sure",
     "stop": "The decision to stop",
+    "alarm": "The collapse alarm",
     "compute": "What it cost, and what was left",
     "health": "Health",
 }
@@ -40,6 +42,12 @@ _CAPTIONS = {
     "stop": """
         Above, the reward forecast for the end of the budget, step by step. Below, the probability that so little is left to
         gain that going on is not worth it.""",
+    "beliefs": """
+        Left, the probability of each phase after every step. Right, the mean reward over the whole budget as the first forecast
+        had it and as the last one has it, with 90 % bands.""",
+    "alarm": """
+        Each detector adds up how far its signal has moved the wrong way, beyond what its own noise explains. The reward's must
+        reach the dashed line, or two thirds of it while another is over the line, for a collapse to be confirmed.""",
     "compute": """
         Seconds are wall-clock time. FLOPs are those that the model needs; padding and recomputation inside kernels are not
         counted. What is left is estimated from the mean cost of a step.""",
@@ -115,6 +123,8 @@ def headline(run: Run) -> str:
     if run.stopped_by == "forecast":
         why = f"because its forecast saw the plateau; {left} of the steps were not needed"
         return f"The run stopped itself at {done}, {level}, {why}."
+    if run.stopped_by == "collapse":
+        return f"The run was stopped at {done}, {level}, because its policy collapsed."
     if run.stopped_by == "max_steps":
         return f"The run did all of its {run.last_step} steps and ended {level}."
     if run.stopped_by in {"interrupt", "user"}:
@@ -218,7 +228,7 @@ def _pictures(run: Run) -> list[Picture]:
     }
     made = []
     with drawing():
-        for name, draw in PICTURES.items():
+        for name, draw in pictures_of(run).items():
             images = {dress: png(draw(run, theme)) for dress, theme in dresses.items()}
             (folder / f"{name}.png").write_bytes(images["wide"])
             heading, caption = _HEADINGS[name], " ".join(_CAPTIONS[name].split())

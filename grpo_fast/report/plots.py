@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
+from grpo_fast.report.belief_plots import has_alarm, has_beliefs, plot_alarm, plot_beliefs
 from grpo_fast.report.costs import plot_compute
 from grpo_fast.report.run import Run, smoothed
 from grpo_fast.report.theme import (
@@ -201,6 +202,7 @@ def end_words(run: Run) -> str:
     words = {
         None: "last step so far",
         "forecast": "stopped by its forecast",
+        "collapse": "stopped by a collapse",
         "max_steps": "all steps done",
         "interrupt": "interrupted",
         "user": "stopped by the caller",
@@ -331,9 +333,23 @@ def plot_health(run: Run, theme: Theme = LIGHT) -> Figure:
 
 
 PICTURES: Mapping[str, Callable[[Run, Theme], Figure]] = MappingProxyType(
-    {"phases": plot_phases, "forecasts": plot_forecasts, "stop": plot_stop, "compute": plot_compute, "health": plot_health}
+    {
+        "phases": plot_phases,
+        "forecasts": plot_forecasts,
+        "beliefs": plot_beliefs,
+        "stop": plot_stop,
+        "alarm": plot_alarm,
+        "compute": plot_compute,
+        "health": plot_health,
+    }
 )
 """Every picture of a report, in its order."""
+
+
+def pictures_of(run: Run) -> dict[str, Callable[[Run, Theme], Figure]]:
+    """Those for which a run has logged something."""
+    needed = {"beliefs": has_beliefs, "alarm": has_alarm}
+    return {name: draw for name, draw in PICTURES.items() if name not in needed or needed[name](run)}
 
 
 def _number(row: Mapping[str, object], name: str) -> float:

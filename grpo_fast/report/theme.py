@@ -58,6 +58,8 @@ class Theme:
     forecast: Color
     held_out: Color
     phases: tuple[Color, Color, Color]
+    stacked: tuple[Color, Color, Color]
+    stacked_ink: Color
     narrow: bool = False
 
     @property
@@ -79,6 +81,8 @@ LIGHT = Theme(
     forecast="#d55e00",
     held_out="#00805e",
     phases=("#eceff3", "#d9eaf7", "#dcf1e7"),
+    stacked=("#cdd3da", "#8cc6ec", "#66c2a5"),
+    stacked_ink="#1f2328",
 )
 DARK = Theme(
     paper="#15191e",
@@ -89,6 +93,8 @@ DARK = Theme(
     forecast="#f09a50",
     held_out="#35c596",
     phases=("#20262e", "#172c3d", "#15302a"),
+    stacked=("#3c444d", "#1f5f87", "#1d6e54"),
+    stacked_ink="#ffffff",
 )
 
 

@@ -77,6 +77,30 @@ def test_rewards_in_percent() -> None:
     assert percent.forecast.median == pytest.approx(100 * whole.forecast.median, abs=3)
 
 
+def test_a_share_in_percent_has_its_range() -> None:
+    found = forecast_log(log_of(s_curve(40, scale=100.0), max_steps=50, reward_column="train/accuracy"))
+    assert found.reward_range == (0.0, 100.0)
+    assert "'train/accuracy' lies in 0 to 100 as per cent do" in found.notes[1]
+
+
+def test_the_history_of_beliefs() -> None:
+    found = forecast_log(log_of(s_curve(30), max_steps=60))
+    rows = found.rows()
+    assert [row["step"] for row in rows] == list(range(1, 31))
+    assert rows[-1]["median"] == found.forecast.median
+    assert sum(rows[-1]["phase_probabilities"]) == pytest.approx(1)
+    assert {row["veto"] for row in rows} <= {"", "min_steps", "not identifiable", "inflection ahead", "rising slope"}
+    assert (found.prior_row()["step"], found.prior_row()["veto"]) == (0, "")
+    assert found.prior.high - found.prior.low > 2 * (found.forecast.high - found.forecast.low)
+
+
+def test_steps_by_the_billion_take_no_memory() -> None:
+    steps = np.arange(1, 41) * 10**9
+    found = forecast_log(log_of(s_curve(40), steps=steps, learning_rate=np.full(40, 1e-6)), max_steps=100 * 10**9)
+    assert found.forecast.step == 40 * 10**9
+    assert found.forecast.low < 0.85
+
+
 def test_a_constant_reward_and_hardly_any() -> None:
     constant = forecast_log(log_of(np.full(60, 0.5), max_steps=80))
     assert constant.reward_range is None

@@ -32,12 +32,15 @@ class RunMaker:
     nan_steps: tuple[int, ...] = (33, 34, 90)
     resumed_at: int | None = None
     kl: bool = False
+    alarm: bool = False
+    collapse_at: int | None = None
     price: float = 2.5
     completion: str = "17 + 25 = 42\nThe answer is 42."
     seed: int = 0
 
     def law(self, step: Any) -> Any:
-        return 0.08 + 0.83 / (1 + np.exp(-(np.asarray(step, dtype=float) - 62) / 13))
+        risen = 0.08 + 0.83 / (1 + np.exp(-(np.asarray(step, dtype=float) - 62) / 13))
+        return risen if self.collapse_at is None else risen / (1 + np.exp((np.asarray(step) - self.collapse_at) / 3))
 
     def write(self) -> Path:
         self.rng = np.random.default_rng(self.seed)
@@ -110,6 +113,11 @@ class RunMaker:
         row |= {f"time/{name}": value for name, value in SECONDS.items()}
         row |= {f"flops/{name}": value * step for name, value in FLOPS.items()}
         row |= {"tokens/prompt": 1900.0 * step, "tokens/completion": 3300.0 * step, "tokens/trained": 2100.0 * step}
+        if self.alarm:
+            fallen = 0.0 if self.collapse_at is None else max(0, step - self.collapse_at) / 8
+            row["alarm/reward"] = max(0.0, 0.15 + 0.2 * math.sin(step / 5)) + fallen
+            row["alarm/grad_norm"] = max(0.0, 0.3 * math.sin(step / 9)) + 0.8 * fallen
+            row["alarm/entropy_up"] = max(0.0, 0.2 * math.sin(step / 4))
         if self.kl:
             row["kl"] = 0.05 * done + abs(rng.normal(0, 0.004))
         if self.eval_steps and (step % self.eval_steps == 0 or step == self.steps):
@@ -141,6 +149,7 @@ class RunMaker:
             "p_gain_below_eps": float(np.clip(0.96 / (1 + math.exp(-(step - 125) / 11)) + 0.02 * math.sin(step / 3), 0, 1)),
             "phase": phase,
             "phase_probability": 0.5 + 0.45 * abs(math.tanh((step - 35) / 30)) if step < 70 else 0.85,
+            "phase_probabilities": self.phases(step),
             "identifiable": identifiable,
             "reason": "" if identifiable else "the rise has not begun: plateau and speed cannot be told apart",
             "band": {
@@ -150,6 +159,10 @@ class RunMaker:
                 "high": (median + (high - final) * spread).clip(0, 1).tolist(),
             },
         }
+
+    def phases(self, step: int) -> list[float]:
+        begun, done = (1 / (1 + math.exp(-(step - at) / 9)) for at in (35, 105))
+        return [1 - begun, begun - done, done]
 
     def blend(self, grid: Any, step: int, final: float) -> Any:
         now = float(self.law(step))
@@ -177,6 +190,7 @@ class RunMaker:
             "3 steps in a row: the forecast for the end is 0.905 (90 % interval 0.880 to 0.921)",
             "max_steps": f"max_steps is reached: {self.steps} of {self.max_steps} steps are used.",
             "max_tokens": "max_tokens is reached: 873,600 of 870,000 tokens are used.",
+            "collapse": f"The reward fell from 0.910 to 0.300 since step {self.steps - 12}",
             "interrupt": f"Interrupted by the user after step {self.steps}.",
         }
         reason = reasons[str(self.stopped_by)]

@@ -69,13 +69,13 @@ def test_one_file_tells_the_run_and_needs_nothing_else(report: Path) -> None:
 @pytest.mark.slow
 def test_pictures_are_written_beside_it(report: Path) -> None:
     names = sorted(picture.name for picture in (report.parent / "plots").iterdir())
-    assert names == ["compute.png", "forecasts.png", "health.png", "phases.png", "stop.png"]
+    assert names == ["beliefs.png", "compute.png", "forecasts.png", "health.png", "phases.png", "stop.png"]
     with Image.open(report.parent / "plots" / "phases.png") as image:
         assert image.size == (1680, 780)
 
 
 def test_what_a_model_wrote_is_text_never_markup(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grpo_fast.report.html.PICTURES", {"phases": PICTURES["phases"]})
+    monkeypatch.setattr("grpo_fast.report.html.pictures_of", lambda run: {"phases": PICTURES["phases"]})
     path = make_run("<b>run", steps=20, completion=INJECTION)
     with (path / "events.jsonl").open("a") as file:
         file.write(json.dumps({"step": 20, "event": "warn", "message": INJECTION}) + "\n")
@@ -89,7 +89,7 @@ def test_what_a_model_wrote_is_text_never_markup(make_run: MakeRun, monkeypatch:
 
 
 def test_an_unfinished_run_has_a_report(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grpo_fast.report.html.PICTURES", {"health": PICTURES["health"]})
+    monkeypatch.setattr("grpo_fast.report.html.pictures_of", lambda run: {"health": PICTURES["health"]})
     path = make_run(steps=1, stopped_by=None, eval_steps=0)
     (path / "config.toml").unlink()
     (path / "completions.jsonl").unlink()
@@ -112,6 +112,7 @@ def test_what_is_believed_of_an_unfinished_run_is_told(make_run: MakeRun) -> Non
     [
         ("forecast", "stopped itself at step 40 of 400, at a reward of 0.17"),
         ("interrupt", "was interrupted at step 40 of 400"),
+        ("collapse", "was stopped at step 40 of 400, at a reward of 0.17"),
         ("max_tokens", "because the budget max_tokens was used up"),
         (None, "is unfinished: step 40 of 400"),
     ],

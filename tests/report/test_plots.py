@@ -15,6 +15,7 @@ from grpo_fast.report.plots import (
     PICTURES,
     belief_steps,
     phase_spans,
+    pictures_of,
     plot_forecasts,
     plot_health,
     plot_phases,
@@ -160,7 +161,10 @@ def test_health_shows_what_was_logged(make_run: MakeRun) -> None:
     ids=["one step", "three steps", "only NaN", "to the end"],
 )
 def test_every_picture_is_drawn_for_odd_runs(make_run: MakeRun, name: str, options: dict[str, object]) -> None:
-    run = Run.load(make_run(**options))
+    run = Run.load(make_run(alarm=True, **options))
+    drawn = set(pictures_of(run))
+    assert drawn >= set(PICTURES) - {"beliefs"}
+    assert ("beliefs" in drawn) == (len(run.forecasts) > 1)
     for theme in (DARK, dataclasses.replace(LIGHT, narrow=True)):
         with drawing():
-            assert png(PICTURES[name](run, theme)).startswith(b"\x89PNG")
+            assert name not in drawn or png(PICTURES[name](run, theme)).startswith(b"\x89PNG")

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+
+from grpo_fast.report.belief_plots import (
+    alarm_words,
+    band_of,
+    draw_end,
+    draw_gain,
+    draw_phase_probabilities,
+    draw_prior,
+    has_alarm,
+    has_beliefs,
+    plot_alarm,
+    plot_beliefs,
+    series,
+)
+from grpo_fast.report.run import Run
+from grpo_fast.report.theme import DARK, LIGHT, grid
+
+
+def row(step: int, **values: Any) -> dict[str, Any]:
+    found = {
+        "step": step,
+        "median": 0.7,
+        "low": 0.5,
+        "high": 0.8,
+        "p_gain_below_eps": step / 40,
+        "phase_probabilities": [max(0.0, 0.8 - step / 20), min(0.2 + step / 50, 1 - step / 40), 0.0],
+        "identifiable": step > 10,
+        "veto": "",
+        "band": {"step": [0.0, 50.0, 100.0], "low": [0.1, 0.4, 0.5], "median": [0.2, 0.6, 0.7], "high": [0.3, 0.7, 0.8]},
+    } | values
+    shares = found["phase_probabilities"]
+    shares[2] = 1 - shares[0] - shares[1]
+    return found
+
+
+ROWS = [row(step) for step in range(1, 41)]
+
+
+@pytest.fixture
+def axis() -> Axes:
+    return grid(LIGHT, 1, 1, height=2.0)[1][0]
+
+
+def words_of(axis: Axes) -> list[str]:
+    return [axis.get_title(loc="left"), *(text.get_text() for text in axis.texts)]
+
+
+def test_series_and_bands() -> None:
+    assert series(ROWS, "step").tolist() == list(range(1, 41))
+    assert np.isnan(series([{"x80": None}], "x80")).all()
+    assert [values.tolist() for values in band_of(ROWS[0])][1] == [0.1, 0.4, 0.5]
+
+
+@pytest.mark.parametrize("theme", [LIGHT, DARK])
+def test_phases_fill_the_panel_and_are_named_where_there_is_room(axis: Axes, theme: Any) -> None:
+    draw_phase_probabilities(axis, ROWS, theme)
+    assert axis.get_ylim() == (0, 1)
+    tops = [area.get_paths()[0].get_extents() for area in axis.collections]
+    assert (min(box.y0 for box in tops), max(box.y1 for box in tops)) == (0, pytest.approx(1))
+    words = words_of(axis)
+    assert words[0] == "Phase: plateau, 100 % at step 40"
+    assert {"slow start", "plateau"} <= set(words)
+    draw_phase_probabilities(axis, ROWS[:1], theme)
+
+
+def test_the_reason_to_stop(axis: Axes) -> None:
+    rows = [*ROWS[:-1], row(40, veto="rising slope")]
+    draw_gain(axis, rows, LIGHT, epsilon=0.02, confidence=0.9)
+    assert words_of(axis) == ["P(gain left < 0.02) is 100 %; 90 % stops", "grey: not identifiable, crosses: vetoed"]
+    known = axis.lines[2].get_ydata()
+    assert np.isnan(np.asarray(known)[:10]).all()
+    assert np.asarray(known)[10:].tolist() == pytest.approx([step / 40 for step in range(11, 41)])
+    crosses = axis.lines[3]
+    assert np.asarray(crosses.get_xdata()).tolist() == [40]
+
+
+def test_nothing_is_said_of_what_did_not_happen(axis: Axes) -> None:
+    draw_gain(axis, ROWS[15:], LIGHT, epsilon=0.01, confidence=0.9)
+    assert words_of(axis)[1:] == [""]
+
+
+def test_the_end_and_what_came(axis: Axes) -> None:
+    draw_end(axis, [*ROWS, row(41, low=0.75)], LIGHT, came=0.7)
+    assert words_of(axis)[0] == "Forecast for the end, 90 %: held 98 % of the time"
+    low, high = axis.get_ylim()
+    assert low < 0.5
+    assert high > 0.8
+    draw_end(axis, ROWS, LIGHT, came=float("nan"))
+    assert words_of(axis)[0] == "Forecast for the end, 90 %"
+
+
+def test_prior_against_posterior(axis: Axes) -> None:
+    prior = row(0, low=0.0, high=1.0)
+    draw_prior(axis, prior, ROWS[-1], LIGHT)
+    assert words_of(axis) == ["The rewards took 70 % off the interval", "before", "at step 40"]
+    draw_prior(axis, ROWS[-1], prior, LIGHT)
+    assert words_of(axis)[0] == "The rewards did not narrow the interval"
+
+
+def test_beliefs_of_a_run(make_run: Callable[..., Path]) -> None:
+    run = Run.load(make_run())
+    assert has_beliefs(run)
+    phases, prior = plot_beliefs(run).axes
+    assert words_of(phases)[0] == "Phase: plateau, 99.9 % at step 168"
+    assert words_of(prior)[1:] == ["at step 5", "at step 168"], "the first forecast stands for the prior"
+    assert prior.get_xlim() == (0, 400)
+    assert not has_beliefs(Run.load(make_run("early", steps=5)))
+    assert not has_beliefs(Run.load(make_run("none", steps=20, forecasts=False)))
+
+
+def test_the_alarm(make_run: Callable[..., Path]) -> None:
+    assert not has_alarm(Run.load(make_run("without", steps=20)))
+    quiet = Run.load(make_run("quiet", alarm=True))
+    assert has_alarm(quiet)
+    assert alarm_words(quiet) == "No collapse: the reward's detector came to 35 % of its threshold"
+    lower = plot_alarm(quiet).axes[1]
+    assert [text.get_text() for text in lower.get_legend().get_texts()] == ["reward", "grad norm", "entropy up"]
+    assert np.asarray(lower.lines[-1].get_ydata()).tolist() == [1, 1]
+    assert lower.get_ylim()[1] == 1.25
+
+    path = make_run("fallen", alarm=True, collapse_at=150, steps=162, stopped_by="collapse")
+    fallen = Run.load(path)
+    assert alarm_words(fallen) == "Collapse confirmed at step 162"
+    assert plot_alarm(fallen).axes[1].get_ylim()[1] > 1.5, "what went over the line is shown whole"
+    (path / "summary.json").unlink()
+    with (path / "events.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": 159, "event": "alarm", "message": "the reward fell"}) + "\n")
+    assert alarm_words(Run.load(path)) == "Alarm at step 159; training went on"
