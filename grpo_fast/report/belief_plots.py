@@ -116,7 +116,7 @@ def draw_prior(axis: Axes, prior: Row, posterior: Row, theme: Theme) -> None:
         axis.fill_between(step, low, high, color=color, alpha=alpha, lw=0, zorder=2)
         axis.plot(step, median, color=color, lw=1.8, zorder=4)
         bounds += [low, high]
-        side = {
+        side: dict[str, Any] = {
             "textcoords": "offset points",
             "fontsize": 8.5,
             "ha": "right",
