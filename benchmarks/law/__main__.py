@@ -29,7 +29,7 @@ SHARED = Path(__file__).parents[3] / "shared" / "data" / "reward_curves"
 DEFAULT = 0.9
 CONFIDENCES = (0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 NUM_SIMULATED, FIRST_SEED = 120, 10_000
-_PLUGGED = ("exponential from zero (v2)", "exponential + R0", "logistic (v1)")
+_PLUGGED = ("exponential from zero (v2)", "logistic (v1)", "exponential + R0")
 
 
 def stoppers(law: Law) -> list[Stopper]:
@@ -129,8 +129,14 @@ def written(folder: Path, law: Law, output: Path) -> None:
         pictures.errors(found["forecasts"], SHARES, law.name, output / f"{name}_error.png")
         pictures.coverage(found["forecasts"], SHARES, law.name, output / f"{name}_coverage.png")
         pictures.stops(found["stopping"], law.name, output / f"{name}_stops.png")
-    shown = [next(run for run in simulated if run.task == story) for story in STORIES]
-    pictures.examples(shown, law, output / "simulated_examples.png")
+    pictures.examples(typical(simulated), law, output / "simulated_examples.png")
+
+
+def typical(runs: Sequence[Curve]) -> list[Curve]:
+    """One run of each story, with the shape that the story is about where any has it."""
+    wanted = {"plain": "concave", "format first": "S-shaped", "hard part later": "second rise"}
+    told = [[run for run in runs if run.task == story] for story in STORIES]
+    return [next((run for run in some if run.shape == wanted.get(run.task)), some[0]) for some in told if some]
 
 
 if __name__ == "__main__":

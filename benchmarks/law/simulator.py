@@ -8,7 +8,7 @@ replacement, epoch after epoch, with ``G`` Bernoulli completions each.
 
 None of the forms in ``grpo_fast.law`` is a solution of this, which is the point: a forecaster is judged on curves that it
 cannot hold, with the truth known. Five stories are told: plain learning, a format that must be learnt before anything counts,
-hard prompts that open up once the easy ones are mastered, a run that breaks, and one that learns nothing.
+hard prompts that open up in the middle of the run, a run that breaks, and one that learns nothing.
 """
 
 from __future__ import annotations
@@ -113,8 +113,7 @@ def _mean_and_observed(run: Run, rates: Array, rng: np.random.Generator) -> tupl
     first, form = logit.copy(), rng.normal(-2.5, 0.6) if run.story == "format first" else np.inf
     breaks = int(rng.uniform(0.3, 0.85) * run.steps) if run.story == "breaks" else run.steps
     fall = rng.uniform(0.15, 0.6)
-    easy = expit(logit[~hard])
-    gate = float(easy.mean() + rng.uniform(0.5, 0.85) * ((learnable[~hard] > 0).mean() - easy.mean()))
+    opens = rng.uniform(0.3, 0.7) * run.steps
     push, mean, observed = 0.0, np.empty(run.steps), np.empty(run.steps)
     order = np.empty(0, dtype=int)
     for step, rate in enumerate(rates):
@@ -132,7 +131,7 @@ def _mean_and_observed(run: Run, rates: Array, rng: np.random.Generator) -> tupl
         # What P prompts of G completions say of the mean push is itself noisy.
         noise = rng.standard_normal() * drive.std() / np.sqrt(run.num_prompts)
         push = run.momentum * push + (1 - run.momentum) * (float((drive * learnable).mean()) + noise)
-        opened = np.where(hard, float(expit((p[~hard].mean() - gate) / 0.01)), 1.0)
+        opened = np.where(hard & (step < opens), 0.01, 1.0)
         logit = logit + rate * opened * learnable * ((1 - run.shared) * drive + run.shared * push)
         logit = logit - rate * run.anchor * (logit - first)
         form += 4.0 * rate * np.sqrt(given * (1 - given)) if np.isfinite(form) else 0.0
@@ -149,6 +148,6 @@ def _pool(run: Run, rng: np.random.Generator) -> tuple[Array, Array, np.ndarray[
     if run.story == "flat":
         learnable *= 0.01
     hard = (rng.random(_POOL) < rng.uniform(0.25, 0.5)) & ~impossible & (run.story == "hard part later")
-    logit[hard] -= 3.0
-    learnable[hard] *= 5.0
+    logit[hard] -= 4.0
+    learnable[hard] *= 6.0
     return logit, learnable, hard
