@@ -169,8 +169,8 @@ class Config(BaseModel):
     price_per_gpu_hour: Annotated[float, _BUDGET] = Field(0.0, ge=0)
     """Price of a device hour."""
 
-    forecast: Annotated[Literal["off", "warn", "stop"], _FORECAST] = "stop"
-    """What a forecast plateau does: nothing (and no forecast), one message, or the end of the run."""
+    forecast: Annotated[Literal["off", "warn", "ask", "stop"], _FORECAST] = "stop"
+    """What a forecast plateau does: nothing (and no forecast), one message, a question on the terminal, the end of the run."""
     forecast_epsilon: Annotated[float, _FORECAST] = Field(0.01, gt=0)
     """Remaining gain of the reward under which going on is not worth it."""
     forecast_confidence: Annotated[float, _FORECAST] = Field(0.9, gt=0.5, lt=1)
@@ -178,7 +178,11 @@ class Config(BaseModel):
     forecast_patience: Annotated[int, _FORECAST] = Field(3, ge=1)
     """Consecutive steps on which that must hold."""
     forecast_min_steps: Annotated[int, _FORECAST] = Field(20, ge=5)
-    """Steps before which no forecast stops a run."""
+    """Steps before which no forecast stops a run; nor does one before the learning rate is warm."""
+    baseline_probe: Annotated[int, _FORECAST] = Field(64, ge=0)
+    """Training prompts that the untrained policy answers once each before step 1: where the forecast starts; 0 for none."""
+    collapse_action: Annotated[Literal["off", "warn", "stop"], _FORECAST] = "stop"
+    """What a collapse of the policy does: nothing, a message, the end of the run; the best checkpoint from before is kept."""
 
     output_dir: Annotated[Path, _RUN] = Path("runs/grpo")
     """Where metrics, checkpoints and the report of the run go."""
@@ -191,9 +195,9 @@ class Config(BaseModel):
     eval_size: Annotated[int, _RUN] = Field(256, ge=1)
     """Held-out prompts of an evaluation, answered greedily."""
     save_steps: Annotated[int, _RUN] = Field(50, ge=1)
-    """Checkpoint every so many steps, and at the end."""
+    """Checkpoint every so many steps, after an evaluation better than any before, and at the end."""
     save_total_limit: Annotated[int, _RUN] = Field(2, ge=1)
-    """Checkpoints kept, beside the best one."""
+    """Newest checkpoints kept, beside the best one, and beside the best one from before a fall that may be a collapse."""
     sinks: Annotated[tuple[Literal["console", "tensorboard", "wandb", "trackio"], ...], _RUN] = ("console",)
     """Where metrics go beside the JSONL files."""
     log_completions: Annotated[int, _RUN] = Field(4, ge=0)

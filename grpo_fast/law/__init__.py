@@ -11,4 +11,13 @@ from grpo_fast.law.posterior import Settings
 from grpo_fast.law.predictor import Band, Forecast, OnlinePredictor
 from grpo_fast.law.stopping import StopDecision, StoppingRule
 
-__all__ = ["AlarmState", "Band", "CollapseAlarm", "Forecast", "OnlinePredictor", "Settings", "StopDecision", "StoppingRule"]
+__all__ = [
+    "AlarmState",
+    "Band",
+    "CollapseAlarm",
+    "Forecast",
+    "OnlinePredictor",
+    "Settings",
+    "StopDecision",
+    "StoppingRule",
+]

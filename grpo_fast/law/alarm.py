@@ -36,7 +36,7 @@ _SLACK = 1.0
 _CLIP = 3.0
 _CEILING = 20.0
 _WINDOW, _LEAST = 50, 15
-_RECENT, _SHORTEST, _LONGEST = 5, 3, 60
+_RECENT, _TOLD, _SHORTEST, _LONGEST = 5, 10, 3, 60
 _LATE = 30
 _DROP = 0.2
 _ABSOLUTE_DIFFERENCE_TO_SD = 0.8862269254527580  # of two normals: E|a - b| = 2 sd / sqrt(pi)
@@ -168,6 +168,12 @@ class Cusum:
         return centre + slope * (len(self.reference) - 1) / 2
 
     @property
+    def lately(self) -> float:
+        """Mean of the last ten values before the excursion."""
+        last = self.reference[-_TOLD:]
+        return sum(last) / max(len(last), 1)
+
+    @property
     def now(self) -> float:
         """Mean of the last five values of the excursion; the level before where there is none."""
         recent = self.excursion[-_RECENT:]
@@ -284,9 +290,9 @@ class CollapseAlarm:
         for name in moved:
             signal, other = SIGNALS[name], self._others[name]
             way = "up" if signal.direction > 0 else "down"
-            parts.append(f"{signal.words} {way} from {signal.show(other.before):.3g} to {signal.show(other.now):.3g}")
+            parts.append(f"{signal.words} {way} from {signal.show(other.lately):.3g} to {signal.show(other.now):.3g}")
         beside = f", with {' and '.join(parts)}" if parts else ""
         return (
-            f"The policy collapses: by step {step} the reward fell from {reward.before:.3f} to {reward.now:.3f} "
+            f"The policy collapses: by step {step} the reward fell from {reward.lately:.3f} to {reward.now:.3f} "
             f"since step {reward.onset}{beside}"
         )

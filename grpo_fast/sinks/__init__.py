@@ -5,10 +5,11 @@ from __future__ import annotations
 from grpo_fast.sinks.build import build_sinks
 from grpo_fast.sinks.console import ConsoleSink
 from grpo_fast.sinks.jsonl import JsonlSink
-from grpo_fast.sinks.sink import RunInfo, Sink, SinkSet
+from grpo_fast.sinks.sink import Asks, RunInfo, Sink, SinkSet
 from grpo_fast.sinks.trackers import TensorBoardSink, TrackioSink, WandbSink
 
 __all__ = [
+    "Asks",
     "ConsoleSink",
     "JsonlSink",
     "RunInfo",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from rich import box
 from rich.columns import Columns
@@ -20,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo_fast.sinks.quantities import duration, percent, si, significant
+from grpo_fast.sinks.question import can_answer, forget_typed, read_answer
 from grpo_fast.sinks.sink import RunInfo
 
 PHASE_NAMES = ("slow start", "rapid improvement", "plateau")
@@ -29,10 +31,18 @@ _SMOOTHED_STEPS = 10
 _HISTORY = 4096
 _REDRAW_S = 0.1
 _PLAIN_STEPS = 10
+_UNEASY = 0.5
 _PLAIN_S = 5.0
 _SPARKS = "▁▂▃▄▅▆▇█"
 _TIME_STYLES = ("blue", "magenta", "cyan", "green", "yellow", "bright_black")
-_EVENT_STYLES = {"warn": "yellow", "stop": "bold green", "end": "bold green", "budget": "bold yellow", "interrupt": "bold red"}
+_EVENT_STYLES = {
+    "warn": "yellow",
+    "stop": "bold green",
+    "end": "bold green",
+    "budget": "bold yellow",
+    "interrupt": "bold red",
+    "alarm": "bold red",
+}
 _BUDGET_NAMES = {"gpu_hours": "device hours", "wall": "wall time", "flops": "FLOPs"}
 
 
@@ -66,15 +76,23 @@ class ConsoleSink:
     terminal) it is one plain line for every tenth step, or every five seconds where steps are slow, and one for each event.
     """
 
-    def __init__(self, console: Console | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        console: Console | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        stdin: TextIO | None = None,
+    ) -> None:
         """Nothing is written before ``start``.
 
         Args:
             console: where to write; standard output without one.
             clock: seconds, for the pace of redraws and for the time left.
+            stdin: where answers come from; standard input without one.
         """
         self.console = console if console is not None else Console()
         self._clock = clock
+        self._stdin = stdin
         self._info: RunInfo | None = None
         self._live: Live | None = None
         self._progress: Progress | None = None
@@ -152,6 +170,25 @@ class ConsoleSink:
     def log_completions(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Nothing: completions are in ``completions.jsonl`` and in the report."""
 
+    def ask(self, question: str, answers: Mapping[str, str], *, give_up: Callable[[], bool]) -> str | None:
+        """Asks below the panel, which comes back after the answer; None where input or output is no terminal."""
+        stdin = self._stdin if self._stdin is not None else sys.stdin
+        if not (self.console.is_terminal and self.console.file.isatty() and can_answer(stdin)):
+            return None
+        live, self._live = self._live, None
+        if live is not None:
+            live.stop()
+        try:
+            forget_typed(stdin)
+            self._line(question)
+            for answer, meaning in answers.items():
+                self._line(f"  {answer}: {meaning}")
+            return read_answer(stdin, answers, say=self._line, give_up=give_up)
+        finally:
+            if live is not None:
+                live.start()
+                self._live = live
+
     def close(self) -> None:
         """Leaves the last state on the screen and gives the terminal back."""
         if self._live is not None:
@@ -185,6 +222,9 @@ class ConsoleSink:
             parts.append(f"{self._forecast['phase']} {percent(_number(self._forecast, 'phase_probability'))}")
             gain = percent(_number(self._forecast, "p_gain_below_eps"))
             parts.append(f"P(gain<{self._info.forecast_epsilon:g}) {gain}")
+            if math.isfinite(_number(self._forecast, "value")):
+                parts.append(f"going on is worth {_number(self._forecast, 'value'):+.2g}")
+        parts += [f"alarm: {words}" for words in [_alarm(self._metrics)] if words not in {"", "quiet"}]
         pace, seconds = self._pace()
         parts += [f"{si(pace)} tokens/s", f"{significant(seconds)} s/step"]
         if math.isfinite(_number(self._metrics, "flops")):
@@ -245,6 +285,9 @@ class ConsoleSink:
             self._add_forecast(rows, self._forecast)
         else:
             rows.add_row("plateau", Text("no forecast yet", style="bright_black"))
+        alarm = _alarm(self._metrics)
+        if alarm:
+            rows.add_row("alarm", Text(alarm, style="bright_black" if alarm == "quiet" else "yellow"))
 
     def _add_forecast(self, rows: Table, forecast: Mapping[str, Any]) -> None:
         assert self._info is not None
@@ -266,8 +309,14 @@ class ConsoleSink:
         gain = _number(forecast, "p_gain_below_eps")
         enough = gain >= self._info.forecast_confidence
         words = f"{percent(gain)} sure of less than {self._info.forecast_epsilon:g}"
-        words += f"; stops at {percent(self._info.forecast_confidence)}"
+        value = _number(forecast, "value")
+        if math.isfinite(value):
+            words += f"; going on is worth {value:+.2g}, stops below 0"
+        else:
+            words += f"; stops at {percent(self._info.forecast_confidence)}"
         rows.add_row("gain left", _beside(_gauge(gain, "green" if enough else "blue"), Text(words)))
+        if forecast.get("veto"):
+            rows.add_row("", Text(f"no stop yet: {forecast['veto']}", style="bright_black"))
 
     def _add_cost(self, rows: Table) -> None:
         assert self._info is not None
@@ -319,6 +368,15 @@ class ConsoleSink:
             words = Text(message, style=style, no_wrap=age < 0, overflow="ellipsis" if age < 0 else "fold")
             table.add_row(f"step {step}", Text(event, style=style), words)
         return table
+
+
+def _alarm(metrics: Mapping[str, Any]) -> str:
+    """The collapse alarm in a few words: how near the reward has come to it, and what moves with it; empty without one."""
+    levels = {name.removeprefix("alarm/"): _number(metrics, name) for name in metrics if name.startswith("alarm/")}
+    if not levels.get("reward", 0.0) >= _UNEASY:
+        return "quiet" if levels else ""
+    told = [f"{name.replace('_', ' ')} {percent(min(level, 1.0))}" for name, level in levels.items() if level >= _UNEASY]
+    return f"{', '.join(told)} of the way to a collapse"
 
 
 def _gauge(share: float, style: str, *, width: int = 16) -> RenderableType:

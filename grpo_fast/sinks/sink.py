@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +64,24 @@ class Sink(Protocol):
         ...
 
 
+@runtime_checkable
+class Asks(Protocol):
+    """A sink that can put a question to a person."""
+
+    def ask(self, question: str, answers: Mapping[str, str], *, give_up: Callable[[], bool]) -> str | None:
+        """Waits for one of several answers.
+
+        Args:
+            question: one sentence or two.
+            answers: each answer and what it means.
+            give_up: asked several times a second; True ends the waiting.
+
+        Returns:
+            The answer; empty where none came in time; None where nobody is there to ask.
+        """
+        ...
+
+
 class SinkSet:
     """Several sinks as one. The order is that of the calls; all are closed even where one fails to."""
 
@@ -92,6 +110,11 @@ class SinkSet:
         """Hands completions to all."""
         for sink in self._sinks:
             sink.log_completions(rows)
+
+    def ask(self, question: str, answers: Mapping[str, str], *, give_up: Callable[[], bool]) -> str | None:
+        """The answer of the first sink that has somebody to ask; see :class:`Asks`."""
+        asked = (sink.ask(question, answers, give_up=give_up) for sink in self._sinks if isinstance(sink, Asks))
+        return next((answer for answer in asked if answer is not None), None)
 
     def close(self) -> None:
         """Closes all, the last one first; the first error is raised once all had their turn."""

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +112,10 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def prune_checkpoints(run_dir: Path, *, keep: int, protect: Path | None) -> None:
-    """Deletes all but the newest ``keep`` checkpoints and ``protect``, and leftovers of interrupted writes."""
+def prune_checkpoints(run_dir: Path, *, keep: int, protect: Collection[str] = ()) -> None:
+    """Deletes all but the newest ``keep`` checkpoints and those named in ``protect``, and leftovers of interrupted writes."""
     for path in list_checkpoints(run_dir)[:-keep]:
-        if path != protect:
+        if path.name not in protect:
             # The rename makes deletion atomic too: a half-deleted checkpoint never bears the name of a whole one.
             path.rename(_hidden(path, "deleted"))
     for suffix in ("deleted", "partial", "old"):

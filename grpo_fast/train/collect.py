@@ -76,14 +76,7 @@ class Collector:
         self._engine = engine
         self._stream = stream
         self._rewards = rewards
-        self._sampling = SamplingParams(
-            max_tokens=config.max_completion_length,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-            min_p=config.min_p,
-            stop=config.stop,
-        )
+        self._sampling = sampling_params(config)
 
     def collect(self, step: int, timer: PhaseTimer) -> Collected:
         """Samples a step's groups and gives them rewards.
@@ -96,7 +89,8 @@ class Collector:
             RewardError: a reward function failed and ``reward_on_error`` is ``raise``.
         """
         groups, report = self._sample(self._config.prompts_per_step, step, round_=0, timer=timer)
-        metrics = describe(groups) | report.metrics()
+        least = self._config.reward_range[0] if self._config.reward_range is not None else 0.0
+        metrics = describe(groups, least_reward=least) | report.metrics()
         problems = list(report.problems)
         sampled = list(groups)
         for round_ in range(1, self._config.refill_rounds + 1):
@@ -127,8 +121,26 @@ class Collector:
             return groups, self._rewards.score(groups)
 
 
-def describe(groups: Sequence[Group]) -> dict[str, float]:
-    """Reward and length statistics under TRL's names; rewards over the completions that have one."""
+def sampling_params(config: Config) -> SamplingParams:
+    """How training samples."""
+    return SamplingParams(
+        max_tokens=config.max_completion_length,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        min_p=config.min_p,
+        stop=config.stop,
+    )
+
+
+def describe(groups: Sequence[Group], *, least_reward: float = 0.0) -> dict[str, float]:
+    """Reward and length statistics under TRL's names; rewards over the completions that have one.
+
+    Args:
+        groups: with rewards.
+        least_reward: what a completion gets that earns nothing; ``frac_reward_all_wrong`` is the share of groups without a
+            completion above it.
+    """
     completions = [completion for group in groups for completion in group.completions]
     lengths = np.array([len(completion.token_ids) for completion in completions])
     ended = np.array([len(completion.token_ids) for completion in completions if not completion.truncated])
@@ -136,6 +148,7 @@ def describe(groups: Sequence[Group]) -> dict[str, float]:
         "reward": _mean(np.array([value for group in groups for value in group.reward])),
         "reward_std": _mean(np.array([_std(np.array(group.reward)) for group in groups])),
         "frac_reward_zero_std": 1.0 - sum(map(has_variance, groups)) / len(groups),
+        "frac_reward_all_wrong": sum(_all_wrong(group, least_reward) for group in groups) / len(groups),
         "completions/mean_length": float(lengths.mean()),
         "completions/min_length": float(lengths.min()),
         "completions/max_length": float(lengths.max()),
@@ -151,6 +164,11 @@ def has_variance(group: Group) -> bool:
     """Whether the group's rewards differ, so that it carries a gradient."""
     known = [value for value in group.reward if not math.isnan(value)]
     return len(set(known)) > 1
+
+
+def _all_wrong(group: Group, least_reward: float) -> bool:
+    known = [value for value in group.reward if not math.isnan(value)]
+    return bool(known) and max(known) <= least_reward
 
 
 def derive_seed(*parts: int) -> int:

@@ -1,12 +1,16 @@
-"""Held-out evaluation: greedy answers, scored by the task's own measure."""
+"""What a policy is worth outside training: on held-out prompts, and before its first step."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+
+import numpy as np
 
 from grpo_fast.config import Config
-from grpo_fast.metrics import mean_known
+from grpo_fast.metrics import PhaseTimer, mean_known
 from grpo_fast.rollout.engine import SamplingParams
+from grpo_fast.train.collect import derive_seed, sampling_params
 from grpo_fast.train.parts import Parts
 from grpo_fast.types import Group
 
@@ -27,3 +31,43 @@ def evaluate(config: Config, parts: Parts) -> float:
     groups = [Group(prompt, completions) for prompt, completions in zip(parts.eval_prompts, answers, strict=True)]
     parts.eval_rewards.score(groups)
     return mean_known(value for group in groups for value in group.reward)
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """What the untrained policy earns."""
+
+    reward: float
+    """Mean reward by the training rewards; NaN where no answer has one."""
+    num_prompts: int
+    """Prompts that were asked, one answer each: prompts differ more than answers do, so that is the surest for its price."""
+
+
+def probe(config: Config, parts: Parts, timer: PhaseTimer) -> Baseline:
+    """Asks ``baseline_probe`` training prompts, sampled as in training, and charges the meter for it.
+
+    The prompts are drawn apart from the stream that training reads, so a run is the same with and without a probe.
+
+    Args:
+        config: the run's configuration.
+        parts: engine, prompts, rewards and meter.
+        timer: charged with ``rollout`` and ``reward``.
+
+    Raises:
+        RewardError: a reward function failed and ``reward_on_error`` is ``raise``.
+    """
+    seed = derive_seed(config.seed, 0)
+    rows = np.random.default_rng(seed).permutation(len(parts.prompts))[: config.baseline_probe]
+    prompts = [parts.prompts[row] for row in rows]
+    with timer.phase("rollout"):
+        answers = parts.engine.generate(
+            [prompt.token_ids for prompt in prompts], sampling_params(config), num_generations=1, seed=seed
+        )
+    groups = [Group(prompt, completions) for prompt, completions in zip(prompts, answers, strict=True)]
+    with timer.phase("reward"):
+        parts.rewards.score(groups)
+    parts.meter.add_rollout(
+        [len(group.prompt.token_ids) for group in groups],
+        [[len(completion.token_ids) for completion in group.completions] for group in groups],
+    )
+    return Baseline(mean_known(value for group in groups for value in group.reward), len(groups))

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from grpo_fast.compute import Budget, ComputeMeter, ModelShape
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.device import DeviceFacts, device_facts, energy_source
-from grpo_fast.law import OnlinePredictor, StoppingRule
+from grpo_fast.law import OnlinePredictor
 from grpo_fast.objective import OBJECTIVES
 from grpo_fast.rewards import RewardPool
 from grpo_fast.rollout import RolloutEngine
@@ -29,6 +29,7 @@ _CHANGEABLE = {
     *(f"max_{name}" for name in ("steps", "tokens", "flops", "gpu_hours", "wall_hours", "money", "energy_kwh")),
     "price_per_gpu_hour",
     *(f"forecast{name}" for name in ("", "_epsilon", "_confidence", "_patience", "_min_steps")),
+    *("baseline_probe", "collapse_action"),
     "reward_range",
     *("output_dir", "overwrite", "eval_steps", "save_steps", "save_total_limit", "sinks", "log_completions", "report"),
     *("reward_timeout_s", "reward_workers", "reward_on_error", "tokens_per_microbatch", "device", "dtype"),
@@ -50,7 +51,6 @@ class Parts:
     rewards: RewardPool
     eval_rewards: RewardPool
     predictor: OnlinePredictor
-    stopping: StoppingRule
     meter: ComputeMeter
     budget: Budget
     record: JsonlSink
@@ -90,26 +90,6 @@ class Parts:
             f"{begin}: {self.config.model} ({(shape.body_params + shape.head_params) / 1e6:.1f} M matmul parameters) on "
             f"{self.task.name} ({len(self.prompts)} prompts, {len(self.eval_prompts)} held out), {self.facts.name}"
         )
-
-    def restore_law(self, state: Mapping[str, Any], progress: Sequence[float]) -> None:
-        """Brings predictor and stopping rule back; the predictor is fed anew where its settings have changed."""
-        restored = OnlinePredictor.from_state_dict(state["predictor"])
-        same = ("horizon", "epsilon", "reward_range")
-        if all(getattr(restored, name) == getattr(self.predictor, name) for name in same):
-            self.predictor = restored
-        else:
-            for step, _, reward, num_prompts, num_generations, reward_std in state["predictor"]["rows"]:
-                if step <= len(progress):
-                    self.predictor.observe(
-                        step,
-                        progress[step - 1],
-                        reward,
-                        num_prompts=num_prompts,
-                        num_generations=num_generations,
-                        reward_std=reward_std,
-                    )
-        counted = StoppingRule.from_state_dict(state["stopping"])
-        self.stopping.count = counted.count
 
     def close(self) -> None:
         """Ends worker processes, the engine and the sinks."""
@@ -183,12 +163,6 @@ def build_parts(config: Config, given: Replacements, *, resume: bool) -> Parts:
             eval_rewards=_build_pool(config, (task.eval_reward or functions[0],), ()),
             predictor=given.get("predictor")
             or OnlinePredictor(config.max_steps, epsilon=config.forecast_epsilon, reward_range=config.reward_range),
-            stopping=StoppingRule(
-                config.forecast_epsilon,
-                confidence=config.forecast_confidence,
-                patience=config.forecast_patience,
-                min_steps=config.forecast_min_steps,
-            ),
             meter=ComputeMeter(
                 ModelShape.from_model(policy.model),
                 power=energy_source(facts),

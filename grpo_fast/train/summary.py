@@ -1,4 +1,4 @@
-"""The last word of a run: why it ended, what it cost, and what stopping saved."""
+"""The last word of a run: why it ended, which checkpoint to use, what it cost, and what stopping saved."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from grpo_fast.config import Config
 from grpo_fast.device import device_facts, versions
 from grpo_fast.law import Forecast
 from grpo_fast.sinks.jsonl import plain
+from grpo_fast.train.best import Saved
 from grpo_fast.train.parts import Parts
 
 SUMMARY_FILE = "summary.json"
@@ -21,7 +22,7 @@ class Ending:
     """Why a run ended."""
 
     kind: str
-    """``forecast``, ``interrupt``, ``user``, or the name of the budget that was reached."""
+    """``forecast``, ``collapse``, ``interrupt``, ``user``, or the name of the budget that was reached."""
     message: str
     """One sentence with numbers."""
 
@@ -33,16 +34,18 @@ class Outcome:
     step: int
     final_reward: float
     """Mean reward of the last steps."""
-    best: Mapping[str, Any]
-    """``metric``, ``step`` and ``checkpoint`` of the best checkpoint."""
+    best: Saved | None
+    """The best checkpoint, after a collapse the best from before it; None where there is none with a known reward."""
     evals: Mapping[str, float]
     """``first`` and ``last`` held-out reward, where there were evaluations."""
     forecast: Forecast | None
+    baseline: float | None = None
+    """Mean reward of the untrained policy, where it was probed."""
 
 
 def write_summary(config: Config, parts: Parts, ending: Ending, outcome: Outcome) -> dict[str, Any]:
     """Writes ``summary.json`` into the run and returns what it holds."""
-    compute = parts.meter.summary()
+    compute, best = parts.meter.summary(), outcome.best
     forecast = None if outcome.forecast is None else outcome.forecast.to_dict()
     if forecast is not None:
         forecast.pop("band")
@@ -52,8 +55,10 @@ def write_summary(config: Config, parts: Parts, ending: Ending, outcome: Outcome
         "step": outcome.step,
         "max_steps": config.max_steps,
         "final_reward": outcome.final_reward,
-        "best_reward": outcome.best["metric"],
-        "best_step": outcome.best["step"],
+        "best_reward": best and best.metric,
+        "best_step": best and best.step,
+        "use": best and {"checkpoint": best.name, "step": best.step, "reward": best.metric, "by": best.by},
+        "baseline_reward": outcome.baseline,
         "initial_eval_reward": outcome.evals.get("first"),
         "eval_reward": outcome.evals.get("last"),
         "forecast": forecast,

@@ -16,14 +16,16 @@ from types import TracebackType
 from typing import Any, Self, Unpack
 
 from grpo_fast.config import Config, ConfigError
-from grpo_fast.law import Forecast, StopDecision
+from grpo_fast.law import AlarmState, Forecast, StopDecision
 from grpo_fast.metrics import PhaseTimer, mean_known
 from grpo_fast.rewards import RewardError
+from grpo_fast.train.best import BestCheckpoints, Saved
 from grpo_fast.train.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
 from grpo_fast.train.collect import Collected, Collector
-from grpo_fast.train.evaluate import evaluate
+from grpo_fast.train.evaluate import evaluate, probe
 from grpo_fast.train.interrupt import InterruptFlag
 from grpo_fast.train.optim import build_optimizer, learning_rate_at, progress_schedule
+from grpo_fast.train.oversight import Oversight, Verdict
 from grpo_fast.train.parts import CONFIG_FILE, Parts, Replacements, build_parts, check_resumable
 from grpo_fast.train.policy import Policy
 from grpo_fast.train.rng import load_rng_state, rng_state
@@ -31,9 +33,8 @@ from grpo_fast.train.step import Learner, NonFiniteGradientError, UpdateResult
 from grpo_fast.train.summary import Ending, Outcome, write_summary
 from grpo_fast.types import Group
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 _SMOOTHED_STEPS = 10
-_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ class StepResult:
     metrics: dict[str, float]
     forecast: Forecast | None
     decision: StopDecision | None
+    alarm: AlarmState | None
     groups: Sequence[Group]
     """The prompts of the step with completions, rewards and advantages."""
 
@@ -81,15 +83,15 @@ class GRPOTrainer:
         self._pending: Collected | None = None
         self._stream_state = parts.stream.state_dict()
         self._recent_rewards: list[float] = []
-        self._best: dict[str, Any] = {"metric": None, "step": None, "checkpoint": None}
+        self._oversight = Oversight(config, predictor=parts.predictor, sinks=parts.sinks)
+        self._alarm: AlarmState | None = None
+        self._best = BestCheckpoints()
         self._evals: dict[str, float] = {}
-        self._warned = False
         self._opened = False
         self._saved_step: int | None = None
         self._stop_message = ""
         self._ending: Ending | None = None
         self._loop: Callable[[], Generator[StepResult] | None] = lambda: None
-        self._forecast: Forecast | None = None
         self.global_step = 0
         """Steps done."""
         self.summary: dict[str, Any] = {}
@@ -185,7 +187,7 @@ class GRPOTrainer:
             self._stream_state = self._parts.stream.state_dict()
             for problem in self._pending.problems:
                 self._event("warn", problem)
-        self._predictable(self._pending.metrics["reward"])
+        self._oversight.within_range(self._pending.metrics["reward"], f"step {self.global_step + 1}")
 
     def _learn(self) -> StepResult:
         """The rest of a step: from collected groups to the decision to go on."""
@@ -198,25 +200,27 @@ class GRPOTrainer:
         with self._timer.phase("sync"):
             sync = parts.engine.sync_weights(parts.policy.model, step)
 
-        decision = self._observe(collected.metrics)
         times = self._charge(update)
-        self._ending = self._why_end(decision)
+        verdict = self._observe(collected.metrics | update.metrics)
+        self._ending = self._why_end(verdict)
 
         metrics = {"step": step, "progress": self._progress[step - 1], "learning_rate": learning_rate}
-        metrics |= {"epoch": parts.stream.epoch} | collected.metrics | update.metrics | sync | times | parts.meter.metrics()
+        metrics |= {"epoch": parts.stream.epoch} | collected.metrics | update.metrics | verdict.metrics
+        metrics |= sync | times | parts.meter.metrics()
         metrics |= {f"budget/{name}": left for name, left in parts.budget.remaining(parts.meter.usage(step)).items()}
         if self.config.eval_steps and (self._ending is not None or step % self.config.eval_steps == 0):
             metrics["eval_reward"] = self.evaluate()
-        self._log(metrics, decision, collected)
-        if self._ending is not None or step % self.config.save_steps == 0:
+        self._log(metrics, verdict, collected)
+        record = self._best.is_better(metrics.get("eval_reward", math.nan))
+        if self._ending is not None or record or step % self.config.save_steps == 0:
             self._save()
-        return StepResult(step, metrics, self._forecast, decision, collected.groups)
+        return StepResult(step, metrics, verdict.forecast, verdict.decision, verdict.alarm, collected.groups)
 
     def evaluate(self) -> float:
         """Mean reward of greedy answers to the held-out prompts, by the task's own measure."""
         value = evaluate(self.config, self._parts)
         self._evals.setdefault("first", value)
-        self._evals["last"] = value
+        self._evals |= {"last": value, "step": self.global_step}
         return value
 
     def save(self) -> Path:
@@ -243,41 +247,15 @@ class GRPOTrainer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _observe(self, metrics: dict[str, float]) -> StopDecision | None:
-        """Shows the step's reward to the predictor and asks the rule; in ``warn`` mode tells once."""
+    def _observe(self, metrics: dict[str, float]) -> Verdict:
+        """Shows the step to forecast and alarm; a collapse takes the checkpoints since its onset out of the choice."""
         self._recent_rewards = [*self._recent_rewards, metrics["reward"]][-_SMOOTHED_STEPS:]
-        if self.config.forecast == "off":
-            return None
-        self._forecast = self._parts.predictor.observe(
-            self.global_step,
-            self._progress[self.global_step - 1],
-            self._predictable(metrics["reward"]),
-            num_prompts=self.config.prompts_per_step,
-            num_generations=self.config.num_generations,
-            reward_std=metrics["reward_std"],
-        )
-        decision = self._parts.stopping.update(self._forecast)
-        if decision.stop and self.config.forecast == "warn" and not self._warned:
-            self._warned = True
-            self._event("warn", decision.reason)
-        return decision
-
-    def _predictable(self, reward: float) -> float:
-        """A mean reward as the predictor takes it: what rounding put beyond ``reward_range`` is put back.
-
-        Raises:
-            ConfigError: it lies outside.
-        """
-        bounds = self._parts.predictor.reward_range
-        if self.config.forecast == "off" or bounds is None or math.isnan(reward):
-            return reward
-        nearest = min(max(reward, bounds[0]), bounds[1])
-        if abs(nearest - reward) > _ROUNDING * (bounds[1] - bounds[0]):
-            raise ConfigError(
-                f"the mean reward {reward:g} of step {self.global_step + 1} lies outside reward_range={bounds}; correct "
-                "reward_range, or leave it out where the range is not known"
-            )
-        return nearest
+        step = self.global_step
+        verdict = self._oversight.observe(step, self._progress[step - 1], metrics, give_up=lambda: bool(self._interrupt))
+        self._alarm = verdict.alarm
+        if verdict.alarm is not None and verdict.alarm.confirmed:
+            self._best.forget_after(self._oversight.sound_until(step, verdict.alarm))
+        return verdict
 
     def _charge(self, update: UpdateResult) -> dict[str, float]:
         """Meters the step and returns its times."""
@@ -292,7 +270,7 @@ class GRPOTrainer:
         meter.add_seconds(seconds)
         return {"step_time": sum(seconds.values())} | {f"time/{phase}": value for phase, value in seconds.items()}
 
-    def _why_end(self, decision: StopDecision | None = None) -> Ending | None:
+    def _why_end(self, verdict: Verdict | None = None) -> Ending | None:
         step = self.global_step
         if self._interrupt:
             return Ending(
@@ -301,14 +279,14 @@ class GRPOTrainer:
             )
         if self._stop_message:
             return Ending("user", f"{self._stop_message}, after step {step}.")
-        verdict = self._parts.budget.check(self._parts.meter.usage(step))
-        if verdict is not None:
-            return Ending(verdict.stopped_by, verdict.reason)
+        if verdict is not None and verdict.ending is not None and verdict.ending.kind == "collapse":
+            return verdict.ending  # also on the last step: what to use is another question then
+        spent = self._parts.budget.check(self._parts.meter.usage(step))
+        if spent is not None:
+            return Ending(spent.stopped_by, spent.reason)
         if step >= self.config.max_steps:
             return Ending("max_steps", f"max_steps is reached: {step} of {self.config.max_steps} steps are done.")
-        if decision is not None and decision.stop and self.config.forecast == "stop":
-            return Ending("forecast", f"{decision.reason}.")
-        return None
+        return verdict.ending if verdict is not None else None
 
     def _open(self) -> None:
         """Starts the sinks, and evaluates the untrained policy once where evaluation is on."""
@@ -317,25 +295,39 @@ class GRPOTrainer:
         self._opened = True
         self._parts.open(self.global_step)
         self._event("resume" if self.global_step else "start", self._parts.describe(self.global_step))
-        if self.config.eval_steps and not self.global_step and "first" not in self._evals:
+        if self.global_step:
+            return
+        if self.config.baseline_probe and self.config.forecast != "off" and "baseline" not in self._evals:
+            self._probe()
+        if self.config.eval_steps and "first" not in self._evals:
             value = self.evaluate()
             self._parts.sinks.log_step({"step": 0, "progress": 0.0, "eval_reward": value}, None)
             self._event("eval", f"held-out reward before training: {value:.3f}")
+
+    def _probe(self) -> None:
+        """Measures where the untrained policy stands, for the forecast to begin from."""
+        baseline = probe(self.config, self._parts, self._timer)
+        self._evals["baseline"] = self._oversight.within_range(baseline.reward, "the untrained policy")
+        self._event("probe", f"reward before training: {baseline.reward:.3f} over {baseline.num_prompts} prompts")
 
     def _finish(self, ending: Ending) -> None:
         """Saves what is not saved, writes the summary and tells why the run ended."""
         self._parts.meter.add_seconds(self._timer.lap())
         if self._saved_step != self.global_step or self._pending is not None:
             self._save()
-        outcome = Outcome(self.global_step, self._smoothed_reward(), self._best, self._evals, self._forecast)
+        best = self._best.best()
+        if ending.kind == "collapse":
+            ending = Ending(ending.kind, f"{ending.message} {_way_back(best)}")
+        outcome = Outcome(
+            self.global_step, self._smoothed_reward(), best, self._evals, self._oversight.forecast, self._evals.get("baseline")
+        )
         self.summary = write_summary(self.config, self._parts, ending, outcome)
-        events = {"interrupt": "interrupt", "forecast": "stop", "user": "stop"}
+        events = {"interrupt": "interrupt", "forecast": "stop", "user": "stop", "collapse": "alarm"}
         self._event(events.get(ending.kind, "budget"), ending.message)
         self._stop_message = ""
 
-    def _log(self, metrics: dict[str, float], decision: StopDecision | None, collected: Collected) -> None:
-        forecast = None if self._forecast is None or decision is None else self._forecast.to_dict()
-        self._parts.sinks.log_step(metrics, forecast)
+    def _log(self, metrics: dict[str, float], verdict: Verdict, collected: Collected) -> None:
+        self._parts.sinks.log_step(metrics, verdict.row)
         pairs = [(group, i) for group in collected.groups for i in range(len(group.completions))]
         self._parts.sinks.log_completions(
             [
@@ -353,18 +345,22 @@ class GRPOTrainer:
     def _save(self) -> None:
         """A checkpoint, the best one noted, old ones removed."""
         config, step = self.config, self.global_step
-        metric = self._evals.get("last", self._smoothed_reward())
-        if step and not math.isnan(metric) and (self._best["metric"] is None or metric > self._best["metric"]):
-            self._best = {"metric": metric, "step": step, "checkpoint": f"checkpoint-{step}"}
+        collapsed = self._alarm is not None and self._alarm.confirmed
+        held_out = self._evals["last"] if self._evals.get("step") == step and not collapsed else None
+        self._best.add(step, train=math.nan if collapsed else self._smoothed_reward(), held_out=held_out)
         path = save_checkpoint(
             config.output_dir, step, policy=self._parts.policy, optimizer=self._optimizer, state=self._state_dict()
         )
         self._saved_step = step
-        best = self._best["checkpoint"]
-        prune_checkpoints(config.output_dir, keep=config.save_total_limit, protect=best and config.output_dir / best)
-        self._parts.record.save_state(
-            step, best_metric=self._best["metric"], best_step=self._best["step"], best_checkpoint=best
-        )
+        sound = self._oversight.sound_until(step, self._alarm)
+        protected = self._best.protected(sound_until=sound)
+        prune_checkpoints(config.output_dir, keep=config.save_total_limit, protect=protected)
+        self._best.keep_only([kept.name for kept in list_checkpoints(config.output_dir)])
+        best = self._best.best()
+        if best is None:
+            self._parts.record.save_state(step)
+        else:
+            self._parts.record.save_state(step, best_metric=best.metric, best_step=best.step, best_checkpoint=best.name)
         self._event("checkpoint", f"saved {path}")
 
     def _state_dict(self) -> dict[str, Any]:
@@ -374,13 +370,11 @@ class GRPOTrainer:
             "step": self.global_step,
             "stream": self._stream_state,
             "pending": None if self._pending is None else self._pending.to_dict(),
-            "predictor": parts.predictor.state_dict(),
-            "stopping": parts.stopping.state_dict(),
+            "oversight": self._oversight.state_dict(),
             "meter": parts.meter.state_dict(),
             "recent_rewards": self._recent_rewards,
-            "best": self._best,
+            "best": self._best.state_dict(),
             "evals": self._evals,
-            "warned": self._warned,
             "rng": rng_state(),
         }
 
@@ -399,11 +393,12 @@ class GRPOTrainer:
         parts.stream.load_state_dict(state["stream"])
         if state["pending"] is not None:
             self._pending = Collected.from_dict(state["pending"], parts.prompts)
-        self._recent_rewards, self._best, self._evals = state["recent_rewards"], state["best"], state["evals"]
-        self._warned = state["warned"]
+        self._recent_rewards, self._evals = state["recent_rewards"], state["evals"]
+        self._best = BestCheckpoints.from_state_dict(state["best"])
+        self._best.keep_only([path.name for path in checkpoints])
         parts.meter.load_state_dict(state["meter"])
         parts.record.truncate(self.global_step)
-        parts.restore_law(state, self._progress)
+        self._oversight.restore(state["oversight"], self._progress)
         parts.engine.sync_weights(parts.policy.model, self.global_step)
         load_rng_state(state["rng"])
 
@@ -415,3 +410,10 @@ class GRPOTrainer:
 
     def _resume_hint(self) -> str:
         return f"`grpo-fast train --resume {self.config.output_dir}`"
+
+
+def _way_back(best: Saved | None) -> str:
+    """What to do after a collapse, in one sentence."""
+    if best is None:
+        return "No checkpoint from before is there: set save_steps lower, and start again with a lower learning_rate."
+    return f"Go back to {best.name}, the best from before ({best.by} {best.metric:.3f})."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -62,10 +63,11 @@ def test_stops_only_after_patience_in_a_row():
         ("not identifiable", {"identifiable": False, "reason": "only 3 rewards so far"}, "only 3 rewards"),
         ("inflection ahead", {"phase_probabilities": (0.3, 0.1, 0.6)}, "30%"),
         ("rising slope", {"trend": 0.05, "trend_low": 0.01}, "0.050"),
+        ("warm-up", {"step": 25}, "rises until step 25"),
     ],
 )
 def test_each_veto_breaks_the_row_and_says_why(veto, values, words):
-    rule = StoppingRule(patience=2)
+    rule = StoppingRule(patience=2, warmup_steps=25 if veto == "warm-up" else 0)
     rule.update(READY)
     decision = rule.update(changed(**values))
     assert (decision.stop, decision.veto) == (False, veto)
@@ -78,6 +80,20 @@ def test_a_slope_that_is_clear_but_too_small_is_no_veto():
     assert StoppingRule(patience=1).update(changed(trend=0.005, trend_low=0.001)).stop
 
 
+def test_groups_that_are_all_wrong_forbid_a_stop_by_their_mean_over_ten_steps():
+    rule = StoppingRule(patience=1)
+    decision = rule.update(READY, all_wrong=0.75)
+    assert (decision.stop, decision.veto) == (False, "all wrong")
+    assert "75%" in decision.reason
+    assert rule.update(READY, all_wrong=0.4).stop, "a mean of 57.5 %"
+    assert rule.update(READY).stop, "unknown is no news"
+    assert rule.update(READY, all_wrong=math.nan).stop
+    for _ in range(9):
+        rule.update(READY, all_wrong=0.7)
+    assert rule.update(READY, all_wrong=0.1).veto == "all wrong"
+    assert rule.update(READY, all_wrong=0.1).stop, "ten steps are remembered: 8 of 0.7, 2 of 0.1"
+
+
 def test_the_last_step_is_the_end_of_the_budget_not_a_stop():
     decision = StoppingRule(patience=1).update(changed(step=200))
     assert not decision.stop
@@ -85,11 +101,14 @@ def test_the_last_step_is_the_end_of_the_budget_not_a_stop():
 
 
 def test_state_survives_json_in_the_middle_of_a_row():
-    rule = StoppingRule(0.01, confidence=0.8, patience=2, min_steps=7)
-    rule.update(READY)
+    rule = StoppingRule(0.01, confidence=0.8, patience=2, min_steps=7, warmup_steps=3)
+    rule.update(READY, all_wrong=0.5)
     again = StoppingRule.from_state_dict(json.loads(json.dumps(rule.state_dict())))
     assert again.state_dict() == rule.state_dict()
     assert again.update(READY).stop
+    other = StoppingRule(0.01, patience=2)
+    other.take_up(rule.state_dict())
+    assert (other.count, other.patience) == (1, 2)
 
 
 def test_bad_settings_are_refused():
@@ -99,6 +118,8 @@ def test_bad_settings_are_refused():
         StoppingRule(confidence=1.0)
     with pytest.raises(ValueError, match="patience=0"):
         StoppingRule(patience=0)
+    with pytest.raises(ValueError, match="warmup_steps=-1"):
+        StoppingRule(warmup_steps=-1)
     with pytest.raises(ValueError, match=r"epsilon=0\.01, the rule for 0\.02"):
         StoppingRule(0.02).update(READY)
 

@@ -206,6 +206,63 @@ def test_a_real_terminal_gets_a_live_panel_and_its_cursor_back() -> None:
     assert seen.index(b"\x1b[?25l") < seen.rindex(b"\x1b[?25h")
 
 
+def test_a_question_on_a_real_terminal_comes_below_the_panel_which_then_goes_on() -> None:
+    code = (
+        "from pathlib import Path; from grpo_fast.sinks import ConsoleSink, RunInfo\n"
+        "sink = ConsoleSink(); sink.start(RunInfo(run_dir=Path('r'), model='tiny', dataset='sums', max_steps=5))\n"
+        "answer = sink.ask('Stop here?', {'stop': 'stop now', 'go on': 'later'}, give_up=lambda: False)\n"
+        "sink.log_event(1, 'warn', f'answer <{answer}>'); sink.close()"
+    )
+    main, side = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8", "COLUMNS": "90", "LINES": "30"}
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=side, stdout=side, stderr=subprocess.STDOUT, env=environment) as process:
+        os.close(side)
+        seen = b""
+        try:
+            while chunk := os.read(main, 65536):
+                seen += chunk
+                if b"go on: later" in seen and b"go\r\n" not in seen:
+                    os.write(main, b"go\n")
+        except OSError:
+            pass
+    os.close(main)
+    assert process.returncode == 0
+    asked = seen.index(b"Stop here?")
+    assert "╭".encode() in seen[:asked]
+    assert b"answer <go on>" in seen[asked:]
+    assert "╭".encode() in seen[asked:]
+    assert seen.count(b"\x1b[?25h") >= 2, "the cursor is there for the answer too"
+    assert seen.index(b"\x1b[?25l") < seen.rindex(b"\x1b[?25h")
+
+
+def test_nobody_is_asked_where_there_is_no_terminal() -> None:
+    sink, file = _plain()
+    sink.start(_info())
+    assert sink.ask("Stop here?", {"stop": "now"}, give_up=lambda: False) is None
+    assert "Stop" not in file.getvalue()
+
+
+def test_alarm_and_value_are_told() -> None:
+    sink, file = _plain()
+    sink.start(_info())
+    quiet = {"alarm/reward": 0.2, "alarm/entropy_up": 1.0}
+    sink.log_step(_metrics(1, **quiet), FORECAST | {"value": -0.003})
+    sink.log_step(_metrics(11, **quiet | {"alarm/reward": 0.75}), FORECAST)
+    first, second = file.getvalue().splitlines()[1:]
+    assert "going on is worth -0.003" in first
+    assert "alarm" not in first
+    assert "alarm: reward 75 %, entropy up 100 % of the way to a collapse" in second
+
+    sink, console = _screen(120)
+    sink.log_step(_metrics(1, **quiet), FORECAST | {"value": 0.02, "veto": "rising slope"})
+    sink.close()
+    shown = _shown(console)
+    assert "going on is worth +0.02, stops below 0" in shown
+    assert "no stop yet: rising slope" in shown
+    assert "quiet" in shown
+
+
 def test_sparklines_share_the_values_out() -> None:
     assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
     assert sparkline([0, 0, 7, 7], 2) == "▁█"

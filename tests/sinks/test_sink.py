@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,25 @@ def test_all_are_closed_where_one_fails() -> None:
     with pytest.raises(RuntimeError, match="b cannot close"):
         SinkSet([_Recorder("a", calls), _Recorder("b", calls, fails=True), _Recorder("c", calls)]).close()
     assert sorted(calls) == ["a close", "b close", "c close"]
+
+
+class _Asking(_Recorder):
+    def __init__(self, name: str, calls: list[str], answer: str | None) -> None:
+        super().__init__(name, calls)
+        self.answer = answer
+
+    def ask(self, question: str, answers: Mapping[str, str], *, give_up: Callable[[], bool]) -> str | None:
+        self.calls.append(f"{self.name} asks {question} {list(answers)} {give_up()}")
+        return self.answer
+
+
+def test_one_sink_with_somebody_there_is_asked() -> None:
+    calls: list[str] = []
+    nobody, one, other = _Asking("a", calls, None), _Asking("c", calls, ""), _Asking("d", calls, "yes")
+    sinks = SinkSet([nobody, _Recorder("b", calls), one, other])
+    assert sinks.ask("well?", {"yes": "do"}, give_up=lambda: True) == ""
+    assert calls == ["a asks well? ['yes'] True", "c asks well? ['yes'] True"]
+    assert SinkSet([nobody, _Recorder("b", calls)]).ask("well?", {}, give_up=bool) is None
 
 
 def test_the_sinks_keep_the_protocol(tmp_path: Path) -> None:

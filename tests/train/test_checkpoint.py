@@ -187,9 +187,9 @@ def test_pruning_keeps_the_newest_and_the_protected_one(bench: Bench) -> None:
         (bench.run / leftover).mkdir()
         (bench.run / leftover / "file").touch()
     (bench.run / "metrics.jsonl").touch()
-    prune_checkpoints(bench.run, keep=2, protect=paths[0])
+    prune_checkpoints(bench.run, keep=2, protect={paths[0].name})
     assert names(bench.run) == {"checkpoint-1", "checkpoint-3", "checkpoint-10", "metrics.jsonl"}
-    prune_checkpoints(bench.run, keep=1, protect=None)
+    prune_checkpoints(bench.run, keep=1)
     assert names(bench.run) == {"checkpoint-10", "metrics.jsonl"}
     check_checkpoint(paths[3])
 

@@ -177,6 +177,7 @@ def test_statistics_by_hand() -> None:
             "reward": 0.5,
             "reward_std": math.sqrt(0.5) / 2,
             "frac_reward_zero_std": 0.5,
+            "frac_reward_all_wrong": 0.0,
             "completions/mean_length": 3.5,
             "completions/min_length": 1.0,
             "completions/max_length": 6.0,
@@ -186,6 +187,13 @@ def test_statistics_by_hand() -> None:
             "completions/max_terminated_length": 3.0,
         }
     )
+
+
+def test_groups_without_a_right_answer_are_counted() -> None:
+    rewards = [[0.0, 0.0], [0.0, 1.0], [-1.0, math.nan], [math.nan, math.nan]]
+    groups = [Group(PROMPTS[0], answers(3, 3), [[value] for value in row], row) for row in rewards]
+    assert describe(groups)["frac_reward_all_wrong"] == 0.5
+    assert describe(groups, least_reward=-1.0)["frac_reward_all_wrong"] == 0.25
 
 
 def test_statistics_where_everything_is_cut_and_nothing_is_known() -> None:

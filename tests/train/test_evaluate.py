@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from grpo_fast.config import Config
+from grpo_fast.metrics import PhaseTimer
 from grpo_fast.rollout.engine import SamplingParams
 from grpo_fast.tasks.task import Task
-from grpo_fast.train.evaluate import evaluate
+from grpo_fast.train.evaluate import evaluate, probe
 from grpo_fast.train.parts import Parts, build_parts
 
 
@@ -74,3 +75,40 @@ def test_without_held_out_prompts_or_rewards_there_is_no_value(build: Callable[.
 def test_answers_without_a_reward_are_left_out_of_the_mean(build: Callable[..., tuple[Config, Parts]]) -> None:
     config, parts = build([{"prompt": "ab=", "answer": None}, {"prompt": "ab=", "answer": "not this"}])
     assert evaluate(config, parts) == 0.0
+
+
+def test_a_probe_asks_training_prompts_once_each_and_is_charged_for(
+    build: Callable[..., tuple[Config, Parts]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, parts = build(baseline_probe=7, temperature=1.5)
+    asked: list[tuple[Any, Any, dict[str, int]]] = []
+    generate = parts.engine.generate
+
+    def listen(prompts: Any, sampling: Any, **options: int) -> Any:
+        asked.append((prompts, sampling, options))
+        return generate(prompts, sampling, **options)
+
+    monkeypatch.setattr(parts.engine, "generate", listen)
+    timer, before = PhaseTimer(), parts.stream.state_dict()
+    found = probe(config, parts, timer)
+    ((prompts, sampling, options),) = asked
+    known = [prompt.token_ids for prompt in parts.prompts]
+    assert len({known.index(tokens) for tokens in prompts}) == 7
+    assert (sampling.temperature, options["num_generations"]) == (1.5, 1)
+    assert found.num_prompts == 7
+    assert parts.stream.state_dict() == before, "training reads the same prompts with and without a probe"
+    metrics = parts.meter.metrics()
+    assert metrics["tokens/prompt"] == sum(map(len, prompts))
+    assert metrics["flops/decode"] > 0
+    assert timer.lap()["rollout"] > 0
+    assert probe(config, parts, timer) == found
+
+
+def test_a_probe_is_scored_by_the_training_rewards(build: Callable[..., tuple[Config, Parts]]) -> None:
+    config, parts = build(baseline_probe=1000, reward_funcs=("exact_match", "format"), reward_weights=(0.0, 0.25))
+    groups = []
+    score = parts.rewards.score
+    parts.rewards.score = lambda rows: groups.extend(rows) or score(rows)  # type: ignore[assignment, func-returns-value]
+    found = probe(config, parts, PhaseTimer())
+    assert found.num_prompts == len(parts.prompts) == len(groups)
+    assert found.reward == pytest.approx(sum(group.reward[0] for group in groups) / len(groups))

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +9,7 @@ import pytest
 
 from grpo_fast.compute import Budget
 from grpo_fast.config import Config, ConfigError
-from grpo_fast.law import OnlinePredictor
 from grpo_fast.tasks.task import Task
-from grpo_fast.train.optim import progress_schedule
 from grpo_fast.train.parts import CONFIG_FILE, Parts, build_parts, check_resumable
 
 MakeConfig = Callable[..., Config]
@@ -183,36 +180,6 @@ def test_limits_and_output_may_change_on_resume() -> None:
         "tokens_per_microbatch": 64,
     }
     check_resumable(saved, saved.replace(**changes))
-
-
-def test_the_law_comes_back_or_is_fed_anew_for_another_horizon(build: Any) -> None:
-    config = build(forecast="stop", max_steps=20, lr_scheduler_type="linear").config
-    predictor = OnlinePredictor(20, epsilon=config.forecast_epsilon)
-    for step in (1, 2, 3, 4):
-        reward = math.nan if step == 2 else step / 20
-        predictor.observe(
-            step, progress_schedule(config)[step - 1], reward, num_prompts=3, num_generations=4, reward_std=0.3 / step
-        )
-    stopping = build(resume=True).stopping
-    stopping.count = 2
-    state = {"predictor": predictor.state_dict(), "stopping": stopping.state_dict()}
-
-    same = build(resume=True, forecast="stop", max_steps=20, lr_scheduler_type="linear")
-    same.restore_law(state, progress_schedule(same.config))
-    assert same.predictor.state_dict() == predictor.state_dict()
-    assert same.stopping.count == 2
-
-    longer = build(resume=True, forecast="stop", max_steps=40, lr_scheduler_type="linear")
-    progress = progress_schedule(longer.config)
-    longer.restore_law(state, progress)
-    assert longer.predictor.horizon == 40
-    assert longer.predictor.num_observations == 3
-    rows = longer.predictor.state_dict()["rows"]
-    assert rows == [[s, progress[s - 1], s / 20, 3, 4, 0.3 / s] for s in (1, 3, 4)]
-
-    shorter = build(resume=True, forecast="stop", max_steps=3)
-    shorter.restore_law(state, progress_schedule(shorter.config))
-    assert shorter.predictor.num_observations == 2
 
 
 def test_what_begins_is_told_in_one_line(build: Any) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from grpo_fast.config import Config
 from grpo_fast.tasks.task import Task
+from grpo_fast.train.best import Saved
 from grpo_fast.train.parts import build_parts
 from grpo_fast.train.summary import SUMMARY_FILE, Ending, Outcome, write_summary
 
@@ -23,13 +24,15 @@ def run(tiny_config: Callable[..., Config], letters: Task) -> Any:
 
 
 def outcome(step: int, **values: Any) -> Outcome:
-    given: dict[str, Any] = {"final_reward": 0.5, "best": {"metric": 0.6, "step": 4, "checkpoint": "checkpoint-4"}, "evals": {}}
+    given: dict[str, Any] = {"final_reward": 0.5, "best": Saved(4, 0.6), "evals": {}}
     return Outcome(step, **given | {"forecast": None} | values)
 
 
 def test_what_is_written_is_what_is_returned(run: Any) -> None:
     config, parts = run
-    summary = write_summary(config, parts, Ending("max_steps", "All done."), outcome(20, evals={"first": 0.1, "last": 0.7}))
+    summary = write_summary(
+        config, parts, Ending("max_steps", "All done."), outcome(20, evals={"first": 0.1, "last": 0.7}, baseline=0.125)
+    )
     assert json.loads((config.output_dir / SUMMARY_FILE).read_text(encoding="utf-8")) == summary
     expected = {
         "stopped_by": "max_steps",
@@ -39,6 +42,8 @@ def test_what_is_written_is_what_is_returned(run: Any) -> None:
         "final_reward": 0.5,
         "best_reward": 0.6,
         "best_step": 4,
+        "use": {"checkpoint": "checkpoint-4", "step": 4, "reward": 0.6, "by": "training reward"},
+        "baseline_reward": 0.125,
         "initial_eval_reward": 0.1,
         "eval_reward": 0.7,
         "forecast": None,
@@ -69,11 +74,10 @@ def test_what_was_not_run_is_priced_at_the_mean_of_what_was(run: Any) -> None:
 
 def test_before_the_first_step_nothing_is_claimed(run: Any) -> None:
     config, parts = run
-    nothing = {"metric": None, "step": None, "checkpoint": None}
-    summary = write_summary(config, parts, Ending("interrupt", "At once."), outcome(0, final_reward=math.nan, best=nothing))
+    summary = write_summary(config, parts, Ending("interrupt", "At once."), outcome(0, final_reward=math.nan, best=None))
     assert summary["saved"] == {"steps": 1.0, "flops": 0.0, "gpu_hours": 0.0, "money": 0.0}
     assert summary["final_reward"] is None
-    assert summary["best_reward"] is None
+    assert (summary["best_reward"], summary["best_step"], summary["use"]) == (None, None, None)
     assert summary["eval_reward"] is None
 
 

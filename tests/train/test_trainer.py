@@ -21,12 +21,14 @@ from grpo_fast.compute import Budget
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.law import OnlinePredictor
 from grpo_fast.objective import OBJECTIVES
+from grpo_fast.recipes import recipe
 from grpo_fast.rewards import RewardError
 from grpo_fast.rollout.engine import SamplingParams
 from grpo_fast.rollout.transformers_engine import TransformersEngine
 from grpo_fast.sinks import RunInfo
 from grpo_fast.tasks.task import Task
 from grpo_fast.train import CheckpointError, GRPOTrainer, NonFiniteGradientError, StepResult
+from grpo_fast.train import trainer as trainer_module
 from grpo_fast.train.checkpoint import list_checkpoints
 from grpo_fast.types import Completion
 
@@ -108,6 +110,7 @@ def straight(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         "eval_steps": 2,
         "eval_size": 4,
         "forecast": "warn",
+        "baseline_probe": 5,
         "reward_workers": 0,
         "sinks": (),
         "report": False,
@@ -163,7 +166,7 @@ def test_a_run_leaves_everything_a_reader_needs(whole: Straight) -> None:
     assert [row["step"] for row in whole.trace] == list(range(9)), "step 0 is the evaluation before training"
     assert [row["step"] for row in whole.forecasts] == list(range(1, 9))
     assert len(rows(run, "completions")) == 8 * whole.config.log_completions
-    assert events(run)[:2] == ["start", "eval"]
+    assert events(run)[:3] == ["start", "probe", "eval"]
 
 
 NAMES = {
@@ -176,6 +179,14 @@ NAMES = {
     "rewards/vowels/mean",
     "rewards/vowels/std",
     "frac_reward_zero_std",
+    "frac_reward_all_wrong",
+    "alarm/reward",
+    "alarm/entropy_up",
+    "alarm/entropy_down",
+    "alarm/grad_norm",
+    "alarm/truncation",
+    "alarm/kl",
+    "alarm/zero_std",
     "completions/mean_length",
     "completions/min_length",
     "completions/max_length",
@@ -304,7 +315,7 @@ class Stumbling(TransformersEngine):
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, num_generations: int, seed: int
     ) -> list[list[Completion]]:
         answers = super().generate(prompts, sampling, num_generations=num_generations, seed=seed)
-        if sampling.temperature > 0 and self.weight_version == self.at_version:
+        if num_generations > 1 and self.weight_version == self.at_version:
             self.at_version = -1  # once: a second signal, from the refill, would end the process
             os.kill(os.getpid(), signal.SIGINT)
         return answers
@@ -345,7 +356,7 @@ def test_a_run_without_a_checkpoint_starts_again(whole: Straight, tmp_path: Path
         assert again.global_step == 0
         again.train()
     assert trace(config.output_dir) == whole.trace
-    assert events(config.output_dir)[:2] == ["start", "eval"]
+    assert events(config.output_dir)[:3] == ["start", "probe", "eval"]
 
 
 def test_an_error_in_the_loop_keeps_what_was_trained(make: Make, tmp_path: Path) -> None:
@@ -489,7 +500,7 @@ def test_rewards_of_none_do_not_end_a_run(make: Make, tmp_path: Path) -> None:
     before = weights(trainer)
     summary = trainer.train()
     assert summary["step"] == 3
-    assert trainer._parts.predictor.num_observations == 0
+    assert trainer._oversight.predictor.num_observations == 0
     assert summary["final_reward"] is None
     assert summary["best_reward"] is None
     assert torch.equal(weights(trainer), before)
@@ -566,7 +577,9 @@ def test_a_gradient_that_is_not_finite_ends_the_run_with_what_was_trained(make: 
 
 
 def test_a_reward_outside_its_range_is_told_and_can_be_mended(make: Make, resume: Make, tmp_path: Path) -> None:
-    trainer = make(forecast="stop", reward_range=(0.5, 1.0))
+    with pytest.raises(ConfigError, match=r"the mean reward 0\.\d+ of the untrained policy lies outside reward_range="):
+        make(forecast="stop", reward_range=(0.5, 1.0)).train()
+    trainer = make(forecast="stop", reward_range=(0.5, 1.0), baseline_probe=0, overwrite=True)
     with pytest.raises(ConfigError, match=r"the mean reward 0\.\d+ of step 1 lies outside reward_range=\(0\.5, 1\.0\)"):
         trainer.train()
     summary = resume(tmp_path / "run", reward_range=(0.0, 1.0)).train()
@@ -636,7 +649,7 @@ def test_resuming_may_move_the_end(whole: Straight, make: Make, resume: Make, tm
     longer = resume(tmp_path / "run", max_steps=7)
     summary = longer.train()
     assert (summary["step"], summary["max_steps"]) == (7, 7)
-    assert longer._parts.predictor.num_observations == 7
+    assert longer._oversight.predictor.num_observations == 7
     assert rows(tmp_path / "run")[-1]["progress"] == 1.0
     shorter = resume(tmp_path / "run", max_steps=5)
     assert shorter.train()["stopped_by"] == "max_steps"
@@ -661,7 +674,7 @@ def test_resuming_from_a_damaged_checkpoint_names_the_way_out(make: Make, resume
     (tmp_path / "run" / "checkpoint-6").rmdir()
     assert resume(tmp_path / "run").global_step == 3
     text = state.read_text(encoding="utf-8")
-    state.write_text(text.replace('"version": 1', '"version": 9'), encoding="utf-8")
+    state.write_text(text.replace('"version": 2', '"version": 9'), encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"another version of grpo_fast \(state 9\)"):
         resume(tmp_path / "run")
 
@@ -737,6 +750,167 @@ def test_an_engine_can_be_given(tiny_config: Callable[..., Config], letters: Tas
 def test_a_configuration_that_the_loss_refuses_costs_no_model(make: Make) -> None:
     with pytest.raises(ValueError, match="delta"):
         make(loss_type="sapo", delta=2.0, model="nowhere")
+
+
+class Failing:
+    """A verifier that gives a twentieth of the reward from some step on."""
+
+    def __init__(self, from_step: int, *, calls: int = 0) -> None:
+        self.calls = calls
+        self.from_step = from_step
+
+    def __call__(self, completions: list[str], **columns: Any) -> list[float]:
+        self.calls += 1
+        return [(0.05 if self.calls >= self.from_step else 1.0) * value for value in vowels(completions)]
+
+
+FAILING: dict[str, Any] = {
+    "prompts_per_step": 16,
+    "max_completion_length": 3,
+    "learning_rate": 1e-5,
+    "max_steps": 60,
+    "save_steps": 1,
+    "save_total_limit": 1,
+    "reward_range": (0.0, 1.0),
+}
+
+
+def test_a_collapse_ends_the_run_and_leads_back_to_before(make: Make, tmp_path: Path) -> None:
+    trainer = make({"reward_funcs": [Failing(31)]}, **FAILING)
+    found = [result for result in trainer.steps() if result.alarm is not None and result.alarm.confirmed]
+    summary = trainer.summary
+    assert summary["stopped_by"] == "collapse"
+    assert [result.step for result in found] == [summary["step"]]
+    assert 33 < summary["step"] < 50
+    onset = found[0].alarm.onset
+    assert 29 <= onset <= 32
+    use = summary["use"]
+    assert use["step"] <= onset - 2
+    assert (
+        use["reward"]
+        == summary["best_reward"]
+        == max(
+            sum(row["reward"] for row in rows(tmp_path / "run")[:step][-10:]) / min(step, 10) for step in range(1, onset - 1)
+        )
+    )
+    assert summary["reason"].startswith(f"The policy collapses: by step {summary['step']} the reward fell from 0.")
+    assert summary["reason"].endswith(
+        f"Go back to {use['checkpoint']}, the best from before (training reward {use['reward']:.3f})."
+    )
+    kept = [path.name for path in list_checkpoints(tmp_path / "run")]
+    assert kept == [use["checkpoint"], f"checkpoint-{summary['step']}"], "also with a limit of one"
+    assert events(tmp_path / "run")[-1] == "alarm"
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text(encoding="utf-8"))
+    assert state["best_model_checkpoint"] == use["checkpoint"]
+
+
+@pytest.mark.parametrize("moment", [20, 32, 34])
+def test_a_collapse_is_the_same_over_a_resume(moment: int, make: Make, resume: Make, tmp_path: Path) -> None:
+    whole = make({"reward_funcs": [Failing(31)]}, **FAILING).train()
+    straight = trace(tmp_path / "run")
+    run = tmp_path / "again"
+    for result in make({"reward_funcs": [Failing(31)]}, **FAILING, output_dir=run).steps():
+        if result.step == moment:
+            break
+    summary = resume(run, {"reward_funcs": [Failing(31, calls=moment)]}).train()
+    same = ("stopped_by", "reason", "step", "use", "best_reward", "final_reward")
+    assert {key: summary[key] for key in same} == {key: whole[key] for key in same}
+    assert trace(run) == straight
+    assert (run / summary["use"]["checkpoint"]).is_dir()
+
+
+def test_a_collapse_that_is_only_told_of_lets_the_run_go_on(make: Make, tmp_path: Path) -> None:
+    trainer = make({"reward_funcs": [Failing(31)]}, **FAILING | {"max_steps": 45}, collapse_action="warn")
+    summary = trainer.train()
+    assert (summary["stopped_by"], summary["step"]) == ("max_steps", 45)
+    assert events(tmp_path / "run").count("warn") == 1
+    assert summary["use"]["step"] <= 30
+    assert (tmp_path / "run" / summary["use"]["checkpoint"]).is_dir()
+
+
+def test_a_collapse_without_a_checkpoint_from_before_says_so(make: Make) -> None:
+    summary = make({"reward_funcs": [Failing(31)]}, **FAILING | {"save_steps": 100}).train()
+    assert summary["stopped_by"] == "collapse"
+    assert summary["use"] is None
+    assert summary["reason"].endswith("set save_steps lower, and start again with a lower learning_rate.")
+
+
+@pytest.mark.slow
+def test_a_learning_rate_that_jumps_is_caught_and_the_way_back_is_good(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The embedded model learns to add, then one setting ruins it: what the summary points at still adds."""
+    usual = trainer_module.learning_rate_at
+    monkeypatch.setattr(trainer_module, "learning_rate_at", lambda step, config: 5e-3 if step >= 30 else usual(step, config))
+    config = recipe(
+        "embedded",
+        output_dir=tmp_path / "run",
+        prompts_per_step=16,
+        learning_rate=5e-4,
+        warmup_steps=0,
+        save_steps=5,
+        save_total_limit=1,
+        eval_steps=0,
+        eval_size=64,
+        forecast="off",
+        reward_workers=0,
+        sinks=(),
+    )
+    with GRPOTrainer(config) as trainer:
+        summary = trainer.train()
+        ruined = trainer.evaluate()
+        trainer.policy.load_weights(tmp_path / "run" / summary["use"]["checkpoint"])
+        sound = trainer.evaluate()
+    assert summary["stopped_by"] == "collapse"
+    assert summary["step"] <= 40
+    assert summary["use"]["step"] == 25
+    assert sound > 0.7
+    assert ruined < 0.3
+
+
+def test_the_best_by_held_out_reward_is_saved_when_it_is_reached(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = iter([0.1, 0.3, 0.6, 0.2, 0.4])
+    monkeypatch.setattr(trainer_module, "evaluate", lambda config, parts: next(values))
+    summary = make(eval_steps=1, max_steps=4, save_steps=100, save_total_limit=1).train()
+    assert summary["use"] == {"checkpoint": "checkpoint-2", "step": 2, "reward": 0.6, "by": "held-out reward"}
+    assert summary["eval_reward"] == 0.4
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_a_probe_changes_nothing_but_what_is_known(make: Make, tmp_path: Path) -> None:
+    make(forecast="warn", baseline_probe=0, output_dir=tmp_path / "without").train()
+    summary = make(forecast="warn", baseline_probe=8, output_dir=tmp_path / "with").train()
+    with_, without = trace(tmp_path / "with"), trace(tmp_path / "without")
+    counted = ("flops", "tokens/", "num_tokens")
+    for one, other in zip(with_, without, strict=True):
+        assert one["num_tokens"] > other["num_tokens"]
+        assert {k: v for k, v in one.items() if not k.startswith(counted)} == {
+            k: v for k, v in other.items() if not k.startswith(counted)
+        }
+    assert 0 < summary["baseline_reward"] < 1
+    assert f"reward before training: {summary['baseline_reward']:.3f} over 8 prompts" in [
+        row["message"] for row in rows(tmp_path / "with", "events")
+    ]
+
+
+def test_a_question_without_a_terminal_is_a_warning(make: Make, tmp_path: Path) -> None:
+    def same(completions: list[str], **columns: Any) -> list[float]:
+        return [0.9, 1.0] * (len(completions) // 2)
+
+    trainer = make(
+        {"reward_funcs": [same]},
+        forecast="ask",
+        reward_range=(0.0, 1.0),
+        max_steps=60,
+        learning_rate=1e-7,
+        forecast_epsilon=0.1,
+        forecast_min_steps=5,
+        baseline_probe=0,
+    )
+    assert trainer.train()["stopped_by"] == "max_steps"
+    told = [row["message"] for row in rows(tmp_path / "run", "events") if row["event"] == "warn"]
+    assert len(told) == 1
+    assert told[0].endswith("there is no terminal to ask on, so training goes on")
 
 
 REWARD = """

@@ -1,0 +1,213 @@
+"""What watches a run and may end it: the forecast with its stopping rule, and the collapse alarm.
+
+Neither touches training: where both are only to warn, a run is bit for bit the one that nothing watches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from grpo_fast.config import Config, ConfigError
+from grpo_fast.law import AlarmState, CollapseAlarm, Forecast, OnlinePredictor, StopDecision, StoppingRule
+from grpo_fast.sinks import SinkSet
+from grpo_fast.train.summary import Ending
+
+_ROUNDING = 1e-9
+_ASK_AGAIN = 0.1
+_ANSWERS = {"stop": "stop", "go on": "ask again in a while", "never": "go on and do not ask again"}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the watch says after a step."""
+
+    forecast: Forecast | None = None
+    decision: StopDecision | None = None
+    alarm: AlarmState | None = None
+    ending: Ending | None = None
+    """Why to end the run; None to go on."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The alarm's detectors as metrics of the step, 1 being over the threshold."""
+        return {} if self.alarm is None else {f"alarm/{name}": level for name, level in self.alarm.levels.items()}
+
+    @property
+    def row(self) -> dict[str, Any] | None:
+        """The step's row of ``forecasts.jsonl``: the forecast, and what the rule made of it."""
+        if self.forecast is None or self.decision is None:
+            return None
+        decision = self.decision
+        told = {"stop": decision.stop, "stop_count": decision.count, "veto": decision.veto}
+        return self.forecast.to_dict() | told
+
+
+class Oversight:
+    """Forecast, stopping rule and alarm of one run, and what people were told and have answered.
+
+    Args:
+        config: modes and thresholds.
+        predictor: the run's forecaster.
+        sinks: where warnings go, and whom ``forecast="ask"`` asks.
+    """
+
+    def __init__(self, config: Config, *, predictor: OnlinePredictor, sinks: SinkSet) -> None:
+        self.predictor = predictor
+        self.rule = build_rule(config)
+        least = None if config.reward_range is None else config.reward_range[0]
+        self.alarm = CollapseAlarm(config.forecast_epsilon, least_reward=least)
+        self.forecast: Forecast | None = None
+        self._config = config
+        self._sinks = sinks
+        self._told: set[str] = set()
+        self._silent_until = 0
+
+    def observe(
+        self, step: int, progress: float, metrics: Mapping[str, float], *, give_up: Callable[[], bool] = lambda: False
+    ) -> Verdict:
+        """Shows a step to everything that watches.
+
+        Args:
+            step: the step that is done.
+            progress: share of the summed learning rate that is spent.
+            metrics: the step's.
+            give_up: asked while a question waits for its answer; True ends the waiting.
+
+        Raises:
+            ConfigError: the reward lies outside ``reward_range``.
+        """
+        forecast, decision = self._foresee(step, progress, metrics)
+        alarm = None if self._config.collapse_action == "off" else self.alarm.update(step, metrics["reward"], metrics)
+        ending = None
+        if alarm is not None and alarm.confirmed:
+            ending = self._collapsed(step, alarm)
+        if ending is None and decision is not None and decision.stop:
+            ending = self._plateau(step, decision, give_up)
+        return Verdict(forecast, decision, alarm, ending)
+
+    def sound_until(self, step: int, alarm: AlarmState | None) -> int:
+        """Newest step whose checkpoint is certainly from before a fall that may have begun.
+
+        The reward of a step is that of the weights before its update.
+        """
+        onset = step + 1 if alarm is None or alarm.onset is None else alarm.onset
+        return onset - 2
+
+    def within_range(self, reward: float, where: str) -> float:
+        """A mean reward as the predictor takes it: what rounding put beyond ``reward_range`` is put back.
+
+        Raises:
+            ConfigError: it lies outside.
+        """
+        bounds = self.predictor.reward_range
+        if self._config.forecast == "off" or bounds is None or math.isnan(reward):
+            return reward
+        nearest = min(max(reward, bounds[0]), bounds[1])
+        if abs(nearest - reward) > _ROUNDING * (bounds[1] - bounds[0]):
+            raise ConfigError(
+                f"the mean reward {reward:g} of {where} lies outside reward_range={bounds}; correct "
+                "reward_range, or leave it out where the range is not known"
+            )
+        return nearest
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that is needed to go on bit for bit, as JSON values."""
+        return {
+            "predictor": self.predictor.state_dict(),
+            "rule": self.rule.state_dict(),
+            "alarm": self.alarm.state_dict(),
+            "told": sorted(self._told),
+            "silent_until": self._silent_until,
+        }
+
+    def restore(self, state: Mapping[str, Any], progress: Sequence[float]) -> None:
+        """Goes on from :meth:`state_dict`; the predictor is fed anew where its settings have changed.
+
+        Args:
+            state: of a checkpoint.
+            progress: the schedule as it is now.
+        """
+        restored = OnlinePredictor.from_state_dict(state["predictor"])
+        same = ("horizon", "epsilon", "reward_range")
+        if all(getattr(restored, name) == getattr(self.predictor, name) for name in same):
+            self.predictor = restored
+        else:
+            for step, _, reward, num_prompts, num_generations, reward_std in state["predictor"]["rows"]:
+                if step <= len(progress):
+                    self.predictor.observe(
+                        step,
+                        progress[step - 1],
+                        reward,
+                        num_prompts=num_prompts,
+                        num_generations=num_generations,
+                        reward_std=reward_std,
+                    )
+        self.rule.take_up(state["rule"])
+        self.alarm.load_state_dict(state["alarm"])
+        self._told, self._silent_until = set(state["told"]), state["silent_until"]
+
+    def _foresee(self, step: int, progress: float, metrics: Mapping[str, float]) -> tuple[Forecast | None, StopDecision | None]:
+        if self._config.forecast == "off":
+            return None, None
+        self.forecast = self.predictor.observe(
+            step,
+            progress,
+            self.within_range(metrics["reward"], f"step {step}"),
+            num_prompts=self._config.prompts_per_step,
+            num_generations=self._config.num_generations,
+            reward_std=metrics["reward_std"],
+        )
+        return self.forecast, self.rule.update(self.forecast, all_wrong=metrics["frac_reward_all_wrong"])
+
+    def _collapsed(self, step: int, alarm: AlarmState) -> Ending | None:
+        if self._config.collapse_action == "stop":
+            return Ending("collapse", f"{alarm.reason}.")
+        self._event(step, f"{alarm.reason}; training goes on (collapse_action='warn')")
+        return None
+
+    def _plateau(self, step: int, decision: StopDecision, give_up: Callable[[], bool]) -> Ending | None:
+        if self._config.forecast == "stop":
+            return Ending("forecast", f"{decision.reason}.")
+        if self._config.forecast == "warn":
+            self._event_once(step, "plateau", decision.reason)
+            return None
+        if step < self._silent_until or "never" in self._told:
+            return None
+        return self._ask(step, decision, give_up)
+
+    def _ask(self, step: int, decision: StopDecision, give_up: Callable[[], bool]) -> Ending | None:
+        answer = self._sinks.ask(f"{decision.reason}. Stop here?", _ANSWERS, give_up=give_up)
+        if answer is None:
+            self._event_once(step, "plateau", f"{decision.reason}; there is no terminal to ask on, so training goes on")
+            return None
+        if answer == "stop":
+            return Ending("forecast", f"{decision.reason}; you chose to stop.")
+        self._silent_until = step + max(self.rule.patience, math.ceil(_ASK_AGAIN * self.predictor.horizon))
+        if answer == "never":
+            self._told.add("never")
+        why = {"never": "you chose to go on to the end", "go on": "you chose to go on"}.get(answer, "no answer came")
+        again = "" if answer == "never" else f"; the next question comes at step {self._silent_until} at the earliest"
+        self._event(step, f"{decision.reason}; {why}{again}")
+        return None
+
+    def _event_once(self, step: int, what: str, message: str) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            self._event(step, message)
+
+    def _event(self, step: int, message: str) -> None:
+        self._sinks.log_event(step, "warn", message)
+
+
+def build_rule(config: Config) -> StoppingRule:
+    """The stopping rule that a configuration asks for."""
+    return StoppingRule(
+        config.forecast_epsilon,
+        confidence=config.forecast_confidence,
+        patience=config.forecast_patience,
+        min_steps=config.forecast_min_steps,
+        warmup_steps=config.num_warmup_steps,
+    )

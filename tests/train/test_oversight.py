@@ -1,0 +1,216 @@
+"""What a run is told by those who watch it, and what that does to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+
+from grpo_fast.config import Config
+from grpo_fast.law import Forecast, OnlinePredictor
+from grpo_fast.sinks import SinkSet
+from grpo_fast.train.optim import progress_schedule
+from grpo_fast.train.oversight import Oversight, Verdict, build_rule
+
+METRICS = {"reward": 0.9, "reward_std": 0.1, "frac_reward_all_wrong": 0.0}
+
+
+class Certain(OnlinePredictor):
+    """Believes at every step that nothing is left to gain."""
+
+    def observe(self, step: int, progress: float, reward: float, **told: Any) -> Forecast:
+        forecast = super().observe(step, progress, reward, **told)
+        sure = {"p_gain_below_eps": 0.97, "identifiable": True, "trend": 0.0, "trend_low": -0.1}
+        return dataclasses.replace(forecast, **sure, phase_probabilities=(0.0, 0.0, 1.0))
+
+
+class Person:
+    """A sink with somebody in front of it."""
+
+    def __init__(self, *answers: str | None) -> None:
+        self.answers = list(answers)
+        self.questions: list[str] = []
+        self.events: list[tuple[int, str, str]] = []
+
+    def start(self, info: Any) -> None:
+        """Nothing."""
+
+    def log_step(self, metrics: Any, forecast: Any = None) -> None:
+        """Nothing."""
+
+    def log_completions(self, rows: Any) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+    def log_event(self, step: int, event: str, message: str) -> None:
+        self.events.append((step, event, message))
+
+    def ask(self, question: str, answers: Mapping[str, str], *, give_up: Callable[[], bool]) -> str | None:
+        self.questions.append(question)
+        assert set(answers) == {"stop", "go on", "never"}
+        assert not give_up()
+        return self.answers.pop(0)
+
+
+def watch(person: Person, **settings: Any) -> Oversight:
+    config = Config.parse({"max_steps": 200, "forecast_min_steps": 5, "forecast_patience": 2} | settings)
+    return Oversight(config, predictor=Certain(200), sinks=SinkSet([person]))
+
+
+def go(oversight: Oversight, steps: range, **metrics: float) -> list[Verdict]:
+    return [oversight.observe(step, step / 200, METRICS | metrics) for step in steps]
+
+
+def test_stop_ends_the_run_with_the_rules_own_words() -> None:
+    person = Person()
+    verdicts = go(watch(person), range(1, 7))
+    assert [verdict.ending is not None for verdict in verdicts] == [False] * 5 + [True]
+    assert verdicts[-1].ending.kind == "forecast"
+    assert verdicts[-1].ending.message == f"{verdicts[-1].decision.reason}."
+    assert person.events == []
+
+
+def test_warn_tells_once() -> None:
+    person = Person()
+    verdicts = go(watch(person, forecast="warn"), range(1, 20))
+    assert all(verdict.ending is None for verdict in verdicts)
+    assert [(step, event) for step, event, _ in person.events] == [(6, "warn")]
+    assert "97.0%" in person.events[0][2]
+
+
+def test_off_forecasts_nothing_and_still_watches_for_a_collapse() -> None:
+    (verdict,) = go(watch(Person(), forecast="off"), range(1, 2))
+    assert (verdict.forecast, verdict.decision, verdict.row) == (None, None, None)
+    assert verdict.metrics["alarm/reward"] == 0.0
+    (verdict,) = go(watch(Person(), forecast="off", collapse_action="off"), range(1, 2))
+    assert (verdict.alarm, verdict.metrics) == (None, {})
+
+
+def test_ask_stops_where_that_is_the_answer() -> None:
+    person = Person("stop")
+    ending = go(watch(person, forecast="ask"), range(1, 7))[-1].ending
+    assert ending.kind == "forecast"
+    assert ending.message.endswith("; you chose to stop.")
+    assert person.questions == [ending.message.removesuffix("; you chose to stop.") + ". Stop here?"]
+    assert "97.0%" in person.questions[0]
+
+
+@pytest.mark.parametrize(("answer", "words"), [("go on", "you chose to go on"), ("", "no answer came")])
+def test_ask_remembers_for_a_tenth_of_the_budget(answer: str, words: str) -> None:
+    person = Person(answer, "stop")
+    verdicts = go(watch(person, forecast="ask"), range(1, 27))
+    assert [verdict.ending is not None for verdict in verdicts] == [False] * 25 + [True]
+    assert len(person.questions) == 2
+    assert person.events[0][2].endswith(f"; {words}; the next question comes at step 26 at the earliest")
+
+
+def test_ask_takes_never_for_an_answer() -> None:
+    person = Person("never")
+    assert all(verdict.ending is None for verdict in go(watch(person, forecast="ask"), range(1, 150)))
+    assert len(person.questions) == 1
+
+
+def test_ask_without_a_terminal_warns_once_and_says_so() -> None:
+    person = Person(*[None] * 20)
+    verdicts = go(watch(person, forecast="ask"), range(1, 20))
+    assert all(verdict.ending is None for verdict in verdicts)
+    assert len(person.events) == 1
+    assert person.events[0][2].endswith("; there is no terminal to ask on, so training goes on")
+
+
+def test_answers_outlive_a_resume() -> None:
+    person = Person("go on")
+    first = watch(person, forecast="ask")
+    go(first, range(1, 10))
+    again = watch(Person(), forecast="ask")
+    again.restore(json.loads(json.dumps(first.state_dict())), progress_schedule(Config(max_steps=200)))
+    again.predictor = Certain.from_state_dict(first.predictor.state_dict())
+    assert all(verdict.ending is None for verdict in go(again, range(10, 26))), "a question would fail: nobody answers"
+    assert again.state_dict()["silent_until"] == 26
+
+
+def collapse(oversight: Oversight) -> list[Verdict]:
+    level = [0.8 + 0.02 * (1 if step % 4 < 2 else -1) for step in range(42)] + [0.1] * 8
+    return [oversight.observe(step, step / 200, METRICS | {"reward": value}) for step, value in enumerate(level, 1)]
+
+
+def test_a_collapse_ends_the_run() -> None:
+    oversight = watch(Person(), forecast="off")
+    verdicts = collapse(oversight)
+    (found,) = [verdict for verdict in verdicts if verdict.ending is not None]
+    assert found.ending.kind == "collapse"
+    assert found.ending.message.startswith("The policy collapses: by step ")
+    assert found.alarm.onset == 43
+    assert oversight.sound_until(49, found.alarm) == 41
+    assert oversight.sound_until(20, None) == 19
+
+
+def test_a_collapse_is_only_told_where_that_is_asked_for() -> None:
+    person = Person()
+    verdicts = collapse(watch(person, forecast="off", collapse_action="warn"))
+    assert all(verdict.ending is None for verdict in verdicts)
+    assert [event for _, event, _ in person.events] == ["warn"]
+    assert person.events[0][2].endswith("; training goes on (collapse_action='warn')")
+
+
+def test_a_collapse_goes_before_a_plateau() -> None:
+    oversight = watch(Person(), forecast_min_steps=49, forecast_patience=1)
+    kinds = [verdict.ending.kind for verdict in collapse(oversight) if verdict.ending is not None]
+    assert kinds[0] == "collapse"
+
+
+def test_the_row_holds_what_the_rule_made_of_the_forecast() -> None:
+    verdicts = go(watch(Person()), range(1, 7))
+    assert {key: verdicts[3].row[key] for key in ("stop", "stop_count", "veto")} == {
+        "stop": False,
+        "stop_count": 0,
+        "veto": "min_steps",
+    }
+    assert (verdicts[5].row["stop"], verdicts[5].row["stop_count"]) == (True, 2)
+    json.dumps(verdicts[5].row, allow_nan=False)
+
+
+def test_wrong_groups_reach_the_rule() -> None:
+    verdicts = go(watch(Person()), range(1, 10), frac_reward_all_wrong=0.7)
+    assert {verdict.decision.veto for verdict in verdicts[4:]} == {"all wrong"}
+
+
+def test_the_rule_is_the_configurations() -> None:
+    rule = build_rule(Config(max_steps=100, warmup_steps=0.25, forecast_confidence=0.8, forecast_patience=5))
+    assert (rule.warmup_steps, rule.confidence, rule.patience) == (25, 0.8, 5)
+
+
+def test_the_law_comes_back_or_is_fed_anew_for_another_horizon() -> None:
+    def make(**settings: Any) -> Oversight:
+        config = Config.parse({"max_steps": 20, "lr_scheduler_type": "linear"} | settings)
+        return Oversight(config, predictor=OnlinePredictor(config.max_steps), sinks=SinkSet([]))
+
+    first = make()
+    progress = progress_schedule(Config(max_steps=20, lr_scheduler_type="linear"))
+    for step in (1, 2, 3, 4):
+        reward = math.nan if step == 2 else step / 20
+        metrics = {"reward": reward, "reward_std": 0.3 / step, "frac_reward_all_wrong": 0.5}
+        first.observe(step, progress[step - 1], metrics)
+    first.rule.count = 2
+    state = json.loads(json.dumps(first.state_dict()))
+
+    same = make()
+    same.restore(state, progress)
+    assert same.state_dict() == first.state_dict()
+    assert same.rule.count == 2
+
+    longer = make(max_steps=40)
+    further = progress_schedule(Config(max_steps=40, lr_scheduler_type="linear"))
+    longer.restore(state, further)
+    assert longer.predictor.horizon == 40
+    assert [row[:3] for row in longer.predictor.state_dict()["rows"]] == [[s, further[s - 1], s / 20] for s in (1, 3, 4)]
+
+    shorter = make(max_steps=3)
+    shorter.restore(state, progress_schedule(Config(max_steps=3)))
+    assert shorter.predictor.num_observations == 2
