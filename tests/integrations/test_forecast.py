@@ -287,3 +287,14 @@ def test_a_run_resumed_with_a_longer_budget_has_its_progress_counted_anew() -> N
     found = progress_of(log_of(np.zeros(25), progress=logged, learning_rate=np.full(25, 1e-4), max_steps=25), 25, notes)
     assert found == pytest.approx(steps / 25)
     assert "longer budget" in notes[0]
+
+
+@pytest.mark.slow
+def test_real_curves_get_a_forecast(shared_data: Path) -> None:
+    files = sorted(file for file in (shared_data / "reward_curves").glob("*.csv") if file.name != "index.csv")
+    for file in files[:: len(files) // 20]:
+        found = forecast_log(read_log(file, reward_column="reward"))
+        finite = found.log.rewards[np.isfinite(found.log.rewards)]
+        assert found.forecast.low <= found.forecast.median <= found.forecast.high, file
+        assert finite.min() - 1 <= found.forecast.median <= finite.max() + 1, file
+        json.dumps(found.to_dict(), allow_nan=False)

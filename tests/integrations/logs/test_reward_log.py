@@ -217,3 +217,62 @@ def test_real_curves_are_read(shared_data: Path) -> None:
         log = read_log(file, reward_column="reward")
         assert np.all(np.diff(log.steps) > 0), file
         assert np.isfinite(log.rewards).any(), file
+
+
+CURVE = [round(0.2 + 0.5 * (1 - math.exp(-step / 20)), 4) for step in range(1, 61)]
+
+
+LINES = {
+    "metrics.jsonl": '{{"step": {0}, "progress": 0.5, "reward": {1}}}',
+    "verl console": (
+        "\x1b[36m(TaskRunner pid=7)\x1b[0m step:{0} - actor/lr:1e-06 - critic/rewards/mean:{1} - critic/rewards/max:1.0\n"
+        "\x1b[36m(TaskRunner pid=7)\x1b[0m Training Progress:  9%|#| {0}/90 [00:45<1:00, 31.2s/it]"
+    ),
+    "verl JSON lines": (
+        '{{"step": {0}, "data": {{"actor/lr": 1e-6, "critic/rewards/mean": {1}, "val-core/openai/gsm8k/reward/mean@1": 0.3}}}}'
+    ),
+    "OpenRLHF console": "2025-05-01 10:00:00,12 INFO trainer.py:120 ✨ Global step {0}: {{'act_loss': -0.01, 'reward': {1}}}",
+    "OpenRLHF bars": "Episode [1/1]:  9%|█▏ | {0}/90 [01:23<10:11,  6.95s/it, act_loss=-.0123, reward={1}, actor_lr=5e-7]",
+    "wandb-history.jsonl": '{{"train/loss": 0.1, "train/reward": {1}, "train/global_step": {0}, "_step": 3}}',
+    "W&B export": '"{0}","{1}","{1}","{1}"',
+    "TensorBoard export": "1.7e9,{0},{1}",
+    "TRL console": "{{'loss': '0.01', 'reward': '{1}', 'reward_std': '0.3', 'epoch': '0.{0:02d}'}}",
+}
+HEADS = {
+    "verl console": "(TaskRunner pid=7) {'actor': {'clip_ratio': 0.2}}\n(TaskRunner pid=7) Total training steps: 90\n",
+    "W&B export": '"train/global_step","cat-7 - train/reward","cat-7 - train/reward__MIN","cat-7 - train/reward__MAX"\n',
+    "TensorBoard export": "Wall time,Step,Value\n",
+}
+
+
+def as_written_by(tool: str) -> str:
+    """Sixty steps of one run as a tool writes them."""
+    numbered = list(enumerate(CURVE, 1))
+    if tool == "trainer_state.json":
+        row = {"loss": 0.01, "grad_norm": 0.3, "completions/mean_length": 200.0, "rewards/accuracy_reward/mean": 0.9}
+        history = [row | {"reward": value, "reward_std": 0.3, "epoch": step / 60, "step": step} for step, value in numbered]
+        return json.dumps({"max_steps": 90, "log_history": [*history, {"train_runtime": 9.0, "step": 60}]}, indent=2)
+    return HEADS.get(tool, "") + "\n".join(LINES[tool].format(*pair) for pair in numbered)
+
+
+@pytest.mark.parametrize(
+    ("tool", "name", "column", "max_steps"),
+    [
+        ("trainer_state.json", "trainer_state.json", "reward", 90),
+        ("metrics.jsonl", "metrics.jsonl", "reward", None),
+        ("verl console", "run.log", "critic/rewards/mean", 90),
+        ("verl JSON lines", "exp.jsonl", "critic/rewards/mean", None),
+        ("OpenRLHF console", "train.log", "reward", None),
+        ("OpenRLHF bars", "stderr.txt", "reward", 90),
+        ("wandb-history.jsonl", "wandb-history.jsonl", "train/reward", None),
+        ("W&B export", "wandb_export.csv", "cat-7 - train/reward", None),
+        ("TensorBoard export", "run-.-tag-reward.csv", "Value", None),
+        ("TRL console", "stdout.txt", "reward", None),
+    ],
+)
+def test_logs_as_tools_write_them(tmp_path: Path, tool: str, name: str, column: str, max_steps: int | None) -> None:
+    (tmp_path / name).write_text(as_written_by(tool), encoding="utf-8")
+    log = read_log(tmp_path / name)
+    assert (log.reward_column, log.max_steps) == (column, max_steps)
+    assert log.steps.tolist() == list(range(1, 61))
+    assert log.rewards.tolist() == CURVE
