@@ -62,6 +62,7 @@ def judged(curves: Sequence[Curve], law: Law, *, only: str = "", stopping: bool 
     }
     if not only:
         out["against_best"] = {measure: results.against_best(records, law.name, measure) for measure in ("error", "crps")}
+        out |= {"floor": results.floor(curves), "by_rise_seen": results.by_rise_seen(records)}
         out["by_repository"] = results.by_repository(records, ("mean of last 20 % seen", "exponential + R0", law.name))
     if stopping:
         rules = [rule for rule in stoppers(law) if only in rule.name or isinstance(rule, Oracle)]
@@ -80,6 +81,9 @@ def printed(found: dict[str, Any]) -> None:
             print(f"\n{measure} of the {target}")
             for name, figures in found["forecasts"]["all"][target][measure].items():
                 print(f"  {name:46s}" + " ".join(f"{value[0]:.3f}" if value[0] is not None else "  -  " for value in figures))
+    print("\nerror of one who knows the mean curve:", found.get("floor"))
+    for row in found.get("by_rise_seen", {}).get("rows", ()):
+        print("  rise seen", " ".join(f"{name} {value}" for name, value in row.items()))
     for row in found.get("targets", ()):
         print(f"{'met ' if row['met'] else 'MISS'}  {row['target']}: {row['value']} in {row['bounds']}")
     for group, rows in found.get("stopping", {}).items():

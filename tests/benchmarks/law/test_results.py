@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ import pytest
 from benchmarks.law import results
 from benchmarks.law.__main__ import SHARED, judged
 from benchmarks.law.baselines import BASELINES
-from benchmarks.law.curves import load_curves, repositories
-from benchmarks.law.evaluate import LEVEL, Record, evaluate, pooled
+from benchmarks.law.curves import Curve, load_curves, repositories
+from benchmarks.law.evaluate import LEVEL, Prediction, Record, evaluate, pooled
 from benchmarks.law.models import Law
 from benchmarks.law.simulator import simulate
 from benchmarks.law.stopping import Fixed, Oracle, replay
@@ -64,6 +65,31 @@ def test_stopping_tables_by_hand(runs):
     assert table["hindsight oracle"]["share_of_oracle"][0] == 1.0
     false = np.mean([run.hindsight.lost(round(0.4 * len(run.hindsight.level)))[0] > 0.02 for run in runs])
     assert table["fixed 40%"]["false"][0] == pytest.approx(false, abs=1e-4)
+
+
+def test_the_floor_is_the_error_of_knowing_the_mean(runs):
+    class Knowing:
+        name = "knowing"
+
+        def forecast(self, seen, targets):
+            run = next(run for run in runs if np.array_equal(run.rewards[: seen.rewards.size], seen.rewards))
+            return [Prediction(float(run.mean[-steps.size :].mean())) for steps in targets]
+
+    records = evaluate([Knowing()], runs, shares=(0.2,))
+    known = results.floor(runs)
+    assert known["all"] == pytest.approx(pooled([r for r in records if r.target == LEVEL]), abs=1e-4)
+    # Told nothing of the mean, the scatter of the rewards says somewhat more: prompts come without replacement.
+    blind = results.floor([replace(run, mean=None, label="rise to plateau") for run in runs])
+    assert known["all"] < blind["all"] < 2 * known["all"]
+
+
+def test_forecasts_are_filed_by_the_rise_behind_them(runs):
+    steps = np.arange(1.0, 201.0)
+    curve = Curve("c", "c", steps, np.clip(steps / 100, 0, 1), mean=np.clip(steps / 100, 0, 1), label="rise to plateau")
+    assert results.rise_seen(curve, 0.2) == pytest.approx(0.4, abs=0.01)
+    assert results.rise_seen(curve, 0.6) == pytest.approx(1.0)
+    rows = results.by_rise_seen(evaluate(SIMPLE, [curve, *runs]))["rows"]
+    assert sum(row["forecasts"] for row in rows) == 4 * sum(run.learning for run in [curve, *runs])
 
 
 def test_everything_on_simulated_runs_is_json(runs):
