@@ -72,7 +72,7 @@ def judged(curves: Sequence[Curve], law: Law, *, only: str = "", stopping: bool 
 
 def printed(found: dict[str, Any]) -> None:
     """The tables as text."""
-    for group in ("all", "learning"):
+    for group in [group for group in ("all", "learning") if group in found["forecasts"]]:
         print(f"\nlevel error / smoothed range, {group} ({found['forecasts'][group]['curves']} curves)")
         for name, figures in found["forecasts"][group][LEVEL]["error"].items():
             print(f"  {name:46s}" + " ".join(f"{value[0]:.3f} [{value[1]:.2f} {value[2]:.2f}]  " for value in figures))

@@ -160,7 +160,7 @@ def evaluate(
     shares: Sequence[float] = SHARES,
     told: Callable[[str], None] = lambda _: None,
 ) -> list[Record]:
-    """Every forecaster on every curve; one that learns is fitted on all repositories but the tested one.
+    """Every forecaster on every curve; one that learns is fitted on all repositories but the tested one, if there are others.
 
     Curves whose smoothed range is 0 have no unit and are left out (a fitted forecaster still sees them).
     """
@@ -169,7 +169,7 @@ def evaluate(
         fit = getattr(forecaster, "fit", None)
         for repository in repositories(curves):
             others = [curve for curve in curves if curve.repository != repository]
-            fitted = forecaster if fit is None else fit(others)
+            fitted = fit(others) if fit is not None and others else forecaster
             for curve in curves:
                 if curve.repository == repository and curve.smoothed_range > 0:
                     records.extend(_judged(fitted, forecaster.name, curve, shares))

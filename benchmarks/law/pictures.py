@@ -26,6 +26,9 @@ def errors(tables: dict[str, Any], shares: Sequence[float], ours: str, path: Pat
     figure, axes = plt.subplots(1, 2, figsize=(13, 4.6), sharey=True)
     rivals = [name for name in tables["all"][LEVEL]["error"] if name != ours]
     for axis, group in zip(axes, ("all", "learning"), strict=True):
+        if group not in tables:
+            axis.set_title(f"{group}: no curve")
+            continue
         rows = tables[group][LEVEL]["error"]
         for index, name in enumerate(rivals):
             values = [value[0] for value in rows[name]]
@@ -37,7 +40,7 @@ def errors(tables: dict[str, Any], shares: Sequence[float], ours: str, path: Pat
         _shares(axis, shares)
         axis.grid(alpha=0.2)
     axes[0].set(ylabel="|level error| / smoothed range")
-    axes[1].legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axes[1].legend(*axes[0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     _saved(figure, path)
 
 

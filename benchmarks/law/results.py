@@ -121,6 +121,8 @@ def against_best(records: Sequence[Record], name: str, measure: str = "error") -
     out: dict[str, Any] = {}
     for group in ("all", "learning"):
         subset = [record for record in records if record.target == LEVEL and groups()[group](record.curve)]
+        if not subset:
+            continue
         bootstrap = Bootstrap(repositories([record.curve for record in subset]))
         rows = []
         for share in sorted({record.share for record in subset}):

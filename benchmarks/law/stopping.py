@@ -96,14 +96,15 @@ def replay(
     *,
     told: Callable[[str], None] = lambda _: None,
 ) -> list[Stop]:
-    """Every rule on every run of unit rewards; one that learns is fitted on all repositories but the tested one."""
+    """Every rule on every run of unit rewards; one that learns is fitted on all repositories but the tested one, if any."""
     judged = [thinned(curve) for curve in curves if curve.unit_interval]
     oracle = {(curve.repository, curve.name): Oracle().stop(curve) for curve in judged}
     stops = []
     for stopper in stoppers:
         fit = getattr(stopper, "fit", None)
         for repository in repositories(judged):
-            fitted = stopper if fit is None else fit([curve for curve in curves if curve.repository != repository])
+            others = [curve for curve in curves if curve.repository != repository]
+            fitted = fit(others) if fit is not None and others else stopper
             stops += [
                 judge(stopper.name, curve, fitted.stop(curve), oracle=oracle[curve.repository, curve.name])
                 for curve in judged

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.law import results
-from benchmarks.law.__main__ import SHARED, judged
+from benchmarks.law.__main__ import SHARED, judged, printed
 from benchmarks.law.baselines import BASELINES
 from benchmarks.law.curves import Curve, load_curves, repositories
 from benchmarks.law.evaluate import LEVEL, Prediction, Record, evaluate, pooled
@@ -97,6 +97,18 @@ def test_everything_on_simulated_runs_is_json(runs):
     text = json.dumps(found, allow_nan=False)
     assert set(json.loads(text)) == {"about", "shares", "forecasts", "stopping", "seconds"}
     assert "rewards" not in text
+
+
+def test_one_repository_of_flat_runs_is_enough(capsys):
+    steps = np.arange(1.0, 41.0)
+    noisy = [0.5 + 0.01 * np.random.default_rng(seed).standard_normal(40) for seed in range(2)]
+    curves = [Curve(f"c{seed}", "only", steps, rewards, label="flat") for seed, rewards in enumerate(noisy)]
+    found = judged(curves, Law())
+    printed(found)
+    assert "learning" not in found["against_best"]
+    assert found["about"]["classes"] == {"flat": 2}
+    assert found["forecasts"]["all"][LEVEL]["crps"]["last value"][0] == [None, None, None]
+    assert "stops, all (2 curves)" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the published reward curves are not beside this checkout")
