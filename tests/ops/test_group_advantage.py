@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import importlib
 import math
 import statistics
+from collections.abc import Iterator
 from fractions import Fraction
 
 import pytest
@@ -9,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_fast.ops.group_advantage import group_advantage
+from grpo_fast.ops.group_advantage import GroupAdvantage, _group_advantage_fwd, _launch_shape, group_advantage
 
+module = importlib.import_module("grpo_fast.ops.group_advantage")  # the package has the function under that name
 NAN = float("nan")
 REWARDS = [
     [1.0, 0.0, 0.0, 1.0],
@@ -24,19 +27,43 @@ REWARDS = [
 
 def expected(rewards: list[list[float]], scale: str, leave_one_out: bool) -> list[list[float]]:
     every = [Fraction(r) for row in rewards for r in row if not math.isnan(r)]
+    spread = float(statistics.stdev(every)) if scale == "batch" and len(every) > 1 else 0.0
     result = []
     for row in rewards:
         known = [Fraction(r) for r in row if not math.isnan(r)]
+        if len(known) < 2:
+            result.append([0.0] * len(row))
+            continue
+        total, divisor = sum(known), 1.0
+        if scale != "none":
+            divisor = (float(statistics.stdev(known)) if scale == "group" else spread) + 1e-4
         values = []
         for r in row:
-            if math.isnan(r) or len(known) < 2:
+            if math.isnan(r):
                 values.append(0.0)
                 continue
-            baseline = (sum(known) - Fraction(r)) / (len(known) - 1) if leave_one_out else sum(known) / len(known)
-            spread = {"none": None, "group": known, "batch": every}[scale]
-            values.append(float(Fraction(r) - baseline) / (1.0 if spread is None else float(statistics.stdev(spread)) + 1e-4))
+            baseline = (total - Fraction(r)) / (len(known) - 1) if leave_one_out else total / len(known)
+            values.append(float(Fraction(r) - baseline) / divisor)
         result.append(values)
     return result
+
+
+def many_rewards(num_prompts: int, group_size: int, *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Small numbers that repeat, so that groups without variance occur, and every seventh missing."""
+    generator = torch.Generator().manual_seed(group_size)
+    rewards = torch.randint(0, 3, (num_prompts, group_size), generator=generator).to(dtype) / 3
+    rewards += torch.randn(num_prompts, group_size, generator=generator, dtype=torch.float64).to(dtype) * (rewards > 0.5)
+    rewards.view(-1)[3::7] = math.nan
+    return rewards
+
+
+@pytest.fixture
+def _poisoned_outputs() -> Iterator[None]:
+    """Fills what a launcher allocates with NaN, so that what no kernel writes is seen."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -109,3 +136,149 @@ def test_unusable_rewards_are_refused() -> None:
         group_advantage(torch.zeros(1, 3), scale_rewards="std")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="prompt 1, completion 0 is -inf"):
         group_advantage(torch.tensor([[0.0, 1.0], [-math.inf, 2.0]]))
+
+
+def test_lists_of_groups_of_any_size_with_none() -> None:
+    found = group_advantage([[1.0, None, 0.0], [2.0], [0.5, 0.25, NAN, 1.0]])
+    padded = torch.tensor([[1.0, NAN, 0.0, NAN], [2.0, NAN, NAN, NAN], [0.5, 0.25, NAN, 1.0]], dtype=torch.float64)
+    expected = group_advantage(padded)
+    assert all(torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0)) for a, b in zip(found, expected, strict=True))
+    assert found.advantages.dtype == torch.float64
+    assert found.advantages[0, 0] > 0 > found.advantages[0, 2]
+    assert group_advantage([]).advantages.shape == (0, 1)
+    with pytest.raises(ValueError, match=r"\(2, 0\)"):
+        group_advantage([[], []])
+
+
+SHAPES = [(6, 4), (37, 7), (300, 8), (515, 16), (9, 1), (3, 1500), (1, 4096), (2049, 2)]
+
+
+@pytest.mark.usefixtures("_poisoned_outputs")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("leave_one_out", [False, True])
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_kernels_keep_to_the_error_budget(scale: str, leave_one_out: bool, dtype: torch.dtype, device: torch.device) -> None:
+    """Against rational numbers; float64 inside makes the error of the float32 reference that of one rounding."""
+    flat = 0
+    for shape in SHAPES:
+        rewards = many_rewards(*shape, dtype=dtype)
+        options = {"scale_rewards": scale, "leave_one_out": leave_one_out}
+        found = GroupAdvantage(*(value.cpu() for value in group_advantage(rewards.to(device), **options, impl="triton")))
+        reference = group_advantage(rewards, **options, impl="torch")
+        truth = torch.tensor(expected(rewards.double().tolist(), scale, leave_one_out), dtype=torch.float64)
+        assert found.advantages.dtype == found.mean.dtype == found.std.dtype == dtype
+        half_ulp = torch.finfo(dtype).eps / 2 * truth.abs().amax()
+        error, base = ((result.advantages.double() - truth).abs().amax() for result in (found, reference))
+        assert error <= 4 * base + half_ulp, shape
+        assert torch.equal(found.zero_variance, reference.zero_variance)
+        assert (found.advantages[found.zero_variance] == 0).all()
+        for name in ("mean", "std"):
+            ours, theirs = getattr(found, name), getattr(reference, name)
+            torch.testing.assert_close(ours, theirs, rtol=4 * torch.finfo(dtype).eps, atol=1e-15, equal_nan=True)
+        flat += int(found.zero_variance.sum())
+    assert flat > 100
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_many_parts_of_many_tiles_give_the_same(scale: str, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    rewards = many_rewards(2100, 5).to(device)
+    usual = group_advantage(rewards, scale_rewards=scale, impl="triton")
+    monkeypatch.setattr(module, "_MAX_PARTS", 4)
+    fewer = group_advantage(rewards, scale_rewards=scale, impl="triton")
+    assert _launch_shape(2100, 5, "batch").num_parts == 4
+    torch.testing.assert_close(usual.advantages, fewer.advantages, rtol=2e-7, atol=0)
+    if scale != "batch":
+        assert torch.equal(usual.advantages, fewer.advantages)
+
+
+def test_a_group_does_not_depend_on_the_others_and_a_repeat_is_bitwise_the_same(device: torch.device) -> None:
+    for size in (7, 8):
+        rewards = many_rewards(400, size).to(device)
+        whole, again = (group_advantage(rewards, impl="triton") for _ in range(2))
+        part = group_advantage(rewards[123:200], impl="triton")
+        assert torch.equal(whole.advantages, again.advantages)
+        assert torch.equal(whole.advantages[123:200], part.advantages)
+    every = [group_advantage(rewards, scale_rewards="batch", impl="triton").advantages for _ in range(2)]
+    assert torch.equal(*every)
+
+
+@pytest.mark.parametrize("leave_one_out", [False, True])
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_kernels_of_nothing(scale: str, leave_one_out: bool, device: torch.device) -> None:
+    options = {"scale_rewards": scale, "leave_one_out": leave_one_out, "impl": "triton"}
+    assert group_advantage(torch.zeros(0, 4, device=device), **options).advantages.shape == (0, 4)
+    nothing = group_advantage(torch.full((3, 4), NAN, device=device), **options)
+    assert (nothing.advantages == 0).all()
+    assert nothing.zero_variance.all()
+    assert nothing.mean.isnan().all()
+    assert nothing.std.isnan().all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_an_infinite_reward_that_nothing_checked_is_seen_in_its_group(device: torch.device) -> None:
+    rewards = torch.tensor([[0.0, 1.0, math.inf, 2.0], [0.0, 1.0, 0.0, 2.0]], device=device)
+    advantages = _group_advantage_fwd(rewards, "group", False)[0]
+    assert advantages[0].isnan().all()
+    assert torch.equal(advantages[1], group_advantage(rewards[1:], impl="triton").advantages[0])
+
+
+def test_strided_rewards(device: torch.device) -> None:
+    rewards = many_rewards(20, 8).to(device)
+    expected = group_advantage(rewards, impl="triton").advantages
+    assert torch.equal(group_advantage(rewards.T.contiguous().T, impl="triton").advantages, expected)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_the_operator_is_well_registered(scale: str, device: torch.device) -> None:
+    torch.library.opcheck(_group_advantage_fwd, (many_rewards(5, 3).to(device), scale, True))
+    torch.library.opcheck(_group_advantage_fwd, (many_rewards(1100, 4).to(device), scale, False))
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch", "auto"])
+def test_it_compiles_without_a_graph_break(impl: str, device: torch.device) -> None:
+    rewards = many_rewards(30, 8).to(device)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda r: group_advantage(r, impl=impl), backend="aot_eager", fullgraph=True)
+    for found, plain in zip(compiled(rewards), group_advantage(rewards, impl=impl), strict=True):
+        assert torch.equal(found.nan_to_num(9.0), plain.nan_to_num(9.0))
+
+
+def test_launch_shapes() -> None:
+    assert _launch_shape(64, 8, "group") == (128, 8, 0, 8)
+    assert _launch_shape(64, 8, "batch") == (64, 8, 0, 8)
+    assert _launch_shape(300, 12, "batch") == (64, 16, 4, 8)
+    assert _launch_shape(10**6, 8, "batch") == (128, 8, 256, 8)
+    assert _launch_shape(10, 3000, "none") == (1, 4096, 0, 16)
+    assert _launch_shape(0, 1, "batch") == (1, 1, 0, 8)
+
+
+def test_a_group_too_large_for_a_program_is_named(device: torch.device) -> None:
+    with pytest.raises(ValueError, match="groups of at most 4096 and here are 4097"):
+        group_advantage(torch.zeros(1, 4097, device=device), impl="triton")
+
+
+def test_calls_to_compile_ahead_launch_on_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[tuple[object, ...]] = []
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            return lambda *values, **flags: launched.append((flags.get("SCALE"), flags.get("PADDED"), flags.get("DOUBLE")))
+
+    monkeypatch.setattr(module, "_group_advantage_kernel", Recorder())
+    monkeypatch.setattr(module, "_reward_moments_kernel", Recorder())
+    for call in module.aot_calls().values():
+        assert call()[0].device.type == "meta"
+    assert {("group", True, False), ("group", False, False), ("batch", False, True), (None, None, None)} <= set(launched)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group_size", [8, 12, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_real_sizes(scale: str, dtype: torch.dtype, group_size: int, device: torch.device) -> None:
+    rewards = many_rewards(2**17, group_size).to(dtype)
+    found = group_advantage(rewards.to(device), scale_rewards=scale, impl="triton")
+    expected = group_advantage(rewards, scale_rewards=scale, impl="torch")
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(found.advantages.cpu(), expected.advantages, rtol=eps, atol=1e-12)
+    assert torch.equal(found.zero_variance.cpu(), expected.zero_variance)
