@@ -91,7 +91,8 @@ def printed(found: dict[str, Any]) -> None:
         for name, row in rows.items():
             if name != "curves":
                 shown = ("saved", "share_of_oracle", "lost", "false", "bad", "surely_false", "missed")
-                print(f"  {name:42s}" + "  ".join(f"{part} {row[part][0]}" for part in shown))
+                plain = f"  per run: saved {row['per_run']['saved']} false {row['per_run']['false']}"
+                print(f"  {name:42s}" + "  ".join(f"{part} {row[part][0]}" for part in shown) + plain)
 
 
 def main() -> None:

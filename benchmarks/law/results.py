@@ -17,6 +17,7 @@ from benchmarks.law.stopping import Stop
 NUM_RESAMPLES = 2000
 FORECAST_MEASURES = ("error", "crps", "inside50", "inside90", "width90", "log_score")
 STOP_MEASURES = ("saved", "lost", "change", "lost_at_best", "false", "bad", "surely_false", "missed", "utility", "oracle_saved")
+PER_RUN = ("saved", "lost", "false", "bad", "surely_false")
 _SIZES = ("up to 1B", "1B to 4B", "above 4B", "unknown")
 
 Groups: TypeAlias = dict[str, Callable[[Curve], bool]]
@@ -241,5 +242,6 @@ def stopping_tables(stops: Sequence[Stop]) -> dict[str, Any]:
             with np.errstate(invalid="ignore", divide="ignore"):
                 ratios = bootstrap.resampled(rule, "saved") / bootstrap.resampled(rule, "oracle_saved")
             share = pooled(rule, "saved") / possible if possible > 0 else math.nan
-            tables[group][name] = figures | {"share_of_oracle": [rounded(share), *interval(ratios)]}
+            plain = {part: rounded(float(np.mean([getattr(stop, part) for stop in rule]))) for part in PER_RUN}
+            tables[group][name] = figures | {"share_of_oracle": [rounded(share), *interval(ratios)], "per_run": plain}
     return tables

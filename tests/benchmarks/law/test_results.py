@@ -63,6 +63,7 @@ def test_stopping_tables_by_hand(runs):
     table = results.stopping_tables(stops)["all"]
     assert table["fixed 40%"]["saved"][0] == pytest.approx(0.6, abs=0.01)
     assert table["hindsight oracle"]["share_of_oracle"][0] == 1.0
+    assert table["fixed 40%"]["per_run"]["saved"] == pytest.approx(0.6, abs=0.01)
     false = np.mean([run.hindsight.lost(round(0.4 * len(run.hindsight.level)))[0] > 0.02 for run in runs])
     assert table["fixed 40%"]["false"][0] == pytest.approx(false, abs=1e-4)
 
