@@ -226,7 +226,11 @@ def by_repository(records: Sequence[Record], names: Sequence[str]) -> dict[str, 
 
 
 def stopping_tables(stops: Sequence[Stop]) -> dict[str, Any]:
-    """Group -> rule -> measure -> figure; "share_of_oracle" is what is saved over what the oracle saves on the same runs."""
+    """group -> rule -> measure -> figure.
+
+    "share_of_oracle" is what is saved over what the oracle saves on the same runs; "per_run" holds plain means, every run once,
+    which the large sweeps decide.
+    """
     bootstrap = Bootstrap(repositories([stop.curve for stop in stops]))
     names = list(dict.fromkeys(stop.rule for stop in stops))
     tables: dict[str, Any] = {}
