@@ -226,7 +226,7 @@ def by_repository(records: Sequence[Record], names: Sequence[str]) -> dict[str, 
 
 
 def stopping_tables(stops: Sequence[Stop]) -> dict[str, Any]:
-    """group -> rule -> measure -> figure.
+    """Group -> rule -> measure -> figure.
 
     "share_of_oracle" is what is saved over what the oracle saves on the same runs; "per_run" holds plain means, every run once,
     which the large sweeps decide.
