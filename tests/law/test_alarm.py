@@ -122,6 +122,16 @@ def test_the_sentence_names_what_moved_with_numbers():
     assert [s.words for s in states[:40]] == ["quiet"] * 40
 
 
+def test_a_collapse_in_the_middle_of_a_rise_is_judged_by_the_level_just_reached():
+    """A mean over fifty steps would be 0.36 here, and the fall below it eight steps late."""
+    rng = np.random.default_rng(0)
+    mean = np.concatenate([np.linspace(0.1, 0.8, 60), np.linspace(0.8, 0.2, 16)])
+    states = replay((mean + 0.02 * rng.standard_normal(mean.size)).tolist())
+    (found,) = alarms(states)
+    assert found <= 70
+    assert 61 <= states[found - 1].onset <= 65
+
+
 def test_falls_that_do_not_matter_are_no_collapse():
     shallow = [*steady(60, 0.95, 0.002), *steady(60, 0.90, 0.002)]
     assert alarms(replay(shallow)) == []
