@@ -7,7 +7,7 @@ from grpo_fast.ops.group_advantage import GroupAdvantage, group_advantage
 from grpo_fast.ops.lm_head import LMHead
 from grpo_fast.ops.loss_spec import LossBatch, LossSpec, PolicyCoefficients, PolicyLoss, PolicyMetrics
 from grpo_fast.ops.policy_loss import policy_coefficients, policy_loss
-from grpo_fast.ops.row_plan import live_sequences, plan_microbatches
+from grpo_fast.ops.row_plan import RowPlan, live_sequences, plan_microbatches, plan_rows, scored_rows
 from grpo_fast.ops.token_logprob import token_logprob
 
 __all__ = [
@@ -19,11 +19,14 @@ __all__ = [
     "PolicyCoefficients",
     "PolicyLoss",
     "PolicyMetrics",
+    "RowPlan",
     "fused_grpo",
     "group_advantage",
     "live_sequences",
     "plan_microbatches",
+    "plan_rows",
     "policy_coefficients",
     "policy_loss",
+    "scored_rows",
     "token_logprob",
 ]
