@@ -28,6 +28,10 @@ SHAPES = ("concave", "S-shaped", "still rising", "second rise", "flat", "collaps
 RISING = frozenset(SHAPES[:4])
 MAX_POINTS = 200
 _FEWEST = 10
+_COLUMNS = (
+    *("id", "file", "source_repo", "kind", "unit_interval", "shape", "params_B", "group_size", "rollouts_per_point"),
+    *("near_dup_cluster", "algo", "task"),
+)
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,7 @@ def load_curves(folder: str | Path, *, distinct: bool = True) -> list[Curve]:
 
     Raises:
         FileNotFoundError: the folder does not exist or holds no curve of at least 10 rewards.
+        ValueError: its ``index.csv`` lacks columns.
     """
     root = Path(folder)
     curves = list(_indexed(root) if (root / INDEX).is_file() else _logs(root))
@@ -172,6 +177,11 @@ def repositories(curves: Sequence[Curve]) -> list[str]:
 def _indexed(root: Path) -> Iterator[Curve]:
     with (root / INDEX).open(encoding="utf-8") as handle:
         entries = list(csv.DictReader(handle))
+    missing = sorted(set(_COLUMNS) - set(entries[0] if entries else ()))
+    if missing:
+        raise ValueError(
+            f"{root / INDEX} is no index of curves: it lacks {', '.join(missing)}; name it otherwise to read the logs"
+        )
     for entry in entries:
         with (root / entry["file"]).open(encoding="utf-8") as handle:
             rows = [(float(row["step"]), float(row["reward"] or "nan")) for row in csv.DictReader(handle)]

@@ -66,6 +66,12 @@ def test_an_index_says_whose_a_curve_is_and_which_are_the_same(tmp_path):
     )
 
 
+def test_an_index_of_something_else_is_told(tmp_path):
+    (tmp_path / "index.csv").write_text("id,file\n1,a.csv\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"lacks algo, group_size, .*; name it otherwise"):
+        load_curves(tmp_path)
+
+
 def test_smoothing_by_hand():
     # 36 points: a window of three, mirrored about the first and the last.
     rewards = np.arange(36.0) ** 2
