@@ -154,8 +154,9 @@ class GRPOTrainer:
         with self._interrupt:
             self._timer.lap()  # time outside the loop is not the run's
             self._open()
-            self._ending = self._why_end()
             try:
+                self._measure_start()
+                self._ending = self._why_end()
                 while self._ending is None:
                     self._collect()
                     self._ending = self._why_end()
@@ -289,12 +290,15 @@ class GRPOTrainer:
         return verdict.ending if verdict is not None else None
 
     def _open(self) -> None:
-        """Starts the sinks, and evaluates the untrained policy once where evaluation is on."""
+        """Starts the sinks."""
         if self._opened:
             return
         self._opened = True
         self._parts.open(self.global_step)
         self._event("resume" if self.global_step else "start", self._parts.describe(self.global_step))
+
+    def _measure_start(self) -> None:
+        """Probes the untrained policy once, and evaluates it where evaluation is on."""
         if self.global_step:
             return
         if self.config.baseline_probe and self.config.forecast != "off" and "baseline" not in self._evals:
