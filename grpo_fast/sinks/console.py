@@ -135,8 +135,7 @@ class ConsoleSink:
             get_time=self._clock,
         )
         self._progress.add_task("steps", total=info.max_steps, completed=info.start_step)
-        self._live = Live(self._panel(), console=self.console, refresh_per_second=4)
-        self._live.start()
+        self._open_panel()
 
     def log_step(self, metrics: Mapping[str, float], forecast: Mapping[str, Any] | None = None) -> None:
         """Takes a step; redraws or prints when it is time to."""
@@ -171,23 +170,23 @@ class ConsoleSink:
         """Nothing: completions are in ``completions.jsonl`` and in the report."""
 
     def ask(self, question: str, answers: Mapping[str, str], *, give_up: Callable[[], bool]) -> str | None:
-        """Asks below the panel, which comes back after the answer; None where input or output is no terminal."""
+        """Asks below the panel, and opens a new one after the answer; None where input or output is no terminal."""
         stdin = self._stdin if self._stdin is not None else sys.stdin
         if not (self.console.is_terminal and self.console.file.isatty() and can_answer(stdin)):
             return None
-        live, self._live = self._live, None
-        if live is not None:
-            live.stop()
+        is_live = self._live is not None
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
         try:
             forget_typed(stdin)
             self._line(question)
             for answer, meaning in answers.items():
-                self._line(f"  {answer}: {meaning}")
+                self._line(f"- {answer}: {meaning}")
             return read_answer(stdin, answers, say=self._line, give_up=give_up)
         finally:
-            if live is not None:
-                live.start()
-                self._live = live
+            if is_live:
+                self._open_panel()
 
     def close(self) -> None:
         """Leaves the last state on the screen and gives the terminal back."""
@@ -198,6 +197,10 @@ class ConsoleSink:
         elif self._info is not None and self._metrics and self._printed_step != int(self._metrics["step"]):
             self._print_step(self._clock())
         self._info = None
+
+    def _open_panel(self) -> None:
+        self._live = Live(self._panel(), console=self.console, refresh_per_second=4)
+        self._live.start()
 
     def _redraw(self, now: float) -> None:
         if self._live is not None:

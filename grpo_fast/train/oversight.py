@@ -17,7 +17,7 @@ from grpo_fast.train.summary import Ending
 
 _ROUNDING = 1e-9
 _ASK_AGAIN = 0.1
-_ANSWERS = {"stop": "stop", "go on": "ask again in a while", "never": "go on and do not ask again"}
+_ANSWERS = {"stop": "end the run here", "go on": "ask again in a while", "never": "go on and do not ask again"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -232,6 +232,7 @@ def test_a_question_on_a_real_terminal_comes_below_the_panel_which_then_goes_on(
     assert "╭".encode() in seen[:asked]
     assert b"answer <go on>" in seen[asked:]
     assert "╭".encode() in seen[asked:]
+    assert b"\x1b[1A" not in seen[asked : asked + seen[asked:].index("╭".encode())], "the question stays on the screen"
     assert seen.count(b"\x1b[?25h") >= 2, "the cursor is there for the answer too"
     assert seen.index(b"\x1b[?25l") < seen.rindex(b"\x1b[?25h")
 
