@@ -128,6 +128,9 @@ class Config(BaseModel):
     """Divide centred rewards by the group's standard deviation, the batch's, or not at all."""
     mask_truncated_completions: Annotated[bool, _OBJECTIVE] = False
     """Leave completions that the length limit cut out of the loss."""
+    keep_dead_rows_for_metrics: Annotated[bool, _OBJECTIVE] = False
+    """Score completions without gradient too (groups without reward variance), so that ``entropy``, ``kl`` and ``clip_ratio``
+    are means over all tokens in the loss, as TRL's are; it costs a forward pass of each."""
     num_iterations: Annotated[int, _OBJECTIVE] = Field(1, ge=1)
     """Optimiser updates on the completions of one step."""
 

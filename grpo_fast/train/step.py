@@ -14,7 +14,16 @@ import torch
 from grpo_fast.config import Config
 from grpo_fast.metrics import MetricSums, PhaseTimer
 from grpo_fast.objective import OBJECTIVES, sequence_kl
-from grpo_fast.ops import LossBatch, PolicyMetrics, fused_grpo, live_sequences, plan_microbatches, token_logprob
+from grpo_fast.ops import (
+    LossBatch,
+    PolicyMetrics,
+    fused_grpo,
+    live_sequences,
+    plan_microbatches,
+    plan_rows,
+    scored_rows,
+    token_logprob,
+)
 from grpo_fast.train.optim import set_learning_rate
 from grpo_fast.train.policy import Policy
 from grpo_fast.types import Group, TokenBatch, TrainingError
@@ -45,9 +54,20 @@ class UpdateResult:
 
     metrics: dict[str, float]
     trained: tuple[TrainingSequence, ...]
-    """The sequences that went through the model; the others carried no gradient."""
+    """The sequences that were trained on; the others carried no gradient."""
     num_dropped_tokens: int
     """Completion tokens that were sampled but not trained on."""
+    measured: tuple[TrainingSequence, ...] = ()
+    """Sequences without gradient that went through the forward pass for the metrics."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A micro-batch of a step."""
+
+    batch: TokenBatch
+    sequences: tuple[TrainingSequence, ...]
+    carries_gradient: bool
 
 
 class Learner:
@@ -76,25 +96,29 @@ class Learner:
         with timer.phase("score"):
             self._assign_advantages(groups)
             sequences = flatten_groups(groups, mask_truncated=config.mask_truncated_completions)
-            batches, trained = self._micro_batches(sequences)
-            references = [self._reference_logprobs(batch) if self._spec.beta else None for batch in batches]
+            parts = self._micro_batches(sequences)
+            references = [self._reference_logprobs(part.batch) if self._spec.beta else None for part in parts]
         with timer.phase("train"):
             set_learning_rate(self._optimizer, learning_rate)
             sums = MetricSums()
             # A cut support makes the sampler's distribution another one than the policy's: the ratio is taken against it.
-            olds = [batch.sampling_logprobs if config.truncates_support else None for batch in batches]
+            olds = [part.batch.sampling_logprobs if config.truncates_support else None for part in parts]
             for iteration in range(config.num_iterations):
-                for index, (batch, reference) in enumerate(zip(batches, references, strict=True)):
-                    logprobs = self._accumulate(batch, olds[index], reference, sums)
+                for index, (part, reference) in enumerate(zip(parts, references, strict=True)):
+                    logprobs = self._accumulate(part, olds[index], reference, sums)
                     if iteration == 0:
-                        _add_mismatch(sums, logprobs - batch.sampling_logprobs)
+                        _add_mismatch(sums, logprobs - part.batch.sampling_logprobs)
                         olds[index] = logprobs if olds[index] is None else olds[index]
                 self._apply_gradient(sums)
             metrics = {name: value for name, value in sums.compute().items() if not name.startswith("_")}
         metrics["loss"] = metrics.get("loss", 0.0) / config.num_iterations
+        trained, measured = (
+            tuple(sequence for part in parts if part.carries_gradient == gradient for sequence in part.sequences)
+            for gradient in (True, False)
+        )
         num_trained = sum(len(sequence.completion_ids) for sequence in trained)
         num_sampled = sum(len(sequence.completion_ids) for sequence in sequences)
-        return UpdateResult(metrics, trained, num_sampled - num_trained)
+        return UpdateResult(metrics, trained, num_sampled - num_trained, measured)
 
     def _assign_advantages(self, groups: Sequence[Group]) -> None:
         rewards = torch.tensor([group.reward for group in groups], dtype=torch.float64)
@@ -121,7 +145,7 @@ class Learner:
             result[rows] = kl.double().cpu()
         return result
 
-    def _micro_batches(self, sequences: list[TrainingSequence]) -> tuple[list[TokenBatch], tuple[TrainingSequence, ...]]:
+    def _micro_batches(self, sequences: list[TrainingSequence]) -> list[_Part]:
         config = self._config
         in_loss = [len(s.completion_ids) if s.in_loss else 0 for s in sequences]
         weights = self._objective.loss_weights(
@@ -130,30 +154,43 @@ class Learner:
         live = live_sequences(
             in_loss, [s.advantage for s in sequences], beta=self._spec.beta, entropy_coef=self._spec.entropy_coef
         )
-        plan = plan_microbatches([len(s) for s in sequences], live=live, token_budget=config.tokens_per_microbatch)
+        plan = plan_rows(
+            [len(s) for s in sequences],
+            in_loss,
+            live=live,
+            token_budget=config.tokens_per_microbatch,
+            keep_dead_rows_for_metrics=config.keep_dead_rows_for_metrics,
+        )
         self._num_items_in_batch = float(sum(in_loss))
-        batches = [build_batch([sequences[i] for i in rows], [weights[i] for i in rows], self._policy.device) for rows in plan]
-        return batches, tuple(sequences[i] for rows in plan for i in rows)
+        parts = []
+        for micro_batch in plan.micro_batches:
+            chosen = tuple(sequences[i] for i in micro_batch.sequences)
+            batch = build_batch(chosen, [weights[i] for i in micro_batch.sequences], self._policy.device)
+            parts.append(_Part(batch, chosen, micro_batch.carries_gradient))
+        return parts
 
     def _accumulate(
-        self, batch: TokenBatch, old: torch.Tensor | None, reference: torch.Tensor | None, sums: MetricSums
+        self, part: _Part, old: torch.Tensor | None, reference: torch.Tensor | None, sums: MetricSums
     ) -> torch.Tensor:
         """Adds a micro-batch's gradient and metrics; returns its log-probabilities [T]."""
-        result = fused_grpo(
-            self._policy.scored_hidden_states(batch),
-            self._policy.head(self._config.temperature),
-            targets=batch.targets,
-            batch=LossBatch(
-                sequence_index=batch.sequence_index,
-                advantages=batch.advantages,
-                loss_weights=batch.loss_weights,
-                old_logprobs=old,
-                ref_logprobs=reference,
-                num_items_in_batch=self._num_items_in_batch,
-            ),
-            spec=self._spec,
-        )
-        result.loss.backward()
+        batch = part.batch
+        with torch.set_grad_enabled(part.carries_gradient):
+            result = fused_grpo(
+                self._policy.scored_hidden_states(batch),
+                self._policy.head(self._config.temperature),
+                targets=batch.targets,
+                batch=LossBatch(
+                    sequence_index=batch.sequence_index,
+                    advantages=batch.advantages,
+                    loss_weights=batch.loss_weights,
+                    old_logprobs=old,
+                    ref_logprobs=reference,
+                    num_items_in_batch=self._num_items_in_batch,
+                ),
+                spec=self._spec,
+            )
+        if part.carries_gradient:
+            result.loss.backward()
         sums.add("loss", result.loss)
         _add_policy_metrics(sums, result.metrics, surrogate=self._spec.surrogate)
         return result.logprobs
@@ -227,26 +264,20 @@ def build_batch(sequences: Sequence[TrainingSequence], loss_weights: Sequence[fl
     width = max(len(sequence) for sequence in sequences)
     ids: list[list[int]] = []
     mask: list[list[int]] = []
-    rows: list[int] = []
-    targets: list[int] = []
-    owners: list[int] = []
-    sampled: list[float] = []
-    for index, sequence in enumerate(sequences):
+    for sequence in sequences:
         tokens = [*sequence.prompt_ids, *sequence.completion_ids]
         padding = [0] * (width - len(tokens))
         ids.append(tokens + padding)
         mask.append([1] * len(tokens) + padding)
-        first = index * width + len(sequence.prompt_ids) - 1
-        rows.extend(range(first, first + len(sequence.completion_ids)))
-        targets.extend(sequence.completion_ids)
-        owners.extend([index] * len(sequence.completion_ids))
-        sampled.extend(sequence.sampling_logprobs)
+    rows = scored_rows([len(s.prompt_ids) for s in sequences], [[True] * len(s.completion_ids) for s in sequences])
+    targets = [token for sequence in sequences for token in sequence.completion_ids]
+    sampled = [logprob for sequence in sequences for logprob in sequence.sampling_logprobs]
     return TokenBatch(
         input_ids=torch.tensor(ids, device=device),
         attention_mask=torch.tensor(mask, device=device),
-        row_index=torch.tensor(rows, device=device),
+        row_index=torch.tensor(rows.row_index, device=device),
         targets=torch.tensor(targets, device=device),
-        sequence_index=torch.tensor(owners, device=device),
+        sequence_index=torch.tensor(rows.sequence_index, device=device),
         advantages=torch.tensor([s.advantage for s in sequences], dtype=torch.float32, device=device),
         loss_weights=torch.tensor(loss_weights, dtype=torch.float32, device=device),
         sampling_logprobs=torch.tensor(sampled, dtype=torch.float32, device=device),

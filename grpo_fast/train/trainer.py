@@ -266,6 +266,9 @@ class GRPOTrainer:
         if self._parts.reference is not None:
             meter.add_reference(lengths, scored)
         meter.add_train(lengths, scored, checkpointing=config.gradient_checkpointing, num_iterations=config.num_iterations)
+        if update.measured:
+            again = config.num_iterations * update.measured
+            meter.add_reference([len(s) for s in again], sum(len(s.completion_ids) for s in again))
         meter.add_dropped(update.num_dropped_tokens)
         seconds = self._timer.lap()
         meter.add_seconds(seconds)

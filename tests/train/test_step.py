@@ -355,3 +355,19 @@ def test_a_batch_is_padded_right_and_scores_completions_only() -> None:
     assert batch.loss_weights.tolist() == [0.25, 0.75]
     assert batch.sampling_logprobs.tolist() == pytest.approx([-0.1, -0.2, -0.3, -0.4])
     assert (batch.num_sequences, batch.num_scored_tokens) == (2, 4)
+
+
+def test_rows_without_gradient_can_be_kept_for_the_metrics(tiny_policy: MakePolicy, groups: list[Group]) -> None:
+    usual, kept = Bench(tiny_policy()), Bench(tiny_policy(), keep_dead_rows_for_metrics=True)
+    every = Bench(tiny_policy(), entropy_coef=1e-30)  # reaches every token and changes no gradient
+    results = [bench.update(groups) for bench in (usual, kept, every)]
+    assert torch.equal(usual.gradients[0], kept.gradients[0])
+    assert torch.equal(usual.weights(), kept.weights())
+    assert results[0].trained == results[1].trained
+    assert results[0].num_dropped_tokens == results[1].num_dropped_tokens > 0
+    assert results[0].measured == results[2].measured == ()
+    measured = sum(len(sequence.completion_ids) for sequence in results[1].measured)
+    assert measured == results[1].num_dropped_tokens
+    assert results[1].metrics["entropy"] == pytest.approx(results[2].metrics["entropy"], rel=1e-6)
+    assert results[1].metrics["entropy"] != pytest.approx(results[0].metrics["entropy"], rel=1e-4)
+    assert results[1].metrics["loss"] == pytest.approx(results[0].metrics["loss"], rel=1e-6)

@@ -255,6 +255,7 @@ def test_reward_rises_where_it_can(make: Make) -> None:
         {"top_k": 5, "top_p": 0.9, "temperature": 1.3, "scale_rewards": "batch"},
         {"entropy_coef": 0.01, "tokens_per_microbatch": 20, "stop": ("a",)},
         {"reward_workers": 1},
+        {"keep_dead_rows_for_metrics": True, "num_iterations": 2},
     ],
     ids=lambda settings: ", ".join(f"{key}={value}" for key, value in settings.items()),
 )
@@ -267,6 +268,20 @@ def test_settings_work_together(settings: dict[str, Any], make: Make, share_of_v
         close = 0.1 if settings.get("dtype") == "bfloat16" else 1e-4
         assert result.metrics["sampling/sampling_logp_difference/max"] < (3 if "top_k" in settings else close)
     assert not torch.equal(weights(trainer), before)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_rows_kept_for_metrics_are_paid_for(keep: bool, make: Make) -> None:
+    """Without any variance nothing is trained on; with the rows kept there is still an entropy, and its cost."""
+
+    def always(completions: list[str], **_: Any) -> list[float]:
+        return [1.0] * len(completions)
+
+    trainer = make({"reward_funcs": [always]}, keep_dead_rows_for_metrics=keep, max_steps=1)
+    for result in trainer.steps():
+        assert ("entropy" in result.metrics) == keep
+        assert (result.metrics["flops/reference"] > 0) == keep
+        assert result.metrics["flops/backward"] == 0
 
 
 def test_evaluation_comes_when_asked_and_at_the_end(whole: Straight) -> None:
