@@ -1,0 +1,71 @@
+"""Turns, quantiles, memory and ceilings of a CPU."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import pytest
+import torch
+
+from benchmarks.ops.measure import Clock, ceilings, peak_extra_bytes, quantiles, take_turns
+
+CPU = torch.device("cpu")
+
+
+def test_calls_take_turns_in_an_order_that_rotates() -> None:
+    order: list[str] = []
+
+    def call(name: str):
+        def run() -> None:
+            order.append(name)
+            time.sleep(0.002)
+
+        return run
+
+    found = take_turns(Clock(CPU), {name: call(name) for name in "abc"}, allowance_s=0.0, min_rounds=3)
+    assert "".join(order) == "abcbcacab"
+    assert all(len(readings) == 3 and min(readings) >= 0.002 for readings in found.values())
+
+
+def test_short_calls_are_repeated_and_their_first_reading_is_not_kept() -> None:
+    count = 0
+
+    def run() -> None:
+        nonlocal count
+        count += 1
+
+    found = take_turns(Clock(CPU), {"short": run}, allowance_s=0.0, min_rounds=3)
+    assert count == 1 + 2 * 50
+    assert len(found["short"]) == 2
+
+
+def test_turns_end_with_the_allowance() -> None:
+    found = take_turns(Clock(CPU), {"a": lambda: time.sleep(0.02)}, allowance_s=0.1, min_rounds=2, max_rounds=100)
+    assert 3 <= len(found["a"]) <= 7
+
+
+def test_quantiles() -> None:
+    found = quantiles([0.001 * n for n in range(11)])
+    assert found == pytest.approx({"p50_ms": 5.0, "p20_ms": 2.0, "p80_ms": 8.0})
+    assert quantiles([0.5]) == {"p50_ms": 500.0, "p20_ms": 500.0, "p80_ms": 500.0}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the resident size's peak is reset through /proc")
+def test_peak_memory_is_seen_though_it_is_gone_afterwards() -> None:
+    def run() -> torch.Tensor:
+        held = torch.ones(2**26, dtype=torch.uint8)  # 64 MiB, and 64 more for a moment
+        return (held + 1)[:10].clone()
+
+    found = peak_extra_bytes(run, CPU)
+    assert found is not None
+    assert 120 * 2**20 < found < 150 * 2**20
+    small = peak_extra_bytes(lambda: torch.ones(2**10), CPU)
+    assert small is not None
+    assert small < 8 * 2**20
+
+
+def test_ceilings_are_rates() -> None:
+    found = ceilings(Clock(CPU), CPU, small=True)
+    assert 1e8 < found.gemm_flops["float32"] < 1e14
+    assert 1e7 < found.copy_bytes_per_s < 1e13

@@ -1,0 +1,127 @@
+"""The one command: every case in miniature, results that outlive a crash, and a budget that tells what it left out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import device
+from benchmarks.ops import store
+from benchmarks.ops.cases import HeadCase, smoke_cases
+from benchmarks.ops.pictures import draw
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # rivals'
+
+
+@pytest.fixture(autouse=True)
+def stance():
+    yield
+    torch.compiler.set_stance("default")
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory) -> tuple[int, Path]:
+    path = tmp_path_factory.mktemp("smoke") / "ops.json"
+    return device.main(["--smoke", "--output", str(path), "--threads", str(torch.get_num_threads())]), path
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_every_case_runs_in_miniature_and_nothing_is_wrong(smoke) -> None:
+    code, path = smoke
+    content = read(path)
+    assert [record["case"] for record in content["cases"]] == [case.name for case in smoke_cases()]
+    assert content["left_out"] == []
+    for record in content["cases"]:
+        for row in record["rows"]:
+            assert row["status"] in {"ok", "refused", "missing"}, (record["case"], row)
+            assert row["status"] == "ok" or row["reason"]
+    assert code == 0
+    assert {row["package"] for row in content["contenders"]} >= {"trl", "liger-kernel", "quack-kernels"}
+
+
+def test_results_say_where_they_come_from(smoke) -> None:
+    content = read(smoke[1])
+    assert content["device"]["kind"] == "cpu"
+    assert content["ceilings"]["gemm_flops"]["float32"] > 0
+    assert all(record["commit"] and record["date"] for record in content["cases"])
+    assert content["versions"]["torch"] == torch.__version__
+
+
+def test_results_become_a_picture(smoke) -> None:
+    picture = draw(smoke[1])
+    assert picture.name == "ops.png"
+    assert picture.stat().st_size > 20_000
+
+
+def run(path: Path, *options: str) -> int:
+    return device.main(["--smoke", "--output", str(path), "--only", "Qwen2.5-3B", *options])
+
+
+def test_a_budget_leaves_out_what_it_does_not_reach(tmp_path, capsys) -> None:
+    path = tmp_path / "ops.json"
+    run(path, "--budget", "0")
+    content = read(path)
+    assert content["cases"] == []
+    assert len(content["left_out"]) > 5
+    assert "left out" in capsys.readouterr().out
+
+
+def test_what_was_measured_survives_a_crash_and_is_not_measured_again(tmp_path, monkeypatch) -> None:
+    path, measured = tmp_path / "ops.json", []
+    real = device.run_case
+
+    def crash_at_the_third(bench, case):
+        measured.append(case.name)
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        return real(bench, case)
+
+    monkeypatch.setattr(device, "run_case", crash_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        run(path)
+    assert [record["case"] for record in read(path)["cases"]] == measured[:2]
+    run(path, "--resume")
+    names = [record["case"] for record in read(path)["cases"]]
+    assert len(measured) == len(names) + 1
+    assert measured.count(names[0]) == 1
+
+
+def test_a_case_that_breaks_is_told_and_the_next_one_runs(tmp_path, monkeypatch) -> None:
+    path, real = tmp_path / "ops.json", device.run_case
+
+    def breaks(bench, case):
+        if isinstance(case, HeadCase) and case.frozen_head:
+            raise RuntimeError("no room for float64")
+        return real(bench, case)
+
+    monkeypatch.setattr(device, "run_case", breaks)
+    assert run(path) == 1
+    content = read(path)
+    assert len(content["cases"]) > 5
+    assert any("no room for float64" in row["reason"] for row in content["left_out"])
+
+
+def test_results_of_another_format_are_refused(tmp_path) -> None:
+    path = tmp_path / "ops.json"
+    path.write_text('{"format": 0, "cases": []}', encoding="utf-8")
+    with pytest.raises(ValueError, match="format 0"):
+        run(path, "--resume")
+
+
+def test_the_list_of_cases_runs_nothing(capsys) -> None:
+    assert device.main(["--smoke", "--list"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(smoke_cases())
+
+
+def test_names_of_gpus_become_folders() -> None:
+    from grpo_fast.device import device_facts
+
+    facts = device_facts("cpu")
+    assert store.default_path(facts).parts[-2:] == ("cpu", "ops.json")
