@@ -18,19 +18,19 @@ the sizes fix.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from grpo_fast.ops.dispatch import Impl, Implementation, resolve
+from grpo_fast.ops.dispatch import Impl, Implementation, resolve, triton_kernels
 from grpo_fast.ops.head_pass import HeadPass, RowGradient, row_statistics
-from grpo_fast.ops.head_torch import TorchHeadPass
-from grpo_fast.ops.lm_head import LMHead, check_rows, full_precision, row_chunks, working_dtype
-from grpo_fast.ops.loss_spec import LossBatch, LossSpec, PolicyLoss, PolicyMetrics, check_needs, check_shapes
+from grpo_fast.ops.lm_head import LMHead, check_rows, full_precision, head_options, row_chunks, working_dtype
+from grpo_fast.ops.loss_spec import LossBatch, LossSpec, PolicyCoefficients, PolicyMetrics, check_needs, check_shapes
 from grpo_fast.ops.policy_loss import policy_coefficients, policy_loss_reference, sequence_lengths
-from grpo_fast.ops.token_logprob import token_logprob_reference
+from grpo_fast.ops.token_logprob import HEAD_PASSES, token_logprob_reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,25 +64,62 @@ class _Outputs(NamedTuple):
     entropy: torch.Tensor
 
 
-def _fused_grpo_torch(
-    hidden: torch.Tensor, head: LMHead, *, targets: torch.Tensor, batch: LossBatch, spec: LossSpec
-) -> FusedLoss:
-    enabled = torch.is_grad_enabled()
-    bias_wanted = head.bias is not None and head.bias.requires_grad
-    wanted = (enabled and hidden.requires_grad, enabled and head.weight.requires_grad, enabled and bias_wanted)
-    with torch.no_grad(), full_precision(hidden):
-        work = TorchHeadPass(hidden, head, targets=targets, wanted=wanted, gated=spec.entropy_coef == 0)
+def _one_pass(  # noqa: PLR0913, PLR0917
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    logits_dtype: torch.dtype | None,
+    chunk_bytes: int | None,
+    tensors: list[torch.Tensor | None],
+    num_items_in_batch: float | None,
+    surrogate: str,
+    level: str,
+    numbers: list[float],
+    delta: float | None,
+    bias_correction: bool,
+    wanted: list[bool],
+    name: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss, metric sums, logp [T], H [T] and three gradients, of which one that is not wanted is empty.
+
+    ``tensors`` are those of the batch, in its order; ``numbers``: ε_low, ε_high, β, the entropy's coefficient, τ_pos, τ_neg.
+    """
+    head = LMHead(weight, bias, temperature, softcap, logit_scale, logits_dtype, chunk_bytes)
+    batch = LossBatch._make([*tensors[:5], num_items_in_batch, *tensors[5:]])
+    low, high, beta, entropy_coef, *temperatures = numbers
+    spec = LossSpec(surrogate, level, low, high, delta, beta, bias_correction, entropy_coef, *temperatures)  # type: ignore[arg-type]
+    with full_precision(hidden):
+        reached = (wanted[0], wanted[1], wanted[2])
+        work = HEAD_PASSES[name](hidden, head, targets=targets, wanted=reached, gated=entropy_coef == 0)
         logprobs = torch.empty(hidden.shape[0], dtype=working_dtype(hidden), device=hidden.device)
         outputs = _Outputs(logprobs, torch.empty_like(logprobs))
+        coefficients = functools.partial(policy_coefficients, spec=spec, impl=name)  # type: ignore[arg-type]
         parts = [
-            _one_unit(work, unit, batch, spec, outputs=outputs, wanted=any(wanted))
+            _one_unit(work, unit, batch, coefficients, outputs=outputs, wanted=any(wanted))
             for unit in _units(batch, spec, num_rows=hidden.shape[0], max_rows=work.max_rows)
         ]
         loss = torch.stack([part.loss for part in parts]).sum()
         metrics = parts[0].metrics.combine(*(part.metrics for part in parts[1:]))
-    if any(wanted):
-        loss = _KnownGradient.apply(hidden, head.weight, head.bias, loss, work.gradients())  # type: ignore[no-untyped-call]
-    return FusedLoss(loss, metrics, outputs.logprobs, outputs.entropy)
+        found = [hidden.new_empty(0) if value is None else value for value in work.gradients()]
+    return loss, metrics.values, outputs.logprobs, outputs.entropy, found[0], found[1], found[2]
+
+
+_fused_grpo_fwd = torch.library.custom_op("grpo_fast::fused_grpo_fwd", _one_pass, mutates_args=())
+
+
+@_fused_grpo_fwd.register_fake
+def _(hidden: torch.Tensor, weight: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+    work, wanted = working_dtype(hidden), rest[-2]
+    loss, metrics, logprobs, entropy = (
+        hidden.new_empty(shape, dtype=work) for shape in ((), len(PolicyMetrics.NAMES), hidden.shape[0], hidden.shape[0])
+    )
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    gradients = (hidden.new_empty(shape if asked else 0, dtype=work) for shape, asked in zip(shapes, wanted, strict=True))
+    return loss, metrics, logprobs, entropy, *gradients
 
 
 def _units(batch: LossBatch, spec: LossSpec, *, num_rows: int, max_rows: int) -> Iterator[slice]:
@@ -104,7 +141,15 @@ def _units(batch: LossBatch, spec: LossSpec, *, num_rows: int, max_rows: int) ->
     yield slice(start, stop)
 
 
-def _one_unit(work: HeadPass, unit: slice, batch: LossBatch, spec: LossSpec, *, outputs: _Outputs, wanted: bool) -> PolicyLoss:
+def _one_unit(
+    work: HeadPass,
+    unit: slice,
+    batch: LossBatch,
+    coefficients: Callable[..., PolicyCoefficients],
+    *,
+    outputs: _Outputs,
+    wanted: bool,
+) -> PolicyCoefficients:
     chunks = list(row_chunks(unit.start, unit.stop, max_rows=work.max_rows))
     one = len(chunks) == 1
     for chunk in chunks:
@@ -112,60 +157,87 @@ def _one_unit(work: HeadPass, unit: slice, batch: LossBatch, spec: LossSpec, *, 
         statistics = row_statistics(block)
         assert statistics.entropy is not None
         outputs.logprobs[chunk], outputs.entropy[chunk] = statistics.logprobs, statistics.entropy
-    part, gradient = _loss_and_gradient(
-        outputs.logprobs[unit], outputs.entropy[unit], batch.tokens(unit.start, unit.stop), spec, wanted=wanted
-    )
-    if gradient is None:
-        return part
+    found = coefficients(outputs.logprobs[unit], batch.tokens(unit.start, unit.stop), entropy=outputs.entropy[unit])
+    if not wanted:
+        return found
+    gradient = RowGradient(found.logprobs, found.entropy)
     for chunk in chunks:
         if not one:
             block = work.block(chunk, want_entropy=True, want_exp=True)
             statistics = row_statistics(block)
         work.add(block, statistics, gradient.rows(chunk.start - unit.start, chunk.stop - unit.start))
-    return part
-
-
-def _loss_and_gradient(
-    logprobs: torch.Tensor, entropy: torch.Tensor, batch: LossBatch, spec: LossSpec, *, wanted: bool
-) -> tuple[PolicyLoss, RowGradient | None]:
-    """Loss of some rows and what it sends back to them."""
-    if not wanted:
-        return policy_loss_reference(logprobs, batch, spec=spec, entropy=entropy), None
-    found = policy_coefficients(logprobs, batch, spec=spec, entropy=entropy, impl="torch")
-    return PolicyLoss(found.loss, found.metrics), RowGradient(found.logprobs, found.entropy)
+    return found
 
 
 class _KnownGradient(torch.autograd.Function):
     """Lets a loss through and, backward, hands out gradients that are there already."""
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913, PLR0917
         ctx: Any,
         hidden: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         loss: torch.Tensor,
-        gradient: tuple[torch.Tensor | None, ...],
+        dhidden: torch.Tensor,
+        dweight: torch.Tensor,
+        dbias: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.gradient = gradient
+        ctx.save_for_backward(dhidden, dweight, dbias)
         ctx.dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
         return loss.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(
-        ctx: Any, grad_loss: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, None, None]:
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # On a CPU, reading the scalar costs nothing and usually saves a pass over every gradient.
-        as_is = grad_loss.device.type == "cpu" and grad_loss.item() == 1
-        hidden, weight, bias = (
-            None if value is None else (value if as_is else value * grad_loss).to(dtype)
-            for value, dtype in zip(ctx.gradient, ctx.dtypes, strict=True)
+        as_is = not torch.compiler.is_compiling() and grad_loss.device.type == "cpu" and grad_loss.item() == 1
+        found = (
+            (value if as_is else value * grad_loss).to(dtype) if asked else None
+            for value, dtype, asked in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
         )
-        return hidden, weight, bias, None, None
+        return (*found, None, None, None, None)
 
 
-_IMPLEMENTATIONS = {"torch": Implementation(_fused_grpo_torch)}
+def _by(name: str) -> Callable[..., FusedLoss]:
+    def run(hidden: torch.Tensor, head: LMHead, *, targets: torch.Tensor, batch: LossBatch, spec: LossSpec) -> FusedLoss:
+        enabled = torch.is_grad_enabled()
+        bias_wanted = head.bias is not None and head.bias.requires_grad
+        wanted = [enabled and hidden.requires_grad, enabled and head.weight.requires_grad, enabled and bias_wanted]
+        loss, metrics, logprobs, entropy, *gradients = _fused_grpo_fwd(
+            hidden.detach(),
+            head.weight.detach(),
+            None if head.bias is None else head.bias.detach(),
+            targets,
+            *head_options(head),
+            [*batch[:5], *batch[6:]],
+            batch.num_items_in_batch,
+            spec.surrogate,
+            spec.importance_sampling_level,
+            [
+                float(number)
+                for number in (
+                    spec.epsilon_low,
+                    spec.epsilon_high,
+                    spec.beta,
+                    spec.entropy_coef,
+                    spec.sapo_temperature_pos,
+                    spec.sapo_temperature_neg,
+                )
+            ],
+            spec.delta,
+            spec.use_bias_correction_kl,
+            wanted,
+            name,
+        )
+        if any(wanted):
+            loss = _KnownGradient.apply(hidden, head.weight, head.bias, loss, *gradients)  # type: ignore[no-untyped-call]
+        return FusedLoss(loss, PolicyMetrics(metrics), logprobs, entropy)
+
+    return run
+
+
+_IMPLEMENTATIONS = {"triton": triton_kernels(_by("triton")), "torch": Implementation(_by("torch"))}
 
 
 def fused_grpo(

@@ -1,7 +1,7 @@
 """One chunk of C rows against the head: what every implementation makes, and the row-wise formulas on top of it.
 
-With ``z`` the logits of a row, ``y`` its target and ``ref`` the largest logit or ``z_y``, whatever is cheaper to know, an
-implementation makes in one pass
+With ``z`` the logits of a row, ``y`` its target and ``ref`` any number near the larger logits (the largest one, ``z_y``,
+whatever is cheaper to know), an implementation makes in one pass
 
     E_v = e^{z_v - ref} for v != y, 0 for v = y,    S_o = Σ_{v != y} E_v,    Q_o = Σ_{v != y} E_v (z_v - ref)
 
@@ -9,8 +9,8 @@ and everything else follows from numbers per row, with ``e = e^{z_y - ref}`` and
 
     logp = -log(1 + S_o / e)          H = log S - (Q_o + e (z_y - ref)) / S          1 - p_y = S_o / S
 
-so that a confident token keeps its tail: for p_y = 1 - 1e-12, log-softmax in float32 would say 0 and send no gradient. The
-gradient of the logits is the same block again, scaled row by row:
+(``logp = z_y - ref - log S`` for e < S_o, where e may be 0), so that a confident token keeps its tail: for p_y = 1 - 1e-12,
+log-softmax in float32 would say 0 and send no gradient. The gradient of the logits is the same block again, scaled row by row:
 
     dZ_v = -(g / S) E_v                                       g = dL/dlogp
     dZ_v = -(1 / S) E_v (g + c (log E_v - log S + H))          with c = dL/dH
@@ -25,6 +25,8 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 import torch
+
+from grpo_fast.ops.lm_head import LMHead
 
 
 class Block(NamedTuple):
@@ -104,18 +106,36 @@ class HeadPass(Protocol):
         ...
 
 
+class HeadPassFactory(Protocol):
+    """How a driver makes the pass of a call: the class of an implementation."""
+
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        head: LMHead,
+        *,
+        targets: torch.Tensor,
+        wanted: tuple[bool, bool, bool] = ...,
+        gated: bool = ...,
+    ) -> HeadPass:
+        """``wanted``: gradients of hidden, weight, bias. ``gated``: a softcap's derivative goes into E when it is stored."""
+        ...
+
+
 def row_statistics(block: Block) -> RowStatistics:
     """Log-probabilities and entropy of a block, in nats."""
     offset = block.target_logits - block.reference
     target_exp = offset.exp()
     total = block.others + target_exp
-    # A target that is the reference has a share of exactly 1, and log1p keeps tails that 1 + S_o would round away. Any other
-    # target of a row has a larger logit beside it, so its tail is at least a half.
-    log_total = torch.where(offset == 0, torch.log1p(block.others), torch.log(total))
+    # log1p keeps a tail that S would round away; a target without half the mass has none.
+    confident, tail = block.others <= target_exp, torch.log1p(block.others / target_exp)
+    log_total = torch.log(total)
+    logprobs = torch.where(confident, -tail, offset - log_total)
+    log_total = torch.where(confident, offset + tail, log_total)
     entropy = None
     if block.weighted is not None:
         entropy = log_total - (block.weighted + target_exp * offset) / total
-    return RowStatistics(offset - log_total, entropy, target_exp, total, log_total)
+    return RowStatistics(logprobs, entropy, target_exp, total, log_total)
 
 
 def row_scales(

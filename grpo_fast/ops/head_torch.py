@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 
 from grpo_fast.ops.head_pass import Block, RowGradient, RowStatistics, row_scales
-from grpo_fast.ops.lm_head import ROW_MULTIPLE, LMHead, rows_per_chunk, working_dtype
+from grpo_fast.ops.lm_head import LMHead, pad_rows, padded, rows_per_chunk, working_dtype
 
 _CACHE_BYTES = 2**20
 _LIVE_SHARE = 0.85
@@ -52,7 +52,7 @@ class TorchHeadPass:
         if head.bias is not None:
             # A finite floor for -inf: 0·(-inf) in the entropy would be NaN. Scaling keeps it finite.
             self._bias = head.bias.detach().to(work).clamp(min=torch.finfo(work).min / 1e6)
-        rows = min(self.max_rows, _padded(hidden.shape[0]))
+        rows = min(self.max_rows, padded(hidden.shape[0]))
         self._exp = torch.empty(rows, head.weight.shape[0], dtype=work, device=hidden.device)
         self._cache_rows = max(2, _CACHE_BYTES // max(1, self._exp[:1].nbytes) // 2 * 2)
         self._scratch = [torch.empty_like(self._exp[: self._cache_rows])]
@@ -65,8 +65,8 @@ class TorchHeadPass:
     def block(self, rows: slice, *, want_entropy: bool, want_exp: bool) -> Block:
         """See :class:`~grpo_fast.ops.head_pass.HeadPass`."""
         count = rows.stop - rows.start
-        inputs = _pad(self._hidden[rows].to(self._weight.dtype))
-        targets = _pad(self._targets[rows])
+        inputs = pad_rows(self._hidden[rows].to(self._weight.dtype))
+        targets = pad_rows(self._targets[rows])
         exp = self._exp[: inputs.shape[0]]
         torch.mm(inputs, self._weight.T, out=exp)
         per_row = torch.empty(4, inputs.shape[0], dtype=exp.dtype, device=exp.device)
@@ -115,7 +115,7 @@ class TorchHeadPass:
         # A dead row that is not finite (a masked one, say) must not come in as 0·NaN.
         if num_live < _LIVE_SHARE * count or not bool(block.others[~live].isfinite().all()):
             index = live.nonzero()[:, 0]
-            self._add_products(block.rows, _pad(exp[index]), rows[index], negative[index], index=index)
+            self._add_products(block.rows, pad_rows(exp[index]), rows[index], negative[index], index=index)
         else:
             self._add_products(block.rows, exp, rows, negative)
 
@@ -170,16 +170,6 @@ class TorchHeadPass:
     def _cache_blocks(self, num_rows: int) -> Iterator[slice]:
         for start in range(0, num_rows, self._cache_rows):
             yield slice(start, min(start + self._cache_rows, num_rows))
-
-
-def _padded(num_rows: int) -> int:
-    return -(-num_rows // ROW_MULTIPLE) * ROW_MULTIPLE
-
-
-def _pad(rows: torch.Tensor) -> torch.Tensor:
-    """Rows [C, ...] with zeros below, up to a multiple of ``ROW_MULTIPLE``."""
-    missing = _padded(rows.shape[0]) - rows.shape[0]
-    return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
 
 
 def _accumulate(total: torch.Tensor | None, exp: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

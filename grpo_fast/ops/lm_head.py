@@ -11,12 +11,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
 ROW_MULTIPLE = 8
 """Chunks are padded to a multiple of so many rows: below 4 rows a thread, matrix products on a CPU take another order of sums
 (MKL, measured), and a row's result would depend on what shares its batch."""
+TILE_ROWS = 128
+"""Rows of a tile of cuBLAS's products: a chunk with some rows more pays for a whole tile."""
 
 _CPU_CHUNK_BYTES = 64 * 2**20
 _SHARE_OF_DEVICE = 32
@@ -73,6 +76,14 @@ class LMHead:
         return self.logits_dtype not in (None, torch.float32)
 
 
+HeadOptions: TypeAlias = tuple[float, float | None, float, torch.dtype | None, int | None]
+
+
+def head_options(head: LMHead) -> HeadOptions:
+    """What is no tensor of a head, in the order in which :class:`LMHead` takes it: for operators, which take plain values."""
+    return head.temperature, head.softcap, head.logit_scale, head.logits_dtype, head.chunk_bytes
+
+
 def check_rows(hidden: torch.Tensor, head: LMHead, targets: torch.Tensor) -> None:
     """Holds rows and targets against the head.
 
@@ -107,17 +118,36 @@ def default_chunk_bytes(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).total_memory) // _SHARE_OF_DEVICE
 
 
-def rows_per_chunk(head: LMHead, device: torch.device, *, bytes_per_logit: int) -> int:
-    """How many rows of logits fit into the head's ``chunk_bytes``: a multiple of ``ROW_MULTIPLE``, at least that."""
+def rows_per_chunk(head: LMHead, device: torch.device, *, bytes_per_logit: float) -> int:
+    """How many rows of logits fit into the head's ``chunk_bytes``: a multiple of ``ROW_MULTIPLE``, at least that.
+
+    Many rows are a multiple of ``TILE_ROWS`` on a GPU.
+    """
     budget = default_chunk_bytes(device) if head.chunk_bytes is None else head.chunk_bytes
-    rows = budget // max(1, head.weight.shape[0] * bytes_per_logit)
-    return max(1, rows // ROW_MULTIPLE) * ROW_MULTIPLE
+    rows = int(budget / max(1, head.weight.shape[0] * bytes_per_logit))
+    multiple = TILE_ROWS if device.type == "cuda" and rows >= 8 * TILE_ROWS else ROW_MULTIPLE
+    return max(1, rows // multiple) * multiple
 
 
 def row_chunks(start: int, stop: int, *, max_rows: int) -> Iterator[slice]:
-    """Cuts rows into the fewest pieces of at most ``max_rows``, as even as multiples of ``ROW_MULTIPLE`` allow."""
+    """Cuts rows into the fewest pieces of at most ``max_rows``, the first the largest, as even as their multiple allows.
+
+    They are cut at multiples of ``TILE_ROWS`` if ``max_rows`` is one, otherwise at multiples of ``ROW_MULTIPLE``.
+    """
+    multiple = TILE_ROWS if max_rows % TILE_ROWS == 0 else ROW_MULTIPLE
     count = -(-(stop - start) // max_rows)
-    groups = -(-(stop - start) // ROW_MULTIPLE)
+    groups = -(-(stop - start) // multiple)
     for index in range(count):
-        first, last = (start + groups * i // count * ROW_MULTIPLE for i in (index, index + 1))
+        first, last = (start - (-groups * i // count) * multiple for i in (index, index + 1))
         yield slice(first, min(last, stop))
+
+
+def padded(num_rows: int) -> int:
+    """So many rows, up to the next multiple of ``ROW_MULTIPLE``."""
+    return -(-num_rows // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def pad_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Rows [C, ...] with zeros below, up to a multiple of ``ROW_MULTIPLE``."""
+    missing = padded(rows.shape[0]) - rows.shape[0]
+    return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows

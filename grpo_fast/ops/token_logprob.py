@@ -17,14 +17,19 @@ come out of
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from grpo_fast.ops.dispatch import Impl, Implementation, resolve
-from grpo_fast.ops.head_pass import HeadPass, RowGradient, row_statistics
+from grpo_fast.ops.dispatch import Impl, Implementation, resolve, triton_kernels
+from grpo_fast.ops.head_pass import HeadPass, HeadPassFactory, RowGradient, row_statistics
 from grpo_fast.ops.head_torch import TorchHeadPass
-from grpo_fast.ops.lm_head import LMHead, check_rows, full_precision, row_chunks, working_dtype
+from grpo_fast.ops.head_triton import TritonHeadPass
+from grpo_fast.ops.lm_head import LMHead, check_rows, full_precision, head_options, row_chunks, working_dtype
+
+HEAD_PASSES: Mapping[str, HeadPassFactory] = {"triton": TritonHeadPass, "torch": TorchHeadPass}
+"""What makes the blocks of a call, by the name of the implementation."""
 
 
 def token_logprob_reference(
@@ -70,58 +75,118 @@ def statistics_of_rows(work: HeadPass, hidden: torch.Tensor, *, want_entropy: bo
     return logprobs, entropy
 
 
-class _TokenLogprob(torch.autograd.Function):
-    @staticmethod
-    def forward(  # noqa: PLR0913, PLR0917 (autograd passes arguments by position)
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        targets: torch.Tensor,
-        head: LMHead,
-        want_entropy: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        with full_precision(hidden):
-            outputs = statistics_of_rows(TorchHeadPass(hidden, head, targets=targets), hidden, want_entropy=want_entropy)
-        ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.head, ctx.want_entropy = head, want_entropy
-        if not want_entropy:
-            ctx.mark_non_differentiable(outputs[1])
-        return outputs
+def _token_logprob_of_rows(  # noqa: PLR0913, PLR0917
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    logits_dtype: torch.dtype | None,
+    chunk_bytes: int | None,
+    want_entropy: bool,
+    name: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    head = LMHead(weight, bias, temperature, softcap, logit_scale, logits_dtype, chunk_bytes)
+    with full_precision(hidden):
+        return statistics_of_rows(HEAD_PASSES[name](hidden, head, targets=targets), hidden, want_entropy=want_entropy)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(
-        ctx: Any, grad_logprobs: torch.Tensor, grad_entropy: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, None, None, None]:
-        hidden, weight, bias, targets = ctx.saved_tensors
-        with full_precision(hidden):
-            work = TorchHeadPass(hidden, ctx.head, targets=targets, wanted=ctx.needs_input_grad[:3], gated=not ctx.want_entropy)
-            gradient = RowGradient(grad_logprobs, grad_entropy if ctx.want_entropy else None)
-            for rows in row_chunks(0, hidden.shape[0], max_rows=work.max_rows):
-                block = work.block(rows, want_entropy=ctx.want_entropy, want_exp=True)
-                work.add(block, row_statistics(block), gradient.rows(rows.start, rows.stop))
-            dhidden, dweight, dbias = work.gradients()
-        return (
-            dhidden,
-            None if dweight is None else dweight.to(weight.dtype),
-            None if dbias is None else dbias.to(bias.dtype),
-            None,
-            None,
-            None,
+
+def _token_logprob_gradients(  # noqa: PLR0913, PLR0917
+    grad_logprobs: torch.Tensor,
+    grad_entropy: torch.Tensor | None,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    logits_dtype: torch.dtype | None,
+    chunk_bytes: int | None,
+    wanted: list[bool],
+    name: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of hidden rows, weight and bias in their own types; one that is not wanted is empty."""
+    head = LMHead(weight, bias, temperature, softcap, logit_scale, logits_dtype, chunk_bytes)
+    gradient = RowGradient(grad_logprobs, grad_entropy)
+    with full_precision(hidden):
+        work = HEAD_PASSES[name](
+            hidden, head, targets=targets, wanted=(wanted[0], wanted[1], wanted[2]), gated=grad_entropy is None
         )
-
-
-def _token_logprob_torch(
-    hidden: torch.Tensor, head: LMHead, *, targets: torch.Tensor, want_entropy: bool = True
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    outputs: tuple[torch.Tensor, torch.Tensor] = _TokenLogprob.apply(  # type: ignore[no-untyped-call]
-        hidden, head.weight, head.bias, targets, head, want_entropy
+        for rows in row_chunks(0, hidden.shape[0], max_rows=work.max_rows):
+            block = work.block(rows, want_entropy=grad_entropy is not None, want_exp=True)
+            work.add(block, row_statistics(block), gradient.rows(rows.start, rows.stop))
+        found = work.gradients()
+    like = (hidden, weight, weight if bias is None else bias)
+    dhidden, dweight, dbias = (
+        own.new_empty(0) if value is None else value.to(own.dtype) for value, own in zip(found, like, strict=True)
     )
-    return outputs[0], outputs[1] if want_entropy else None
+    return dhidden, dweight, dbias
 
 
-_IMPLEMENTATIONS = {"torch": Implementation(_token_logprob_torch)}
+_token_logprob_fwd = torch.library.custom_op("grpo_fast::token_logprob_fwd", _token_logprob_of_rows, mutates_args=())
+_token_logprob_bwd = torch.library.custom_op("grpo_fast::token_logprob_bwd", _token_logprob_gradients, mutates_args=())
+
+
+@_token_logprob_fwd.register_fake
+def _(hidden: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    logprobs = hidden.new_empty(hidden.shape[0], dtype=working_dtype(hidden))
+    return logprobs, torch.empty_like(logprobs)
+
+
+@_token_logprob_bwd.register_fake
+def _(
+    grad_logprobs: torch.Tensor,
+    grad_entropy: torch.Tensor | None,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *rest: Any,
+) -> tuple[torch.Tensor, ...]:
+    like = (hidden, weight, weight if bias is None else bias)
+    return tuple(own.new_empty(own.shape if wanted else 0) for own, wanted in zip(like, rest[-2], strict=True))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.options, want_entropy, ctx.name = inputs[4:9], *inputs[9:]
+    ctx.set_materialize_grads(False)
+    if not want_entropy:
+        ctx.mark_non_differentiable(output[1])
+
+
+@torch.autograd.function.once_differentiable
+def _backward(
+    ctx: Any, grad_logprobs: torch.Tensor | None, grad_entropy: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    nothing = (None,) * 8
+    if grad_logprobs is None:
+        if grad_entropy is None:
+            return (None, None, None, *nothing)
+        grad_logprobs = torch.zeros_like(grad_entropy)
+    wanted = list(ctx.needs_input_grad[:3])
+    found = _token_logprob_bwd(grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.options, wanted, ctx.name)
+    gradients = (value if asked else None for value, asked in zip(found, wanted, strict=True))
+    return (*gradients, *nothing)
+
+
+_token_logprob_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _by(name: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    def run(
+        hidden: torch.Tensor, head: LMHead, *, targets: torch.Tensor, want_entropy: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        options = head_options(head)
+        logprobs, entropy = _token_logprob_fwd(hidden, head.weight, head.bias, targets, *options, want_entropy, name)
+        return logprobs, entropy if want_entropy else None
+
+    return run
+
+
+_IMPLEMENTATIONS = {"triton": triton_kernels(_by("triton")), "torch": Implementation(_by("torch"))}
 
 
 def token_logprob(
@@ -141,7 +206,8 @@ def token_logprob(
         respect to ``hidden``, ``head.weight`` and ``head.bias``.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit. A target outside the vocabulary is an error on the CPU, and NaN by kernels, which
+            nothing waits for.
     """
     check_rows(hidden, head, targets)
     run = resolve("token_logprob", _IMPLEMENTATIONS, impl=impl, like=hidden)

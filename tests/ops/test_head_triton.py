@@ -1,0 +1,155 @@
+"""The pass by cuBLAS and Triton: how rows are cut, what lives at once, and its agreement with the pass in PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from grpo_fast.ops import head_triton
+from grpo_fast.ops.head_pass import HeadPass, RowGradient, row_statistics
+from grpo_fast.ops.head_torch import TorchHeadPass
+from grpo_fast.ops.head_triton import TritonHeadPass, _chunk_shape, _products_in, aot_calls
+from grpo_fast.ops.lm_head import LMHead, row_chunks
+from tests.ops.test_head_triton_kernels import Case, case
+
+SIZE = (61, 24, 131)
+
+
+def walk(work: HeadPass, given: Case) -> list[torch.Tensor]:
+    """Log-probabilities and gradients, chunk by chunk."""
+    logprobs = []
+    for rows in row_chunks(0, len(given.hidden), max_rows=work.max_rows):
+        block = work.block(rows, want_entropy=True, want_exp=True)
+        statistics = row_statistics(block)
+        logprobs.append(statistics.logprobs)
+        work.add(block, statistics, given.gradient.rows(rows.start, rows.stop))
+    return [torch.cat(logprobs), *(value for value in work.gradients() if value is not None)]
+
+
+@pytest.mark.parametrize("chunk_rows", [8, 24, 1000])
+def test_it_agrees_with_the_pass_in_torch(chunk_rows: int, device: torch.device) -> None:
+    given = case(device, SIZE, softcap=8.0, temperature=0.9)
+    head = replace(given.head, chunk_bytes=int(chunk_rows * SIZE[2] * 4.5))
+    options = {"targets": given.targets, "wanted": (True, True, True), "gated": False}
+    work = TritonHeadPass(given.hidden, head, **options)
+    assert work.max_rows == chunk_rows
+    whole = TorchHeadPass(given.hidden, replace(head, chunk_bytes=None), **options)
+    for found, wanted in zip(walk(work, given), walk(whole, given), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=2e-5, atol=5e-6)
+
+
+@pytest.mark.parametrize(
+    "mixed", [(torch.float16, torch.float32), (torch.float32, torch.float16), (torch.float32, torch.float64)]
+)
+def test_unequal_types_are_multiplied_in_the_wider_one(mixed: tuple[torch.dtype, torch.dtype], device: torch.device) -> None:
+    given = case(device, SIZE)
+    hidden, head = given.hidden.to(mixed[0]), replace(given.head, weight=given.head.weight.to(mixed[1]))
+    options = {"targets": given.targets, "wanted": (True, True, True)}
+    given = given._replace(gradient=RowGradient(given.gradient.logprobs))
+    found = walk(TritonHeadPass(hidden, head, **options), given)
+    wanted = walk(TorchHeadPass(hidden.float(), replace(head, weight=head.weight.float()), **options), given)
+    assert found[1].dtype == hidden.dtype
+    assert found[2].dtype == found[3].dtype == torch.float32
+    for one, two in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one.float(), two, rtol=1e-3 if one.dtype == torch.float16 else 2e-5, atol=5e-6)
+
+
+def test_strided_inputs_are_read_where_they_are(device: torch.device) -> None:
+    given = case(device, SIZE)
+    options = {"targets": given.targets, "wanted": (True, True, True), "gated": False}
+    expected = walk(TritonHeadPass(given.hidden, given.head, **options), given)
+    hidden, weight = (value.repeat_interleave(2, 1)[:, ::2] for value in (given.hidden, given.head.weight))
+    targets = given.targets.repeat_interleave(2)[::2]
+    assert not hidden.is_contiguous()
+    head = replace(given.head, weight=weight)
+    found = walk(TritonHeadPass(hidden, head, targets=targets, wanted=(True, True, True), gated=False), given)
+    assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
+
+
+def test_only_what_is_wanted_is_made(device: torch.device) -> None:
+    given = case(device, SIZE)
+    everything = walk(TritonHeadPass(given.hidden, given.head, targets=given.targets, wanted=(True,) * 3, gated=False), given)
+    for index in range(3):
+        wanted = tuple(index == other for other in range(3))
+        work = TritonHeadPass(given.hidden, given.head, targets=given.targets, wanted=wanted, gated=False)
+        _, found = walk(work, given)
+        assert torch.equal(found, everything[1 + index])
+        assert [value is not None for value in work.gradients()] == list(wanted)
+
+
+def test_no_rows_give_zero_gradients(device: torch.device) -> None:
+    given = case(device, SIZE)
+    work = TritonHeadPass(given.hidden[:0], given.head, targets=given.targets[:0], wanted=(True, True, True))
+    block = work.block(slice(0, 0), want_entropy=True, want_exp=True)
+    work.add(block, row_statistics(block), RowGradient(given.gradient.logprobs[:0], given.gradient.entropy[:0]))
+    for gradients in (
+        work.gradients(),
+        TritonHeadPass(*given[:2], targets=given.targets, wanted=(False, True, True)).gradients(),
+    ):
+        assert all((value == 0).all() for value in gradients if value is not None)
+        assert gradients[1].shape == given.head.weight.shape
+        assert gradients[2].shape == given.head.bias.shape
+
+
+def test_blocks_share_one_buffer_and_scoring_makes_none(device: torch.device) -> None:
+    given = case(device, SIZE)
+    head = replace(given.head, chunk_bytes=int(16 * SIZE[2] * 4.5))
+    work = TritonHeadPass(given.hidden, head, targets=given.targets)
+    assert work.block(slice(0, 16), want_entropy=False, want_exp=False).exp is None
+    assert work._exp is None
+    exps = [work.block(slice(start, start + 16), want_entropy=True, want_exp=True).exp for start in (0, 16, 32)]
+    assert len({exp.data_ptr() for exp in exps}) == 1
+    assert all(exp.stride(0) % 16 == 0 and exp.shape == (16, SIZE[2]) for exp in exps)
+    assert work._logits.shape[0] == 8
+    assert work.block(slice(0, 16), want_entropy=False, want_exp=True).weighted is None
+
+
+def test_bytes_are_divided_between_e_and_logits() -> None:
+    head = LMHead(torch.empty(151_936, 2048, device="meta"), chunk_bytes=80 * 2**30 // 32)
+    cuda = torch.device("cuda")
+    shape = _chunk_shape(head, cuda, bytes_per_exp=2)
+    assert shape == (7040, 768)
+    assert 0.95 * head.chunk_bytes < 151_936 * (2 * shape.max_rows + 4 * shape.logit_rows) <= head.chunk_bytes
+    assert [rows.stop - rows.start for rows in row_chunks(0, 16_384, max_rows=shape.max_rows)] == [5504, 5504, 5376]
+    assert _chunk_shape(replace(head, chunk_bytes=1), cuda, bytes_per_exp=2) == (8, 8)
+
+
+def test_float32_products_keep_their_precision_and_settings_come_back() -> None:
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    torch.set_float32_matmul_precision("high")
+    try:
+        with _products_in("ieee"):
+            assert settings.fp32_precision == "ieee"
+        assert settings.fp32_precision == "tf32"
+        assert settings.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        settings.fp32_precision = before
+
+
+def test_calls_to_compile_ahead_launch_on_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[tuple[str, dict[str, object]]] = []
+
+    class Recorder:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            return lambda *values, **flags: launched.append((self.name, flags))
+
+    names = [name for name in vars(head_triton) if name.endswith("_kernel")]
+    assert len(names) == 4
+    for name in names:
+        monkeypatch.setattr(head_triton, name, Recorder(name))
+    for call in aot_calls().values():
+        dhidden, dweight, dbias = call()
+        assert dhidden.device.type == "meta"
+        assert dweight.dtype == torch.float32
+        assert dbias is None or dbias.shape == dweight.shape[:1]
+    assert {name for name, _ in launched} == set(names)
+    kinds = {(flags["ROUNDED"], flags["SOFTCAP"], flags["GATED"]) for name, flags in launched if "rows_fwd" in name}
+    assert kinds == {(False, False, False), (False, True, True), (True, True, False)}
+    assert {flags["SOFTCAP"] for name, flags in launched if "entropy" in name} == {False, True}
