@@ -44,6 +44,9 @@ class Block(NamedTuple):
     """[C]: S_o."""
     weighted: torch.Tensor | None
     """[C]: Q_o; ``None`` where no entropy is wanted."""
+    peak: torch.Tensor | None = None
+    """[C]: the largest logit, where ``weighted`` is Σ E_v (z_v - peak) instead: the entropy is then no difference of numbers as
+    large as peak - ref."""
 
 
 class RowStatistics(NamedTuple):
@@ -133,8 +136,12 @@ def row_statistics(block: Block) -> RowStatistics:
     logprobs = torch.where(confident, -tail, offset - log_total)
     log_total = torch.where(confident, offset + tail, log_total)
     entropy = None
-    if block.weighted is not None:
+    if block.weighted is not None and block.peak is None:
         entropy = log_total - (block.weighted + target_exp * offset) / total
+    elif block.weighted is not None:
+        below = block.reference - block.peak
+        log_share = torch.where(confident, log_total + below, torch.log(total * below.exp()))
+        entropy = log_share - (block.weighted + target_exp * (block.target_logits - block.peak)) / total
     return RowStatistics(logprobs, entropy, target_exp, total, log_total)
 
 

@@ -109,7 +109,7 @@ class TritonHeadPass:
     def block(self, rows: slice, *, want_entropy: bool, want_exp: bool) -> Block:
         """See :class:`~grpo_fast.ops.head_pass.HeadPass`."""
         count = rows.stop - rows.start
-        statistics = torch.empty(4, padded(count), dtype=torch.float32, device=self._hidden.device)[:, :count]
+        statistics = torch.empty(5, padded(count), dtype=torch.float32, device=self._hidden.device)[:, :count]
         if want_exp:
             self._exp = self._buffer(self._exp, padded(count), self._exp_dtype)
         with _products_in("ieee"):
@@ -119,8 +119,8 @@ class TritonHeadPass:
         if want_exp:
             assert self._exp is not None
             exp = self._exp[: padded(count)]
-        reference, target_logits, others, weighted = statistics
-        return Block(rows, exp, reference, target_logits, others, weighted if want_entropy else None)
+        reference, target_logits, others, weighted, peak = statistics
+        return Block(rows, exp, reference, target_logits, others, weighted if want_entropy else None, peak)
 
     def _one_part(self, first: int, part: slice, statistics: torch.Tensor, *, want_exp: bool) -> None:
         """Logits of some rows of a chunk, and what the kernel makes of them."""
@@ -257,7 +257,7 @@ def _launch_rows_fwd(  # noqa: PLR0913
     gated: bool,
     bias: torch.Tensor | None,
 ) -> None:
-    """Fills E [C, V] and statistics [4, C] (ref, z_y, S_o, Q_o) from ``h W^T`` [C or more, V]."""
+    """Fills E [C, V] and statistics [5, C] (ref, z_y, S_o, Q_o, peak) from ``h W^T`` [C or more, V]."""
     cap = 1.0 if head.softcap is None else head.softcap
     _head_rows_fwd_kernel[(len(targets),)](
         logits,

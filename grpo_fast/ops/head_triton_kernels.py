@@ -17,8 +17,7 @@ from typing import no_type_check
 from grpo_fast.ops.jit import jit, tl
 
 LIMIT = 16.0
-"""Nats: a sampled token this far under the likeliest one is rare, and up to here the entropy, a difference of numbers as large,
-has the digits that a maximum as reference would give it."""
+"""Nats: a sampled token this far under the likeliest one is rare, and e^LIMIT costs the exponential 1e-6 of its value."""
 
 
 @jit
@@ -73,17 +72,16 @@ def _tile(
     SOFTCAP: tl.constexpr,
     GATED: tl.constexpr,
 ):
-    """Stores E of some columns of a row; returns E, E·(z - ref) and z, neutral where the row has no such column."""
+    """Stores E of some columns of a row; returns E, 0 where the row has no such column, and z."""
     z = _logits(row_ptr, bias_ptr, columns, inside, numbers, ROUNDED, SOFTCAP)
-    offset = z - reference
-    exp = tl.where(inside & (columns != target), tl.exp(offset), 0.0)
+    exp = tl.where(inside & (columns != target), tl.exp(z - reference), 0.0)
     if exp_ptr is not None:
         kept = exp
         if GATED:
             share = z / numbers[2]
             kept = exp * (1.0 - share * share)
         tl.store(exp_ptr + columns, kept.to(exp_ptr.dtype.element_ty), mask=inside)
-    return exp, exp * offset, tl.where(inside, z, float("-inf"))
+    return exp, z
 
 
 @jit
@@ -101,28 +99,33 @@ def _row(
     GATED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Stores E of a row; returns S_o, Q_o and the largest z."""
+    """Stores E of a row; returns S_o, Σ E (z - peak) and the peak, the largest z.
+
+    Each lane takes the second sum against the largest z it has seen, so that all its terms have one sign.
+    """
     num_columns, num_sixteens = sizes
     # Whole sixteens first: a bound that is a multiple of 16 lets masked accesses be vectors. The few columns after it are last.
     bound = num_sixteens * 16
     others, weighted = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    # In a row of NaN too, a number: maxima leave NaN out, and sums tell of it.
+    lowest = tl.where(reference == reference, reference, -1e38)
+    largest = tl.full((BLOCK,), 0.0, tl.float32) + lowest
     for start in range(0, bound, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        exp, product, z = _tile(
-            row_ptr, bias_ptr, exp_ptr, columns, columns < bound, target, reference, numbers, ROUNDED, SOFTCAP, GATED
-        )
+        inside = columns < bound
+        exp, z = _tile(row_ptr, bias_ptr, exp_ptr, columns, inside, target, reference, numbers, ROUNDED, SOFTCAP, GATED)
+        larger = tl.maximum(largest, tl.where(inside, z, largest))
+        weighted += exp * (z - larger) - others * (larger - largest)
         others += exp
-        weighted += product
-        largest = tl.maximum(largest, z)
+        largest = larger
     columns = bound + tl.arange(0, 16)
-    exp, product, z = _tile(
-        row_ptr, bias_ptr, exp_ptr, columns, columns < num_columns, target, reference, numbers, ROUNDED, SOFTCAP, GATED
-    )
+    inside = columns < num_columns
+    exp, z = _tile(row_ptr, bias_ptr, exp_ptr, columns, inside, target, reference, numbers, ROUNDED, SOFTCAP, GATED)
+    peak = tl.maximum(tl.max(largest, axis=0), tl.max(tl.where(inside, z, lowest), axis=0))
     return (
         tl.sum(others, axis=0) + tl.sum(exp, axis=0),
-        tl.sum(weighted, axis=0) + tl.sum(product, axis=0),
-        tl.maximum(tl.max(largest, axis=0), tl.max(z, axis=0)),
+        tl.sum(weighted + others * (largest - peak), axis=0) + tl.sum(exp * (z - peak), axis=0),
+        peak,
     )
 
 
@@ -148,7 +151,7 @@ def _head_rows_fwd_kernel(
     GATED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program takes a row of ``h W^T``: stores E, and ref, z_y, S_o and Q_o; NaN for a target that is no token."""
+    """A program takes a row of ``h W^T``: stores E, and ref, z_y, S_o, Q_o and the peak; NaN for a target that is no token."""
     numbers, sizes = (slope, inner, cap), (num_columns, num_sixteens)
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * logits_stride
@@ -158,12 +161,12 @@ def _head_rows_fwd_kernel(
     exists = (target >= 0) & (target < num_columns)
     reference = tl.where(exists, _logits(row_ptr, bias_ptr, target, exists, numbers, ROUNDED, SOFTCAP), float("nan"))
     target_logit = reference
-    others, weighted, largest = _row(
+    others, weighted, peak = _row(
         row_ptr, bias_ptr, exp_ptr, target, reference, sizes, numbers, ROUNDED, SOFTCAP, GATED, BLOCK
     )
-    if largest - reference > limit:
-        reference = largest
-        others, weighted, largest = _row(
+    if peak - reference > limit:
+        reference = peak
+        others, weighted, peak = _row(
             row_ptr, bias_ptr, exp_ptr, target, reference, sizes, numbers, ROUNDED, SOFTCAP, GATED, BLOCK
         )
     statistics_ptr += row
@@ -171,6 +174,7 @@ def _head_rows_fwd_kernel(
     tl.store(statistics_ptr + statistics_stride, target_logit)
     tl.store(statistics_ptr + 2 * statistics_stride, others)
     tl.store(statistics_ptr + 3 * statistics_stride, weighted)
+    tl.store(statistics_ptr + 4 * statistics_stride, peak)
 
 
 @jit

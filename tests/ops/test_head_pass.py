@@ -39,6 +39,20 @@ def test_statistics_do_not_depend_on_the_reference(reference: str) -> None:
     torch.testing.assert_close(found.entropy, -(log_p.exp() * log_p).sum(1), rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("gap", [0.0, 4.0, 15.0])
+def test_a_peak_serves_the_entropy_of_an_unlikely_target(gap: float) -> None:
+    z, targets = rows([-gap], torch.float32)
+    exact, _ = rows([-gap])
+    log_p = exact.log_softmax(1)
+    wanted = -(log_p.exp() * log_p).sum(1)
+    peak = z.amax(1)
+    block = block_of(z, targets, z[:, 3])
+    against_peak = block._replace(weighted=(block.exp * (z - peak[:, None])).sum(1), peak=peak)
+    found = row_statistics(against_peak)
+    assert (found.entropy.double() - wanted).abs() < 3e-7
+    assert torch.equal(found.logprobs, row_statistics(block).logprobs)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_confident_tokens_keep_their_tail(dtype: torch.dtype) -> None:
     margins = [10.0, 17.0, 25.0, 40.0, 80.0]
