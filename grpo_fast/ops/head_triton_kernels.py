@@ -161,9 +161,7 @@ def _head_rows_fwd_kernel(
     exists = (target >= 0) & (target < num_columns)
     reference = tl.where(exists, _logits(row_ptr, bias_ptr, target, exists, numbers, ROUNDED, SOFTCAP), float("nan"))
     target_logit = reference
-    others, weighted, peak = _row(
-        row_ptr, bias_ptr, exp_ptr, target, reference, sizes, numbers, ROUNDED, SOFTCAP, GATED, BLOCK
-    )
+    others, weighted, peak = _row(row_ptr, bias_ptr, exp_ptr, target, reference, sizes, numbers, ROUNDED, SOFTCAP, GATED, BLOCK)
     if peak - reference > limit:
         reference = peak
         others, weighted, peak = _row(

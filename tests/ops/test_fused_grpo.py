@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_fast.ops.fused_grpo import FusedLoss, fused_grpo, fused_grpo_reference
-from grpo_fast.ops.lm_head import LMHead
+from grpo_fast.ops.fused_grpo import FusedLoss, _fused_grpo_fwd, fused_grpo, fused_grpo_reference
+from grpo_fast.ops.lm_head import LMHead, head_options
 from grpo_fast.ops.loss_spec import LossBatch, LossSpec
 from grpo_fast.ops.token_logprob import token_logprob
 
@@ -29,8 +29,12 @@ SPECS = {
 }
 
 
+CPU = torch.device("cpu")
+both = pytest.mark.parametrize("impl", ["torch", "triton"])
+
+
 def case(
-    *, dtype: torch.dtype = torch.float64, seed: int = 5, **options: Any
+    *, dtype: torch.dtype = torch.float64, seed: int = 5, device: torch.device = CPU, **options: Any
 ) -> tuple[torch.Tensor, LMHead, torch.Tensor, LossBatch]:
     generator = torch.Generator().manual_seed(seed)
 
@@ -54,6 +58,10 @@ def case(
         ref_logprobs=(logprobs + 0.3 * draw(T)).to(work),
         num_items_in_batch=50.0,
     )
+    if device.type != "cpu":
+        hidden, weight, bias = (value.detach().to(device).requires_grad_() for value in (hidden, weight, bias))
+        head, targets = replace(head, weight=weight, bias=bias), targets.to(device)
+        batch = LossBatch(*(value.to(device) if isinstance(value, torch.Tensor) else value for value in batch))
     return hidden, head, targets, batch
 
 
@@ -92,18 +100,25 @@ def test_one_pass_equals_the_two_ops(name: str, options: str, on_policy: bool, c
 
 
 @pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_error_keeps_to_the_budget(name: str, dtype: torch.dtype) -> None:
-    # The worst of nine draws: the error of one sum is chance.
-    errors = [budget_errors(name, dtype, seed) for seed in range(5, 14)]
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [("torch", torch.float32), ("torch", torch.bfloat16), ("triton", torch.float32), ("triton", torch.float16)],
+)
+def test_error_keeps_to_the_budget(name: str, impl: str, dtype: torch.dtype, device: torch.device) -> None:
+    # The worst of some draws: the error of one sum is chance.
+    where, seeds = (device, range(5, 9)) if impl == "triton" else (CPU, range(5, 14))
+    errors = [budget_errors(name, impl, case(dtype=dtype, temperature=0.9, seed=seed, device=where)) for seed in seeds]
     for worst in zip(*errors, strict=True):
         found, reference, half_ulp = (max(values) for values in zip(*worst, strict=True))
         assert found <= 4 * reference + half_ulp
 
 
-def budget_errors(name: str, dtype: torch.dtype, seed: int) -> list[tuple[float, float, float]]:
+def budget_errors(
+    name: str, impl: str, given: tuple[torch.Tensor, LMHead, torch.Tensor, LossBatch]
+) -> list[tuple[float, float, float]]:
     """Of each output and gradient: error of the op, error of the reference, half an ulp of the largest value."""
-    hidden, head, targets, batch = case(dtype=dtype, temperature=0.9, seed=seed)
+    hidden, head, targets, batch = given
+    dtype = hidden.dtype
     exact_hidden = hidden.detach().double().requires_grad_()
     exact = replace(
         head, weight=head.weight.detach().double().requires_grad_(), bias=head.bias.detach().double().requires_grad_()
@@ -111,8 +126,8 @@ def budget_errors(name: str, dtype: torch.dtype, seed: int) -> list[tuple[float,
     given = {"targets": targets, "batch": batch, "spec": SPECS[name]}
     wanted = outcome(fused_grpo_reference(exact_hidden, exact, **given), exact_hidden, exact)
     reference = outcome(fused_grpo_reference(hidden, head, **given), hidden, head)
-    small = replace(head, chunk_bytes=8 * V * 4)
-    found = outcome(fused_grpo(hidden, small, **given), hidden, small)
+    small = replace(head, chunk_bytes=16 * V * 4)
+    found = outcome(fused_grpo(hidden, small, **given, impl=impl), hidden, small)
     assert found[3].dtype == found[4].dtype == found[5].dtype == dtype
     return [
         (
@@ -155,24 +170,28 @@ def test_backward_twice_gives_the_same_again() -> None:
         torch.testing.assert_close(two, -2 * one)
 
 
+@both
 @pytest.mark.parametrize("name", SPECS)
-def test_logprobs_serve_as_the_old_ones_of_the_next_iteration(name: str) -> None:
-    hidden, head, targets, batch = case(dtype=torch.float32, chunk_bytes=8 * V * 4)
-    first = fused_grpo(hidden, head, targets=targets, batch=batch._replace(old_logprobs=None), spec=SPECS[name])
+def test_logprobs_serve_as_the_old_ones_of_the_next_iteration(name: str, impl: str, device: torch.device) -> None:
+    hidden, head, targets, batch = case(dtype=torch.float32, device=device, chunk_bytes=8 * V * 4)
+    first = fused_grpo(hidden, head, targets=targets, batch=batch._replace(old_logprobs=None), spec=SPECS[name], impl=impl)
     assert not first.logprobs.requires_grad
-    again = fused_grpo(hidden, head, targets=targets, batch=batch._replace(old_logprobs=first.logprobs), spec=SPECS[name])
+    again = fused_grpo(
+        hidden, head, targets=targets, batch=batch._replace(old_logprobs=first.logprobs), spec=SPECS[name], impl=impl
+    )
     assert again.metrics.ratio_min == again.metrics.ratio_max == 1.0
     one, two = outcome(first, hidden, head), outcome(again, hidden, head)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
+@both
 @pytest.mark.parametrize("chunk_rows", [8, 1000])
 @pytest.mark.parametrize("name", SPECS)
-def test_logprobs_are_bitwise_those_of_token_logprob(name: str, chunk_rows: int) -> None:
-    hidden, head, targets, batch = case(dtype=torch.float32, chunk_bytes=chunk_rows * V * 4)
-    found = fused_grpo(hidden, head, targets=targets, batch=batch, spec=SPECS[name])
+def test_logprobs_are_bitwise_those_of_token_logprob(name: str, chunk_rows: int, impl: str, device: torch.device) -> None:
+    hidden, head, targets, batch = case(dtype=torch.float32, device=device, chunk_bytes=chunk_rows * V * 4)
+    found = fused_grpo(hidden, head, targets=targets, batch=batch, spec=SPECS[name], impl=impl)
     other = replace(head, chunk_bytes=16 * V * 4)
-    logprobs, entropy = token_logprob(hidden, other, targets=targets)
+    logprobs, entropy = token_logprob(hidden, other, targets=targets, impl=impl)
     assert torch.equal(found.logprobs, logprobs)
     assert torch.equal(found.entropy, entropy)
 
@@ -190,10 +209,11 @@ def test_many_logits_in_one_block_equal_the_two_ops() -> None:
         torch.testing.assert_close(value, wanted, rtol=1e-10, atol=1e-12)
 
 
+@both
 @pytest.mark.parametrize("name", SPECS)
-def test_no_rows_give_a_differentiable_zero(name: str) -> None:
-    hidden, head, targets, batch = case()
-    result = fused_grpo(hidden[:0], head, targets=targets[:0], batch=batch.tokens(0, 0), spec=SPECS[name])
+def test_no_rows_give_a_differentiable_zero(name: str, impl: str, device: torch.device) -> None:
+    hidden, head, targets, batch = case(dtype=torch.float32, device=device)
+    result = fused_grpo(hidden[:0], head, targets=targets[:0], batch=batch.tokens(0, 0), spec=SPECS[name], impl=impl)
     result.loss.backward()
     assert result.loss == 0
     assert (hidden.grad == 0).all()
@@ -203,36 +223,40 @@ def test_no_rows_give_a_differentiable_zero(name: str) -> None:
     assert result.metrics.num_tokens == 0
 
 
+@both
 @pytest.mark.parametrize("name", SPECS)
-def test_rows_without_weight_give_zero_gradients(name: str) -> None:
-    hidden, head, targets, batch = case(chunk_bytes=8 * V * 8)
+def test_rows_without_weight_give_zero_gradients(name: str, impl: str, device: torch.device) -> None:
+    hidden, head, targets, batch = case(dtype=torch.float32, device=device, chunk_bytes=8 * V * 4)
     dead = batch._replace(advantages=batch.advantages * 0, loss_weights=batch.loss_weights * 0)
     spec = replace(SPECS[name], entropy_coef=0.0)
-    loss, *_, dh, dw, db = outcome(fused_grpo(hidden, head, targets=targets, batch=dead, spec=spec), hidden, head)
+    loss, *_, dh, dw, db = outcome(fused_grpo(hidden, head, targets=targets, batch=dead, spec=spec, impl=impl), hidden, head)
     assert loss == 0
     assert all((grad == 0).all() for grad in (dh, dw, db))
 
 
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+@both
 @pytest.mark.parametrize("chunk_rows", [8, 1000])
 @pytest.mark.parametrize("name", SPECS)
-def test_a_nan_row_is_seen_in_the_loss(name: str, chunk_rows: int) -> None:
-    hidden, head, targets, batch = case(chunk_bytes=chunk_rows * V * 8)
+def test_a_nan_row_is_seen_in_the_loss(name: str, chunk_rows: int, impl: str, device: torch.device) -> None:
+    hidden, head, targets, batch = case(dtype=torch.float32, device=device, chunk_bytes=chunk_rows * V * 4)
     row = LENGTHS[0] + LENGTHS[1]
     assert batch.advantages[batch.sequence_index[row]] == 0
     with torch.no_grad():
         hidden[row] = math.nan
-    result = fused_grpo(hidden, head, targets=targets, batch=batch, spec=SPECS[name])
+    result = fused_grpo(hidden, head, targets=targets, batch=batch, spec=SPECS[name], impl=impl)
     assert result.loss.isnan()
     assert result.logprobs[row].isnan()
     assert result.logprobs[row + 1 :].isfinite().all()
 
 
-def test_autocast_does_not_reach_it() -> None:
-    hidden, head, targets, batch = case(dtype=torch.float32, chunk_bytes=8 * V * 4)
+@both
+def test_autocast_does_not_reach_it(impl: str, device: torch.device) -> None:
+    hidden, head, targets, batch = case(dtype=torch.float32, device=device, chunk_bytes=8 * V * 4)
     given = {"targets": targets, "batch": batch, "spec": SPECS["entropy"]}
-    plain = outcome(fused_grpo(hidden, head, **given), hidden, head)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = outcome(fused_grpo(hidden, head, **given), hidden, head)
+    plain = outcome(fused_grpo(hidden, head, **given, impl=impl), hidden, head)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        cast = outcome(fused_grpo(hidden, head, **given, impl=impl), hidden, head)
     assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
 
 
@@ -260,3 +284,78 @@ def test_what_does_not_fit_is_named() -> None:
         fused_grpo(hidden, head, targets=targets, batch=wrong, spec=SPECS["gspo"])
     with pytest.raises(ValueError, match="ref_logprobs"):
         fused_grpo(hidden, head, targets=targets, batch=batch._replace(ref_logprobs=None), spec=SPECS["two-sided kl"])
+
+
+def operator_arguments(name: str, impl: str, device: torch.device, wanted: list[bool]) -> tuple[Any, ...]:
+    hidden, head, targets, batch = case(dtype=torch.float32, device=device, chunk_bytes=8 * V * 4)
+    spec = SPECS[name]
+    numbers = [spec.epsilon_low, spec.epsilon_high, spec.beta, spec.entropy_coef, 1.0, 1.05]
+    leaves = [value.detach() for value in (hidden, head.weight, head.bias)]
+    loss = (spec.surrogate, spec.importance_sampling_level, numbers, spec.delta, spec.use_bias_correction_kl)
+    tensors = [*batch[:5], *batch[6:]]
+    return *leaves, targets, *head_options(head), tensors, batch.num_items_in_batch, *loss, wanted, impl
+
+
+@both
+@pytest.mark.parametrize("wanted", [[True, True, True], [True, False, False], [False, False, False]], ids=str)
+@pytest.mark.parametrize("name", ["clip", "gspo kl entropy"])
+def test_the_operator_is_well_registered(name: str, wanted: list[bool], impl: str, device: torch.device) -> None:
+    torch.library.opcheck(_fused_grpo_fwd, operator_arguments(name, impl, device, wanted))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch's own tracing
+@pytest.mark.parametrize("impl", ["torch", "triton", "auto"])
+@pytest.mark.parametrize("name", ["clip", "gspo kl entropy"])
+def test_it_compiles_without_a_graph_break(name: str, impl: str, device: torch.device) -> None:
+    hidden, head, targets, batch = case(dtype=torch.float32, device=device, chunk_bytes=8 * V * 4)
+
+    def step(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, batch: LossBatch) -> tuple[torch.Tensor, ...]:
+        inner = LMHead(weight, bias, chunk_bytes=head.chunk_bytes)
+        result = fused_grpo(2 * hidden, inner, targets=targets, batch=batch, spec=SPECS[name], impl=impl)
+        return 3 * result.loss, result.metrics.clip_region, result.logprobs
+
+    torch._dynamo.reset()
+    results = []
+    for run in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):
+        leaves = [hidden, head.weight, head.bias]
+        loss, clipped, logprobs = run(*leaves, batch)
+        results.append([loss.detach(), clipped, logprobs, *torch.autograd.grad(loss, leaves)])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_frozen_head_gives_the_same_hidden_gradient(name: str, device: torch.device) -> None:
+    hidden, head, targets, batch = case(dtype=torch.float32, device=device, chunk_bytes=8 * V * 4)
+    given = {"targets": targets, "batch": batch, "spec": SPECS[name], "impl": "triton"}
+    whole = torch.autograd.grad(fused_grpo(hidden, head, **given).loss, hidden)[0]
+    frozen = replace(head, weight=head.weight.detach(), bias=head.bias.detach())
+    alone = torch.autograd.grad(fused_grpo(hidden, frozen, **given).loss, hidden)[0]
+    assert torch.equal(alone, whole)
+
+
+@both
+def test_a_masked_batch_gives_zeros_whatever_it_holds(impl: str, device: torch.device) -> None:
+    hidden, head, targets, batch = case(dtype=torch.float32, device=device, chunk_bytes=8 * V * 4)
+    with torch.no_grad():
+        hidden[3] = math.nan
+    masked = batch._replace(token_mask=torch.zeros(T, dtype=torch.bool, device=device))
+    for spec in SPECS.values():
+        result = fused_grpo(hidden, head, targets=targets, batch=masked, spec=spec, impl=impl)
+        loss, _, _, *gradients = outcome(result, hidden, head)
+        assert loss == 0
+        assert all((gradient == 0).all() for gradient in gradients)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU can be waited for")
+def test_token_level_never_waits_for_the_device() -> None:
+    device = torch.device("cuda")
+    hidden, head, targets, batch = case(dtype=torch.float32, device=device, chunk_bytes=8 * V * 4)
+    given = {"targets": targets, "batch": batch, "spec": SPECS["two-sided kl"]}
+    fused_grpo(hidden, head, **given).loss.backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fused_grpo(hidden, head, **given).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
