@@ -136,12 +136,14 @@ def row_statistics(block: Block) -> RowStatistics:
     logprobs = torch.where(confident, -tail, offset - log_total)
     log_total = torch.where(confident, offset + tail, log_total)
     entropy = None
-    if block.weighted is not None and block.peak is None:
-        entropy = log_total - (block.weighted + target_exp * offset) / total
-    elif block.weighted is not None:
-        below = block.reference - block.peak
-        log_share = torch.where(confident, log_total + below, torch.log(total * below.exp()))
-        entropy = log_share - (block.weighted + target_exp * (block.target_logits - block.peak)) / total
+    if block.weighted is not None:
+        peak, log_share = block.peak, log_total
+        if peak is None:
+            peak = block.reference
+        else:
+            below = block.reference - peak
+            log_share = torch.where(confident, log_total + below, torch.log(total * below.exp()))
+        entropy = log_share - (block.weighted + target_exp * (block.target_logits - peak)) / total
     return RowStatistics(logprobs, entropy, target_exp, total, log_total)
 
 
