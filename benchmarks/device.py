@@ -10,6 +10,7 @@ enough for most and takes less than 10 MiB.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 import warnings
@@ -24,8 +25,9 @@ from benchmarks.ops.cases import Case, HeadCase, cpu_cases, gpu_cases, smoke_cas
 from benchmarks.ops.checks import run_gpu_tests
 from benchmarks.ops.contenders.table import CONTENDERS, contenders_of, refusal
 from benchmarks.ops.measure import Clock, ceilings
-from benchmarks.ops.suite import Bench, run_case
-from grpo_fast.device import device_facts
+from benchmarks.ops.suite import Bench, DeadDeviceError, run_case
+from benchmarks.ops.supervise import DEAD_DEVICE, marker, note, supervise
+from grpo_fast.device import DeviceFacts, device_facts
 
 _SHARE_OF_TESTS = 0.25
 _SECONDS_OF_SETUP = 2.0
@@ -33,20 +35,35 @@ _SECONDS_OF_SETUP = 2.0
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns 1 where tests fail, one of this project's ops fails or is wrong, or a case breaks; 0 otherwise."""
-    options = _parser().parse_args(arguments)
-    begun = time.perf_counter()
-    torch.set_num_threads(options.threads or torch.get_num_threads())
-    if options.smoke:
-        torch.compiler.set_stance("force_eager")
-    cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available() and not options.smoke)
-    facts, device = device_facts("cuda" if cuda else "cpu"), torch.device("cuda" if cuda else "cpu")
+    given = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(given)
+    cuda = options.device == "cuda" or (options.device == "auto" and not options.smoke and torch.cuda.is_available())
+    facts = device_facts("cuda" if cuda else "cpu")
     path = options.output or (None if options.smoke else store.default_path(facts))
-    cases = [case for case in _cases(options, cuda=cuda) if options.only in case.name]
+    cases = smoke_cases() if options.smoke else gpu_cases() if cuda else cpu_cases()
+    cases = [case for case in cases if options.only in case.name and case.name not in options.skip]
     if options.list:
         print("\n".join(case.name for case in cases))
         return 0
-    tests = run_gpu_tests(_SHARE_OF_TESTS * options.budget) if cuda and not options.no_tests else None
-    if tests is not None:
+    if path is None or options.smoke or options.worker:
+        return _measure(options, facts, cases, path)
+    command = [sys.executable, "-m", "benchmarks.device", *given]
+    code = supervise(command, path=path, deadline=time.monotonic() + options.budget, stall_s=options.stall)
+    if path.exists():
+        _publish(path)
+    return code
+
+
+def _measure(options: argparse.Namespace, facts: DeviceFacts, cases: list[Case], path: Path | None) -> int:
+    deadline = time.perf_counter() + options.budget
+    device, limit = torch.device(facts.kind), _SHARE_OF_TESTS * options.budget
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    if options.smoke:
+        torch.compiler.set_stance("force_eager")
+    before = store.read(path) if options.resume and path is not None and path.exists() else None
+    tests = before["tests"] if before else None
+    if facts.kind == "cuda" and not options.no_tests:
+        tests = run_gpu_tests(limit)
         print(f"GPU tests: {tests['summary']}", flush=True)
     clock = Clock(device)
     limits = ceilings(clock, device, small=options.smoke)
@@ -58,13 +75,20 @@ def main(arguments: list[str] | None = None) -> int:
         "tests": tests,
         "contenders": _contenders(),
     }
-    keep = store.read(path)["cases"] if options.resume and path is not None and path.exists() else []
-    kept = store.Store(path, header, keep=keep) if path is not None else None
-    bench = Bench(device, clock, limits, options.case_seconds, *((2, 2) if options.smoke else (3, 30)), tidy=not options.smoke)
-    failed = _run(bench, cases, kept, begun + options.budget)
-    if kept is not None:
-        kept.write()
-        _publish(path)
+    rounds = (2, 2) if options.smoke else (3, 30)
+    bench = Bench(device, clock, limits, options.case_seconds, *rounds, tidy=not options.smoke)
+    bench.banned = dict(entry.split("=", 1) for entry in options.ban)
+    if path is None:
+        return int(_run(bench, cases, None, deadline))
+    kept = store.Store(path, header, keep=before["cases"] if before else [])
+    bench.trying = functools.partial(note, path)
+    try:
+        failed = _run(bench, cases, kept, deadline)
+    except DeadDeviceError as error:
+        print(f"the device is gone: {error}", flush=True)
+        return DEAD_DEVICE
+    kept.write()
+    marker(path).unlink(missing_ok=True)
     return int(failed or bool(tests and tests["failed"]))
 
 
@@ -75,7 +99,7 @@ def _run(bench: Bench, cases: list[Case], kept: store.Store | None, deadline: fl
         if kept is not None and case.name in kept.done:
             continue
         left = deadline - time.perf_counter()
-        if estimate(bench, case) > left:
+        if left <= 0 or (number > 1 and estimate(bench, case) > left):
             print(f"[{number}/{len(cases)}] {case.name}: left out, {left:.0f} s left", flush=True)
             if kept is not None:
                 kept.leave_out(case.name, f"about {estimate(bench, case):.0f} s, {left:.0f} s of the budget were left")
@@ -109,10 +133,6 @@ def estimate(bench: Bench, case: Case) -> float:
     return _SECONDS_OF_SETUP + 2.0 * one * checks + turns
 
 
-def _cases(options: argparse.Namespace, *, cuda: bool) -> list[Case]:
-    return smoke_cases() if options.smoke else gpu_cases() if cuda else cpu_cases()
-
-
 def _contenders() -> list[dict[str, Any]]:
     """Packages of every contender, installed or not."""
     packages = {contender.package: contender.version() for contender in CONTENDERS}
@@ -143,6 +163,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-tests", action="store_true", help="leave out the GPU tests")
     parser.add_argument("--threads", type=int, help="of PyTorch on a CPU")
     parser.add_argument("--machine", default="", help="what else to say of the machine: shared, clocks locked, ...")
+    parser.add_argument("--stall", type=float, default=180.0, help="seconds without a sign of life before a worker is stopped")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--ban", action="append", default=[], help=argparse.SUPPRESS)
+    parser.add_argument("--skip", action="append", default=[], metavar="NAME", help="a case to leave out")
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
     return parser
 

@@ -5,7 +5,7 @@ A case names sizes and semantics only. ``smoke`` gives the same case at sizes th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal, TypeAlias
@@ -77,7 +77,7 @@ class HeadCase:
     def smoke(self) -> HeadCase:
         """The case in miniature; sizes stay unlike each other and odd."""
         sizes = Model(self.model.name, self.model.hidden_size // 64 + 17, self.model.vocab_size // 512 + 1)
-        return replace(self, model=sizes, num_tokens=self.num_tokens // 1024 * self.num_sequences + 64, dtype="float32")
+        return replace(self, model=sizes, num_tokens=self.num_tokens // 4096 * self.num_sequences + 64, dtype="float32")
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class LossCase:
 
     num_tokens: int
     objective: Literal["token", "sequence"] = "token"
-    num_sequences: int = 64
+    num_sequences: int = 16
 
     kind = "loss"
     every_rival = True
@@ -143,7 +143,7 @@ def gpu_cases() -> list[Case]:
         replace(target, dead_share=0.5),
         replace(target, frozen_head=True),
         replace(target, objective="forward", entropy=True),
-        LossCase(2**24),
+        LossCase(2**24, num_sequences=4096),
         AdvantageCase(2**20, 16),
         replace(target, objective="cross_entropy"),
     ]
@@ -157,7 +157,7 @@ def gpu_cases() -> list[Case]:
         replace(base, entropy=True),
         replace(base, num_tokens=8192),
         replace(base, num_tokens=4096),
-        LossCase(2**24, "sequence"),
+        LossCase(2**24, "sequence", num_sequences=4096),
         LossCase(16_384),
         AdvantageCase(64, 16),
         AdvantageCase(2**20, 16, "none"),
@@ -189,32 +189,36 @@ def cpu_cases() -> list[Case]:
     """Cases of a CPU in float32; the first is the one that the project promises something about."""
     target = HeadCase(SMOLLM2, 2048, dtype="float32", every_rival=True)
     base = replace(target, num_tokens=512, every_rival=False)
-    cases: list[Case] = [
+    return [
         target,
-        replace(target, dead_share=0.5, every_rival=False),
-        replace(target, frozen_head=True, every_rival=False),
-        replace(target, objective="forward", entropy=True, every_rival=False),
-        LossCase(2**20),
+        LossCase(2**20, num_sequences=1024),
         AdvantageCase(2**16, 16),
         base,
+        replace(base, dead_share=0.5),
+        replace(base, frozen_head=True),
+        replace(base, objective="forward", entropy=True),
+        replace(base, model=Model("SmolLM2-135M, 16k vocabulary", 576, 16_384)),
+        replace(base, model=Model("SmolLM2-135M, 100k vocabulary", 576, 98_304)),
         replace(base, num_tokens=1024),
         replace(base, dead_share=0.25),
-        replace(base, dead_share=0.5),
         replace(base, dead_share=0.75),
         replace(base, objective="sequence"),
         replace(base, entropy=True),
         replace(base, objective="cross_entropy", every_rival=True),
         replace(base, objective="forward"),
-        replace(base, model=Model("SmolLM2-135M, 16k vocabulary", 576, 16_384)),
-        replace(base, model=Model("SmolLM2-135M, 100k vocabulary", 576, 98_304)),
-        replace(base, model=QWEN_05B),
         LossCase(16_384),
-        LossCase(2**20, "sequence"),
+        LossCase(2**20, "sequence", num_sequences=1024),
         AdvantageCase(64, 16),
+        replace(base, model=QWEN_05B),
+        replace(target, dead_share=0.5, every_rival=False),
+        replace(target, frozen_head=True, every_rival=False),
     ]
-    return cases
 
 
-def smoke_cases() -> list[Case]:
-    """Every case of every device in miniature; two that shrink to the same are one."""
-    return list(dict.fromkeys(case.smoke() for case in [*cpu_cases(), *gpu_cases()]))
+def smoke_cases(cases: Iterable[Case] | None = None) -> list[Case]:
+    """Cases, all there are by default, in miniature; of two that shrink to the same, the one with more rivals."""
+    found: dict[str, Case] = {}
+    for case in (case.smoke() for case in cases or [*cpu_cases(), *gpu_cases()]):
+        if case.name not in found or case.every_rival:
+            found[case.name] = case
+    return list(found.values())

@@ -48,7 +48,7 @@ class Clock:
 
 def take_turns(
     clock: Clock, calls: Mapping[str, Callable[[], object]], *, allowance_s: float, min_rounds: int = 3, max_rounds: int = 30
-) -> dict[str, list[float]]:
+) -> tuple[dict[str, list[float]], dict[str, Exception]]:
     """Times warm calls in turns until an allowance is used up.
 
     Args:
@@ -59,20 +59,30 @@ def take_turns(
         max_rounds: most rounds.
 
     Returns:
-        Readings in seconds, by name. The first round of a call that has to be repeated only tells how often.
+        Readings in seconds by name, and what calls raised that are out of the game for it. The first round of a call that has
+        to be repeated only tells how often.
     """
-    names = list(calls)
-    begun = time.perf_counter()
-    found = {name: [clock.seconds(calls[name])] for name in names}
-    repeats = {name: _repeats(found[name][0]) for name in names}
-    found = {name: readings if repeats[name] == 1 else [] for name, readings in found.items()}
-    for round_number in range(1, max_rounds):
+    names, begun = list(calls), time.perf_counter()
+    found: dict[str, list[float]] = {name: [] for name in names}
+    repeats = dict.fromkeys(names, 1)
+    failures: dict[str, Exception] = {}
+    for round_number in range(max_rounds):
         if round_number >= min_rounds and time.perf_counter() - begun > allowance_s:
             break
         for place in range(len(names)):
             name = names[(place + round_number) % len(names)]
-            found[name].append(clock.seconds(calls[name], repeats=repeats[name]))
-    return found
+            if name in failures:
+                continue
+            try:
+                reading = clock.seconds(calls[name], repeats=repeats[name])
+            except Exception as error:
+                failures[name] = error
+                continue
+            if round_number == 0 and reading < _SHORT_S:
+                repeats[name] = _repeats(reading)
+            else:
+                found[name].append(reading)
+    return {name: readings for name, readings in found.items() if name not in failures}, failures
 
 
 def _repeats(seconds: float) -> int:

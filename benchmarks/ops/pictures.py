@@ -137,7 +137,7 @@ def _styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
         if name in _OURS:
             style[name] = {"color": _OURS[name], "marker": "o", "lw": 2.4, "ms": 6, "zorder": 3}
         elif name == "bare products":
-            style[name] = {"color": _FLOOR, "marker": "", "lw": 1.4, "ls": "--"}
+            style[name] = {"color": _FLOOR, "marker": "_", "ms": 9, "lw": 1.4, "ls": "--"}
         else:
             count = len(style)
             style[name] = {"color": _RIVALS[count % len(_RIVALS)], "marker": _MARKS[count % len(_MARKS)], "lw": 1.4, "ms": 5}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,8 +21,13 @@ from benchmarks.ops.inputs import HeadRows, advantage_problem, head_problem, hea
 from benchmarks.ops.measure import Ceilings, Clock, peak_extra_bytes, quantiles, take_turns
 from benchmarks.ops.truth import advantage_truth, complaints, head_truth, loss_truth, plain_errors, relative_error
 
+TURNS = "(turns)"
 _SLOW_S = 1.0
 """A first call on a CPU that takes so long is a fair trial as it is."""
+
+
+class DeadDeviceError(BaseException):
+    """The device is gone for this process; no handler of ordinary errors may swallow it."""
 
 
 @dataclass
@@ -38,6 +43,10 @@ class Bench:
     max_rounds: int = 30
     tidy: bool = True
     """Collect garbage between contenders; costs more than a case in miniature."""
+    trying: Callable[[str, str], None] = lambda case, contender: None
+    """Told before a contender first runs in a case, and with ``TURNS`` before the turns: what a crash was about."""
+    banned: Mapping[str, str] = field(default_factory=dict)
+    """Contenders that brought the process down before, with the reason."""
     _rows: dict[tuple[object, ...], HeadRows] = field(default_factory=dict)
 
     def rows(self, case: HeadCase) -> HeadRows:
@@ -94,12 +103,21 @@ def run_case(bench: Bench, case: Case) -> dict[str, Any]:
         if call is not None:
             calls[contender.name] = call
         _release(bench)
-    readings = take_turns(
-        bench.clock, calls, allowance_s=bench.allowance_s, min_rounds=bench.min_rounds, max_rounds=bench.max_rounds
+    bench.trying(case.name, TURNS)
+    readings, failures = take_turns(
+        bench.clock,
+        calls,
+        allowance_s=bench.allowance_s / (1 if case.every_rival else 2),
+        min_rounds=bench.min_rounds,
+        max_rounds=bench.max_rounds,
     )
     for row in rows:
-        if row["contender"] in readings:
-            _note_times(row, readings[row["contender"]], case, bench)
+        name = row["contender"]
+        if name in readings:
+            _note_times(row, readings[name], case, bench)
+        elif name in failures:
+            _check_alive(bench.device, failures[name])
+            row |= {"status": "failed", "reason": f"after checks, {_named(failures[name])}"}
     _note_ratios(rows)
     return {
         "case": case.name,
@@ -124,13 +142,17 @@ def _try(bench: Bench, case: Case, bound: Bound, contender: Contender) -> tuple[
     reason = refusal(contender, case, bench.device)
     if reason is not None:
         return row | {"status": "refused", "reason": reason}, None
+    if contender.name in bench.banned:
+        return row | {"status": "failed", "reason": bench.banned[contender.name]}, None
+    bench.trying(case.name, contender.name)
     try:
         call, option, errors = _best_option(bench, bound, contender)
     except ImportError as error:
         status = "missing" if contender.version() is None else "failed"
-        return row | {"status": status, "reason": _one_line(error)}, None
+        return row | {"status": status, "reason": _named(error)}, None
     except Exception as error:
-        return row | {"status": "failed", "reason": f"{type(error).__name__}: {_one_line(error)}"}, None
+        _check_alive(bench.device, error)
+        return row | {"status": "failed", "reason": _named(error)}, None
     row |= {"option": option, "errors": errors}
     wrong = complaints(errors, bound.plain)
     if wrong:
@@ -158,6 +180,7 @@ def _best_option(bench: Bench, bound: Bound, contender: Contender) -> tuple[Call
         except ImportError:
             raise
         except Exception as error:
+            _check_alive(bench.device, error)
             failure = error
             _release(bench)
             continue
@@ -194,6 +217,14 @@ def _release(bench: Bench) -> None:
         torch.cuda.empty_cache()
 
 
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text[:300] or type(error).__name__
+def _check_alive(device: torch.device, error: Exception) -> None:
+    """After an illegal access a GPU's context answers nothing any more; only a new process helps."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError:
+            raise DeadDeviceError(_named(error)) from error
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -11,7 +11,7 @@ import functools
 import pytest
 import torch
 
-from benchmarks.ops.cases import Case, cpu_cases, gpu_cases
+from benchmarks.ops.cases import Case, cpu_cases, gpu_cases, smoke_cases
 from benchmarks.ops.contenders.contender import Contender
 from benchmarks.ops.contenders.table import contenders_of, refusal
 from benchmarks.ops.measure import Ceilings, Clock
@@ -22,7 +22,7 @@ pytest.importorskip("pytest_benchmark")
 pytestmark = pytest.mark.filterwarnings("ignore")  # rivals'
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CASES: list[Case] = gpu_cases()[:12] if DEVICE.type == "cuda" else list(dict.fromkeys(case.smoke() for case in cpu_cases()))
+CASES: list[Case] = gpu_cases()[:12] if DEVICE.type == "cuda" else smoke_cases(cpu_cases())
 PAIRS = [(case, contender) for case in CASES for contender in contenders_of(case)]
 
 

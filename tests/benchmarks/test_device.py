@@ -61,7 +61,7 @@ def test_results_become_a_picture(smoke) -> None:
 
 
 def run(path: Path, *options: str) -> int:
-    return device.main(["--smoke", "--output", str(path), "--only", "Qwen2.5-3B", *options])
+    return device.main(["--smoke", "--output", str(path), "--only", "Qwen2.5-7B, T=64", *options])
 
 
 def test_a_budget_leaves_out_what_it_does_not_reach(tmp_path, capsys) -> None:
@@ -125,3 +125,23 @@ def test_names_of_gpus_become_folders() -> None:
 
     facts = device_facts("cpu")
     assert store.default_path(facts).parts[-2:] == ("cpu", "ops.json")
+
+
+def test_a_banned_contender_is_listed_with_the_reason(tmp_path) -> None:
+    path = tmp_path / "ops.json"
+    assert run(path, "--ban", "torch eager=took the device down in some case") == 0
+    rows = [row for record in read(path)["cases"] for row in record["rows"] if row["contender"] == "torch eager"]
+    assert rows
+    assert all((row["status"], row["reason"]) == ("failed", "took the device down in some case") for row in rows)
+    assert not path.with_suffix(".trying").exists()
+
+
+def test_the_whole_command_with_its_worker(tmp_path, monkeypatch, capfd) -> None:
+    path = tmp_path / "ops.json"
+    monkeypatch.setenv("PYTHONPATH", str(Path(device.__file__).parents[1]))
+    assert device.main(["--device", "cpu", "--only", "group_advantage, 64", "--output", str(path)]) == 0
+    content = read(path)
+    assert [record["case"] for record in content["cases"]] == ["group_advantage, 64 x 16, group"]
+    assert content["cases"][0]["rows"][0]["peak_extra_bytes"] is not None
+    assert (tmp_path / "ops.png").exists()
+    assert "grpo_fast" in capfd.readouterr().out

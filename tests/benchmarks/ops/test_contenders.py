@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from benchmarks.ops.measure import Ceilings, Clock
 from benchmarks.ops.suite import Bench, run_case
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[3]
 
 
 def test_every_rival_has_an_adapter() -> None:
@@ -67,3 +71,15 @@ def test_a_module_is_imported_without_its_package(tmp_path, monkeypatch) -> None
         bare_import("nowhere_at_all.kernel")
     for name in ("heavy", "heavy.inner", "heavy.inner.kernel"):
         sys.modules.pop(name)
+
+
+def test_the_cases_run_under_pytest_benchmark(tmp_path) -> None:
+    pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
+    report = tmp_path / "benchmark.json"
+    command = [sys.executable, "-m", "pytest", "benchmarks/", "--benchmark-only", "-q", "-p", "no:cacheprovider"]
+    command += ["-k", "policy_loss and eager", "--benchmark-max-time=0.01", f"--benchmark-json={report}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(report.read_text(encoding="utf-8"))["benchmarks"]
+    assert {entry["extra_info"]["settings"] for entry in found} == {"TRL's formula on [B, L], autograd"}
+    assert all(entry["extra_info"]["errors"]["relative"] < 1e-5 and entry["group"] for entry in found)

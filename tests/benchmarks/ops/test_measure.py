@@ -23,7 +23,8 @@ def test_calls_take_turns_in_an_order_that_rotates() -> None:
 
         return run
 
-    found = take_turns(Clock(CPU), {name: call(name) for name in "abc"}, allowance_s=0.0, min_rounds=3)
+    found, failures = take_turns(Clock(CPU), {name: call(name) for name in "abc"}, allowance_s=0.0, min_rounds=3)
+    assert not failures
     assert "".join(order) == "abcbcacab"
     assert all(len(readings) == 3 and min(readings) >= 0.002 for readings in found.values())
 
@@ -35,14 +36,32 @@ def test_short_calls_are_repeated_and_their_first_reading_is_not_kept() -> None:
         nonlocal count
         count += 1
 
-    found = take_turns(Clock(CPU), {"short": run}, allowance_s=0.0, min_rounds=3)
+    found, _ = take_turns(Clock(CPU), {"short": run}, allowance_s=0.0, min_rounds=3)
     assert count == 1 + 2 * 50
     assert len(found["short"]) == 2
 
 
 def test_turns_end_with_the_allowance() -> None:
-    found = take_turns(Clock(CPU), {"a": lambda: time.sleep(0.02)}, allowance_s=0.1, min_rounds=2, max_rounds=100)
+    found, _ = take_turns(Clock(CPU), {"a": lambda: time.sleep(0.02)}, allowance_s=0.1, min_rounds=2, max_rounds=100)
     assert 3 <= len(found["a"]) <= 7
+
+
+def test_a_call_that_breaks_in_the_turns_leaves_them_and_the_others_go_on() -> None:
+    count = 0
+
+    def breaks() -> None:
+        nonlocal count
+        count += 1
+        time.sleep(0.002)
+        if count == 2:
+            raise MemoryError("full")
+
+    calls = {"breaks": breaks, "holds": lambda: time.sleep(0.002)}
+    found, failures = take_turns(Clock(CPU), calls, allowance_s=0.0, min_rounds=4)
+    assert list(found) == ["holds"]
+    assert len(found["holds"]) == 4
+    assert str(failures["breaks"]) == "full"
+    assert count == 2
 
 
 def test_quantiles() -> None:
