@@ -1,4 +1,7 @@
-"""Writes the generated tables of the README from ``benchmarks/results``; ``--check`` only says whether they are up to date."""
+"""Writes what is generated from ``benchmarks/results``: the tables of the README and ``benchmarks/RESULTS.md``.
+
+``--check`` only says whether they are up to date.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,14 @@ from statistics import mean
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # so that it runs as a script too
+
+from benchmarks.ops import report  # noqa: E402
+
 RESULTS = Path(__file__).parent / "results"
 README = ROOT / "README.md"
-_TABLE = re.compile(r"(<!-- (?P<name>(?:law |stop )?table): [^\n]*-->\n).*?(<!-- table end -->)", re.DOTALL)
+RESULTS_PAGE = Path(__file__).parent / "RESULTS.md"
+_TABLE = re.compile(r"(<!-- (?P<name>(?:law |stop |ops )?table): [^\n]*-->\n).*?(<!-- table end -->)", re.DOTALL)
 
 
 def readme_table() -> str:
@@ -73,10 +81,33 @@ def stop_table() -> str:
     return _markdown(["rule", "compute saved", "mean reward lost", "lost over 0.02", "lost over 0.05"], rows)
 
 
+def ops_table() -> str:
+    """The loss and its gradients from hidden states on a CPU: the case that the project promises something about."""
+    content = _read("cpu/ops.json")
+    record = content["cases"][0]
+    sizes, device = record["parameters"], content["device"]
+    timed = sorted((row for row in record["rows"] if "p50_ms" in row), key=lambda row: row["p50_ms"])
+    rows = [
+        [
+            row["contender"] + ("" if row["role"] != "rival" or row["package"] == "torch" else f" ({row['version']})"),
+            report.duration(row["p50_ms"]),
+            f"{row['times_floor']:.2f}",
+            "" if row["role"] == "floor" else report.size(row["peak_extra_bytes"]),
+        ]
+        for row in timed
+    ]
+    head = (
+        f"loss and gradients from hidden states: T = {sizes['num_tokens']:,}, H = {sizes['model']['hidden_size']:,}, "
+        f"V = {sizes['model']['vocab_size']:,}, {sizes['dtype']}, {device['name']}, {content['torch_threads']} threads, "
+        f"torch {content['versions']['torch']}"
+    )
+    return _markdown([head, "median", "x three bare products", "peak extra memory"], rows)
+
+
 def rendered_readme() -> str:
     """The README with its tables as the results have them."""
     text = README.read_text(encoding="utf-8")
-    made = {"table": readme_table, "law table": law_table, "stop table": stop_table}
+    made = {"table": readme_table, "law table": law_table, "stop table": stop_table, "ops table": ops_table}
     return _TABLE.sub(lambda match: match[1] + made[match["name"]]() + match[3], text)
 
 
@@ -94,9 +125,16 @@ def _read(name: str) -> dict[str, Any]:
     return content
 
 
+def pages() -> dict[Path, str]:
+    """Every generated file, as the results have it."""
+    return {README: rendered_readme(), RESULTS_PAGE: report.page()}
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
+    made = pages()
     if parser.parse_args().check:
-        sys.exit(rendered_readme() != README.read_text(encoding="utf-8"))
-    README.write_text(rendered_readme(), encoding="utf-8")
+        sys.exit(any(not path.exists() or path.read_text(encoding="utf-8") != text for path, text in made.items()))
+    for path, text in made.items():
+        path.write_text(text, encoding="utf-8")

@@ -64,7 +64,7 @@ def _case(record: dict[str, Any]) -> str:
     untimed = [row for row in record["rows"] if row["status"] in ("wrong", "failed", "missing")]
     lines += ["", *(f"- {row['contender']}: {row['status']}, {row['reason']}" for row in untimed)]
     refused = [row["contender"] for row in record["rows"] if row["status"] == "refused"]
-    lines += [f"- not for this case: {', '.join(refused)}"] * bool(refused)
+    lines += [f"- not for this case: {'; '.join(refused)}"] * bool(refused)
     return "\n".join(lines) + "\n"
 
 

@@ -4,8 +4,9 @@ Log-probabilities, entropy and the loss are held against float64 in every row. G
 would not fit or would take minutes: ``d hidden`` of up to 256 rows spread over all of them, ``d weight`` of up to 512 tokens
 (the 256 most frequent ids and others spread over the vocabulary), each summed over all T rows.
 
-An implementation is wrong where an error exceeds three times that of plain PyTorch with logits in the inputs' type, plus 1e-5:
-wide enough for every rounding that somebody ships on purpose, far below any mistake. What is wrong gets no time.
+An implementation is wrong where an error exceeds three times that of plain PyTorch with logits in the inputs' type, plus 1e-5
+(of the entropy, a difference of numbers as large as log V, 1e-4 nat in the mean and 1e-3 in the worst row): wide enough for
+every rounding that somebody ships on purpose, far below any mistake. What is wrong gets no time.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from grpo_fast.ops import group_advantage, policy_loss
 
 NUM_ROWS, NUM_TOKENS = 256, 512
 ALLOWED_RATIO, ALLOWED_ERROR = 3.0, 1e-5
+ALLOWED_ENTROPY = {"entropy_mean_nat": 1e-4, "entropy_max_nat": 1e-3}
 
 
 class Statistics(NamedTuple):
@@ -58,7 +60,7 @@ def complaints(errors: dict[str, float], plain: dict[str, float]) -> list[str]:
     """Errors beyond what plain PyTorch allows; NaN is beyond."""
     found = []
     for name, error in errors.items():
-        limit = ALLOWED_RATIO * plain[name] + ALLOWED_ERROR
+        limit = ALLOWED_RATIO * plain[name] + ALLOWED_ENTROPY.get(name, ALLOWED_ERROR)
         if not error <= limit:
             found.append(f"{name} is off by {error:.2g}, allowed are {limit:.2g}")
     return found

@@ -1,4 +1,4 @@
-"""The README's generated tables: each marker gets its own, and the numbers are those of the results."""
+"""Generated pages: each marker of the README gets its own table, the numbers are those of the results, nothing is old."""
 
 from __future__ import annotations
 
@@ -9,6 +9,20 @@ import pytest
 from benchmarks import tables
 
 FIGURE = [0.1234, 0.1, 0.2]
+
+
+def test_the_page_of_results_is_what_the_results_say():
+    for path, text in tables.pages().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name} is old: run `python benchmarks/tables.py`"
+
+
+def test_the_table_of_the_ops_is_that_of_the_promised_case():
+    rows = tables.ops_table().splitlines()
+    assert "T = 2,048, H = 576, V = 49,152, float32" in rows[0]
+    assert any(row.startswith("| grpo_fast |") for row in rows)
+    assert any(row.startswith("| trl chunked_logprob (1.16") for row in rows)
+    medians = [row.split("|")[3] for row in rows[2:]]
+    assert medians == sorted(medians, key=float)
 
 
 @pytest.fixture

@@ -10,20 +10,23 @@ from typing import Any
 
 import torch
 
-from benchmarks.ops.contenders.contender import Call, Contender, from_logprobs
+from benchmarks.ops.contenders.contender import Call, Contender, bare_import, from_logprobs
 from benchmarks.ops.inputs import HeadProblem
 
 
 def _function() -> Any:
-    function = importlib.import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
+    try:
+        module = importlib.import_module("trl.kernels.chunked_logprob")
+    except ImportError:  # something of the training stack above it is missing
+        module = bare_import("trl.kernels.chunked_logprob")
     try:
         importlib.import_module("trl.trainer.utils")
-    except ImportError:  # backward asks it for a context that only ZeRO-3 fills; the rest of it needs the training stack
+    except ImportError:  # backward asks it for a context that only ZeRO-3 fills
         stand_in = ModuleType("trl.trainer.utils")
         stand_in.maybe_gather_lm_head_ctx = lambda *_: contextlib.nullcontext()
         sys.modules.setdefault("trl.trainer", ModuleType("trl.trainer"))
         sys.modules["trl.trainer.utils"] = stand_in
-    return function
+    return module.ChunkedLogProbFunction
 
 
 def _prepare(problem: HeadProblem, option: int) -> Call:
