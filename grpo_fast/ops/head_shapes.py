@@ -1,0 +1,110 @@
+"""Which way a head is computed on which GPU, and in what tiles: a table that measurements fill, and what holds without one.
+
+There are two tiers. Tier 1 multiplies by cuBLAS into a buffer of logits and goes over it with a kernel; tier 2
+(:mod:`grpo_fast.ops.head_exp`) never writes logits. ``head_shapes.json`` holds what ``benchmarks/tune_head.py`` measured, one
+entry an architecture, type, head and size of chunk. **Where nothing was measured tier 1 runs**, with the tile below kept for
+whoever asks for tier 2: nobody is given kernels that no GPU of their kind has timed against cuBLAS.
+
+The number of rows in the key is the most that a chunk may have, never how many it happens to have: a row must not change its
+bits with the rows beside it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from importlib import resources
+from typing import Any, NamedTuple
+
+TABLE = "head_shapes.json"
+
+
+class Tile(NamedTuple):
+    """How a program of tier 2 works."""
+
+    rows: int
+    columns: int
+    hidden: int
+    """Depth of one step of the product."""
+    splits: int
+    """How often a tile is halved before its exponentials are taken: what is alive at once, and stored at once."""
+    num_stages: int
+    num_warps: int
+    persistent: bool
+    """Whether one program a multiprocessor walks all tiles, rather than one program a tile."""
+
+
+class Key(NamedTuple):
+    """What a choice is made for."""
+
+    arch: int
+    """Compute capability times ten."""
+    dtype: str
+    """``bfloat16``, ``float16`` or ``float32``: of hidden rows and weight."""
+    hidden: int
+    vocab: int
+    rows: int
+    """The most rows of a chunk."""
+    plain: bool
+    """Whether the head has neither softcap nor bias."""
+
+
+class Choice(NamedTuple):
+    """What to run."""
+
+    tier: int
+    """1 or 2."""
+    tile: Tile
+    """Of tier 2."""
+    measured: bool
+    """Whether a measurement says so."""
+
+
+_TENSOR_MEMORY = range(90, 110)
+"""Architectures whose programs have 227 KiB of shared memory and copy whole tiles; consumer cards from 120 on do not."""
+
+
+def copies_tiles(arch: int) -> bool:
+    """Whether tensor descriptors are used: where a program has room for a pipeline of large tiles."""
+    return arch in _TENSOR_MEMORY
+
+
+def default_tile(arch: int, *, wide: bool, descriptors: bool) -> Tile:
+    """The tile where nothing was measured: the largest that spills no register under Triton 3.6 to 3.9.
+
+    Args:
+        arch: compute capability times ten.
+        wide: whether registers are left for a wide tile: for bfloat16, whose E is, under neither softcap nor bias.
+        descriptors: whether operands come through tensor descriptors.
+    """
+    if not copies_tiles(arch) or (not descriptors and arch < 100):
+        return Tile(128, 128, 64, splits=1, num_stages=3, num_warps=8, persistent=False)
+    if not descriptors:
+        return Tile(128, 64, 64, splits=0, num_stages=3, num_warps=8, persistent=False)
+    if wide:
+        return Tile(128, 256, 64, splits=3, num_stages=4, num_warps=8, persistent=True)
+    if arch < 100:
+        return Tile(128, 128, 64, splits=2, num_stages=4, num_warps=8, persistent=True)
+    # Triton 3.6 to 3.9 cannot compile a capped tile that is halved out of tensor memory.
+    return Tile(128, 64, 64, splits=0, num_stages=4, num_warps=8, persistent=True)
+
+
+def choose(key: Key) -> Choice:
+    """What to run for ``key``: the measurement of the same head whose chunks are nearest in size, or the stated default."""
+    same = [entry for entry in _measured() if _key(entry)._replace(rows=key.rows) == key]
+    if not same:
+        wide = key.plain and key.dtype == "bfloat16"
+        return Choice(1, default_tile(key.arch, wide=wide, descriptors=True), measured=False)
+    best = min(same, key=lambda entry: (abs(math.log(entry["rows"] / max(1, key.rows))), entry["rows"]))
+    return Choice(best["tier"], Tile(*best["tile"]), measured=True)
+
+
+def _key(entry: dict[str, Any]) -> Key:
+    return Key(*(entry[name] for name in Key._fields))
+
+
+@functools.cache
+def _measured() -> tuple[dict[str, Any], ...]:
+    text = resources.files("grpo_fast.ops").joinpath(TABLE).read_text(encoding="utf-8")
+    return tuple(json.loads(text)["measured"])
