@@ -99,16 +99,21 @@ def test_one_pass_equals_the_two_ops(name: str, options: str, on_policy: bool, c
         assert 0 < found.metrics.clip_region < found.metrics.num_ratios
 
 
-@pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize(
-    ("impl", "dtype"),
-    [("torch", torch.float32), ("torch", torch.bfloat16), ("triton", torch.float32), ("triton", torch.float16)],
-)
+TYPES = [("torch", torch.float32), ("torch", torch.bfloat16), ("triton", torch.float32), ("triton", torch.float16)]
+BUDGETED = [
+    (name, impl, dtype)
+    for impl, dtype in TYPES
+    for name in SPECS
+    if impl == "torch" or name in ("two-sided kl", "gspo kl entropy")  # the kernels know no objective
+]
+
+
+@pytest.mark.parametrize(("name", "impl", "dtype"), BUDGETED)
 def test_error_keeps_to_the_budget(name: str, impl: str, dtype: torch.dtype, device: torch.device) -> None:
-    # The worst of some draws: the error of one sum is chance.
-    where, seeds = (device, range(5, 9)) if impl == "triton" else (CPU, range(5, 14))
-    errors = [budget_errors(name, impl, case(dtype=dtype, temperature=0.9, seed=seed, device=where)) for seed in seeds]
-    for worst in zip(*errors, strict=True):
+    # The worst of nine draws: the error of one sum is chance.
+    where = device if impl == "triton" else CPU
+    draws = [case(dtype=dtype, temperature=0.9, seed=seed, device=where) for seed in range(5, 14)]
+    for worst in zip(*(budget_errors(name, impl, draw) for draw in draws), strict=True):
         found, reference, half_ulp = (max(values) for values in zip(*worst, strict=True))
         assert found <= 4 * reference + half_ulp
 
