@@ -11,6 +11,9 @@ where E lacks the target's column in the first product, whose part is added in f
 
 Bytes of device memory a logit, for bfloat16 inputs: 4 written and read once as logits, 2 written as E and read by each product.
 
+Where the table of :mod:`grpo_fast.ops.head_shapes` says so, E and the numbers of its rows come out of the first product itself
+(:mod:`grpo_fast.ops.head_exp`, tier 2), without logits; everything after that is the same.
+
 Sizes of products are the host's to know, so rows that turn out dead cannot leave them without waiting for the device; here
 they keep their place with scale 0, and nothing waits. Rows known to be dead beforehand belong to
 :mod:`grpo_fast.ops.row_plan`.
@@ -27,11 +30,14 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
+from grpo_fast.ops.head_exp import head_exp_block
 from grpo_fast.ops.head_pass import Block, RowGradient, RowScales, RowStatistics, row_scales, row_statistics
+from grpo_fast.ops.head_shapes import Choice, Key, choose
 from grpo_fast.ops.head_triton_kernels import (
     LIMIT,
     _head_bias_bwd_kernel,
@@ -39,6 +45,7 @@ from grpo_fast.ops.head_triton_kernels import (
     _head_rows_bwd_kernel,
     _head_rows_fwd_kernel,
 )
+from grpo_fast.ops.jit import target
 from grpo_fast.ops.lm_head import ROW_MULTIPLE, TILE_ROWS, LMHead, pad_rows, padded, row_chunks, rows_per_chunk
 
 _PITCH = 16
@@ -75,6 +82,10 @@ class TritonHeadPass:
         targets: int64 [T].
         wanted: which of hidden, weight and bias need a gradient.
         gated: whether a softcap's derivative goes into E: when the entropy sends no gradient.
+        choice: which tier makes E, in which tiles; ``None`` asks the table of :mod:`grpo_fast.ops.head_shapes`.
+
+    Raises:
+        ValueError: tier 2 is asked for with types that it does not take.
     """
 
     def __init__(
@@ -85,6 +96,7 @@ class TritonHeadPass:
         targets: torch.Tensor,
         wanted: tuple[bool, bool, bool] = (False, False, False),
         gated: bool = True,
+        choice: Choice | None = None,
     ) -> None:
         common = torch.promote_types(hidden.dtype, head.weight.dtype)
         # Of float16 and bfloat16 the promoted type is float32; a float64 weight comes down to it.
@@ -97,6 +109,8 @@ class TritonHeadPass:
         self._hidden, self._weight = hidden.detach().to(common).contiguous(), head.weight.detach().to(common).contiguous()
         self._bias = None if head.bias is None else head.bias.detach().contiguous()
         self._targets = targets.contiguous()
+        self._common = replace(head, weight=self._weight, bias=self._bias)
+        self._choice = _choice(self._common, self.max_rows) if choice is None else choice
         rounded_by_product = head.logits_dtype == common == torch.bfloat16 and head.bias is None
         self._logits_dtype = common if rounded_by_product else torch.float32
         self._rounds = head.rounds_logits and not rounded_by_product
@@ -109,6 +123,8 @@ class TritonHeadPass:
     def block(self, rows: slice, *, want_entropy: bool, want_exp: bool) -> Block:
         """See :class:`~grpo_fast.ops.head_pass.HeadPass`."""
         count = rows.stop - rows.start
+        if self._choice.tier == 2:
+            return self._in_one_product(rows, want_entropy=want_entropy, want_exp=want_exp)
         statistics = torch.empty(5, padded(count), dtype=torch.float32, device=self._hidden.device)[:, :count]
         if want_exp:
             self._exp = self._buffer(self._exp, padded(count), self._exp_dtype)
@@ -121,6 +137,23 @@ class TritonHeadPass:
             exp = self._exp[: padded(count)]
         reference, target_logits, others, weighted, peak = statistics
         return Block(rows, exp, reference, target_logits, others, weighted if want_entropy else None, peak)
+
+    def _in_one_product(self, rows: slice, *, want_entropy: bool, want_exp: bool) -> Block:
+        """A block by tier 2, which writes no logits."""
+        exp, count = None, rows.stop - rows.start
+        if want_exp:
+            self._exp = self._buffer(self._exp, padded(count), self._exp_dtype)
+            exp = self._exp[: padded(count)]
+        found = head_exp_block(
+            self._hidden[rows],
+            self._common,
+            targets=self._targets[rows],
+            exp=exp,
+            gated=self._gated,
+            want_entropy=want_entropy,
+            tile=self._choice.tile,
+        )
+        return Block(rows, exp, found.reference, found.target_logits, found.others, found.weighted)
 
     def _one_part(self, first: int, part: slice, statistics: torch.Tensor, *, want_exp: bool) -> None:
         """Logits of some rows of a chunk, and what the kernel makes of them."""
@@ -216,6 +249,13 @@ class TritonHeadPass:
         if self._wanted[1] and weight is None:
             weight = _zeros(self._hidden, *self._weight.shape)
         return self._dhidden, weight, self._dbias
+
+
+def _choice(head: LMHead, max_rows: int) -> Choice:
+    """What the table says of a head and the most rows of a chunk, never of the rows at hand: a row keeps its bits."""
+    vocab, hidden = head.weight.shape
+    arch, dtype = target(head.weight.device).arch, str(head.weight.dtype).removeprefix("torch.")
+    return choose(Key(arch, dtype, hidden, vocab, max_rows, plain=head.softcap is None and head.bias is None))
 
 
 def _zeros(like: torch.Tensor, *shape: int) -> torch.Tensor:

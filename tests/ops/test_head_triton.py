@@ -9,10 +9,11 @@ import torch
 
 from grpo_fast.ops import head_triton
 from grpo_fast.ops.head_pass import HeadPass, RowGradient, row_statistics
+from grpo_fast.ops.head_shapes import Choice, Key
 from grpo_fast.ops.head_torch import TorchHeadPass
 from grpo_fast.ops.head_triton import TritonHeadPass, _chunk_shape, _products_in, aot_calls
 from grpo_fast.ops.lm_head import LMHead, row_chunks
-from tests.ops.test_head_triton_kernels import Case, case
+from tests.ops.test_head_triton_kernels import TIER_2, Case, case
 
 SIZE = (61, 24, 131)
 
@@ -38,6 +39,50 @@ def test_it_agrees_with_the_pass_in_torch(chunk_rows: int, device: torch.device)
     whole = TorchHeadPass(given.hidden, replace(head, chunk_bytes=None), **options)
     for found, wanted in zip(walk(work, given), walk(whole, given), strict=True):
         torch.testing.assert_close(found, wanted, rtol=2e-5, atol=5e-6)
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 6.0, "temperature": 0.8}, {"logit_scale": 0.6, "logits_dtype": torch.bfloat16}], ids=str
+)
+def test_both_tiers_give_the_same_block_and_gradients(options: dict[str, object], entropy: bool, device: torch.device) -> None:
+    given = case(device, (11, 24, 131), **options)
+    # Sums of products that are exact: logits that are rounded to bfloat16 then round alike.
+    hidden, weight, bias = (torch.round(8 * value) / 8 for value in (given.hidden, given.head.weight, given.head.bias))
+    given = given._replace(hidden=hidden, head=replace(given.head, weight=weight, bias=bias))
+    if not entropy:
+        given = given._replace(gradient=RowGradient(given.gradient.logprobs))
+    found = []
+    for tier in (1, 2):
+        choice = Choice(tier, TIER_2.tile, measured=False)
+        made = {"targets": given.targets, "wanted": (True, True, True), "gated": not entropy, "choice": choice}
+        work = TritonHeadPass(hidden, given.head, **made)
+        block = work.block(slice(0, 11), want_entropy=True, want_exp=True)
+        statistics, exp = row_statistics(block), block.exp[:11].clone()
+        work.add(block, statistics, given.gradient)
+        found.append([exp / statistics.total[:, None], *statistics[:2], *work.gradients()])
+        scoring = row_statistics(work.block(slice(0, 11), want_entropy=False, want_exp=False))
+        assert torch.equal(scoring.logprobs, statistics.logprobs)
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=2e-5, atol=4e-6)
+    assert (found[0][1] < -6).any()
+
+
+def test_the_table_decides_between_the_tiers(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    given, asked = case(device, (11, 24, 131)), []
+
+    def choose(key: Key) -> Choice:
+        asked.append(key)
+        return TIER_2
+
+    options = {"targets": given.targets, "wanted": (True, True, True), "gated": False}
+    first = walk(TritonHeadPass(given.hidden, given.head, **options), given)
+    monkeypatch.setattr(head_triton, "choose", choose)
+    work = TritonHeadPass(given.hidden, given.head, **options)
+    for one, two in zip(first, walk(work, given), strict=True):
+        torch.testing.assert_close(one, two, rtol=2e-5, atol=5e-6)
+    assert work._logits is None
+    assert [key._replace(arch=0) for key in asked] == [Key(0, "float32", 24, 131, work.max_rows, plain=False)]
 
 
 @pytest.mark.parametrize(

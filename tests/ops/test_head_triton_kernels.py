@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from grpo_fast.ops.head_pass import RowGradient, RowStatistics, row_statistics
+from grpo_fast.ops.head_shapes import Choice, Tile
 from grpo_fast.ops.head_triton import TritonHeadPass
 from grpo_fast.ops.lm_head import LMHead
 from grpo_fast.ops.token_logprob import token_logprob_reference
 
+TIER_2 = Choice(2, Tile(32, 64, 16, splits=1, num_stages=3, num_warps=4, persistent=True), measured=False)
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "temperature": {"temperature": 0.7, "logit_scale": 1.2},
@@ -63,18 +65,19 @@ def case(
     return Case(hidden.to(device), head, targets.to(device), RowGradient(*(slope.to(device) for slope in slopes)))
 
 
-def run(given: Case, *, entropy: bool = True) -> tuple[RowStatistics, list[torch.Tensor]]:
+def run(given: Case, *, entropy: bool = True, choice: Choice | None = None) -> tuple[RowStatistics, list[torch.Tensor]]:
     """Statistics of the rows, and the gradients of hidden rows, weight and bias."""
     hidden, head, targets, gradient = given
-    work = TritonHeadPass(hidden, head, targets=targets, wanted=(True, True, head.bias is not None), gated=not entropy)
+    wanted = (True, True, head.bias is not None)
+    work = TritonHeadPass(hidden, head, targets=targets, wanted=wanted, gated=not entropy, choice=choice)
     block = work.block(slice(0, len(hidden)), want_entropy=True, want_exp=True)
     statistics = row_statistics(block)
     work.add(block, statistics, gradient if entropy else RowGradient(gradient.logprobs))
     return statistics, [value for value in work.gradients() if value is not None]
 
 
-def outcome(given: Case, *, entropy: bool) -> list[torch.Tensor]:
-    statistics, gradients = run(given, entropy=entropy)
+def outcome(given: Case, *, entropy: bool, choice: Choice | None = None) -> list[torch.Tensor]:
+    statistics, gradients = run(given, entropy=entropy, choice=choice)
     assert statistics.entropy is not None
     return [value.double().cpu() for value in (statistics.logprobs, statistics.entropy, *gradients)]
 
@@ -92,9 +95,9 @@ def by_reference(given: Case, *, entropy: bool, dtype: torch.dtype) -> list[torc
     return [value.detach().double().cpu() for value in (logprobs, entropies, *gradients)]
 
 
-def assert_within_budget(given: list[Case], *, entropy: bool) -> None:
+def assert_within_budget(given: list[Case], *, entropy: bool, choice: Choice | None = None) -> None:
     """Four times the error of the float32 specification plus half an ulp, of the worst of some draws."""
-    for output in zip(*(zip(*three(each, entropy=entropy), strict=True) for each in given), strict=True):
+    for output in zip(*(zip(*three(each, entropy=entropy, choice=choice), strict=True) for each in given), strict=True):
         errors = [((found - exact).abs().max(), (base - exact).abs().max()) for found, base, exact in output]
         found, base = (max(values).item() for values in zip(*errors, strict=True))
         largest = max(exact.abs().max().item() for _, _, exact in output)
@@ -102,9 +105,9 @@ def assert_within_budget(given: list[Case], *, entropy: bool) -> None:
         assert largest > 1e-3
 
 
-def three(given: Case, *, entropy: bool) -> tuple[list[torch.Tensor], ...]:
+def three(given: Case, *, entropy: bool, choice: Choice | None) -> tuple[list[torch.Tensor], ...]:
     return (
-        outcome(given, entropy=entropy),
+        outcome(given, entropy=entropy, choice=choice),
         by_reference(given, entropy=entropy, dtype=torch.float32),
         by_reference(given, entropy=entropy, dtype=torch.float64),
     )
@@ -119,6 +122,16 @@ def test_errors_keep_to_the_budget(
     # The error of one row is chance.
     draws = [case(device, size, dtype=dtype, seed=seed, **OPTIONS[options]) for seed in range(max(4, 40 // size[0]))]
     assert_within_budget(draws, entropy=entropy)
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("size", "options"), [((5, 24, 131), name) for name in OPTIONS] + [((1, 8, 17), "plain")], ids=str)
+def test_errors_of_tier_2_keep_to_the_same_budget(
+    size: tuple[int, int, int], dtype: torch.dtype, options: str, entropy: bool, device: torch.device
+) -> None:
+    draws = [case(device, size, dtype=dtype, seed=seed, **OPTIONS[options]) for seed in range(4)]
+    assert_within_budget(draws, entropy=entropy, choice=TIER_2)
 
 
 def test_a_large_odd_vocabulary(device: torch.device) -> None:
