@@ -22,18 +22,18 @@ def default_path(facts: DeviceFacts) -> Path:
 
 
 def commit() -> str | None:
-    """The checkout's commit, marked where files differ from it; ``None`` outside a checkout."""
+    """The checkout's commit, marked where tracked files other than results differ from it; ``None`` outside a checkout."""
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=10", "--match="],
-            cwd=RESULTS.parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        name = _git("rev-parse", "--short=10", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.strip()
+    return name + "-dirty" * bool(changed)
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(RESULTS.parents[1]), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def today() -> str:

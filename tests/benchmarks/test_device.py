@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from benchmarks import device
-from benchmarks.ops import store
 from benchmarks.ops.cases import HeadCase, smoke_cases
 from benchmarks.ops.pictures import draw
 
@@ -118,13 +117,6 @@ def test_results_of_another_format_are_refused(tmp_path) -> None:
 def test_the_list_of_cases_runs_nothing(capsys) -> None:
     assert device.main(["--smoke", "--list"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(smoke_cases())
-
-
-def test_names_of_gpus_become_folders() -> None:
-    from grpo_fast.device import device_facts
-
-    facts = device_facts("cpu")
-    assert store.default_path(facts).parts[-2:] == ("cpu", "ops.json")
 
 
 def test_a_banned_contender_is_listed_with_the_reason(tmp_path) -> None:

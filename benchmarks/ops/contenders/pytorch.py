@@ -33,8 +33,14 @@ def _compiled(function: Any) -> Any:
     return torch.compile(function, dynamic=False)
 
 
+def _fresh(function: Any) -> Any:
+    """Compiled anew for a case: after eight shapes or modes of a function, torch would run it uncompiled and only warn."""
+    torch.compiler.reset()
+    return _compiled(function)
+
+
 def _compile(problem: HeadProblem, option: Any) -> Call:
-    return from_logprobs(problem, _compiled(full_logits))
+    return from_logprobs(problem, _fresh(full_logits))
 
 
 def _own_cross_entropy(problem: HeadProblem, option: int) -> Call:
@@ -87,7 +93,7 @@ def _eager_advantages(problem: AdvantageProblem, option: Any) -> Call:
 
 
 def _compiled_advantages(problem: AdvantageProblem, option: Any) -> Call:
-    function = _compiled(plain_advantages)
+    function = _fresh(plain_advantages)
     return lambda: function(problem.rewards, problem.case.scale_rewards == "group")
 
 
@@ -139,5 +145,5 @@ CONTENDERS = (
     Contender(
         "torch eager", "loss", lambda problem, _: _padded_loss(problem, padded_loss), "TRL's formula on [B, L], autograd"
     ),
-    Contender("torch.compile", "loss", lambda problem, _: _padded_loss(problem, _compiled(padded_loss)), "the same, compiled"),
+    Contender("torch.compile", "loss", lambda problem, _: _padded_loss(problem, _fresh(padded_loss)), "the same, compiled"),
 )
