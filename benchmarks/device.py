@@ -2,9 +2,12 @@
 
 First the device's own tests run where it is a GPU; then the ceilings are measured, and the cases one after the other, the most
 important first, each checked before it is timed. ``benchmarks/results/<device>/ops.json`` is rewritten after every case. What
-the time budget does not reach is listed; ``--resume`` measures that later. Rivals that are installed take part, the others are
-listed as missing: ``pip install --no-deps`` of trl, liger-kernel, unsloth_zoo, verl, cut-cross-entropy and quack-kernels is
-enough for most and takes less than 10 MiB.
+the time budget does not reach is listed; ``--resume`` measures that later. It needs of this project's dependencies torch and
+numpy (and Triton on a GPU), matplotlib for the picture, pytest for the tests.
+
+Rivals that are installed take part, the others are listed as missing. ``pip install --no-deps`` of trl, liger-kernel,
+unsloth_zoo, verl, cut-cross-entropy and quack-kernels fetches less than 10 MiB; modules are imported past what their packages
+would pull in. Liger's path for sm_90 and quack want nvidia-cutlass-dsl too, 92 MiB more, and say so where it is missing.
 """
 
 from __future__ import annotations

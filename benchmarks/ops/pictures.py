@@ -18,8 +18,20 @@ mpl.use("Agg")
 
 _OURS = {"grpo_fast": "#c1272d", "grpo_fast, every row": "#e58a3c"}
 _FLOOR = "#111111"
-_RIVALS = ("#1f77b4", "#2ca02c", "#9467bd", "#17becf", "#8c564b", "#7f7f7f", "#bcbd22")
-_MARKS = "svD^P<>X"
+_RIVALS = (
+    "#1f77b4",
+    "#2ca02c",
+    "#9467bd",
+    "#17becf",
+    "#8c564b",
+    "#7f7f7f",
+    "#bcbd22",
+    "#e377c2",
+    "#1b4f72",
+    "#145a32",
+    "#5b2c6f",
+)
+_MARKS = "svD^P<>Xphd"
 _DPI = 120
 
 
@@ -35,7 +47,9 @@ def draw(path: Path) -> Path:
     content = store.read(path)
     sweeps = (tokens_sweep(content["cases"]), head_sweep(content["cases"]), dead_sweep(content["cases"]))
     figure, axes = plt.subplots(2, 3, figsize=(14, 8), layout="constrained")
-    style = _styles(row["contender"] for sweep in sweeps for record in sweep.records for row in record["rows"])
+    style = _styles(
+        row["contender"] for sweep in sweeps for record in sweep.records for row in record["rows"] if "p50_ms" in row
+    )
     for column, sweep in zip(axes.T, sweeps, strict=True):
         _panel(column[0], sweep, style, value=lambda row: row.get("p50_ms"), spread=True)
         _panel(column[1], sweep, style, value=lambda row: _mib(row) if row["role"] != "floor" else None)
@@ -133,14 +147,15 @@ def _panel(
 def _styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """One look for a contender in all panels."""
     style: dict[str, dict[str, Any]] = {}
+    rivals = 0
     for name in dict.fromkeys(names):
         if name in _OURS:
             style[name] = {"color": _OURS[name], "marker": "o", "lw": 2.4, "ms": 6, "zorder": 3}
         elif name == "bare products":
             style[name] = {"color": _FLOOR, "marker": "_", "ms": 9, "lw": 1.4, "ls": "--"}
         else:
-            count = len(style)
-            style[name] = {"color": _RIVALS[count % len(_RIVALS)], "marker": _MARKS[count % len(_MARKS)], "lw": 1.4, "ms": 5}
+            style[name] = {"color": _RIVALS[rivals % len(_RIVALS)], "marker": _MARKS[rivals % len(_MARKS)], "lw": 1.4, "ms": 5}
+            rivals += 1
     return style
 
 
