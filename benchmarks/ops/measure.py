@@ -47,7 +47,13 @@ class Clock:
 
 
 def take_turns(
-    clock: Clock, calls: Mapping[str, Callable[[], object]], *, allowance_s: float, min_rounds: int = 3, max_rounds: int = 30
+    clock: Clock,
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    allowance_s: float,
+    min_rounds: int = 3,
+    max_rounds: int = 30,
+    on_round: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, list[float]], dict[str, Exception]]:
     """Times warm calls in turns until an allowance is used up.
 
@@ -57,6 +63,7 @@ def take_turns(
         allowance_s: seconds for all of them; ``min_rounds`` are done in any case.
         min_rounds: least rounds, at least 2.
         max_rounds: most rounds.
+        on_round: called before each round.
 
     Returns:
         Readings in seconds by name, and what calls raised that are out of the game for it. The first round of a call that has
@@ -69,6 +76,7 @@ def take_turns(
     for round_number in range(max_rounds):
         if round_number >= min_rounds and time.perf_counter() - begun > allowance_s:
             break
+        on_round()
         for place in range(len(names)):
             name = names[(place + round_number) % len(names)]
             if name in failures:

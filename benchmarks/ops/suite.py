@@ -44,7 +44,7 @@ class Bench:
     tidy: bool = True
     """Collect garbage between contenders; costs more than a case in miniature."""
     trying: Callable[[str, str], None] = lambda case, contender: None
-    """Told before a contender first runs in a case, and with ``TURNS`` before the turns: what a crash was about."""
+    """Told before a contender first runs in a case, and with ``TURNS`` before each round of turns: what a crash was about."""
     banned: Mapping[str, str] = field(default_factory=dict)
     """Contenders that brought the process down before, with the reason."""
     _rows: dict[tuple[object, ...], HeadRows] = field(default_factory=dict)
@@ -103,13 +103,13 @@ def run_case(bench: Bench, case: Case) -> dict[str, Any]:
         if call is not None:
             calls[contender.name] = call
         _release(bench)
-    bench.trying(case.name, TURNS)
     readings, failures = take_turns(
         bench.clock,
         calls,
         allowance_s=bench.allowance_s / (1 if case.every_rival else 2),
         min_rounds=bench.min_rounds,
         max_rounds=bench.max_rounds,
+        on_round=lambda: bench.trying(case.name, TURNS),
     )
     for row in rows:
         name = row["contender"]

@@ -23,9 +23,10 @@ def test_calls_take_turns_in_an_order_that_rotates() -> None:
 
         return run
 
-    found, failures = take_turns(Clock(CPU), {name: call(name) for name in "abc"}, allowance_s=0.0, min_rounds=3)
+    calls = {name: call(name) for name in "abc"}
+    found, failures = take_turns(Clock(CPU), calls, allowance_s=0.0, min_rounds=3, on_round=lambda: order.append(" "))
     assert not failures
-    assert "".join(order) == "abcbcacab"
+    assert "".join(order) == " abc bca cab"
     assert all(len(readings) == 3 and min(readings) >= 0.002 for readings in found.values())
 
 
