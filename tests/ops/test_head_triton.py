@@ -16,6 +16,7 @@ from grpo_fast.ops.lm_head import LMHead, row_chunks
 from tests.ops.test_head_triton_kernels import TIER_2, Case, case
 
 SIZE = (61, 24, 131)
+SMALL = (19, 24, 131)
 
 
 def walk(work: HeadPass, given: Case) -> list[torch.Tensor]:
@@ -29,9 +30,9 @@ def walk(work: HeadPass, given: Case) -> list[torch.Tensor]:
     return [torch.cat(logprobs), *(value for value in work.gradients() if value is not None)]
 
 
-@pytest.mark.parametrize("chunk_rows", [8, 24, 1000])
+@pytest.mark.parametrize("chunk_rows", [8, 1000])
 def test_it_agrees_with_the_pass_in_torch(chunk_rows: int, device: torch.device) -> None:
-    given = case(device, SIZE, softcap=8.0, temperature=0.9)
+    given = case(device, SMALL, softcap=8.0, temperature=0.9)
     head = replace(given.head, chunk_bytes=int(chunk_rows * SIZE[2] * 4.5))
     options = {"targets": given.targets, "wanted": (True, True, True), "gated": False}
     work = TritonHeadPass(given.hidden, head, **options)
@@ -89,7 +90,7 @@ def test_the_table_decides_between_the_tiers(monkeypatch: pytest.MonkeyPatch, de
     "mixed", [(torch.float16, torch.float32), (torch.float32, torch.float16), (torch.float32, torch.float64)]
 )
 def test_unequal_types_are_multiplied_in_the_wider_one(mixed: tuple[torch.dtype, torch.dtype], device: torch.device) -> None:
-    given = case(device, SIZE)
+    given = case(device, SMALL)
     hidden, head = given.hidden.to(mixed[0]), replace(given.head, weight=given.head.weight.to(mixed[1]))
     options = {"targets": given.targets, "wanted": (True, True, True)}
     given = given._replace(gradient=RowGradient(given.gradient.logprobs))
@@ -102,7 +103,7 @@ def test_unequal_types_are_multiplied_in_the_wider_one(mixed: tuple[torch.dtype,
 
 
 def test_strided_inputs_are_read_where_they_are(device: torch.device) -> None:
-    given = case(device, SIZE)
+    given = case(device, SMALL)
     options = {"targets": given.targets, "wanted": (True, True, True), "gated": False}
     expected = walk(TritonHeadPass(given.hidden, given.head, **options), given)
     hidden, weight = (value.repeat_interleave(2, 1)[:, ::2] for value in (given.hidden, given.head.weight))
@@ -114,7 +115,7 @@ def test_strided_inputs_are_read_where_they_are(device: torch.device) -> None:
 
 
 def test_only_what_is_wanted_is_made(device: torch.device) -> None:
-    given = case(device, SIZE)
+    given = case(device, SMALL)
     everything = walk(TritonHeadPass(given.hidden, given.head, targets=given.targets, wanted=(True,) * 3, gated=False), given)
     for index in range(3):
         wanted = tuple(index == other for other in range(3))

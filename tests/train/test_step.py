@@ -1,17 +1,24 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from grpo_fast import GRPOTrainer, recipe
 from grpo_fast.config import Config
 from grpo_fast.metrics import PhaseTimer
 from grpo_fast.objective import OBJECTIVES
+from grpo_fast.ops import FusedLoss, LMHead, fused_grpo
+from grpo_fast.ops.fused_grpo import fused_grpo_reference
+from grpo_fast.train import step as step_module
 from grpo_fast.train.optim import build_optimizer
 from grpo_fast.train.policy import Policy
 from grpo_fast.train.step import (
@@ -371,3 +378,69 @@ def test_rows_without_gradient_can_be_kept_for_the_metrics(tiny_policy: MakePoli
     assert results[1].metrics["entropy"] == pytest.approx(results[2].metrics["entropy"], rel=1e-6)
     assert results[1].metrics["entropy"] != pytest.approx(results[0].metrics["entropy"], rel=1e-4)
     assert results[1].metrics["loss"] == pytest.approx(results[0].metrics["loss"], rel=1e-6)
+
+
+def test_the_loss_is_made_in_one_pass_by_default(
+    tiny_policy: MakePolicy, groups: list[Group], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def listening(*given: Any, **options: Any) -> FusedLoss:
+        calls.append(options)
+        return fused_grpo(*given, **options)
+
+    monkeypatch.setattr(step_module, "fused_grpo", listening)
+    bench = Bench(tiny_policy(), tokens_per_microbatch=24)
+    bench.update(groups)
+    assert len(calls) > 1
+    assert all("impl" not in options for options in calls)
+
+
+def embedded_curve(
+    loss: Callable[..., FusedLoss], folder: Path, *, seed: int = 0, num_steps: int = 200
+) -> list[dict[str, float]]:
+    """Metrics of the first steps of 200 of the embedded recipe with some loss."""
+    settings = {"output_dir": folder, "sinks": (), "forecast": "off", "report": False, "eval_steps": 1000}
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        GRPOTrainer(recipe("embedded", seed=seed, max_steps=200, **settings)) as trainer,
+    ):
+        patch.setattr(step_module, "fused_grpo", loss)
+        return [dict(step.metrics) for step in islice(trainer.steps(), num_steps)]
+
+
+def in_bfloat16(hidden: torch.Tensor, head: LMHead, **options: Any) -> FusedLoss:
+    """The reference on logits that were rounded."""
+    return fused_grpo_reference(hidden, replace(head, logits_dtype=torch.bfloat16), **options)
+
+
+def largest_gap(one: list[dict[str, float]], two: list[dict[str, float]], name: str) -> float:
+    """Between the means of twenty steps of two curves."""
+    starts = range(0, len(one), 20)
+    means = [[statistics.mean(step[name] for step in curve[start : start + 20]) for start in starts] for curve in (one, two)]
+    return max(abs(first - second) for first, second in zip(*means, strict=True))
+
+
+def follow_each_other(one: list[dict[str, float]], two: list[dict[str, float]]) -> bool:
+    """Whether the same completions were sampled, and loss and gradient norm agree to rounding."""
+    return all(
+        first["reward"] == second["reward"]
+        and first["loss"] == pytest.approx(second["loss"], rel=1e-5, abs=1e-7)
+        and first["grad_norm"] == pytest.approx(second["grad_norm"], rel=1e-5)
+        for first, second in zip(one, two, strict=True)
+    )
+
+
+@pytest.mark.slow
+def test_two_hundred_steps_learn_what_the_reference_learns(tmp_path: Path) -> None:
+    """Errors too small to be seen in one step can drift; a run of another seed says how far apart equal runs may be."""
+    found = embedded_curve(fused_grpo, tmp_path / "fused")
+    expected = embedded_curve(fused_grpo_reference, tmp_path / "reference")
+    other = embedded_curve(fused_grpo_reference, tmp_path / "other", seed=1)
+    assert follow_each_other(found[:20], expected[:20])
+    for name in ("reward", "entropy"):
+        assert largest_gap(found, expected, name) <= largest_gap(other, expected, name)
+    assert statistics.mean(step["reward"] for step in expected[-20:]) > 0.9
+    # the guard: rounded logits, an error of the size that public kernels have, would have been told
+    rounded = embedded_curve(in_bfloat16, tmp_path / "rounded", num_steps=20)
+    assert not follow_each_other(rounded, expected[:20])
