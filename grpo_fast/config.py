@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self
 
 import tomli_w
 from cyclopts import Group, Parameter
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 LossType = Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "gspo", "rloo", "luspo", "sapo"]
 
@@ -176,10 +176,15 @@ class Config(BaseModel):
     """What a forecast plateau does: nothing (and no forecast), one message, a question on the terminal, the end of the run."""
     forecast_epsilon: Annotated[float, _FORECAST] = Field(0.01, gt=0)
     """Remaining gain of the reward under which going on is not worth it."""
-    forecast_confidence: Annotated[float, _FORECAST] = Field(0.9, gt=0.5, lt=1)
-    """Probability of so small a gain that a stop demands."""
-    forecast_patience: Annotated[int, _FORECAST] = Field(3, ge=1)
-    """Consecutive steps on which that must hold."""
+    forecast_confidence: Annotated[float, _FORECAST] = Field(0.8, gt=0.5, lt=1)
+    """Probability of so small a gain that a stop demands; the expected gain must be that small too."""
+    forecast_patience: Annotated[float, _FORECAST] = Field(0.07, gt=0)
+    """For how long that must hold without a break: below 1 a share of ``max_steps``, from 1 on a number of steps."""
+    forecast_reward_value: Annotated[float | None, _FORECAST] = Field(None, gt=0)
+    """Money that one unit of reward is worth: a run also stops where no way on is expected to bring what it costs. It needs
+    ``price_per_gpu_hour``."""
+    forecast_prior: Annotated[Path | None, _FORECAST, AfterValidator(lambda path: path and path.absolute())] = None
+    """What is believed of runs beforehand: a file that ``grpo-fast law fit`` wrote; the package's own without one."""
     forecast_min_steps: Annotated[int, _FORECAST] = Field(20, ge=5)
     """Steps before which no forecast stops a run; nor does one before the learning rate is warm."""
     baseline_probe: Annotated[int, _FORECAST] = Field(64, ge=0)

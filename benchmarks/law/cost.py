@@ -25,10 +25,9 @@ def _at(place: int) -> dict[str, float]:
     rewards = np.clip(
         0.8 - 0.6 * np.exp(-np.arange(1, horizon + 1) / (0.2 * horizon)) + 0.05 * rng.standard_normal(horizon), 0, 1
     )
-    state = OnlinePredictor(horizon, epsilon=EPSILON, reward_range=(0.0, 1.0)).state_dict()
-    state["rows"] = [[step, step / horizon, float(rewards[step - 1]), 16, 8, None] for step in range(1, place + 1)]
-    state["last"] = [place, place / horizon]
-    predictor = OnlinePredictor.from_state_dict(state)
+    predictor = OnlinePredictor(horizon, epsilon=EPSILON, reward_range=(0.0, 1.0))
+    for step in range(1, place + 1):
+        predictor.absorb(step, step / horizon, float(rewards[step - 1]), num_prompts=16, num_generations=8)
     taken = []
     for step in range(place + 1, horizon):
         begun = time.perf_counter()

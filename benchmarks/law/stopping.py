@@ -219,7 +219,7 @@ class LawStop:
     """
 
     law: Law = field(repr=False)
-    confidence: float = 0.9
+    confidence: float = 0.8
 
     @property
     def name(self) -> str:
@@ -232,9 +232,10 @@ class LawStop:
 
     def stop(self, curve: Curve) -> int | None:
         """The first point at which ``StoppingRule`` stops."""
-        size = curve.rewards.size
-        rule = StoppingRule(EPSILON, confidence=self.confidence, min_steps=first_point(size))
-        for k, forecast in enumerate(self.law.online(curve)[: size - 1], start=1):
+        forecasts = self.law.online(curve)
+        size = len(forecasts)
+        rule = StoppingRule(EPSILON, confidence=self.confidence, min_steps=forecasts[first_point(size) - 1].step)
+        for k, forecast in enumerate(forecasts[: size - 1], start=1):
             if rule.update(forecast).stop:
                 return k
         return None

@@ -9,8 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from grpo_fast.integrations.forecast import LogForecast as LogForecast
     from grpo_fast.integrations.forecast import forecast_log as forecast_log
+    from grpo_fast.integrations.log_forecast import LogForecast as LogForecast
     from grpo_fast.integrations.logs import LogError as LogError
     from grpo_fast.integrations.logs import RewardLog as RewardLog
     from grpo_fast.integrations.logs import read_log as read_log
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "FusedGRPOTrainer": "trl",
     "LogError": "logs",
-    "LogForecast": "forecast",
+    "LogForecast": "log_forecast",
     "PlateauStopCallback": "transformers_callback",
     "RewardLog": "logs",
     "forecast_log": "forecast",

@@ -5,16 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from grpo_fast.integrations.log_forecast import LogForecast
 from grpo_fast.integrations.logs import LogError, RewardLog, RunSettings
 from grpo_fast.integrations.logs.log_rows import OWN_RUN
-from grpo_fast.law import Forecast, OnlinePredictor, StoppingRule
+from grpo_fast.law import Forecast, OnlinePredictor, Prior, RunFacts, Spending, StopDecision, StoppingRule
 from grpo_fast.law.forms import Array
 
 _T = TypeVar("_T")
@@ -25,112 +25,17 @@ _MAX_GRID = 1_000_000
 _A_SHARE = re.compile(r"acc|pass|success|solve|correct|percent|rate|%")
 
 
-@dataclass(frozen=True)
-class LogForecast:
-    """What the law says of a log.
-
-    Attributes:
-        log: the log, with its notes.
-        forecast: after the last step.
-        prior: before the first one.
-        horizon: steps of the whole budget.
-        epsilon: gain that is not worth having, in the log's units.
-        confidence: probability that stops a run.
-        reward_range: range that was assumed, if any.
-        stop_step: step at which the rule would have stopped the run; None where it would not.
-        stop_reason: why it would, or what it says after the last step.
-        stop_forecast: what was believed at that step.
-        notes: the log's, and what was assumed here.
-        history: forecasts in the order of their steps.
-        vetoes: what alone kept the rule from counting each of them; empty where nothing did.
-    """
-
-    log: RewardLog
-    forecast: Forecast
-    prior: Forecast
-    horizon: int
-    epsilon: float
-    confidence: float
-    reward_range: tuple[float, float] | None
-    stop_step: int | None
-    stop_reason: str
-    stop_forecast: Forecast | None = None
-    notes: list[str] = field(default_factory=list)
-    history: Sequence[Forecast] = ()
-    vetoes: Sequence[str] = ()
-
-    def rows(self) -> list[dict[str, Any]]:
-        """The history as rows of ``forecasts.jsonl``, with the phases' probabilities and vetoes."""
-        return [_row(forecast, veto) for forecast, veto in zip(self.history, self.vetoes, strict=True)]
-
-    def prior_row(self) -> dict[str, Any]:
-        """The forecast before the first reward, likewise."""
-        return _row(self.prior)
-
-    def to_dict(self) -> dict[str, Any]:
-        """One JSON object: JSON values only, no NaN."""
-        log = self.log
-        return {
-            "source": log.source,
-            "reward_column": log.reward_column,
-            "step_column": log.step_column,
-            "num_rewards": self.forecast.num_observations,
-            "first_step": int(log.steps[0]),
-            "last_step": int(log.steps[-1]),
-            "max_steps": self.horizon,
-            "last_reward": log.last_reward,
-            "epsilon": self.epsilon,
-            "confidence": self.confidence,
-            "reward_range": None if self.reward_range is None else list(self.reward_range),
-            "forecast": self.forecast.to_dict(),
-            "stop": {
-                "would_stop": self.stop_step is not None,
-                "step": self.stop_step,
-                "saved": None if self.stop_step is None else 1 - self.stop_step / self.horizon,
-                "reason": self.stop_reason,
-                "forecast": None if self.stop_forecast is None else self.stop_forecast.to_dict(),
-            },
-            "notes": self.notes,
-        }
-
-    def to_words(self) -> dict[str, str]:
-        """The forecast as words beside words, for a table."""
-        now, log = self.forecast, self.log
-        seen = f"{now.num_observations} rewards, steps {log.steps[0]} to {log.steps[-1]} of {self.horizon}"
-        return {
-            "source": log.source,
-            "reward column": log.reward_column,
-            "step column": log.step_column or "none: rows are counted",
-            "seen": seen,
-            "last reward": f"{log.last_reward:.4g}",
-            f"forecast for step {self.horizon}": _interval(now.median, now.low, now.high),
-            "plateau": _interval(now.plateau, now.plateau_low, now.plateau_high),
-            "80 % of the rise": "unknown" if now.x80 is None else f"step {now.x80}",
-            "95 % of the rise": "unknown" if now.x95 is None else f"step {now.x95}",
-            "phase": f"{now.phase} (probability {now.phase_probability:.0%})",
-            f"P(gain left < {self.epsilon:g})": f"{now.p_gain_below_eps:.1%}",
-            "identifiable": "yes" if now.identifiable else f"no: {now.reason}",
-            "would have stopped": self._stop_words(),
-        }
-
-    def _stop_words(self) -> str:
-        if self.stop_step is None:
-            return f"no. {self.stop_reason}"
-        return f"at step {self.stop_step}, {1 - self.stop_step / self.horizon:.0%} of the budget saved. {self.stop_reason}"
-
-
-def _row(forecast: Forecast, veto: str = "") -> dict[str, Any]:
-    return forecast.to_dict() | {"phase_probabilities": list(forecast.phase_probabilities), "veto": veto}
-
-
 def forecast_log(  # noqa: PLR0913 (keywords, each of them the law's own)
     log: RewardLog,
     *,
     max_steps: int | None = None,
     epsilon: float | None = None,
     confidence: float | None = None,
-    patience: int | None = None,
+    patience: float | None = None,
     min_steps: int | None = None,
+    reward_value: float | None = None,
+    prior: Prior | None = None,
+    facts: RunFacts | None = None,
     reward_range: tuple[float, float] | None = None,
     num_prompts: int | None = None,
     num_generations: int | None = None,
@@ -144,15 +49,18 @@ def forecast_log(  # noqa: PLR0913 (keywords, each of them the law's own)
         log: the rewards.
         max_steps: steps of the whole budget; the log's own word without one, and else its last step.
         epsilon: gain that is not worth having; without one 0.01, or a hundredth of the observed span where that exceeds 3.
-        confidence: probability of a gain below epsilon that stops a run, 0.9 without one.
-        patience: forecasts in a row that must say so, 3.
-        min_steps: steps before which nothing stops a run, 20.
+        confidence: probability of a gain below epsilon that stops a run; the default of :class:`StoppingRule` without one.
+        patience: for how long forecasts must say so, below 1 a share of the budget, from 1 on a number of forecasts; likewise.
+        min_steps: steps before which nothing stops a run; likewise.
+        reward_value: money that one unit of reward is worth, for runs of grpo_fast that know their price.
+        prior: what is believed of runs; the one that ships without one.
+        facts: what is known of the run; what they leave open is taken from the log.
         reward_range: least and greatest mean reward that is possible; 0 to 1 is assumed, and told, where all rewards lie there.
         num_prompts: prompts a step, 1.
         num_generations: completions per prompt, 1.
 
     Raises:
-        LogError: the log goes beyond ``max_steps`` or leaves ``reward_range``.
+        LogError: the log goes beyond ``max_steps`` or leaves ``reward_range``, or the run's own prior cannot be read.
         ValueError: another value out of range.
     """
     notes = list(log.notes)
@@ -160,53 +68,105 @@ def forecast_log(  # noqa: PLR0913 (keywords, each of them the law's own)
     own = log.settings
     epsilon = own.epsilon if epsilon is None else epsilon
     epsilon = _epsilon(log, notes) if epsilon is None else epsilon
-    confidence = _or(confidence, own.confidence)
+    facts = _facts(facts, own)
     bounds = reward_range if reward_range is not None else own.reward_range
-    bounds = _bounds(log, notes) if bounds is None and own == RunSettings() else _checked(log, bounds)
-    num_prompts, num_generations = _or(num_prompts, own.num_prompts), _or(num_generations, own.num_generations)
-    predictor = OnlinePredictor(horizon, epsilon=epsilon, reward_range=bounds)
-    rule = StoppingRule(
-        epsilon, confidence=confidence, patience=_or(patience, own.patience), min_steps=_or(min_steps, own.min_steps)
+    bounds = _bounds(log, facts.start, notes) if bounds is None and own == RunSettings() else _checked(log, bounds)
+    prior, origin = _prior(prior, own)
+    predictor = OnlinePredictor(horizon, epsilon=epsilon, reward_range=bounds, facts=facts, prior=prior)
+    settings: dict[str, float | None] = {
+        "confidence": _or(confidence, own.confidence),
+        "patience": _or(patience, own.patience),
+        "min_steps": _or(min_steps, own.min_steps),
+        "warmup_steps": own.warmup_steps,
+        "reward_value": _or(reward_value, own.reward_value),
+    }
+    rule = StoppingRule(epsilon, **{name: value for name, value in settings.items() if value is not None})  # type: ignore[arg-type]
+    counts = _or(num_prompts, own.num_prompts), _or(num_generations, own.num_generations)
+    first = predictor.forecast()
+    history, decisions = _replayed(log, predictor, rule, counts=counts, notes=notes)
+    stop = next((place for place, decision in enumerate(decisions) if decision.stop), None)
+    decision = decisions[-1 if stop is None else stop]
+    return LogForecast(
+        log,
+        history[-1],
+        first,
+        horizon,
+        epsilon,
+        rule.confidence,
+        bounds,
+        None if stop is None else history[stop].step,
+        decision.reason,
+        None if stop is None else history[stop],
+        rule={name: getattr(rule, name) for name in settings if name != "confidence"},
+        facts=facts,
+        prior_origin=origin,
+        notes=notes,
+        history=history,
+        vetoes=[decision.veto for decision in decisions],
     )
-    stopped: tuple[int, str, Forecast] | None = None
-    prior = forecast = predictor.forecast()
-    reason = ""
-    history: list[Forecast] = []
-    vetoes: list[str] = []
+
+
+def _replayed(
+    log: RewardLog, predictor: OnlinePredictor, rule: StoppingRule, *, counts: tuple[int, int], notes: list[str]
+) -> tuple[list[Forecast], list[StopDecision]]:
+    """Forecasts and decisions, one by one. ``counts`` are prompts a step and completions per prompt."""
     spread = log.reward_std if log.source == OWN_RUN else None
-    progress = progress_of(log, horizon, notes)
+    progress = progress_of(log, predictor.horizon, notes)
+    history: list[Forecast] = []
+    decisions: list[StopDecision] = []
     for group in _groups(log, notes):
         last = group[-1]
         forecast = predictor.observe(
             int(log.steps[last]),
             float(progress[last]),
             _mean(log.rewards[group]),
-            num_prompts=num_prompts * len(group),
-            num_generations=num_generations,
+            num_prompts=counts[0] * len(group),
+            num_generations=counts[1],
             reward_std=None if spread is None else _mean(spread[group]),
+            spent=_spending(log, int(last)),
         )
-        decision = rule.update(forecast)
-        reason = decision.reason
         history.append(forecast)
-        vetoes.append(decision.veto)
-        if decision.stop and stopped is None:
-            stopped = (forecast.step, decision.reason, forecast)
-    step, reason, then = stopped if stopped is not None else (None, reason, None)
-    return LogForecast(
-        log,
-        forecast,
-        prior,
-        horizon,
-        epsilon,
-        confidence,
-        bounds,
-        step,
-        reason,
-        then,
-        notes=notes,
-        history=history,
-        vetoes=vetoes,
-    )
+        decisions.append(rule.update(forecast, all_wrong=None if log.all_wrong is None else _mean(log.all_wrong[group])))
+    return history, decisions
+
+
+def _spending(log: RewardLog, place: int) -> Spending | None:
+    """What was spent by a row; None where nothing is known."""
+
+    def at(values: Array | None) -> float | None:
+        return None if values is None or not values[place] > 0 else float(values[place])
+
+    seconds = at(log.device_seconds)
+    spent = Spending(at(log.tokens), None if seconds is None else seconds / 3600, at(log.money))
+    return None if spent == Spending() else spent
+
+
+def _facts(told: RunFacts | None, own: RunSettings) -> RunFacts:
+    """What was told of a run, completed by what it wrote itself."""
+    told = told or RunFacts()
+    try:
+        known = RunFacts(**own.facts)
+    except (TypeError, ValueError) as error:
+        raise LogError(
+            f"what the run knew of itself cannot be used ({error}); its facts.json was changed, or is newer"
+        ) from error
+    start, spread = (known.start, known.start_error) if told.start is None else (told.start, told.start_error)
+    lora, validation = told.lora or known.lora, told.validation or known.validation
+    return RunFacts(_or(told.size_b, known.size_b), start, spread, lora=lora, validation=validation)
+
+
+def _prior(told: Prior | None, own: RunSettings) -> tuple[Prior, str | None]:
+    """The prior that is asked for or that the run had, and where it comes from where that is not the package."""
+    path = own.prior if told is None else None
+    if path is not None:
+        try:
+            told = Prior.load(path)
+        except (OSError, ValueError) as error:
+            raise LogError(f"the prior that the run began from cannot be read; give it, or another ({error})") from error
+    if told is None or told.to_dict() == Prior.default().to_dict():
+        return Prior.default(), None
+    about = ", ".join(f"{name} {value}" for name, value in told.about.items() if isinstance(value, (str, int, float)))
+    return told, "; ".join(part for part in (path, about) if part) or "given"
 
 
 def _or(asked: _T | None, own: _T) -> _T:
@@ -300,8 +260,9 @@ def _checked(log: RewardLog, asked: tuple[float, float] | None) -> tuple[float, 
     return asked
 
 
-def _bounds(log: RewardLog, notes: list[str]) -> tuple[float, float] | None:
-    low, high = float(np.nanmin(log.rewards)), float(np.nanmax(log.rewards))
+def _bounds(log: RewardLog, start: float | None, notes: list[str]) -> tuple[float, float] | None:
+    seen = log.rewards if start is None else np.append(log.rewards, start)
+    low, high = float(np.nanmin(seen)), float(np.nanmax(seen))
     told = "and that is taken for their range; give another with --reward-range"
     if low >= 0 and high <= 1 and low < high:
         notes.append(f"all rewards lie in 0 to 1, {told}")
@@ -324,7 +285,3 @@ def _groups(log: RewardLog, notes: list[str]) -> list[npt.NDArray[np.int64]]:
 def _mean(values: Array) -> float:
     finite = values[np.isfinite(values)]
     return float(finite.mean()) if finite.size else math.nan
-
-
-def _interval(value: float, low: float, high: float) -> str:
-    return f"{value:.4g} (90 % interval {low:.4g} to {high:.4g})"

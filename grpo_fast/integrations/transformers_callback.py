@@ -5,16 +5,20 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from grpo_fast.law import Forecast, OnlinePredictor, StopDecision, StoppingRule
+from grpo_fast.law import Forecast, OnlinePredictor, Prior, RunFacts, Spending, StopDecision, StoppingRule
 
 logger = logging.getLogger(__name__)
 
 _LEAST_PROGRESS = 1e-9
+_TOKENS = ("num_tokens", "num_input_tokens_seen")
+_SHARDED = "FullyShardedDataParallel"  # whose parameters are one device's share
 
 
 class PlateauStopCallback(TrainerCallback, ExportableState):
@@ -31,19 +35,25 @@ class PlateauStopCallback(TrainerCallback, ExportableState):
     ``reduce_lr_on_plateau`` are, and in steps elsewhere. After a resume the rewards are taken from the checkpoint and the
     forecasts are what they would have been without a break, also where the callback is new or ``max_steps`` has changed.
 
+    The forecast begins from the model's size, which the trainer's model tells, and from whether adapters are trained, which it
+    tells too; ``facts`` adds what only you know. Where tokens are logged, as by TRL, the history says what steps cost in them.
+
     Where the run is stopped, a checkpoint is saved unless ``save_strategy`` is "no".
 
     Args:
         horizon: steps of the whole budget; the trainer's ``max_steps`` without one.
         reward_key: name of the logged reward.
         epsilon: remaining gain that is not worth having, in reward units.
-        confidence: probability of so small a gain that stops the run.
-        patience: logs in a row that must say so.
-        min_steps: steps before which nothing stops a run.
+        confidence: probability of so small a gain that stops the run; the default of :class:`~grpo_fast.law.StoppingRule`
+            without one.
+        patience: for how long forecasts must say so: below 1 a share of the horizon, from 1 on a number of logs; likewise.
+        min_steps: steps before which nothing stops a run; likewise.
         mode: "stop", or "warn" for one log line and no stop.
         reward_range: least and greatest mean reward that is possible, where that is known; it sharpens the forecast.
         num_prompts: prompts a step; from the trainer's batch sizes without one.
         num_generations: completions per prompt; the trainer's ``num_generations`` without one.
+        prior: what is believed of runs, or its ``to_dict()``; the one that ships without one.
+        facts: what is known of the run, or a mapping of its fields: the start above all, the mean reward before step 1.
 
     Attributes:
         history: forecasts, one row a log in the layout of ``forecasts.jsonl`` without the band.
@@ -60,13 +70,15 @@ class PlateauStopCallback(TrainerCallback, ExportableState):
         *,
         reward_key: str = "reward",
         epsilon: float = 0.01,
-        confidence: float = 0.9,
-        patience: int = 3,
-        min_steps: int = 20,
+        confidence: float | None = None,
+        patience: float | None = None,
+        min_steps: int | None = None,
         mode: Literal["stop", "warn"] = "stop",
         reward_range: tuple[float, float] | None = None,
         num_prompts: int | None = None,
         num_generations: int | None = None,
+        prior: Prior | Mapping[str, Any] | None = None,
+        facts: RunFacts | Mapping[str, Any] | None = None,
     ) -> None:
         if mode not in {"stop", "warn"}:
             raise ValueError(f'mode={mode!r} must be "stop" or "warn"')
@@ -81,15 +93,20 @@ class PlateauStopCallback(TrainerCallback, ExportableState):
             "reward_range": None if reward_range is None else tuple(reward_range),
             "num_prompts": num_prompts,
             "num_generations": num_generations,
+            "prior": prior.to_dict() if isinstance(prior, Prior) else prior,
+            "facts": asdict(facts) if isinstance(facts, RunFacts) else facts,
         }
+        self._prior = None if prior is None else Prior.from_dict(self._args["prior"])  # as a checkpoint will give it back
+        self._facts = RunFacts(**(self._args["facts"] or {}))
         self.rewards: list[tuple[int, float]] = []
+        self.tokens: list[float | None] = []
         self._progress = [1.0]
         self._counts = (1, 1)
         self._begin(1 if horizon is None else horizon)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the arguments and the rewards seen."""
-        return {"args": self._args, "attributes": {"rewards": self.rewards}}
+        """What a checkpoint keeps: the arguments, the rewards seen and the tokens spent by them."""
+        return {"args": self._args, "attributes": {"rewards": self.rewards, "tokens": self.tokens}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Fixes horizon and schedule, and takes up what a resumed run has logged."""
@@ -98,14 +115,16 @@ class PlateauStopCallback(TrainerCallback, ExportableState):
         ):  # a resumed state lacks this callback where it is new, and saving needs it
             state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         key = self._args["reward_key"]
-        seen = self.rewards or [(int(row["step"]), _number(row[key])) for row in state.log_history if key in row]
+        seen = [(step, reward, tokens) for (step, reward), tokens in itertools.zip_longest(self.rewards, self.tokens)]
+        seen = seen or [(int(row["step"]), _number(row[key]), _tokens(row)) for row in state.log_history if key in row]
         horizon = self._args["horizon"] or state.max_steps
         self._progress = _schedule(kwargs.get("lr_scheduler"), horizon)
         self._counts = _counts(args, self._args["num_prompts"], self._args["num_generations"])
+        self._facts = _completed(RunFacts(**(self._args["facts"] or {})), kwargs.get("model"))
         self._begin(horizon)
-        for step, reward in seen:
+        for step, reward, tokens in seen:
             if step <= min(state.global_step, horizon):
-                self._observe(step, reward)
+                self._observe(step, reward, tokens)
 
     def on_log(
         self,
@@ -124,7 +143,7 @@ class PlateauStopCallback(TrainerCallback, ExportableState):
                 "horizon", f"step {step} lies beyond horizon={self.predictor.horizon}; no forecasts from here", state
             )
             return
-        self._observe(step, _number(logs[key]), state)
+        self._observe(step, _number(logs[key]), _tokens(logs) or state.num_input_tokens_seen or None, state)
         assert self.forecast is not None
         assert self.decision is not None
         values = {
@@ -144,18 +163,19 @@ class PlateauStopCallback(TrainerCallback, ExportableState):
 
     def _begin(self, horizon: int) -> None:
         made = self._args
-        self.predictor = OnlinePredictor(horizon, epsilon=made["epsilon"], reward_range=made["reward_range"])
-        self.rule = StoppingRule(
-            made["epsilon"], confidence=made["confidence"], patience=made["patience"], min_steps=made["min_steps"]
+        self.predictor = OnlinePredictor(
+            horizon, epsilon=made["epsilon"], reward_range=made["reward_range"], facts=self._facts, prior=self._prior
         )
-        self.rewards = []
+        asked = {name: made[name] for name in ("confidence", "patience", "min_steps") if made[name] is not None}
+        self.rule = StoppingRule(made["epsilon"], **asked)
+        self.rewards, self.tokens = [], []
         self.history: list[dict[str, Any]] = []
         self.forecast: Forecast | None = None
         self.decision: StopDecision | None = None
         self._said: set[str] = set()
         self._last_step = 0
 
-    def _observe(self, step: int, reward: float, state: TrainerState | None = None) -> None:
+    def _observe(self, step: int, reward: float, tokens: float | None, state: TrainerState | None = None) -> None:
         if math.isinf(reward):
             self._say_once("infinite", f"the reward of step {step} is infinite and counts as missing", state)
             reward = math.nan
@@ -170,9 +190,11 @@ class PlateauStopCallback(TrainerCallback, ExportableState):
             reward,
             num_prompts=num_prompts * (step - self._last_step),
             num_generations=num_generations,
+            spent=None if tokens is None else Spending(tokens=float(tokens)),
         )
         self.decision = self.rule.update(self.forecast)
         self.rewards.append((step, reward))
+        self.tokens.append(tokens)
         self._last_step = step
         row = self.forecast.to_dict()
         del row["band"]
@@ -180,12 +202,12 @@ class PlateauStopCallback(TrainerCallback, ExportableState):
 
     def _forget_range(self) -> None:
         """Goes on as if no range had been given."""
-        said, seen = self._said, self.rewards
+        said, seen = self._said, list(zip(self.rewards, self.tokens, strict=True))
         self._args = self._args | {"reward_range": None}
         self._begin(self.predictor.horizon)
         self._said = said
-        for step, reward in seen:
-            self._observe(step, reward)
+        for (step, reward), tokens in seen:
+            self._observe(step, reward, tokens)
 
     def _say_once(self, what: str, message: str, state: TrainerState | None) -> None:
         if what not in self._said and (state is None or state.is_world_process_zero):
@@ -215,3 +237,18 @@ def _counts(args: TrainingArguments, num_prompts: int | None, num_generations: i
 def _number(value: Any) -> float:
     """A logged value; NaN for None, which TRL logs where no completion had a reward."""
     return math.nan if value is None else float(value)
+
+
+def _tokens(row: Mapping[str, Any]) -> float | None:
+    """Tokens since the first step, where a log tells them."""
+    return next((float(row[name]) for name in _TOKENS if row.get(name)), None)
+
+
+def _completed(facts: RunFacts, model: Any) -> RunFacts:
+    """Facts with what the model tells: its size, whole where DeepSpeed has split it, and whether it has adapters."""
+    if model is None:
+        return facts
+    if facts.size_b is None and type(model).__name__ != _SHARDED:
+        size = sum(getattr(weight, "ds_numel", None) or weight.numel() for weight in model.parameters())
+        facts = replace(facts, size_b=size / 1e9 if size else None)
+    return replace(facts, lora=facts.lora or hasattr(model, "peft_config"))

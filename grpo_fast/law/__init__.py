@@ -1,14 +1,17 @@
 """The law: what a reward curve will come to, from numpy and scipy alone.
 
 ``OnlinePredictor`` turns observed rewards into forecasts, ``StoppingRule`` turns forecasts into a decision, ``CollapseAlarm``
-tells a policy that comes apart; ``forms`` holds the curves themselves.
+tells a policy that comes apart, ``Prior`` holds what is believed of a run beforehand and ``fit_prior`` learns one from finished
+runs; ``forms`` holds the curves themselves.
 """
 
 from __future__ import annotations
 
 from grpo_fast.law.alarm import AlarmState, CollapseAlarm
-from grpo_fast.law.posterior import Settings
-from grpo_fast.law.predictor import Band, Forecast, OnlinePredictor
+from grpo_fast.law.fitting import RewardCurve, fit_prior
+from grpo_fast.law.forecast import Band, Forecast, Spending
+from grpo_fast.law.predictor import OnlinePredictor
+from grpo_fast.law.prior import Prior, RunFacts
 from grpo_fast.law.stopping import StopDecision, StoppingRule
 
 __all__ = [
@@ -17,7 +20,11 @@ __all__ = [
     "CollapseAlarm",
     "Forecast",
     "OnlinePredictor",
-    "Settings",
+    "Prior",
+    "RewardCurve",
+    "RunFacts",
+    "Spending",
     "StopDecision",
     "StoppingRule",
+    "fit_prior",
 ]

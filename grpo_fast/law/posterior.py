@@ -1,138 +1,129 @@
-"""Exact Bayesian averaging of saturating reward curves from running sums.
+"""Exact Bayesian averaging of reward curves with drift, from running sums.
 
-Model of an observation at progress x: ``y = a + b * g_phi(x) + e``, ``Var e = s2 / w``. The shape ``phi`` lives on a fixed
-grid; for each of its points ``(a, b, s2)`` has a normal-inverse-gamma prior and is integrated in closed form, so that six
-running sums per shape say everything and a new observation costs the same at step 10 and at step 10,000. There is no sampler to
-converge: the draws below are a fixed low-discrepancy set pushed through the exact posterior, so equal observations give equal
-bits.
+Model of an observation at progress x, with ``v`` the variance that its noise is thought to have:
 
-What the family cannot follow (second rises, declines, drifting noise) is carried by three constants, chosen by hand on
-published curves of real runs: a discount of evidence beyond ``evidence_steps`` observations, a discrepancy added to forecasts,
-and a probability of surprise taken off the certainty that nothing more will come.
+    y = a + b g_phi(x) + W(x) + e,    Var e = s2 v,    dW ~ N(0, s2 v kappa^2 dx)
+
+The shape ``phi`` and the drift's size ``kappa`` lie on fixed grids. For each pair a Kalman filter with the gains of ``kappa``
+takes the drift out of the observations, of the constant and of the shape alike; what comes out has independent errors, and
+``(a, b, s2)`` with a normal-inverse-gamma prior are integrated in closed form. The rise ``b`` is a priori one of several
+normals, so that "most runs move little and some move all the way" can be said. Everything is running sums: an observation costs
+the same at step 10 and at step 10,000. There is no sampler that would have to converge: draws are a fixed low-discrepancy set
+pushed through the exact posterior, so equal observations give equal bits.
+
+What is left out on purpose: evidence counts as ``n / (1 + n / 300)`` observations, because no shape is exactly true, and a
+level at the budget's end outside the range of rewards is cut off while the way there is not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from scipy.special import gammaincinv, ndtr, ndtri, stdtr, stdtrit
+from scipy.special import gammaincinv, ndtr, ndtri, stdtr
 
-from grpo_fast.law.forms import Array, exponential_rise, exponential_rise_inverse, logistic_rise, logistic_rise_inverse
+from grpo_fast.law.forms import Array
+from grpo_fast.law.shapes import ShapeGrid
 
+DRIFTS = np.array([0.0, 0.4, 0.8, 1.6, 3.2, 6.4])
+"""kappa: standard deviation of the drift over a whole budget, in those of the noise of one reward."""
+GRID = ShapeGrid()
 NUM_DRAWS = 1024
+
+_EVIDENCE_STEPS = 300.0
+_NOISE_DOF = 6.0
+_TINY = 1e-12
+_DIMENSIONS = 8
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Prior of the curve in units of the reward's range, and what is allowed for its being wrong.
+class Believed:
+    """A prior in reward units: what :class:`~grpo_fast.law.prior.Prior` says of one run.
 
     Attributes:
-        rises: prior of the rise ``b`` as a mixture of normals (weight, mean, standard deviation): most runs move little, some
-            move all the way.
-        start_sd: prior standard deviation of the start ``a`` around the first observation.
-        noise_dof: prior degrees of freedom of the noise scale ``s2`` around 1 (weights already hold the noise).
-        weights: prior weights of the families (logistic, exponential, linear, constant).
-        evidence_steps: n observations count as ``n / (1 + n / evidence_steps)``.
-        discrepancy: standard deviation of the level at the end of the budget around the family, for a forecast made at its
-            start.
-        discrepancy_dof: degrees of freedom of its Student distribution.
-        surprise: probability, at the start of a budget, of a rise in it that the family does not hold (a second skill, a harder
-            share of the prompts); it falls with what is left of the budget.
+        log_parts: (P,) log probabilities of the normals that ``b`` may come from.
+        rise: (P,) their means.
+        rise_sd: (P,) their standard deviations.
+        log_shapes: (M,) log probabilities of the shapes.
+        log_drifts: (K,) log probabilities of :data:`DRIFTS`.
+        start_sd: standard deviation of ``a`` around the first reward.
+        low: least mean reward that is possible at the budget's end; may be ``-inf``.
+        high: greatest; may be ``inf``.
     """
 
-    rises: tuple[tuple[float, float, float], ...] = ((0.4, 0.03, 0.08), (0.25, 0.2, 0.25), (0.35, 0.8, 0.25))
-    start_sd: float = 0.3
-    noise_dof: float = 6.0
-    weights: tuple[float, float, float, float] = (0.6, 0.22, 0.06, 0.12)
-    evidence_steps: float = 150.0
-    discrepancy: float = 0.07
-    discrepancy_dof: float = 3.0
-    surprise: float = 0.2
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Settings:
-        """Reads back what ``dataclasses.asdict`` wrote, also after a journey through JSON (lists for tuples)."""
-        plain = dict(values)
-        plain["rises"] = tuple(tuple(part) for part in plain["rises"])
-        plain["weights"] = tuple(plain["weights"])
-        return cls(**plain)
+    log_parts: Array
+    rise: Array
+    rise_sd: Array
+    log_shapes: Array
+    log_drifts: Array
+    start_sd: float
+    low: float
+    high: float
 
 
-class ShapeGrid:
-    """The grid of shapes: each is 0 at the start of the budget, and tends to 1 (or reaches it at the budget's end: linear).
+@dataclass(frozen=True)
+class Solved:
+    """The closed-form posterior of every (part, drift, shape); arrays broadcast to (P, K, M). Rewards less the centre.
 
     Attributes:
-        log_prior: (M,) log of the prior weight of each shape.
-        num_shapes: M.
+        log_weight: log evidence with the prior's part.
+        mean_a: of ``a``.
+        mean_b: of ``b``.
+        cov_aa: variance of ``a``, in units of s2.
+        cov_ab: covariance.
+        cov_bb: variance of ``b``.
+        dof: degrees of freedom of s2.
+        scale: of s2.
+        level: mean of the level at the budget's end.
+        level_var: its variance, in units of s2.
     """
 
-    def __init__(self, weights: tuple[float, float, float, float]) -> None:
-        midpoints = np.array([2, 4, 7, 10, 13, 16.5, 20, 24, 28, 32.5, 37, 42, 48, 55, 65, 80, 100]) / 100
-        widths = np.geomspace(0.008, 0.3, 12)
-        self._midpoint = np.repeat(midpoints, widths.size)
-        self._width = np.tile(widths, midpoints.size)
-        self._timescale = np.geomspace(0.012, 2.5, 28)
-        counts = np.array([self._midpoint.size, self._timescale.size, 1, 1])
-        self.num_shapes = int(counts.sum())
-        self.log_prior: Array = np.repeat(np.log(np.asarray(weights) / counts), counts)
-
-    def rise(self, x: Array) -> Array:
-        """Every shape at every ``x``.
-
-        Args:
-            x: (K,) progress in [0, 1].
-
-        Returns:
-            (M, K) float64.
-        """
-        at = np.asarray(x, dtype=np.float64)[None, :]
-        return np.concatenate(
-            [
-                logistic_rise(at, self._midpoint[:, None], self._width[:, None]),
-                exponential_rise(at, self._timescale[:, None]),
-                at,
-                np.zeros_like(at),
-            ]
-        )
-
-    def time_to(self, share: float) -> Array:
-        """(M,) progress at which each shape has done ``share`` of its rise; infinite for the constant one."""
-        return np.concatenate(
-            [
-                logistic_rise_inverse(share, self._midpoint, self._width),
-                exponential_rise_inverse(share, self._timescale),
-                [share, np.inf],
-            ]
-        )
+    log_weight: Array
+    mean_a: Array
+    mean_b: Array
+    cov_aa: Array
+    cov_ab: Array
+    cov_bb: Array
+    dof: float
+    scale: Array
+    level: Array
+    level_var: Array
 
 
 @dataclass(frozen=True)
 class Draws:
-    """A weighted sample of the posterior, N draws, in reward units.
+    """An evenly weighted sample of N runs from the posterior, in reward units.
 
     Attributes:
-        shape: (N,) index of the shape.
-        weight: (N,) weights that sum to 1.
+        shape: int (N,) index into :data:`GRID`.
         start: (N,) ``a``.
         rise: (N,) ``b``.
-        unit_discrepancy: (N,) standard Student draws, to be scaled.
+        drift: (N,) drift so far.
+        drift_ahead: (N,) drift from now to the budget's end.
+        bridge: (N,) standard deviation of a Brownian bridge over what is left, at its middle twice.
+        normal: (N,) standard normals for that bridge.
+        weight: (N,) weights that sum to 1.
     """
 
     shape: np.ndarray[tuple[int], np.dtype[np.intp]]
-    weight: Array
     start: Array
     rise: Array
-    unit_discrepancy: Array
+    drift: Array
+    drift_ahead: Array
+    bridge: Array
+    normal: Array
+    weight: Array
 
-    def curve(self, table: Array) -> Array:
-        """Mean curves (N, K) of the draws, from a (M, K) table of shapes."""
-        return np.asarray(self.start[:, None] + self.rise[:, None] * table[self.shape])
+    def curve(self, table: Array, x: Array, now: float) -> Array:
+        """Mean rewards (N, K) of the draws at progress x (K,), from the (M, K) table of shapes; ``now`` is progress so far."""
+        done = np.clip(x / now, 0.0, 1.0) if now > 0 else np.ones_like(x)
+        ahead = np.clip((x - now) / (1.0 - now), 0.0, 1.0) if now < 1 else np.zeros_like(x)
+        wander = self.drift[:, None] * done + self.drift_ahead[:, None] * ahead
+        between = np.sqrt(ahead * (1.0 - ahead)) * (self.bridge * self.normal)[:, None]
+        return np.asarray(self.start[:, None] + self.rise[:, None] * table[self.shape] + wander + between)
 
 
-def weighted_quantiles(values: Array, weight: Array, probabilities: Array) -> Array:
+def quantiles(values: Array, weight: Array, probabilities: Array) -> Array:
     """Quantiles of a weighted sample, column by column.
 
     Args:
@@ -162,93 +153,133 @@ def _lattice(size: int, dimensions: int) -> Array:
     return np.concatenate([ladder, np.clip((0.5 + (index + 1) * steps) % 1.0, 1e-6, 1 - 1e-6)], axis=1)
 
 
-class Posterior:
-    """Running sums and what follows from them. All rewards are as observed; units are handed in when a forecast is asked."""
+_POINTS = _lattice(NUM_DRAWS, _DIMENSIONS)
+_NORMALS: Array = np.asarray(ndtri(_POINTS[:, 3:]), dtype=np.float64)
+_END = GRID.rise(np.ones(1))[:, 0]
 
-    def __init__(self, settings: Settings, *, centre: float = 0.0) -> None:
-        self.settings = settings
-        self.grid = ShapeGrid(settings.weights)
+
+class Posterior:
+    """Running sums of one run, and what follows from them under a prior.
+
+    Attributes:
+        num_observations: rewards taken.
+        centre: reward that all sums count from: the first.
+        progress: greatest so far.
+        noise: variance of the newest reward, as it was told.
+        ratio: what all variances that were told must be multiplied by; may change at any time.
+    """
+
+    def __init__(self) -> None:
+        num_drifts, num_shapes = DRIFTS.size, GRID.num_shapes
         self.num_observations = 0
-        self._scalar = np.zeros(3)  # sums of w, w*y, w*y*y
-        self._shape = np.zeros((3, self.grid.num_shapes))  # sums of w*g, w*g*g, w*g*y
-        self._centre = centre
-        self._end = self.grid.rise(np.ones(1))[:, 0]
-        points = _lattice(NUM_DRAWS, 5)
-        self._points = points
-        self._normal: Array = np.asarray(ndtri(points[:, 3]), dtype=np.float64)
-        self._student: Array = np.asarray(stdtrit(settings.discrepancy_dof, points[:, 4]), dtype=np.float64)
+        self.centre = 0.0
+        self.progress = 0.0
+        self.noise = 0.0
+        self.ratio = 1.0
+        self._variance = np.zeros((num_drifts, 1))  # of the drift so far, given a and b
+        self._of_one, self._of_y = np.zeros((num_drifts, 1)), np.zeros((num_drifts, 1))
+        self._of_shape = np.zeros((num_drifts, num_shapes))  # filtered means of the drift, were y the constant, y, a shape
+        self._plain = np.zeros((4, num_drifts, 1))  # sums over observations of 11, 1y, yy, log F
+        self._shaped = np.zeros((3, num_drifts, num_shapes))  # of 1g, gg, gy
 
     def add(self, x: float, y: float, variance: float) -> None:
         """Takes one observation: progress ``x``, reward ``y``, and the variance of its noise (reward units squared)."""
         if self.num_observations == 0:
-            self._centre = y  # sums of squares around the first reward lose no digits to its level
-        w, z = 1.0 / variance, y - self._centre
-        g = self.grid.rise(np.array([x]))[:, 0]
-        self._scalar += (w, w * z, w * z * z)
-        self._shape += np.stack([w * g, w * g * g, w * z * g])
+            self.centre = y  # sums of squares around the first reward lose no digits to its level
+        shapes = GRID.rise(np.array([x]))[:, 0]
+        predicted = self._variance + DRIFTS[:, None] ** 2 * (variance * max(x - self.progress, 0.0))
+        total = predicted + variance
+        gain = predicted / total
+        one, new, shape = 1.0 - self._of_one, y - self.centre - self._of_y, shapes - self._of_shape
+        self._plain += np.stack([one * one / total, one * new / total, new * new / total, np.log(total / variance)])
+        self._shaped += np.stack([one * shape / total, shape * shape / total, shape * new / total])
+        self._of_one += gain * one
+        self._of_y += gain * new
+        self._of_shape += gain * shape
+        self._variance = predicted * (1.0 - gain)
+        self.noise = variance
+        self.progress = max(self.progress, x)
         self.num_observations += 1
 
-    def draws(self, *, unit: float, low: float, high: float) -> Draws:
-        """A fixed-size weighted sample of (shape, start, rise).
+    def solve(self, prior: Believed) -> Solved:
+        """The posterior of every component in closed form."""
+        n = self.num_observations
+        discount = 1.0 / (1.0 + n / _EVIDENCE_STEPS)
+        s11, s1y, syy = discount / self.ratio * self._plain[:3]
+        s1g, sgg, sgy = discount / self.ratio * self._shaped
+        log_f = discount * self._plain[3]
+        prior_a, rise = prior.start_sd**-2, prior.rise[:, None, None]
+        prior_b = prior.rise_sd[:, None, None] ** -2
+        aa, bb = prior_a + s11, prior_b + sgg
+        ca, cb = s1y, prior_b * rise + sgy
+        determinant = aa * bb - s1g**2
+        mean_a, mean_b = (bb * ca - s1g * cb) / determinant, (aa * cb - s1g * ca) / determinant
+        dof = _NOISE_DOF + discount * n
+        residual = _NOISE_DOF + syy + prior_b * rise**2 - (ca * mean_a + cb * mean_b)
+        residual = np.maximum(residual, 0.5 * _NOISE_DOF)
+        evidence = 0.5 * (np.log(prior_a * prior_b) - np.log(determinant) - dof * np.log(residual) - log_f)
+        beliefs = prior.log_parts[:, None, None] + prior.log_drifts[:, None] + prior.log_shapes
+        cov_aa, cov_ab, cov_bb = bb / determinant, -s1g / determinant, aa / determinant
+        of_a, of_b = 1.0 - self._of_one, _END - self._of_shape
+        level = self._of_y + of_a * mean_a + of_b * mean_b
+        ahead = DRIFTS[:, None] ** 2 * (self.noise * (1.0 - self.progress))
+        level_var = of_a**2 * cov_aa + 2.0 * of_a * of_b * cov_ab + of_b**2 * cov_bb + self.ratio * (self._variance + ahead)
+        return Solved(
+            evidence + beliefs,
+            mean_a,
+            mean_b,
+            cov_aa,
+            cov_ab,
+            cov_bb,
+            dof,
+            residual / dof,
+            level,
+            np.maximum(level_var, _TINY**2),
+        )
 
-        Args:
-            unit: reward that the prior calls 1.
-            low: smallest mean reward that is possible at the end of the budget; may be ``-inf``.
-            high: largest; may be ``inf``.
-
-        Returns:
-            Draws in reward units.
-        """
-        mean_a, mean_b, cov, log_weight, dof, scale = self._solve(unit)
-        end = np.broadcast_to(self._end, mean_a.shape)
-        level = mean_a + end * mean_b
-        var_level = cov[0] + 2 * end * cov[1] + end**2 * cov[2]
-        bounds = (low - self._centre, high - self._centre)
-        spread = np.sqrt(scale * var_level)
-        inside = stdtr(dof, (bounds[1] - level) / spread) - stdtr(dof, (bounds[0] - level) / spread)
-        mass = np.exp(log_weight - log_weight.max()) * np.maximum(inside, 1e-12)
+    def draws(self, prior: Believed) -> Draws:
+        """A fixed-size sample of whole runs; levels at the end lie in the prior's bounds."""
+        solved = self.solve(prior)
+        bounds = (prior.low - self.centre, prior.high - self.centre)
+        spread = np.sqrt(solved.scale * solved.level_var)
+        inside = stdtr(solved.dof, (bounds[1] - solved.level) / spread) - stdtr(solved.dof, (bounds[0] - solved.level) / spread)
+        mass = np.exp(solved.log_weight - solved.log_weight.max()) * np.maximum(inside, _TINY)
         cumulative = np.cumsum(mass.ravel())
-        pick = np.searchsorted(cumulative, self._points[:, 0] * cumulative[-1])
-        pick = np.minimum(pick, mass.size - 1)
+        pick = np.minimum(np.searchsorted(cumulative, _POINTS[:, 0] * cumulative[-1]), mass.size - 1)
+        part, kind, shape = np.unravel_index(pick, mass.shape)
 
         def chosen(array: Array) -> Array:
-            return np.asarray(np.broadcast_to(array, mass.shape).reshape(-1)[pick], dtype=np.float64)
+            return np.asarray(np.broadcast_to(array, mass.shape)[part, kind, shape], dtype=np.float64)
 
-        # s2 | data is inverse gamma; the level at the end of the budget is drawn inside its bounds, then b given that level.
-        s2 = chosen(scale) * dof / (2.0 * gammaincinv(dof / 2.0, self._points[:, 1]))
-        centre, sd = chosen(level), np.sqrt(s2 * chosen(var_level))
-        floor, ceiling = ndtr((bounds[0] - centre) / sd), ndtr((bounds[1] - centre) / sd)
-        room = np.maximum(ceiling - floor, 1e-12)
-        at_end = centre + sd * ndtri(np.clip(floor + self._points[:, 2] * room, 1e-15, 1 - 1e-15))
-        at_end = np.clip(at_end, *bounds)
-        slope = chosen((cov[1] + end * cov[2]) / var_level)
-        left = np.maximum(chosen(cov[2] - (cov[1] + end * cov[2]) ** 2 / var_level), 0.0)
-        rise = chosen(mean_b) + slope * (at_end - centre) + np.sqrt(s2 * left) * self._normal
-        shape = pick % self.grid.num_shapes
-        rise = np.where(shape == self.grid.num_shapes - 1, 0.0, rise)  # the constant has none; its b would be the bare prior
-        start = at_end - rise * chosen(end) + self._centre
-        weight = room / np.maximum(chosen(inside), 1e-12)
-        return Draws(shape, weight / weight.sum(), start, rise, self._student)
+        # s2 given the data is inverse gamma.
+        s = np.sqrt(chosen(solved.scale) * solved.dof / (2.0 * gammaincinv(solved.dof / 2.0, _POINTS[:, 1])))
+        level, level_sd = chosen(solved.level), s * np.sqrt(chosen(solved.level_var))
+        floor, ceiling = ndtr((bounds[0] - level) / level_sd), ndtr((bounds[1] - level) / level_sd)
+        room = np.maximum(ceiling - floor, _TINY)
+        wanted = level + level_sd * ndtri(np.clip(floor + _POINTS[:, 2] * room, 1e-15, 1 - 1e-15))
+        wanted = np.clip(wanted, *bounds)
 
-    def _solve(self, unit: float) -> tuple[Array, Array, Array, Array, float, Array]:
-        """Closed-form posterior of every (prior scale, shape): means, (co)variances over s2, log evidence, dof, scale of s2."""
-        s = self.settings
-        n = self.num_observations
-        discount = 1.0 / (1.0 + n / s.evidence_steps)
-        sw, sy, syy = discount * self._scalar
-        sg, sgg, sgy = discount * self._shape
-        prior_a = 1.0 / (s.start_sd * unit) ** 2
-        share, rise, rise_sd = (column[:, None] for column in np.array(s.rises).T)
-        rise, prior_b = rise * unit, 1.0 / (rise_sd * unit) ** 2
-        aa, ab, bb = prior_a + sw, sg[None, :], prior_b + sgg
-        ca, cb = sy, prior_b * rise + sgy
-        determinant = aa * bb - ab * ab
-        mean_a = (bb * ca - ab * cb) / determinant
-        mean_b = (aa * cb - ab * ca) / determinant
-        dof = s.noise_dof + discount * n
-        residual = s.noise_dof + syy + prior_b * rise**2 - (ca * mean_a + cb * mean_b)
-        residual = np.maximum(residual, 0.5 * s.noise_dof)
-        evidence = 0.5 * np.log(prior_b) - 0.5 * np.log(determinant) - 0.5 * dof * np.log(residual)
-        log_weight = self.grid.log_prior + np.log(share) + evidence
-        cov = np.stack([bb / determinant, -ab / determinant, aa / determinant])
-        return mean_a, mean_b, cov, log_weight, dof, residual / dof
+        # A free draw of everything, moved by regression onto the wanted level: an exact draw given that level.
+        aa, ab, bb = chosen(solved.cov_aa), chosen(solved.cov_ab), chosen(solved.cov_bb)
+        of_a, of_b = chosen(1.0 - self._of_one), chosen(_END - self._of_shape)
+        now = self.ratio * chosen(self._variance)
+        ahead = (DRIFTS**2)[kind] * (self.ratio * self.noise * (1.0 - self.progress))
+        free_a = s * np.sqrt(aa) * _NORMALS[:, 0]
+        free_b = s * (ab / np.sqrt(aa) * _NORMALS[:, 0] + np.sqrt(np.maximum(bb - ab**2 / aa, 0.0)) * _NORMALS[:, 1])
+        free_now, free_ahead = s * np.sqrt(now) * _NORMALS[:, 2], s * np.sqrt(ahead) * _NORMALS[:, 3]
+        short = (wanted - level - (of_a * free_a + of_b * free_b + free_now + free_ahead)) / chosen(solved.level_var)
+        a = chosen(solved.mean_a) + free_a + (of_a * aa + of_b * ab) * short
+        b = chosen(solved.mean_b) + free_b + (of_a * ab + of_b * bb) * short
+        b = np.where(shape == GRID.num_shapes - 1, 0.0, b)  # the flat shape has no rise; its b would be the bare prior
+        drift = chosen(self._of_y) - a * chosen(self._of_one) - b * chosen(self._of_shape) + free_now + now * short
+        weight = room / np.maximum(chosen(inside), _TINY)
+        return Draws(
+            shape=shape,
+            start=a + self.centre,
+            rise=b,
+            drift=drift,
+            drift_ahead=free_ahead + ahead * short,
+            bridge=s * np.sqrt(ahead),
+            normal=_NORMALS[:, 4],
+            weight=weight / weight.sum(),
+        )

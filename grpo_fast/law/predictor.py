@@ -7,115 +7,42 @@ rate, so that a plateau made by the schedule is not taken for one of the policy)
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from grpo_fast.law.clock import StepClock
+from grpo_fast.law.forecast import PHASES, Band, Forecast, GainPath, Spending
 from grpo_fast.law.forms import Array
-from grpo_fast.law.posterior import Draws, Posterior, Settings, weighted_quantiles
+from grpo_fast.law.posterior import GRID, Believed, Draws, Posterior, quantiles
+from grpo_fast.law.prior import Prior, RunFacts, RunScale
+from grpo_fast.law.scatter import Scatter
 
-PHASES = ("slow start", "rapid improvement", "plateau")
 NUM_BAND = 25
-_ROW = (
-    *("step", "median", "low", "high", "plateau", "plateau_low", "plateau_high", "x80", "x95", "p_gain_below_eps"),
-    *("phase", "phase_probability", "identifiable", "reason"),
-)
+_NUM_AHEAD = 8
 _MIN_OBSERVATIONS = 5
 _LEVELS = np.array([0.05, 0.25, 0.5, 0.75, 0.95])
 _IDENTIFIABLE_WIDTH = 0.6
-_VARIANCE_BETWEEN, _VARIANCE_WITHIN = 0.1, 0.12  # of prompts' mean rewards, and inside a group, in squared units of the range
-_NOISE_FLOOR = 0.01
-_MEMORY = 0.93
 _RECENT, _MIN_RECENT = 0.2, 10
+_START_ERROR = 0.05
+_RECENCY, _RECENCY_OFFSET = 0.4, 0.02  # no shape is true all along: what lies far back says less of the end
+_FIRST = 3
 
 
 @dataclass(frozen=True)
-class Band:
-    """Mean reward over the run as believed now: (25,) each; 90 % intervals."""
-
-    step: tuple[float, ...]
-    low: tuple[float, ...]
-    median: tuple[float, ...]
-    high: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What is believed after a step. Rewards are in the units they came in; intervals hold 90 % unless they say otherwise.
-
-    Attributes:
-        step: last step seen.
-        horizon: last step of the budget.
-        median: mean reward at the end of the budget.
-        low: lower end of its interval.
-        high: upper end.
-        interval50: its 50 % interval.
-        plateau: level that the law tends to, budget or not.
-        plateau_low: lower end of its interval.
-        plateau_high: upper end.
-        x80: step at which 80 % of the rise to the plateau is done; None when the plateau is unknown or that is beyond the
-            budget.
-        x95: the same for 95 %.
-        p_gain_below_eps: probability that the mean curve gains less than epsilon from here to the end of the budget,
-            with the settings' allowance for a surprise: far from the end it stays clearly below 1.
-        expected_gain: expected gain of the mean curve from here to the end of the budget.
-        epsilon: the gain that is not worth having.
-        trend: gain by the end of the budget if the recent slope went on.
-        trend_low: lower end of its interval.
-        trend_high: upper end.
-        phase: the likeliest of "slow start" (under 10 % of the rise done), "rapid improvement" and "plateau" (95 % done, or
-            less than epsilon left).
-        phase_probabilities: of the three, in that order.
-        identifiable: whether the rewards, rather than the prior, decide where the budget ends.
-        reason: why it is not, in words; empty when it is.
-        num_observations: rewards that were used.
-        num_skipped: steps whose reward was NaN.
-        band: the mean curve over the whole run.
-    """
+class Observation:
+    """One observed step whose reward was usable; see :meth:`OnlinePredictor.observe`."""
 
     step: int
-    horizon: int
-    median: float
-    low: float
-    high: float
-    interval50: tuple[float, float]
-    plateau: float
-    plateau_low: float
-    plateau_high: float
-    x80: int | None
-    x95: int | None
-    p_gain_below_eps: float
-    expected_gain: float
-    epsilon: float
-    trend: float
-    trend_low: float
-    trend_high: float
-    phase: str
-    phase_probabilities: tuple[float, float, float]
-    identifiable: bool
-    reason: str
-    num_observations: int
-    num_skipped: int
-    band: Band
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """90 % interval of the mean reward at the end of the budget."""
-        return self.low, self.high
-
-    @property
-    def phase_probability(self) -> float:
-        """Probability of :attr:`phase`."""
-        return max(self.phase_probabilities)
-
-    def to_dict(self) -> dict[str, Any]:
-        """One row of ``forecasts.jsonl``: JSON values only, no NaN."""
-        row: dict[str, Any] = {name: getattr(self, name) for name in _ROW}
-        row["band"] = {name: list(values) for name, values in asdict(self.band).items()}
-        return row
+    progress: float
+    reward: float
+    num_prompts: int
+    num_generations: int
+    reward_std: float | None
+    spent: Spending | None = None
 
 
 class OnlinePredictor:
@@ -124,9 +51,14 @@ class OnlinePredictor:
     Args:
         horizon: steps of the whole budget.
         epsilon: remaining gain under which going on is not worth it, in reward units.
-        reward_range: least and greatest mean reward that is possible, where that is known. Without one, a unit is taken from
-            the data and from ``epsilon`` (1 % of what matters), so that rewards of any scale do; intervals are then wider.
-        settings: the prior.
+        reward_range: least and greatest mean reward that is possible, where that is known. Without one, the unit is the range
+            seen so far, so that rewards of any scale do; intervals are then wider.
+        facts: what is known of the run.
+        prior: what is believed of runs; None takes the one that ships.
+
+    Attributes:
+        rows: what was observed, but for steps without a usable reward.
+        posterior: the running sums.
 
     Raises:
         ValueError: a horizon below 1, an epsilon that is not positive, or an empty range.
@@ -138,7 +70,8 @@ class OnlinePredictor:
         *,
         epsilon: float = 0.01,
         reward_range: tuple[float, float] | None = None,
-        settings: Settings | None = None,
+        facts: RunFacts | None = None,
+        prior: Prior | None = None,
     ) -> None:
         if horizon < 1:
             raise ValueError(f"horizon={horizon} must be at least 1: the steps of the whole budget")
@@ -149,25 +82,39 @@ class OnlinePredictor:
         self.horizon = horizon
         self.epsilon = epsilon
         self.reward_range = None if reward_range is None else (float(reward_range[0]), float(reward_range[1]))
-        self.settings = settings or Settings()
-        centre = 0.0 if self.reward_range is None else sum(self.reward_range) / 2
-        self._posterior = Posterior(self.settings, centre=centre)
-        self._width_before = self._prior_end_width()
-        self._rows: list[tuple[int, float, float, int, int, float | None]] = []
-        self._steps: list[float] = []
-        self._progress: list[float] = []
+        self.rows: list[Observation] = []
         self._last = (0, 0.0)
+        self.prior = prior or Prior.default()
+        self.inform(facts or RunFacts())
+
+    def inform(self, facts: RunFacts) -> None:
+        """Begins anew with other facts, before the first step.
+
+        Raises:
+            ValueError: a step was observed already, or the start lies outside ``reward_range``.
+        """
+        if self._last[0]:
+            raise ValueError(f"step {self._last[0]} was observed already; facts must be known before step 1")
+        self._check_range(facts.start, "the start")
+        self.facts = facts
+        self.posterior = Posterior()
+        self._scatter = Scatter()
         self._num_skipped = 0
         self._extremes = (math.inf, -math.inf)
-        self._theory: list[float] = []
-        self._noise = (0.0, 0.0)
+        if facts.start is not None:
+            self._extremes = (facts.start, facts.start)
+            error = facts.start_error or _START_ERROR * self._unit
+            self.posterior.add(0.0, facts.start, error**2)
+        elif self.reward_range is not None:
+            self.posterior.centre = sum(self.reward_range) / 2
+        self._width_before = self._end_width()
 
     @property
     def num_observations(self) -> int:
         """Rewards used so far."""
-        return len(self._rows)
+        return len(self.rows)
 
-    def observe(
+    def observe(  # noqa: PLR0913 (a step's facts, each with a name of its own in every log)
         self,
         step: int,
         progress: float,
@@ -176,6 +123,7 @@ class OnlinePredictor:
         num_prompts: int = 1,
         num_generations: int = 1,
         reward_std: float | None = None,
+        spent: Spending | None = None,
     ) -> Forecast:
         """Takes the mean reward of one step.
 
@@ -186,6 +134,7 @@ class OnlinePredictor:
             num_prompts: prompts in that mean; they set its noise.
             num_generations: completions per prompt.
             reward_std: standard deviation of rewards inside groups, if known.
+            spent: compute since the first step, if known.
 
         Returns:
             The forecast after this step.
@@ -194,36 +143,82 @@ class OnlinePredictor:
             ValueError: a step that repeats, goes back or exceeds the horizon; progress outside (0, 1] or falling; an infinite
                 reward or one outside ``reward_range``; counts below 1.
         """
+        self.absorb(
+            step,
+            progress,
+            reward,
+            num_prompts=num_prompts,
+            num_generations=num_generations,
+            reward_std=reward_std,
+            spent=spent,
+        )
+        return self.forecast()
+
+    def absorb(  # noqa: PLR0913 (as observe)
+        self,
+        step: int,
+        progress: float,
+        reward: float,
+        *,
+        num_prompts: int = 1,
+        num_generations: int = 1,
+        reward_std: float | None = None,
+        spent: Spending | None = None,
+    ) -> None:
+        """Takes a step as :meth:`observe` does, and makes no forecast: a finished log is read faster so."""
         self._check(step, progress, reward, num_prompts=num_prompts, num_generations=num_generations)
         if reward_std is not None and (reward_std < 0 or math.isinf(reward_std)):
             raise ValueError(f"reward_std={reward_std} at step {step} must be finite and not negative, or None when unknown")
         self._last = (int(step), float(progress))
         if math.isnan(reward):
             self._num_skipped += 1
-        else:
-            spread = None if reward_std is None or math.isnan(reward_std) else float(reward_std)
-            self._absorb((int(step), float(progress), float(reward), int(num_prompts), int(num_generations), spread))
-        return self.forecast()
+            return
+        spread = None if reward_std is None or math.isnan(reward_std) else float(reward_std)
+        self._take(
+            Observation(int(step), float(progress), float(reward), int(num_prompts), int(num_generations), spread, spent)
+        )
+
+    @property
+    def scale(self) -> RunScale:
+        """The run's units as known now."""
+        low, high = self.reward_range or (-math.inf, math.inf)
+        start = self.facts.start
+        if start is None and self.rows:
+            start = float(np.mean([row.reward for row in self.rows[:_FIRST]]))
+        floor = low if self.reward_range is not None else self._extremes[0]
+        share = math.nan if start is None else (start - floor) / self._unit
+        return RunScale(self._unit, low, high, share, math.sqrt(self.posterior.noise * self.posterior.ratio))
+
+    def believed(self) -> Believed:
+        """The prior in this run's units."""
+        return self.prior.believed(self.facts, self.scale, horizon=self.horizon)
+
+    def levels(self, progress: Array) -> tuple[Array, Array]:
+        """Mean rewards at (K,) places of the budget as a weighted sample of whole runs: (N, K) values and (N,) weights."""
+        draws = self.posterior.draws(self.believed())
+        x = np.asarray(progress, dtype=np.float64)
+        return self._stretched(self._curves(draws, x), draws.weight, x), draws.weight
 
     def forecast(self) -> Forecast:
-        """The forecast from what has been observed; before the first reward it is the prior."""
+        """The forecast from what has been observed; before the first reward it is the prior's."""
         step, progress = self._last
-        draws = self._draws(self._posterior)
+        draws = self.posterior.draws(self.believed())
         clock = self._clock()
         marks = np.linspace(0.0, self.horizon, NUM_BAND)
-        x = np.concatenate([[progress, 1.0], clock.progress_at(marks)])
-        curves = draws.curve(self._posterior.grid.rise(x))
-        gain = curves[:, 1] - curves[:, 0]
-        reach = np.sqrt(np.clip(x - progress, 0.0, 1.0))[None, :]
-        levels = self._within(curves + self._discrepancy(draws, curves[:, 1:2]) * reach)
-        plateau = self._plateaus(draws, float(reach[0, 1]))
-        q = weighted_quantiles(np.concatenate([levels[:, 1:], plateau[:, None]], axis=1), draws.weight, _LEVELS)
-        phases = self._phases(draws, progress)
+        ahead = np.linspace(step, self.horizon, _NUM_AHEAD + 1)[1:]
+        x = np.concatenate([[progress, 1.0], clock.progress_at(marks), clock.progress_at(ahead)])
+        curves = self._curves(draws, x)
+        plateau = self._within(draws.start + draws.rise * GRID.asymptote[draws.shape] + draws.drift + draws.drift_ahead)
+        columns = np.concatenate([curves[:, 1 : 2 + NUM_BAND], plateau[:, None]], axis=1)
+        where = np.concatenate([x[1 : 2 + NUM_BAND], [1.0]])
+        q = self._within(quantiles(self._stretched(columns, draws.weight, where), draws.weight, _LEVELS))
+        gain = draws.rise * (GRID.rise(np.ones(1))[draws.shape, 0] - GRID.rise(np.array([progress]))[draws.shape, 0])
+        phases = self._phases(draws, progress, gain)
         identifiable, reason = self._identifiable(q[0, 0], q[4, 0])
-        timed = identifiable and self._width(q[0, -1], q[4, -1]) <= _IDENTIFIABLE_WIDTH
-        x80, x95 = (self._time_to(share, draws, clock) if timed else None for share in (0.8, 0.95))
+        timed = identifiable and q[4, -1] - q[0, -1] <= _IDENTIFIABLE_WIDTH * self._width_before * self._unit
+        when = {share: self._time_to(share, draws, clock) if timed else (None, None) for share in (0.8, 0.95)}
         trend = self._trend()
-        known = 1.0 - self.settings.surprise * (1.0 - progress) * self._room(draws, curves[:, 0])
+        expected = draws.weight @ (curves[:, 2 + NUM_BAND :] - curves[:, :1])
         return Forecast(
             step=step,
             horizon=self.horizon,
@@ -234,11 +229,15 @@ class OnlinePredictor:
             plateau=float(q[2, -1]),
             plateau_low=float(q[0, -1]),
             plateau_high=float(q[4, -1]),
-            x80=x80,
-            x95=x95,
-            p_gain_below_eps=min(1.0, float(draws.weight @ (gain < self.epsilon)) * known),
-            expected_gain=float(draws.weight @ gain),
+            plateau_interval50=(float(q[1, -1]), float(q[3, -1])),
+            x80=when[0.8][0],
+            x95=when[0.95][0],
+            x80_interval=when[0.8][1],
+            x95_interval=when[0.95][1],
+            p_gain_below_eps=min(1.0, float(draws.weight @ (gain < self.epsilon))),
+            expected_gain=float(expected[-1]),
             epsilon=self.epsilon,
+            gain_path=GainPath(tuple(ahead.tolist()), tuple(expected.tolist())),
             trend=trend[0],
             trend_low=trend[1],
             trend_high=trend[2],
@@ -249,6 +248,10 @@ class OnlinePredictor:
             num_observations=self.num_observations,
             num_skipped=self._num_skipped,
             band=Band(*(tuple(row.tolist()) for row in (marks, q[0, 1:-1], q[2, 1:-1], q[4, 1:-1]))),
+            spent=self._spent_at(step),
+            x80_spending=self._spent_at(when[0.8][0]),
+            x95_spending=self._spent_at(when[0.95][0]),
+            end_spending=self._spent_at(self.horizon),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -257,24 +260,27 @@ class OnlinePredictor:
             "horizon": self.horizon,
             "epsilon": self.epsilon,
             "reward_range": None if self.reward_range is None else list(self.reward_range),
-            "settings": asdict(self.settings),
-            "rows": [list(row) for row in self._rows],
+            "facts": asdict(self.facts),
+            "prior": self.prior.to_dict(),
+            "rows": [asdict(row) for row in self.rows],
             "last": list(self._last),
             "num_skipped": self._num_skipped,
         }
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> OnlinePredictor:
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Self:
         """Rebuilds a predictor by feeding it the same observations again; later forecasts are bit-identical."""
         bounds = state["reward_range"]
         predictor = cls(
             state["horizon"],
             epsilon=state["epsilon"],
             reward_range=None if bounds is None else (bounds[0], bounds[1]),
-            settings=Settings.from_dict(state["settings"]),
+            facts=RunFacts(**state["facts"]),
+            prior=Prior.from_dict(state["prior"]),
         )
-        for step, progress, reward, num_prompts, num_generations, spread in state["rows"]:
-            predictor._absorb((step, progress, reward, num_prompts, num_generations, spread))
+        for row in state["rows"]:
+            spent = None if row["spent"] is None else Spending.from_dict(row["spent"])
+            predictor._take(Observation(**{**row, "spent": spent}))
         predictor._last = (state["last"][0], state["last"][1])
         predictor._num_skipped = state["num_skipped"]
         return predictor
@@ -286,51 +292,41 @@ class OnlinePredictor:
             raise ValueError(f"progress={progress} must lie in (0, 1] and not below the last one ({self._last[1]})")
         if math.isinf(reward):
             raise ValueError(f"reward={reward} at step {step} is infinite; pass NaN for a step without a usable reward")
-        if self.reward_range is not None and not (math.isnan(reward) or self.reward_range[0] <= reward <= self.reward_range[1]):
-            raise ValueError(
-                f"reward={reward} at step {step} is outside reward_range={self.reward_range}; pass None for an unknown range"
-            )
+        self._check_range(reward, f"step {step}")
         if num_prompts < 1 or num_generations < 1:
             raise ValueError(f"num_prompts={num_prompts} and num_generations={num_generations} must both be at least 1")
+
+    def _check_range(self, reward: float | None, where: str) -> None:
+        if self.reward_range is None or reward is None or math.isnan(reward):
+            return
+        if not self.reward_range[0] <= reward <= self.reward_range[1]:
+            raise ValueError(
+                f"reward={reward} at {where} is outside reward_range={self.reward_range}; pass None for an unknown range"
+            )
 
     @property
     def _unit(self) -> float:
         if self.reward_range is not None:
             return self.reward_range[1] - self.reward_range[0]
-        return max(100.0 * self.epsilon, self._extremes[1] - self._extremes[0])
+        seen = self._extremes[1] - self._extremes[0]
+        return max(seen, self.epsilon) if seen > 0 else 100.0 * self.epsilon
 
-    def _absorb(self, row: tuple[int, float, float, int, int, float | None]) -> None:
-        self._rows.append(row)
-        self._steps.append(float(row[0]))
-        self._progress.append(row[1])
-        self._extremes = (min(self._extremes[0], row[2]), max(self._extremes[1], row[2]))
-        self._posterior.add(row[1], row[2], self._noise_variance())
-
-    def _noise_variance(self) -> float:
-        """Variance of the newest reward: what its counts say, times how far the scatter of late has been from that.
-
-        Second differences see the scatter through any steady trend.
-        """
-        _, _, _, num_prompts, num_generations, spread = self._rows[-1]
-        within = _VARIANCE_WITHIN if spread is None else (spread / self._unit) ** 2
-        self._theory.append((_VARIANCE_BETWEEN + within / num_generations) / num_prompts * self._unit**2)
-        if len(self._rows) >= 3:
-            before, middle, last = (row[2] for row in self._rows[-3:])
-            expected = self._theory[-3] + 4 * self._theory[-2] + self._theory[-1]
-            self._noise = (
-                _MEMORY * self._noise[0] + (before - 2 * middle + last) ** 2 / expected,
-                _MEMORY * self._noise[1] + 1.0,
-            )
-        pseudo = 2.0 * 0.85 ** len(self._rows)
-        ratio = (pseudo + self._noise[0]) / (pseudo + self._noise[1])
-        return max(self._theory[-1] * ratio, (_NOISE_FLOOR * self._unit) ** 2)
-
-    def _draws(self, posterior: Posterior) -> Draws:
-        low, high = self.reward_range or (-math.inf, math.inf)
-        return posterior.draws(unit=self._unit, low=low, high=high)
+    def _take(self, row: Observation) -> None:
+        self.rows.append(row)
+        self._extremes = (min(self._extremes[0], row.reward), max(self._extremes[1], row.reward))
+        expected = self._scatter.expected(
+            row.reward,
+            unit=self._unit,
+            num_prompts=row.num_prompts,
+            num_generations=row.num_generations,
+            spread=row.reward_std,
+        )
+        recency = (row.progress + _RECENCY_OFFSET) ** _RECENCY
+        self.posterior.add(row.progress, row.reward, expected / recency)
+        self.posterior.ratio = self._scatter.ratio * recency
 
     def _clock(self) -> StepClock:
-        steps, progress = [0.0, *self._steps], [0.0, *self._progress]
+        steps, progress = [0.0, *(float(row.step) for row in self.rows)], [0.0, *(row.progress for row in self.rows)]
         if self._last[0] > steps[-1]:
             steps.append(float(self._last[0]))
             progress.append(self._last[1])
@@ -339,36 +335,27 @@ class OnlinePredictor:
             progress.append(1.0)
         return StepClock(np.array(steps), np.array(progress), self.horizon)
 
+    def _curves(self, draws: Draws, x: Array) -> Array:
+        return self._within(draws.curve(GRID.rise(x), x, self._last[1]))
+
+    def _stretched(self, values: Array, weight: Array, x: Array) -> Array:
+        """Samples (N, K) pulled from their medians as the prior's spread says; what lies behind is left as it is."""
+        factor = np.where(x > self._last[1], self.prior.spread_at(self._last[1]), 1.0)
+        middle = quantiles(values, weight, np.array([0.5]))[0]
+        return self._within(middle + (values - middle) * factor)
+
     def _within(self, levels: Array) -> Array:
         return levels if self.reward_range is None else np.clip(levels, *self.reward_range)
 
-    def _room(self, draws: Draws, now: Array) -> float:
-        """Probability that the range leaves room for a gain of epsilon at all."""
-        return 1.0 if self.reward_range is None else float(draws.weight @ (now <= self.reward_range[1] - self.epsilon))
+    def _end_width(self) -> float:
+        """Width of the 90 % interval of the level at the budget's end, in units of the range."""
+        draws = self.posterior.draws(self.believed())
+        ends = quantiles(self._curves(draws, np.ones(1)), draws.weight, _LEVELS)
+        return float(ends[4, 0] - ends[0, 0]) / self._unit
 
-    def _discrepancy(self, draws: Draws, level: Array) -> Array:
-        """What the law may be wrong by at the end of the budget, (N, 1); less where a bounded reward has less room."""
-        amount = self.settings.discrepancy * self._unit * draws.unit_discrepancy[:, None]
-        if self.reward_range is None:
-            return amount
-        share = np.clip((level - self.reward_range[0]) / self._unit, 0.0, 1.0)
-        return np.asarray(amount * np.maximum(2.0 * np.sqrt(share * (1.0 - share)), 0.25))
-
-    def _plateaus(self, draws: Draws, reach: float) -> Array:
-        level = (draws.start + draws.rise)[:, None]
-        return self._within(level + reach * self._discrepancy(draws, level))[:, 0]
-
-    def _prior_end_width(self) -> float:
-        """Width of the 90 % interval of the level at the budget's end before the first reward, in units of the range."""
-        low, high = (0.0, 1.0) if self.reward_range is not None else (-math.inf, math.inf)
-        posterior = Posterior(self.settings, centre=0.5)
-        prior = posterior.draws(unit=1.0, low=low, high=high)
-        ends = weighted_quantiles(prior.curve(posterior.grid.rise(np.ones(1))), prior.weight, _LEVELS)
-        return float(ends[4, 0] - ends[0, 0])
-
-    def _phases(self, draws: Draws, progress: float) -> tuple[float, float, float]:
-        done = self._posterior.grid.rise(np.array([progress]))[:, 0][draws.shape]
-        flat = (np.abs(draws.rise) * (1.0 - done) < self.epsilon) | (done >= 0.95)
+    def _phases(self, draws: Draws, progress: float, gain: Array) -> tuple[float, float, float]:
+        done = GRID.rise(np.array([progress]))[:, 0][draws.shape] / np.maximum(GRID.asymptote[draws.shape], 1e-9)
+        flat = (gain < self.epsilon) | (done >= 0.95)
         slow = ~flat & (done < 0.1)
         at_rest, at_start = float(draws.weight @ flat), float(draws.weight @ slow)
         return at_start, max(0.0, 1.0 - at_rest - at_start), at_rest
@@ -376,26 +363,47 @@ class OnlinePredictor:
     def _identifiable(self, low: float, high: float) -> tuple[bool, str]:
         if self.num_observations < _MIN_OBSERVATIONS:
             return False, f"only {self.num_observations} rewards so far; {_MIN_OBSERVATIONS} are the least"
-        share = self._width(low, high)
+        share = (high - low) / (self._width_before * self._unit)
         if share > _IDENTIFIABLE_WIDTH:
             return False, f"the end may lie anywhere in {low:.3g} to {high:.3g}, {share:.0%} of the width before the first step"
         return True, ""
 
-    def _width(self, low: float, high: float) -> float:
-        return (high - low) / (self._width_before * self._unit)
+    def _time_to(self, share: float, draws: Draws, clock: StepClock) -> tuple[int | None, tuple[int | None, int | None] | None]:
+        """Median and 90 % interval of the step at which a share of the rise is done."""
+        when = np.where(np.abs(draws.rise) >= self.epsilon, np.minimum(GRID.time_to(share)[draws.shape], 2.0), 2.0)
+        low, middle, high = (
+            None if at > 1.0 else max(1, math.ceil(clock.step_at(float(at)) - 1e-9))
+            for at in quantiles(when[:, None], draws.weight, _LEVELS[[0, 2, 4]])[:, 0]
+        )
+        return middle, None if middle is None else (low, high)
 
-    def _time_to(self, share: float, draws: Draws, clock: StepClock) -> int | None:
-        when = self._posterior.grid.time_to(share)[draws.shape]
-        when = np.where(np.abs(draws.rise) >= self.epsilon, np.minimum(when, 2.0), 2.0)
-        middle = float(weighted_quantiles(when[:, None], draws.weight, np.array([0.5]))[0, 0])
-        return None if middle > 1.0 else math.ceil(clock.step_at(middle) - 1e-9)
+    def _spent_at(self, step: int | None) -> Spending | None:
+        """Compute by a step: as told behind, at the pace of late ahead."""
+        known = [row for row in self.rows if row.spent is not None]
+        if step is None or not known:
+            return None
+
+        def at(name: str) -> float | None:
+            told = [(row.step, float(value)) for row in known if (value := getattr(row.spent, name)) is not None]
+            if not told:
+                return None
+            points = [(0, 0.0), *told]
+            if step > points[-1][0]:
+                back = max(0, min(len(points) - 2, int((1.0 - _RECENT) * len(points))))
+                (start, spent), (end, more) = points[back], points[-1]
+                return more + (more - spent) / (end - start) * (step - end)
+            after = bisect_left(points, (step, -math.inf))
+            (start, spent), (end, more) = points[max(0, after - 1)], points[after]
+            return spent + (more - spent) * (step - start) / max(end - start, 1)
+
+        return Spending(at("tokens"), at("device_hours"), at("money"))
 
     def _trend(self) -> tuple[float, float, float]:
         """Least squares over the latest rewards, carried to the budget's end: value and 90 % interval."""
-        size = max(_MIN_RECENT, math.ceil(_RECENT * len(self._rows)))
-        if len(self._rows) < _MIN_RECENT:
+        size = max(_MIN_RECENT, math.ceil(_RECENT * len(self.rows)))
+        if len(self.rows) < _MIN_RECENT:
             return 0.0, -self._unit, self._unit
-        x, y = np.array([(row[1], row[2]) for row in self._rows[-size:]]).T
+        x, y = np.array([(row.progress, row.reward) for row in self.rows[-size:]]).T
         away, left = x - x.mean(), 1.0 - self._last[1]
         inertia = float(away @ away)
         if inertia == 0.0:

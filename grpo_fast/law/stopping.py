@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from grpo_fast.law.predictor import Forecast
+from grpo_fast.law.forecast import Forecast
 
 _MAX_SLOW_START = 0.2
 _MAX_ALL_WRONG = 0.6
 _RECENT = 10
+_FEWEST = 3
+_ROUNDING = 1e-9
+_SETTINGS = ("epsilon", "confidence", "patience", "min_steps", "warmup_steps", "reward_value")
 
 
 @dataclass(frozen=True)
@@ -33,17 +36,20 @@ class StopDecision:
 
 
 class StoppingRule:
-    """Stops when ``patience`` forecasts in a row say that going on is not worth it.
+    """Stops when forecasts say, for a while, that going on is not worth it.
 
-    A forecast says so where the probability of a remaining gain below epsilon is at least ``confidence``. A veto breaks the
-    row. So does a forecast that falls short. On the last step of the budget nothing is stopped.
+    A forecast says so where the probability of a remaining gain below epsilon is at least ``confidence`` and the expected gain
+    is below epsilon too, or, with a ``reward_value``, where no further step of the budget is expected to bring what it costs. A
+    veto breaks the row. So does a forecast that falls short. On the last step of the budget nothing is stopped.
 
     Args:
         epsilon: remaining gain that is not worth having; the forecasts must be made for the same.
         confidence: probability that is demanded, in (0.5, 1).
-        patience: forecasts in a row.
+        patience: for how long forecasts must say so without a break: below 1 a share of the budget, and at least 3
+            forecasts; from 1 on a number of forecasts.
         min_steps: steps before which nothing stops a run.
         warmup_steps: steps over which the learning rate rises; nothing stops a run before they are over.
+        reward_value: money that one unit of reward is worth, for forecasts that know the money spent; None leaves cost out.
 
     Raises:
         ValueError: a value out of range.
@@ -53,25 +59,30 @@ class StoppingRule:
         self,
         epsilon: float = 0.01,
         *,
-        confidence: float = 0.9,
-        patience: int = 3,
+        confidence: float = 0.8,
+        patience: float = 0.07,
         min_steps: int = 20,
         warmup_steps: int = 0,
+        reward_value: float | None = None,
     ) -> None:
         if not epsilon > 0:
             raise ValueError(f"epsilon={epsilon} must be a positive reward difference")
         if not 0.5 < confidence < 1:
             raise ValueError(f"confidence={confidence} must lie between 0.5 and 1")
-        if patience < 1 or min_steps < 0 or warmup_steps < 0:
+        if not patience > 0 or min_steps < 0 or warmup_steps < 0:
             raise ValueError(
-                f"patience={patience} must be at least 1, min_steps={min_steps} and warmup_steps={warmup_steps} at least 0"
+                f"patience={patience} must be above 0, min_steps={min_steps} and warmup_steps={warmup_steps} at least 0"
             )
+        if reward_value is not None and not reward_value > 0:
+            raise ValueError(f"reward_value={reward_value} must be a positive sum of money, or None to leave cost out")
         self.epsilon = epsilon
         self.confidence = confidence
         self.patience = patience
         self.min_steps = min_steps
         self.warmup_steps = warmup_steps
+        self.reward_value = reward_value
         self.count = 0
+        self._since: int | None = None
         self._all_wrong: list[float] = []
 
     def update(self, forecast: Forecast, *, all_wrong: float | None = None) -> StopDecision:
@@ -90,48 +101,80 @@ class StoppingRule:
             self._all_wrong = [*self._all_wrong, all_wrong][-_RECENT:]
         if forecast.step >= forecast.horizon:
             return StopDecision(False, f"The budget ends with step {forecast.step}; there is nothing left to stop")
-        enough, said = self._probable(forecast)
+        enough, said = self._not_worth_it(forecast)
         if not enough:
-            self.count = 0
-            return StopDecision(False, said)
+            return self._broken(said)
         veto, why = self._veto(forecast)
         if veto:
-            self.count = 0
-            return StopDecision(False, f"{said}, but {why}", veto)
+            return self._broken(f"{said}, but {why}", veto)
         self.count += 1
-        if self.count < self.patience:
-            return StopDecision(False, f"{said}, {self.count} of {self.patience} times in a row", count=self.count)
-        times = "" if self.patience == 1 else f", {self.count} steps in a row"
+        self._since = forecast.step if self._since is None else self._since
+        if not self._long_enough(forecast):
+            return StopDecision(False, f"{said}, {self.count} times in a row; patience={self.patience:g}", count=self.count)
+        times = "" if self.count == 1 else f", {self.count} times in a row since step {self._since}"
         reason = (
             f"{said}{times}: the forecast for the end is {forecast.median:.3f} "
             f"(90 % interval {forecast.low:.3f} to {forecast.high:.3f})"
         )
         return StopDecision(True, reason, count=self.count)
 
+    def _broken(self, said: str, veto: str = "") -> StopDecision:
+        self.count, self._since = 0, None
+        return StopDecision(False, said, veto)
+
+    def _long_enough(self, forecast: Forecast) -> bool:
+        if self.patience >= 1:
+            return self.count >= self.patience
+        assert self._since is not None
+        return self.count >= _FEWEST and forecast.step - self._since + 1 >= self.patience * forecast.horizon - _ROUNDING
+
     def state_dict(self) -> dict[str, Any]:
         """Settings and the count, as JSON values."""
-        names = ("epsilon", "confidence", "patience", "min_steps", "warmup_steps", "count")
-        return {name: getattr(self, name) for name in names} | {"all_wrong": self._all_wrong}
+        return {name: getattr(self, name) for name in (*_SETTINGS, "count")} | {
+            "since": self._since,
+            "all_wrong": self._all_wrong,
+        }
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> StoppingRule:
         """Rebuilds a rule in the middle of its row."""
-        settings = {name: state[name] for name in ("confidence", "patience", "min_steps", "warmup_steps")}
-        rule = cls(state["epsilon"], **settings)
+        rule = cls(**{name: state[name] for name in _SETTINGS})
         rule.take_up(state)
         return rule
 
     def take_up(self, state: Mapping[str, Any]) -> None:
         """Takes what another rule has seen, and leaves its settings."""
-        self.count, self._all_wrong = state["count"], list(state["all_wrong"])
+        self.count, self._since, self._all_wrong = state["count"], state["since"], list(state["all_wrong"])
 
-    def _probable(self, forecast: Forecast) -> tuple[bool, str]:
+    def _not_worth_it(self, forecast: Forecast) -> tuple[bool, str]:
+        """Whether a forecast speaks for stopping, and how, in numbers."""
+        if self.reward_value is not None:
+            worth = self._best_value(forecast)
+            if worth is not None and worth[0] <= 0.0:
+                gain, cost = worth[1:]
+                return True, (
+                    f"At step {forecast.step} no way on is worth its price: the best would bring {gain:.4f} of reward, worth "
+                    f"{gain * self.reward_value:.4g}, for {cost:.4g}"
+                )
         said = (
             f"At step {forecast.step} the gain left in the budget is below {self.epsilon:g} "
-            f"with probability {forecast.p_gain_below_eps:.1%}"
+            f"with probability {forecast.p_gain_below_eps:.1%} and {forecast.expected_gain:.3f} in expectation"
         )
-        enough = forecast.p_gain_below_eps >= self.confidence
-        return enough, said if enough else f"{said}; {self.confidence:.0%} would be enough"
+        if forecast.p_gain_below_eps < self.confidence:
+            return False, f"{said}; {self.confidence:.0%} would be enough"
+        return forecast.expected_gain < self.epsilon, said
+
+    def _best_value(self, forecast: Forecast) -> tuple[float, float, float] | None:
+        """Greatest (worth of the expected gain less cost, gain, cost) over where the run could end; None without prices."""
+        if self.reward_value is None or forecast.spent is None or forecast.end_spending is None:
+            return None
+        now, end = forecast.spent.money, forecast.end_spending.money
+        if now is None or end is None or forecast.horizon <= forecast.step:
+            return None
+        a_step = (end - now) / (forecast.horizon - forecast.step)
+        ways = zip(forecast.gain_path.step, forecast.gain_path.gain, strict=True)
+        costs = [(gain, a_step * (step - forecast.step)) for step, gain in ways]
+        return max((gain * self.reward_value - cost, gain, cost) for gain, cost in costs)
 
     def _veto(self, forecast: Forecast) -> tuple[str, str]:
         """The first thing that forbids a stop, by name and in words; two empty strings where nothing does."""

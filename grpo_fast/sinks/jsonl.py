@@ -21,6 +21,7 @@ EVENTS = "events.jsonl"
 COMPLETIONS = "completions.jsonl"
 STREAMS = (METRICS, FORECASTS, EVENTS, COMPLETIONS)
 TRAINER_STATE = "trainer_state.json"
+FACTS = "facts.json"
 
 
 def plain(value: Any) -> Any:
@@ -199,6 +200,16 @@ class JsonlSink:
         state = self.trainer_state(step, best_metric=best_metric, best_step=best_step, best_checkpoint=best_checkpoint)
         path = self.run_dir / TRAINER_STATE
         _write_atomically(path, json.dumps(state, indent=1, ensure_ascii=False, allow_nan=False).encode())
+        return path
+
+    def save_facts(self, facts: Mapping[str, Any]) -> Path:
+        """Writes ``facts.json``: what the forecast knew of the run before step 1.
+
+        Returns:
+            The file.
+        """
+        path = self.run_dir / FACTS
+        _write_atomically(path, json.dumps(facts, indent=1, allow_nan=False).encode())
         return path
 
     def close(self) -> None:

@@ -39,6 +39,8 @@ class Baseline:
 
     reward: float
     """Mean reward by the training rewards; NaN where no answer has one."""
+    error: float
+    """Its standard error, from the answers' own spread; NaN below two answers."""
     num_prompts: int
     """Prompts that were asked, one answer each: prompts differ more than answers do, so that is the surest for its price."""
 
@@ -70,4 +72,7 @@ def probe(config: Config, parts: Parts, timer: PhaseTimer) -> Baseline:
         [len(group.prompt.token_ids) for group in groups],
         [[len(completion.token_ids) for completion in group.completions] for group in groups],
     )
-    return Baseline(mean_known(value for group in groups for value in group.reward), len(groups))
+    rewards = np.array([value for group in groups for value in group.reward], dtype=np.float64)
+    known = rewards[np.isfinite(rewards)]
+    error = float(known.std(ddof=1)) / math.sqrt(known.size) if known.size > 1 else math.nan
+    return Baseline(mean_known(rewards.tolist()), error, len(groups))

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from grpo_fast.config import Config, ConfigError
-from grpo_fast.law import AlarmState, CollapseAlarm, Forecast, OnlinePredictor, StopDecision, StoppingRule
+from grpo_fast.law import AlarmState, CollapseAlarm, Forecast, OnlinePredictor, Spending, StopDecision, StoppingRule
 from grpo_fast.sinks import SinkSet
 from grpo_fast.train.summary import Ending
 
@@ -65,8 +65,26 @@ class Oversight:
         self._told: set[str] = set()
         self._silent_until = 0
 
+    def start_from(self, reward: float, error: float) -> None:
+        """Tells the forecaster where the untrained policy stands; one that was told otherwise keeps what it knows.
+
+        Args:
+            reward: mean reward of a probe; NaN tells nothing.
+            error: its standard error; NaN or 0 where that is unknown.
+        """
+        facts = self.predictor.facts
+        if facts.start is None and not math.isnan(reward):
+            known = error if error > 0 else None
+            self.predictor.inform(replace(facts, start=reward, start_error=known))
+
     def observe(
-        self, step: int, progress: float, metrics: Mapping[str, float], *, give_up: Callable[[], bool] = lambda: False
+        self,
+        step: int,
+        progress: float,
+        metrics: Mapping[str, float],
+        *,
+        spent: Spending | None = None,
+        give_up: Callable[[], bool] = lambda: False,
     ) -> Verdict:
         """Shows a step to everything that watches.
 
@@ -74,12 +92,13 @@ class Oversight:
             step: the step that is done.
             progress: share of the summed learning rate that is spent.
             metrics: the step's.
+            spent: compute since the run began.
             give_up: asked while a question waits for its answer; True ends the waiting.
 
         Raises:
             ConfigError: the reward lies outside ``reward_range``.
         """
-        forecast, decision = self._foresee(step, progress, metrics)
+        forecast, decision = self._foresee(step, progress, metrics, spent)
         alarm = None if self._config.collapse_action == "off" else self.alarm.update(step, metrics["reward"], metrics)
         ending = None
         if alarm is not None and alarm.confirmed:
@@ -131,25 +150,29 @@ class Oversight:
             progress: the schedule as it is now.
         """
         restored = OnlinePredictor.from_state_dict(state["predictor"])
-        same = ("horizon", "epsilon", "reward_range")
-        if all(getattr(restored, name) == getattr(self.predictor, name) for name in same):
+        same = all(getattr(restored, name) == getattr(self.predictor, name) for name in ("horizon", "epsilon", "reward_range"))
+        if same and restored.prior.to_dict() == self.predictor.prior.to_dict():
             self.predictor = restored
         else:
-            for step, _, reward, num_prompts, num_generations, reward_std in state["predictor"]["rows"]:
-                if step <= len(progress):
-                    self.predictor.observe(
-                        step,
-                        progress[step - 1],
-                        reward,
-                        num_prompts=num_prompts,
-                        num_generations=num_generations,
-                        reward_std=reward_std,
+            self.predictor.inform(restored.facts)
+            for row in restored.rows:
+                if row.step <= len(progress):
+                    self.predictor.absorb(
+                        row.step,
+                        progress[row.step - 1],
+                        row.reward,
+                        num_prompts=row.num_prompts,
+                        num_generations=row.num_generations,
+                        reward_std=row.reward_std,
+                        spent=row.spent,
                     )
         self.rule.take_up(state["rule"])
         self.alarm.load_state_dict(state["alarm"])
         self._told, self._silent_until = set(state["told"]), state["silent_until"]
 
-    def _foresee(self, step: int, progress: float, metrics: Mapping[str, float]) -> tuple[Forecast | None, StopDecision | None]:
+    def _foresee(
+        self, step: int, progress: float, metrics: Mapping[str, float], spent: Spending | None
+    ) -> tuple[Forecast | None, StopDecision | None]:
         if self._config.forecast == "off":
             return None, None
         self.forecast = self.predictor.observe(
@@ -159,6 +182,7 @@ class Oversight:
             num_prompts=self._config.prompts_per_step,
             num_generations=self._config.num_generations,
             reward_std=metrics["reward_std"],
+            spent=spent,
         )
         return self.forecast, self.rule.update(self.forecast, all_wrong=metrics["frac_reward_all_wrong"])
 
@@ -185,7 +209,7 @@ class Oversight:
             return None
         if answer == "stop":
             return Ending("forecast", f"{decision.reason}; you chose to stop.")
-        self._silent_until = step + max(self.rule.patience, math.ceil(_ASK_AGAIN * self.predictor.horizon))
+        self._silent_until = step + max(math.ceil(self.rule.patience), math.ceil(_ASK_AGAIN * self.predictor.horizon))
         if answer == "never":
             self._told.add("never")
         why = {"never": "you chose to go on to the end", "go on": "you chose to go on"}.get(answer, "no answer came")
@@ -210,4 +234,5 @@ def build_rule(config: Config) -> StoppingRule:
         patience=config.forecast_patience,
         min_steps=config.forecast_min_steps,
         warmup_steps=config.num_warmup_steps,
+        reward_value=config.forecast_reward_value,
     )

@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 from grpo_fast.compute import Budget, ComputeMeter, ModelShape
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.device import DeviceFacts, device_facts, energy_source
-from grpo_fast.law import OnlinePredictor
+from grpo_fast.law import OnlinePredictor, Prior, RunFacts
 from grpo_fast.objective import OBJECTIVES
 from grpo_fast.rewards import RewardPool
 from grpo_fast.rollout import RolloutEngine
@@ -28,7 +28,7 @@ CONFIG_FILE = "config.toml"
 _CHANGEABLE = {
     *(f"max_{name}" for name in ("steps", "tokens", "flops", "gpu_hours", "wall_hours", "money", "energy_kwh")),
     "price_per_gpu_hour",
-    *(f"forecast{name}" for name in ("", "_epsilon", "_confidence", "_patience", "_min_steps")),
+    *(f"forecast{name}" for name in ("", "_epsilon", "_confidence", "_patience", "_min_steps", "_reward_value", "_prior")),
     *("baseline_probe", "collapse_action"),
     "reward_range",
     *("output_dir", "overwrite", "eval_steps", "save_steps", "save_total_limit", "sinks", "log_completions", "report"),
@@ -126,6 +126,7 @@ def build_parts(config: Config, given: Replacements, *, resume: bool) -> Parts:
     replaces_run = not resume and _holds_run(config)
     OBJECTIVES[config.loss_type].spec(config)
     budget = _build_budget(config, given.get("budget"))
+    prior = _load_prior(config)
     source = PolicySource(config)
     task = given.get("task") or load_task(config, chat=source.chat, needs_reward="reward_funcs" not in given)
     functions = given.get("reward_funcs") or config.reward_funcs or task.reward_funcs
@@ -162,7 +163,13 @@ def build_parts(config: Config, given: Replacements, *, resume: bool) -> Parts:
             rewards=rewards,
             eval_rewards=_build_pool(config, (task.eval_reward or functions[0],), ()),
             predictor=given.get("predictor")
-            or OnlinePredictor(config.max_steps, epsilon=config.forecast_epsilon, reward_range=config.reward_range),
+            or OnlinePredictor(
+                config.max_steps,
+                epsilon=config.forecast_epsilon,
+                reward_range=config.reward_range,
+                facts=RunFacts(size_b=sum(weight.numel() for weight in policy.model.parameters()) / 1e9),
+                prior=prior,
+            ),
             meter=ComputeMeter(
                 ModelShape.from_model(policy.model),
                 power=energy_source(facts),
@@ -177,6 +184,15 @@ def build_parts(config: Config, given: Replacements, *, resume: bool) -> Parts:
         )
         on_error.pop_all()
     return parts
+
+
+def _load_prior(config: Config) -> Prior:
+    if config.forecast_prior is None:
+        return Prior.default()
+    try:
+        return Prior.load(config.forecast_prior)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"forecast_prior: {error}") from error
 
 
 def check_resumable(saved: Config, wanted: Config) -> None:

@@ -10,13 +10,13 @@ import contextlib
 import math
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 from grpo_fast.config import Config, ConfigError
-from grpo_fast.law import AlarmState, Forecast, StopDecision
+from grpo_fast.law import AlarmState, Forecast, Spending, StopDecision
 from grpo_fast.metrics import PhaseTimer, mean_known
 from grpo_fast.rewards import RewardError
 from grpo_fast.train.best import BestCheckpoints, Saved
@@ -252,7 +252,11 @@ class GRPOTrainer:
         """Shows the step to forecast and alarm; a collapse takes the checkpoints since its onset out of the choice."""
         self._recent_rewards = [*self._recent_rewards, metrics["reward"]][-_SMOOTHED_STEPS:]
         step = self.global_step
-        verdict = self._oversight.observe(step, self._progress[step - 1], metrics, give_up=lambda: bool(self._interrupt))
+        used = self._parts.meter.usage(step)
+        spent = Spending(tokens=float(used.tokens), device_hours=used.gpu_hours, money=used.money)
+        verdict = self._oversight.observe(
+            step, self._progress[step - 1], metrics, spent=spent, give_up=lambda: bool(self._interrupt)
+        )
         self._alarm = verdict.alarm
         if verdict.alarm is not None and verdict.alarm.confirmed:
             self._best.forget_after(self._oversight.sound_until(step, verdict.alarm))
@@ -306,6 +310,7 @@ class GRPOTrainer:
             return
         if self.config.baseline_probe and self.config.forecast != "off" and "baseline" not in self._evals:
             self._probe()
+        self._parts.record.save_facts(asdict(self._oversight.predictor.facts))
         if self.config.eval_steps and "first" not in self._evals:
             value = self.evaluate()
             self._parts.sinks.log_step({"step": 0, "progress": 0.0, "eval_reward": value}, None)
@@ -315,6 +320,7 @@ class GRPOTrainer:
         """Measures where the untrained policy stands, for the forecast to begin from."""
         baseline = probe(self.config, self._parts, self._timer)
         self._evals["baseline"] = self._oversight.within_range(baseline.reward, "the untrained policy")
+        self._oversight.start_from(self._evals["baseline"], baseline.error)
         self._event("probe", f"reward before training: {baseline.reward:.3f} over {baseline.num_prompts} prompts")
 
     def _finish(self, ending: Ending) -> None:

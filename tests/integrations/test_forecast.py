@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import pytest
 from grpo_fast import integrations
 from grpo_fast.integrations.forecast import forecast_log, progress_of
 from grpo_fast.integrations.logs import LogError, RewardLog, read_log
-from grpo_fast.law import OnlinePredictor, StoppingRule
+from grpo_fast.law import OnlinePredictor, Prior, RunFacts, Spending, StoppingRule
+from grpo_fast.recipes import recipe
+from grpo_fast.train import GRPOTrainer
 
 COMMAND = str(Path(sys.executable).with_name("grpo-fast"))
 
@@ -132,28 +135,110 @@ def test_our_own_spread_is_used_and_others_are_not() -> None:
     assert ours.forecast != without.forecast
 
 
+def a_prior(path: Path) -> Prior:
+    prior = replace(Prior.default(), drift_median=0.1, about={"curves": 3})
+    prior.save(path)
+    return prior
+
+
 def test_a_run_of_our_own_gets_its_own_numbers(tmp_path: Path) -> None:
-    rewards, law, rule = (
-        s_curve(80),
-        OnlinePredictor(100, epsilon=0.02, reward_range=(0.0, 1.0)),
-        StoppingRule(0.02, confidence=0.8),
-    )
-    rows, beliefs, stops = [], [], []
-    for step, reward in enumerate(rewards.tolist(), 1):
+    facts = RunFacts(size_b=0.5, start=0.1, start_error=0.02)
+    prior = a_prior(tmp_path / "mine.json")
+    law = OnlinePredictor(100, epsilon=0.02, reward_range=(0.0, 1.0), facts=facts, prior=prior)
+    rule = StoppingRule(0.02, confidence=0.7, patience=3, min_steps=20, warmup_steps=10)
+    rows, beliefs, decisions = [], [], []
+    for step, reward in enumerate(s_curve(80).tolist(), 1):
         progress = 1 - (1 - step / 100) ** 2
-        rows.append({"step": step, "progress": progress, "learning_rate": 1e-6, "reward": reward, "reward_std": 0.2})
-        beliefs.append(law.observe(step, progress, reward, num_prompts=8, num_generations=4, reward_std=0.2))
-        stops.append(rule.update(beliefs[-1]).stop)
+        row = {"step": step, "progress": progress, "learning_rate": 1e-6, "reward": reward, "reward_std": 0.2}
+        cost = {"num_tokens": 1000.0 * step, "gpu_seconds": 1800.0 * step, "money": 0.25 * step}
+        rows.append(row | cost | {"frac_reward_all_wrong": 0.9 if step < 75 else 0.0})
+        spent = Spending(1000.0 * step, 0.5 * step, 0.25 * step)
+        beliefs.append(law.observe(step, progress, reward, num_prompts=8, num_generations=4, reward_std=0.2, spent=spent))
+        decisions.append(rule.update(beliefs[-1], all_wrong=rows[-1]["frac_reward_all_wrong"]))
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    config = "max_steps = 100\nprompts_per_step = 8\nnum_generations = 4\nreward_range = [0.0, 1.0]\n"
-    law_settings = "forecast_epsilon = 0.02\nforecast_confidence = 0.8\nforecast_patience = 3\nforecast_min_steps = 20\n"
-    (tmp_path / "config.toml").write_text(config + law_settings, encoding="utf-8")
+    config = "max_steps = 100\nprompts_per_step = 8\nnum_generations = 4\nreward_range = [0.0, 1.0]\nwarmup_steps = 0.1\n"
+    law_settings = "forecast_epsilon = 0.02\nforecast_confidence = 0.7\nforecast_patience = 3\nforecast_min_steps = 20\n"
+    origin = f'forecast_prior = "{(tmp_path / "mine.json").as_posix()}"\n'
+    (tmp_path / "config.toml").write_text(config + law_settings + origin, encoding="utf-8")
+    (tmp_path / "facts.json").write_text(json.dumps(asdict(facts)), encoding="utf-8")
     found = forecast_log(read_log(tmp_path))
-    assert found.forecast == beliefs[-1]
-    assert found.stop_step == stops.index(True) + 1
+    assert list(found.history) == beliefs
+    assert list(found.vetoes) == [decision.veto for decision in decisions]
+    assert "all wrong" in found.vetoes, "what kept the run from stopping is seen"
+    assert found.stop_step == next(step for step, decision in enumerate(decisions, 1) if decision.stop)
     assert found.notes == []
+    assert found.prior_origin == f"{(tmp_path / 'mine.json').as_posix()}; curves 3"
     assert forecast_log(read_log(tmp_path), num_prompts=1).forecast != beliefs[-1], "what is given wins"
     assert forecast_log(read_log(tmp_path), max_steps=120).horizon == 120
+    shipped = forecast_log(read_log(tmp_path), prior=Prior.default(), facts=RunFacts(lora=True))
+    assert shipped.prior_origin is None
+    assert shipped.facts == replace(facts, lora=True), "what is not told is taken from the run"
+    told = forecast_log(read_log(tmp_path), facts=RunFacts(start=0.2)).facts
+    assert (told.start, told.start_error) == (0.2, None), "a told start has its own error"
+    (tmp_path / "mine.json").unlink()
+    with pytest.raises(LogError, match=r"the prior that the run began from cannot be read; .*mine\.json"):
+        forecast_log(read_log(tmp_path))
+    (tmp_path / "facts.json").write_text('{"size": 3}', encoding="utf-8")
+    with pytest.raises(LogError, match=r"what the run knew of itself cannot be used .*'size'"):
+        forecast_log(read_log(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_real_run_gets_the_forecasts_that_it_wrote(tmp_path: Path) -> None:
+    a_prior(tmp_path / "mine.json")
+    run = tmp_path / "run"
+    settings: dict[str, Any] = {"max_steps": 12, "prompts_per_step": 4, "num_generations": 2, "max_completion_length": 4}
+    settings |= {"warmup_steps": 0.2, "baseline_probe": 8, "eval_steps": 0, "report": False, "price_per_gpu_hour": 2.0}
+    settings |= {"forecast": "warn", "forecast_min_steps": 5, "forecast_prior": tmp_path / "mine.json"}
+    with GRPOTrainer(recipe("embedded", output_dir=run, **settings)) as trainer:
+        trainer.train()
+    written = [json.loads(line) for line in (run / "forecasts.jsonl").read_text(encoding="utf-8").splitlines()]
+    found = forecast_log(read_log(run))
+    assert found.facts.start is not None
+    assert found.facts.size_b == 672_896 / 1e9
+    rows = json.loads(json.dumps(found.rows()))
+    assert len(rows) == len(written) == 12
+    for row, own in zip(rows, written, strict=True):
+        assert {name: value for name, value in row.items() if name != "phase_probabilities"} == {
+            name: value for name, value in own.items() if name not in {"stop", "stop_count", "phase_probabilities"}
+        }
+    assert rows[-1]["spent"]["money"] == pytest.approx(2 * rows[-1]["spent"]["device_hours"])
+
+
+def test_a_value_of_reward_stops_a_run_that_costs_too_much() -> None:
+    rewards = s_curve(60)
+    log = log_of(rewards, max_steps=100, source="grpo_fast run", money=5.0 * np.arange(1, 61))
+    settings: dict[str, Any] = {"reward_range": (0.0, 1.0), "confidence": 0.999, "patience": 3}
+    dear, cheap = (forecast_log(log, reward_value=value, **settings) for value in (0.01, 1e9))
+    assert dear.stop_step is not None
+    assert "no way on is worth its price" in dear.stop_reason
+    assert cheap.stop_step is None or cheap.stop_step > dear.stop_step
+
+
+def test_a_trainer_state_tells_its_rise_in_tokens(tmp_path: Path) -> None:
+    history = [{"reward": reward, "num_tokens": 5000.0 * step, "step": step} for step, reward in enumerate(s_curve(120), 1)]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"max_steps": 160, "log_history": history}), encoding="utf-8")
+    found = forecast_log(read_log(tmp_path))
+    now = found.forecast
+    assert now.x80 is not None
+    assert 30 < now.x80 < 50, "at step 40 it has come to 0.71 of 0.85"
+    assert now.x80_spending == Spending(tokens=pytest.approx(5000 * now.x80))
+    assert now.end_spending == Spending(tokens=pytest.approx(5000 * 160))
+    assert f"step {now.x80} (90 % interval" in found.to_words()["80 % of the rise"]
+    assert found.to_words()["80 % of the rise"].endswith(f"for {5000 * now.x80} tokens")
+
+
+def test_the_rules_own_defaults_hold() -> None:
+    found, rule = forecast_log(log_of(s_curve(40), max_steps=60)), StoppingRule()
+    assert found.confidence == rule.confidence
+    assert found.rule == {name: getattr(rule, name) for name in ("patience", "min_steps", "warmup_steps", "reward_value")}
+
+
+def test_a_start_outside_the_rewards_seen_widens_the_range() -> None:
+    assert forecast_log(log_of(s_curve(40), max_steps=60), facts=RunFacts(start=-0.5)).reward_range is None
+    inside = forecast_log(log_of(s_curve(40), max_steps=60), facts=RunFacts(start=0.05, start_error=0.001))
+    assert inside.reward_range == (0.0, 1.0)
+    assert inside.prior.band.median[0] == pytest.approx(0.05, abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -196,6 +281,9 @@ def test_progress_in_steps_where_the_schedule_is_unknown() -> None:
         ({"epsilon": 0.0}, "epsilon=0.0"),
         ({"num_prompts": 0}, "num_prompts=0"),
         ({"confidence": 0.2}, "confidence=0.2"),
+        ({"patience": 0}, "patience=0"),
+        ({"reward_value": -1.0}, "reward_value=-1.0"),
+        ({"reward_range": (0.0, 1.0), "facts": RunFacts(start=1.5)}, "reward=1.5 at the start is outside"),
     ],
 )
 def test_what_cannot_be(options: dict[str, Any], message: str) -> None:

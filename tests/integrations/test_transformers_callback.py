@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers import (
 
 from grpo_fast.assets import embedded_model_dir
 from grpo_fast.integrations import PlateauStopCallback
-from grpo_fast.law import OnlinePredictor
+from grpo_fast.law import OnlinePredictor, Prior, RunFacts, Spending, StoppingRule
 from grpo_fast.tasks.arithmetic import arithmetic_task
 
 EASY: dict[str, Any] = {"epsilon": 0.05, "reward_range": (0, 1), "confidence": 0.6, "patience": 2, "min_steps": 5}
@@ -59,7 +60,9 @@ class Seen(TrainerCallback):
         self.logs.append(dict(logs))
 
 
-def trl_trainer(folder: Path, *callbacks: TrainerCallback, reward: Any = constant_reward, **options: Any) -> Any:
+def trl_trainer(
+    folder: Path, *callbacks: TrainerCallback, reward: Any = constant_reward, peft_config: Any = None, **options: Any
+) -> Any:
     from trl import GRPOConfig, GRPOTrainer
 
     task = arithmetic_task(size=16, eval_size=4, seed=0)
@@ -89,13 +92,14 @@ def trl_trainer(folder: Path, *callbacks: TrainerCallback, reward: Any = constan
         train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(rows[:4]),
         callbacks=list(callbacks),
+        peft_config=peft_config,
     )
 
 
 @trl
 def test_trl_stops_at_a_constant_reward(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     callback, seen = PlateauStopCallback(reward_range=(0, 1)), Seen()
-    often = {"eval_strategy": "steps", "eval_steps": 30, "save_strategy": "steps", "save_steps": 1000}
+    often = {"eval_strategy": "steps", "eval_steps": 10, "save_strategy": "steps", "save_steps": 1000}
     trainer = trl_trainer(tmp_path, callback, seen, max_steps=100, **often)
     with caplog.at_level(logging.WARNING, logger="grpo_fast"):
         trainer.train()
@@ -118,6 +122,9 @@ def test_trl_stops_at_a_constant_reward(tmp_path: Path, caplog: pytest.LogCaptur
     saved = json.loads((tmp_path / f"checkpoint-{stopped}" / "trainer_state.json").read_text(encoding="utf-8"))
     assert saved["log_history"][-1]["forecast/median"] == callback.history[-1]["median"]
     assert callback._counts == (2, 2), "four completions a step in pairs"
+    assert callback.history[-1]["spent"]["tokens"] == rows[-1]["num_tokens"] == trainer.state.num_input_tokens_seen
+    size = sum(weight.numel() for weight in trainer.model.parameters()) / 1e9
+    assert callback.predictor.facts == RunFacts(size_b=size)
 
 
 @trl
@@ -159,6 +166,18 @@ def test_a_resumed_run_believes_what_the_straight_one_did(tmp_path: Path, restor
 
 
 @trl
+def test_adapters_are_seen(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    callback = PlateauStopCallback()
+    trainer = trl_trainer(tmp_path, callback, max_steps=1, peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
+    trainer.train()
+    assert callback.predictor.facts.lora
+    size = sum(weight.numel() for weight in trainer.model.parameters()) / 1e9
+    assert callback.predictor.facts.size_b == size
+
+
+@trl
 def test_a_callback_that_is_new_after_a_resume_reads_the_log(tmp_path: Path) -> None:
     settings = {"save_strategy": "steps", "save_steps": 6}
     trl_trainer(tmp_path, max_steps=6, **settings).train()
@@ -172,12 +191,14 @@ def test_a_callback_that_is_new_after_a_resume_reads_the_log(tmp_path: Path) -> 
 class Loop:
     """A trainer's calls without a model: what a log leads to, step by step."""
 
-    def __init__(self, callback: PlateauStopCallback, folder: Path, *, max_steps: int = 40, scheduler: Any = None) -> None:
+    def __init__(
+        self, callback: PlateauStopCallback, folder: Path, *, max_steps: int = 40, scheduler: Any = None, model: Any = None
+    ) -> None:
         self.callback = callback
         self.args = TrainingArguments(output_dir=str(folder), use_cpu=True, report_to="none")
         self.state = TrainerState(max_steps=max_steps, is_world_process_zero=True)
         self.control = TrainerControl()
-        callback.on_train_begin(self.args, self.state, self.control, lr_scheduler=scheduler)
+        callback.on_train_begin(self.args, self.state, self.control, lr_scheduler=scheduler, model=model)
 
     def log(self, step: int, **values: Any) -> dict[str, Any]:
         self.state.global_step = step
@@ -200,6 +221,47 @@ def test_numbers_are_those_of_the_law(tmp_path: Path) -> None:
         written = loop.log(step, reward=reward)
         assert callback.forecast == belief
         assert written["forecast/high"] == belief.high
+
+
+def test_the_rules_own_defaults_hold(tmp_path: Path) -> None:
+    callback, rule = PlateauStopCallback(), StoppingRule()
+    assert callback.rule.state_dict() == rule.state_dict()
+    Loop(callback, tmp_path)
+    assert callback.rule.state_dict() == rule.state_dict()
+
+
+def test_what_is_known_of_the_run_goes_in(tmp_path: Path) -> None:
+    model = torch.nn.Linear(50, 40)
+    prior = replace(Prior.default(), drift_median=0.123456)
+    start = RunFacts(start=0.2, start_error=0.01, lora=True)
+    callback = PlateauStopCallback(prior=prior, facts=start)
+    loop = Loop(callback, tmp_path, model=model)
+    facts = replace(start, size_b=2040 / 1e9)
+    assert callback.predictor.facts == facts
+    law = OnlinePredictor(40, facts=facts, prior=Prior.from_dict(prior.to_dict()))
+    plain = Loop(PlateauStopCallback(), tmp_path)
+    for step in range(1, 11):
+        belief = law.observe(step, step / 40, step / 20, spent=Spending(tokens=100.0 * step))
+        loop.log(step, reward=step / 20, num_tokens=100 * step)
+        plain.log(step, reward=step / 20)
+        assert callback.forecast == belief
+    assert callback.history[-1]["spent"] == {"tokens": 1000.0, "device_hours": None, "money": None}
+    assert callback.history[-1]["end_spending"]["tokens"] == pytest.approx(4000)
+    assert plain.callback.forecast != belief
+    assert "spent" not in plain.callback.history[-1], "what is not logged is not known"
+    Loop(callback, tmp_path, model=torch.nn.Linear(500, 40))
+    assert callback.predictor.facts.size_b == 20040 / 1e9, "another training, another model"
+    told = PlateauStopCallback(facts=RunFacts(size_b=7.0))
+    Loop(told, tmp_path, model=model)
+    assert told.predictor.facts.size_b == 7.0, "what is told wins"
+
+
+def test_tokens_that_only_the_state_counts(tmp_path: Path) -> None:
+    loop = Loop(PlateauStopCallback(), tmp_path)
+    loop.state.num_input_tokens_seen = 700
+    loop.log(1, reward=0.1)
+    loop.log(2, reward=0.1, num_input_tokens_seen=900)
+    assert loop.callback.tokens == [700, 900.0]
 
 
 def test_what_is_no_observation(tmp_path: Path, said: Callable[[], list[str]]) -> None:
@@ -248,15 +310,18 @@ def test_progress_follows_the_schedule(tmp_path: Path) -> None:
 
 
 def test_state_is_json_and_a_second_training_starts_afresh(tmp_path: Path) -> None:
-    callback = PlateauStopCallback(reward_range=(0, 1), epsilon=0.02)
+    prior = replace(Prior.default(), part_logits=Prior.default().part_logits + 1 / 3e4)
+    callback = PlateauStopCallback(reward_range=(0, 1), epsilon=0.02, prior=prior, facts=RunFacts(start=0.1))
     loop = Loop(callback, tmp_path)
     for step in range(1, 6):
-        loop.log(step, reward=step / 10)
+        loop.log(step, reward=step / 10, num_tokens=50 * step)
     state = json.loads(json.dumps(callback.state()))
     copy = PlateauStopCallback.from_state(state)
     copy.on_train_begin(loop.args, loop.state, loop.control)
     assert copy.history == callback.history
+    assert copy.history[-1]["spent"]["tokens"] == 250
     assert copy.predictor.epsilon == 0.02
+    assert copy.predictor.facts == RunFacts(start=0.1)
     Loop(callback, tmp_path)
     assert callback.history == []
 
@@ -269,6 +334,10 @@ def test_state_is_json_and_a_second_training_starts_afresh(tmp_path: Path) -> No
         ({"confidence": 2.0}, "confidence=2.0"),
         ({"horizon": 0}, "horizon=0"),
         ({"reward_range": (1, 0)}, "reward_range"),
+        ({"patience": 0}, "patience=0"),
+        ({"reward_range": (0, 1), "facts": RunFacts(start=2.0)}, "reward=2.0 at the start is outside"),
+        ({"facts": {"size_b": -1.0}}, "size_b=-1.0"),
+        ({"prior": {"format": 0}}, "its format is 0"),
     ],
 )
 def test_wrong_settings_are_told_at_once(options: dict[str, Any], message: str) -> None:

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import FillBetweenPolyCollection
 from matplotlib.colors import to_hex
 
+from grpo_fast.config import Config
 from grpo_fast.report.plots import (
     PICTURES,
     belief_steps,
@@ -128,9 +129,9 @@ def test_the_stop_shows_probability_threshold_and_moment(make_run: MakeRun) -> N
     known = run.forecast_series("step") > 45
     assert np.isnan(sure[~known, 1]).all()
     assert np.allclose(sure[known, 1], run.forecast_series("p_gain_below_eps")[known])
-    assert any(np.allclose(line.get_ydata(), 0.9) for line in lower.get_lines())
+    assert any(np.allclose(line.get_ydata(), Config().forecast_confidence) for line in lower.get_lines())
     assert any(np.allclose(line.get_xdata(), 168) for line in lower.get_lines())
-    assert "enough to stop: 90 %" in _texts(lower)
+    assert f"enough to stop: {Config().forecast_confidence:.0%}".replace("%", " %") in _texts(lower)
     assert "sure at step 168" in _texts(lower)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from grpo_fast.config import Config
-from grpo_fast.law import Forecast, OnlinePredictor
+from grpo_fast.law import Forecast, OnlinePredictor, Prior, RunFacts, Spending, StoppingRule
 from grpo_fast.sinks import SinkSet
 from grpo_fast.train.optim import progress_schedule
 from grpo_fast.train.oversight import Oversight, Verdict, build_rule
@@ -24,7 +24,7 @@ class Certain(OnlinePredictor):
 
     def observe(self, step: int, progress: float, reward: float, **told: Any) -> Forecast:
         forecast = super().observe(step, progress, reward, **told)
-        sure = {"p_gain_below_eps": 0.97, "identifiable": True, "trend": 0.0, "trend_low": -0.1}
+        sure = {"p_gain_below_eps": 0.97, "expected_gain": 0.001, "identifiable": True, "trend": 0.0, "trend_low": -0.1}
         return dataclasses.replace(forecast, **sure, phase_probabilities=(0.0, 0.0, 1.0))
 
 
@@ -176,22 +176,50 @@ def test_the_row_holds_what_the_rule_made_of_the_forecast() -> None:
     json.dumps(verdicts[5].row, allow_nan=False)
 
 
+def test_a_probe_is_where_the_forecast_starts() -> None:
+    config = Config.parse({"max_steps": 200})
+    facts = RunFacts(size_b=0.5)
+    oversight = Oversight(config, predictor=OnlinePredictor(200, reward_range=(0, 1), facts=facts), sinks=SinkSet([]))
+    blank = oversight.predictor.forecast()
+    oversight.start_from(0.35, 0.02)
+    assert oversight.predictor.facts == RunFacts(size_b=0.5, start=0.35, start_error=0.02)
+    assert oversight.predictor.forecast().band.median[0] == pytest.approx(0.35, abs=0.01)
+    assert blank.band.high[0] - blank.band.low[0] > 0.3
+    oversight.start_from(0.9, 0.02)
+    assert oversight.predictor.facts.start == 0.35, "what is known already is kept"
+    silent = Oversight(config, predictor=OnlinePredictor(200), sinks=SinkSet([]))
+    silent.start_from(math.nan, math.nan)
+    assert silent.predictor.facts == RunFacts()
+
+
+def test_what_was_spent_reaches_the_forecast() -> None:
+    oversight = Oversight(Config.parse({"max_steps": 200}), predictor=OnlinePredictor(200), sinks=SinkSet([]))
+    for step in (1, 2, 3, 4):
+        verdict = oversight.observe(step, step / 200, METRICS, spent=Spending(1000.0 * step, 0.25 * step, 0.5 * step))
+    assert verdict.row["end_spending"] == {"tokens": 200_000.0, "device_hours": 50.0, "money": 100.0}
+
+
 def test_wrong_groups_reach_the_rule() -> None:
     verdicts = go(watch(Person()), range(1, 10), frac_reward_all_wrong=0.7)
     assert {verdict.decision.veto for verdict in verdicts[4:]} == {"all wrong"}
 
 
 def test_the_rule_is_the_configurations() -> None:
-    rule = build_rule(Config(max_steps=100, warmup_steps=0.25, forecast_confidence=0.8, forecast_patience=5))
-    assert (rule.warmup_steps, rule.confidence, rule.patience) == (25, 0.8, 5)
+    rule = build_rule(
+        Config(max_steps=100, warmup_steps=0.25, forecast_confidence=0.7, forecast_patience=5, forecast_reward_value=3.0)
+    )
+    assert (rule.warmup_steps, rule.confidence, rule.patience, rule.reward_value) == (25, 0.7, 5, 3.0)
+    assert build_rule(Config()).patience == StoppingRule().patience
+    assert build_rule(Config()).confidence == StoppingRule().confidence
 
 
 def test_the_law_comes_back_or_is_fed_anew_for_another_horizon() -> None:
-    def make(**settings: Any) -> Oversight:
+    def make(prior: Prior | None = None, **settings: Any) -> Oversight:
         config = Config.parse({"max_steps": 20, "lr_scheduler_type": "linear"} | settings)
-        return Oversight(config, predictor=OnlinePredictor(config.max_steps), sinks=SinkSet([]))
+        return Oversight(config, predictor=OnlinePredictor(config.max_steps, prior=prior), sinks=SinkSet([]))
 
     first = make()
+    first.start_from(0.02, 0.01)
     progress = progress_schedule(Config(max_steps=20, lr_scheduler_type="linear"))
     for step in (1, 2, 3, 4):
         reward = math.nan if step == 2 else step / 20
@@ -209,7 +237,16 @@ def test_the_law_comes_back_or_is_fed_anew_for_another_horizon() -> None:
     further = progress_schedule(Config(max_steps=40, lr_scheduler_type="linear"))
     longer.restore(state, further)
     assert longer.predictor.horizon == 40
-    assert [row[:3] for row in longer.predictor.state_dict()["rows"]] == [[s, further[s - 1], s / 20] for s in (1, 3, 4)]
+    seen = [(row.step, row.progress, row.reward) for row in longer.predictor.rows]
+    assert seen == [(s, further[s - 1], s / 20) for s in (1, 3, 4)]
+    assert [row.reward_std for row in longer.predictor.rows] == [row.reward_std for row in first.predictor.rows]
+    assert longer.predictor.facts == first.predictor.facts
+
+    other = make(prior=dataclasses.replace(Prior.default(), drift_median=0.2))
+    other.restore(state, progress)
+    assert other.predictor.prior.drift_median == 0.2
+    assert other.predictor.rows == first.predictor.rows
+    assert other.predictor.forecast() != first.predictor.forecast()
 
     shorter = make(max_steps=3)
     shorter.restore(state, progress_schedule(Config(max_steps=3)))

@@ -80,6 +80,13 @@ def trace(run: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if not key.startswith(TIMED)} for row in rows(run)]
 
 
+def beliefs(run: Path) -> list[dict[str, Any]]:
+    """What was forecast, without what it costs: that is measured."""
+    return [
+        {key: value for key, value in row.items() if not key.endswith(("spending", "spent"))} for row in rows(run, "forecasts")
+    ]
+
+
 def events(run: Path) -> list[str]:
     return [row["event"] for row in rows(run, "events")]
 
@@ -139,7 +146,7 @@ def whole(straight: dict[str, Any]) -> Straight:
         result.summary = trainer.train()
         result.weights = weights(trainer)
     run = result.config.output_dir
-    result.trace, result.forecasts = trace(run), rows(run, "forecasts")
+    result.trace, result.forecasts = trace(run), beliefs(run)
     return result
 
 
@@ -164,6 +171,10 @@ def test_a_run_leaves_everything_a_reader_needs(whole: Straight) -> None:
     assert Config.from_toml(run / "config.toml") == whole.config
     assert json.loads((run / "summary.json").read_text(encoding="utf-8")) == whole.summary
     assert [row["step"] for row in whole.trace] == list(range(9)), "step 0 is the evaluation before training"
+    facts = json.loads((run / "facts.json").read_text(encoding="utf-8"))
+    assert facts["start"] == whole.summary["baseline_reward"]
+    assert facts["start_error"] > 0
+    assert facts["size_b"] == pytest.approx(whole.weights.numel() / 1e9)
     assert [row["step"] for row in whole.forecasts] == list(range(1, 9))
     assert len(rows(run, "completions")) == 8 * whole.config.log_completions
     assert events(run)[:3] == ["start", "probe", "eval"]
@@ -294,7 +305,7 @@ def test_same_seed_same_run_bit_by_bit(whole: Straight, tmp_path: Path) -> None:
         trainer.train()
         assert torch.equal(weights(trainer), whole.weights)
     assert trace(config.output_dir) == whole.trace
-    assert rows(config.output_dir, "forecasts") == whole.forecasts
+    assert beliefs(config.output_dir) == whole.forecasts
 
 
 def test_another_seed_is_another_run(whole: Straight, tmp_path: Path) -> None:
@@ -318,7 +329,7 @@ def test_leaving_and_resuming_is_the_straight_run(moment: int, whole: Straight, 
         trainer.train()
         assert torch.equal(weights(trainer), whole.weights)
     assert trace(config.output_dir) == whole.trace
-    assert rows(config.output_dir, "forecasts") == whole.forecasts
+    assert beliefs(config.output_dir) == whole.forecasts
 
 
 class Stumbling(TransformersEngine):
@@ -599,7 +610,7 @@ def test_a_reward_outside_its_range_is_told_and_can_be_mended(make: Make, resume
         trainer.train()
     summary = resume(tmp_path / "run", reward_range=(0.0, 1.0)).train()
     assert summary["step"] == 6
-    assert [row["step"] for row in rows(tmp_path / "run", "forecasts")] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in beliefs(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_rounding_at_the_end_of_the_range_is_no_mistake(make: Make) -> None:

@@ -21,7 +21,17 @@ STEPS: tuple[str, ...] = (
     *("iteration", "iter", "batch", "update"),
 )
 RATES: tuple[str, ...] = ("learning_rate", "actor/lr", "actor_lr", "lr", "optim/lr")
-_KNOWN = {*REWARDS, *STEPS, *RATES, "progress", "value"}
+TOKEN_SUMS: tuple[str, ...] = (
+    *("num_tokens", "num_input_tokens_seen", "progress/total_tokens", "tokens_seen", "consumed_tokens"),
+    *("total_tokens", "tokens"),
+)
+"""Names of tokens since the first step; a column of the last two may as well hold those of one step."""
+DEVICE_SECONDS = "gpu_seconds"
+SECOND_SUMS: tuple[str, ...] = (DEVICE_SECONDS, "wall_s", "elapsed_s", "elapsed_seconds", "_runtime")
+"""Names of seconds since the first step: of all devices together, or by the clock on the wall."""
+OWN: tuple[str, ...] = ("progress", "money", "frac_reward_all_wrong")
+"""Further columns that are read in runs of grpo_fast."""
+_KNOWN = {*REWARDS, *STEPS, *RATES, *TOKEN_SUMS, *SECOND_SUMS, *OWN, "value"}
 _PREFIX = re.compile(r"^(?:train|training|metrics)[/_](?!step)")
 _RUN = re.compile(r"^.+ - (?=\S+$)")
 _ONE_REWARD = re.compile(r"^rewards?/[^/]+(?:/mean)?$")
@@ -38,6 +48,8 @@ class Columns:
         step: the step; None where the log has none and rows are counted.
         reward_std: spread of rewards beside it, where the log has that.
         learning_rate: learning rate, where the log has one.
+        tokens: tokens since the first step, likewise.
+        seconds: seconds since the first step, likewise.
         others: further columns that could have been the reward.
     """
 
@@ -45,6 +57,8 @@ class Columns:
     step: str | None
     reward_std: str | None
     learning_rate: str | None
+    tokens: str | None = None
+    seconds: str | None = None
     others: tuple[str, ...] = ()
 
 
@@ -68,6 +82,8 @@ def choose_columns(names: Iterable[str], *, reward_column: str | None = None) ->
         _first(beside, STEPS, but=reward),
         spread[0] if spread else None,
         _first(beside, RATES, but=reward),
+        _first(beside, TOKEN_SUMS, but=reward),
+        _first(beside, SECOND_SUMS, but=reward),
         tuple(others),
     )
 

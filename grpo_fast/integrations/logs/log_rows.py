@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import json
+import math
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from grpo_fast.integrations.logs.console_lines import read_console
 from grpo_fast.integrations.logs.event_files import has_events, read_events
@@ -17,6 +20,7 @@ from grpo_fast.integrations.logs.text_tables import is_header_alone, read_table
 _STATE = "trainer_state.json"
 _METRICS = "metrics.jsonl"
 _CONFIG = "config.toml"
+_FACTS = "facts.json"
 _CHECKPOINTS = "checkpoint-*"
 _HISTORY = "wandb-history.jsonl"
 _OUTPUT = "output.log"
@@ -29,6 +33,8 @@ _SETTINGS = {
     "confidence": "forecast_confidence",
     "patience": "forecast_patience",
     "min_steps": "forecast_min_steps",
+    "reward_value": "forecast_reward_value",
+    "prior": "forecast_prior",
 }
 _TEXT_SAMPLE = 4096
 _MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
@@ -139,4 +145,25 @@ def _configured(path: Path, notes: list[str]) -> tuple[int | None, RunSettings]:
     values = {name: config[key] for name, key in _SETTINGS.items() if key in config}
     if "reward_range" in values:
         values["reward_range"] = tuple(values["reward_range"])
-    return config.get("max_steps"), RunSettings(**values)
+    facts = _facts(path.parent / _FACTS, notes)
+    return config.get("max_steps"), RunSettings(warmup_steps=_warmup(config), facts=facts, **values)
+
+
+def _warmup(config: dict[str, Any]) -> int:
+    """Steps of warm-up, as the configuration counts them: below 1 they are a share of all steps."""
+    steps = config.get("warmup_steps", 0)
+    return math.ceil(steps * config["max_steps"]) if 0 < steps < 1 and "max_steps" in config else int(steps)
+
+
+def _facts(path: Path, notes: list[str]) -> dict[str, Any]:
+    """What a run's forecasts knew of it before the first step; nothing where it wrote no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if isinstance(found, dict):
+        return found
+    notes.append(f"{path.name} cannot be read; the forecast begins without what the run knew of itself")
+    return {}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from grpo_fast.integrations.logs.log_columns import may_matter
 
@@ -13,25 +15,33 @@ class LogError(ValueError):
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What a run's own configuration says of its rewards and its stop; the defaults where the log has no configuration.
+    """What a run of grpo_fast says of its rewards, its forecast and its stop; the defaults where the log is of another tool.
 
     Attributes:
         num_prompts: prompts a step.
         num_generations: completions per prompt.
         reward_range: least and greatest mean reward that is possible, where that is known.
-        epsilon: gain that is not worth having; None where nothing says so.
+        epsilon: gain that is not worth having; None where nothing says so, as below.
         confidence: probability of so small a gain that stops the run.
-        patience: forecasts in a row that must say so.
+        patience: for how long forecasts must say so: a share of the budget below 1, a number of forecasts from 1 on.
         min_steps: steps before which nothing stops the run.
+        warmup_steps: steps over which the learning rate rises.
+        reward_value: money that one unit of reward is worth.
+        prior: file of the prior that the run's forecasts began from; None for the one that ships.
+        facts: what was known of the run before its first step, by the names of :class:`~grpo_fast.law.RunFacts`.
     """
 
     num_prompts: int = 1
     num_generations: int = 1
     reward_range: tuple[float, float] | None = None
     epsilon: float | None = None
-    confidence: float = 0.9
-    patience: int = 3
-    min_steps: int = 20
+    confidence: float | None = None
+    patience: float | None = None
+    min_steps: int | None = None
+    warmup_steps: int = 0
+    reward_value: float | None = None
+    prior: str | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Names:
@@ -75,7 +85,7 @@ class RawLog:
     max_steps: int | None = None
     reward_column: str | None = None
     notes: list[str] = field(default_factory=list)
-    settings: RunSettings = RunSettings()
+    settings: RunSettings = field(default_factory=RunSettings)
     runs: list[str] | None = None
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from grpo_fast.integrations.logs.log_columns import Columns, choose_columns
+from grpo_fast.integrations.logs.log_columns import DEVICE_SECONDS, TOKEN_SUMS, Columns, choose_columns, plain
 from grpo_fast.integrations.logs.log_rows import OWN_RUN, read_rows
 from grpo_fast.integrations.logs.raw_log import LogError, Names, RawLog, RunSettings, counted
 from grpo_fast.integrations.logs.row_order import Floats, Rows, one_run
@@ -18,6 +18,8 @@ _FEW = 10
 _WIDE_SPAN = 5.0
 _FAR = 100.0
 _LONG_BEFORE = 0.5
+_UNCLEAR = TOKEN_SUMS[-2:]
+_LEAST_GROWTH = 0.1
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,10 @@ class RewardLog:
         notes: what was wrong or had to be guessed, in sentences.
         progress: (n,) share of the budget's summed learning rate behind each step, which runs of grpo_fast log; else None.
         settings: what the run's own configuration says, or the defaults.
+        tokens: (n,) tokens since the first step, NaN where missing; None without a column that surely holds them.
+        device_seconds: (n,) seconds of all devices since the first step, likewise.
+        money: (n,) likewise; logged by runs of grpo_fast that know a price.
+        all_wrong: (n,) share of the step's groups without a right answer, likewise.
     """
 
     steps: npt.NDArray[np.int64]
@@ -50,6 +56,10 @@ class RewardLog:
     notes: list[str] = field(default_factory=list)
     progress: Floats | None = None
     settings: RunSettings = field(default_factory=RunSettings)
+    tokens: Floats | None = None
+    device_seconds: Floats | None = None
+    money: Floats | None = None
+    all_wrong: Floats | None = None
 
     @property
     def last_reward(self) -> float:
@@ -130,7 +140,8 @@ def _placed(rows: list[dict[str, float]], columns: Columns, notes: list[str]) ->
 
 
 def _beside(columns: Columns) -> list[str]:
-    return [name for name in (columns.reward_std, columns.learning_rate, "progress") if name is not None]
+    named = (columns.reward_std, columns.learning_rate, columns.tokens, columns.seconds)
+    return [name for name in (*named, "progress", "money", "frac_reward_all_wrong") if name is not None]
 
 
 def _within_reason(rewards: Floats, notes: list[str]) -> Floats:
@@ -152,6 +163,11 @@ def _log(rows: Rows, columns: Columns, found: RawLog, *, notes: list[str]) -> Re
         values = None if name is None else rows.others[name]
         return values if values is not None and np.isfinite(values).any() else None
 
+    def sums(name: str | None) -> Floats | None:
+        values = column(name)
+        return values if name is None or values is None or _are_sums(name, values, rows.steps, notes=notes) else None
+
+    own = found.source == OWN_RUN
     planned, last = found.max_steps, int(rows.steps[-1])
     if planned is not None and planned < last:
         notes.append(f"the log goes on to step {last}, past the {planned} steps that it says were planned")
@@ -166,11 +182,29 @@ def _log(rows: Rows, columns: Columns, found: RawLog, *, notes: list[str]) -> Re
         reward_column=columns.reward,
         step_column=columns.step,
         notes=notes,
-        progress=column("progress") if found.source == OWN_RUN else None,
+        progress=column("progress") if own else None,
         settings=found.settings,
+        tokens=sums(columns.tokens),
+        device_seconds=sums(columns.seconds),
+        money=column("money") if own and np.nanmax(rows.others["money"], initial=0.0) > 0 else None,
+        all_wrong=column("frac_reward_all_wrong") if own else None,
     )
+    if log.device_seconds is not None and columns.seconds is not None and plain(columns.seconds) != DEVICE_SECONDS:
+        notes.append(f"hours are those of the clock, from {columns.seconds!r}: device hours where the run held one device")
     rate = log.learning_rate
     return replace(log, learning_rate=None) if rate is not None and not np.nanmax(rate) > 0 else log
+
+
+def _are_sums(name: str, values: Floats, steps: npt.NDArray[np.int64], *, notes: list[str]) -> bool:
+    """Whether a column holds sums since the first step; told where it does not."""
+    known = np.isfinite(values)
+    values, steps = values[known], steps[known]
+    grown = values[-1] * float(steps[0]) >= _LEAST_GROWTH * values[0] * float(steps[-1])
+    sure = plain(name) not in _UNCLEAR or (values.size >= _FEW and grown)
+    if values[0] >= 0 and (np.diff(values) > 0).all() and sure:
+        return True
+    notes.append(f"{name!r} does not hold sums since the first step; what steps cost is not taken from it")
+    return False
 
 
 def _oddities(log: RewardLog) -> list[str]:

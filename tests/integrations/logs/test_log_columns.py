@@ -57,6 +57,16 @@ def test_doubt_is_an_error_that_lists_the_candidates(names: list[str], wanted: s
         choose_columns(names, reward_column=wanted)
 
 
+def test_columns_of_sums() -> None:
+    found = choose_columns(["step", "train/reward", "tokens", "train/num_tokens", "wall_s", "gpu_seconds"])
+    assert (found.tokens, found.seconds) == ("train/num_tokens", "gpu_seconds"), "the surest name wins"
+    runs = ["Step", "a - reward", "b - num_tokens", "a - _runtime"]
+    found = choose_columns(runs, reward_column="reward")
+    assert (found.tokens, found.seconds) == (None, "a - _runtime"), "another run's column says nothing"
+    found = choose_columns(["step", "reward", "perf/total_num_tokens", "timing_s/step", "step_time"])
+    assert (found.tokens, found.seconds) == (None, None), "those of one step"
+
+
 def test_a_column_that_is_named() -> None:
     assert choose_columns(["step", "reward", "loss"], reward_column="loss").reward == "loss"
     assert choose_columns(["Step", "a - loss", "a - reward"], reward_column="loss").reward == "a - loss"

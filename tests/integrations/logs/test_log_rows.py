@@ -69,10 +69,38 @@ def test_a_run_whose_configuration_is_broken(tmp_path: Path) -> None:
 def test_what_our_configuration_says(tmp_path: Path) -> None:
     write(tmp_path / "metrics.jsonl", lines(*ROWS))
     values = {"prompts_per_step": 8, "num_generations": 4, "reward_range": (0.0, 2.0), "forecast_epsilon": 0.02}
-    write(tmp_path / "config.toml", Config.parse(values | {"max_steps": 90, "forecast_patience": 5}).to_toml())
+    law = {"forecast_patience": 5, "forecast_confidence": 0.7, "forecast_min_steps": 9, "forecast_reward_value": 12.5}
+    rest = {"max_steps": 90, "warmup_steps": 0.115, "price_per_gpu_hour": 2.0, "forecast_prior": "priors/mine.json"}
+    config = Config.parse(values | law | rest)
+    write(tmp_path / "config.toml", config.to_toml())
     found = read(tmp_path)
     assert found.max_steps == 90
-    assert found.settings == RunSettings(8, 4, (0.0, 2.0), 0.02, patience=5), "by the names of the configuration itself"
+    assert found.settings == RunSettings(
+        8,
+        4,
+        (0.0, 2.0),
+        0.02,
+        confidence=0.7,
+        patience=5,
+        min_steps=9,
+        warmup_steps=config.num_warmup_steps,
+        reward_value=12.5,
+        prior="priors/mine.json",
+    ), "by the names of the configuration itself"
+    assert config.num_warmup_steps == 11
+    facts = {"size_b": 0.5, "start": 0.25, "start_error": None, "lora": False, "validation": False}
+    write(tmp_path / "facts.json", json.dumps(facts))
+    assert read(tmp_path).settings.facts == facts
+
+
+@pytest.mark.parametrize("text", ['{"size_b": 0.5', "[0.5]"])
+def test_a_run_whose_facts_are_broken(tmp_path: Path, text: str) -> None:
+    write(tmp_path / "metrics.jsonl", lines(*ROWS))
+    write(tmp_path / "config.toml", "max_steps = 5\nwarmup_steps = 2\n")
+    write(tmp_path / "facts.json", text)
+    found = read(tmp_path)
+    assert found.settings == RunSettings(warmup_steps=2)
+    assert found.notes == ["facts.json cannot be read; the forecast begins without what the run knew of itself"]
 
 
 def test_every_format_is_found(tmp_path: Path) -> None:

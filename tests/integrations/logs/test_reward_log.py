@@ -121,6 +121,49 @@ def test_a_reward_beyond_all_reason(tmp_path: Path) -> None:
     assert sparse.rewards[49] == 1, "the first success after many failures is no mistake"
 
 
+def test_what_steps_cost(tmp_path: Path) -> None:
+    rows = [(step, step / 100, 1000 * step, 60.0 + 2 * step, 5.0, step / 20) for step in range(1, 21)]
+    header = "step,reward,tokens,wall_s,money,frac_reward_all_wrong"
+    log = read_log(csv(tmp_path / "log.csv", *rows, header=header))
+    assert log.tokens is not None
+    assert log.tokens.tolist() == [1000 * step for step in range(1, 21)]
+    assert log.device_seconds is not None
+    assert log.device_seconds[-1] == 100
+    assert (log.money, log.all_wrong) == (None, None), "what they mean is known in runs of grpo_fast alone"
+    assert log.notes == ["hours are those of the clock, from 'wall_s': device hours where the run held one device"]
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("tokens", [4096.0] * 20),
+        ("tokens", [4000.0 + 10 * step for step in range(20)]),
+        ("tokens", [100.0 * step for step in range(1, 10)]),
+        ("num_tokens", [100.0, 200.0, 150.0, 300.0]),
+        ("gpu_seconds", [-1.0, 200.0, 250.0, 300.0]),
+    ],
+    ids=["the same a step", "growing a step", "too few to tell", "falling", "negative"],
+)
+def test_columns_that_are_no_sums(tmp_path: Path, name: str, values: list[float]) -> None:
+    rows = [(step, step / 100, value) for step, value in enumerate(values, 1)]
+    log = read_log(csv(tmp_path / "log.csv", *rows, header=f"step,reward,{name}"))
+    assert (log.tokens, log.device_seconds) == (None, None)
+    assert f"{name!r} does not hold sums since the first step; what steps cost is not taken from it" in log.notes
+
+
+def test_what_steps_of_our_own_cost(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("max_steps = 9\n", encoding="utf-8")
+    rows = [
+        {"step": step, "reward": 0.5, "gpu_seconds": 7.0 * step, "money": step / 4, "frac_reward_all_wrong": 0.25}
+        for step in (1, 2, 3)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    log = read_log(tmp_path)
+    found = [None if values is None else values.tolist() for values in (log.device_seconds, log.money, log.all_wrong)]
+    assert found == [[7.0, 14.0, 21.0], [0.25, 0.5, 0.75], [0.25] * 3]
+    assert not any("hours" in note for note in log.notes)
+
+
 def test_runs_side_by_side(tmp_path: Path) -> None:
     rows = [(name, step, level) for step in range(1, 13) for name, level in (("a", 0.01 * step), ("b", 0.02 * step))]
     path = csv(tmp_path / "log.csv", *rows, header="run,step,reward")

@@ -1,0 +1,214 @@
+"""A prior from finished runs: empirical Bayes over the same grid that forecasts use.
+
+Each curve bears witness once: the evidence of every (part, class) for the whole of it, everything else averaged out. The
+tables of logits then maximise the mean log evidence, each source of curves counting as one whatever its size, less a ridge that
+holds the tables to "nothing is known". With few curves the shipped prior is what the ridge holds to.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy.optimize import minimize
+from scipy.special import log_softmax, logsumexp
+
+from grpo_fast.law.forms import Array
+from grpo_fast.law.posterior import GRID, Believed, Posterior, quantiles
+from grpo_fast.law.predictor import OnlinePredictor
+from grpo_fast.law.prior import FEATURES, PARTS, SHARES, Prior, RunFacts, RunScale, features
+from grpo_fast.law.shapes import CLASSES
+
+MAX_POINTS = 200
+_TAIL = 0.2
+_RIDGE = 3.0
+_FEWEST_SOURCES = 10
+_NEUTRAL = Prior(np.zeros((len(PARTS), len(FEATURES))), np.zeros((len(CLASSES), len(FEATURES))))
+
+
+@dataclass(frozen=True)
+class RewardCurve:
+    """A finished run.
+
+    Attributes:
+        rewards: (n,) finite mean rewards, n >= 2.
+        progress: (n,) share of the budget's summed learning rate behind each, in (0, 1], ascending.
+        horizon: steps of the budget.
+        source: runs of one source (a repository, a project) count as one.
+        reward_range: as for :class:`~grpo_fast.law.predictor.OnlinePredictor`.
+        facts: what was known beforehand.
+        num_prompts: prompts behind a reward.
+        num_generations: completions per prompt.
+
+    Raises:
+        ValueError: too few rewards, or some that are not finite.
+    """
+
+    rewards: Array
+    progress: Array
+    horizon: int
+    source: str = ""
+    reward_range: tuple[float, float] | None = None
+    facts: RunFacts = field(default_factory=RunFacts)
+    num_prompts: int = 1
+    num_generations: int = 1
+
+    def __post_init__(self) -> None:
+        if self.rewards.shape != self.progress.shape or self.rewards.size < 2:
+            raise ValueError(
+                f"{self.rewards.size} rewards at {self.progress.size} places; a curve needs two, each with its progress"
+            )
+        if not np.all(np.isfinite(self.rewards)):
+            raise ValueError("a curve's rewards must be finite; leave steps without one out")
+
+    def thinned(self) -> RewardCurve:
+        """The curve in at most 200 points: means of neighbours, each at the last of their places."""
+        size = self.rewards.size
+        if size <= MAX_POINTS:
+            return self
+        edges = np.linspace(0, size, MAX_POINTS + 1).round().astype(int)
+        return dataclasses.replace(
+            self,
+            rewards=np.add.reduceat(self.rewards, edges[:-1]) / np.diff(edges),
+            progress=self.progress[edges[1:] - 1],
+            num_prompts=round(self.num_prompts * size / MAX_POINTS),
+        )
+
+
+@dataclass(frozen=True)
+class Witness:
+    """What a curve says, whatever the prior.
+
+    Attributes:
+        source: of the curve.
+        facts: known beforehand.
+        horizon: of the run.
+        scale: its units.
+        evidence: (P, C) log evidence of part and class.
+        seen: at each share of :data:`~grpo_fast.law.prior.SHARES`, the posterior's sums and the units then.
+        level: mean reward over the last 20 %.
+        tail: (J,) progress at those points.
+    """
+
+    source: str
+    facts: RunFacts
+    horizon: int
+    scale: RunScale
+    evidence: Array
+    seen: tuple[tuple[Posterior, RunScale], ...]
+    level: float
+    tail: Array
+
+
+def witness(curve: RewardCurve) -> Witness:
+    """Lets a curve bear witness; about 20 ms."""
+    few = curve.thinned()
+    size = few.rewards.size
+    predictor = OnlinePredictor(max(size, few.horizon), reward_range=few.reward_range, facts=few.facts, prior=_NEUTRAL)
+    stops = {max(2, round(share * size)) for share in SHARES}
+    seen: dict[int, tuple[Posterior, RunScale]] = {}
+    for k, (x, reward) in enumerate(zip(few.progress, few.rewards, strict=True), start=1):
+        predictor.absorb(k, float(x), float(reward), num_prompts=few.num_prompts, num_generations=few.num_generations)
+        if k in stops:
+            seen[k] = (copy.deepcopy(predictor.posterior), predictor.scale)
+    tail = max(1, round(_TAIL * size))
+    return Witness(
+        source=curve.source,
+        facts=curve.facts,
+        horizon=curve.horizon,
+        scale=predictor.scale,
+        evidence=_evidence(predictor.posterior, _NEUTRAL, predictor.scale),
+        seen=tuple(seen[max(2, round(share * size))] for share in SHARES),
+        level=float(few.rewards[-tail:].mean()),
+        tail=few.progress[-tail:],
+    )
+
+
+def fit_prior(curves: Sequence[RewardCurve], *, base: Prior | None = None) -> Prior:
+    """Learns a prior from finished runs.
+
+    Args:
+        curves: at least one.
+        base: what is believed without them; None takes "nothing is known".
+
+    Raises:
+        ValueError: no curve.
+    """
+    return fit_witnesses([witness(curve) for curve in curves], base=base)
+
+
+def fit_witnesses(witnesses: Sequence[Witness], *, base: Prior | None = None) -> Prior:
+    """As :func:`fit_prior`, from what the curves said."""
+    if not witnesses:
+        raise ValueError("a prior needs at least one finished run")
+    start = base or _NEUTRAL
+    count = Counter(one.source for one in witnesses)
+    weight = np.array([1.0 / count[one.source] for one in witnesses])
+    known = np.stack([features(one.facts, one.scale, horizon=one.horizon) for one in witnesses])
+    evidence = np.stack([one.evidence for one in witnesses])
+    tables = _fit_tables(known, evidence - evidence.max(axis=(1, 2), keepdims=True), weight, start)
+    parts, classes = (np.round(table, 4) for table in tables)  # as a file keeps them
+    fitted = dataclasses.replace(start, part_logits=parts, class_logits=classes, spread=(1.0,) * len(SHARES))
+    if len(count) < _FEWEST_SOURCES:
+        return dataclasses.replace(fitted, spread=start.spread)
+    return dataclasses.replace(fitted, spread=tuple(round(value, 3) for value in _spread(fitted, witnesses, weight)))
+
+
+def _evidence(posterior: Posterior, prior: Prior, scale: RunScale) -> Array:
+    """(P, C) log evidence with drifts and the shapes of a class averaged out."""
+    plain = prior.believed(RunFacts(), scale, horizon=100)
+    log_shapes = -np.log(GRID.num_in_class)[GRID.classes]
+    flat = Believed(**{**vars(plain), "log_parts": np.zeros(len(PARTS)), "log_shapes": log_shapes})
+    each = logsumexp(posterior.solve(flat).log_weight, axis=1)
+    return np.stack([logsumexp(each[:, GRID.classes == index], axis=1) for index in range(len(CLASSES))], axis=1)
+
+
+def _fit_tables(known: Array, evidence: Array, weight: Array, base: Prior) -> tuple[Array, Array]:
+    """The two tables, by L-BFGS on the concave-enough penalised mean log evidence."""
+    num_parts = len(PARTS)
+    origin = np.concatenate([base.part_logits, base.class_logits])
+
+    def loss(flat: Array) -> tuple[float, Array]:
+        table = flat.reshape(origin.shape)
+        log_part, log_class = log_softmax(known @ table[:num_parts].T, axis=1), log_softmax(known @ table[num_parts:].T, axis=1)
+        joint = evidence + log_part[:, :, None] + log_class[:, None, :]
+        total = logsumexp(joint, axis=(1, 2))
+        taken = np.exp(joint - total[:, None, None]) * weight[:, None, None]
+        pull = np.concatenate(
+            [taken.sum(2) - weight[:, None] * np.exp(log_part), taken.sum(1) - weight[:, None] * np.exp(log_class)], axis=1
+        )
+        away = table - origin
+        return float(0.5 * _RIDGE * (away**2).sum() - weight @ total), (_RIDGE * away - pull.T @ known).ravel()
+
+    found = minimize(loss, origin.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": 500})
+    table = found.x.reshape(origin.shape)
+    return table[:num_parts], table[num_parts:]
+
+
+def _spread(prior: Prior, witnesses: Sequence[Witness], weight: Array) -> tuple[float, ...]:
+    """What intervals of the level must be stretched by to hold nine in ten, source by source, at each share."""
+    return tuple(
+        _weighted_quantile(np.array([_misses(prior, one, place) for one in witnesses]), weight, 0.9)
+        for place in range(len(SHARES))
+    )
+
+
+def _misses(prior: Prior, one: Witness, place: int) -> float:
+    """How far the level lay from the median, in half-widths of the 90 % interval on its side."""
+    posterior, scale = one.seen[place]
+    draws = posterior.draws(prior.believed(one.facts, scale, horizon=one.horizon))
+    curves = draws.curve(GRID.rise(one.tail), one.tail, posterior.progress)
+    levels = np.clip(curves, scale.low, scale.high).mean(axis=1)
+    noise = scale.noise_sd / np.sqrt(one.tail.size)
+    levels = levels + noise * np.roll(draws.normal, 1)
+    low, middle, high = quantiles(levels[:, None], draws.weight, np.array([0.05, 0.5, 0.95]))[:, 0]
+    side = high - middle if one.level > middle else middle - low
+    return float(abs(one.level - middle) / max(side, 1e-12))
+
+
+def _weighted_quantile(values: Array, weight: Array, probability: float) -> float:
+    return float(quantiles(values[:, None], weight / weight.sum(), np.array([probability]))[0, 0])
