@@ -121,7 +121,7 @@ def _run(bench: Bench, cases: list[Case], kept: store.Store | None, deadline: fl
         for row in broken:
             print(f"    {row['contender']}: {row['status']}, {row['reason']}", flush=True)
         if kept is not None:
-            kept.add(record, of={"commit": store.commit(), "date": store.today()})
+            kept.add(record, of={"commit": store.commit(), "date": store.today(), "ceilings": asdict(bench.ceilings)})
     return failed
 
 
