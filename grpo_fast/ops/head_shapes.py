@@ -92,7 +92,7 @@ def default_tile(arch: int, *, wide: bool, descriptors: bool) -> Tile:
 
 def choose(key: Key) -> Choice:
     """What to run for ``key``: the measurement of the same head whose chunks are nearest in size, or the stated default."""
-    same = [entry for entry in _measured() if _key(entry)._replace(rows=key.rows) == key]
+    same = [entry for entry in _measured() if key_of(entry)._replace(rows=key.rows) == key]
     if not same:
         wide = key.plain and key.dtype == "bfloat16"
         return Choice(1, default_tile(key.arch, wide=wide, descriptors=True), measured=False)
@@ -100,7 +100,8 @@ def choose(key: Key) -> Choice:
     return Choice(best["tier"], Tile(*best["tile"]), measured=True)
 
 
-def _key(entry: dict[str, Any]) -> Key:
+def key_of(entry: dict[str, Any]) -> Key:
+    """What an entry of the table was measured for."""
     return Key(*(entry[name] for name in Key._fields))
 
 

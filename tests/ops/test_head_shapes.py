@@ -34,7 +34,7 @@ def test_the_measurement_of_the_nearest_chunk_decides(monkeypatch: pytest.Monkey
 def test_the_table_of_the_package_can_be_read() -> None:
     head_shapes._measured.cache_clear()
     for row in head_shapes._measured():
-        found = choose(head_shapes._key(row))
+        found = choose(head_shapes.key_of(row))
         assert found == (row["tier"], Tile(*row["tile"]), True)
         assert row["tier"] in (1, 2)
         assert row["device"]
