@@ -22,12 +22,13 @@ from grpo_fast.recipes import recipe_values
 from grpo_fast.types import TrainingError
 
 _SOURCE = Group("Where the configuration comes from", sort_key=0)
+_PLAN = Group("Plan", sort_key=0.5)
 _INTERRUPTED = 128 + signal.SIGINT  # as a shell reports it
 
 
 def _fill(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
     """Fills what the command line leaves open: from the run to resume, or else from a recipe and a TOML file."""
-    if commands != ("train",):
+    if commands not in {("train",), ("plan",)}:
         return
 
     def given(name: str) -> str | None:
@@ -35,13 +36,13 @@ def _fill(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) ->
         return tokens[-1].value if tokens else None
 
     recipe, file = given("--recipe"), given("--config")
-    resume = given("--resume")
+    resume = given("--resume") if commands == ("train",) else None
     if resume is not None:
         if recipe is not None or file is not None:
             raise ConfigError("--resume uses the run's own configuration; leave out --recipe and --config")
         values = read_toml(Path(resume) / "config.toml")
     else:
-        bare = file is None and given("--model") is None
+        bare = file is None and given("--model") is None and (commands == ("train",) or given("--model-size") is None)
         values = recipe_values(recipe or "embedded") if recipe is not None or bare else {}
         values |= read_toml(file) if file is not None else {}
     Config.parse(values)
@@ -92,6 +93,81 @@ def train(
 
 
 @app.command
+def plan(  # noqa: PLR0913 (flags)
+    *,
+    recipe: Annotated[str | None, Parameter(group=_SOURCE)] = None,
+    config: Annotated[Path | None, Parameter(group=_SOURCE)] = None,
+    probe: Annotated[int, Parameter(group=_PLAN)] = 0,
+    start_reward: Annotated[float | None, Parameter(group=_PLAN)] = None,
+    model_size: Annotated[float | None, Parameter(group=_PLAN)] = None,
+    lora: Annotated[bool, Parameter(group=_PLAN, negative="")] = False,
+    prompt_tokens: Annotated[float | None, Parameter(group=_PLAN)] = None,
+    data_size: Annotated[int | None, Parameter(group=_PLAN)] = None,
+    completion_tokens: Annotated[float | None, Parameter(group=_PLAN)] = None,
+    seconds_per_step: Annotated[float | None, Parameter(group=_PLAN)] = None,
+    mfu: Annotated[float | None, Parameter(group=_PLAN)] = None,
+    gpu: Annotated[str | None, Parameter(group=_PLAN)] = None,
+    num_devices: Annotated[int, Parameter(group=_PLAN)] = 1,
+    plot: Annotated[Path | None, Parameter(group=_PLAN)] = None,
+    json: Annotated[bool, Parameter(group=_PLAN, negative="")] = False,
+    settings: Annotated[Config, Parameter(name="*")] = Config(),  # noqa: B008 (frozen)
+) -> int:
+    """Say what a run will come to and what it will cost, before it begins.
+
+    Settings are those of ``train``, from the same places; the budget is whatever of ``--max-...`` is reached first.
+
+    Args:
+        recipe: A named configuration of the package, such as ``embedded``.
+        config: A TOML file of the settings below.
+        probe: Load the model, let it answer so many training prompts, and time a step.
+        start_reward: Mean reward of the untrained policy, where it is known already.
+        model_size: Parameters in 1e9, to plan without a model.
+        lora: Adapters are trained rather than all weights.
+        prompt_tokens: Mean length of a prompt; with ``--data-size`` no data is read.
+        data_size: Number of prompts, in place of the data's own.
+        completion_tokens: Mean length of a completion.
+        seconds_per_step: Wall-clock seconds of a step.
+        mfu: Share of the device's peak that the run will reach; 0.1 is assumed without it.
+        gpu: The device, as CUDA names it (``H100 80GB HBM3``); this machine's without it.
+        num_devices: Devices that the run holds.
+        plot: Write a picture to this PNG file.
+        json: Print one JSON object in place of the tables.
+        settings: The configuration.
+    """
+    del recipe, config  # already in the settings
+    from grpo_fast.train.plan import make_plan  # noqa: PLC0415 (--help must not wait for torch)
+    from grpo_fast.train.plan_facts import PlanInputs  # noqa: PLC0415 (as above)
+
+    inputs = PlanInputs(
+        probe=probe,
+        start_reward=start_reward,
+        model_size=model_size,
+        lora=lora,
+        prompt_tokens=prompt_tokens,
+        data_size=data_size,
+        completion_tokens=completion_tokens,
+        seconds_per_step=seconds_per_step,
+        mfu=mfu,
+        gpu=gpu,
+        num_devices=num_devices,
+    )
+    found = make_plan(settings, inputs)
+    if plot is not None:
+        from grpo_fast.report.plan_plot import write_plan_plot  # noqa: PLC0415 (matplotlib is slow to import)
+
+        write_plan_plot(plot, found.to_dict())
+    if json:
+        print(to_json(found.to_dict(), allow_nan=False))
+        return 0
+    console = Console()
+    _print_words(console, found.to_words())
+    _print_table(console, ("", "step", "reward", "50 % interval", "90 % interval"), found.trajectory_words())
+    _print_table(console, ("", "a step", "the run", "90 % interval", "by 95 % of the rise"), found.cost_words())
+    _print_notes(console, found.notes, plot=plot)
+    return 0
+
+
+@app.command
 def report(run: Path) -> int:
     """Write ``report.html`` and its pictures for a run, finished or not.
 
@@ -116,6 +192,7 @@ def forecast(  # noqa: PLR0913 (flags)
     reward_range: tuple[float, float] | None = None,
     num_prompts: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None,
     num_generations: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None,
+    prior: Path | None = None,
     plot: Path | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
@@ -130,14 +207,16 @@ def forecast(  # noqa: PLR0913 (flags)
         run: Which run, where a column of the log tells several apart; else the last one.
         max_steps: Steps of the whole budget, where the log does not tell them.
         epsilon: Remaining gain that is not worth having, in units of the reward.
-        confidence: Probability of so small a gain that stops a run; 0.9, or what the run itself had.
+        confidence: Probability of so small a gain that stops a run; 0.8, or what the run itself had.
         reward_range: Least and greatest mean reward that is possible.
         num_prompts: Prompts a step, where the log does not tell them; they say how noisy a reward is.
         num_generations: Completions per prompt, likewise.
+        prior: What is believed of runs beforehand: a file that ``law fit`` wrote.
         plot: Write a picture to this PNG file.
         json: Print one JSON object in place of the table.
     """
     from grpo_fast.integrations import forecast_log, read_log  # noqa: PLC0415 (each command imports what it needs)
+    from grpo_fast.law import Prior  # noqa: PLC0415 (as above)
 
     result = forecast_log(
         read_log(log, reward_column=reward_column, run=run),
@@ -147,6 +226,7 @@ def forecast(  # noqa: PLR0913 (flags)
         reward_range=reward_range,
         num_prompts=num_prompts,
         num_generations=num_generations,
+        prior=None if prior is None else Prior.load(prior),
     )
     if plot is not None:
         from grpo_fast.report.log_plot import LogBeliefs, write_log_plot  # noqa: PLC0415 (matplotlib is slow to import)
@@ -159,6 +239,7 @@ def forecast(  # noqa: PLR0913 (flags)
             horizon=result.horizon,
             rows=result.rows(),
             prior=result.prior_row(),
+            shapes=result.shapes,
             stop_step=result.stop_step,
             epsilon=result.epsilon,
             confidence=result.confidence,
@@ -173,10 +254,66 @@ def forecast(  # noqa: PLR0913 (flags)
     return 0
 
 
+law = App(name="law", help="Make the forecaster's prior your own.")
+app.command(law)
+
+
+@law.command
+def fit(
+    *runs: Path,
+    output: Path,
+    base: Path | None = None,
+    model_size: float | None = None,
+    lora: Annotated[bool, Parameter(negative="")] = False,
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """Learn from finished runs what to expect of the next, for ``forecast --prior`` and ``train --forecast-prior``.
+
+    Read is whatever ``forecast`` reads. Each run that you name counts as one; runs that are found in a directory that you name
+    count as one together.
+
+    Args:
+        runs: Runs, logs, or directories of them.
+        output: The JSON file that the prior is written to.
+        base: The prior to begin from; the package's own without one.
+        model_size: Parameters in 1e9, where the logs do not tell them and they hold for all.
+        lora: Adapters were trained rather than all weights.
+        json: Print one JSON object in place of the tables.
+    """
+    from grpo_fast.integrations.law_fit import fit_law  # noqa: PLC0415 (each command imports what it needs)
+    from grpo_fast.law import Prior, RunFacts  # noqa: PLC0415 (as above)
+
+    if not runs:
+        raise ValueError("name at least one run: a directory or a log that `grpo-fast forecast` reads")
+    facts = RunFacts(size_b=model_size, lora=lora)
+    found = fit_law(runs, base=None if base is None else Prior.load(base), facts=facts)
+    found.prior.save(output)
+    if json:
+        print(to_json({"output": str(output)} | found.to_dict(), allow_nan=False))
+        return 0
+    console = Console()
+    _print_table(console, ("run", "counts with", "what it says"), found.run_words())
+    _print_table(console, ("a run like those", "before", "after"), found.belief_words())
+    if found.errors:
+        heads = ("after", "error before", "error after", "90 % held before", "held after")
+        _print_table(console, heads, found.error_words())
+    _print_notes(console, [found.verdict()], plot=None)
+    console.print(f"wrote {output}", highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
 def _print_words(console: Console, words: Mapping[str, str]) -> None:
     table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name, told in words.items():
         table.add_row(f"[bold]{escape(name)}[/]", escape(told))
+    console.print(table, highlight=False)
+
+
+def _print_table(console: Console, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(*heads, box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print()
     console.print(table, highlight=False)
 
 

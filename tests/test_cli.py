@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -66,10 +67,11 @@ def test_help_of_train_shows_every_setting_in_its_group(run: Run) -> None:
     assert "``" not in out, "marks of reStructuredText are for the source"
 
 
-def test_help_needs_no_torch() -> None:
+@pytest.mark.parametrize("command", ["train", "plan", "law"])
+def test_help_needs_no_torch(command: str) -> None:
     code = (
         "import sys\nfrom grpo_fast.cli import main\n"
-        "try:\n    main(['train', '--help'])\nexcept SystemExit as end:\n    assert not end.code\n"
+        f"try:\n    main(['{command}', '--help'])\nexcept SystemExit as end:\n    assert not end.code\n"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, stdout=subprocess.DEVNULL).returncode == 0
@@ -77,7 +79,7 @@ def test_help_needs_no_torch() -> None:
 
 def test_commands_and_version(run: Run) -> None:
     _, out, _ = run("--help")
-    assert all(command in out for command in ("train", "forecast", "report", "doctor"))
+    assert all(command in out for command in ("train", "plan", "forecast", "law", "report", "doctor"))
     assert run("--version")[1].strip() == __version__
 
 
@@ -168,6 +170,81 @@ def test_every_recipe_is_a_configuration(run: Run) -> None:
     assert "embedded" in recipe_names()
     for name in recipe_names():
         assert settings("--recipe", name) == recipe(name)
+
+
+PLAN = "plan --recipe embedded --prompts-per-step 4 --num-generations 4 --dataset-size 64 --eval-size 8 --reward-workers 0"
+
+
+def test_a_plan_takes_the_settings_of_train(run: Run, tmp_path: Path) -> None:
+    code, out, err = run(f"{PLAN} --max-steps 40 --start-reward 0.2 --seconds-per-step 90 --price-per-gpu-hour 4 --plot p.png")
+    assert (code, err) == (0, "")
+    words = in_words(out)
+    assert "start reward 0.2 (given)" in words
+    assert "the budget ends at step 40; each prompt is seen 2.5 times" in words
+    assert "1 h 00 min" in words
+    assert re.search(r"money 0\.1(00)? 4(\.00)? 3\.", words), "of a step and of the run"
+    assert in_words(out).endswith("wrote p.png")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "mine.toml").write_text("max_steps = 30\n", encoding="utf-8")
+    _, out, _ = run(f"{PLAN} --config mine.toml --json")
+    assert json.loads(out)["budget"]["max_steps"] == 30
+    assert json.loads(out)["unknown"] == ["start_reward", "seconds_per_step"]
+
+
+def test_a_plan_without_a_model(run: Run) -> None:
+    code, out, err = run("plan --model-size 7 --prompt-tokens 90 --data-size 7000")
+    assert (code, err) == (0, "")
+    assert "a model of 7 B parameters" in out
+    code, out, _ = run("plan --model-size 7 --prompt-tokens 90 --data-size 7000 --json", "--gpu", "H100 80GB HBM3")
+    found = json.loads(out)
+    assert found["known"]["peak_flops"] == 989.4e12
+    assert sum(found["outcomes"].values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("plan --model nowhere/at/all", "cannot load model 'nowhere/at/all'"),
+        ("plan --recipe embedded --dataset arithmetics", "did you mean 'arithmetic'?"),
+        ("plan --recipe embedded --learning-rat 1", "--learning-rat. Did you mean --learning-rate"),
+        ("plan --recipe embedded --probe 8 --start-reward 0.1", "probe measures the start reward"),
+        ("plan --recipe embedded --device cpu --max-wall-hours 2", "max_wall_hours=2 cannot be turned into steps"),
+        ("plan --recipe embedded --forecast-prior none.json", "none.json"),
+        ("plan --recipe embedded --start-reward 7", "reward=7.0 at the start is outside reward_range=(0.0, 1.0)"),
+        ("plan --recipe embedded --plot plan.pdf", "plan.pdf must end in .png"),
+        ("law fit --output mine.json", "name at least one run"),
+        ("law fit none.csv --output mine.json", "none.csv does not exist"),
+    ],
+)
+def test_mistakes_in_a_plan_are_told(line: str, message: str, run: Run) -> None:
+    code, out, err = run(line)
+    assert (code, out) == (1, "")
+    assert message in in_words(err)
+    assert "Traceback" not in err
+
+
+def test_a_prior_of_ones_own_is_fitted_and_used(run: Run, tmp_path: Path) -> None:
+    for seed in range(3):
+        x = [step / 60 for step in range(1, 61)]
+        rows = [f"{step},{0.1 + 0.8 * min(1.0, at / 0.3) + 0.001 * ((step * 7 + seed) % 5)}" for step, at in enumerate(x, 1)]
+        (tmp_path / f"{seed}.csv").write_text("\n".join(["step,reward", *rows]), encoding="utf-8")
+    code, out, err = run("law fit 0.csv 1.csv 2.csv --output mine.json")
+    assert (code, err) == (0, "")
+    assert all(
+        words in in_words(out) for words in ("0.csv alone from 0.1", "by more than 0.6", "20% of a run", "wrote mine.json")
+    )
+    code, out, _ = run("law fit 0.csv 1.csv 2.csv --output again.json --json")
+    assert json.loads(out)["num_sources"] == 3
+    assert (tmp_path / "again.json").read_text() == (tmp_path / "mine.json").read_text()
+    ends = []
+    for prior in ("", " --prior mine.json"):
+        code, out, err = run(f"forecast 0.csv --max-steps 600 --json{prior}")
+        assert (code, err) == (0, "")
+        ends.append(json.loads(out)["forecast"]["median"])
+    assert ends[0] != ends[1]
+    planned = [run(f"{PLAN} --json{flag}")[1] for flag in ("", " --forecast-prior mine.json")]
+    assert json.loads(planned[1])["prior"].endswith("mine.json")
+    assert json.loads(planned[0])["outcomes"] != json.loads(planned[1])["outcomes"]
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from grpo_fast.integrations.logs import LogError, RewardLog, RunSettings
 from grpo_fast.integrations.logs.log_rows import OWN_RUN
 from grpo_fast.law import Forecast, OnlinePredictor, Prior, RunFacts, Spending, StopDecision, StoppingRule
 from grpo_fast.law.forms import Array
+from grpo_fast.law.prospect import Prospect
 
 _T = TypeVar("_T")
 _NARROW_SPAN = 3.0
@@ -68,9 +69,9 @@ def forecast_log(  # noqa: PLR0913 (keywords, each of them the law's own)
     own = log.settings
     epsilon = own.epsilon if epsilon is None else epsilon
     epsilon = _epsilon(log, notes) if epsilon is None else epsilon
-    facts = _facts(facts, own)
+    facts = facts_of(facts, own)
     bounds = reward_range if reward_range is not None else own.reward_range
-    bounds = _bounds(log, facts.start, notes) if bounds is None and own == RunSettings() else _checked(log, bounds)
+    bounds = reward_bounds(log, facts.start, notes) if bounds is None and own == RunSettings() else _checked(log, bounds)
     prior, origin = _prior(prior, own)
     predictor = OnlinePredictor(horizon, epsilon=epsilon, reward_range=bounds, facts=facts, prior=prior)
     settings: dict[str, float | None] = {
@@ -82,7 +83,7 @@ def forecast_log(  # noqa: PLR0913 (keywords, each of them the law's own)
     }
     rule = StoppingRule(epsilon, **{name: value for name, value in settings.items() if value is not None})  # type: ignore[arg-type]
     counts = _or(num_prompts, own.num_prompts), _or(num_generations, own.num_generations)
-    first = predictor.forecast()
+    first, shapes = predictor.forecast(), Prospect.of(predictor).classes()
     history, decisions = _replayed(log, predictor, rule, counts=counts, notes=notes)
     stop = next((place for place, decision in enumerate(decisions) if decision.stop), None)
     decision = decisions[-1 if stop is None else stop]
@@ -99,6 +100,7 @@ def forecast_log(  # noqa: PLR0913 (keywords, each of them the law's own)
         None if stop is None else history[stop],
         rule={name: getattr(rule, name) for name in settings if name != "confidence"},
         facts=facts,
+        shapes=(shapes, Prospect.of(predictor).classes()),
         prior_origin=origin,
         notes=notes,
         history=history,
@@ -141,8 +143,12 @@ def _spending(log: RewardLog, place: int) -> Spending | None:
     return None if spent == Spending() else spent
 
 
-def _facts(told: RunFacts | None, own: RunSettings) -> RunFacts:
-    """What was told of a run, completed by what it wrote itself."""
+def facts_of(told: RunFacts | None, own: RunSettings) -> RunFacts:
+    """What was told of a run, completed by what it wrote itself.
+
+    Raises:
+        LogError: what it wrote cannot be used.
+    """
     told = told or RunFacts()
     try:
         known = RunFacts(**own.facts)
@@ -260,7 +266,8 @@ def _checked(log: RewardLog, asked: tuple[float, float] | None) -> tuple[float, 
     return asked
 
 
-def _bounds(log: RewardLog, start: float | None, notes: list[str]) -> tuple[float, float] | None:
+def reward_bounds(log: RewardLog, start: float | None, notes: list[str]) -> tuple[float, float] | None:
+    """The range that a log's rewards, and the start, show, told in ``notes``; None where they show none."""
     seen = log.rewards if start is None else np.append(log.rewards, start)
     low, high = float(np.nanmin(seen)), float(np.nanmax(seen))
     told = "and that is taken for their range; give another with --reward-range"

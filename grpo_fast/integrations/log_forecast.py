@@ -29,6 +29,7 @@ class LogForecast:
         stop_forecast: what was believed at that step.
         rule: settings of the stop besides: patience, min_steps, warmup_steps and reward_value.
         facts: what was known of the run.
+        shapes: probabilities of the classes of shapes, before the first reward and after the last.
         prior_origin: where the forecasts' prior comes from; None for the one that ships.
         notes: the log's, and what was assumed here.
         history: forecasts in the order of their steps.
@@ -47,6 +48,7 @@ class LogForecast:
     stop_forecast: Forecast | None = None
     rule: Mapping[str, float | None] = field(default_factory=dict)
     facts: RunFacts = field(default_factory=RunFacts)
+    shapes: tuple[Mapping[str, float], Mapping[str, float]] | None = None
     prior_origin: str | None = None
     notes: list[str] = field(default_factory=list)
     history: Sequence[Forecast] = ()

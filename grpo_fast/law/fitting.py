@@ -199,15 +199,35 @@ def _spread(prior: Prior, witnesses: Sequence[Witness], weight: Array) -> tuple[
 
 def _misses(prior: Prior, one: Witness, place: int) -> float:
     """How far the level lay from the median, in half-widths of the 90 % interval on its side."""
+    low, middle, high = _foretold(prior, one, place)
+    side = high - middle if one.level > middle else middle - low
+    return float(abs(one.level - middle) / max(side, 1e-12))
+
+
+def level_errors(prior: Prior, one: Witness) -> Array:
+    """How a prior, with the rewards up to each share of a run, foretells the mean of the run's last fifth.
+
+    Returns:
+        (4, 2): for each of :data:`~grpo_fast.law.prior.SHARES` the distance of the median, in units of the range, and whether
+        the 90 % interval, stretched as the prior says, holds it (0 or 1).
+    """
+    rows = []
+    for place, stretch in enumerate(prior.spread):
+        low, middle, high = _foretold(prior, one, place)
+        low, high = (middle + stretch * (edge - middle) for edge in (low, high))
+        rows.append([abs(one.level - middle) / one.scale.unit, float(low <= one.level <= high)])
+    return np.array(rows)
+
+
+def _foretold(prior: Prior, one: Witness, place: int) -> Array:
+    """(3,) 5, 50 and 95 % quantiles, not stretched, of the level of a run's last fifth, after a share of it."""
     posterior, scale = one.seen[place]
     draws = posterior.draws(prior.believed(one.facts, scale, horizon=one.horizon))
     curves = draws.curve(GRID.rise(one.tail), one.tail, posterior.progress)
     levels = np.clip(curves, scale.low, scale.high).mean(axis=1)
     noise = scale.noise_sd / np.sqrt(one.tail.size)
     levels = levels + noise * np.roll(draws.normal, 1)
-    low, middle, high = quantiles(levels[:, None], draws.weight, np.array([0.05, 0.5, 0.95]))[:, 0]
-    side = high - middle if one.level > middle else middle - low
-    return float(abs(one.level - middle) / max(side, 1e-12))
+    return np.asarray(quantiles(levels[:, None], draws.weight, np.array([0.05, 0.5, 0.95]))[:, 0])
 
 
 def _weighted_quantile(values: Array, weight: Array, probability: float) -> float:

@@ -15,7 +15,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from grpo_fast.report.run import Array, Run, smoothed
-from grpo_fast.report.theme import LIGHT, PHASE_NAMES, Theme, grid, key, note, title, value_limits, x_label
+from grpo_fast.report.theme import (
+    KEY_STYLE,
+    LIGHT,
+    PHASE_NAMES,
+    Theme,
+    bare,
+    grid,
+    key,
+    note,
+    title,
+    value_limits,
+    x_label,
+)
 from grpo_fast.sinks.quantities import percent
 
 Row = Mapping[str, Any]
@@ -31,6 +43,21 @@ def band_of(row: Row) -> tuple[Array, Array, Array, Array]:
     """Steps, low, median and high of the mean curve as a forecast had it."""
     band = row["band"]
     return tuple(np.array(band[name], dtype=np.float64) for name in ("step", "low", "median", "high"))  # type: ignore[return-value]
+
+
+def ahead_of(row: Row) -> tuple[Array, Array, Array, Array]:
+    """What :func:`band_of` gives, from the step of the forecast on; a single step at the end of the budget."""
+    step, *bounds = band_of(row)
+    at = np.concatenate([[float(row["step"])], step[step > row["step"]]])
+    low, median, high = (np.interp(at, step, values) for values in bounds)
+    return at, low, median, high
+
+
+def counts_for_stop(rows: Sequence[Row], *, epsilon: float, confidence: float) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    """(m,) whether a forecast spoke for a stop: sure enough, less than epsilon expected, and nothing vetoed it."""
+    gain, sure = series(rows, "expected_gain"), series(rows, "p_gain_below_eps")
+    vetoed = np.array([bool(row.get("veto")) or not row.get("identifiable", True) for row in rows])
+    return np.asarray((sure >= confidence) & ~(gain >= epsilon) & ~vetoed)
 
 
 def draw_phase_probabilities(axis: Axes, rows: Sequence[Row], theme: Theme) -> None:
@@ -70,9 +97,12 @@ def _name_areas(axis: Axes, steps: Array, shares: Array, *, theme: Theme) -> Non
 
 
 def draw_gain(axis: Axes, rows: Sequence[Row], theme: Theme, *, epsilon: float, confidence: float) -> None:
-    """Probability that so little is left to gain, against what a stop demands; grey while the rewards decide nothing."""
+    """Probability that so little is left to gain, against what a stop demands; grey while the rewards decide nothing.
+
+    A bar along the top marks the forecasts that count for a stop: it takes a row of them without a gap.
+    """
     steps, sure = series(rows, "step"), series(rows, "p_gain_below_eps")
-    axis.set_ylim(-0.03, 1.08)
+    axis.set_ylim(-0.03, 1.09)
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value)))
     axis.axhline(confidence, color=theme.ink, lw=1.0, ls=(0, (4, 3)), zorder=3)
     known = np.array([bool(row.get("identifiable", True)) for row in rows])
@@ -82,18 +112,26 @@ def draw_gain(axis: Axes, rows: Sequence[Row], theme: Theme, *, epsilon: float, 
     vetoed = np.array([bool(row.get("veto")) for row in rows]) & (sure >= confidence)
     if vetoed.any():
         axis.plot(steps[vetoed], sure[vetoed], "x", ms=4, mew=1.0, color=theme.ink, alpha=0.6, zorder=6)
+    counted = counts_for_stop(rows, epsilon=epsilon, confidence=confidence)
+    if counted.any():
+        axis.plot(steps, np.where(counted, 1.045, np.nan), color=theme.held_out, lw=4.0, solid_capstyle="butt", zorder=6)
     told = ["grey: not identifiable"] * (not known.all()) + ["crosses: vetoed"] * bool(vetoed.any())
-    note(axis, (0.99, 0.03), ", ".join(told), color=theme.muted, ha="right", va="bottom")
+    told += ["green: counts for a stop"] * bool(counted.any())
+    box = {"facecolor": theme.paper, "alpha": 0.85, "lw": 0, "pad": 1.5}
+    note(axis, (0.99, 0.04), "\n".join(told), color=theme.muted, ha="right", va="bottom", bbox=box, zorder=9)
     axis.plot(steps[-1:], sure[-1:], "o", ms=6, color=theme.forecast, mec=theme.paper, mew=1.2, zorder=8)
     words = f"P(gain left < {epsilon:g}) is {percent(float(sure[-1]))}; {percent(confidence)} stops"
     title(axis, words, theme)
 
 
 def draw_end(axis: Axes, rows: Sequence[Row], theme: Theme, *, came: float) -> None:
-    """The reward forecast for the end of the budget, step by step, and what came."""
+    """The reward forecast for the end of the budget, step by step, with its 90 and 50 % intervals, and what came."""
     steps, median = series(rows, "step"), series(rows, "median")
     low, high = series(rows, "low"), series(rows, "high")
     axis.fill_between(steps, low, high, color=theme.forecast, alpha=0.2, lw=0, zorder=2)
+    if all("interval50" in row for row in rows):
+        inner = np.array([row["interval50"] for row in rows], dtype=np.float64).T
+        axis.fill_between(steps, *inner, color=theme.forecast, alpha=0.25, lw=0, zorder=3)
     axis.plot(steps, median, color=theme.forecast, lw=1.8, zorder=4)
     if math.isfinite(came):
         axis.axhline(came, color=theme.ink, lw=1.0, ls=(0, (1, 2)), zorder=5)
@@ -131,6 +169,26 @@ def draw_prior(axis: Axes, prior: Row, posterior: Row, theme: Theme) -> None:
         f"The rewards took {percent(narrowed)} off the interval" if narrowed > 0 else "The rewards did not narrow the interval"
     )
     title(axis, words, theme)
+
+
+def draw_shapes(axis: Axes, shapes: tuple[Mapping[str, float], Mapping[str, float]], theme: Theme, *, step: int) -> None:
+    """Probabilities of the classes of shapes: before the first reward, and now."""
+    before, now = shapes
+    names = list(now)[::-1]
+    places = np.arange(len(names), dtype=np.float64)
+    bare(axis)
+    axis.barh(places + 0.2, [before[name] for name in names], height=0.36, color=theme.muted, alpha=0.55, label="before")
+    axis.barh(places - 0.2, [now[name] for name in names], height=0.36, color=theme.forecast, label=f"at step {step:,}")
+    axis.set_yticks(places, names, color=theme.ink, fontsize=8)
+    axis.set_ylim(-0.6, len(names) - 0.4)
+    most = max(*now.values(), *before.values())
+    for place, name in zip(places, names, strict=True):
+        if now[name] >= 0.05:
+            axis.text(now[name] + 0.012 * most, place - 0.2, percent(now[name]), va="center", fontsize=8, color=theme.forecast)
+    axis.set_xlim(0, 1.2 * most)
+    axis.legend(loc="lower right", labelcolor=theme.ink, **KEY_STYLE)
+    best = max(now, key=now.__getitem__)
+    title(axis, f"Shape: {best}, {percent(now[best])}" if best != "none" else f"Shape: no rise, {percent(now[best])}", theme)
 
 
 ALARM = "alarm/"

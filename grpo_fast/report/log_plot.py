@@ -13,14 +13,23 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from grpo_fast.report.belief_plots import Row, band_of, draw_end, draw_gain, draw_phase_probabilities, draw_prior
+from grpo_fast.report.belief_plots import (
+    Row,
+    ahead_of,
+    band_of,
+    draw_end,
+    draw_gain,
+    draw_phase_probabilities,
+    draw_prior,
+    draw_shapes,
+)
 from grpo_fast.report.run import Array, smoothed
 from grpo_fast.report.theme import LIGHT, Theme, drawing, dress, key, png, title, value_limits, x_label
 from grpo_fast.sinks.quantities import percent
 
 CUTS = (0.2, 0.4, 0.6, 0.8)
 _LEAST_ROWS = 8
-_HEIGHTS = (3.6, 1.9, 1.9, 1.9)
+_HEIGHTS = (3.6, 1.9, 1.9, 2.2)
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,7 @@ class LogBeliefs:
         stop_step: where the rule would have stopped; None where it would not.
         epsilon: gain that is not worth having.
         confidence: probability that a stop demands.
+        shapes: probabilities of the classes of shapes before the first reward and after the last; None where they are unknown.
     """
 
     steps: npt.NDArray[np.int64]
@@ -48,6 +58,7 @@ class LogBeliefs:
     stop_step: int | None
     epsilon: float
     confidence: float
+    shapes: tuple[Mapping[str, float], Mapping[str, float]] | None = None
 
     @property
     def is_whole(self) -> bool:
@@ -87,14 +98,18 @@ def plot_log(beliefs: LogBeliefs, theme: Theme = LIGHT) -> Figure:
     gain, phases, end, prior = (_panel(figure, spec[row, place], theme) for row in (2, 3) for place in (0, 1))
     draw_gain(gain, beliefs.rows, theme, epsilon=beliefs.epsilon, confidence=beliefs.confidence)
     draw_phase_probabilities(phases, beliefs.rows, theme)
-    draw_end(end, beliefs.rows, theme, came=beliefs.came)
-    draw_prior(prior, beliefs.prior, beliefs.rows[-1], theme)
-    for axis in (gain, phases, end, prior):
-        axis.set_xlim(0, beliefs.horizon if axis is prior else beliefs.steps[-1])
-        if beliefs.stop_step is not None and axis is not prior:
+    draw_end(end, [beliefs.prior, *beliefs.rows], theme, came=beliefs.came)
+    for axis in (gain, phases, end):
+        axis.set_xlim(0, beliefs.steps[-1])
+        if beliefs.stop_step is not None:
             axis.axvline(beliefs.stop_step, color=theme.ink, lw=1.0, zorder=7)
-    for axis in (end, prior):
-        x_label(axis, "step", theme)
+    x_label(end, "step", theme)
+    if beliefs.shapes is not None:
+        draw_shapes(prior, beliefs.shapes, theme, step=int(beliefs.rows[-1]["step"]))
+        return figure
+    draw_prior(prior, beliefs.prior, beliefs.rows[-1], theme)
+    prior.set_xlim(0, beliefs.horizon)
+    x_label(prior, "step", theme)
     return figure
 
 
@@ -121,13 +136,11 @@ def _draw_log(axis: Axes, beliefs: LogBeliefs, theme: Theme) -> None:
     """The rewards, and the band of what was believed where the rule would have stopped, or else after the last step."""
     last = beliefs.rows[-1] if beliefs.rows else beliefs.prior
     belief = last if beliefs.stop_step is None else beliefs.row_at(beliefs.stop_step) or last
-    step, low, median, high = band_of(belief)
     made_at = int(belief["step"])
     _draw_rewards(axis, beliefs, theme, until=int(beliefs.steps[-1]))
-    ahead = step >= made_at
-    axis.fill_between(step, low, high, color=theme.forecast, alpha=0.16, lw=0, label="mean reward, 90 % band", zorder=1)
-    axis.plot(step[~ahead], median[~ahead], color=theme.forecast, lw=1.2, ls=(0, (3, 2)), zorder=5)
-    axis.plot(step[ahead], median[ahead], color=theme.forecast, lw=1.8, zorder=5)
+    _draw_ahead(axis, belief, theme, label="mean reward, 90 % band")
+    step, _, median, _ = band_of(belief)
+    axis.plot(step[step <= made_at], median[step <= made_at], color=theme.forecast, lw=1.2, ls=(0, (3, 2)), zorder=5)
     axis.axvline(made_at, color=theme.ink, lw=1.4, zorder=7)
     axis.set_xlim(0, beliefs.horizon)
     axis.set_ylim(*value_limits(beliefs.rewards, [belief["low"], belief["high"]]))
@@ -138,6 +151,27 @@ def _draw_log(axis: Axes, beliefs: LogBeliefs, theme: Theme) -> None:
     axis.set_ylabel(beliefs.name, fontsize=9, color=theme.muted)
     axis.set_title(headline(beliefs), loc="left", fontsize=10.5, color=theme.ink, fontweight="bold", pad=24)
     key(axis, theme)
+
+
+def _draw_ahead(axis: Axes, belief: Row, theme: Theme, *, label: str | None = None) -> None:
+    """The band of the mean reward from the step of a forecast on; a bar at the end of the budget, where nothing is ahead."""
+    step, low, median, high = ahead_of(belief)
+    if step.size == 1:
+        axis.errorbar(
+            step,
+            [belief["median"]],
+            [[belief["median"] - belief["low"]], [belief["high"] - belief["median"]]],
+            fmt="o",
+            ms=4,
+            color=theme.forecast,
+            capsize=3,
+            label=label,
+            zorder=6,
+            clip_on=False,
+        )
+        return
+    axis.fill_between(step, low, high, color=theme.forecast, alpha=0.22, lw=0, label=label, zorder=3)
+    axis.plot(step, median, color=theme.forecast, lw=1.8, zorder=5)
 
 
 def _tell(axis: Axes, belief: Mapping[str, Any], beliefs: LogBeliefs, *, theme: Theme) -> None:
@@ -180,10 +214,8 @@ def _draw_belief(axis: Axes, beliefs: LogBeliefs, share: float, *, theme: Theme)
     """What was believed when a share of the log was seen, and what came."""
     cut = int(beliefs.steps[min(math.ceil(share * beliefs.steps.size), beliefs.steps.size) - 1])
     belief = beliefs.row_at(cut) or beliefs.prior
-    step, low, median, high = band_of(belief)
     _draw_rewards(axis, beliefs, theme, until=cut, small=True)
-    axis.fill_between(step, low, high, color=theme.forecast, alpha=0.2, lw=0, zorder=3)
-    axis.plot(step, median, color=theme.forecast, lw=1.5, zorder=5)
+    _draw_ahead(axis, belief, theme)
     axis.axvline(cut, color=theme.muted, lw=0.9, zorder=2)
     axis.set_xlim(0, beliefs.horizon)
     bounds = [value for row in beliefs.rows[len(beliefs.rows) // 5 :] for value in (row["low"], row["high"])]

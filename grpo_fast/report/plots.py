@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
-from grpo_fast.report.belief_plots import has_alarm, has_beliefs, plot_alarm, plot_beliefs
+from grpo_fast.report.belief_plots import ahead_of, counts_for_stop, has_alarm, has_beliefs, plot_alarm, plot_beliefs
 from grpo_fast.report.costs import plot_compute
 from grpo_fast.report.run import Run, smoothed
 from grpo_fast.report.theme import (
@@ -139,8 +139,7 @@ def _draw_rewards(axis: Axes, run: Run, theme: Theme, *, until: int) -> None:
 
 def _draw_belief(axis: Axes, run: Run, forecast: Mapping[str, object], *, theme: Theme) -> None:
     """Band and median, the level that was reached, and whether the interval held it."""
-    band: Mapping[str, list[float | None]] = forecast["band"]  # type: ignore[assignment]
-    step, low, median, high = (np.array(band[name], dtype=np.float64) for name in ("step", "low", "median", "high"))
+    step, low, median, high = ahead_of(forecast)
     made_at = int(forecast["step"])  # type: ignore[call-overload]
     axis.fill_between(step, low, high, color=theme.forecast, alpha=0.2, lw=0, label="forecast, 90 % band", zorder=3)
     axis.plot(step, median, color=theme.forecast, lw=1.6, zorder=5)
@@ -265,7 +264,10 @@ def plot_stop(run: Run, theme: Theme = LIGHT) -> Figure:
     upper.plot(run.steps, smoothed(run.metric("reward")), color=theme.data, lw=1.5, label="reward", zorder=3)
     if steps.size:
         upper.fill_between(steps, low, high, color=theme.forecast, alpha=0.2, lw=0, zorder=2)
-        upper.plot(steps, median, color=theme.forecast, lw=1.8, label="reward forecast for the end, 90 %", zorder=4)
+        if all("interval50" in row for row in run.forecasts):
+            inner = np.array([row["interval50"] for row in run.forecasts], dtype=np.float64).T
+            upper.fill_between(steps, *inner, color=theme.forecast, alpha=0.25, lw=0, zorder=3)
+        upper.plot(steps, median, color=theme.forecast, lw=1.8, label="reward forecast for the end, 50 and 90 %", zorder=4)
     upper.set_ylabel("reward", fontsize=9, color=theme.muted)
     key(upper, theme)
     _draw_gain(lower, run, theme)
@@ -278,7 +280,7 @@ def plot_stop(run: Run, theme: Theme = LIGHT) -> Figure:
 
 def _draw_gain(axis: Axes, run: Run, theme: Theme) -> None:
     steps, sure = run.forecast_series("step"), run.forecast_series("p_gain_below_eps")
-    axis.set_ylim(-0.03, 1.08)
+    axis.set_ylim(-0.03, 1.09)
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value)))
     axis.set_ylabel(f"P(gain left < {run.epsilon:g})", fontsize=9, color=theme.muted)
     axis.axhline(run.confidence, color=theme.ink, lw=1.0, ls=(0, (4, 3)), zorder=3)
@@ -296,7 +298,11 @@ def _draw_gain(axis: Axes, run: Run, theme: Theme) -> None:
     if known.any():
         axis.plot(steps, np.where(known, sure, np.nan), color=theme.forecast, lw=1.8, label="identifiable", zorder=5)
     axis.plot(steps[-1:], sure[-1:], "o", ms=6, color=theme.forecast, mec=theme.paper, mew=1.2, zorder=8)
-    if not known.all():
+    counted = counts_for_stop(run.forecasts, epsilon=run.epsilon, confidence=run.confidence)
+    if counted.any():
+        bar = np.where(counted, 1.045, np.nan)
+        axis.plot(steps, bar, color=theme.held_out, lw=4.0, solid_capstyle="butt", label="counts for a stop", zorder=6)
+    if counted.any() or not known.all():
         key(axis, theme)
     _tell_end(axis, run, theme, at=0.42, words=f"{end_words(run)}\n{percent(float(sure[-1]))} sure at step {run.last_step}")
 

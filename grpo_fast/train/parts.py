@@ -126,7 +126,7 @@ def build_parts(config: Config, given: Replacements, *, resume: bool) -> Parts:
     replaces_run = not resume and _holds_run(config)
     OBJECTIVES[config.loss_type].spec(config)
     budget = _build_budget(config, given.get("budget"))
-    prior = _load_prior(config)
+    prior = load_prior(config)
     source = PolicySource(config)
     task = given.get("task") or load_task(config, chat=source.chat, needs_reward="reward_funcs" not in given)
     functions = given.get("reward_funcs") or config.reward_funcs or task.reward_funcs
@@ -186,7 +186,12 @@ def build_parts(config: Config, given: Replacements, *, resume: bool) -> Parts:
     return parts
 
 
-def _load_prior(config: Config) -> Prior:
+def load_prior(config: Config) -> Prior:
+    """The prior that a configuration names, or the one that ships.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds no prior.
+    """
     if config.forecast_prior is None:
         return Prior.default()
     try:

@@ -141,6 +141,14 @@ class PolicySource:
         """Whether the tokeniser brings a chat template."""
         return self.tokenizer.chat_template is not None
 
+    def outline(self) -> PreTrainedModel:
+        """The model without its weights: modules and sizes alone, in no memory."""
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                self._read(AutoConfig), trust_remote_code=self._config.trust_remote_code
+            )
+        return model
+
     def load(self) -> Policy:
         """Reads the weights.
 

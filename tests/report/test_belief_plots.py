@@ -10,12 +10,15 @@ import pytest
 from matplotlib.axes import Axes
 
 from grpo_fast.report.belief_plots import (
+    ahead_of,
     alarm_words,
     band_of,
+    counts_for_stop,
     draw_end,
     draw_gain,
     draw_phase_probabilities,
     draw_prior,
+    draw_shapes,
     has_alarm,
     has_beliefs,
     plot_alarm,
@@ -76,16 +79,45 @@ def test_phases_fill_the_panel_and_are_named_where_there_is_room(axis: Axes, the
 def test_the_reason_to_stop(axis: Axes) -> None:
     rows = [*ROWS[:-1], row(40, veto="rising slope")]
     draw_gain(axis, rows, LIGHT, epsilon=0.02, confidence=0.9)
-    assert words_of(axis) == ["P(gain left < 0.02) is 100 %; 90 % stops", "grey: not identifiable, crosses: vetoed"]
+    assert words_of(axis) == [
+        "P(gain left < 0.02) is 100 %; 90 % stops",
+        "grey: not identifiable\ncrosses: vetoed\ngreen: counts for a stop",
+    ]
     known = axis.lines[2].get_ydata()
     assert np.isnan(np.asarray(known)[:10]).all()
     assert np.asarray(known)[10:].tolist() == pytest.approx([step / 40 for step in range(11, 41)])
-    crosses = axis.lines[3]
+    crosses, bar = axis.lines[3:5]
     assert np.asarray(crosses.get_xdata()).tolist() == [40]
+    marked = np.isfinite(np.asarray(bar.get_ydata()))
+    assert np.asarray(bar.get_xdata())[marked].tolist() == [36, 37, 38, 39]
+
+
+def test_what_counts_for_a_stop() -> None:
+    sure = {"p_gain_below_eps": 0.9, "expected_gain": 0.004}
+    rows = [
+        row(30, **sure | change) for change in ({}, {"expected_gain": 0.02}, {"p_gain_below_eps": 0.7}, {"veto": "all wrong"})
+    ]
+    rows += [row(30, **sure, identifiable=False), row(30, p_gain_below_eps=0.9)]
+    assert counts_for_stop(rows, epsilon=0.01, confidence=0.8).tolist() == [True, False, False, False, False, True]
+
+
+def test_a_band_ahead_begins_with_its_forecast() -> None:
+    step, low, median, high = ahead_of(row(25))
+    assert step.tolist() == [25, 50, 100]
+    assert (low[0], median[0], high[0]) == pytest.approx((0.25, 0.4, 0.5))
+    assert ahead_of(row(100))[0].tolist() == [100]
+
+
+def test_shapes_before_and_now(axis: Axes) -> None:
+    before, now = {"none": 0.5, "straight": 0.5}, {"none": 0.02, "straight": 0.98}
+    draw_shapes(axis, (before, now), LIGHT, step=1200)
+    assert [bar.get_width() for bar in axis.patches] == [0.5, 0.5, 0.98, 0.02]
+    assert words_of(axis) == ["Shape: straight, 98 %", "98 %"]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["before", "at step 1,200"]
 
 
 def test_nothing_is_said_of_what_did_not_happen(axis: Axes) -> None:
-    draw_gain(axis, ROWS[15:], LIGHT, epsilon=0.01, confidence=0.9)
+    draw_gain(axis, ROWS[15:30], LIGHT, epsilon=0.01, confidence=0.9)
     assert words_of(axis)[1:] == [""]
 
 

@@ -52,7 +52,7 @@ def test_the_band_is_the_forecast_and_ends_with_the_budget(beliefs: LogBeliefs) 
     axis = figure.axes[0]
     assert axis.get_ylabel() == "critic/rewards/mean"
     corners = axis.collections[0].get_paths()[0].get_extents()
-    assert (corners.x0, corners.x1) == (0, 100)
+    assert (corners.x0, corners.x1) == (40, 100), "nothing is foretold of the past"
     assert corners.y1 == pytest.approx(max(beliefs.rows[-1]["band"]["high"]))
     low, high = axis.get_ylim()
     assert low < beliefs.rows[-1]["low"] < beliefs.rows[-1]["high"] < high, "no interval is cut off"

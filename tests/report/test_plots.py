@@ -12,6 +12,7 @@ from matplotlib.collections import FillBetweenPolyCollection
 from matplotlib.colors import to_hex
 
 from grpo_fast.config import Config
+from grpo_fast.report.belief_plots import ahead_of
 from grpo_fast.report.plots import (
     PICTURES,
     belief_steps,
@@ -57,10 +58,12 @@ def test_each_panel_shows_only_what_was_known(make_run: MakeRun) -> None:
         assert np.array_equal(seen[:, 1], run.metric("reward")[:cut], equal_nan=True)
         forecast = run.forecast_at(cut)
         assert forecast is not None
-        assert np.allclose(_line(axis, LIGHT.forecast)[:, 1], forecast["band"]["median"])
+        ahead, believed = np.array(forecast["band"]["step"]) > cut, _line(axis, LIGHT.forecast)
+        assert believed[0, 0] == cut, "nothing is foretold of the past"
+        assert np.allclose(believed[1:, 1], np.array(forecast["band"]["median"])[ahead])
         (band,) = (item for item in axis.collections if isinstance(item, FillBetweenPolyCollection))
         corners = band.get_paths()[0].vertices
-        assert corners[:, 1].max() == pytest.approx(max(forecast["band"]["high"]))
+        assert corners[:, 1].max() == pytest.approx(ahead_of(forecast)[3].max())
         assert f"After step {cut}" in axis.get_title(loc="left")
         assert f"{forecast['median']:.3f} ({forecast['low']:.3f} to {forecast['high']:.3f})" in _texts(axis)
     assert "not identifiable yet" in _texts(figure.axes[0])

@@ -252,3 +252,12 @@ def test_saving_is_silent_and_leaves_progress_bars_as_they_were(
     policy.save(tmp_path)
     assert capfd.readouterr() == ("", "")
     assert is_progress_bar_enabled()
+
+
+def test_an_outline_has_the_model_s_sizes_and_no_weights(tiny_config: Callable[..., Config]) -> None:
+    source = PolicySource(tiny_config())
+    outline, model = source.outline(), source.load().model
+    assert {name: weight.shape for name, weight in outline.named_parameters()} == {
+        name: weight.shape for name, weight in model.named_parameters()
+    }
+    assert all(weight.is_meta for weight in outline.parameters())

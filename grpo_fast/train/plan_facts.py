@@ -1,0 +1,345 @@
+"""What is known of a run that has not begun: read from model and data, measured by a probe, given, or assumed; and which."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grpo_fast.compute import ModelShape
+from grpo_fast.compute.outlook import Guess, Pace, StepWork
+from grpo_fast.config import Config, ConfigError
+from grpo_fast.device import device_facts, gpu_spec
+from grpo_fast.law import RunFacts
+from grpo_fast.metrics import PhaseTimer
+from grpo_fast.tasks import encode_prompts, load_task
+from grpo_fast.train.collect import Collector
+from grpo_fast.train.evaluate import evaluate, probe
+from grpo_fast.train.optim import build_optimizer
+from grpo_fast.train.parts import Parts, build_parts
+from grpo_fast.train.policy import PolicySource, pick_device
+from grpo_fast.train.step import Learner
+
+ASSUMED_MFU = 0.1
+"""Share of the peak that is assumed where nothing was timed, within a factor of 3: sampling waits for memory, not for FLOPs."""
+_MFU_FACTOR, _GIVEN_MFU_FACTOR = 3.0, 1.3
+_DRIFT, _GIVEN_FACTOR, _UNKNOWN_LENGTH_FACTOR = 1.5, 1.25, 2.5
+_SHARE, _SHARE_FACTOR, _MEASURED_SHARE_FACTOR = 0.7, 1.5, 1.6
+_LORA_SHARE = 0.01
+_CHARACTERS_A_TOKEN, _SAMPLED_ROWS = 4.0, 256
+
+
+@dataclass(frozen=True)
+class PlanInputs:
+    """What a plan is told beside the run's configuration.
+
+    Attributes:
+        probe: training prompts that the untrained policy answers, after which two steps are timed; 0 for neither.
+        start_reward: mean reward of the untrained policy, where it is known already.
+        model_size: parameters in 1e9, to plan without a model.
+        lora: whether adapters are trained rather than all weights.
+        prompt_tokens: mean length of a prompt; with ``data_size`` no data is read.
+        data_size: number of prompts.
+        completion_tokens: mean length of a completion.
+        seconds_per_step: wall-clock seconds of a step.
+        mfu: model FLOPs as a share of the device's peak.
+        gpu: the device, by the name that CUDA gives it; this machine's without one.
+        num_devices: devices that the run holds.
+
+    Raises:
+        ConfigError: values that contradict each other or are out of range.
+    """
+
+    probe: int = 0
+    start_reward: float | None = None
+    model_size: float | None = None
+    lora: bool = False
+    prompt_tokens: float | None = None
+    data_size: int | None = None
+    completion_tokens: float | None = None
+    seconds_per_step: float | None = None
+    mfu: float | None = None
+    gpu: str | None = None
+    num_devices: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("model_size", "prompt_tokens", "data_size", "completion_tokens", "seconds_per_step", "mfu", "num_devices"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ConfigError(f"{name}={value} must be a positive number, or left out where it is unknown")
+        if self.probe < 0 or self.probe == 1:
+            raise ConfigError(f"probe={self.probe} must be at least 2 prompts, or 0 for no probe")
+        if self.mfu is not None and self.mfu > 1:
+            raise ConfigError(f"mfu={self.mfu} must be a share of the device's peak, at most 1")
+        if self.probe and self.model_size is not None:
+            raise ConfigError("a probe needs the model itself: leave out model_size, or probe")
+        if self.probe and self.start_reward is not None:
+            raise ConfigError("probe measures the start reward: leave out start_reward, or probe")
+        if self.probe and (self.gpu is not None or self.num_devices > 1):
+            raise ConfigError("a probe times this machine, on one device: leave out gpu and num_devices, or probe")
+        if self.seconds_per_step is not None and self.mfu is not None:
+            raise ConfigError("seconds_per_step and mfu both say how fast a step is: give one")
+        if self.gpu is not None and gpu_spec(self.gpu) is None:
+            raise ConfigError(
+                f"no peak is known of gpu={self.gpu!r}; names are CUDA's, such as 'H100 80GB HBM3' or 'RTX 4090'; without one, "
+                "give seconds_per_step"
+            )
+
+
+@dataclass(frozen=True)
+class PlanFacts:
+    """What a plan stands on.
+
+    Attributes:
+        facts: what the prior is asked for.
+        work: sizes of a step.
+        pace: how fast steps go.
+        completion_tokens: mean length of a completion over the run.
+        trained_share: share of completions that carry a gradient.
+        num_prompts: prompts of the training data.
+        device: the device's name.
+        model: the model in words.
+        dataset: the data in words.
+        sources: how each fact is known, by name: "read", "measured", "given", "assumed" or "unknown".
+        notes: what was assumed, in sentences.
+        held_out: held-out reward of the untrained policy, where it was measured.
+    """
+
+    facts: RunFacts
+    work: StepWork
+    pace: Pace
+    completion_tokens: Guess
+    trained_share: Guess
+    num_prompts: int
+    device: str
+    model: str
+    dataset: str
+    sources: Mapping[str, str]
+    notes: list[str] = field(default_factory=list)
+    held_out: float | None = None
+
+
+def gather(config: Config, inputs: PlanInputs) -> PlanFacts:
+    """Reads, measures and assumes what a plan needs.
+
+    Raises:
+        ConfigError: model or data cannot be read.
+        RewardError: a probe's reward function failed.
+    """
+    return _probed(config, inputs) if inputs.probe else _unprobed(config, inputs)
+
+
+def _unprobed(config: Config, inputs: PlanInputs) -> PlanFacts:
+    notes: list[str] = []
+    sources = {"start_reward": "unknown" if inputs.start_reward is None else "given"}
+    if inputs.model_size is not None:
+        size, source, model = inputs.model_size, None, f"a model of {inputs.model_size:g} B parameters"
+        shape = ModelShape(round(size * 1e9), 0, 0, 0, 0, 0)
+        notes.append("of the model only its size is known: FLOPs are two a parameter and token, without attention")
+    else:
+        source = PolicySource(config)
+        outline = source.outline()
+        size, shape, model = _size(outline), ModelShape.from_model(outline), config.model
+    sources["model_size"] = "given" if inputs.model_size is not None else "read"
+    dataset, count, prompt_tokens = _data(config, inputs, source, notes)
+    lengths = _lengths(config, inputs, notes)
+    sources["completion_tokens"] = lengths.source
+    sources |= {"num_prompts": "read" if inputs.data_size is None else "given"}
+    shape = _adapted(shape, inputs, notes)
+    pace, device = _pace(config, inputs, sources, notes)
+    share = Guess(_SHARE, _SHARE_FACTOR, "assumed", most=1.0)
+    return PlanFacts(
+        facts=RunFacts(size_b=size, start=inputs.start_reward, lora=inputs.lora),
+        work=_work(config, shape, prompt_tokens),
+        pace=pace,
+        completion_tokens=lengths,
+        trained_share=share,
+        num_prompts=count,
+        device=device,
+        model=model,
+        dataset=dataset,
+        sources=sources,
+        notes=notes,
+    )
+
+
+def _data(config: Config, inputs: PlanInputs, source: PolicySource | None, notes: list[str]) -> tuple[str, int, float]:
+    """Name, number of prompts and their mean length in tokens."""
+    if inputs.data_size is not None and inputs.prompt_tokens is not None:
+        return f"{inputs.data_size} prompts", inputs.data_size, inputs.prompt_tokens
+    task = load_task(config, chat=source is not None and source.chat)
+    count = inputs.data_size or len(task.train)
+    if inputs.prompt_tokens is not None:
+        return task.name, count, inputs.prompt_tokens
+    if source is None:
+        rows = [task.train[index] for index in range(min(_SAMPLED_ROWS, len(task.train)))]
+        characters = sum(len(_text(row["prompt"])) for row in rows) / len(rows)
+        notes.append(f"prompts have {characters:.0f} characters in the mean, and {_CHARACTERS_A_TOKEN:g} are taken for a token")
+        return task.name, count, max(1.0, characters / _CHARACTERS_A_TOKEN)
+    prompts = encode_prompts(
+        task.train,
+        source.tokenizer,
+        system_prompt=config.system_prompt,
+        max_prompt_length=source.max_prompt_length,
+        overlong=config.overlong_prompts,
+    )
+    mean = sum(len(prompt.token_ids) for prompt in prompts) / len(prompts)
+    return task.name, inputs.data_size or len(prompts), mean
+
+
+def _text(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else " ".join(str(message.get("content")) for message in prompt)
+
+
+def _lengths(config: Config, inputs: PlanInputs, notes: list[str]) -> Guess:
+    most = config.max_completion_length
+    if inputs.completion_tokens is not None:
+        if inputs.completion_tokens > most:
+            raise ConfigError(f"completion_tokens={inputs.completion_tokens:g} exceeds max_completion_length={most}")
+        return Guess(inputs.completion_tokens, _DRIFT, "given", most=most)
+    notes.append(
+        f"the length of completions is unknown: half of max_completion_length={most} is assumed, within a factor of "
+        f"{_UNKNOWN_LENGTH_FACTOR:g}; measure it with --probe, or give --completion-tokens"
+    )
+    return Guess(max(1.0, most / 2), _UNKNOWN_LENGTH_FACTOR, "assumed", most=most)
+
+
+def _adapted(shape: ModelShape, inputs: PlanInputs, notes: list[str]) -> ModelShape:
+    if not inputs.lora:
+        return shape
+    notes.append(f"adapters are taken to hold {_LORA_SHARE:.0%} of the model's weights")
+    return replace(shape, lora_params=max(1, round(_LORA_SHARE * shape.body_params)))
+
+
+def _pace(config: Config, inputs: PlanInputs, sources: dict[str, str], notes: list[str]) -> tuple[Pace, str]:
+    common: dict[str, Any] = {"num_devices": inputs.num_devices, "price_per_gpu_hour": config.price_per_gpu_hour}
+    if inputs.gpu is not None:
+        spec = gpu_spec(inputs.gpu)
+        assert spec is not None
+        name, peak = inputs.gpu, None if spec.bf16_tflops is None else spec.bf16_tflops * 1e12
+        common["watts"] = spec.watts
+    else:
+        facts = device_facts("cpu" if pick_device(config.device).type == "cpu" else "cuda")
+        name, peak = facts.name, facts.peak_bf16_flops if config.dtype != "float32" else None
+        common["watts"] = facts.power_watts
+    if inputs.seconds_per_step is not None:
+        sources["seconds_per_step"] = "given"
+        return Pace(seconds=Guess(inputs.seconds_per_step, _GIVEN_FACTOR, "given"), **common), name
+    if peak is None:
+        sources["seconds_per_step"] = "unknown"
+        notes.append(
+            f"time and money are unknown: {name} has no known peak to reckon from; measure a step with --probe, give "
+            "--seconds-per-step, or name the device with --gpu"
+        )
+        return Pace(**common), name
+    sources["seconds_per_step"] = "assumed"
+    given = inputs.mfu is not None
+    mfu = Guess(
+        inputs.mfu or ASSUMED_MFU, _GIVEN_MFU_FACTOR if given else _MFU_FACTOR, "given" if given else "assumed", most=1.0
+    )
+    notes.append(
+        f"no step was timed: {mfu.value:.0%} of the {peak / 1e12:g} TFLOP/s of {name} are {mfu.source}, "
+        f"within a factor of {mfu.factor:g}"
+    )
+    return Pace(mfu=mfu, peak_flops=peak, **common), name
+
+
+def _probed(config: Config, inputs: PlanInputs) -> PlanFacts:
+    """Builds the run, asks the untrained policy, and does two steps at a learning rate of zero, timing the second."""
+    with tempfile.TemporaryDirectory(prefix="grpo-plan-") as directory:
+        quiet = config.replace(output_dir=Path(directory) / "run", sinks=(), report=False, baseline_probe=inputs.probe)
+        parts = build_parts(quiet, {}, resume=False)
+        try:
+            return _measured(quiet, inputs, parts)
+        finally:
+            parts.close()
+
+
+def _measured(config: Config, inputs: PlanInputs, parts: Parts) -> PlanFacts:
+    timer = PhaseTimer()
+    baseline = probe(config, parts, timer)
+    timer.lap()
+    held_out = evaluate(config, parts) if config.eval_steps else math.nan
+    evaluation_s = sum(timer.lap().values()) / config.eval_steps if config.eval_steps else 0.0
+    optimizer = build_optimizer(parts.policy.model, config)
+    learner = Learner(config, parts.policy, optimizer, reference=parts.reference)
+    collector = Collector(config, engine=parts.engine, stream=parts.stream, rewards=parts.rewards)
+    num_trained = num_sampled = num_tokens = 0
+    seconds = 0.0
+    for step in (1, 2):
+        timer.lap()
+        collected = collector.collect(step, timer)
+        update = learner.update(collected.groups, learning_rate=0.0, timer=timer)
+        parts.engine.sync_weights(parts.policy.model, step)
+        seconds = sum(timer.lap().values())
+        num_trained += len(update.trained)
+        num_sampled += sum(len(group.completions) for group in collected.groups)
+        num_tokens += sum(len(one.token_ids) for group in collected.groups for one in group.completions)
+    prompt_tokens = sum(len(prompt.token_ids) for prompt in parts.prompts) / len(parts.prompts)
+    length = max(1.0, num_tokens / num_sampled)
+    work = _work(config, parts.meter.shape, prompt_tokens)
+    timed_steps = (
+        f"{baseline.num_prompts} prompts were asked once each; then two steps were done at a learning rate of 0, and the "
+        f"second took {seconds:.3g} s" + (f", with {evaluation_s:.2g} s a step for evaluations" if evaluation_s else "")
+    )
+    lengths = f"lengths are those of the untrained policy ({length:.1f} tokens); training may change them, by {_DRIFT:g} times"
+    notes = [timed_steps, lengths]
+    if math.isnan(baseline.reward):
+        notes.append("no answer of the probe has a reward: where the run starts stays unknown")
+    start = None if math.isnan(baseline.reward) else baseline.reward
+    error = baseline.error if start is not None and baseline.error > 0 else None
+    reading = "unknown" if start is None else "measured"
+    if inputs.seconds_per_step is None and inputs.mfu is None:
+        pace = Pace(
+            seconds=Guess(seconds + evaluation_s, _GIVEN_FACTOR, "measured"),
+            at_tokens=float(work.tokens(np.array(length))),
+            price_per_gpu_hour=config.price_per_gpu_hour,
+            watts=parts.facts.power_watts,
+        )
+        timed = "measured"
+    else:
+        sources: dict[str, str] = {}
+        pace, _ = _pace(config, inputs, sources, notes)
+        timed = sources["seconds_per_step"]
+    return PlanFacts(
+        facts=RunFacts(size_b=_size(parts.policy.model), start=start, start_error=error, lora=inputs.lora),
+        work=work,
+        pace=pace,
+        completion_tokens=Guess(length, _DRIFT, "measured", most=config.max_completion_length),
+        trained_share=Guess(max(num_trained, 1) / num_sampled, _MEASURED_SHARE_FACTOR, "measured", most=1.0),
+        num_prompts=inputs.data_size or len(parts.prompts),
+        device=parts.facts.name,
+        model=config.model,
+        dataset=parts.task.name,
+        sources={
+            "start_reward": reading,
+            "model_size": "read",
+            "completion_tokens": "measured",
+            "num_prompts": "read",
+            "seconds_per_step": timed,
+        },
+        notes=notes,
+        held_out=None if math.isnan(held_out) else held_out,
+    )
+
+
+def _size(model: Any) -> float:
+    """Parameters in 1e9, as a run tells its forecaster."""
+    return float(sum(weight.numel() for weight in model.parameters())) / 1e9
+
+
+def _work(config: Config, shape: ModelShape, prompt_tokens: float) -> StepWork:
+    return StepWork(
+        shape=shape,
+        num_prompts=config.prompts_per_step,
+        num_generations=config.num_generations,
+        prompt_tokens=prompt_tokens,
+        num_iterations=config.num_iterations,
+        checkpointing=config.gradient_checkpointing,
+        reference=config.beta > 0,
+    )

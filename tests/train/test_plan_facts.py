@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_fast.config import Config, ConfigError
+from grpo_fast.recipes import recipe
+from grpo_fast.train.plan_facts import ASSUMED_MFU, PlanInputs, gather
+from grpo_fast.train.policy import PolicySource
+
+SMALL: dict[str, Any] = {"prompts_per_step": 4, "num_generations": 4, "dataset_size": 64, "eval_size": 8, "reward_workers": 0}
+
+
+def small(**changes: Any) -> Config:
+    return recipe("embedded", **SMALL | changes)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"probe": 1}, "probe=1 must be at least 2 prompts"),
+        ({"probe": 8, "model_size": 7.0}, "a probe needs the model itself"),
+        ({"probe": 8, "start_reward": 0.1}, "probe measures the start reward"),
+        ({"probe": 8, "gpu": "RTX 4090"}, "a probe times this machine"),
+        ({"seconds_per_step": 3.0, "mfu": 0.2}, "give one"),
+        ({"mfu": 1.5}, "mfu=1.5 must be a share"),
+        ({"gpu": "H9000"}, "no peak is known of gpu='H9000'"),
+        ({"model_size": -1.0}, "model_size=-1.0 must be a positive number"),
+        ({"completion_tokens": float("nan")}, "completion_tokens=nan must be a positive number"),
+    ],
+)
+def test_contradictions_are_told(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PlanInputs(**values)
+
+
+def test_sizes_are_read_without_weights() -> None:
+    known = gather(small(), PlanInputs())
+    model = PolicySource(small()).load().model
+    assert known.facts.size_b == pytest.approx(sum(p.numel() for p in model.parameters()) / 1e9)
+    assert known.work.shape.head_params == model.get_output_embeddings().weight.numel()
+    assert known.num_prompts == 64
+    assert known.sources == {
+        "start_reward": "unknown",
+        "model_size": "read",
+        "completion_tokens": "assumed",
+        "num_prompts": "read",
+        "seconds_per_step": "unknown",
+    }
+    assert known.facts.start is None
+    assert known.completion_tokens.most == 32
+    told = " ".join(known.notes)
+    assert "half of max_completion_length=32" in told
+    assert "time and money are unknown" in told
+
+
+def test_a_plan_without_model_and_data() -> None:
+    inputs = PlanInputs(model_size=7.0, prompt_tokens=100.0, data_size=5000, gpu="H100 80GB HBM3", num_devices=8, lora=True)
+    known = gather(Config(dataset="nowhere.jsonl"), inputs)
+    assert (known.num_prompts, known.work.prompt_tokens, known.facts.size_b, known.facts.lora) == (5000, 100.0, 7.0, True)
+    assert known.work.shape.body_params == 7e9
+    assert known.work.shape.lora_params == 7e7
+    assert known.pace.mfu is not None
+    assert (known.pace.mfu.value, known.pace.peak_flops, known.pace.num_devices) == (ASSUMED_MFU, 989.4e12, 8)
+    assert gather(Config(), PlanInputs(model_size=1.0)).work.prompt_tokens == pytest.approx(2.5, abs=1.5), "characters by four"
+    with pytest.raises(ConfigError, match="there is no dataset file"):
+        gather(Config(dataset="nowhere.jsonl"), PlanInputs(model_size=7.0))
+    with pytest.raises(ConfigError, match="completion_tokens=999 exceeds max_completion_length=256"):
+        gather(Config(), PlanInputs(model_size=7.0, completion_tokens=999.0))
+
+
+def test_a_probe_measures_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    known = gather(small(eval_steps=20, price_per_gpu_hour=2.0), PlanInputs(probe=16))
+    assert list(tmp_path.iterdir()) == []
+    assert set(known.sources.values()) == {"measured", "read"}
+    assert known.facts.start is not None
+    assert 0.0 <= known.facts.start <= 1.0
+    assert known.held_out is not None
+    assert known.pace.seconds is not None
+    assert 0.001 < known.pace.seconds.value < 60
+    assert known.pace.at_tokens == pytest.approx(4 * 4 * (known.work.prompt_tokens + known.completion_tokens.value))
+    assert 1 < known.completion_tokens.value <= 32
+    assert 0 < known.trained_share.value <= 1
+    assert known.pace.price_per_gpu_hour == 2.0
+    again = gather(small(eval_steps=20), PlanInputs(probe=16))
+    assert (again.facts, again.completion_tokens, again.trained_share) == (
+        known.facts,
+        known.completion_tokens,
+        known.trained_share,
+    ), "the probe does not train: equal questions get equal answers"
