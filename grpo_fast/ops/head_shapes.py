@@ -71,7 +71,7 @@ def copies_tiles(arch: int) -> bool:
 
 
 def default_tile(arch: int, *, wide: bool, descriptors: bool) -> Tile:
-    """The tile where nothing was measured: the largest that spills no register under Triton 3.6 to 3.9.
+    """The tile where nothing was measured: large, and without spilled registers (``benchmarks/results/aot.json``).
 
     Args:
         arch: compute capability times ten.
@@ -82,11 +82,11 @@ def default_tile(arch: int, *, wide: bool, descriptors: bool) -> Tile:
         return Tile(128, 128, 64, splits=1, num_stages=3, num_warps=8, persistent=False)
     if not descriptors:
         return Tile(128, 64, 64, splits=0, num_stages=3, num_warps=8, persistent=False)
-    if wide:
+    if wide and arch < 100:
         return Tile(128, 256, 64, splits=3, num_stages=4, num_warps=8, persistent=True)
     if arch < 100:
         return Tile(128, 128, 64, splits=2, num_stages=4, num_warps=8, persistent=True)
-    # Triton 3.6 to 3.9 cannot compile a capped tile that is halved out of tensor memory.
+    # Triton 3.9 cannot compile a capped tile that is halved out of tensor memory, and 3.6 spills a plain one with entropy.
     return Tile(128, 64, 64, splits=0, num_stages=4, num_warps=8, persistent=True)
 
 
