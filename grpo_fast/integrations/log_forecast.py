@@ -124,7 +124,7 @@ class LogForecast:
 
 
 def _row(forecast: Forecast, veto: str = "") -> dict[str, Any]:
-    return forecast.to_dict() | {"phase_probabilities": list(forecast.phase_probabilities), "veto": veto}
+    return forecast.to_dict() | {"veto": veto}
 
 
 def _interval(value: float, low: float, high: float) -> str:

@@ -143,6 +143,7 @@ class Forecast:
             interval = getattr(self, name)
             row[name] = None if interval is None else list(interval)
         row["interval50"], row["plateau_interval50"] = list(self.interval50), list(self.plateau_interval50)
+        row["phase_probabilities"] = list(self.phase_probabilities)
         row["band"] = {name: list(values) for name, values in asdict(self.band).items()}
         for name in ("spent", "x80_spending", "x95_spending", "end_spending"):
             spending = getattr(self, name)

@@ -81,8 +81,14 @@ def _name_areas(axis: Axes, steps: Array, shares: Array, *, theme: Theme) -> Non
     """Each area's name where it stays thick enough over the width of the words."""
     span = max(float(steps[-1]) - min(0.0, float(steps[0])), 1.0)
     below = np.vstack([np.zeros(steps.size), shares.cumsum(axis=0)])
-    for number, name in enumerate(PHASE_NAMES):
-        reach = len(name) * 0.022 * span
+    shown: set[int] = set()
+    for number, words, least in [
+        *((number, name, 0.14) for number, name in enumerate(PHASE_NAMES)),
+        *((number, name.replace(" ", "\n"), 0.26) for number, name in enumerate(PHASE_NAMES) if " " in name),
+    ]:
+        if number in shown:
+            continue
+        reach = max(map(len, words.split("\n"))) * 0.022 * span
         best, place = 0.0, (0.0, 0.0)
         for middle in np.linspace(steps[0] + reach / 2, max(steps[-1] - reach / 2, steps[0]), 60):
             inside = (steps >= middle - reach / 2) & (steps <= middle + reach / 2)
@@ -91,9 +97,10 @@ def _name_areas(axis: Axes, steps: Array, shares: Array, *, theme: Theme) -> Non
             bottom, top = float(below[number][inside].max()), float(below[number + 1][inside].min())
             if top - bottom > best:
                 best, place = top - bottom, (float(middle), (bottom + top) / 2)
-        if best > 0.14:
+        if best > least:
+            shown.add(number)
             box = {"facecolor": theme.stacked[number], "lw": 0, "pad": 1.5}
-            axis.text(*place, name, ha="center", va="center", fontsize=8.5, color=theme.stacked_ink, zorder=8, bbox=box)
+            axis.text(*place, words, ha="center", va="center", fontsize=8.5, color=theme.stacked_ink, zorder=8, bbox=box)
 
 
 def draw_gain(axis: Axes, rows: Sequence[Row], theme: Theme, *, epsilon: float, confidence: float) -> None:

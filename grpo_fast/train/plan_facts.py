@@ -287,7 +287,7 @@ def _measured(config: Config, inputs: PlanInputs, parts: Parts) -> PlanFacts:
         f"{baseline.num_prompts} prompts were asked once each; then two steps were done at a learning rate of 0, and the "
         f"second took {seconds:.3g} s" + (f", with {evaluation_s:.2g} s a step for evaluations" if evaluation_s else "")
     )
-    lengths = f"lengths are those of the untrained policy ({length:.1f} tokens); training may change them, by {_DRIFT:g} times"
+    lengths = f"lengths are those of the untrained policy ({length:.1f} tokens); training may change them ({_DRIFT:g} times)"
     notes = [timed_steps, lengths]
     if math.isnan(baseline.reward):
         notes.append("no answer of the probe has a reward: where the run starts stays unknown")

@@ -49,7 +49,7 @@ def test_the_row_is_json_with_the_agreed_keys():
     assert list(known) == [
         *("step", "median", "low", "high", "plateau", "plateau_low", "plateau_high", "x80", "x95", "p_gain_below_eps"),
         *("expected_gain", "phase", "phase_probability", "identifiable", "reason"),
-        *("x80_interval", "x95_interval", "interval50", "plateau_interval50", "band"),
+        *("x80_interval", "x95_interval", "interval50", "plateau_interval50", "phase_probabilities", "band"),
     ]
     assert list(known["band"]) == ["step", "low", "median", "high"]
     assert list(row(forecast(spent=even)))[-4:] == ["spent", "x80_spending", "x95_spending", "end_spending"]

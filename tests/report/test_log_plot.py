@@ -17,7 +17,7 @@ REWARDS = 0.2 + 0.6 * (1 - np.exp(-STEPS / 8)) + np.random.default_rng(0).normal
 
 
 def row(forecast: Forecast) -> dict[str, Any]:
-    return forecast.to_dict() | {"phase_probabilities": list(forecast.phase_probabilities)}
+    return forecast.to_dict()
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from matplotlib.collections import FillBetweenPolyCollection
 from matplotlib.colors import to_hex
 
 from grpo_fast.config import Config
+from grpo_fast.law import OnlinePredictor
 from grpo_fast.report.belief_plots import ahead_of
 from grpo_fast.report.plots import (
     PICTURES,
@@ -172,3 +173,14 @@ def test_every_picture_is_drawn_for_odd_runs(make_run: MakeRun, name: str, optio
     for theme in (DARK, dataclasses.replace(LIGHT, narrow=True)):
         with drawing():
             assert name not in drawn or png(PICTURES[name](run, theme)).startswith(b"\x89PNG")
+
+
+def test_forecasts_as_they_are_logged_are_enough_for_every_picture(make_run: MakeRun) -> None:
+    path = make_run(steps=30)
+    law = OnlinePredictor(400, reward_range=(0.0, 1.0))
+    rows = [law.observe(step, step / 400, 0.1 + 0.02 * step).to_dict() | {"veto": ""} for step in range(1, 31)]
+    (path / "forecasts.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    run = Run.load(path)
+    assert {"phases", "forecasts", "beliefs", "stop"} <= set(pictures_of(run))
+    for draw in pictures_of(run).values():
+        assert draw(run, LIGHT).axes

@@ -85,7 +85,7 @@ def test_what_our_configuration_says(tmp_path: Path) -> None:
         min_steps=9,
         warmup_steps=config.num_warmup_steps,
         reward_value=12.5,
-        prior="priors/mine.json",
+        prior=str(config.forecast_prior),
     ), "by the names of the configuration itself"
     assert config.num_warmup_steps == 11
     facts = {"size_b": 0.5, "start": 0.25, "start_error": None, "lora": False, "validation": False}
