@@ -52,7 +52,8 @@ _PITCH = 16
 """Rows of E and of logits begin at multiples of so many entries: whole vectors, for kernels and for cuBLAS."""
 _PARTS = 8
 """Parts of a chunk whose logits live at once."""
-_BLOCK = 2048
+_BLOCK = 1024
+"""Columns of a step along a row: with 2,048, ptxas 12.8 spills one register to fit more programs."""
 _BIAS_TILE = (16, 256)
 _OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 

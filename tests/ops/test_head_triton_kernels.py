@@ -27,7 +27,7 @@ CASES = [
     *(((9, 16, 2100), name) for name in OPTIONS),
     *((size, "plain") for size in ((1, 8, 17), (11, 33, 2048), (4, 8, 4200))),
 ]
-"""Under one tile of columns, one and some more, a whole one, and two and some more."""
+"""Under one tile of columns, whole tiles, and tiles with some columns more."""
 
 
 @pytest.fixture(autouse=True)
