@@ -265,6 +265,7 @@ def fit(
     base: Path | None = None,
     model_size: float | None = None,
     lora: Annotated[bool, Parameter(negative="")] = False,
+    plot: Path | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
     """Learn from finished runs what to expect of the next, for ``forecast --prior`` and ``train --forecast-prior``.
@@ -278,6 +279,7 @@ def fit(
         base: The prior to begin from; the package's own without one.
         model_size: Parameters in 1e9, where the logs do not tell them and they hold for all.
         lora: Adapters were trained rather than all weights.
+        plot: Write a picture of the prior before and after to this PNG file.
         json: Print one JSON object in place of the tables.
     """
     from grpo_fast.integrations.law_fit import fit_law  # noqa: PLC0415 (each command imports what it needs)
@@ -287,6 +289,10 @@ def fit(
         raise ValueError("name at least one run: a directory or a log that `grpo-fast forecast` reads")
     facts = RunFacts(size_b=model_size, lora=lora)
     found = fit_law(runs, base=None if base is None else Prior.load(base), facts=facts)
+    if plot is not None:
+        from grpo_fast.report.prior_plot import write_prior_plot  # noqa: PLC0415 (matplotlib is slow to import)
+
+        write_prior_plot(plot, found.to_dict())
     found.prior.save(output)
     if json:
         print(to_json({"output": str(output)} | found.to_dict(), allow_nan=False))
@@ -297,7 +303,7 @@ def fit(
     if found.errors:
         heads = ("after", "error before", "error after", "90 % held before", "held after")
         _print_table(console, heads, found.error_words())
-    _print_notes(console, [found.verdict()], plot=None)
+    _print_notes(console, [found.verdict()], plot=plot)
     console.print(f"wrote {output}", highlight=False, markup=False, soft_wrap=True)
     return 0
 

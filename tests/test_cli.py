@@ -228,11 +228,12 @@ def test_a_prior_of_ones_own_is_fitted_and_used(run: Run, tmp_path: Path) -> Non
         x = [step / 60 for step in range(1, 61)]
         rows = [f"{step},{0.1 + 0.8 * min(1.0, at / 0.3) + 0.001 * ((step * 7 + seed) % 5)}" for step, at in enumerate(x, 1)]
         (tmp_path / f"{seed}.csv").write_text("\n".join(["step,reward", *rows]), encoding="utf-8")
-    code, out, err = run("law fit 0.csv 1.csv 2.csv --output mine.json")
+    code, out, err = run("law fit 0.csv 1.csv 2.csv --output mine.json --plot mine.png")
     assert (code, err) == (0, "")
     assert all(
         words in in_words(out) for words in ("0.csv alone from 0.1", "by more than 0.6", "20% of a run", "wrote mine.json")
     )
+    assert (tmp_path / "mine.png").read_bytes().startswith(b"\x89PNG")
     code, out, _ = run("law fit 0.csv 1.csv 2.csv --output again.json --json")
     assert json.loads(out)["num_sources"] == 3
     assert (tmp_path / "again.json").read_text() == (tmp_path / "mine.json").read_text()

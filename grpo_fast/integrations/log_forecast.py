@@ -81,6 +81,7 @@ class LogForecast:
             "prior": self.prior_origin,
             "facts": asdict(self.facts),
             "forecast": self.forecast.to_dict(),
+            "shapes": None if self.shapes is None else dict(zip(("before", "after"), map(dict, self.shapes), strict=True)),
             "stop": {
                 "would_stop": self.stop_step is not None,
                 "step": self.stop_step,

@@ -180,22 +180,29 @@ def draw_prior(axis: Axes, prior: Row, posterior: Row, theme: Theme) -> None:
 
 def draw_shapes(axis: Axes, shapes: tuple[Mapping[str, float], Mapping[str, float]], theme: Theme, *, step: int) -> None:
     """Probabilities of the classes of shapes: before the first reward, and now."""
-    before, now = shapes
-    names = list(now)[::-1]
+    draw_shares(axis, shapes, theme, now=f"at step {step:,}")
+    best = max(shapes[1], key=shapes[1].__getitem__)
+    title(axis, f"Shape: {'no rise' if best == 'none' else best}, {percent(shapes[1][best])}", theme)
+
+
+def draw_shares(axis: Axes, shares: tuple[Mapping[str, float], Mapping[str, float]], theme: Theme, *, now: str) -> None:
+    """Probabilities by name, before and after, a pair of bars each; ``now`` names the second of a pair."""
+    before, after = shares
+    names = list(after)[::-1]
     places = np.arange(len(names), dtype=np.float64)
     bare(axis)
     axis.barh(places + 0.2, [before[name] for name in names], height=0.36, color=theme.muted, alpha=0.55, label="before")
-    axis.barh(places - 0.2, [now[name] for name in names], height=0.36, color=theme.forecast, label=f"at step {step:,}")
+    axis.barh(places - 0.2, [after[name] for name in names], height=0.36, color=theme.forecast, label=now)
     axis.set_yticks(places, names, color=theme.ink, fontsize=8)
     axis.set_ylim(-0.6, len(names) - 0.4)
-    most = max(*now.values(), *before.values())
+    most = max(*after.values(), *before.values())
     for place, name in zip(places, names, strict=True):
-        if now[name] >= 0.05:
-            axis.text(now[name] + 0.012 * most, place - 0.2, percent(now[name]), va="center", fontsize=8, color=theme.forecast)
+        if after[name] >= 0.05:
+            axis.text(
+                after[name] + 0.012 * most, place - 0.2, percent(after[name]), va="center", fontsize=8, color=theme.forecast
+            )
     axis.set_xlim(0, 1.2 * most)
-    axis.legend(loc="lower right", labelcolor=theme.ink, **KEY_STYLE)
-    best = max(now, key=now.__getitem__)
-    title(axis, f"Shape: {best}, {percent(now[best])}" if best != "none" else f"Shape: no rise, {percent(now[best])}", theme)
+    axis.legend(loc="best", labelcolor=theme.ink, **KEY_STYLE)
 
 
 ALARM = "alarm/"

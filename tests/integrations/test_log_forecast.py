@@ -50,6 +50,14 @@ def test_the_rise_in_steps_and_what_it_costs(metered: LogForecast) -> None:
     }
 
 
+def test_what_the_rewards_say_of_the_shape(metered: LogForecast) -> None:
+    shapes = json.loads(json.dumps(metered.to_dict(), allow_nan=False))["shapes"]
+    before, after = shapes["before"], shapes["after"]
+    assert list(before) == list(after)
+    assert (sum(before.values()), sum(after.values())) == pytest.approx((1.0, 1.0))
+    assert after["exponential, early"] == max(after.values()) > before["exponential, early"]
+
+
 def test_words_tell_only_what_is_known(metered: LogForecast) -> None:
     plain = forecast_log(fast_rise())
     assert not {"spent so far", "spent by the end", "prior"} & set(plain.to_words())
