@@ -13,6 +13,12 @@ if not torch.cuda.is_available():
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What is marked ``gpu`` has sizes or types that Triton's interpreter cannot take."""
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture
 def shared_data() -> Path:
     """Data beside the checkout, which the project may read but never needs."""

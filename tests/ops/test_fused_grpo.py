@@ -353,7 +353,6 @@ def test_a_masked_batch_gives_zeros_whatever_it_holds(impl: str, device: torch.d
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU can be waited for")
 def test_token_level_never_waits_for_the_device() -> None:
     device = torch.device("cuda")
     hidden, head, targets, batch = case(dtype=torch.float32, device=device, chunk_bytes=8 * V * 4)

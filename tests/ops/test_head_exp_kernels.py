@@ -279,7 +279,6 @@ def test_layouts(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="real sizes take hours in the interpreter")
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_real_sizes(kind: str, dtype: torch.dtype, device: torch.device) -> None:

@@ -282,7 +282,6 @@ def test_gradients_of_logits_add_up_to_nothing(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="bfloat16 products and real sizes need a GPU")
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_bfloat16_errors_keep_to_the_budget(options: str, entropy: bool) -> None:
