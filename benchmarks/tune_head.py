@@ -56,7 +56,7 @@ def tiles(arch: int, *, smoke: bool) -> list[Tile]:
             Tile(128, 256, 32, 2, 3, 8, persistent=False),
             Tile(64, 128, 64, 1, 4, 4, persistent=False),
         ]
-    return [
+    tried = [
         default,
         default._replace(num_stages=3),
         default._replace(persistent=False),
@@ -66,6 +66,7 @@ def tiles(arch: int, *, smoke: bool) -> list[Tile]:
         Tile(256, 128, 64, 3, 3, 8, persistent=True),
         Tile(128, 64, 64, 0, 4, 8, persistent=False),
     ]
+    return list(dict.fromkeys(tried))  # one architecture's default is another's variant
 
 
 def candidates(arch: int, *, smoke: bool) -> dict[str, Choice]:

@@ -415,10 +415,16 @@ def in_bfloat16(hidden: torch.Tensor, head: LMHead, **options: Any) -> FusedLoss
 
 
 def largest_gap(one: list[dict[str, float]], two: list[dict[str, float]], name: str) -> float:
-    """Between the means of twenty steps of two curves."""
-    starts = range(0, len(one), 20)
-    means = [[statistics.mean(step[name] for step in curve[start : start + 20]) for start in starts] for curve in (one, two)]
-    return max(abs(first - second) for first, second in zip(*means, strict=True))
+    """Between the means of twenty steps of two curves; a step whose groups all agree trains on nothing and has no entropy."""
+    known = [
+        [[step[name] for step in curve[start : start + 20] if name in step] for start in range(0, len(one), 20)]
+        for curve in (one, two)
+    ]
+    means = [
+        (statistics.mean(first), statistics.mean(second)) for first, second in zip(*known, strict=True) if first and second
+    ]
+    assert len(means) >= 5
+    return max(abs(first - second) for first, second in means)
 
 
 def follow_each_other(one: list[dict[str, float]], two: list[dict[str, float]]) -> bool:
