@@ -212,8 +212,9 @@ class OnlinePredictor:
         columns = np.concatenate([curves[:, 1 : 2 + NUM_BAND], plateau[:, None]], axis=1)
         where = np.concatenate([x[1 : 2 + NUM_BAND], [1.0]])
         q = self._within(quantiles(self._stretched(columns, draws.weight, where), draws.weight, _LEVELS))
-        gain = draws.rise * (GRID.rise(np.ones(1))[draws.shape, 0] - GRID.rise(np.array([progress]))[draws.shape, 0])
-        phases = self._phases(draws, progress, gain)
+        reached, whole = GRID.rise(np.array([progress, 1.0]))[draws.shape].T
+        gain = draws.rise * (whole - reached)
+        phases = self._phases(draws, reached, gain)
         identifiable, reason = self._identifiable(q[0, 0], q[4, 0])
         timed = identifiable and q[4, -1] - q[0, -1] <= _IDENTIFIABLE_WIDTH * self._width_before * self._unit
         when = {share: self._time_to(share, draws, clock) if timed else (None, None) for share in (0.8, 0.95)}
@@ -353,8 +354,8 @@ class OnlinePredictor:
         ends = quantiles(self._curves(draws, np.ones(1)), draws.weight, _LEVELS)
         return float(ends[4, 0] - ends[0, 0]) / self._unit
 
-    def _phases(self, draws: Draws, progress: float, gain: Array) -> tuple[float, float, float]:
-        done = GRID.rise(np.array([progress]))[:, 0][draws.shape] / np.maximum(GRID.asymptote[draws.shape], 1e-9)
+    def _phases(self, draws: Draws, reached: Array, gain: Array) -> tuple[float, float, float]:
+        done = reached / np.maximum(GRID.asymptote[draws.shape], 1e-9)
         flat = (gain < self.epsilon) | (done >= 0.95)
         slow = ~flat & (done < 0.1)
         at_rest, at_start = float(draws.weight @ flat), float(draws.weight @ slow)
