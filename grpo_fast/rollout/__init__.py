@@ -3,4 +3,6 @@
 from __future__ import annotations
 
 from grpo_fast.rollout.engine import RolloutEngine as RolloutEngine
+from grpo_fast.rollout.engine import RolloutError as RolloutError
 from grpo_fast.rollout.engine import SamplingParams as SamplingParams
+from grpo_fast.rollout.engine import WeightSyncError as WeightSyncError

@@ -9,10 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from grpo_fast.types import Completion
+from grpo_fast.types import Completion, TrainingError
 
 if TYPE_CHECKING:
     import torch
+
+
+class RolloutError(TrainingError):
+    """The engine cannot sample any more; the message says what happened to it."""
+
+
+class WeightSyncError(RolloutError):
+    """The engine does not have the policy's weights, or that cannot be proven; nothing was sampled from what it has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +79,9 @@ class RolloutEngine(Protocol):
 
         Returns:
             P lists of G completions, in the order of ``prompts``.
+
+        Raises:
+            RolloutError: the engine has died or does not answer.
         """
         ...
 
@@ -79,6 +90,9 @@ class RolloutEngine(Protocol):
 
         Returns:
             ``sync/...`` metrics; empty where nothing had to move.
+
+        Raises:
+            WeightSyncError: the engine may hold other weights than ``policy``; it must not be sampled from.
         """
         ...
 

@@ -25,7 +25,9 @@ import numpy as np
 import torch
 
 from grpo_fast.rollout.decode_batch import DecodeBatch, Stepping
+from grpo_fast.rollout.end_tokens import end_token_ids
 from grpo_fast.rollout.llama_step import supports
+from grpo_fast.rollout.request import check_request
 from grpo_fast.rollout.sampling import uniforms
 from grpo_fast.rollout.transcript import Transcript
 from grpo_fast.types import Completion
@@ -93,7 +95,7 @@ class TransformersEngine:
             raise ValueError(f"check_every must be at least 1, or None to choose by device, got {check_every}")
         self._model = model
         self._tokenizer = tokenizer
-        end_tokens = _end_tokens(model, tokenizer) if eos_token_ids is None else set(eos_token_ids)
+        end_tokens = end_token_ids(model, tokenizer) if eos_token_ids is None else set(eos_token_ids)
         self._max_batch_tokens = max_batch_tokens
         on_cpu = next(model.parameters()).device.type == "cpu"
         self._check_every = check_every or (1 if on_cpu else 8)
@@ -146,7 +148,9 @@ class TransformersEngine:
                 exceed the context of the model together. Raised before anything is computed.
             FloatingPointError: the model gave logits that are not finite.
         """
-        self._check(prompts, sampling, num_generations)
+        check_request(
+            prompts, sampling, num_generations=num_generations, context_length=self._context, vocabulary=self._vocabulary
+        )
         answers: list[list[Completion | None]] = [[None] * num_generations for _ in prompts]
         device = next(self._model.parameters()).device.type
         precision = torch.autocast(device, dtype=self._autocast_dtype, enabled=self._autocast_dtype is not None)
@@ -172,25 +176,6 @@ class TransformersEngine:
         transcript = Transcript(len(rows), sampling, is_end=self._is_end, tokenizer=self._tokenizer)
         batch.run(transcript, self._check_every)
         return transcript
-
-    def _check(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, num_generations: int) -> None:
-        if not prompts:
-            raise ValueError("prompts is empty; give at least one prompt")
-        if num_generations < 1:
-            raise ValueError(f"num_generations must be at least 1, got {num_generations}")
-        for position, prompt in enumerate(prompts):
-            if not len(prompt):
-                raise ValueError(f"prompt {position} is empty; a model needs at least one token to start from")
-            if self._context is not None and len(prompt) + sampling.max_tokens > self._context:
-                raise ValueError(
-                    f"prompt {position} has {len(prompt)} tokens, which with max_tokens={sampling.max_tokens} exceeds the "
-                    f"model's context of {self._context}; shorten the prompt or lower max_tokens"
-                )
-            if not 0 <= min(prompt) <= max(prompt) < self._vocabulary:
-                raise ValueError(
-                    f"prompt {position} holds token ids from {min(prompt)} to {max(prompt)}; "
-                    f"the model knows 0 to {self._vocabulary - 1}"
-                )
 
     def _batches(self, prompts: Sequence[Sequence[int]], max_tokens: int, num_generations: int) -> Iterator[list[_Row]]:
         """Cuts all sequences, longest prompt first, into batches within the token budget."""
@@ -221,14 +206,6 @@ def _choose_stepping(model: PreTrainedModel, impl: Literal["auto", "fused", "mod
             "attention (sdpa or eager) and plain linear layers; use impl='auto'"
         )
     return "plain" if plain else "masked"
-
-
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """End tokens of the model's generation configuration and of the tokenizer."""
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    found = set(configured if isinstance(configured, list) else [configured])
-    found.add(tokenizer.eos_token_id)
-    return {token for token in found if token is not None}
 
 
 @contextmanager

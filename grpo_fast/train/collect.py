@@ -53,7 +53,9 @@ class Collected:
             Group(
                 prompt=by_index[row["prompt"]],
                 completions=[
-                    Completion(**item | {"token_ids": tuple(item["token_ids"]), "logprobs": tuple(item["logprobs"])})
+                    Completion(
+                        **item | {name: tuple(item.get(name, ())) for name in ("token_ids", "logprobs", "weight_versions")}
+                    )
                     for item in row["completions"]
                 ],
                 rewards=row["rewards"],

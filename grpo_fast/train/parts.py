@@ -17,8 +17,9 @@ from grpo_fast.device import DeviceFacts, device_facts, energy_source
 from grpo_fast.law import OnlinePredictor, Prior, RunFacts
 from grpo_fast.objective import OBJECTIVES
 from grpo_fast.rewards import RewardPool
-from grpo_fast.rollout import RolloutEngine
+from grpo_fast.rollout import RolloutEngine, RolloutError
 from grpo_fast.rollout.transformers_engine import TransformersEngine
+from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMSettings, require_vllm
 from grpo_fast.sinks import JsonlSink, RunInfo, Sink, SinkSet, build_sinks
 from grpo_fast.tasks import PromptStream, Task, encode_prompts, load_task
 from grpo_fast.train.policy import Policy, PolicySource
@@ -33,6 +34,7 @@ _CHANGEABLE = {
     "reward_range",
     *("output_dir", "overwrite", "eval_steps", "save_steps", "save_total_limit", "sinks", "log_completions", "report"),
     *("reward_timeout_s", "reward_workers", "reward_on_error", "tokens_per_microbatch", "device", "dtype"),
+    *("vllm_gpu_memory_utilization", "vllm_kv_cache_gib", "sync_deadline_s"),
 }
 
 
@@ -125,6 +127,8 @@ def build_parts(config: Config, given: Replacements, *, resume: bool) -> Parts:
     """
     replaces_run = not resume and _holds_run(config)
     OBJECTIVES[config.loss_type].spec(config)
+    if config.rollout == "vllm" and "engine" not in given:
+        _check_vllm()
     budget = _build_budget(config, given.get("budget"))
     prior = load_prior(config)
     source = PolicySource(config)
@@ -150,6 +154,8 @@ def build_parts(config: Config, given: Replacements, *, resume: bool) -> Parts:
         on_error.callback(rewards.close)
         rewards.start()
         policy = source.load()
+        engine = given.get("engine") or _build_engine(config, policy, [*prompts, *eval_prompts])
+        on_error.callback(engine.close)
         facts = device_facts("cpu" if policy.device.type == "cpu" else "cuda")
         parts = Parts(
             config=config,
@@ -159,7 +165,7 @@ def build_parts(config: Config, given: Replacements, *, resume: bool) -> Parts:
             stream=PromptStream(prompts, seed=config.seed, shuffle=config.shuffle),
             policy=policy,
             reference=source.load() if config.beta > 0 else None,
-            engine=given.get("engine") or _transformers_engine(policy),
+            engine=engine,
             rewards=rewards,
             eval_rewards=_build_pool(config, (task.eval_reward or functions[0],), ()),
             predictor=given.get("predictor")
@@ -240,8 +246,24 @@ def _build_budget(config: Config, given: Budget | None) -> Budget:
     return budget
 
 
-def _transformers_engine(policy: Policy) -> RolloutEngine:
-    return TransformersEngine(policy.model, policy.tokenizer, autocast_dtype=policy.autocast_dtype)
+def _check_vllm() -> None:
+    try:
+        require_vllm()
+    except RolloutError as error:
+        raise ConfigError(f"rollout='vllm': {error}") from None
+
+
+def _build_engine(config: Config, policy: Policy, prompts: Sequence[Prompt]) -> RolloutEngine:
+    if config.rollout == "transformers":
+        return TransformersEngine(policy.model, policy.tokenizer, autocast_dtype=policy.autocast_dtype)
+    gib = config.vllm_kv_cache_gib
+    settings = VLLMSettings(
+        gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+        kv_cache_bytes=None if gib is None else int(gib * 2**30),
+        max_length=max(len(prompt.token_ids) for prompt in prompts) + config.max_completion_length,
+        sync_deadline_s=config.sync_deadline_s,
+    )
+    return VLLMEngine(policy.model, policy.tokenizer, autocast_dtype=policy.autocast_dtype, settings=settings)
 
 
 def _build_pool(config: Config, reward_funcs: Sequence[str | Callable[..., Any]], weights: Sequence[float]) -> RewardPool:

@@ -19,6 +19,7 @@ from grpo_fast.config import Config, ConfigError
 from grpo_fast.law import AlarmState, Forecast, Spending, StopDecision
 from grpo_fast.metrics import PhaseTimer, mean_known
 from grpo_fast.rewards import RewardError
+from grpo_fast.rollout import RolloutError, WeightSyncError
 from grpo_fast.train.best import BestCheckpoints, Saved
 from grpo_fast.train.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
 from grpo_fast.train.collect import Collected, Collector
@@ -144,6 +145,7 @@ class GRPOTrainer:
             RewardError: a reward function failed; what was trained is saved.
             ConfigError: a reward lies outside ``reward_range``; what was trained is saved.
             NonFiniteGradientError: training diverged; what was trained is saved.
+            RolloutError: the engine died, or does not have the policy's weights; what was trained is saved.
             KeyboardInterrupt: Ctrl-C came twice; the newest checkpoint holds.
         """
         loop = self._steps()
@@ -166,7 +168,7 @@ class GRPOTrainer:
             except GeneratorExit:
                 self._finish(self._ending or Ending("user", f"The loop was left after step {self.global_step}."))
                 raise
-            except (RewardError, ConfigError, NonFiniteGradientError) as error:
+            except (RewardError, ConfigError, NonFiniteGradientError, RolloutError) as error:
                 # Past the first of several iterations the weights have moved already: only an older checkpoint is whole.
                 if self.config.num_iterations == 1 or not isinstance(error, NonFiniteGradientError):
                     self._save()
@@ -198,8 +200,7 @@ class GRPOTrainer:
 
         update = self._learner.update(collected.groups, learning_rate=learning_rate, timer=self._timer)
         self.global_step, self._pending = step, None
-        with self._timer.phase("sync"):
-            sync = parts.engine.sync_weights(parts.policy.model, step)
+        sync, lost = self._sync()
 
         times = self._charge(update)
         verdict = self._observe(collected.metrics | update.metrics)
@@ -209,13 +210,23 @@ class GRPOTrainer:
         metrics |= {"epoch": parts.stream.epoch} | collected.metrics | update.metrics | verdict.metrics
         metrics |= sync | times | parts.meter.metrics()
         metrics |= {f"budget/{name}": left for name, left in parts.budget.remaining(parts.meter.usage(step)).items()}
-        if self.config.eval_steps and (self._ending is not None or step % self.config.eval_steps == 0):
+        if self.config.eval_steps and lost is None and (self._ending is not None or step % self.config.eval_steps == 0):
             metrics["eval_reward"] = self.evaluate()
         self._log(metrics, verdict, collected)
+        if lost is not None:
+            raise lost  # the step itself is whole, and is saved
         record = self._best.is_better(metrics.get("eval_reward", math.nan))
         if self._ending is not None or record or step % self.config.save_steps == 0:
             self._save()
         return StepResult(step, metrics, verdict.forecast, verdict.decision, verdict.alarm, collected.groups)
+
+    def _sync(self) -> tuple[dict[str, float], WeightSyncError | None]:
+        """Gives the engine the new weights; its failure is told when the step's record is complete."""
+        with self._timer.phase("sync"):
+            try:
+                return self._parts.engine.sync_weights(self._parts.policy.model, self.global_step), None
+            except WeightSyncError as error:
+                return {}, error
 
     def evaluate(self) -> float:
         """Mean reward of greedy answers to the held-out prompts, by the task's own measure."""

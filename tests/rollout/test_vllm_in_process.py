@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from grpo_fast.rollout.sync_probe import NUM_SAMPLES, NUM_TOKENS, SyncProbe
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture
+def probe(embedded: Any) -> SyncProbe:
+    return SyncProbe.build(
+        vocabulary=64,
+        block_size=embedded.engine._vllm.block_size,
+        context_length=128,
+        engine_dtype=torch.float32,
+        autocast_dtype=None,
+    )
+
+
+def test_both_scorings_of_the_probe_are_the_policys(embedded: Any, probe: SyncProbe) -> None:
+    target = embedded.engine._vllm
+    answer = target.answer(probe.prompt)
+    assert [len(tokens) for tokens in answer.completions] == [NUM_TOKENS] * NUM_SAMPLES
+    assert len({tuple(tokens) for tokens in answer.completions}) > 1
+    own = probe.score(embedded.model, answer.completions)
+    for scores in (answer.logprobs, target.score(probe.prompt, answer.completions)):
+        assert torch.allclose(torch.tensor(scores, dtype=torch.float64), own, atol=5e-5, rtol=0)
+
+
+def test_the_probe_reads_the_prefix_cache_and_the_other_scoring_does_not(embedded: Any, probe: SyncProbe) -> None:
+    """Otherwise keys and values of older weights would pass, or would be mistaken for weights that did not arrive."""
+    from vllm import SamplingParams
+
+    target = embedded.engine._vllm
+    assert target.reset_prefix_cache()
+    cached = [
+        target.generate([probe.prompt], params)[0].num_cached_tokens
+        for params in (
+            SamplingParams(max_tokens=1),
+            SamplingParams(max_tokens=1, logprobs=0),
+            SamplingParams(max_tokens=1, prompt_logprobs=0),
+        )
+    ]
+    assert cached == [0, 2 * target.block_size, 0]
+
+
+def test_versions_are_numbers(embedded: Any) -> None:
+    target = embedded.engine._vllm
+    assert target.weight_version() == 0
+    target._llm.update_weight_version("someone else's")
+    assert target.weight_version() is None
+
+
+def test_leaving_an_update_that_never_began_is_harmless(embedded: Any) -> None:
+    embedded.engine._vllm.undo()
+    embedded.engine.sync_weights(embedded.model, 3)
+    assert embedded.engine._vllm.weight_version() == 3

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+# vLLM and what it imports use deprecated parts of torch.
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
+
+
+class Recorder:
+    """A client that keeps what it was told, and what the file held at each update."""
+
+    def __init__(self) -> None:
+        self.path = ""
+        self.mapped = torch.empty(0)
+        self.calls: list[str] = []
+        self.received: dict[str, torch.Tensor] = {}
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self.path = init_info["path"]
+        self.mapped = torch.from_file(self.path, shared=True, size=init_info["num_bytes"], dtype=torch.uint8)
+
+    def start_weight_update(self) -> None:
+        self.calls.append("start")
+
+    def update_weights(self, info: dict[str, Any]) -> None:
+        self.calls.append("update")
+        for name, kind, shape, offset in zip(
+            *(info[key] for key in ("names", "dtype_names", "shapes", "offsets")), strict=True
+        ):
+            dtype = getattr(torch, kind)
+            size = torch.Size(shape).numel() * dtype.itemsize
+            self.received[name] = self.mapped[offset : offset + size].view(dtype).view(shape).clone()
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self.calls.append("finish")
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 300), torch.nn.Linear(300, 3))
+
+
+def build_sender(
+    model: torch.nn.Module, client: Recorder, *, bucket_bytes: int = 1000, dtype: torch.dtype = torch.float32
+) -> Any:
+    from grpo_fast.rollout.vllm_transport import PolicyWeights, SharedMemoryInit, SharedMemorySender
+
+    return SharedMemorySender.trainer_init(
+        SharedMemoryInit(rank=0, bucket_bytes=bucket_bytes), client=client, source=PolicyWeights(model, dtype)
+    )
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 1000, 10_000, 10**6])
+def test_every_weight_arrives_bit_for_bit_whatever_the_bucket(model: torch.nn.Module, bucket_bytes: int) -> None:
+    client = Recorder()
+    sender = build_sender(model, client, bucket_bytes=bucket_bytes)
+    for _ in range(2):
+        with torch.no_grad():
+            model[1].weight.add_(1.0)
+        sender.send_weights()
+        assert client.received.keys() == dict(model.named_parameters()).keys()
+        assert all(torch.equal(client.received[name], weight) for name, weight in model.named_parameters())
+    assert sender.num_bytes == sum(weight.nbytes for weight in model.parameters())
+    updates = client.calls.count("update") // 2
+    assert client.calls == ["start", *["update"] * updates, "finish"] * 2
+    assert updates == {1: 6, 1000: 5, 10_000: 2, 10**6: 1}[bucket_bytes]
+
+
+def test_weights_go_over_in_the_engines_type(model: torch.nn.Module) -> None:
+    client = Recorder()
+    sender = build_sender(model, client, dtype=torch.bfloat16)
+    sender.send_weights()
+    assert all(torch.equal(client.received[name], weight.bfloat16()) for name, weight in model.named_parameters())
+    assert sender.num_bytes == sum(weight.nbytes for weight in model.parameters()) // 2
+
+
+def test_the_file_is_gone_once_it_is_open(model: torch.nn.Module) -> None:
+    client = Recorder()
+    build_sender(model, client)
+    assert client.path
+    assert not Path(client.path).exists()
+
+
+def test_memory_that_is_full_is_named_before_anything_is_written(
+    model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int, offset: int, size: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    client = Recorder()
+    with pytest.raises(OSError, match="has no room for a bucket of 0 MiB; lower bucket_bytes or give more shared memory"):
+        build_sender(model, client)
+    assert not client.path
+
+
+def test_a_policy_whose_parameters_changed_is_refused(model: torch.nn.Sequential) -> None:
+    client = Recorder()
+    sender = build_sender(model, client)
+    model[1] = torch.nn.Linear(7, 300, bias=False)
+    with pytest.raises(RuntimeError, match=r"gave its weight 2\.weight where 1\.bias was announced"):
+        sender.send_weights()
+    assert "finish" not in client.calls
+
+
+def test_a_weight_that_does_not_come_is_named(embedded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from grpo_fast.rollout.vllm_transport import PolicyWeights, SharedMemoryInit, SharedMemorySender
+
+    class WithoutOne(PolicyWeights):
+        def metadata(self) -> list[Any]:
+            return [meta for meta in super().metadata() if "layers.2.self_attn.o_proj" not in meta.name]
+
+        def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+            return ((name, weight) for name, weight in super().__iter__() if "layers.2.self_attn.o_proj" not in name)
+
+    model, _, engine = embedded
+    vllm = engine._vllm
+    sender = SharedMemorySender.trainer_init(
+        SharedMemoryInit(rank=0), client=vllm._sender.client, source=WithoutOne(model, torch.float32)
+    )
+    sender.send_weights()
+    with pytest.raises(
+        RuntimeError, match=r"1 parameters of the engine's model did not come: model\.layers\.2\.self_attn\.o_proj"
+    ):
+        vllm.finish(9)
+    assert vllm.weight_version() == 0
+    vllm.undo()
+
+
+def test_registering_twice_is_harmless() -> None:
+    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+
+    from grpo_fast.rollout.vllm_transport import BACKEND, register
+
+    register()
+    register()
+    assert BACKEND in WeightTransferEngineFactory._registry
+
+
+def test_vllm_finds_the_backend_by_itself() -> None:
+    from importlib.metadata import entry_points
+
+    from grpo_fast.rollout.vllm_transport import register
+
+    [entry] = [entry for entry in entry_points(group="vllm.general_plugins") if entry.name == "grpo_fast"]
+    assert entry.load() is register

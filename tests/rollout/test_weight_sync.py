@@ -1,0 +1,220 @@
+"""The phases over a second copy of a model that samples by itself, so that each phase can be made to fail or to hang."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from grpo_fast.rollout import WeightSyncError
+from grpo_fast.rollout.sync_probe import NUM_SAMPLES, NUM_TOKENS, SyncProbe
+from grpo_fast.rollout.weight_sync import Scored, WeightSync
+
+PHASES = [
+    "pause",
+    "wake weights",
+    "send",
+    "finish",
+    "weight_version",
+    "reset_prefix_cache",
+    "wake kv_cache",
+    "answer",
+    "resume",
+]
+
+
+def build_model() -> LlamaForCausalLM:
+    torch.manual_seed(5)
+    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.2))
+
+
+PROBE = SyncProbe.build(vocabulary=40, block_size=4, context_length=64, engine_dtype=torch.float32, autocast_dtype=None)
+
+
+class SecondCopy:
+    """An engine with weights of its own; ``faults`` are called at the start of a phase."""
+
+    def __init__(self, policy: LlamaForCausalLM) -> None:
+        self.policy = policy
+        self.model = LlamaForCausalLM(policy.config)
+        self.cached: LlamaForCausalLM | None = None
+        self.version: int | None = None
+        self.calls: list[str] = []
+        self.faults: dict[str, Callable[[], None]] = {}
+
+    def _enter(self, phase: str) -> None:
+        self.calls.append(phase)
+        self.faults.get(phase, lambda: None)()
+
+    def pause(self) -> None:
+        self._enter("pause")
+
+    def resume(self) -> None:
+        self._enter("resume")
+
+    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        self._enter(f"wake {part}")
+
+    def send(self) -> int:
+        sent = 0
+        own = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for number, (name, weight) in enumerate(self.policy.named_parameters()):
+                if number == len(own) // 2:
+                    self._enter("send")
+                own[name].copy_(weight)
+                sent += weight.nbytes
+        return sent
+
+    def finish(self, version: int) -> None:
+        self._enter("finish")
+        self.version = version
+
+    def weight_version(self) -> int | None:
+        self._enter("weight_version")
+        return self.version
+
+    def undo(self) -> None:
+        self._enter("undo")
+
+    def reset_prefix_cache(self) -> bool:
+        self._enter("reset_prefix_cache")
+        self.cached = None
+        return True
+
+    def answer(self, prompt: Sequence[int]) -> Scored:
+        self._enter("answer")
+        generator = torch.Generator().manual_seed(1)
+        completions = torch.randint(40, (NUM_SAMPLES, NUM_TOKENS), generator=generator).tolist()
+        return Scored(completions, PROBE.score(self.cached or self.model, completions).tolist())
+
+    def score(self, prompt: Sequence[int], completions: Sequence[Sequence[int]]) -> list[list[float]]:
+        self._enter("score")
+        scores: list[list[float]] = PROBE.score(self.model, completions).tolist()
+        return scores
+
+
+@pytest.fixture
+def policy() -> LlamaForCausalLM:
+    return build_model()
+
+
+@pytest.fixture
+def target(policy: LlamaForCausalLM) -> SecondCopy:
+    return SecondCopy(policy)
+
+
+def fail(times: int) -> Callable[[], None]:
+    left = [times]
+
+    def fault() -> None:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise ConnectionError("the wire broke")
+
+    return fault
+
+
+def test_the_phases_come_in_order_and_the_weights_arrive(policy: LlamaForCausalLM, target: SecondCopy) -> None:
+    metrics = WeightSync(target, PROBE).run(policy, 7)
+    assert target.calls == PHASES
+    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), target.model.parameters(), strict=True))
+    assert metrics["sync/version"] == 7
+    assert metrics["sync/bytes"] == sum(weight.nbytes for weight in policy.parameters())
+    assert metrics["sync/gbps"] == pytest.approx(metrics["sync/bytes"] / metrics["sync/seconds"] / 1e9)
+    assert 0 <= metrics["sync/probe_kl"] < 1e-12
+    assert metrics["sync/probe_max"] < 1e-6
+
+
+@pytest.mark.parametrize("phase", PHASES[:-2])
+def test_a_phase_that_fails_once_is_undone_and_all_of_it_done_again(
+    phase: str, policy: LlamaForCausalLM, target: SecondCopy
+) -> None:
+    target.faults[phase] = fail(1)
+    WeightSync(target, PROBE).run(policy, 1)
+    assert target.calls == [*PHASES[: PHASES.index(phase) + 1], "undo", *PHASES]
+    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), target.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("phase", PHASES[:-2])
+def test_a_phase_that_fails_again_ends_the_sync_before_anything_is_sampled(
+    phase: str, policy: LlamaForCausalLM, target: SecondCopy
+) -> None:
+    target.faults[phase] = fail(2)
+    name = {"weight_version": "finish"}.get(phase, phase.replace(" ", "_"))
+    with pytest.raises(WeightSyncError, match=f"version 3 failed in its phase '{name}': the wire broke; 2 attempts were made"):
+        WeightSync(target, PROBE).run(policy, 3)
+    assert target.calls[-1] == "undo"
+    assert not {"answer", "resume"} & set(target.calls)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_phase_that_hangs_is_named_and_left_behind(phase: str, policy: LlamaForCausalLM, target: SecondCopy) -> None:
+    let_go = threading.Event()
+    target.faults[phase] = lambda: let_go.wait(30) and None
+    name = {"weight_version": "finish", "answer": "probe"}.get(phase, phase.replace(" ", "_"))
+    try:
+        with pytest.raises(WeightSyncError, match=f"hung in its phase '{name}': it was not done after 0.5 s"):
+            WeightSync(target, PROBE, deadline_s=0.5).run(policy, 1)
+    finally:
+        let_go.set()
+    assert target.calls == PHASES[: PHASES.index(phase) + 1]
+
+
+def test_an_update_that_cannot_be_left_ends_the_sync(policy: LlamaForCausalLM, target: SecondCopy) -> None:
+    target.faults |= {"send": fail(1), "undo": fail(1)}
+    with pytest.raises(WeightSyncError, match="the wire broke; the update that had begun could not be left either: the wire"):
+        WeightSync(target, PROBE).run(policy, 1)
+
+
+def test_another_version_in_force_is_refused(policy: LlamaForCausalLM, target: SecondCopy) -> None:
+    target.faults["weight_version"] = lambda: setattr(target, "version", 8)
+    with pytest.raises(WeightSyncError, match="phase 'finish': the engine says that version 8 is in force"):
+        WeightSync(target, PROBE).run(policy, 9)
+
+
+def test_a_refused_reset_is_a_failure(policy: LlamaForCausalLM, target: SecondCopy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target, "reset_prefix_cache", lambda: False)
+    with pytest.raises(WeightSyncError, match="phase 'reset_prefix_cache': the engine refused to forget"):
+        WeightSync(target, PROBE).run(policy, 1)
+    assert "answer" not in target.calls
+
+
+def test_weights_that_did_not_arrive_are_found_by_the_probe(
+    policy: LlamaForCausalLM, target: SecondCopy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target.model.load_state_dict(policy.state_dict())
+    with torch.no_grad():
+        policy.model.layers[1].mlp.up_proj.weight.mul_(1.01)
+    monkeypatch.setattr(target, "send", lambda: 1)
+    with pytest.raises(
+        WeightSyncError, match=r"version 2 the engine does not sample from the policy: .*some weights did not arrive"
+    ):
+        WeightSync(target, PROBE).run(policy, 2)
+    assert target.calls[-1] == "score"
+
+
+def test_a_cache_of_older_weights_is_found_by_the_probe(
+    policy: LlamaForCausalLM, target: SecondCopy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = WeightSync(target, PROBE)
+    sync.run(policy, 1)
+    target.cached = copy.deepcopy(target.model)
+    with torch.no_grad():
+        policy.model.layers[1].mlp.up_proj.weight.mul_(1.01)
+    monkeypatch.setattr(target, "reset_prefix_cache", lambda: True)
+    with pytest.raises(WeightSyncError, match="keys and values of older weights are still in that cache"):
+        sync.run(policy, 2)
+
+
+def test_weights_that_are_not_numbers_do_not_pass(policy: LlamaForCausalLM, target: SecondCopy) -> None:
+    with torch.no_grad():
+        policy.model.norm.weight[0] = torch.nan
+    with pytest.raises(WeightSyncError, match="differ by up to nan nats"):
+        WeightSync(target, PROBE).run(policy, 1)
