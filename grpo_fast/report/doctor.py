@@ -89,6 +89,8 @@ class Machine:
     """Why a product and its gradient could not be computed on the device; empty where they could."""
     gpu_reason: str = ""
     """What torch says of a GPU that it cannot use."""
+    native: str = "missing: torch does not work"
+    """State of the compiled extension, and what follows."""
     energy: str = "estimated"
     """How joules are known."""
     has_driver: bool = False
@@ -133,6 +135,7 @@ def read_machine(directory: Path | None = None) -> Machine:
         device=device,
         device_error=device_error,
         gpu_reason=gpu_reason,
+        **({"native": importlib.import_module("grpo_fast.ops.native").status()} if works else {}),
         energy=energy_source(device).name if device else "unknown",
         has_driver=Path("/proc/driver/nvidia/version").exists(),
         tools={tool: path for tool in TOOLS if (path := shutil.which(tool))},
@@ -292,6 +295,10 @@ def _triton(machine: Machine) -> Finding:
     return Finding("note", "missing", "fused kernels; of no use without a GPU")
 
 
+def _native(machine: Machine) -> Finding:
+    return Finding("ok" if machine.native.startswith("built") else "note", *machine.native.split(": ", 1))
+
+
 def _energy(machine: Machine) -> Finding:
     if machine.energy.startswith("nvml"):
         return Finding("ok", "measured", "by NVML")
@@ -383,6 +390,7 @@ CHECKS: tuple[Check, ...] = (
     Check("Device", "arithmetic", _arithmetic),
     Check("Device", "torch build", _torch_build),
     Check("Device", "triton", _triton),
+    Check("Device", "native ops", _native),
     Check("Device", "energy", _energy),
     *(Check("Extras", feature.extra, _feature(feature)) for feature in FEATURES),
     Check("Build tools", "c++", _compiler),

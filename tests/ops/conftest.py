@@ -14,6 +14,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from grpo_fast.ops import native
+
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
@@ -22,3 +24,10 @@ def device() -> torch.device:
         return torch.device("cuda")
     pytest.importorskip("triton", reason="neither a GPU nor Triton's interpreter is here")
     return torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def native_library() -> None:
+    """The compiled extension; ``make`` builds it where there is a compiler."""
+    if problem := native.load():
+        pytest.skip(problem)

@@ -11,6 +11,7 @@ from packaging.specifiers import SpecifierSet
 from rich.console import Console
 
 from grpo_fast.device import DeviceFacts
+from grpo_fast.ops import native
 from grpo_fast.report import doctor as doctor_module
 from grpo_fast.report.doctor import CHECKS, FEATURES, Finding, Machine, doctor, examine, read_machine, render
 
@@ -54,6 +55,14 @@ def text(machine: Machine, width: int) -> str:
 @pytest.mark.parametrize("machine", [SOUND, ON_GPU], ids=["cpu", "gpu"])
 def test_a_sound_machine_has_nothing_to_mend(machine: Machine) -> None:
     assert {finding.status for _, finding in examine(machine)} == {"ok", "note"}
+
+
+def test_what_the_extension_is_missed_for_is_said() -> None:
+    missing = find(change(SOUND, native="missing: packing is slower; build it"), "native ops")
+    assert (missing.status, missing.found, missing.meaning) == ("note", "missing", "packing is slower; build it")
+    built = find(change(SOUND, native="built: for the CPU"), "native ops")
+    assert (built.status, built.found) == ("ok", "built")
+    assert read_machine().native == native.status()
 
 
 def test_a_missing_requirement_fails_with_its_command() -> None:

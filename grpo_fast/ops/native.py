@@ -1,0 +1,133 @@
+"""The one door to the compiled extension of ``csrc/``.
+
+It is one library on torch's stable ABI, built beside this file by ``GRPO_FAST_BUILD=cpu|cuda pip install .`` (``make`` does so
+where it finds a compiler) and loaded when an op first asks for it. Nothing here needs it: every op has a PyTorch path, and
+:func:`obstacle` says what stands in the way of the compiled one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from grpo_fast.ops.dispatch import Implementation, nothing
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+BUILD = "GRPO_FAST_BUILD=cpu pip install --no-build-isolation --no-deps ."
+"""What builds it from a checkout; ``cuda`` in place of ``cpu`` where there are nvcc and a torch for CUDA."""
+SLOWER = "weight pack, weight delta and sequence packing run in plain PyTorch and Python"
+"""What its absence costs."""
+OPS = ("pack_weights", "unpack_weights", "weight_delta", "pack_sequences", "packed_index")
+
+
+def library() -> Path | None:
+    """The library file of this installation; ``None`` where none was built."""
+    return next(iter(sorted(Path(__file__).parent.glob("_native*.so"))), None)
+
+
+@functools.cache
+def load(path: Path | None = None) -> str:
+    """Loads the library into torch, once.
+
+    Args:
+        path: another build than :func:`library`. Of two builds only the first that loads can register its ops.
+
+    Returns:
+        Why there is none, in words for people; empty where the ops are there.
+    """
+    if hasattr(torch.ops.grpo_fast, OPS[0]):
+        return ""
+    path = path or library()
+    if path is None:
+        return f"the native extension is not built; from a checkout: {BUILD}"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"{path.name} does not load under torch {torch.__version__} ({error}); build it anew: {BUILD}"
+    _register_fakes()
+    return ""
+
+
+def has_cuda() -> bool:
+    """Whether the library is there and holds kernels for CUDA devices."""
+    return not load() and torch._C._dispatch_has_kernel_for_dispatch_key(f"grpo_fast::{OPS[0]}", "CUDA")
+
+
+def status() -> str:
+    """``built`` or ``missing``, a colon, and what follows from it, for people."""
+    if problem := load():
+        return f"missing: {SLOWER}; {problem}"
+    return f"built: compiled weight pack, delta and packing for the CPU{' and CUDA' * has_cuda()}"
+
+
+def obstacle(like: torch.Tensor) -> str | None:
+    """Why the extension cannot run on inputs like a tensor; ``None`` where it can."""
+    if problem := load():
+        return problem
+    if like.device.type == "cpu" or (like.device.type == "cuda" and has_cuda()):
+        return None
+    if like.device.type == "cuda":
+        return f"the native extension was built without CUDA; {BUILD.replace('=cpu', '=cuda')}"
+    return f"the native extension has no kernels for {like.device.type}"
+
+
+def native_kernels(run: F, *, drawback: Callable[[torch.Tensor], str | None] = nothing) -> Implementation[F]:
+    """An implementation that calls the extension.
+
+    Args:
+        run: the function, with the op's own signature.
+        drawback: why ``auto`` passes it over.
+    """
+    return Implementation(run, obstacle, drawback)
+
+
+def call(op: str, *arguments: Any) -> Any:
+    """Runs an op of the extension.
+
+    Args:
+        op: one of :data:`OPS`.
+        arguments: as its schema in ``csrc/bindings.cpp`` has them.
+
+    Raises:
+        RuntimeError: the extension is not there, or it refuses an argument, with its reason.
+    """
+    if problem := load():
+        raise RuntimeError(f"{op}: {problem}")
+    return getattr(torch.ops.grpo_fast, op)(*arguments)
+
+
+def _writes(*arguments: Any) -> None:
+    """What an op that only writes into its arguments returns."""
+
+
+def _delta_shapes(old: torch.Tensor, new: torch.Tensor, capacity: int) -> tuple[torch.Tensor, ...]:
+    size, one = _unknown_size(), new.new_empty(1, dtype=torch.int64)
+    return new.new_empty(size, dtype=torch.int32), new.new_empty(size), one, one.clone()
+
+
+def _plan_shapes(lengths: torch.Tensor, token_budget: int) -> tuple[torch.Tensor, ...]:
+    return torch.empty_like(lengths), lengths.new_empty(_unknown_size())
+
+
+def _index_shapes(
+    prompts: torch.Tensor, sizes: torch.Tensor, completions: torch.Tensor, segment_starts: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    tokens, rows = _unknown_size(), _unknown_size()
+    ends = segment_starts.new_empty(len(segment_starts), dtype=torch.int32)
+    return ends, prompts.new_empty(tokens), prompts.new_empty(rows), prompts.new_empty(rows)
+
+
+def _unknown_size() -> Any:
+    """A size that values decide, for tracing."""
+    return torch.library.get_ctx().new_dynamic_size()
+
+
+def _register_fakes() -> None:
+    fakes: tuple[Callable[..., Any], ...] = (_writes, _writes, _delta_shapes, _plan_shapes, _index_shapes)
+    for op, fake in zip(OPS, fakes, strict=True):
+        torch.library.register_fake(f"grpo_fast::{op}", fake)
