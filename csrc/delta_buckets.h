@@ -12,10 +12,10 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 struct Delta {
-  Tensor indices;   // int32 [capacity], ascending
-  Tensor values;    // of the buckets' dtype, [capacity]
-  Tensor count;     // int64 [1]: how many changed, also where they were too many to be written
-  Tensor checksum;  // int64 [1], of the new bucket
+  Tensor indices;   // int32, ascending; empty where more changed than the capacity
+  Tensor values;    // of the buckets' dtype, as many
+  Tensor count;     // int64 [1] on the host: how many changed
+  Tensor checksum;  // int64 [1] on the host, of the new bucket
 };
 
 inline void check_buckets(const Tensor& old_bucket, const Tensor& new_bucket, int64_t capacity) {
@@ -29,14 +29,19 @@ inline void check_buckets(const Tensor& old_bucket, const Tensor& new_bucket, in
   require(capacity >= 0, "capacity=", capacity, "; it must not be negative");
 }
 
-inline Delta new_delta(const Tensor& like, int64_t capacity) {
+inline Delta new_delta(const Tensor& like, int64_t size) {
   const auto device = like.device();
   return {
-      torch::stable::empty({capacity}, ScalarType::Int, std::nullopt, device),
-      torch::stable::empty({capacity}, like.scalar_type(), std::nullopt, device),
-      torch::stable::empty({1}, ScalarType::Long, std::nullopt, device),
-      torch::stable::empty({1}, ScalarType::Long, std::nullopt, device),
+      torch::stable::empty({size}, ScalarType::Int, std::nullopt, device),
+      torch::stable::empty({size}, like.scalar_type(), std::nullopt, device),
+      torch::stable::empty({1}, ScalarType::Long),
+      torch::stable::empty({1}, ScalarType::Long),
   };
+}
+
+inline void set_totals(const Delta& delta, int64_t count, uint64_t checksum) {
+  *static_cast<int64_t*>(delta.count.mutable_data_ptr()) = count;
+  *static_cast<uint64_t*>(delta.checksum.mutable_data_ptr()) = checksum;
 }
 
 }  // namespace grpo_fast

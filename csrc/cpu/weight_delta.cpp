@@ -135,8 +135,7 @@ Delta find_delta(const Tensor& old_bucket, const Tensor& new_bucket, int64_t cap
   }
   const int64_t changed = starts.back();
   Delta delta = new_delta(new_bucket, changed <= capacity ? changed : 0);
-  *static_cast<int64_t*>(delta.count.mutable_data_ptr()) = changed;
-  *static_cast<uint64_t*>(delta.checksum.mutable_data_ptr()) = sum;
+  set_totals(delta, changed, sum);
   if (changed == 0 || changed > capacity) return delta;
   auto* indices = static_cast<int32_t*>(delta.indices.mutable_data_ptr());
   auto* values = static_cast<Value*>(delta.values.mutable_data_ptr());

@@ -6,27 +6,52 @@ from grpo_fast.ops.fused_grpo import FusedLoss, fused_grpo
 from grpo_fast.ops.group_advantage import GroupAdvantage, group_advantage
 from grpo_fast.ops.lm_head import LMHead
 from grpo_fast.ops.loss_spec import LossBatch, LossSpec, PolicyCoefficients, PolicyLoss, PolicyMetrics
+from grpo_fast.ops.packing import (
+    PackedGroups,
+    PackedIndex,
+    PackedSequences,
+    pack_sequences,
+    pack_shared_prompts,
+    packed_index,
+)
 from grpo_fast.ops.policy_loss import policy_coefficients, policy_loss
 from grpo_fast.ops.row_plan import RowPlan, live_sequences, plan_microbatches, plan_rows, scored_rows
 from grpo_fast.ops.token_logprob import token_logprob
+from grpo_fast.ops.weight_delta import WeightDelta, apply_delta, split_delta, weight_delta
+from grpo_fast.ops.weight_pack import LoraFactors, pack_weights, plan_buckets, slot_values, unpack_weights
 
 __all__ = [
     "FusedLoss",
     "GroupAdvantage",
     "LMHead",
+    "LoraFactors",
     "LossBatch",
     "LossSpec",
+    "PackedGroups",
+    "PackedIndex",
+    "PackedSequences",
     "PolicyCoefficients",
     "PolicyLoss",
     "PolicyMetrics",
     "RowPlan",
+    "WeightDelta",
+    "apply_delta",
     "fused_grpo",
     "group_advantage",
     "live_sequences",
+    "pack_sequences",
+    "pack_shared_prompts",
+    "pack_weights",
+    "packed_index",
+    "plan_buckets",
     "plan_microbatches",
     "plan_rows",
     "policy_coefficients",
     "policy_loss",
     "scored_rows",
+    "slot_values",
+    "split_delta",
     "token_logprob",
+    "unpack_weights",
+    "weight_delta",
 ]

@@ -106,7 +106,7 @@ def _writes(*arguments: Any) -> None:
 
 
 def _delta_shapes(old: torch.Tensor, new: torch.Tensor, capacity: int) -> tuple[torch.Tensor, ...]:
-    size, one = _unknown_size(), new.new_empty(1, dtype=torch.int64)
+    size, one = _unknown_size(), torch.empty(1, dtype=torch.int64)
     return new.new_empty(size, dtype=torch.int32), new.new_empty(size), one, one.clone()
 
 
