@@ -196,13 +196,13 @@ def _head_exp_sum_kernel(parts_ptr, out_ptr, num_rows, num_parts, BLOCK_PARTS: t
     kind = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     real = rows < num_rows
-    total = tl.zeros((BLOCK_ROWS,), tl.float32)
+    # One tree over many short sums: a single running sum of a whole vocabulary is some ulp off.
+    total = tl.zeros((BLOCK_PARTS, BLOCK_ROWS), tl.float32)
     for start in range(0, num_parts, BLOCK_PARTS):
         parts = start + tl.arange(0, BLOCK_PARTS)
         offsets = (kind * num_parts + parts)[:, None] * num_rows + rows[None, :]
-        values = tl.load(parts_ptr + offsets, mask=(parts < num_parts)[:, None] & real[None, :], other=0.0)
-        total += tl.sum(values, axis=0)
-    tl.store(out_ptr + kind * num_rows + rows, total, mask=real)
+        total += tl.load(parts_ptr + offsets, mask=(parts < num_parts)[:, None] & real[None, :], other=0.0)
+    tl.store(out_ptr + kind * num_rows + rows, tl.sum(total, axis=0), mask=real)
 
 
 @jit

@@ -153,7 +153,8 @@ def test_every_size_is_covered(sizes: tuple[int, int, int], device: torch.device
 
 @pytest.mark.slow
 def test_a_whole_vocabulary(device: torch.device) -> None:
-    given = case(sizes=(3, 16, 151_936 + 3))
+    # Rows enough that the largest error of the float32 reference is no lucky one: three rows gave it 0.009 to 0.12 millionths.
+    given = case(sizes=(48, 16, 151_936 + 3))
     found = on_kernels(given, device)
     truth, plain = (in_torch(given, torch.float64, found.reference) for _ in range(2))
     base = errors(in_torch(given, torch.float32, found.reference), truth, plain.exp)
