@@ -93,10 +93,10 @@ class LaunchShape(NamedTuple):
     """G, rounded up to a power of 2."""
     num_parts: int
     """Programs of the launch that gathers the moments of all rewards; 0 where one program holds them."""
-    num_warps: int
 
 
 _TILE = 1024
+_NUM_WARPS = 8
 _MAX_PARTS = 256
 _MAX_GROUP = 4096
 
@@ -108,7 +108,7 @@ def _launch_shape(num_prompts: int, group_size: int, scale_rewards: str) -> Laun
     rows = every_row if together else max(1, _TILE // columns)
     apart = scale_rewards == "batch" and not together
     num_parts = min(_MAX_PARTS, -(-num_prompts * group_size // _TILE)) if apart else 0
-    return LaunchShape(rows, columns, num_parts, num_warps=16 if rows * columns > _TILE else 8)
+    return LaunchShape(rows, columns, num_parts)
 
 
 def _power_of_two(size: int) -> int:
@@ -235,7 +235,7 @@ def _group_advantage_kernel(
             batch_std = tl.sqrt(squares / tl.maximum(every - 1.0, 1.0))
         else:
             batch_std = _std_of_parts(moments_ptr, num_parts, MAX_PARTS)
-        advantages *= 1.0 / (batch_std + epsilon)
+        advantages *= _reciprocal(batch_std + epsilon)
     advantages = tl.where(scored & (zero_variance[:, None] == 0), advantages, 0.0)
     if not PADDED:
         advantages = tl.reshape(advantages, (ROWS * COLUMNS,))
@@ -258,7 +258,7 @@ def _launch_group_advantage(
         moments = torch.empty(3, shape.num_parts, dtype=torch.float64, device=rewards.device)
         tiles_per_part = -(-rewards.numel() // (_TILE * shape.num_parts))
         _reward_moments_kernel[(shape.num_parts,)](
-            rewards, moments, rewards.numel(), tiles_per_part, BLOCK=_TILE, num_warps=8, enable_fp_fusion=True
+            rewards, moments, rewards.numel(), tiles_per_part, BLOCK=_TILE, num_warps=_NUM_WARPS, enable_fp_fusion=True
         )
     if num_prompts > 0:
         _group_advantage_kernel[(-(-num_prompts // shape.rows),)](
@@ -279,7 +279,7 @@ def _launch_group_advantage(
             MAX_PARTS=_MAX_PARTS,
             ROWS=shape.rows,
             COLUMNS=shape.columns,
-            num_warps=shape.num_warps,
+            num_warps=_NUM_WARPS,
             enable_fp_fusion=True,
         )
     return advantages, zero_variance, mean, std
