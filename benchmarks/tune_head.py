@@ -47,7 +47,7 @@ def tiles(arch: int, *, smoke: bool) -> list[Tile]:
     """Tiles of tier 2 to try, the default first."""
     if smoke:
         return [Tile(32, 64, 16, 1, 3, 4, persistent=True), Tile(64, 32, 16, 0, 3, 4, persistent=False)]
-    default = default_tile(arch, wide=True, descriptors=True)
+    default = default_tile(arch, wide=True, aligned=True)
     if not copies_tiles(arch):
         return [
             default,
@@ -71,7 +71,7 @@ def tiles(arch: int, *, smoke: bool) -> list[Tile]:
 
 def candidates(arch: int, *, smoke: bool) -> dict[str, Choice]:
     """By name: tier 1, and tier 2 in each tile."""
-    found = {"tier 1": Choice(1, default_tile(arch, wide=True, descriptors=True), measured=False)}
+    found = {"tier 1": Choice(1, default_tile(arch, wide=True, aligned=True), measured=False)}
     for tile in tiles(arch, smoke=smoke):
         found["tier 2, " + "x".join(str(int(number)) for number in tile)] = Choice(2, tile, measured=False)
     return found

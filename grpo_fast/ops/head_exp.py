@@ -154,8 +154,8 @@ def head_exp(  # noqa: PLR0913
             ``None`` where it is not wanted. float16 holds no more than e^11: give float32 for float16 rows.
         gated: multiply a softcap's derivative into E; never into the sums.
         want_entropy: also make Q_o.
-        tile: how programs work, as :func:`~grpo_fast.ops.head_shapes.choose` says; ``None`` takes the default. Where no
-            tensor descriptor can point to a tensor (rows that begin at no multiple of 16 bytes), the default in any case.
+        tile: how programs work, as :func:`~grpo_fast.ops.head_shapes.choose` says; ``None`` takes the default. Where
+            rows of a tensor begin at no multiple of 16 bytes, the default in any case.
 
     Returns:
         S_o and Q_o; a row with S_o over e^LIMIT, or NaN, holds nothing else that is right.

@@ -125,10 +125,11 @@ def _launch_head_exp(  # noqa: PLR0913, PLR0917
     if not num_rows:
         return sums
     where = target(rows.device)
-    descriptors = copies_tiles(where.arch) and all(_aligned(matrix) for matrix in (rows, weight, exp))
+    aligned = all(_aligned(matrix) for matrix in (rows, weight, exp))
+    descriptors = copies_tiles(where.arch) and aligned
     wide = rows.dtype == torch.bfloat16 and not softcap and bias is None
-    cut = default_tile(where.arch, wide=wide, descriptors=descriptors)
-    if tile is not None and descriptors == copies_tiles(where.arch):
+    cut = default_tile(where.arch, wide=wide, aligned=aligned)
+    if tile is not None and aligned:
         cut = Tile._make(tile)._replace(persistent=bool(tile[-1]))
     shape = _launch_shape(where, cut, num_rows, vocab, descriptors=descriptors)
     parts = torch.empty(len(sums), shape.num_parts, num_rows, dtype=torch.float32, device=rows.device)

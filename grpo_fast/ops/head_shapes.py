@@ -70,24 +70,24 @@ def copies_tiles(arch: int) -> bool:
     return arch in _TENSOR_MEMORY
 
 
-def default_tile(arch: int, *, wide: bool, descriptors: bool) -> Tile:
+def default_tile(arch: int, *, wide: bool, aligned: bool) -> Tile:
     """The tile where nothing was measured: large, and without spilled registers (``benchmarks/results/aot.json``).
 
     Args:
         arch: compute capability times ten.
         wide: whether registers are left for a wide tile: for bfloat16, whose E is, under neither softcap nor bias.
-        descriptors: whether operands come through tensor descriptors.
+        aligned: whether rows of every operand begin at multiples of 16 bytes, as tensor descriptors and wide loads want.
     """
-    if not copies_tiles(arch) or (not descriptors and arch < 100):
+    if copies_tiles(arch) and arch >= 100:
+        # Triton 3.9 cannot compile a capped tile that is halved out of tensor memory; 3.6 and 3.7 spill with a fourth stage.
+        return Tile(128, 64, 64, splits=0, num_stages=3, num_warps=8, persistent=aligned)
+    if not aligned:
+        return Tile(128, 128, 32, splits=1, num_stages=3, num_warps=8, persistent=False)
+    if not copies_tiles(arch):
         return Tile(128, 128, 64, splits=1, num_stages=3, num_warps=8, persistent=False)
-    if not descriptors:
-        return Tile(128, 64, 64, splits=0, num_stages=3, num_warps=8, persistent=False)
-    if wide and arch < 100:
+    if wide:
         return Tile(128, 256, 64, splits=3, num_stages=4, num_warps=8, persistent=True)
-    if arch < 100:
-        return Tile(128, 128, 64, splits=2, num_stages=4, num_warps=8, persistent=True)
-    # Triton 3.9 cannot compile a capped tile that is halved out of tensor memory, and 3.6 spills a plain one with entropy.
-    return Tile(128, 64, 64, splits=0, num_stages=4, num_warps=8, persistent=True)
+    return Tile(128, 128, 64, splits=2, num_stages=4, num_warps=8, persistent=True)
 
 
 def choose(key: Key) -> Choice:
@@ -95,7 +95,7 @@ def choose(key: Key) -> Choice:
     same = [entry for entry in _measured() if key_of(entry)._replace(rows=key.rows) == key]
     if not same:
         wide = key.plain and key.dtype == "bfloat16"
-        return Choice(1, default_tile(key.arch, wide=wide, descriptors=True), measured=False)
+        return Choice(1, default_tile(key.arch, wide=wide, aligned=True), measured=False)
     best = min(same, key=lambda entry: (abs(math.log(entry["rows"] / max(1, key.rows))), entry["rows"]))
     return Choice(best["tier"], Tile(*best["tile"]), measured=True)
 

@@ -19,7 +19,7 @@ def test_without_a_measurement_tier_1_runs(monkeypatch: pytest.MonkeyPatch) -> N
         found = choose(key)
         assert (found.tier, found.measured) == (1, False)
         wide = key.plain and key.dtype == "bfloat16"
-        assert found.tile == default_tile(key.arch, wide=wide, descriptors=True)
+        assert found.tile == default_tile(key.arch, wide=wide, aligned=True)
 
 
 def test_the_measurement_of_the_nearest_chunk_decides(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,13 +42,13 @@ def test_the_table_of_the_package_can_be_read() -> None:
 
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 103, 120])
 @pytest.mark.parametrize("wide", [False, True])
-@pytest.mark.parametrize("descriptors", [False, True])
-def test_default_tiles_fit_shared_memory(arch: int, wide: bool, descriptors: bool) -> None:
-    tile = default_tile(arch, wide=wide, descriptors=descriptors)
+@pytest.mark.parametrize("aligned", [False, True])
+def test_default_tiles_fit_shared_memory(arch: int, wide: bool, aligned: bool) -> None:
+    tile = default_tile(arch, wide=wide, aligned=aligned)
     operands = (tile.rows + tile.columns) * tile.hidden * 2 * tile.num_stages
     assert operands <= (227 if copies_tiles(arch) else 99) * 1024
     assert tile.columns >> tile.splits >= 16
-    assert tile.persistent == (copies_tiles(arch) and descriptors)
+    assert tile.persistent == (copies_tiles(arch) and aligned)
 
 
 def test_consumer_cards_do_not_copy_tiles() -> None:
