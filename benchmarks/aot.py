@@ -8,7 +8,9 @@ would run: the same launch shape, the same specialisation of its arguments.
 For each kernel: registers, stack, spills, shared memory, tensor-core instructions, programs that fit one multiprocessor. A
 kernel with stack or spills, one with a matrix product and no tensor-core instruction, or one that asks for more shared memory
 than a program may have fails. ``python -m benchmarks.aot`` prints the table; ``--write`` stores it in ``results/aot.json``
-under the version of Triton, ``--check`` compares with what is stored there.
+under the version of Triton, ``--check`` compares with what is stored there. Another version than the installed one is tried
+from a folder of its own: ``pip install --no-deps --target DIR triton==3.6.0``, then ``PYTHONPATH=DIR:. python -m
+benchmarks.aot --write``.
 """
 
 from __future__ import annotations
@@ -208,6 +210,13 @@ def stored() -> dict[str, Any]:
     return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
 
 
+def written(known: dict[str, Any]) -> str:
+    """Tables by version as JSON, a build a line."""
+    rows_of = {version: ",\n".join(map(json.dumps, rows)) for version, rows in sorted(known.items())}
+    tables = ",\n".join(f'"{version}": [\n{rows}\n]' for version, rows in rows_of.items())
+    return f"{{\n{tables}\n}}\n"
+
+
 def differences(builds: list[Build], known: dict[str, Any]) -> list[str]:
     """Where builds are not what is stored for this version of Triton; nothing where none is stored."""
     if triton.__version__ not in known:
@@ -237,7 +246,7 @@ def main() -> int:
         faults += differences(builds, known)
     if options.write:
         known[triton.__version__] = [asdict(row) for row in builds]
-        RESULTS.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n", encoding="utf-8")
+        RESULTS.write_text(written(known), encoding="utf-8")
     print("\n".join(faults), file=sys.stderr)
     return int(bool(faults))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -76,6 +77,22 @@ def test_faults_are_named() -> None:
     assert replace(GOOD, tensor_core=0).faults() == ["a matrix product without tensor cores"]
     assert replace(GOOD, tensor_core=0, has_dot=False).faults() == []
     assert replace(GOOD, arch=80).faults() == ["200000 bytes of shared memory of 166912"]
+
+
+def test_every_supported_triton_has_a_table_without_faults() -> None:
+    known = aot.stored()
+    assert {version.rpartition(".")[0] for version in known} == {"3.6", "3.7", "3.8", "3.9"}
+    cases = {version: {(row["op"], row["case"], row["arch"], row["kernel"]) for row in rows} for version, rows in known.items()}
+    assert len(set(map(frozenset, cases.values()))) == 1
+    faults = [(version, row["case"], fault) for version, rows in known.items() for row in rows for fault in Build(**row).faults()]
+    assert faults == []
+
+
+def test_what_is_stored_reads_as_it_was() -> None:
+    known = {"3.9.0": [asdict(GOOD), asdict(replace(GOOD, arch=80))], "3.6.0": [asdict(GOOD)]}
+    text = aot.written(known)
+    assert json.loads(text) == known
+    assert len(text.splitlines()) == 2 + 2 * 2 + 3
 
 
 def test_only_the_stored_version_is_compared() -> None:
