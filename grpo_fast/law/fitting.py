@@ -22,6 +22,7 @@ from grpo_fast.law.posterior import GRID, Believed, Posterior, quantiles
 from grpo_fast.law.predictor import OnlinePredictor
 from grpo_fast.law.prior import FEATURES, PARTS, SHARES, Prior, RunFacts, RunScale, features
 from grpo_fast.law.shapes import CLASSES
+from grpo_fast.law.stacking import Say
 
 MAX_POINTS = 200
 _TAIL = 0.2
@@ -89,7 +90,8 @@ class Witness:
         horizon: of the run.
         scale: its units.
         evidence: (P, C) log evidence of part and class.
-        seen: at each share of :data:`~grpo_fast.law.prior.SHARES`, the posterior's sums and the units then.
+        seen: at each share of :data:`~grpo_fast.law.prior.SHARES`, the posterior's sums, the units and what plain
+            forecasts said then.
         level: mean reward over the last 20 %.
         tail: (J,) progress at those points.
     """
@@ -99,7 +101,7 @@ class Witness:
     horizon: int
     scale: RunScale
     evidence: Array
-    seen: tuple[tuple[Posterior, RunScale], ...]
+    seen: tuple[tuple[Posterior, RunScale, Say], ...]
     level: float
     tail: Array
 
@@ -110,11 +112,11 @@ def witness(curve: RewardCurve) -> Witness:
     size = few.rewards.size
     predictor = OnlinePredictor(max(size, few.horizon), reward_range=few.reward_range, facts=few.facts, prior=_NEUTRAL)
     stops = {max(2, round(share * size)) for share in SHARES}
-    seen: dict[int, tuple[Posterior, RunScale]] = {}
+    seen: dict[int, tuple[Posterior, RunScale, Say]] = {}
     for k, (x, reward) in enumerate(zip(few.progress, few.rewards, strict=True), start=1):
         predictor.absorb(k, float(x), float(reward), num_prompts=few.num_prompts, num_generations=few.num_generations)
         if k in stops:
-            seen[k] = (copy.deepcopy(predictor.posterior), predictor.scale)
+            seen[k] = (copy.deepcopy(predictor.posterior), predictor.scale, predictor.say())
     tail = max(1, round(_TAIL * size))
     return Witness(
         source=curve.source,
@@ -221,13 +223,16 @@ def level_errors(prior: Prior, one: Witness) -> Array:
 
 def _foretold(prior: Prior, one: Witness, place: int) -> Array:
     """(3,) 5, 50 and 95 % quantiles, not stretched, of the level of a run's last fifth, after a share of it."""
-    posterior, scale = one.seen[place]
+    posterior, scale, say = one.seen[place]
     draws = posterior.draws(prior.believed(one.facts, scale, horizon=one.horizon))
     curves = draws.curve(GRID.rise(one.tail), one.tail, posterior.progress)
     levels = np.clip(curves, scale.low, scale.high).mean(axis=1)
     noise = scale.noise_sd / np.sqrt(one.tail.size)
     levels = levels + noise * np.roll(draws.normal, 1)
-    return np.asarray(quantiles(levels[:, None], draws.weight, np.array([0.05, 0.5, 0.95]))[:, 0])
+    told = quantiles(levels[:, None], draws.weight, np.array([0.05, 0.5, 0.95]))[:, 0]
+    middle, width = (np.full(one.tail.size, value) for value in (told[1], told[2] - told[0]))
+    moved, wider = say.shift(one.tail, middle).mean(), say.widening(one.tail, middle, width).mean()
+    return np.asarray(np.clip(told[1] + moved + (told - told[1]) * wider, scale.low, scale.high))
 
 
 def _weighted_quantile(values: Array, weight: Array, probability: float) -> float:

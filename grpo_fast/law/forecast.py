@@ -73,7 +73,7 @@ class Forecast:
         x95_interval: the same for 95 %.
         p_gain_below_eps: probability that the shape believed in gains less than epsilon from here to the end of the budget. A
             second rise that nothing announces is not in it.
-        expected_gain: expected gain of the mean curve, drift and all, from here to the end of the budget.
+        expected_gain: expected gain of the posterior's mean curve, drift and all, from here to the end of the budget.
         epsilon: the gain that is not worth having.
         gain_path: expected gain by where the run would end.
         trend: gain by the end of the budget if the recent slope went on.

@@ -29,8 +29,9 @@ DRIFTS = np.array([0.0, 0.4, 0.8, 1.6, 3.2, 6.4])
 """kappa: standard deviation of the drift over a whole budget, in those of the noise of one reward."""
 GRID = ShapeGrid()
 NUM_DRAWS = 1024
+EVIDENCE_STEPS = 300.0
+"""Observations that evidence cannot outgrow: no shape is exactly true."""
 
-_EVIDENCE_STEPS = 300.0
 _NOISE_DOF = 6.0
 _TINY = 1e-12
 _DIMENSIONS = 8
@@ -201,10 +202,14 @@ class Posterior:
         self.progress = max(self.progress, x)
         self.num_observations += 1
 
+    def sums(self) -> tuple[Array, Array]:
+        """Sums without drift: (3,) of 11, 1y, yy and (3, M) of 1g, gg, gy, rewards less the centre, weighted by 1 / v."""
+        return self._plain[:3, 0, 0], self._shaped[:, 0]
+
     def solve(self, prior: Believed) -> Solved:
         """The posterior of every component in closed form."""
         n = self.num_observations
-        discount = 1.0 / (1.0 + n / _EVIDENCE_STEPS)
+        discount = 1.0 / (1.0 + n / EVIDENCE_STEPS)
         s11, s1y, syy = discount / self.ratio * self._plain[:3]
         s1g, sgg, sgy = discount / self.ratio * self._shaped
         log_f = discount * self._plain[3]

@@ -20,6 +20,7 @@ from grpo_fast.law.forms import Array
 from grpo_fast.law.posterior import GRID, Believed, Draws, Posterior, quantiles
 from grpo_fast.law.prior import Prior, RunFacts, RunScale
 from grpo_fast.law.scatter import Scatter
+from grpo_fast.law.stacking import Say, Stack, bounds_of
 
 NUM_BAND = 25
 _NUM_AHEAD = 8
@@ -99,12 +100,13 @@ class OnlinePredictor:
         self.facts = facts
         self.posterior = Posterior()
         self._scatter = Scatter()
+        self._stack = Stack()
         self._num_skipped = 0
         self._extremes = (math.inf, -math.inf)
         if facts.start is not None:
             self._extremes = (facts.start, facts.start)
             error = facts.start_error or _START_ERROR * self._unit
-            self.posterior.add(0.0, facts.start, error**2)
+            self.posterior.add(0.0, facts.start, (error / self._unit) ** 2)
         elif self.reward_range is not None:
             self.posterior.centre = sum(self.reward_range) / 2
         self._width_before = self._end_width()
@@ -188,6 +190,10 @@ class OnlinePredictor:
         floor = low if self.reward_range is not None else self._extremes[0]
         share = math.nan if start is None else (start - floor) / self._unit
         return RunScale(self._unit, low, high, share, math.sqrt(self.posterior.noise * self.posterior.ratio))
+
+    def say(self) -> Say:
+        """What plain forecasts say of this run, and how much that counts."""
+        return self._stack.say(self.posterior, bounds_of(self.reward_range, self._extremes), self._unit)
 
     def believed(self) -> Believed:
         """The prior in this run's units."""
@@ -325,6 +331,7 @@ class OnlinePredictor:
         recency = (row.progress + _RECENCY_OFFSET) ** _RECENCY
         self.posterior.add(row.progress, row.reward, expected / recency)
         self.posterior.ratio = self._scatter.ratio * recency
+        self._stack.add(self.posterior, row.reward, bounds_of(self.reward_range, self._extremes))
 
     def _clock(self) -> StepClock:
         steps, progress = [0.0, *(float(row.step) for row in self.rows)], [0.0, *(row.progress for row in self.rows)]
@@ -340,10 +347,11 @@ class OnlinePredictor:
         return self._within(draws.curve(GRID.rise(x), x, self._last[1]))
 
     def _stretched(self, values: Array, weight: Array, x: Array) -> Array:
-        """Samples (N, K) pulled from their medians as the prior's spread says; what lies behind is left as it is."""
-        factor = np.where(x > self._last[1], self.prior.spread_at(self._last[1]), 1.0)
-        middle = quantiles(values, weight, np.array([0.5]))[0]
-        return self._within(middle + (values - middle) * factor)
+        """Samples (N, K) as the stack moves and widens them and the prior's spread stretches them; the past stays as it is."""
+        low, middle, high = quantiles(values, weight, _LEVELS[[0, 2, 4]])
+        say, factor = self.say(), np.where(x > self._last[1], self.prior.spread_at(self._last[1]), 1.0)
+        wider = say.widening(x, middle, high - low)
+        return self._within(middle + say.shift(x, middle) + (values - middle) * factor * wider)
 
     def _within(self, levels: Array) -> Array:
         return levels if self.reward_range is None else np.clip(levels, *self.reward_range)

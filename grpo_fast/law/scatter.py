@@ -20,7 +20,7 @@ class Scatter:
     """Follows one run's noise.
 
     Attributes:
-        ratio: what the expected variances must be multiplied by to be those that are seen.
+        ratio: what the expected variances must be multiplied by to be those that are seen, in reward units squared.
     """
 
     def __init__(self) -> None:
@@ -32,6 +32,9 @@ class Scatter:
     def expected(self, reward: float, *, unit: float, num_prompts: int, num_generations: int, spread: float | None) -> float:
         """Takes the newest reward and says what variance its noise should have, but for :attr:`ratio`.
 
+        Variances are shares of the squared range: where the range is unknown and grows with what is seen, the first rewards
+        would count most if it stood in them.
+
         Args:
             reward: the newest.
             unit: range of rewards.
@@ -40,10 +43,10 @@ class Scatter:
             spread: standard deviation of rewards inside groups; None where unknown.
 
         Returns:
-            Variance in reward units squared.
+            Variance in squared units of the range.
         """
-        within = WITHIN * unit**2 if spread is None else spread**2
-        theory = (BETWEEN * unit**2 + within / num_generations) / num_prompts
+        within = WITHIN if spread is None else (spread / unit) ** 2
+        theory = (BETWEEN + within / num_generations) / num_prompts
         self._recent.append((reward, theory))
         self._count += 1
         if len(self._recent) == 3:
@@ -51,6 +54,6 @@ class Scatter:
             self._found = _MEMORY * self._found + (before - 2.0 * middle + last) ** 2 / (v0 + 4.0 * v1 + v2)
             self._known = _MEMORY * self._known + 1.0
         pseudo = _PSEUDO * _FADE**self._count
-        ratio = (pseudo + self._found) / (pseudo + self._known)
+        ratio = (pseudo * unit**2 + self._found) / (pseudo + self._known)
         self.ratio = max(ratio, (_LEAST_SD * unit) ** 2 / theory)
         return theory

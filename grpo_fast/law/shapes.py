@@ -64,6 +64,8 @@ class ShapeGrid:
         num_shapes: M.
         classes: int (M,) index of each shape's class in :data:`CLASSES`.
         num_in_class: (9,) shapes of each class.
+        num_rising: the first so many shapes rise for ever towards their asymptote.
+        exponentials: indices of the plain exponentials among them.
         asymptote: (M,) what a shape tends to, budget or not; 1 where it never settles, and a hump's value at the budget's end.
     """
 
@@ -73,6 +75,8 @@ class ShapeGrid:
         one = np.ones(1)
         self._norms = [1.0 / rise(one)[:, 0] for rise in (self._weibulls, self._hills, self._logistics)]
         bounded = np.concatenate(self._norms)
+        self.num_rising = bounded.size
+        self.exponentials = np.flatnonzero(self._weibull.second == 1.0)
         num_humps = self._hump.first.size
         self.num_shapes = bounded.size + num_humps + 2
         self.asymptote: Array = np.concatenate([bounded, hump_rise(1.0, *self._columns(self._hump))[:, 0], [1.0, 0.0]])

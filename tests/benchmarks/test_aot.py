@@ -84,7 +84,9 @@ def test_every_supported_triton_has_a_table_without_faults() -> None:
     assert {version.rpartition(".")[0] for version in known} == {"3.6", "3.7", "3.8", "3.9"}
     cases = {version: {(row["op"], row["case"], row["arch"], row["kernel"]) for row in rows} for version, rows in known.items()}
     assert len(set(map(frozenset, cases.values()))) == 1
-    faults = [(version, row["case"], fault) for version, rows in known.items() for row in rows for fault in Build(**row).faults()]
+    faults = [
+        (version, row["case"], fault) for version, rows in known.items() for row in rows for fault in Build(**row).faults()
+    ]
     assert faults == []
 
 

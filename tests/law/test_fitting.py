@@ -201,10 +201,10 @@ def test_what_a_witness_saw_on_the_way():
     one = witness(late(0))
     assert one.evidence.shape == (len(PARTS), len(CLASSES))
     assert np.all(np.isfinite(one.evidence))
-    assert [posterior.num_observations for posterior, _ in one.seen] == [20, 40, 60, 80]
+    assert [posterior.num_observations for posterior, _, _ in one.seen] == [20, 40, 60, 80]
     assert one.tail.tolist() == X[-20:].tolist()
     ends = witness(RewardCurve(np.array([0.1, 0.2]), np.array([0.5, 1.0]), 2))
-    assert [posterior.num_observations for posterior, _ in ends.seen] == [2, 2, 2, 2]
+    assert [posterior.num_observations for posterior, _, _ in ends.seen] == [2, 2, 2, 2]
 
 
 def test_equal_curves_give_equal_bits():

@@ -61,7 +61,7 @@ def of_drift(x: np.ndarray, variance: np.ndarray, kappa: float) -> np.ndarray:
 
 @pytest.fixture
 def undiscounted(monkeypatch):
-    monkeypatch.setattr(module, "_EVIDENCE_STEPS", math.inf)
+    monkeypatch.setattr(module, "EVIDENCE_STEPS", math.inf)
 
 
 @pytest.mark.usefixtures("undiscounted")

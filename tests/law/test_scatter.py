@@ -63,7 +63,7 @@ def test_what_is_expected_follows_the_counts_by_hand():
     known = scatter.expected(0.0, unit=1.0, num_prompts=16, num_generations=8, spread=0.5)
     assert known == pytest.approx((BETWEEN + 0.25 / 8) / 16)
     assert scatter.expected(0.0, unit=1.0, num_prompts=4, num_generations=1, spread=0.0) == pytest.approx(BETWEEN / 4)
-    assert scatter.expected(0.0, unit=100.0, num_prompts=16, num_generations=8, spread=None) == pytest.approx(1e4 * unknown)
+    assert scatter.expected(0.0, unit=100.0, num_prompts=16, num_generations=8, spread=None) == pytest.approx(unknown)
 
 
 def test_steps_of_unequal_size_are_put_right_by_their_counts():
@@ -83,8 +83,8 @@ def test_noise_never_falls_below_the_floor(unit):
     assert math.sqrt(scatter.ratio * expected) == pytest.approx(0.003 * unit)
 
 
-def test_scale_and_shift_of_the_rewards_do_not_matter():
+def test_the_ratio_carries_the_scale_of_the_rewards_and_no_shift():
     rewards = np.cumsum(np.random.default_rng(2).standard_normal(60)) / 20
     plain, _ = followed(rewards)
     moved, _ = followed(8.0 * rewards + 3.0, unit=8.0)
-    assert moved.ratio == pytest.approx(plain.ratio, rel=1e-9)
+    assert moved.ratio == pytest.approx(64.0 * plain.ratio, rel=1e-9)

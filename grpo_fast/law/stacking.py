@@ -1,0 +1,204 @@
+"""Plain forecasts beside the posterior's, and how much each has a say: prequential stacking.
+
+The posterior weighs what runs in general do; a plain fit knows this run alone. Three of the plainest are made from the same
+running sums: a bounded least-squares exponential, least squares over every rising shape, each as likely as it fits, and the
+mean of what came last. Each is asked, as it stood when 40 and 60 % of the rewards were known, for the mean of the newest fifth.
+One that was right then, in units of how far the run has moved, and fits what is known now, gets a say,
+
+    w_i ~ n / (n + 10) (S_best / S_i) (d / (d + error_i))^2    after n rewards, beside the posterior's constant share,
+
+with S the sum of squares that a fit leaves, so that a run which no shape follows falls back on the best simple predictor, and
+one that none foretold, or that has hardly begun, on the posterior.
+
+Source: prequential weights are Dawid's (1984); the two-fifths and the constants were chosen on published curves, repository
+by repository left out (``benchmarks/law``).
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_right
+from dataclasses import dataclass
+
+import numpy as np
+
+from grpo_fast.law.forms import Array
+from grpo_fast.law.posterior import EVIDENCE_STEPS, GRID, Posterior
+
+EXPERTS = ("exponential", "any shape", "recent mean")
+
+_PLACES = np.linspace(0.0, 1.0, 65)
+_RISING = np.arange(GRID.num_rising)
+_ASYMPTOTE = GRID.asymptote[: GRID.num_rising]
+_TABLE: Array = GRID.rise(_PLACES)[: GRID.num_rising] / _ASYMPTOTE[:, None]
+_HALF_SPAN = 0.5  # beyond what was seen, where the range is unknown; as the rivals' fits have it
+_RECENT, _MIN_RECENT = 0.2, 3
+_ASKED = (0.4, 0.6)
+_BLOCKS = 4
+_FEWEST = 5
+_FULL_RECORD, _STRIDE = 20, 1.05
+_TRUST, _NEAR, _DOUBT = 0.01, 0.015, 10.0
+_FADE = 0.05
+_SDS_OF_WIDTH = 3.29
+_TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Say:
+    """What plain forecasts say of the whole budget, and their weights.
+
+    Attributes:
+        weights: (3,) of :data:`EXPERTS`; what is missing to 1 is the posterior's.
+        curves: (3, 65) mean rewards at even places of the budget.
+        now: progress so far.
+    """
+
+    weights: Array
+    curves: Array
+    now: float
+
+    def shift(self, x: Array, median: Array) -> Array:
+        """What the posterior's median is to be moved by.
+
+        Args:
+            x: (K,) progress.
+            median: (K,) the posterior's.
+
+        Returns:
+            (K,) in reward units; 0 for what lies behind, and growing to its full size over the next twentieth of the budget.
+        """
+        return np.asarray(self.weights @ self._away(x, median))
+
+    def widening(self, x: Array, median: Array, width: Array) -> Array:
+        """What deviations from the median are to be multiplied by, as forecasters disagree.
+
+        Args:
+            x: (K,) progress.
+            median: (K,) the posterior's.
+            width: (K,) of its 90 % interval.
+
+        Returns:
+            (K,) of at least 1: the mixture's standard deviation over the posterior's, which the interval stands for.
+        """
+        away = self._away(x, median)
+        between = np.maximum(self.weights @ away**2 - (self.weights @ away) ** 2, 0.0)
+        return np.asarray(np.sqrt(1.0 + between / np.maximum(width / _SDS_OF_WIDTH, _TINY) ** 2), dtype=np.float64)
+
+    def _away(self, x: Array, median: Array) -> Array:
+        told = np.stack([np.interp(x, _PLACES, curve) for curve in self.curves])
+        return np.asarray((told - median) * np.clip((x - self.now) / _FADE, 0.0, 1.0))
+
+
+class Stack:
+    """Follows one run: what plain forecasts said, and what came."""
+
+    def __init__(self) -> None:
+        self._places: list[float] = []
+        self._sums = [0.0]
+        self._records: list[tuple[int, Array]] = []
+
+    def add(self, posterior: Posterior, reward: float, bounds: tuple[float, float]) -> None:
+        """Takes the reward that ``posterior`` took last.
+
+        Args:
+            posterior: its running sums.
+            reward: the reward.
+            bounds: least and greatest level that a fit may have.
+        """
+        self._places.append(posterior.progress)
+        self._sums.append(self._sums[-1] + reward)
+        size = len(self._places)
+        if size > 1 and (size <= _FULL_RECORD or size >= self._records[-1][0] * _STRIDE):
+            self._records.append((size, self._curves(posterior, bounds)[0]))
+
+    def say(self, posterior: Posterior, bounds: tuple[float, float], unit: float) -> Say:
+        """What plain forecasts say now; ``unit`` is the range of rewards."""
+        size = len(self._places)
+        if size < _FEWEST:
+            return Say(np.zeros(len(EXPERTS)), np.zeros((len(EXPERTS), _PLACES.size)), posterior.progress)
+        curves, fit = self._curves(posterior, bounds)
+        edges = np.linspace(0, size, _BLOCKS + 1).round().astype(int)
+        blocks = [self._mean(start, end) for start, end in itertools.pairwise(np.unique(edges))]
+        moved = max(max(blocks) - min(blocks), 1e-3 * unit)
+        trust = fit * size / (size + _DOUBT) * (_NEAR / (_NEAR + self._errors() / moved)) ** 2
+        return Say(trust / (_TRUST + trust.sum()), curves, posterior.progress)
+
+    def _errors(self) -> Array:
+        """(3,) root mean square of what each missed when it was asked."""
+        size = len(self._places)
+        recent = round((1.0 - _RECENT) * size)
+        asked = []
+        for share in _ASKED:
+            before = bisect_right(self._records, max(2, round(share * size)), key=lambda record: record[0]) - 1
+            count, foretold = self._records[before]
+            asked.append(self._missed(foretold, max(count, recent)))
+        return np.asarray(np.sqrt(np.mean(np.square(asked), axis=0)))
+
+    def _missed(self, curves: Array, start: int) -> Array:
+        """(3,) by how much curves miss the mean of the rewards from a place on."""
+        told = [np.interp(self._places[start:], _PLACES, curve).mean() for curve in curves]
+        return np.array(told) - self._mean(start, len(self._places))
+
+    def _mean(self, start: int, end: int) -> float:
+        return (self._sums[end] - self._sums[start]) / (end - start)
+
+    def _curves(self, posterior: Posterior, bounds: tuple[float, float]) -> tuple[Array, Array]:
+        """(3, 65) forecasts as they stand, and (3,) S_best / S_i; 1 where nothing is fitted."""
+        size = len(self._places)
+        start, end, loss = least_squares(posterior, bounds)
+        best = GRID.exponentials[np.argmin(loss[GRID.exponentials])]
+        discounted = size / (1.0 + size / EVIDENCE_STEPS)
+        fits = np.maximum(loss, _TINY) / max(float(loss.min()), _TINY)
+        weight = fits ** (-0.5 * discounted)
+        weight /= weight.sum()
+        shapes = start[:, None] + (end - start)[:, None] * _TABLE
+        recent = self._mean(size - min(size, max(_MIN_RECENT, round(_RECENT * size))), size)
+        curves = np.stack([shapes[best], weight @ shapes, np.full(_PLACES.size, recent)])
+        return curves, np.array([1.0 / fits[best], 1.0, 1.0])
+
+
+def bounds_of(reward_range: tuple[float, float] | None, seen: tuple[float, float]) -> tuple[float, float]:
+    """Where levels of a fit may lie: the known range, or what was seen and half its span on either side."""
+    if reward_range is not None:
+        return reward_range
+    margin = _HALF_SPAN * max(seen[1] - seen[0], 1e-9)
+    return seen[0] - margin, seen[1] + margin
+
+
+def least_squares(posterior: Posterior, bounds: tuple[float, float]) -> tuple[Array, Array, Array]:
+    """Every rising shape, fitted to a run from its running sums, start and end inside their bounds.
+
+    Args:
+        posterior: the sums, of which those without drift are used.
+        bounds: least and greatest start and end, in reward units.
+
+    Returns:
+        (R,) start, end (what the shape tends to, budget or not), and the weighted sum of squares that is left.
+    """
+    plain, shaped = posterior.sums()
+    one, y, yy = plain
+    u, uu, uy = shaped[0, _RISING] / _ASYMPTOTE, shaped[1, _RISING] / _ASYMPTOTE**2, shaped[2, _RISING] / _ASYMPTOTE
+    # y = start (1 - u) + end u.
+    aa, ab, ay = one - 2.0 * u + uu, u - uu, y - uy
+    low, high = bounds[0] - posterior.centre, bounds[1] - posterior.centre
+
+    def loss(start: Array, end: Array) -> Array:
+        left: Array = yy - 2.0 * (start * ay + end * uy) + start**2 * aa + 2.0 * start * end * ab + end**2 * uu
+        return left
+
+    def other(fixed: Array, own: Array, product: Array) -> Array:
+        return np.asarray(np.clip((product - fixed * ab) / np.maximum(own, _TINY), low, high), dtype=np.float64)
+
+    determinant = aa * uu - ab**2
+    solvable = determinant > 1e-9 * aa * uu
+    safe = np.where(solvable, determinant, 1.0)
+    start, end = (uu * ay - ab * uy) / safe, (aa * uy - ab * ay) / safe
+    inside = solvable & (np.minimum(start, end) >= low) & (np.maximum(start, end) <= high)
+    tried = [(start, end, np.where(inside, loss(start, end), np.inf))]
+    for edge in (np.full_like(aa, low), np.full_like(aa, high)):
+        best_end, best_start = other(edge, uu, uy), other(edge, aa, ay)
+        tried += [(edge, best_end, loss(edge, best_end)), (best_start, edge, loss(best_start, edge))]
+    starts, ends, losses = (np.stack(column) for column in zip(*tried, strict=True))
+    pick = losses.argmin(axis=0)[None]
+    start, end, left = (np.take_along_axis(rows, pick, axis=0)[0] for rows in (starts, ends, losses))
+    return start + posterior.centre, end + posterior.centre, left

@@ -1,0 +1,146 @@
+"""Plain forecasts from running sums, and the say that their past errors give them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.optimize import lsq_linear
+
+from grpo_fast.law.posterior import GRID, Posterior
+from grpo_fast.law.stacking import EXPERTS, Say, Stack, bounds_of, least_squares
+
+UNIT = (0.0, 1.0)
+EXPONENTIAL, ANY, RECENT = range(len(EXPERTS))
+
+
+def run(rewards, *, seen=1.0, bounds=UNIT, variances=None):
+    """A stack and the sums behind it after a share of a budget that the rewards fill."""
+    posterior, stack = Posterior(), Stack()
+    size = len(rewards)
+    for index, reward in enumerate(rewards[: round(seen * size)]):
+        variance = 1e-6 if variances is None else variances[index]
+        posterior.add((index + 1) / size, float(reward), variance)
+        stack.add(posterior, float(reward), bounds)
+    return stack, posterior
+
+
+def said(rewards, *, seen=1.0, bounds=UNIT, unit=1.0):
+    stack, posterior = run(rewards, seen=seen, bounds=bounds)
+    return stack.say(posterior, bounds, unit)
+
+
+def exponential(size=100, tau=0.3):
+    x = np.arange(1, size + 1) / size
+    return 0.2 + 0.6 * -np.expm1(-x / tau)
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), (0.1, 0.55), (-2.0, 3.0)])
+def test_fits_are_the_bounded_least_squares(bounds):
+    generator = np.random.default_rng(0)
+    rewards = exponential(40) + 0.1 * generator.standard_normal(40)
+    variances = generator.uniform(0.5, 2.0, 40)
+    _, posterior = run(rewards, variances=variances)
+    start, end, loss = least_squares(posterior, bounds)
+    x = np.arange(1, 41) / 40
+    for index in range(0, GRID.num_rising, 13):
+        u = GRID.rise(x)[index] / GRID.asymptote[index]
+        root = 1 / np.sqrt(variances)
+        found = lsq_linear(np.stack([1 - u, u], 1) * root[:, None], rewards * root, bounds=bounds, tol=1e-14)
+        assert loss[index] == pytest.approx(2 * found.cost, rel=1e-6, abs=1e-9)
+        assert [start[index], end[index]] == pytest.approx(found.x, abs=1e-4)
+
+
+def test_an_edge_is_met_where_the_free_fit_leaves_the_bounds():
+    _, posterior = run(exponential(40))
+    start, end, _ = least_squares(posterior, (0.3, 0.5))
+    assert (start >= 0.3).all()
+    assert (end <= 0.5).all()
+    assert (end == 0.5).any()
+
+
+def test_an_exponential_is_carried_on_and_gets_the_say():
+    rewards = exponential(tau=float(GRID._weibull.first[GRID.exponentials[8]]))
+    say = said(rewards, seen=0.4)
+    assert say.curves[EXPONENTIAL][-1] == pytest.approx(rewards[-1], abs=1e-3)
+    assert say.weights[EXPONENTIAL] > 0.4
+    assert say.weights.argmax() != RECENT
+    assert say.weights.sum() > 0.9
+
+
+def test_a_level_gives_the_recent_mean_its_say():
+    rewards = 0.5 + 0.01 * np.random.default_rng(1).standard_normal(200)
+    moving = np.concatenate([np.linspace(0.1, 0.5, 20), rewards])
+    say = said(moving, seen=0.9)
+    assert say.curves[RECENT][0] == pytest.approx(0.5, abs=0.01)
+    assert say.weights[RECENT] > 0.25
+
+
+def test_the_say_grows_with_the_record():
+    short, long = (said(exponential(size), seen=0.5).weights.sum() for size in (12, 200))
+    assert short < long
+
+
+def test_a_jump_that_none_foretold_leaves_the_posterior_the_say():
+    say = said([0.1] * 80 + [0.9] * 40)
+    assert say.weights.sum() < 0.15
+
+
+def test_the_say_is_made_from_what_was_foretold_and_what_came():
+    rewards = exponential(20) + 0.05 * np.random.default_rng(2).standard_normal(20)
+    stack, posterior = run(rewards)
+    _, _, loss = least_squares(posterior, UNIT)
+    fit = np.array([loss.min() / loss[GRID.exponentials].min(), 1.0, 1.0])
+    errors = []
+    for known in (8, 12):
+        before, sums = run(rewards, seen=known / 20)
+        curves = before.say(sums, UNIT, 1.0).curves
+        x = np.arange(17, 21) / 20
+        missed = [np.interp(x, np.linspace(0, 1, 65), curve).mean() - rewards[16:].mean() for curve in curves]
+        errors.append(missed)
+    fourths = rewards.reshape(4, 5).mean(axis=1)
+    trust = fit * 20 / 30 * (0.015 / (0.015 + np.sqrt(np.mean(np.square(errors), axis=0)) / np.ptp(fourths))) ** 2
+    np.testing.assert_allclose(stack.say(posterior, UNIT, 1.0).weights, trust / (0.01 + trust.sum()), rtol=1e-9)
+
+
+def test_the_posterior_is_alone_at_first():
+    say = said(exponential(4))
+    assert not say.weights.any()
+    assert not say.shift(np.array([1.0]), np.array([0.3])).any()
+
+
+def test_nothing_behind_is_moved_and_what_lies_ahead_is():
+    say = Say(np.array([0.5, 0.0, 0.0]), np.full((3, 65), 0.8), now=0.5)
+    moved = say.shift(np.array([0.2, 0.5, 0.525, 0.55, 1.0]), np.full(5, 0.4))
+    np.testing.assert_allclose(moved, [0.0, 0.0, 0.1, 0.2, 0.2], atol=1e-12)
+
+
+def test_an_exponential_has_no_say_in_an_s_shape():
+    steps = np.arange(1, 151)
+    rewards = 0.1 + 0.75 / (1 + np.exp(-(steps - 30) / 7)) + 0.02 * np.random.default_rng(0).standard_normal(150)
+    say = said(rewards, seen=0.67)
+    assert say.curves[EXPONENTIAL][-1] > 0.9, "it still sees a rise"
+    assert say.weights[EXPONENTIAL] < 0.1 < say.weights[ANY]
+    assert say.curves[ANY][-1] == pytest.approx(0.85, abs=0.02)
+
+
+def test_forecasters_that_disagree_widen_what_lies_ahead():
+    say = Say(np.array([0.5, 0.0, 0.0]), np.full((3, 65), 0.8), now=0.5)
+    x, middle, width = np.array([0.4, 1.0]), np.full(2, 0.4), np.full(2, 0.329)
+    # Half of the mixture lies 0.4 off: its variance is 0.01 + 0.25 * 0.16.
+    np.testing.assert_allclose(say.widening(x, middle, width), [1.0, np.sqrt(5.0)])
+
+
+def test_a_constant_run_divides_by_nothing():
+    say = said([0.5] * 30)
+    assert np.isfinite(say.weights).all()
+    assert say.curves[:, -1] == pytest.approx([0.5] * 3)
+
+
+def test_records_do_not_grow_with_the_run():
+    stack, _ = run(exponential(3000))
+    assert len(stack._records) < 150
+
+
+def test_a_known_range_bounds_fits_and_an_unknown_one_gives_half_the_span():
+    assert bounds_of(UNIT, (0.2, 0.4)) == UNIT
+    assert bounds_of(None, (0.2, 0.4)) == pytest.approx((0.1, 0.5))
