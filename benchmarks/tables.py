@@ -63,6 +63,7 @@ def law_table() -> str:
         errors = found["forecasts"][group]["level"]["error"]
         best = [f"{errors[row['best']][at][0]:.3f} ({row['best']})" for at, row in enumerate(rivals)]
         rows += [("best rival at that point", best), ("ratio, 90 % interval", [_interval(row["ratio"]) for row in rivals])]
+        rows.append(("ratio to the rival that is best elsewhere", [_interval(row["chosen"]) for row in rivals]))
     inside = found["forecasts"]["all"]["level"]["inside90"][law][: len(shares)]
     rows.append(("90 % intervals that held what came", [f"{value[0]:.0%}" for value in inside]))
     head = [f"{about['repositories']} repositories, each counted once", *(f"{share} seen" for share in shares)]

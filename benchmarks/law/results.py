@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, TypeAlias
 
@@ -118,6 +118,7 @@ def against_best(records: Sequence[Record], name: str, measure: str = "error") -
     """Ratio of one forecaster's error to the best other one's at each share, with a paired bootstrap interval.
 
     The rival is the best at that share on these curves: a bar that no single forecaster clears, and that hindsight chooses.
+    ``chosen`` is the ratio to what could be had without hindsight: on each repository the rival that is best on all others.
     """
     out: dict[str, Any] = {}
     for group in ("all", "learning"):
@@ -135,9 +136,25 @@ def against_best(records: Sequence[Record], name: str, measure: str = "error") -
             best = min(at, key=lambda rival: pooled(at[rival], measure))
             ratios = bootstrap.resampled(ours, measure) / bootstrap.resampled(at[best], measure)
             value = pooled(ours, measure) / pooled(at[best], measure)
-            rows.append({"seen": share, "best": best, "ratio": [rounded(value), *interval(ratios)]})
+            row = {"seen": share, "best": best, "ratio": [rounded(value), *interval(ratios)]}
+            chosen = _chosen_elsewhere(at, measure)
+            if chosen:
+                ratios = bootstrap.resampled(ours, measure) / bootstrap.resampled(chosen, measure)
+                row["chosen"] = [rounded(pooled(ours, measure) / pooled(chosen, measure)), *interval(ratios)]
+            rows.append(row)
         out[group] = rows
     return out
+
+
+def _chosen_elsewhere(rivals: Mapping[str, Sequence[Record]], measure: str) -> list[Record]:
+    """Each repository's records of the rival that is best on all others; none where there is one repository."""
+    chosen: list[Record] = []
+    sources = sorted({record.curve.repository for records in rivals.values() for record in records})
+    for source in sources if len(sources) > 1 else ():
+        apart = {name: [one for one in records if one.curve.repository != source] for name, records in rivals.items()}
+        best = min(apart, key=lambda rival: pooled(apart[rival], measure))
+        chosen += [one for one in rivals[best] if one.curve.repository == source]
+    return chosen
 
 
 def targets(found: dict[str, Any], name: str, confidence: float) -> list[dict[str, Any]]:

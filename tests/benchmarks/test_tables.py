@@ -29,7 +29,10 @@ def test_the_table_of_the_ops_is_that_of_the_promised_case():
 def results(tmp_path, monkeypatch):
     names = ["last value", "grpo_fast.law"]
     level = {"error": {name: [FIGURE] * 4 for name in names}, "inside90": {names[1]: [[0.9, 0.8, 0.95]] * 4}}
-    ratio = [{"seen": seen, "best": "last value", "ratio": [0.8, 0.7, 0.9]} for seen in (0.2, 0.4, 0.6, 0.8)]
+    ratio = [
+        {"seen": seen, "best": "last value", "ratio": [0.8, 0.7, 0.9], "chosen": [0.75, 0.6, 0.9]}
+        for seen in (0.2, 0.4, 0.6, 0.8)
+    ]
     rules = ["grpo_fast.law, 0.9", "patience 20%", "patience 10%", "fixed 40%", "fixed 80%"]
     rules += ["plug-in, exponential + R0", "hindsight oracle"]
     stops = {name: dict.fromkeys(("saved", "lost", "false", "bad"), FIGURE) for name in rules}

@@ -46,6 +46,22 @@ def test_a_bare_guess_has_no_spread_figures(runs):
     assert sum(tables[name]["curves"] for name in classes) == 20
 
 
+def test_a_rival_is_also_chosen_without_the_repository_it_is_judged_on(runs):
+    records = evaluate(SIMPLE, runs, shares=(0.2,))
+    row = results.against_best(records, "last value")["all"][0]
+    level = [record for record in records if record.target == LEVEL]
+    error = {(one.forecaster, one.curve.repository): one.error for one in level}
+    rivals = {one.forecaster for one in level} - {"last value"}
+    sources = repositories(runs)
+    chosen = [
+        error[min(rivals, key=lambda name: sum(error[name, other] for other in sources if other != source)), source]
+        for source in sources
+    ]
+    ours = [error["last value", source] for source in sources]
+    assert row["chosen"][0] == pytest.approx(np.mean(ours) / np.mean(chosen), abs=1e-4)
+    assert row["chosen"][0] <= row["ratio"][0], "hindsight chooses no worse"
+
+
 def test_the_bar_is_the_best_other_one_at_each_share(runs):
     records = evaluate(SIMPLE, runs, shares=(0.2, 0.6))
     rows = results.against_best(records, "last value")["all"]
