@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -328,6 +329,34 @@ def _print_notes(console: Console, notes: Sequence[str], *, plot: Path | None) -
         console.print(f"[dim]note:[/] {escape(told)}", highlight=False)
     if plot is not None:
         console.print(f"wrote {plot}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command
+def serve(model: str = "embedded", *, port: int = 8000, dtype: str | None = None, max_model_len: int | None = None) -> None:
+    """Start a vLLM server on this machine for ``train --rollout vllm-http``.
+
+    Its weights come from the trainer; until then it answers from random ones. Requests need the key in VLLM_API_KEY, where that
+    is set.
+
+    Args:
+        model: Directory or hub id of the model to be trained, or ``embedded``.
+        port: Where it listens, on 127.0.0.1 only.
+        dtype: What it computes in: what the trainer computes in; float32 on a CPU and bfloat16 on a GPU without it.
+        max_model_len: Longest sequence, in tokens; the model's context without it.
+    """
+    import torch  # noqa: PLC0415 (--help must not wait for torch)
+
+    from grpo_fast.assets import embedded_model_dir  # noqa: PLC0415 (as above)
+    from grpo_fast.rollout.vllm_server import server_command  # noqa: PLC0415 (as above)
+
+    command = server_command(
+        str(embedded_model_dir()) if model == "embedded" else model,
+        port=port,
+        on_cpu=not torch.cuda.is_available(),
+        dtype=dtype,
+        max_model_len=max_model_len,
+    )
+    os.execve(command.arguments[0], command.arguments, command.environment)
 
 
 @app.command

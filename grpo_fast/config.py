@@ -87,8 +87,10 @@ class Config(BaseModel):
     reward_on_error: Annotated[Literal["raise", "none"], _REWARD] = "raise"
     """A reward call that raises, hangs or returns the wrong length: end the run with a named error, or count it as ``None``."""
 
-    rollout: Annotated[Literal["transformers", "vllm"], _ROLLOUT] = "transformers"
-    """Engine that samples completions: the policy itself, or vLLM in the trainer's process, with weights of its own."""
+    rollout: Annotated[Literal["transformers", "vllm", "vllm-http"], _ROLLOUT] = "transformers"
+    """Engine that samples completions: the policy itself, vLLM in the trainer's process, or vLLM's servers on this machine."""
+    vllm_server_urls: Annotated[tuple[str, ...], _ROLLOUT] = ()
+    """Addresses of those servers, such as ``http://127.0.0.1:8000``; ``grpo-fast serve`` starts one."""
     vllm_gpu_memory_utilization: Annotated[float, _ROLLOUT] = Field(0.3, gt=0, le=1)
     """Share of the GPU's memory that vLLM takes for its weights and its cache."""
     vllm_kv_cache_gib: Annotated[float | None, _ROLLOUT] = Field(None, gt=0)
@@ -229,7 +231,12 @@ class Config(BaseModel):
             raise ValueError(
                 "loss_type='cispo' needs epsilon_high, the absolute cap of the ratio (MiniMax-M1 and ScaleRL use 5.0)"
             )
-        if self.rollout == "vllm" and self.truncates_support:
+        if (self.rollout == "vllm-http") != bool(self.vllm_server_urls):
+            raise ValueError(
+                f"rollout={self.rollout!r} with vllm_server_urls={self.vllm_server_urls}: servers are needed exactly for "
+                "rollout='vllm-http'; start one with `grpo-fast serve`"
+            )
+        if self.rollout != "transformers" and self.truncates_support:
             raise ValueError(
                 f"top_p={self.top_p:g}, top_k={self.top_k}, min_p={self.min_p:g} cut the support, and vLLM does not say which "
                 "tokens it kept, so that no ratio could be trusted; use top_p=1, top_k=0, min_p=0 or rollout='transformers'"

@@ -28,6 +28,7 @@ from grpo_fast.rollout.engine import RolloutError, SamplingParams, WeightSyncErr
 from grpo_fast.rollout.request import check_request
 from grpo_fast.rollout.stop_strings import cut_at_stop, decode
 from grpo_fast.rollout.sync_probe import SyncProbe
+from grpo_fast.rollout.vllm_sample import Sample
 from grpo_fast.rollout.weight_sync import WeightSync
 from grpo_fast.types import Completion
 
@@ -58,6 +59,8 @@ class VLLMSettings:
     """Run without CUDA graphs; ``None`` does so on a CPU."""
     sync_deadline_s: float = 300.0
     """Longest time of each phase of a weight sync."""
+    request_deadline_s: float = 1800.0
+    """Longest time that a server may take for the completions of one prompt."""
     bucket_bytes: int = 256 * 2**20
     """Weights on the way at a time."""
 
@@ -113,6 +116,7 @@ class VLLMEngine:
         dtype = autocast_dtype or next(model.parameters()).dtype
         self._vllm: Any = self._build(settings, dtype)
         try:
+            self._context = min(self._context, self._vllm.context_length)
             probe = SyncProbe.build(
                 vocabulary=self._vocabulary,
                 block_size=self._vllm.block_size,
@@ -218,38 +222,35 @@ class VLLMEngine:
             prompts, sampling, num_generations=num_generations, context_length=self._context, vocabulary=self._vocabulary
         )
         seeds = np.random.SeedSequence(seed).generate_state(len(prompts), np.uint32).tolist()
-        outputs = self._vllm.generate(prompts, [self._params(sampling, num_generations, each) for each in seeds])
-        return [[self._completion(answer, sampling) for answer in output.outputs] for output in outputs]
+        answers = self._vllm.sample(prompts, [self._params(sampling, num_generations, each) for each in seeds])
+        return [[self._completion(sample, sampling) for sample in samples] for samples in answers]
 
-    def _params(self, sampling: SamplingParams, num_generations: int, seed: int) -> Any:
-        return import_module("vllm").SamplingParams(
-            n=num_generations,
-            temperature=sampling.temperature,
-            max_tokens=sampling.max_tokens,
-            logprobs=0,
-            seed=seed << 20,  # vLLM gives the G completions consecutive seeds; those of two prompts stay apart
-            stop=list(sampling.stop),
-            detokenize=bool(sampling.stop),
-            ignore_eos=True,
-            stop_token_ids=self._end_tokens,
-        )
+    def _params(self, sampling: SamplingParams, num_generations: int, seed: int) -> dict[str, Any]:
+        return {
+            "n": num_generations,
+            "temperature": sampling.temperature,
+            "max_tokens": sampling.max_tokens,
+            "seed": seed << 20,  # vLLM gives the G completions consecutive seeds; those of two prompts stay apart
+            "stop": list(sampling.stop),
+            "detokenize": bool(sampling.stop),
+            "ignore_eos": True,
+            "stop_token_ids": self._end_tokens,
+        }
 
-    def _completion(self, answer: Any, sampling: SamplingParams) -> Completion:
-        if answer.finish_reason not in {"stop", "length"}:
-            raise RolloutError(f"vLLM ended a request with {answer.finish_reason!r} after {len(answer.token_ids)} tokens")
-        tokens = tuple(answer.token_ids)
-        logprobs = tuple(entry[token].logprob for token, entry in zip(tokens, answer.logprobs, strict=True))
-        if not np.isfinite(logprobs).all():
+    def _completion(self, sample: Sample, sampling: SamplingParams) -> Completion:
+        tokens, versions = sample.token_ids, sample.versions
+        if sample.finish_reason not in {"stop", "length"}:
+            raise RolloutError(f"vLLM ended a request with {sample.finish_reason!r} after {len(tokens)} tokens")
+        if not np.isfinite(sample.logprobs).all():
             raise FloatingPointError(
                 "the model gave logits that are not finite; its weights have diverged, or its dtype overflows"
             )
-        versions = tuple(int(span.version) for span in answer.weight_versions or () for _ in range(span.start, span.end))
         if len(versions) != len(tokens):
             raise RolloutError(f"vLLM told the weight version of {len(versions)} of {len(tokens)} tokens")
         return Completion(
             token_ids=tokens,
-            logprobs=logprobs,
-            finish_reason=answer.finish_reason,
+            logprobs=sample.logprobs,
+            finish_reason="stop" if sample.finish_reason == "stop" else "length",
             text=cut_at_stop(decode(self._tokenizer, tokens), sampling.stop),
             weight_version=versions[0],
             weight_versions=versions if len(set(versions)) > 1 else (),
@@ -261,6 +262,49 @@ class VLLMEngine:
         if self._vllm is not None:
             self._vllm.close()
             self._vllm = None
+
+
+class VLLMServerEngine(VLLMEngine):
+    """Implements :class:`~grpo_fast.rollout.engine.RolloutEngine` with vLLM servers that run on this machine.
+
+    Args:
+        model: the policy; its weights are sent at once, whatever the servers held.
+        tokenizer: decodes completions.
+        urls: of the servers, such as ``http://127.0.0.1:8000``; ``grpo-fast serve`` starts one. They must serve the policy's
+            architecture in its type.
+        autocast_dtype: what the policy computes in under autocast; the servers must compute in it too.
+        settings: deadlines.
+
+    Raises:
+        RolloutError: vLLM is missing or too old, or a server is gone.
+        WeightSyncError: the policy's weights did not arrive whole.
+        ValueError: a server on another machine, or a context too short for the proof of a sync.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        urls: Sequence[str],
+        autocast_dtype: torch.dtype | None = None,
+        settings: VLLMSettings | None = None,
+    ) -> None:
+        if not urls:
+            raise ValueError("urls is empty; give at least one server")
+        self._urls = tuple(urls)
+        super().__init__(model, tokenizer, autocast_dtype=autocast_dtype, settings=settings)
+
+    def _build(self, settings: VLLMSettings, dtype: torch.dtype) -> Any:
+        with _undisturbed(), _in_this_process():
+            inside = import_module("grpo_fast.rollout.vllm_http")
+        return inside.HTTPVLLM(
+            self._model,
+            dtype=dtype,
+            bucket_bytes=settings.bucket_bytes,
+            urls=self._urls,
+            deadline_s=settings.request_deadline_s,
+        )
 
 
 @contextlib.contextmanager

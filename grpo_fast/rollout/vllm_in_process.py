@@ -15,7 +15,7 @@ from vllm import LLM
 from vllm import SamplingParams as VLLMSamplingParams
 from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
 
-from grpo_fast.rollout.sync_probe import NUM_SAMPLES, NUM_TOKENS
+from grpo_fast.rollout.vllm_sample import PROBE_PARAMS, Sample, token_versions
 from grpo_fast.rollout.vllm_transport import BACKEND, PolicyWeights, SharedMemoryInit, SharedMemorySender, register
 from grpo_fast.rollout.weight_sync import Scored
 
@@ -51,8 +51,33 @@ class InProcessVLLM:
         """Tokens of a block of the prefix cache."""
         return int(self._llm.llm_engine.vllm_config.cache_config.block_size)
 
-    def generate(self, prompts: Sequence[Sequence[int]], params: Any) -> list[Any]:
-        """Runs requests to their end, all in one continuous batch; ``params`` is one for all, or a list with one for each."""
+    @property
+    def context_length(self) -> int:
+        """Longest sequence, in tokens."""
+        return int(self._llm.llm_engine.vllm_config.model_config.max_model_len)
+
+    def sample(self, prompts: Sequence[Sequence[int]], params: Sequence[dict[str, Any]]) -> list[list[Sample]]:
+        """Runs requests to their end, all in one continuous batch.
+
+        Args:
+            prompts: token ids.
+            params: of vLLM's ``SamplingParams``, one each; log-probabilities are always asked for.
+        """
+        outputs = self._run(prompts, [VLLMSamplingParams(logprobs=0, **each) for each in params])
+        return [
+            [
+                Sample(
+                    tuple(answer.token_ids),
+                    tuple(_of_tokens(answer.token_ids, answer.logprobs)),
+                    str(answer.finish_reason),
+                    token_versions((span.version, span.start, span.end) for span in answer.weight_versions or ()),
+                )
+                for answer in output.outputs
+            ]
+            for output in outputs
+        ]
+
+    def _run(self, prompts: Sequence[Sequence[int]], params: Any) -> list[Any]:
         requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         with torch.random.fork_rng():  # vLLM draws from the global state before it puts the seeded draws in place
             return list(self._llm.generate(requests, params, use_tqdm=False))
@@ -99,6 +124,7 @@ class InProcessVLLM:
 
     def undo(self) -> None:
         """Leaves an update that began: one that a worker cannot read ends it, by vLLM's own rule."""
+        self._sender = None
         with contextlib.suppress(ValueError, RuntimeError):
             self._llm.update_weights({"update_info": {"undo": True}})
 
@@ -108,19 +134,13 @@ class InProcessVLLM:
 
     def answer(self, prompt: Sequence[int]) -> Scored:
         """Samples the probe's completions."""
-        params = VLLMSamplingParams(
-            n=NUM_SAMPLES, temperature=1.0, max_tokens=NUM_TOKENS, logprobs=0, seed=0, ignore_eos=True, detokenize=False
-        )
-        [output] = self.generate([prompt], params)
-        return Scored(
-            [list(answer.token_ids) for answer in output.outputs],
-            [_of_tokens(answer.token_ids, answer.logprobs) for answer in output.outputs],
-        )
+        [samples] = self.sample([prompt], [PROBE_PARAMS])
+        return Scored([list(sample.token_ids) for sample in samples], [list(sample.logprobs) for sample in samples])
 
     def score(self, prompt: Sequence[int], completions: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probabilities of given completions; a request for those of its prompt reads no cache."""
         params = VLLMSamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        outputs = self.generate([[*prompt, *tokens] for tokens in completions], params)
+        outputs = self._run([[*prompt, *tokens] for tokens in completions], params)
         return [
             _of_tokens(tokens, output.prompt_logprobs[len(prompt) :])
             for tokens, output in zip(completions, outputs, strict=True)

@@ -77,6 +77,8 @@ class _InitInfo(WeightTransferInitInfo):  # type: ignore[misc]
 class _UpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
     """One bucket: what lies where in the file."""
 
+    path: str
+    """Which file: a worker that opened another trainer's since must not read from that."""
     names: list[str]
     dtype_names: list[str]
     shapes: list[list[int]]
@@ -89,11 +91,13 @@ class SharedMemoryReceiver(WeightTransferEngine[_InitInfo, _UpdateInfo]):  # typ
     init_info_cls = _InitInfo
     update_info_cls = _UpdateInfo
     _buffer: torch.Tensor | None = None
+    _path = ""
     _begun = False
 
     def init_transfer_engine(self, init_info: _InitInfo) -> None:
         """Opens the trainer's file."""
         self._buffer = _map(init_info.path, init_info.num_bytes)
+        self._path = init_info.path
 
     def start_weight_update(self) -> None:
         """Prepares all layers; what an update before this one left half-done is dropped."""
@@ -110,6 +114,8 @@ class SharedMemoryReceiver(WeightTransferEngine[_InitInfo, _UpdateInfo]):  # typ
         """Loads one bucket; tensors are copied, because layers keep theirs until they are complete."""
         if self._buffer is None:
             raise RuntimeError("weights came before the trainer's shared memory was opened")
+        if update_info.path != self._path:
+            raise RuntimeError("the shared memory of another trainer was opened since; both would have to share this engine")
         weights = []
         for name, dtype_name, shape, offset in zip(
             update_info.names, update_info.dtype_names, update_info.shapes, update_info.offsets, strict=True
@@ -186,7 +192,7 @@ class SharedMemorySender(TrainerWeightTransferEngine[SharedMemoryInit]):  # type
         for meta in self.source.metadata():
             size = torch.Size(meta.shape).numel() * meta.dtype.itemsize
             if not self._buckets or end + size > bucket_bytes:
-                self._buckets.append(_UpdateInfo([], [], [], []))
+                self._buckets.append(_UpdateInfo("", [], [], [], []))
                 end = 0
             bucket = self._buckets[-1]
             bucket.names.append(meta.name)
@@ -210,6 +216,8 @@ class SharedMemorySender(TrainerWeightTransferEngine[SharedMemoryInit]):  # type
                     "or give more shared memory (docker: --shm-size)",
                 ) from error
             self._buffer = _map(path, self._buffer_bytes)
+            for bucket in self._buckets:
+                bucket.path = path
             self.client.init_weight_transfer_engine({"path": path, "num_bytes": self._buffer_bytes})
         finally:
             os.close(handle)

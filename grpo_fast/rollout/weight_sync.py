@@ -9,16 +9,17 @@ Phase                  What it does
 ``finish``             the engine puts them in force, under the version's number
 ``reset_prefix_cache`` keys and values of older weights are forgotten; refused is failed
 ``wake_kv_cache``      the engine's memory for keys and values comes back, where it slept
+``resume``             requests run again: vLLM answers none while it is paused, not even the next
 ``probe``              engine and policy score the same tokens (:mod:`~grpo_fast.rollout.sync_probe`)
-``resume``             requests run again
 ====================== ==============================================================================
 
-A phase that fails before the weights are in force is undone and the whole sequence begun anew; what fails again, takes too long
-or does not pass the probe ends in :class:`~grpo_fast.rollout.engine.WeightSyncError`, and the engine stays paused.
+A phase that fails before requests run again is undone and the whole sequence begun anew. What fails again or takes too long
+ends in :class:`~grpo_fast.rollout.engine.WeightSyncError`. So does what does not pass the probe; requests are then held up.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -113,7 +114,7 @@ class WeightSync:
             ``sync/version``.
 
         Raises:
-            WeightSyncError: the phase is named, with its cause; the engine is paused and must not be sampled from.
+            WeightSyncError: the phase is named, with its cause; the engine must not be sampled from.
         """
         for attempt in range(1, self._attempts + 1):
             begin = time.perf_counter()
@@ -127,8 +128,7 @@ class WeightSync:
                 self._undo(cause)
                 if attempt == self._attempts:
                     raise WeightSyncError(f"{cause}; {attempt} attempts were made and nothing was sampled since") from error
-        mismatch = self._timed("probe", lambda: self._prove(policy, version))
-        self._timed("resume", self._target.resume)
+        mismatch = self._probed(policy, version)
         seconds = time.perf_counter() - begin
         return {
             "sync/seconds": seconds,
@@ -151,7 +151,18 @@ class WeightSync:
         if not self._timed("reset_prefix_cache", target.reset_prefix_cache):
             raise RuntimeError("the engine refused to forget the keys and values of older weights; requests still hold them")
         self._timed("wake_kv_cache", lambda: target.wake("kv_cache"))
+        self._timed("resume", target.resume)
         return num_bytes
+
+    def _probed(self, policy: torch.nn.Module, version: int) -> Mismatch:
+        try:
+            return self._timed("probe", lambda: self._prove(policy, version))
+        except Exception as error:
+            with contextlib.suppress(Exception):
+                self._timed("pause", self._target.pause)
+            if isinstance(error, WeightSyncError):
+                raise
+            raise WeightSyncError(f"the sync of version {version} failed in its phase 'probe': {error}") from error
 
     def _prove(self, policy: torch.nn.Module, version: int) -> Mismatch:
         probe = self._probe

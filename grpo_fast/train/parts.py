@@ -19,7 +19,7 @@ from grpo_fast.objective import OBJECTIVES
 from grpo_fast.rewards import RewardPool
 from grpo_fast.rollout import RolloutEngine, RolloutError
 from grpo_fast.rollout.transformers_engine import TransformersEngine
-from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMSettings, require_vllm
+from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMServerEngine, VLLMSettings, require_vllm
 from grpo_fast.sinks import JsonlSink, RunInfo, Sink, SinkSet, build_sinks
 from grpo_fast.tasks import PromptStream, Task, encode_prompts, load_task
 from grpo_fast.train.policy import Policy, PolicySource
@@ -34,7 +34,7 @@ _CHANGEABLE = {
     "reward_range",
     *("output_dir", "overwrite", "eval_steps", "save_steps", "save_total_limit", "sinks", "log_completions", "report"),
     *("reward_timeout_s", "reward_workers", "reward_on_error", "tokens_per_microbatch", "device", "dtype"),
-    *("vllm_gpu_memory_utilization", "vllm_kv_cache_gib", "sync_deadline_s"),
+    *("vllm_gpu_memory_utilization", "vllm_kv_cache_gib", "vllm_server_urls", "sync_deadline_s"),
 }
 
 
@@ -127,8 +127,8 @@ def build_parts(config: Config, given: Replacements, *, resume: bool) -> Parts:
     """
     replaces_run = not resume and _holds_run(config)
     OBJECTIVES[config.loss_type].spec(config)
-    if config.rollout == "vllm" and "engine" not in given:
-        _check_vllm()
+    if config.rollout != "transformers" and "engine" not in given:
+        _check_vllm(config)
     budget = _build_budget(config, given.get("budget"))
     prior = load_prior(config)
     source = PolicySource(config)
@@ -246,11 +246,11 @@ def _build_budget(config: Config, given: Budget | None) -> Budget:
     return budget
 
 
-def _check_vllm() -> None:
+def _check_vllm(config: Config) -> None:
     try:
         require_vllm()
     except RolloutError as error:
-        raise ConfigError(f"rollout='vllm': {error}") from None
+        raise ConfigError(f"rollout={config.rollout!r}: {error}") from None
 
 
 def _build_engine(config: Config, policy: Policy, prompts: Sequence[Prompt]) -> RolloutEngine:
@@ -263,6 +263,14 @@ def _build_engine(config: Config, policy: Policy, prompts: Sequence[Prompt]) -> 
         max_length=max(len(prompt.token_ids) for prompt in prompts) + config.max_completion_length,
         sync_deadline_s=config.sync_deadline_s,
     )
+    if config.rollout == "vllm-http":
+        return VLLMServerEngine(
+            policy.model,
+            policy.tokenizer,
+            urls=config.vllm_server_urls,
+            autocast_dtype=policy.autocast_dtype,
+            settings=settings,
+        )
     return VLLMEngine(policy.model, policy.tokenizer, autocast_dtype=policy.autocast_dtype, settings=settings)
 
 

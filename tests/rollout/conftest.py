@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
@@ -88,3 +98,55 @@ def measure_errors() -> Callable[..., Errors]:
         return worst
 
     return measure
+
+
+class ServerProcess:
+    """``grpo-fast serve`` on the embedded model, with all that it starts, in a process group of its own."""
+
+    def __init__(self, log: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = int(free.getsockname()[1])
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._log = log
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        program = shutil.which("grpo-fast", path=Path(sys.executable).parent)
+        assert program is not None
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [program, "serve", "embedded", "--port", str(self.port)], stdout=log, stderr=log, start_new_session=True
+            )
+
+    def wait_until_ready(self) -> None:
+        assert self._process is not None
+        for _ in range(240):
+            assert self._process.poll() is None, self._log.read_text(encoding="utf-8")[-3000:]
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=2):
+                return
+            time.sleep(0.5)
+        raise TimeoutError(self._log.read_text(encoding="utf-8")[-3000:])
+
+    def kill(self) -> None:
+        """At once, the engine's own process too."""
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ServerProcess]]:
+    processes = [ServerProcess(tmp_path_factory.mktemp("server") / "log") for _ in range(2)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_API_KEY", "a key of the tests")
+        try:
+            for process in processes:
+                process.start()
+            for process in processes:
+                process.wait_until_ready()
+            yield processes
+        finally:
+            for process in processes:
+                process.kill()

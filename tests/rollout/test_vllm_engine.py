@@ -72,17 +72,17 @@ def test_a_sync_that_breaks_off_half_way_is_done_again_whole(
     embedded: Any, perturb: Callable[..., None], measure_errors: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, _, engine = embedded
-    client = engine._vllm._sender.client
+    client = type(engine._vllm._sender.client)  # the second attempt makes one of its own
     update = client.update_weights
     for times, version in ((1, 3), (2, 4)):
         perturb(model, seed=60 + times)
         buckets: list[Any] = []
 
-        def break_off(info: dict[str, Any], buckets: list[Any] = buckets, times: int = times) -> None:
+        def break_off(own: Any, info: dict[str, Any], buckets: list[Any] = buckets, times: int = times) -> None:
             buckets.append(info)
             if len(buckets) in (2, 4)[:times]:
                 raise ConnectionError("the wire broke")
-            update(info)
+            update(own, info)
 
         with monkeypatch.context() as patch:
             patch.setattr(client, "update_weights", break_off)

@@ -38,7 +38,7 @@ def test_the_probe_reads_the_prefix_cache_and_the_other_scoring_does_not(embedde
     target = embedded.engine._vllm
     assert target.reset_prefix_cache()
     cached = [
-        target.generate([probe.prompt], params)[0].num_cached_tokens
+        target._run([probe.prompt], params)[0].num_cached_tokens
         for params in (
             SamplingParams(max_tokens=1),
             SamplingParams(max_tokens=1, logprobs=0),

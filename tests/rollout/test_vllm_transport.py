@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from grpo_fast.rollout import SamplingParams
 
 # vLLM and what it imports use deprecated parts of torch.
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
@@ -132,6 +135,31 @@ def test_a_weight_that_does_not_come_is_named(embedded: Any, monkeypatch: pytest
         vllm.finish(9)
     assert vllm.weight_version() == 0
     vllm.undo()
+
+
+def test_an_engine_that_another_trainer_took_since_is_taken_back_and_never_read_from_its_memory(
+    embedded: Any, perturb: Callable[..., None], measure_errors: Callable[..., Any]
+) -> None:
+    from grpo_fast.rollout.vllm_transport import PolicyWeights, SharedMemoryInit, SharedMemorySender
+
+    model, _, engine = embedded
+    vllm = engine._vllm
+    engine.sync_weights(model, 1)
+    own = vllm._sender
+    other = copy.deepcopy(model)
+    perturb(other, seed=1, scale=0.1)
+    stranger = SharedMemorySender.trainer_init(
+        SharedMemoryInit(rank=0), client=own.client, source=PolicyWeights(other, torch.float32)
+    )
+    stranger.send_weights()
+    vllm.finish(7)
+    with pytest.raises(RuntimeError, match="the shared memory of another trainer was opened since"):
+        own.send_weights()
+    vllm.undo()
+    engine.sync_weights(model, 2)
+    prompts = [[1, 4, 5, 6], [1, 9]]
+    answers = engine.generate(prompts, SamplingParams(max_tokens=8), num_generations=2, seed=0)
+    assert measure_errors(model, prompts, answers, 1.0).agrees
 
 
 def test_registering_twice_is_harmless() -> None:

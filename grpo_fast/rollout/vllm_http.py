@@ -1,0 +1,257 @@
+"""vLLM servers on this machine: how requests reach them, and what the weight sync asks of them.
+
+All servers get the same weights, through one shared file. Prompts are dealt out in turn, each with all its completions, so that
+a server's prefix cache serves them. The routes that change weights are vLLM's own for training; they know no API key, which is
+why only servers on the loopback interface are taken.
+
+Importing this imports vLLM; :mod:`~grpo_fast.rollout.vllm_engine` does so when an engine is built.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import urllib.parse
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from grpo_fast.rollout.engine import RolloutError
+from grpo_fast.rollout.vllm_sample import PROBE_PARAMS, Sample, token_versions
+from grpo_fast.rollout.vllm_transport import PolicyWeights, SharedMemoryInit, SharedMemorySender
+from grpo_fast.rollout.weight_sync import Scored
+
+_T = TypeVar("_T")
+_CONCURRENT_REQUESTS = 64
+_LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+
+
+class VLLMServer:
+    """One server.
+
+    Args:
+        url: where it listens, on this machine.
+        api_key: what it demands of requests; ``None`` where it demands nothing.
+        deadline_s: longest time of one request.
+
+    Raises:
+        ValueError: the server is on another machine, or the URL is none.
+    """
+
+    def __init__(self, url: str, *, api_key: str | None, deadline_s: float) -> None:
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme != "http" or parts.hostname is None or parts.port is None:
+            raise ValueError(f"{url!r} is no server's address; give one such as http://127.0.0.1:8000")
+        if parts.hostname not in _LOOPBACK:
+            raise ValueError(
+                f"{url} is on another machine: weights go through shared memory, and the routes that change them know no API "
+                "key; give a server on 127.0.0.1"
+            )
+        self.url = url
+        self._host, self._port = parts.hostname, parts.port
+        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+        self._deadline_s = deadline_s
+
+    def call(self, method: Literal["GET", "POST"], path: str, body: Any = None) -> str:
+        """Sends one request.
+
+        Returns:
+            The body of the answer.
+
+        Raises:
+            RolloutError: the server cannot be reached, does not answer in time, or answers with an error.
+        """
+        connection = http.client.HTTPConnection(self._host, self._port, timeout=self._deadline_s)
+        try:
+            connection.request(method, path, None if body is None else json.dumps(body), self._headers)
+            answer = connection.getresponse()
+            text = answer.read().decode()
+        except TimeoutError:
+            raise RolloutError(f"vLLM's server {self.url} did not answer {path} within {self._deadline_s:g} s") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise RolloutError(
+                f"vLLM's server {self.url} is gone ({type(error).__name__} at {path}); start it again with `grpo-fast serve`"
+            ) from error
+        finally:
+            connection.close()
+        if answer.status != http.client.OK:
+            raise RolloutError(f"vLLM's server {self.url} refused {path} with status {answer.status}: {text[:300]}")
+        return text
+
+    def post(self, path: str, body: Any = None) -> Any:
+        """Posts ``body`` as JSON and returns what the answer's JSON holds."""
+        return json.loads(self.call("POST", path, body))
+
+    def get(self, path: str) -> Any:
+        """Gets a path and returns what its JSON holds."""
+        return json.loads(self.call("GET", path))
+
+    @property
+    def context_length(self) -> int:
+        """Longest sequence, in tokens."""
+        return int(self.get("/v1/models")["data"][0]["max_model_len"])
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block of the prefix cache."""
+        found = re.search(r'vllm:cache_config_info\{[^}]*\bblock_size="(\d+)"', self.call("GET", "/metrics"))
+        if found is None:
+            raise RolloutError(f"vLLM's server {self.url} does not tell its cache's block size under /metrics")
+        return int(found[1])
+
+    def sample(self, prompt: Sequence[int], params: dict[str, Any]) -> list[Sample]:
+        """Runs one request to its end."""
+        body = {"token_ids": list(prompt), "sampling_params": params | {"logprobs": 0}}
+        choices = self.post("/inference/v1/generate", body)["choices"]
+        return [
+            Sample(
+                tuple(choice["token_ids"]),
+                tuple(entry["logprob"] for entry in choice["logprobs"]["content"]),
+                str(choice["finish_reason"]),
+                token_versions((span["version"], span["start"], span["end"]) for span in choice["weight_versions"] or ()),
+            )
+            for choice in sorted(choices, key=lambda choice: int(choice["index"]))
+        ]
+
+    def score(self, prompt: Sequence[int], tokens: Sequence[int]) -> list[float]:
+        """Log-probabilities of ``tokens`` after ``prompt``, computed without the prefix cache."""
+        params = {"temperature": 1.0, "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
+        body = {"token_ids": [*prompt, *tokens], "sampling_params": params}
+        entries = self.post("/inference/v1/generate", body)["prompt_logprobs"][len(prompt) :]
+        return [entry[str(token)]["logprob"] for token, entry in zip(tokens, entries, strict=True)]
+
+
+class HTTPVLLM:
+    """Implements :class:`~grpo_fast.rollout.weight_sync.SyncTarget` over servers that take the same weights.
+
+    Args:
+        policy: whose weights are sent.
+        dtype: what the servers compute in.
+        bucket_bytes: weights on the way at a time.
+        urls: of the servers.
+        deadline_s: longest time of one request. ``VLLM_API_KEY`` is read from the environment, as vLLM's server does.
+
+    Raises:
+        ValueError: a server that is not on this machine.
+        RolloutError: a server cannot be reached.
+    """
+
+    def __init__(
+        self, policy: torch.nn.Module, *, dtype: torch.dtype, bucket_bytes: int, urls: Sequence[str], deadline_s: float
+    ) -> None:
+        key = os.environ.get("VLLM_API_KEY")
+        self.servers = [VLLMServer(url, api_key=key, deadline_s=deadline_s) for url in urls]
+        self._policy = policy
+        self._dtype = dtype
+        self._bucket_bytes = bucket_bytes
+        self._sender: SharedMemorySender | None = None
+        self._pool = ThreadPoolExecutor(_CONCURRENT_REQUESTS, thread_name_prefix="vLLM request")
+        self.context_length = min(self.everywhere(lambda server: server.context_length))
+        """Longest sequence that every server takes, in tokens."""
+        self.block_size = max(self.everywhere(lambda server: server.block_size))
+        """Tokens of the largest block of a prefix cache."""
+
+    def everywhere(self, ask: Callable[[VLLMServer], _T]) -> list[_T]:
+        """Asks all servers at once; raises what the first that failed raised."""
+        return list(self._pool.map(ask, self.servers))
+
+    def sample(self, prompts: Sequence[Sequence[int]], params: Sequence[dict[str, Any]]) -> list[list[Sample]]:
+        """Runs requests to their end, up to 64 prompts at a time.
+
+        Raises:
+            RolloutError: a server is gone, or did not answer in time; requests that had not begun are dropped.
+        """
+        requests = [
+            self._pool.submit(self.servers[number % len(self.servers)].sample, prompt, each)
+            for number, (prompt, each) in enumerate(zip(prompts, params, strict=True))
+        ]
+        try:
+            return [request.result() for request in requests]
+        finally:
+            for request in requests:
+                request.cancel()
+
+    def close(self) -> None:
+        """Lets go of the servers, which run on."""
+        self._sender = None
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def pause(self) -> None:
+        """Lets running requests end and holds new ones up; the cache is reset in a phase of its own, which is checked."""
+        self.everywhere(lambda server: server.post("/pause?mode=wait&clear_cache=false"))
+
+    def resume(self) -> None:
+        """Lets requests run again."""
+        self.everywhere(lambda server: server.post("/resume"))
+
+    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        """Does nothing: servers are not put to sleep."""
+
+    def send(self) -> int:
+        """Sends all weights through one shared file; returns their bytes."""
+        if self._sender is None:
+            self._sender = SharedMemorySender.trainer_init(
+                SharedMemoryInit(rank=0, bucket_bytes=self._bucket_bytes),
+                client=_Client(self),
+                source=PolicyWeights(self._policy, self._dtype),
+            )
+        self._sender.send_weights()
+        return self._sender.num_bytes
+
+    def finish(self, version: int) -> None:
+        """Puts them in force."""
+        self.everywhere(lambda server: server.post("/finish_weight_update", {"weight_version": str(version)}))
+
+    def weight_version(self) -> int | None:
+        """The version in force on every server; ``None`` where they differ, or before the first."""
+        versions = set(self.everywhere(lambda server: str(server.get("/weight_info")["weight_version"])))
+        version = versions.pop()
+        return None if versions or not version.isdecimal() else int(version)
+
+    def undo(self) -> None:
+        """Leaves an update that began: one that a worker cannot read ends it, by vLLM's own rule.
+
+        The file is made anew for the next: a server that was started again has not opened this one.
+        """
+        self._sender = None
+        for server in self.servers:
+            with contextlib.suppress(RolloutError):
+                server.post("/update_weights", {"update_info": {"undo": True}})
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets cached keys and values on every server."""
+        return all(self.everywhere(lambda server: bool(server.post("/reset_prefix_cache")["success"])))
+
+    def answer(self, prompt: Sequence[int]) -> Scored:
+        """The probe's completions, of every server in turn."""
+        samples = [sample for part in self.everywhere(lambda server: server.sample(prompt, PROBE_PARAMS)) for sample in part]
+        return Scored([list(sample.token_ids) for sample in samples], [list(sample.logprobs) for sample in samples])
+
+    def score(self, prompt: Sequence[int], completions: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probabilities of the probe's completions, each by the server that sampled it."""
+        each = len(completions) // len(self.servers)
+        return [self.servers[number // each].score(prompt, tokens) for number, tokens in enumerate(completions)]
+
+
+class _Client:
+    """vLLM's protocol of a weight sync client, for all servers as one."""
+
+    def __init__(self, target: HTTPVLLM) -> None:
+        self._target = target
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._target.everywhere(lambda server: server.post("/init_weight_transfer_engine", {"init_info": init_info}))
+
+    def start_weight_update(self) -> None:
+        self._target.everywhere(lambda server: server.post("/start_weight_update"))
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self._target.everywhere(lambda server: server.post("/update_weights", {"update_info": update_info}))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Does nothing: the sync finishes in a phase of its own, under the version's number."""

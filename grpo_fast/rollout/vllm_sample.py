@@ -1,0 +1,36 @@
+"""What is asked of vLLM and what comes back, in this process and over HTTP alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from grpo_fast.rollout.sync_probe import NUM_SAMPLES, NUM_TOKENS
+
+PROBE_PARAMS: dict[str, Any] = {
+    "n": NUM_SAMPLES,
+    "temperature": 1.0,
+    "max_tokens": NUM_TOKENS,
+    "seed": 0,
+    "ignore_eos": True,
+    "detokenize": False,
+}
+"""How the probe of a sync samples."""
+
+
+class Sample(NamedTuple):
+    """One completion as vLLM gives it."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: str
+    versions: tuple[int, ...]
+    """Version of the weights that sampled each token; empty where vLLM names one that no sync gave."""
+
+
+def token_versions(spans: Iterable[tuple[str, int, int]]) -> tuple[int, ...]:
+    """The version of each token from vLLM's spans (version, start, end)."""
+    listed = list(spans)
+    if not all(version.isdecimal() for version, _, _ in listed):
+        return ()
+    return tuple(int(version) for version, start, end in listed for _ in range(start, end))

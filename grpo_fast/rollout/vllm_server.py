@@ -1,0 +1,59 @@
+"""vLLM's own server, started so that a trainer on the same machine can give it weights.
+
+The routes that do so are vLLM's development routes, which no API key guards. So the server listens on the loopback interface
+and nowhere else; for requests it demands the key in ``VLLM_API_KEY``, where that is set.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field
+
+from grpo_fast.rollout.vllm_engine import require_vllm
+
+HOST = "127.0.0.1"
+_BACKEND = "grpo_fast_shm"
+_CPU_BLOCK_SIZE = 32
+
+
+@dataclass(frozen=True, slots=True)
+class ServerCommand:
+    """How a server is started."""
+
+    arguments: list[str]
+    """Program and arguments."""
+    environment: dict[str, str] = field(repr=False)
+    """The whole environment; not shown, as it holds the API key."""
+
+
+def server_command(
+    model: str, *, port: int, on_cpu: bool, dtype: str | None = None, max_model_len: int | None = None
+) -> ServerCommand:
+    """The command that starts a server of ``model``'s architecture; its weights come from the trainer.
+
+    Args:
+        model: directory or hub id; only its configuration and its tokeniser are read.
+        port: where it listens.
+        on_cpu: whether it runs without a GPU.
+        dtype: what it computes in, which must be what the trainer computes in; ``None`` is float32 on a CPU, bfloat16 on a GPU.
+        max_model_len: longest sequence, in tokens; ``None`` takes the model's context.
+
+    Raises:
+        RolloutError: vLLM is missing or too old.
+        ValueError: a port out of range.
+    """
+    require_vllm()
+    if not 0 < port < 2**16:
+        raise ValueError(f"port must lie in 1 to 65535, got {port}")
+    # Not `vllm serve`: that command asks for a distribution named vllm, which vLLM's build for CPUs is not.
+    arguments = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", HOST, "--port", str(port)]
+    arguments += ["--model", model, "--load-format", "dummy", "--dtype", dtype or ("float32" if on_cpu else "bfloat16")]
+    arguments += ["--weight-transfer-config", f'{{"backend": "{_BACKEND}"}}', "--enable-scale-out"]
+    arguments += ["--logprobs-mode", "processed_logprobs", "--disable-uvicorn-access-log"]
+    if max_model_len is not None:
+        arguments += ["--max-model-len", str(max_model_len)]
+    if on_cpu:
+        arguments += ["--enforce-eager", "--block-size", str(_CPU_BLOCK_SIZE)]
+    defaults = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    return ServerCommand(arguments, defaults | dict(os.environ) | {"VLLM_SERVER_DEV_MODE": "1"})

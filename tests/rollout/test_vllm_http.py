@@ -1,0 +1,201 @@
+"""Two real vLLM servers with worker processes of their own; the last test kills one."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from grpo_fast import GRPOTrainer, recipe
+from grpo_fast.assets import embedded_model_dir
+from grpo_fast.rollout import RolloutError, SamplingParams, WeightSyncError
+from grpo_fast.rollout.vllm_engine import VLLMServerEngine, VLLMSettings
+from grpo_fast.types import Completion
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.slow,
+    # vLLM and what it imports use deprecated parts of torch.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
+
+SHARED = [1] + [3 + (7 * position) % 50 for position in range(75)]
+PROMPTS = [[*SHARED, 5, 6], [*SHARED, 7], [1, 4, 5, 6], [1, 9]]
+SAMPLING = SamplingParams(max_tokens=12, temperature=0.7)
+
+
+class Served(NamedTuple):
+    model: PreTrainedModel
+    engine: VLLMServerEngine
+
+
+@pytest.fixture(scope="module")
+def served(servers: Any) -> Iterator[Served]:
+    model = AutoModelForCausalLM.from_pretrained(embedded_model_dir(), dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model_dir())
+    settings = VLLMSettings(bucket_bytes=600_000, sync_deadline_s=60, request_deadline_s=60)
+    engine = VLLMServerEngine(model, tokenizer, urls=[server.url for server in servers], settings=settings)
+    yield Served(model, engine)
+    engine.close()
+
+
+def flat(answers: list[list[Completion]]) -> list[Completion]:
+    return [completion for group in answers for completion in group]
+
+
+def test_twenty_syncs_and_the_logprobs_are_the_policys_after_each(
+    served: Served, perturb: Callable[..., None], measure_errors: Callable[..., Any]
+) -> None:
+    model, engine = served
+    answers = engine.generate(PROMPTS, SAMPLING, num_generations=4, seed=0)
+    for version in range(1, 21):
+        perturb(model, seed=version)
+        assert measure_errors(model, PROMPTS, answers, SAMPLING.temperature).engine > 1e-3
+        metrics = engine.sync_weights(model, version)
+        answers = engine.generate(PROMPTS, SAMPLING, num_generations=4, seed=version)
+        assert measure_errors(model, PROMPTS, answers, SAMPLING.temperature).agrees
+        assert {completion.weight_version for completion in flat(answers)} == {version}
+        assert metrics["sync/bytes"] == sum(weight.nbytes for weight in model.parameters())
+
+
+def test_keys_and_values_of_older_weights_are_found_where_the_cache_is_not_reset(
+    served: Served, perturb: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, engine = served
+    perturb(model, seed=50)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._vllm, "reset_prefix_cache", lambda: True)
+        with pytest.raises(WeightSyncError, match="keys and values of older weights are still in that cache"):
+            engine.sync_weights(model, 2)
+    engine.sync_weights(model, 2)
+
+
+def test_the_same_call_gives_the_same_answer(served: Served) -> None:
+    first = served.engine.generate(PROMPTS, SAMPLING, num_generations=3, seed=4)
+    assert [[c.token_ids for c in g] for g in served.engine.generate(PROMPTS, SAMPLING, num_generations=3, seed=4)] == [
+        [c.token_ids for c in g] for g in first
+    ]
+    assert served.engine.generate(PROMPTS, SAMPLING, num_generations=3, seed=5) != first
+
+
+def test_a_sync_that_breaks_off_half_way_is_done_again_whole(
+    served: Served,
+    perturb: Callable[..., None],
+    measure_errors: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, engine = served
+    perturb(model, seed=61)
+    client = engine._vllm._sender.client
+    update = client.update_weights
+    buckets: list[Any] = []
+
+    def break_off(info: dict[str, Any]) -> None:
+        buckets.append(info)
+        if len(buckets) == 2:
+            raise ConnectionError("the wire broke")
+        update(info)
+
+    monkeypatch.setattr(client, "update_weights", break_off)
+    engine.sync_weights(model, 30)
+    assert len(buckets) == 2  # the second attempt opened a connection of its own
+    answers = engine.generate(PROMPTS, SAMPLING, num_generations=2, seed=0)
+    assert measure_errors(model, PROMPTS, answers, SAMPLING.temperature).agrees
+
+
+def test_requests_without_the_key_are_refused(served: Served, servers: Any) -> None:
+    from grpo_fast.rollout.vllm_http import VLLMServer
+
+    stranger = VLLMServer(servers[0].url, api_key="another", deadline_s=10)
+    with pytest.raises(RolloutError, match="refused /v1/models with status 401"):
+        _ = stranger.context_length
+    assert served.engine._vllm.servers[0].context_length == 128
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://192.0.2.1:8000", "is on another machine: weights go through shared memory"),
+        ("127.0.0.1:8000", "is no server's address"),
+        ("http://127.0.0.1", "is no server's address"),
+    ],
+)
+def test_servers_elsewhere_are_refused(url: str, message: str) -> None:
+    from grpo_fast.rollout.vllm_http import VLLMServer
+
+    with pytest.raises(ValueError, match=message):
+        VLLMServer(url, api_key=None, deadline_s=1)
+
+
+def test_a_run_over_servers_ends_with_a_checkpoint_where_one_dies(servers: Any, tmp_path: Path) -> None:
+    config = recipe(
+        "embedded",
+        output_dir=tmp_path,
+        rollout="vllm-http",
+        vllm_server_urls=[server.url for server in servers],
+        prompts_per_step=4,
+        max_steps=10,
+        eval_steps=0,
+        baseline_probe=0,
+        forecast="off",
+        sinks=(),
+        report=False,
+    )
+    with GRPOTrainer(config) as trainer:
+        steps = trainer.steps()
+        first, second = next(steps), next(steps)
+        assert [step.metrics["sync/version"] for step in (first, second)] == [1, 2]
+        assert second.metrics["sampling/sampling_logp_difference/max"] < 1e-4
+        servers[1].kill()
+        with pytest.raises(RolloutError, match=f"vLLM's server {servers[1].url} is gone"):
+            next(steps)
+    assert (tmp_path / "checkpoint-2" / "manifest.json").exists()
+    servers[1].start()
+    servers[1].wait_until_ready()
+    with GRPOTrainer.resume(tmp_path) as trainer:
+        third = next(trainer.steps())
+        assert (third.step, third.metrics["sync/version"]) == (3, 3)
+
+
+def test_a_server_that_dies_in_a_rollout_or_in_a_sync_is_named_and_the_next_takes_its_place(
+    served: Served,
+    servers: Any,
+    perturb: Callable[..., None],
+    measure_errors: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (model, engine), server = served, servers[1]
+    engine.sync_weights(model, 1)
+    prompts = [[1, 4 + number % 40, 5] for number in range(400)]
+    killer = threading.Timer(0.5, server.kill)
+    killer.start()
+    begin = time.monotonic()
+    with pytest.raises(RolloutError, match=f"vLLM's server {server.url} is gone"):
+        engine.generate(prompts, SamplingParams(max_tokens=100), num_generations=8, seed=0)
+    with pytest.raises(WeightSyncError, match=r"failed in its phase 'pause': vLLM's server .* is gone"):
+        engine.sync_weights(model, 2)
+    assert time.monotonic() < begin + 20
+    killer.join()
+
+    server.start()
+    server.wait_until_ready()
+    perturb(model, seed=70)
+    engine.sync_weights(model, 3)
+    answers = engine.generate(PROMPTS, SAMPLING, num_generations=2, seed=0)
+    assert measure_errors(model, PROMPTS, answers, SAMPLING.temperature).agrees
+
+    client = engine._vllm._sender.client
+    update = client.update_weights
+    monkeypatch.setattr(client, "update_weights", lambda info: (update(info), server.kill()))
+    begin = time.monotonic()
+    with pytest.raises(WeightSyncError, match=r"vLLM's server .* is gone"):
+        engine.sync_weights(model, 4)
+    assert time.monotonic() < begin + 20
+    with pytest.raises(WeightSyncError, match="the last weight sync failed"):
+        engine.generate(PROMPTS, SAMPLING, num_generations=1, seed=0)

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from grpo_fast.rollout import RolloutError, vllm_engine
+from grpo_fast.rollout.vllm_server import server_command
+
+
+@pytest.mark.vllm
+def test_the_server_listens_on_the_loopback_interface_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    command = server_command("model", port=8123, on_cpu=True, max_model_len=64)
+    options = dict(zip(command.arguments[3::2], command.arguments[4::2], strict=False))
+    assert (options["--host"], options["--port"], options["--model"]) == ("127.0.0.1", "8123", "model")
+    assert json.loads(options["--weight-transfer-config"]) == {"backend": "grpo_fast_shm"}
+    assert {"--dtype", "float32", "--block-size", "--max-model-len", "64"} <= set(command.arguments)
+    assert command.environment["VLLM_SERVER_DEV_MODE"] == "1"
+    assert command.environment["VLLM_API_KEY"] == "secret"
+    assert "secret" not in repr(command)
+
+
+@pytest.mark.vllm
+def test_on_a_gpu_it_computes_as_the_trainer_does() -> None:
+    arguments = server_command("model", port=1, on_cpu=False).arguments
+    assert arguments[arguments.index("--dtype") + 1] == "bfloat16"
+    assert "--enforce-eager" not in arguments
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("port", [0, 65536, -1])
+def test_a_port_out_of_range_is_refused(port: int) -> None:
+    with pytest.raises(ValueError, match=f"port must lie in 1 to 65535, got {port}"):
+        server_command("model", port=port, on_cpu=True)
+
+
+def test_a_missing_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_engine.util, "find_spec", lambda name: None)
+    with pytest.raises(RolloutError, match="vLLM is not installed"):
+        server_command("model", port=8000, on_cpu=True)
