@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # so that it runs as a script too
 
 from benchmarks.ops import report  # noqa: E402
+from benchmarks.transfer import report as transfer  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 README = ROOT / "README.md"
@@ -128,7 +129,7 @@ def _read(name: str) -> dict[str, Any]:
 
 def pages() -> dict[Path, str]:
     """Every generated file, as the results have it."""
-    return {README: rendered_readme(), RESULTS_PAGE: report.page()}
+    return {README: rendered_readme(), RESULTS_PAGE: report.page() + "\n" + transfer.section()}
 
 
 if __name__ == "__main__":

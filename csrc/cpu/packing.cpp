@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
 #include <numeric>
 #include <set>
 #include <tuple>
@@ -56,6 +57,7 @@ class FirstFit {
   std::vector<int64_t> rooms_;
 };
 
+// Opened bins by room and number; for budgets of any size.
 class BestFit {
  public:
   BestFit(int64_t, int64_t budget) : budget_(budget) {}
@@ -78,6 +80,76 @@ class BestFit {
   int64_t num_bins_ = 0;
   std::set<std::pair<int64_t, int64_t>> rooms_;
 };
+
+// The same for budgets that an array can have a place for each room of: a heap of bins a room, and a tree of bits that tells,
+// 64 rooms a word, which heaps hold any.
+class DenseBestFit {
+ public:
+  DenseBestFit(int64_t, int64_t budget) : budget_(budget), bins_(budget + 1) {
+    for (int64_t size = budget + 1; levels_.empty() || size > 1;) {
+      size = (size + 63) / 64;
+      levels_.emplace_back(size, 0);
+    }
+  }
+
+  std::pair<int64_t, int64_t> find(int64_t length) {
+    room_ = tightest(length);
+    if (room_ < 0) return {num_bins_++, room_ = budget_};
+    auto& heap = bins_[room_];
+    std::pop_heap(heap.begin(), heap.end(), std::greater<>());
+    const int64_t bin = heap.back();
+    heap.pop_back();
+    int64_t at = room_;
+    if (heap.empty()) {
+      for (auto& level : levels_) {
+        level[at / 64] &= ~(uint64_t{1} << (at % 64));
+        if (level[at / 64]) break;
+        at /= 64;
+      }
+    }
+    return {bin, room_};
+  }
+
+  void fill(int64_t bin, int64_t tokens) {
+    auto& heap = bins_[room_ - tokens];
+    heap.push_back(static_cast<int32_t>(bin));
+    std::push_heap(heap.begin(), heap.end(), std::greater<>());
+    int64_t at = room_ - tokens;
+    for (auto& level : levels_) {
+      level[at / 64] |= uint64_t{1} << (at % 64);
+      at /= 64;
+    }
+  }
+
+  int64_t num_bins() const { return num_bins_; }
+
+ private:
+  // The least room of at least a length that some bin has: up until a word has a bit from there on, then down; -1 without one.
+  int64_t tightest(int64_t length) const {
+    int64_t at = length;
+    for (size_t up = 0; up < levels_.size(); ++up) {
+      const auto& level = levels_[up];
+      const int64_t word = at / 64;
+      if (word >= static_cast<int64_t>(level.size())) return -1;
+      const uint64_t rest = level[word] & (~uint64_t{0} << (at % 64));
+      if (rest) {
+        at = word * 64 + __builtin_ctzll(rest);
+        for (size_t down = up; down-- > 0;) at = at * 64 + __builtin_ctzll(levels_[down][at]);
+        return at;
+      }
+      at = word + 1;
+    }
+    return -1;
+  }
+
+  int64_t budget_;
+  int64_t room_ = 0;
+  int64_t num_bins_ = 0;
+  std::vector<std::vector<int32_t>> bins_;
+  std::vector<std::vector<uint64_t>> levels_;
+};
+
+constexpr int64_t kDenseBudget = 1 << 20;
 
 // From the longest to the shortest, ties by index; what is longer than the budget comes first of all.
 std::vector<int32_t> by_length(const int64_t* lengths, int64_t count, int64_t budget) {
@@ -142,7 +214,8 @@ std::tuple<Tensor, Tensor> pack_sequences(Tensor lengths, int64_t token_budget) 
   Plan plan = place<FirstFit>(order, sizes, token_budget, std::min(count, 2 * ((total - 1) / token_budget + 1)) + 1);
   const int64_t alone = std::count_if(sizes, sizes + count, [&](int64_t size) { return size > token_budget; });
   if (plan.num_bins - alone > bound) {
-    Plan best = place<BestFit>(order, sizes, token_budget, 0);
+    Plan best = token_budget <= kDenseBudget ? place<DenseBestFit>(order, sizes, token_budget, 0)
+                                             : place<BestFit>(order, sizes, token_budget, 0);
     if (best.num_bins < plan.num_bins) plan = std::move(best);
   }
 

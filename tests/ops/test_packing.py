@@ -32,6 +32,14 @@ def test_the_compiled_plan_is_the_references(native_library: None, lengths: list
     assert torch.equal(ours.order, truth.order)
 
 
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(150, 500), max_size=150), budget=st.sampled_from([640, 1000, 4097]))
+def test_plans_agree_where_best_fit_matters_most(native_library: None, lengths: list[int], budget: int) -> None:
+    """Few sequences a bin, so that first-fit is seldom known to be optimal, with rooms of several words of bits."""
+    ours, truth = (pack_sequences(lengths, budget, impl=name) for name in IMPLS)
+    assert ours.bins() == truth.bins()
+
+
 @settings(max_examples=50, deadline=None)
 @given(lengths=st.lists(st.integers(1, 2**31 - 1), min_size=1, max_size=30), budget=st.integers(1, 2**33))
 def test_lengths_of_any_size_are_packed_alike(native_library: None, lengths: list[int], budget: int) -> None:
