@@ -212,7 +212,9 @@ __device__ __forceinline__ void pack_float8(
   }
 #pragma unroll
   for (int r = 0; r < kTileRows; ++r) {
-    const uint32_t most = __reduce_max_sync(0xffffffffu, magnitudes[r]);
+    uint32_t most = magnitudes[r];
+#pragma unroll
+    for (int distance = 16; distance; distance /= 2) most = max(most, __shfl_xor_sync(0xffffffffu, most, distance));
     if (threadIdx.x % 32 == 0) largest[threadIdx.x / 32][r] = most;
   }
   __syncthreads();
