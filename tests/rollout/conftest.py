@@ -128,6 +128,16 @@ class ServerProcess:
             time.sleep(0.5)
         raise TimeoutError(self._log.read_text(encoding="utf-8")[-3000:])
 
+    def stop(self) -> None:
+        """In order, so that nothing of it stays in shared memory."""
+        if self._process is not None:
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(20)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process = None
+
     def kill(self) -> None:
         """At once, the engine's own process too."""
         if self._process is not None:
@@ -149,4 +159,4 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ServerPro
             yield processes
         finally:
             for process in processes:
-                process.kill()
+                process.stop()
