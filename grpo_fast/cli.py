@@ -208,7 +208,7 @@ def forecast(  # noqa: PLR0913 (flags)
         run: Which run, where a column of the log tells several apart; else the last one.
         max_steps: Steps of the whole budget, where the log does not tell them.
         epsilon: Remaining gain that is not worth having, in units of the reward.
-        confidence: Probability of so small a gain that stops a run; 0.8, or what the run itself had.
+        confidence: Probability of so small a gain that stops a run; 0.78, or what the run itself had.
         reward_range: Least and greatest mean reward that is possible.
         num_prompts: Prompts a step, where the log does not tell them; they say how noisy a reward is.
         num_generations: Completions per prompt, likewise.

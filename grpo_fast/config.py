@@ -184,7 +184,7 @@ class Config(BaseModel):
     """What a forecast plateau does: nothing (and no forecast), one message, a question on the terminal, the end of the run."""
     forecast_epsilon: Annotated[float, _FORECAST] = Field(0.01, gt=0)
     """Remaining gain of the reward under which going on is not worth it."""
-    forecast_confidence: Annotated[float, _FORECAST] = Field(0.8, gt=0.5, lt=1)
+    forecast_confidence: Annotated[float, _FORECAST] = Field(0.78, gt=0.5, lt=1)
     """Probability of so small a gain that a stop demands; the expected gain must be that small too."""
     forecast_patience: Annotated[float, _FORECAST] = Field(0.07, gt=0)
     """For how long that must hold without a break: below 1 a share of ``max_steps``, from 1 on a number of steps."""

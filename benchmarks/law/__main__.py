@@ -26,8 +26,8 @@ from benchmarks.law.simulator import STORIES, simulate
 from benchmarks.law.stopping import Fixed, LawStop, Oracle, Patience, PlugIn, Stopper, replay
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "reward_curves"
-DEFAULT = 0.8
-CONFIDENCES = (0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
+DEFAULT = 0.78
+CONFIDENCES = (0.6, 0.7, 0.78, 0.85, 0.9, 0.95)
 NUM_SIMULATED, FIRST_SEED = 120, 10_000
 _PLUGGED = ("exponential from zero (v2)", "logistic (v1)", "exponential + R0")
 

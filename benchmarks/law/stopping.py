@@ -219,7 +219,7 @@ class LawStop:
     """
 
     law: Law = field(repr=False)
-    confidence: float = 0.8
+    confidence: float = 0.78
 
     @property
     def name(self) -> str:

@@ -59,7 +59,7 @@ class StoppingRule:
         self,
         epsilon: float = 0.01,
         *,
-        confidence: float = 0.8,
+        confidence: float = 0.78,
         patience: float = 0.07,
         min_steps: int = 20,
         warmup_steps: int = 0,

@@ -128,7 +128,7 @@ class Run:
     @property
     def confidence(self) -> float:
         """Probability of so small a gain that a stop demanded."""
-        return float(self.config.get("forecast_confidence", 0.8))
+        return float(self.config.get("forecast_confidence", 0.78))
 
     @property
     def resumed_at(self) -> list[int]:

@@ -243,7 +243,7 @@ def test_state_survives_json_in_the_middle_of_a_row():
     assert again.state_dict() == rule.state_dict()
     other = StoppingRule(0.01, patience=2)
     other.take_up(rule.state_dict())
-    assert (other.count, other.patience, other.confidence) == (14, 2, 0.8)
+    assert (other.count, other.patience, other.confidence) == (14, 2, 0.78)
     other.update(READY, all_wrong=1.0)
     assert rule.state_dict()["all_wrong"] == [0.5, *[0.6] * 6], "what is taken up is a copy"
 

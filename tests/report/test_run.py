@@ -119,7 +119,7 @@ def test_a_run_without_configuration_has_defaults(make_run: MakeRun) -> None:
     for name in ("forecasts", "events", "completions"):
         (path / f"{name}.jsonl").unlink(missing_ok=True)
     run = Run.load(path)
-    assert (run.max_steps, run.confidence, run.resumed_at) == (5, 0.8, [])
+    assert (run.max_steps, run.confidence, run.resumed_at) == (5, 0.78, [])
     assert "config.toml is missing" in run.problems[0]
 
 
