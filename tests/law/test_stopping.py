@@ -91,7 +91,7 @@ def test_a_count_does_not_look_at_the_steps_between():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"p_gain_below_eps": 0.79}, "79.0%"),
+        ({"p_gain_below_eps": 0.77}, "77.0%"),
         ({"expected_gain": 0.01}, "0.010 in expectation"),
         ({"p_gain_below_eps": 0.99, "expected_gain": 0.05}, "0.050 in expectation"),
     ],
@@ -101,11 +101,11 @@ def test_confidence_and_a_small_expected_gain_are_both_needed(values, words):
     decision = rule.update(changed(**values))
     assert (decision.stop, decision.count, decision.veto) == (False, 0, "")
     assert words in decision.reason
-    assert rule.update(changed(p_gain_below_eps=0.8, expected_gain=0.0099)).stop
+    assert rule.update(changed(p_gain_below_eps=0.78, expected_gain=0.0099)).stop
 
 
 def test_a_forecast_that_falls_short_says_what_would_be_enough():
-    assert "80% would be enough" in StoppingRule(patience=1).update(changed(p_gain_below_eps=0.7)).reason
+    assert "78% would be enough" in StoppingRule(patience=1).update(changed(p_gain_below_eps=0.7)).reason
     strict = StoppingRule(patience=1, confidence=0.97)
     assert not strict.update(READY).stop
     assert "97% would be enough" in strict.update(READY).reason
