@@ -18,6 +18,9 @@ from cyclopts import Group, Parameter
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 LossType = Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "gspo", "rloo", "luspo", "sapo"]
+ImportanceMode = Literal[
+    "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_truncate", "geometric_mask"
+]
 
 _MODEL = Parameter(group=Group("Model", sort_key=1))
 _DATA = Parameter(group=Group("Data", sort_key=2))
@@ -136,6 +139,17 @@ class Config(BaseModel):
     """Divide centred rewards by the group's standard deviation, the batch's, or not at all."""
     mask_truncated_completions: Annotated[bool, _OBJECTIVE] = False
     """Leave completions that the length limit cut out of the loss."""
+    vllm_importance_sampling_correction: Annotated[bool | None, _OBJECTIVE] = None
+    """Weigh tokens by the policy's probability over the sampler's, at the price of a forward pass; ``None`` does so where vLLM
+    samples."""
+    vllm_importance_sampling_mode: Annotated[ImportanceMode, _OBJECTIVE] = "sequence_mask"
+    """Ratio of the token, of its sequence or of the sequence's geometric mean; cut off at the bounds, or 0 beyond them."""
+    vllm_importance_sampling_clip_max: Annotated[float | None, _OBJECTIVE] = Field(3.0, gt=0)
+    """Greatest such ratio."""
+    vllm_importance_sampling_clip_min: Annotated[float | None, _OBJECTIVE] = Field(None, ge=0)
+    """Least such ratio."""
+    bypass_old_logprobs: Annotated[bool, _OBJECTIVE] = False
+    """Take the sampler's log-probabilities for the old ones: the clip bounds the ratio to the sampler, nothing corrects it."""
     keep_dead_rows_for_metrics: Annotated[bool, _OBJECTIVE] = False
     """Score completions without gradient too (groups without reward variance), so that ``entropy``, ``kl`` and ``clip_ratio``
     are means over all tokens in the loss, as TRL's are; it costs a forward pass of each."""
@@ -241,6 +255,17 @@ class Config(BaseModel):
                 f"top_p={self.top_p:g}, top_k={self.top_k}, min_p={self.min_p:g} cut the support, and vLLM does not say which "
                 "tokens it kept, so that no ratio could be trusted; use top_p=1, top_k=0, min_p=0 or rollout='transformers'"
             )
+        if self.vllm_importance_sampling_correction and self.ratio_is_against_sampler:
+            raise ValueError(
+                f"vllm_importance_sampling_correction=True with bypass_old_logprobs={self.bypass_old_logprobs}, top_p="
+                f"{self.top_p:g}, top_k={self.top_k}, min_p={self.min_p:g}: the ratio is against the sampler already, which "
+                "leaves nothing to correct; choose one of the two"
+            )
+        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+        if low is not None and high is not None and not low < high:
+            raise ValueError(
+                f"vllm_importance_sampling_clip_min={low:g} must lie under vllm_importance_sampling_clip_max={high:g}"
+            )
         if self.reward_range is not None and not self.reward_range[0] < self.reward_range[1]:
             raise ValueError(f"reward_range={self.reward_range} must be (least, greatest)")
         if self.warmup_steps > self.max_steps:
@@ -256,6 +281,17 @@ class Config(BaseModel):
     def truncates_support(self) -> bool:
         """Whether sampling leaves out part of the softmax."""
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+    @property
+    def ratio_is_against_sampler(self) -> bool:
+        """Whether the sampler's log-probabilities are the old ones: asked for, or its cut support makes it another policy."""
+        return self.bypass_old_logprobs or self.truncates_support
+
+    @property
+    def corrects_sampler(self) -> bool:
+        """Whether importance weights correct for the sampler."""
+        wanted = self.vllm_importance_sampling_correction
+        return (self.rollout != "transformers" if wanted is None else wanted) and not self.ratio_is_against_sampler
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Config:

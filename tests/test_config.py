@@ -106,6 +106,12 @@ def test_value_out_of_range_names_the_key(key: str, value: object) -> None:
         ({"reward_range": (1.0, 1.0)}, r"must be \(least, greatest\)"),
         ({"rollout": "vllm-http"}, r"servers are needed exactly for rollout='vllm-http'; start one with `grpo-fast serve`"),
         ({"vllm_server_urls": ("http://127.0.0.1:8000",)}, r"rollout='transformers' with vllm_server_urls="),
+        (
+            {"vllm_importance_sampling_correction": True, "bypass_old_logprobs": True},
+            r"bypass_old_logprobs=True.* the ratio is against the sampler already",
+        ),
+        ({"vllm_importance_sampling_correction": True, "top_k": 5}, r"top_k=5.* leaves nothing to correct"),
+        ({"vllm_importance_sampling_clip_min": 3.0}, r"clip_min=3 must lie under vllm_importance_sampling_clip_max=3"),
         ({"rollout": "vllm", "top_k": 5}, r"top_p=1, top_k=5, min_p=0 cut the support, and vLLM does not say"),
         ({"warmup_steps": 11, "max_steps": 10}, r"warmup_steps=11 exceeds max_steps=10"),
     ],

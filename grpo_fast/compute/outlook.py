@@ -69,7 +69,7 @@ class StepWork:
         prompt_tokens: mean length of a prompt.
         num_iterations: optimiser updates a step.
         checkpointing: whether activations are recomputed.
-        reference: whether a reference policy scores what is trained on.
+        num_scoring_passes: passes without gradient over what is trained on, by a reference policy or against the sampler.
     """
 
     shape: ModelShape
@@ -78,7 +78,7 @@ class StepWork:
     prompt_tokens: float
     num_iterations: int = 1
     checkpointing: bool = False
-    reference: bool = False
+    num_scoring_passes: int = 0
 
     def tokens(self, completion_tokens: Array) -> Array:
         """Tokens of a step, as a budget counts them, for mean completion lengths of any shape."""
@@ -97,7 +97,7 @@ class StepWork:
         meter.add_rollout([prompt] * self.num_prompts, [[completion] * self.num_generations] * self.num_prompts)
         lengths, scored = [prompt + completion] * num_trained, completion * num_trained
         meter.add_train(lengths, scored, checkpointing=self.checkpointing, num_iterations=self.num_iterations)
-        if self.reference:
+        for _ in range(self.num_scoring_passes):
             meter.add_reference(lengths, scored)
         return float(meter.usage(0).flops)
 

@@ -24,6 +24,7 @@ from grpo_fast.ops import (
     scored_rows,
     token_logprob,
 )
+from grpo_fast.train.mismatch import add_mismatch, add_weights, effective_sample_size, importance_weights
 from grpo_fast.train.optim import set_learning_rate
 from grpo_fast.train.policy import Policy
 from grpo_fast.types import Group, TokenBatch, TrainingError
@@ -61,13 +62,19 @@ class UpdateResult:
     """Sequences without gradient that went through the forward pass for the metrics."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Part:
-    """A micro-batch of a step."""
+    """A micro-batch of a step, and what is known of its tokens, [T] each, as the step goes on."""
 
     batch: TokenBatch
     sequences: tuple[TrainingSequence, ...]
     carries_gradient: bool
+    reference: torch.Tensor | None = None
+    """Log-probabilities of the reference policy."""
+    old: torch.Tensor | None = None
+    """Log-probabilities that ratios are taken against; ``None``: the policy's own of this moment, a ratio of exactly 1."""
+    importance: torch.Tensor | None = None
+    """Importance weights against the sampler."""
 
 
 class Learner:
@@ -97,20 +104,24 @@ class Learner:
             self._assign_advantages(groups)
             sequences = flatten_groups(groups, mask_truncated=config.mask_truncated_completions)
             parts = self._micro_batches(sequences)
-            references = [self._reference_logprobs(part.batch) if self._spec.beta else None for part in parts]
+            sums = MetricSums()
+            for part in parts:
+                part.reference = self._reference_logprobs(part.batch) if self._spec.beta else None
+                if config.ratio_is_against_sampler:
+                    part.old = part.batch.sampling_logprobs
+                elif config.corrects_sampler and part.carries_gradient:
+                    part.importance = self._importance_weights(part.batch, sums)
         with timer.phase("train"):
             set_learning_rate(self._optimizer, learning_rate)
-            sums = MetricSums()
-            # A cut support makes the sampler's distribution another one than the policy's: the ratio is taken against it.
-            olds = [part.batch.sampling_logprobs if config.truncates_support else None for part in parts]
             for iteration in range(config.num_iterations):
-                for index, (part, reference) in enumerate(zip(parts, references, strict=True)):
-                    logprobs = self._accumulate(part, olds[index], reference, sums)
+                for part in parts:
+                    logprobs = self._accumulate(part, sums)
                     if iteration == 0:
-                        _add_mismatch(sums, logprobs - part.batch.sampling_logprobs)
-                        olds[index] = logprobs if olds[index] is None else olds[index]
+                        add_mismatch(sums, logprobs - part.batch.sampling_logprobs)
+                        part.old = logprobs if part.old is None else part.old
                 self._apply_gradient(sums)
-            metrics = {name: value for name, value in sums.compute().items() if not name.startswith("_")}
+            found = sums.compute()
+            metrics = {name: value for name, value in found.items() if not name.startswith("_")} | effective_sample_size(found)
         metrics["loss"] = metrics.get("loss", 0.0) / config.num_iterations
         trained, measured = (
             tuple(sequence for part in parts if part.carries_gradient == gradient for sequence in part.sequences)
@@ -169,9 +180,7 @@ class Learner:
             parts.append(_Part(batch, chosen, micro_batch.carries_gradient))
         return parts
 
-    def _accumulate(
-        self, part: _Part, old: torch.Tensor | None, reference: torch.Tensor | None, sums: MetricSums
-    ) -> torch.Tensor:
+    def _accumulate(self, part: _Part, sums: MetricSums) -> torch.Tensor:
         """Adds a micro-batch's gradient and metrics; returns its log-probabilities [T]."""
         batch = part.batch
         with torch.set_grad_enabled(part.carries_gradient):
@@ -183,8 +192,9 @@ class Learner:
                     sequence_index=batch.sequence_index,
                     advantages=batch.advantages,
                     loss_weights=batch.loss_weights,
-                    old_logprobs=old,
-                    ref_logprobs=reference,
+                    old_logprobs=part.old,
+                    ref_logprobs=part.reference,
+                    importance_weights=part.importance,
                     num_items_in_batch=self._num_items_in_batch,
                 ),
                 spec=self._spec,
@@ -195,12 +205,24 @@ class Learner:
         _add_policy_metrics(sums, result.metrics, surrogate=self._spec.surrogate)
         return result.logprobs
 
-    @torch.no_grad()
+    def _importance_weights(self, batch: TokenBatch, sums: MetricSums) -> torch.Tensor:
+        config = self._config
+        weights = importance_weights(
+            self._logprobs_of(self._policy, batch) - batch.sampling_logprobs,
+            batch.sequence_index,
+            mode=config.vllm_importance_sampling_mode,
+            bounds=(config.vllm_importance_sampling_clip_min, config.vllm_importance_sampling_clip_max),
+        )
+        add_weights(sums, weights)
+        return weights
+
     def _reference_logprobs(self, batch: TokenBatch) -> torch.Tensor | None:
-        if self._reference is None:
-            return None
-        hidden = self._reference.scored_hidden_states(batch)
-        head = self._reference.head(self._config.temperature)
+        return None if self._reference is None else self._logprobs_of(self._reference, batch)
+
+    @torch.no_grad()
+    def _logprobs_of(self, policy: Policy, batch: TokenBatch) -> torch.Tensor:
+        hidden = policy.scored_hidden_states(batch)
+        head = policy.head(self._config.temperature)
         return token_logprob(hidden, head, targets=batch.targets, want_entropy=False)[0]
 
     def _apply_gradient(self, sums: MetricSums) -> None:
@@ -232,16 +254,6 @@ def _add_policy_metrics(sums: MetricSums, metrics: PolicyMetrics, *, surrogate: 
         sums.add("clip_ratio/low_mean", metrics.clip_low, weight="_ratios")
         sums.add("clip_ratio/high_mean", metrics.clip_high, weight="_ratios")
         sums.add("clip_ratio/region_mean", metrics.clip_region, weight="_ratios")
-
-
-def _add_mismatch(sums: MetricSums, difference: torch.Tensor) -> None:
-    """How far the engine's log-probabilities are from the policy's own on the same weights."""
-    sums.add("_first_tokens", torch.tensor(difference.numel(), device=difference.device))
-    sums.add("sampling/sampling_logp_difference/mean", difference.abs().sum(), weight="_first_tokens")
-    sums.add("sampling/sampling_logp_difference/max", difference.abs().max(), reduction="max")
-    sums.add("sampling/importance_sampling_ratio/min", difference.exp().min(), reduction="min")
-    sums.add("sampling/importance_sampling_ratio/mean", difference.exp().sum(), weight="_first_tokens")
-    sums.add("sampling/importance_sampling_ratio/max", difference.exp().max(), reduction="max")
 
 
 def flatten_groups(groups: Sequence[Group], *, mask_truncated: bool) -> list[TrainingSequence]:

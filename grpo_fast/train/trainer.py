@@ -280,6 +280,8 @@ class GRPOTrainer:
         scored = sum(len(sequence.completion_ids) for sequence in update.trained)
         if self._parts.reference is not None:
             meter.add_reference(lengths, scored)
+        if config.corrects_sampler:
+            meter.add_reference(lengths, scored)
         meter.add_train(lengths, scored, checkpointing=config.gradient_checkpointing, num_iterations=config.num_iterations)
         if update.measured:
             again = config.num_iterations * update.measured

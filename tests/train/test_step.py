@@ -450,3 +450,53 @@ def test_two_hundred_steps_learn_what_the_reference_learns(tmp_path: Path) -> No
     # the guard: rounded logits, an error of the size that public kernels have, would have been told
     rounded = embedded_curve(in_bfloat16, tmp_path / "rounded", num_steps=20)
     assert not follow_each_other(rounded, expected[:20])
+
+
+def test_importance_weights_correct_for_another_sampler(tiny_policy: MakePolicy, groups: list[Group]) -> None:
+    """With a ratio a token, kept under 3, the gradient is that of the weighted surrogate; the clip's ratio stays exactly 1."""
+    settings = {"vllm_importance_sampling_correction": True, "vllm_importance_sampling_mode": "token_truncate"}
+    bench, plain = Bench(tiny_policy(), **settings), Bench(tiny_policy())
+    found, other = (one.update(groups).metrics for one in (bench, plain))
+    sampler = tiny_policy()
+    total = sum(len(c.token_ids) for group in groups for c in group.completions)
+    loss = torch.zeros(())
+    for group in groups:
+        for completion, advantage in zip(group.completions, group.advantages, strict=True):
+            if advantage == 0.0:
+                continue
+            one = TrainingSequence(group.prompt.token_ids, completion.token_ids, completion.logprobs, advantage, in_loss=True)
+            batch = build_batch([one], [1.0], torch.device("cpu"))
+            logits = sampler.model(input_ids=batch.input_ids, use_cache=False).logits[0]
+            first = len(group.prompt.token_ids)
+            logprobs = logits.log_softmax(-1)[first - 1 : -1].gather(1, batch.targets[:, None])[:, 0]
+            weight = (logprobs.detach() - batch.sampling_logprobs).exp().clamp(max=3.0)
+            loss = loss - (weight * advantage * (logprobs - logprobs.detach()).exp()).sum() / total
+    loss.backward()
+    gradient = torch.cat([p.grad.flatten() for p in sampler.model.parameters()])
+    assert relative_error(bench.gradients[0], gradient) < 1e-5
+    assert relative_error(plain.gradients[0], gradient) > 0.05
+    assert found["clip_ratio/region_mean"] == other["clip_ratio/region_mean"] == 0.0
+    assert found["sampling/importance_weight/masked_fraction"] == 0.0
+    assert "sampling/importance_weight/mean" not in other
+
+
+def test_a_masked_sequence_leaves_the_gradient(tiny_policy: MakePolicy, groups: list[Group]) -> None:
+    settings = {"vllm_importance_sampling_correction": True, "vllm_importance_sampling_clip_max": 1e-9}
+    bench = Bench(tiny_policy(), **settings)
+    metrics = bench.update(groups).metrics
+    assert metrics["sampling/importance_weight/masked_fraction"] == 1.0
+    assert bench.gradients[0].abs().max() == 0.0
+
+
+def test_bypass_takes_the_ratio_to_the_sampler(tiny_policy: MakePolicy, groups: list[Group]) -> None:
+    bench = Bench(tiny_policy(), bypass_old_logprobs=True, temperature=0.8, epsilon_high=0.3)
+    loss, gradient = truth(tiny_policy(), groups, bench.config)
+    assert bench.update(groups).metrics["loss"] == pytest.approx(loss, rel=1e-5)
+    assert relative_error(bench.gradients[0], gradient) < 1e-5
+
+
+def test_only_engines_of_their_own_are_corrected_unless_asked() -> None:
+    assert not Config().corrects_sampler
+    assert Config(rollout="vllm").corrects_sampler
+    assert not Config(rollout="vllm", bypass_old_logprobs=True).corrects_sampler
+    assert not Config(rollout="vllm", vllm_importance_sampling_correction=False).corrects_sampler
