@@ -120,7 +120,8 @@ def cases(modules: list[str]) -> Iterator[Case]:
 
 def kernel_modules() -> list[str]:
     """Modules of ``grpo_fast.ops`` that register calls."""
-    names = [f"grpo_fast.ops.{found.name}" for found in pkgutil.iter_modules(grpo_fast.ops.__path__)]
+    found = (module.name for module in pkgutil.iter_modules(grpo_fast.ops.__path__))
+    names = [f"grpo_fast.ops.{name}" for name in found if not name.startswith("_")]  # the native library is no module
     return [name for name in names if hasattr(importlib.import_module(name), "aot_calls")]
 
 

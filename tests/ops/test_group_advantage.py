@@ -244,12 +244,12 @@ def test_it_compiles_without_a_graph_break(impl: str, device: torch.device) -> N
 
 
 def test_launch_shapes() -> None:
-    assert _launch_shape(64, 8, "group") == (128, 8, 0, 8)
-    assert _launch_shape(64, 8, "batch") == (64, 8, 0, 8)
-    assert _launch_shape(300, 12, "batch") == (64, 16, 4, 8)
-    assert _launch_shape(10**6, 8, "batch") == (128, 8, 256, 8)
-    assert _launch_shape(10, 3000, "none") == (1, 4096, 0, 16)
-    assert _launch_shape(0, 1, "batch") == (1, 1, 0, 8)
+    assert _launch_shape(64, 8, "group") == (128, 8, 0)
+    assert _launch_shape(64, 8, "batch") == (64, 8, 0)
+    assert _launch_shape(300, 12, "batch") == (64, 16, 4)
+    assert _launch_shape(10**6, 8, "batch") == (128, 8, 256)
+    assert _launch_shape(10, 3000, "none") == (1, 4096, 0)
+    assert _launch_shape(0, 1, "batch") == (1, 1, 0)
 
 
 def test_a_group_too_large_for_a_program_is_named(device: torch.device) -> None:

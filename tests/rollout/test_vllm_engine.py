@@ -224,6 +224,9 @@ def test_a_run_learns_as_much_as_with_the_embedded_engine(tmp_path: Path) -> Non
     assert reached > 0.97
     assert found > reached - 0.02
     assert max(row["sampling/sampling_logp_difference/mean"] for row in rows) < 1e-6
+    weights = [row["sampling/importance_weight/mean"] for row in rows if "sampling/importance_weight/mean" in row]
+    assert len(weights) > 50
+    assert weights == pytest.approx([1.0] * len(weights), abs=1e-3), "the sampler is corrected, and little is left to correct"
     assert [row["sync/version"] for row in rows] == list(range(1, 61))
     assert max(row["sync/probe_kl"] for row in rows) < 1e-8
 
