@@ -35,7 +35,7 @@ test-vllm:
 	@test ! -e $(VLLM)/ready || $(VLLM)/bin/python -m pytest -m vllm --timeout=300 tests/rollout
 
 test-fast: env-dev native lint
-	$(BIN)/python -m pytest -m "not slow and not gpu and not vllm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not vllm"
 
 # Torch and Python are not built for sanitizers: theirs has to be loaded first, and what they keep at exit is no leak of ours.
 sanitize: env-dev
