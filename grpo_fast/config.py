@@ -293,6 +293,11 @@ class Config(BaseModel):
         wanted = self.vllm_importance_sampling_correction
         return (self.rollout != "transformers" if wanted is None else wanted) and not self.ratio_is_against_sampler
 
+    @property
+    def num_scoring_passes(self) -> int:
+        """Passes without gradient over what a step trains on: by the reference policy, and against the sampler."""
+        return (self.beta > 0) + self.corrects_sampler
+
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Config:
         """Builds a configuration from plain values.

@@ -341,5 +341,5 @@ def _work(config: Config, shape: ModelShape, prompt_tokens: float) -> StepWork:
         prompt_tokens=prompt_tokens,
         num_iterations=config.num_iterations,
         checkpointing=config.gradient_checkpointing,
-        num_scoring_passes=(config.beta > 0) + config.corrects_sampler,
+        num_scoring_passes=config.num_scoring_passes,
     )

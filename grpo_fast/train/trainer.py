@@ -278,9 +278,7 @@ class GRPOTrainer:
         meter, config = self._parts.meter, self.config
         lengths = [len(sequence) for sequence in update.trained]
         scored = sum(len(sequence.completion_ids) for sequence in update.trained)
-        if self._parts.reference is not None:
-            meter.add_reference(lengths, scored)
-        if config.corrects_sampler:
+        for _ in range(config.num_scoring_passes):
             meter.add_reference(lengths, scored)
         meter.add_train(lengths, scored, checkpointing=config.gradient_checkpointing, num_iterations=config.num_iterations)
         if update.measured:
