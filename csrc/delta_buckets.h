@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <tuple>
+
 #include "require.h"
 
 namespace grpo_fast {
@@ -42,6 +44,16 @@ inline Delta new_delta(const Tensor& like, int64_t size) {
 inline void set_totals(const Delta& delta, int64_t count, uint64_t checksum) {
   *static_cast<int64_t*>(delta.count.mutable_data_ptr()) = count;
   *static_cast<uint64_t*>(delta.checksum.mutable_data_ptr()) = checksum;
+}
+
+// The op, of what a device finds: find(value) compares elements as unsigned integers of the type of value.
+template <typename Find>
+std::tuple<Tensor, Tensor, Tensor, Tensor> delta_of(
+    const Tensor& old_bucket, const Tensor& new_bucket, int64_t capacity, const Find& find) {
+  check_buckets(old_bucket, new_bucket, capacity);
+  const auto size = new_bucket.element_size();
+  const Delta delta = size == 1 ? find(uint8_t{}) : size == 2 ? find(uint16_t{}) : find(uint32_t{});
+  return {delta.indices, delta.values, delta.count, delta.checksum};
 }
 
 }  // namespace grpo_fast

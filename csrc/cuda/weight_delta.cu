@@ -50,12 +50,9 @@ Delta find_delta(const Tensor& old_bucket, const Tensor& new_bucket, int64_t cap
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> weight_delta(Tensor old_bucket, Tensor new_bucket, int64_t capacity) {
-  check_buckets(old_bucket, new_bucket, capacity);
-  const auto size = new_bucket.element_size();
-  const Delta delta = size == 1   ? find_delta<uint8_t>(old_bucket, new_bucket, capacity)
-                      : size == 2 ? find_delta<uint16_t>(old_bucket, new_bucket, capacity)
-                                  : find_delta<uint32_t>(old_bucket, new_bucket, capacity);
-  return {delta.indices, delta.values, delta.count, delta.checksum};
+  return delta_of(old_bucket, new_bucket, capacity, [&](auto value) {
+    return find_delta<decltype(value)>(old_bucket, new_bucket, capacity);
+  });
 }
 
 }  // namespace
