@@ -7,7 +7,6 @@ rate, so that a plateau made by the schedule is not taken for one of the policy)
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
@@ -20,6 +19,7 @@ from grpo_fast.law.forms import Array
 from grpo_fast.law.posterior import GRID, Believed, Draws, Posterior, quantiles
 from grpo_fast.law.prior import Prior, RunFacts, RunScale
 from grpo_fast.law.scatter import Scatter
+from grpo_fast.law.spending import SpendingCurve
 from grpo_fast.law.stacking import Say, Stack, bounds_of
 
 NUM_BAND = 25
@@ -101,6 +101,7 @@ class OnlinePredictor:
         self.posterior = Posterior()
         self._scatter = Scatter()
         self._stack = Stack()
+        self._spent = SpendingCurve()
         self._num_skipped = 0
         self._extremes = (math.inf, -math.inf)
         if facts.start is not None:
@@ -255,10 +256,10 @@ class OnlinePredictor:
             num_observations=self.num_observations,
             num_skipped=self._num_skipped,
             band=Band(*(tuple(row.tolist()) for row in (marks, q[0, 1:-1], q[2, 1:-1], q[4, 1:-1]))),
-            spent=self._spent_at(step),
-            x80_spending=self._spent_at(when[0.8][0]),
-            x95_spending=self._spent_at(when[0.95][0]),
-            end_spending=self._spent_at(self.horizon),
+            spent=self._spent.at(step),
+            x80_spending=self._spent.at(when[0.8][0]),
+            x95_spending=self._spent.at(when[0.95][0]),
+            end_spending=self._spent.at(self.horizon),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -320,6 +321,8 @@ class OnlinePredictor:
 
     def _take(self, row: Observation) -> None:
         self.rows.append(row)
+        if row.spent is not None:
+            self._spent.add(row.step, row.spent)
         self._extremes = (min(self._extremes[0], row.reward), max(self._extremes[1], row.reward))
         expected = self._scatter.expected(
             row.reward,
@@ -385,27 +388,6 @@ class OnlinePredictor:
             for at in quantiles(when[:, None], draws.weight, _LEVELS[[0, 2, 4]])[:, 0]
         )
         return middle, None if middle is None else (low, high)
-
-    def _spent_at(self, step: int | None) -> Spending | None:
-        """Compute by a step: as told behind, at the pace of late ahead."""
-        known = [row for row in self.rows if row.spent is not None]
-        if step is None or not known:
-            return None
-
-        def at(name: str) -> float | None:
-            told = [(row.step, float(value)) for row in known if (value := getattr(row.spent, name)) is not None]
-            if not told:
-                return None
-            points = [(0, 0.0), *told]
-            if step > points[-1][0]:
-                back = max(0, min(len(points) - 2, int((1.0 - _RECENT) * len(points))))
-                (start, spent), (end, more) = points[back], points[-1]
-                return more + (more - spent) / (end - start) * (step - end)
-            after = bisect_left(points, (step, -math.inf))
-            (start, spent), (end, more) = points[max(0, after - 1)], points[after]
-            return spent + (more - spent) * (step - start) / max(end - start, 1)
-
-        return Spending(at("tokens"), at("device_hours"), at("money"))
 
     def _trend(self) -> tuple[float, float, float]:
         """Least squares over the latest rewards, carried to the budget's end: value and 90 % interval."""

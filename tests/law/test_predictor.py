@@ -358,10 +358,18 @@ def test_a_whole_budget_can_be_observed():
     assert OnlinePredictor(1).observe(1, 1.0, 0.5).median == pytest.approx(0.5, abs=0.1)
 
 
-def milliseconds(action) -> float:
-    begin = time.process_time()
-    action()
-    return 1e3 * (time.process_time() - begin)
+def milliseconds(action, repeats: int) -> float:
+    """CPU time of a call: the median of some, without what a coverage tracer adds to each line."""
+    tracer, taken = sys.gettrace(), []
+    sys.settrace(None)
+    try:
+        for _ in range(repeats):
+            begin = time.process_time()
+            action()
+            taken.append(1e3 * (time.process_time() - begin))
+    finally:
+        sys.settrace(tracer)
+    return statistics.median(taken)
 
 
 @pytest.fixture(scope="module")
@@ -373,7 +381,7 @@ def long_run() -> OnlinePredictor:
 
 def test_a_forecast_costs_at_most_50_ms_after_ten_thousand_steps(long_run):
     assert long_run.forecast().x95_spending is not None, "the dear case"
-    assert statistics.median(milliseconds(long_run.forecast) for _ in range(7)) < 50.0
+    assert milliseconds(long_run.forecast, repeats=7) < 50.0
 
 
 def test_a_step_costs_at_most_10_ms_after_ten_thousand(long_run):
@@ -383,7 +391,7 @@ def test_a_step_costs_at_most_10_ms_after_ten_thousand(long_run):
         step = next(steps)
         long_run.absorb(step, step / 20_000, 0.7, num_prompts=16, num_generations=8)
 
-    assert statistics.median(milliseconds(take) for _ in range(50)) < 10.0
+    assert milliseconds(take, repeats=50) < 10.0
 
 
 def test_the_law_needs_no_torch():
