@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from json import dumps as to_json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import App, ArgumentCollection, CycloptsError, Group, Parameter, validators
 from cyclopts import config as cyclopts_config
@@ -357,6 +357,22 @@ def serve(model: str = "embedded", *, port: int = 8000, dtype: str | None = None
         max_model_len=max_model_len,
     )
     os.execve(command.arguments[0], command.arguments, command.environment)
+
+
+@app.command
+def export(source: Path, *, output: Path, dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto") -> int:
+    """Merge the adapters of a LoRA run into its base and write a plain model, for engines and tools without peft.
+
+    Args:
+        source: The run, of which the checkpoint is taken that its summary names; or one of its checkpoints.
+        output: A new or empty directory.
+        dtype: Type of the weights; that of the base's own files without it.
+    """
+    from grpo_fast.train.export import export_merged  # noqa: PLC0415 (--help must not wait for torch)
+
+    checkpoint = export_merged(source, output, dtype=dtype)
+    Console().print(f"wrote {output}, merged from {checkpoint}", highlight=False, markup=False, soft_wrap=True)
+    return 0
 
 
 @app.command

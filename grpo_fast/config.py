@@ -23,6 +23,7 @@ ImportanceMode = Literal[
 ]
 
 _MODEL = Parameter(group=Group("Model", sort_key=1))
+_LORA = Parameter(group=Group("LoRA", sort_key=1.5))
 _DATA = Parameter(group=Group("Data", sort_key=2))
 _REWARD = Parameter(group=Group("Reward", sort_key=3))
 _ROLLOUT = Parameter(group=Group("Rollout", sort_key=4))
@@ -49,13 +50,27 @@ class Config(BaseModel):
     trust_remote_code: Annotated[bool, _MODEL] = False
     """Run modelling code that comes with the model."""
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], _MODEL] = "auto"
-    """Type that forward and backward compute in (weights stay float32); ``auto`` is float32 on a CPU, bfloat16 on a GPU."""
+    """Type that forward and backward compute in (weights that are trained stay float32, frozen ones take it on); ``auto`` is
+    float32 on a CPU, bfloat16 on a GPU."""
     device: Annotated[Literal["auto", "cpu", "cuda"], _MODEL] = "auto"
     """Where the policy lives; ``auto`` takes the GPU where there is one."""
     attn_implementation: Annotated[str, _MODEL] = "sdpa"
     """Attention of transformers: ``sdpa``, ``eager``, ``flash_attention_2``, ..."""
     gradient_checkpointing: Annotated[bool, _MODEL] = False
     """Recompute activations in the backward pass: a third more compute for much less memory."""
+
+    use_peft: Annotated[bool, _LORA] = False
+    """Train LoRA adapters over frozen weights. The reference policy is then the model with its adapters off. They have no
+    dropout: it would keep the ratio of an on-policy step from being 1."""
+    lora_r: Annotated[int, _LORA] = Field(16, ge=1)
+    """Rank of the adapters."""
+    lora_alpha: Annotated[int, _LORA] = Field(32, ge=1)
+    """Their update is multiplied by ``lora_alpha / lora_r``."""
+    use_rslora: Annotated[bool, _LORA] = False
+    """Multiply it by ``lora_alpha / sqrt(lora_r)`` instead."""
+    lora_target_modules: Annotated[tuple[str, ...], _LORA] = ("all-linear",)
+    """Modules with an adapter, by the ends of their names (``q_proj``, ...); ``all-linear``: every linear layer but the
+    head."""
 
     dataset: Annotated[str, _DATA] = "arithmetic"
     """``arithmetic``, ``gsm8k``, ``countdown``, ``reasoning_gym:TASK``, a hub id, or a directory, parquet or JSONL file with a
@@ -236,6 +251,19 @@ class Config(BaseModel):
     """Write ``report.html`` and its pictures at the end."""
 
     @model_validator(mode="after")
+    def _adapters_consistent(self) -> Self:
+        fields = ("lora_r", "lora_alpha", "use_rslora", "lora_target_modules")
+        idle = [name for name in fields if getattr(self, name) != type(self).model_fields[name].default]
+        if idle and not self.use_peft:
+            raise ValueError(f"{', '.join(f'{name}={getattr(self, name)!r}' for name in idle)} without use_peft; add use_peft")
+        targets = self.lora_target_modules
+        if not targets or ("all-linear" in targets and len(targets) > 1):
+            raise ValueError(f"lora_target_modules={list(targets)}: give names of modules, or 'all-linear' alone")
+        if self.use_peft and self.rollout != "transformers":
+            raise ValueError(f"use_peft with rollout={self.rollout!r}: adapters are sampled by rollout='transformers' only")
+        return self
+
+    @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.reward_weights and len(self.reward_weights) != len(self.reward_funcs):
             raise ValueError(
@@ -294,9 +322,12 @@ class Config(BaseModel):
         return (self.rollout != "transformers" if wanted is None else wanted) and not self.ratio_is_against_sampler
 
     @property
-    def num_scoring_passes(self) -> int:
-        """Passes without gradient over what a step trains on: by the reference policy, and against the sampler."""
-        return (self.beta > 0) + self.corrects_sampler
+    def scoring_passes(self) -> tuple[bool, ...]:
+        """Passes without gradient over what a step trains on; of each, whether adapters take part.
+
+        They do not in the reference policy's, and do in that against the sampler.
+        """
+        return (False,) * (self.beta > 0) + (True,) * self.corrects_sampler
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Config:

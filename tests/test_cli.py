@@ -311,3 +311,14 @@ def test_doctor_speaks(run: Run) -> None:
     code, out, _ = run("doctor")
     assert code in {0, 1}
     assert "torch" in out
+
+
+def test_a_lora_run_is_exported_as_a_plain_model(run: Run) -> None:
+    assert run(f"train {SMALL} --use-peft --lora-r 4 --lora-target-modules q_proj --output-dir adapted")[0] == 0
+    code, out, _ = run("export adapted --output whole")
+    assert code == 0
+    assert "wrote whole, merged from adapted/checkpoint-2" in out
+    assert Path("whole/model.safetensors").is_file()
+    code, _, err = run("export adapted --output whole")
+    assert code == 1
+    assert "whole is in use; name a new or empty directory" in err

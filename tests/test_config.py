@@ -15,6 +15,8 @@ EVERYTHING_SET: dict[str, Any] = {
     "model": 'a "quoted" \\ name',
     "revision": "main",
     "eval_split": "test",
+    "use_peft": True,
+    "lora_target_modules": ("q_proj", "v_proj"),
     "system_prompt": "Think.\nThen answer: ü ∑",
     "max_prompt_length": 7,
     "reward_funcs": ("accuracy", "my.module:score"),
@@ -70,6 +72,7 @@ def test_bad_type_names_key_and_value(key: str, value: object) -> None:
     ("key", "value"),
     [
         ("num_generations", 1),
+        ("lora_r", 0),
         ("prompts_per_step", 0),
         ("temperature", 0.0),
         ("top_p", 0.0),
@@ -113,6 +116,11 @@ def test_value_out_of_range_names_the_key(key: str, value: object) -> None:
         ({"vllm_importance_sampling_correction": True, "top_k": 5}, r"top_k=5.* leaves nothing to correct"),
         ({"vllm_importance_sampling_clip_min": 3.0}, r"clip_min=3 must lie under vllm_importance_sampling_clip_max=3"),
         ({"rollout": "vllm", "top_k": 5}, r"top_p=1, top_k=5, min_p=0 cut the support, and vLLM does not say"),
+        ({"lora_r": 8}, r"lora_r=8 without use_peft; add use_peft"),
+        ({"lora_target_modules": ("q_proj",)}, r"lora_target_modules=\('q_proj',\) without use_peft"),
+        ({"use_peft": True, "lora_target_modules": ()}, r"give names of modules, or 'all-linear' alone"),
+        ({"use_peft": True, "lora_target_modules": ("all-linear", "q_proj")}, r"or 'all-linear' alone"),
+        ({"use_peft": True, "rollout": "vllm"}, r"use_peft with rollout='vllm'"),
         ({"warmup_steps": 11, "max_steps": 10}, r"warmup_steps=11 exceeds max_steps=10"),
     ],
 )
@@ -198,3 +206,9 @@ def test_a_warm_up_below_one_is_a_share_of_the_steps() -> None:
     assert Config.parse({"warmup_steps": 0.25, "max_steps": 30}).num_warmup_steps == 8
     assert Config.parse({"warmup_steps": 3, "max_steps": 30}).num_warmup_steps == 3
     assert Config.parse({"max_steps": 30}).num_warmup_steps == 0
+
+
+def test_adapters_take_part_in_the_policys_own_passes_alone() -> None:
+    assert Config().scoring_passes == ()
+    assert Config(beta=0.1).scoring_passes == (False,)
+    assert Config(beta=0.1, rollout="vllm").scoring_passes == (False, True)

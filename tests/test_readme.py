@@ -39,7 +39,7 @@ def test_the_commands_of_the_embedded_model_run(tmp_path: Path) -> None:
     program = shutil.which("grpo-fast", path=Path(sys.executable).parent)
     assert program is not None
     local = [command for command in COMMANDS if "--model" not in command]  # those that need no hub
-    assert len(local) == 7
+    assert len(local) == 9
     for command in local:
         done = subprocess.run(
             [program, *command.split()[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False

@@ -95,15 +95,19 @@ class ComputeMeter:
         self._tokens["prompt"] += sum(p * len(row) for p, row in zip(prompt_lengths, completion_lengths, strict=True))
         self._tokens["completion"] += sum(sum(row) for row in completion_lengths)
 
-    def add_reference(self, lengths: Sequence[int], scored_tokens: int, *, shape: ModelShape | None = None) -> None:
-        """Charges a scoring pass without gradient, by the reference or the old policy.
+    def add_reference(
+        self, lengths: Sequence[int], scored_tokens: int, *, shape: ModelShape | None = None, adapters: bool = False
+    ) -> None:
+        """Charges a scoring pass without gradient, by the reference or the policy.
 
         Args:
             lengths: tokens of each sequence.
             scored_tokens: rows that pass the head.
             shape: the scoring model where it is not the policy's.
+            adapters: whether LoRA takes part, as it does where the policy itself scores.
         """
-        self._flops["reference"] += reference_flops(shape or self.shape, lengths, scored_tokens)
+        flops = forward_flops if adapters else reference_flops
+        self._flops["reference"] += flops(shape or self.shape, lengths, scored_tokens)
 
     def add_train(
         self, lengths: Sequence[int], scored_tokens: int, *, checkpointing: bool = False, num_iterations: int = 1

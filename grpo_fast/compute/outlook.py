@@ -69,7 +69,8 @@ class StepWork:
         prompt_tokens: mean length of a prompt.
         num_iterations: optimiser updates a step.
         checkpointing: whether activations are recomputed.
-        num_scoring_passes: passes without gradient over what is trained on, by a reference policy or against the sampler.
+        scoring_passes: passes without gradient over what is trained on, by a reference policy or against the sampler; of each,
+            whether adapters take part.
     """
 
     shape: ModelShape
@@ -78,7 +79,7 @@ class StepWork:
     prompt_tokens: float
     num_iterations: int = 1
     checkpointing: bool = False
-    num_scoring_passes: int = 0
+    scoring_passes: tuple[bool, ...] = ()
 
     def tokens(self, completion_tokens: Array) -> Array:
         """Tokens of a step, as a budget counts them, for mean completion lengths of any shape."""
@@ -97,8 +98,8 @@ class StepWork:
         meter.add_rollout([prompt] * self.num_prompts, [[completion] * self.num_generations] * self.num_prompts)
         lengths, scored = [prompt + completion] * num_trained, completion * num_trained
         meter.add_train(lengths, scored, checkpointing=self.checkpointing, num_iterations=self.num_iterations)
-        for _ in range(self.num_scoring_passes):
-            meter.add_reference(lengths, scored)
+        for adapters in self.scoring_passes:
+            meter.add_reference(lengths, scored, adapters=adapters)
         return float(meter.usage(0).flops)
 
 

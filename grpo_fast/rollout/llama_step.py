@@ -30,8 +30,9 @@ _STATIC_ROPE = {"default", "linear", "llama3", "yarn"}
 def supports(model: PreTrainedModel) -> bool:
     """Whether :class:`LlamaStep` computes what ``model`` computes.
 
-    The class must be transformers' own, with plain linear layers on one device (no adapter, quantisation or offloading), full
-    attention, SiLU and a static rotary embedding, and no module may carry a hook or a replaced ``forward``.
+    The class must be transformers' own, with plain linear layers on one device (LoRA adapters of peft's may lie over them, but
+    no quantisation or offloading), full attention, SiLU and a static rotary embedding, and no module may carry a hook or a
+    replaced ``forward``.
     """
     config = model.config
     if type(model).__name__ not in _FAMILY or not type(model).__module__.startswith("transformers."):
@@ -43,10 +44,15 @@ def supports(model: PreTrainedModel) -> bool:
         return False
     for module in model.modules():
         wrapped = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-        strange = type(module) is not torch.nn.Linear and hasattr(module, "in_features")
+        strange = type(module) is not torch.nn.Linear and hasattr(module, "in_features") and not _is_lora(module)
         if wrapped or strange:
             return False
     return len({parameter.device for parameter in model.parameters()}) == 1
+
+
+def _is_lora(module: torch.nn.Module) -> bool:
+    """Whether it is peft's adapter over a plain linear layer; its base layer and its factors are asked about in their turn."""
+    return type(module).__name__ == "Linear" and type(module).__module__ == "peft.tuners.lora.layer"
 
 
 class LlamaStep:
@@ -140,5 +146,7 @@ def _rotate(heads: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) ->
 
 
 def _add_linear(residual: torch.Tensor, hidden: torch.Tensor, linear: torch.nn.Linear) -> torch.Tensor:
+    if type(linear) is not torch.nn.Linear:  # an adapter's ``weight`` is its base's alone
+        return torch.add(residual, linear(hidden))
     total = torch.addmm(residual, hidden, linear.weight.t())
     return total if linear.bias is None else total.add_(linear.bias)

@@ -22,7 +22,7 @@ from grpo_fast.rollout.transformers_engine import TransformersEngine
 from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMServerEngine, VLLMSettings, require_vllm
 from grpo_fast.sinks import JsonlSink, RunInfo, Sink, SinkSet, build_sinks
 from grpo_fast.tasks import PromptStream, Task, encode_prompts, load_task
-from grpo_fast.train.policy import Policy, PolicySource
+from grpo_fast.train.policy import BasePolicy, Policy, PolicySource, Scorer, count_parameters
 from grpo_fast.types import Prompt
 
 CONFIG_FILE = "config.toml"
@@ -48,7 +48,7 @@ class Parts:
     eval_prompts: list[Prompt]
     stream: PromptStream
     policy: Policy
-    reference: Policy | None
+    reference: Scorer | None
     engine: RolloutEngine
     rewards: RewardPool
     eval_rewards: RewardPool
@@ -164,7 +164,7 @@ def build_parts(config: Config, given: Replacements, *, resume: bool) -> Parts:
             eval_prompts=eval_prompts[: config.eval_size],
             stream=PromptStream(prompts, seed=config.seed, shuffle=config.shuffle),
             policy=policy,
-            reference=source.load() if config.beta > 0 else None,
+            reference=_reference(source, policy) if config.beta > 0 else None,
             engine=engine,
             rewards=rewards,
             eval_rewards=_build_pool(config, (task.eval_reward or functions[0],), ()),
@@ -173,7 +173,7 @@ def build_parts(config: Config, given: Replacements, *, resume: bool) -> Parts:
                 config.max_steps,
                 epsilon=config.forecast_epsilon,
                 reward_range=config.reward_range,
-                facts=RunFacts(size_b=sum(weight.numel() for weight in policy.model.parameters()) / 1e9),
+                facts=RunFacts(size_b=count_parameters(policy.model) / 1e9, lora=config.use_peft),
                 prior=prior,
             ),
             meter=ComputeMeter(
@@ -190,6 +190,10 @@ def build_parts(config: Config, given: Replacements, *, resume: bool) -> Parts:
         )
         on_error.pop_all()
     return parts
+
+
+def _reference(source: PolicySource, policy: Policy) -> Scorer:
+    return source.load() if policy.adapters is None else BasePolicy(policy, policy.adapters)
 
 
 def load_prior(config: Config) -> Prior:

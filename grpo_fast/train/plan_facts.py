@@ -22,7 +22,7 @@ from grpo_fast.train.collect import Collector
 from grpo_fast.train.evaluate import evaluate, probe
 from grpo_fast.train.optim import build_optimizer
 from grpo_fast.train.parts import Parts, build_parts
-from grpo_fast.train.policy import PolicySource, pick_device
+from grpo_fast.train.policy import PolicySource, count_parameters, pick_device
 from grpo_fast.train.step import Learner
 
 ASSUMED_MFU = 0.1
@@ -150,11 +150,11 @@ def _unprobed(config: Config, inputs: PlanInputs) -> PlanFacts:
     lengths = _lengths(config, inputs, notes)
     sources["completion_tokens"] = lengths.source
     sources |= {"num_prompts": "read" if inputs.data_size is None else "given"}
-    shape = _adapted(shape, inputs, notes)
+    shape = _adapted(config, shape, inputs, notes)
     pace, device = _pace(config, inputs, sources, notes)
     share = Guess(_SHARE, _SHARE_FACTOR, "assumed", most=1.0)
     return PlanFacts(
-        facts=RunFacts(size_b=size, start=inputs.start_reward, lora=inputs.lora),
+        facts=RunFacts(size_b=size, start=inputs.start_reward, lora=inputs.lora or config.use_peft),
         work=_work(config, shape, prompt_tokens),
         pace=pace,
         completion_tokens=lengths,
@@ -209,8 +209,8 @@ def _lengths(config: Config, inputs: PlanInputs, notes: list[str]) -> Guess:
     return Guess(max(1.0, most / 2), _UNKNOWN_LENGTH_FACTOR, "assumed", most=most)
 
 
-def _adapted(shape: ModelShape, inputs: PlanInputs, notes: list[str]) -> ModelShape:
-    if not inputs.lora:
+def _adapted(config: Config, shape: ModelShape, inputs: PlanInputs, notes: list[str]) -> ModelShape:
+    if shape.lora_params or not (inputs.lora or config.use_peft):
         return shape
     notes.append(f"adapters are taken to hold {_LORA_SHARE:.0%} of the model's weights")
     return replace(shape, lora_params=max(1, round(_LORA_SHARE * shape.body_params)))
@@ -307,7 +307,7 @@ def _measured(config: Config, inputs: PlanInputs, parts: Parts) -> PlanFacts:
         pace, _ = _pace(config, inputs, sources, notes)
         timed = sources["seconds_per_step"]
     return PlanFacts(
-        facts=RunFacts(size_b=_size(parts.policy.model), start=start, start_error=error, lora=inputs.lora),
+        facts=RunFacts(size_b=_size(parts.policy.model), start=start, start_error=error, lora=inputs.lora or config.use_peft),
         work=work,
         pace=pace,
         completion_tokens=Guess(length, _DRIFT, "measured", most=config.max_completion_length),
@@ -330,7 +330,7 @@ def _measured(config: Config, inputs: PlanInputs, parts: Parts) -> PlanFacts:
 
 def _size(model: Any) -> float:
     """Parameters in 1e9, as a run tells its forecaster."""
-    return float(sum(weight.numel() for weight in model.parameters())) / 1e9
+    return count_parameters(model) / 1e9
 
 
 def _work(config: Config, shape: ModelShape, prompt_tokens: float) -> StepWork:
@@ -341,5 +341,5 @@ def _work(config: Config, shape: ModelShape, prompt_tokens: float) -> StepWork:
         prompt_tokens=prompt_tokens,
         num_iterations=config.num_iterations,
         checkpointing=config.gradient_checkpointing,
-        num_scoring_passes=config.num_scoring_passes,
+        scoring_passes=config.scoring_passes,
     )

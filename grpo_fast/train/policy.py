@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -20,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from grpo_fast.assets import embedded_model_dir
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.ops import LMHead, token_logprob
+from grpo_fast.train.adapters import Adapters
 from grpo_fast.types import TokenBatch
 
 _PROBE_TOLERANCE = 1e-3
@@ -27,11 +28,24 @@ _PROBE_TOLERANCE_BF16 = 0.2  # nats; the model rounds its logits to bfloat16, th
 _DEFAULT_CONTEXT = 4096
 
 
+class Scorer(Protocol):
+    """What it takes to score tokens."""
+
+    def scored_hidden_states(self, batch: TokenBatch) -> torch.Tensor:
+        """Hidden states [T, H] that predict the batch's targets."""
+        ...
+
+    def head(self, temperature: float) -> LMHead:
+        """What turns them into logits."""
+        ...
+
+
 class Policy:
     """A causal language model with its tokenizer.
 
-    Weights are held in float32; on a GPU the forward pass runs in bfloat16 under autocast, so that updates smaller than half a
-    bfloat16 ulp (most, at learning rates of RL) are not lost.
+    Weights that are trained are held in float32; on a GPU the forward pass runs in bfloat16 under autocast, so that updates
+    smaller than half a bfloat16 ulp (most, at learning rates of RL) are not lost. With ``adapters`` only those are trained and
+    saved; they are layers inside ``model``, which otherwise stays what it is.
     """
 
     def __init__(
@@ -41,9 +55,11 @@ class Policy:
         *,
         autocast_dtype: torch.dtype | None = None,
         checkpointing: bool = False,
+        adapters: Adapters | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.adapters = adapters
         self.autocast_dtype = autocast_dtype
         self._checkpointing = checkpointing
         self._head = _find_head(model)
@@ -77,13 +93,19 @@ class Policy:
         return hidden
 
     def save(self, directory: Path) -> None:
-        """Writes model (safetensors) and tokenizer in the layout that ``from_pretrained`` reads."""
-        with _without_progress_bar():
-            self.model.save_pretrained(directory)
+        """Writes tokenizer and model (safetensors), or the adapters alone, in the layout that ``from_pretrained`` reads."""
+        if self.adapters is not None:
+            self.adapters.save(directory)
+        else:
+            with _without_progress_bar():
+                self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
 
     def load_weights(self, directory: Path) -> None:
         """Takes over the weights saved in ``directory``, in place, bit for bit."""
+        if self.adapters is not None:
+            self.adapters.load(directory)
+            return
         saved = type(self.model).from_pretrained(directory, dtype=torch.float32)
         with torch.no_grad():
             own = dict(self.model.named_parameters())
@@ -107,6 +129,23 @@ class Policy:
             )
 
 
+class BasePolicy:
+    """A policy with its adapters off: the reference policy of a LoRA run, in no memory of its own."""
+
+    def __init__(self, policy: Policy, adapters: Adapters) -> None:
+        self._policy = policy
+        self._adapters = adapters
+
+    def scored_hidden_states(self, batch: TokenBatch) -> torch.Tensor:
+        """Hidden states [T, H] of the base that predict the batch's targets."""
+        with self._adapters.off():
+            return self._policy.scored_hidden_states(batch)
+
+    def head(self, temperature: float) -> LMHead:
+        """The head, which has no adapter."""
+        return self._policy.head(temperature)
+
+
 class PolicySource:
     """Where a policy comes from: tokeniser and sizes at once, weights when they are asked for.
 
@@ -127,6 +166,8 @@ class PolicySource:
         text_config = self._read(AutoConfig).get_text_config()
         self.context_length = int(getattr(text_config, "max_position_embeddings", None) or _DEFAULT_CONTEXT)
         """Longest sequence the model was made for, in tokens."""
+        self.stored_dtype: torch.dtype = getattr(text_config, "dtype", None) or torch.float32
+        """Type of the weights in the model's own files."""
         room = self.context_length - config.max_completion_length
         if room < 1:
             raise ConfigError(
@@ -135,6 +176,8 @@ class PolicySource:
             )
         self.max_prompt_length = min(room, config.max_prompt_length or room)
         """Longest prompt that leaves room for a completion."""
+        if config.use_peft:
+            self.outline()
 
     @property
     def chat(self) -> bool:
@@ -142,11 +185,17 @@ class PolicySource:
         return self.tokenizer.chat_template is not None
 
     def outline(self) -> PreTrainedModel:
-        """The model without its weights: modules and sizes alone, in no memory."""
+        """The model without its weights: modules and sizes alone, adapters included, in no memory.
+
+        Raises:
+            ConfigError: the adapters do not fit it.
+        """
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 self._read(AutoConfig), trust_remote_code=self._config.trust_remote_code
             )
+            if self._config.use_peft:
+                Adapters(model, self._config)
         return model
 
     def load(self) -> Policy:
@@ -156,18 +205,22 @@ class PolicySource:
             ConfigError: they cannot be read, or the model computes its logits in a way the head does not describe.
         """
         config = self._config
-        model: Any = self._read(AutoModelForCausalLM, dtype=torch.float32, attn_implementation=config.attn_implementation)
+        wants_bf16 = config.dtype == "bfloat16" or (config.dtype == "auto" and self._device.type == "cuda")
+        # a frozen weight has no update that bfloat16 could lose
+        dtype = torch.bfloat16 if wants_bf16 and config.use_peft else torch.float32
+        model: Any = self._read(AutoModelForCausalLM, dtype=dtype, attn_implementation=config.attn_implementation)
         _disable_dropout(model)
+        adapters = Adapters(model, config) if config.use_peft else None
         if config.gradient_checkpointing:
             # transformers renamed it; the old name warns where the new one exists
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
-        wants_bf16 = config.dtype == "bfloat16" or (config.dtype == "auto" and self._device.type == "cuda")
         return Policy(
             model.to(self._device),
             self.tokenizer,
             autocast_dtype=torch.bfloat16 if wants_bf16 else None,
             checkpointing=config.gradient_checkpointing,
+            adapters=adapters,
         )
 
     def _read(self, auto_class: Any, **arguments: Any) -> Any:
@@ -179,6 +232,11 @@ class PolicySource:
                 f"cannot load model {self._config.model!r}: {lines[0] if lines else type(error).__name__} "
                 "Give a directory with config.json, safetensors and tokenizer, or a hub id that this machine can reach."
             ) from error
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Parameters of a model, adapters apart."""
+    return sum(weight.numel() for name, weight in model.named_parameters() if ".lora_" not in name)
 
 
 def pick_device(wanted: str) -> torch.device:

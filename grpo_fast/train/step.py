@@ -26,7 +26,7 @@ from grpo_fast.ops import (
 )
 from grpo_fast.train.mismatch import add_mismatch, add_weights, effective_sample_size, importance_weights
 from grpo_fast.train.optim import set_learning_rate
-from grpo_fast.train.policy import Policy
+from grpo_fast.train.policy import Policy, Scorer
 from grpo_fast.types import Group, TokenBatch, TrainingError
 
 
@@ -80,7 +80,7 @@ class _Part:
 class Learner:
     """Owns the optimiser and turns groups with rewards into weight updates."""
 
-    def __init__(self, config: Config, policy: Policy, optimizer: torch.optim.Optimizer, *, reference: Policy | None) -> None:
+    def __init__(self, config: Config, policy: Policy, optimizer: torch.optim.Optimizer, *, reference: Scorer | None) -> None:
         if (config.beta > 0) != (reference is not None):
             raise ValueError(
                 f"beta={config.beta} and reference={reference}: a reference policy is needed exactly when beta > 0"
@@ -220,7 +220,7 @@ class Learner:
         return None if self._reference is None else self._logprobs_of(self._reference, batch)
 
     @torch.no_grad()
-    def _logprobs_of(self, policy: Policy, batch: TokenBatch) -> torch.Tensor:
+    def _logprobs_of(self, policy: Scorer, batch: TokenBatch) -> torch.Tensor:
         hidden = policy.scored_hidden_states(batch)
         head = policy.head(self._config.temperature)
         return token_logprob(hidden, head, targets=batch.targets, want_entropy=False)[0]

@@ -278,12 +278,12 @@ class GRPOTrainer:
         meter, config = self._parts.meter, self.config
         lengths = [len(sequence) for sequence in update.trained]
         scored = sum(len(sequence.completion_ids) for sequence in update.trained)
-        for _ in range(config.num_scoring_passes):
-            meter.add_reference(lengths, scored)
+        for adapters in config.scoring_passes:
+            meter.add_reference(lengths, scored, adapters=adapters)
         meter.add_train(lengths, scored, checkpointing=config.gradient_checkpointing, num_iterations=config.num_iterations)
         if update.measured:
             again = config.num_iterations * update.measured
-            meter.add_reference([len(s) for s in again], sum(len(s.completion_ids) for s in again))
+            meter.add_reference([len(s) for s in again], sum(len(s.completion_ids) for s in again), adapters=True)
         meter.add_dropped(update.num_dropped_tokens)
         seconds = self._timer.lap()
         meter.add_seconds(seconds)

@@ -100,6 +100,13 @@ def test_the_reference_of_a_lora_model_is_its_base() -> None:
     assert forward_flops(lora, [3, 5], 4) == forward_flops(TINY, [3, 5], 4) + 2 * 50 * 8
 
 
+def test_adapters_are_charged_where_the_policy_itself_scores() -> None:
+    m = meter()
+    lora = ModelShape(1000, 100, 2, 8, 8, 12, lora_params=50)
+    m.add_reference([3, 5], 4, shape=lora, adapters=True)
+    assert m.metrics()["flops/reference"] == forward_flops(lora, [3, 5], 4)
+
+
 def test_meter_continues_exactly_from_json() -> None:
     def step(m: ComputeMeter, k: int) -> None:
         m.add_rollout([3 + k], [[k + 1, 2]])

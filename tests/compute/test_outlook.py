@@ -27,7 +27,7 @@ def test_a_guess_lies_within_its_factor_nine_times_in_ten() -> None:
 
 
 def test_a_step_costs_what_the_meter_will_charge() -> None:
-    work = replace(WORK, num_iterations=2, checkpointing=True, num_scoring_passes=1)
+    work = replace(WORK, num_iterations=2, checkpointing=True, scoring_passes=(False,))
     meter = ComputeMeter(SHAPE, power=EstimatedEnergy(0.0))
     meter.add_rollout([10] * 4, [[20] * 8] * 4)
     meter.add_train([30] * 16, 20 * 16, checkpointing=True, num_iterations=2)

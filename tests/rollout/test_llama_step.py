@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import peft
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
@@ -41,18 +42,33 @@ def llama(**changes: object) -> LlamaForCausalLM:
 
 
 @pytest.mark.parametrize("rope", ROPES)
-@torch.no_grad()
 def test_steps_equal_the_module(rope: str) -> None:
-    model = llama(rope_parameters=ROPES[rope])
+    assert furthest_from_the_module(llama(rope_parameters=ROPES[rope])) <= 1e-5
+
+
+@torch.no_grad()
+def furthest_from_the_module(model: PreTrainedModel) -> float:
     ids = torch.randint(3, 32, (3, 12), generator=torch.Generator().manual_seed(0))
     start = model(ids[:, :6], use_cache=True)
     cache = PreallocatedCache(3, 12, start.past_key_values)
     cache.fill(slice(0, 3), start.past_key_values, torch.arange(3))
     step = LlamaStep(model, 12)
     whole = model(ids).logits
-    for position in range(6, 12):
-        logits = step(cache, ids[:, position], torch.full((3,), position), None)
-        torch.testing.assert_close(logits, whole[:, position], rtol=0, atol=1e-5)
+    return max(
+        (step(cache, ids[:, position], torch.full((3,), position), None) - whole[:, position]).abs().max().item()
+        for position in range(6, 12)
+    )
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["o_proj", "down_proj"], ["q_proj"]], ids=str)
+@torch.no_grad()
+def test_steps_with_adapters_equal_the_module(targets: str | list[str]) -> None:
+    model = llama().double()
+    plain = model(torch.tensor([[3, 4, 5]])).logits
+    peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False), model)
+    assert supports(model)
+    assert (model(torch.tensor([[3, 4, 5]])).logits - plain).abs().max() > 1e-2, "the adapters matter"
+    assert furthest_from_the_module(model) <= 1e-6  # the module's norms and angles are float32 in any case
 
 
 def hooked(model: PreTrainedModel) -> None:
@@ -64,11 +80,17 @@ def replaced(model: PreTrainedModel) -> None:
 
 
 class Adapter(torch.nn.Linear):
-    """Stands for an adapted or quantised layer."""
+    """Stands for an adapter of another kind, or a quantised layer."""
 
 
 def adapted(model: PreTrainedModel) -> None:
     model.model.layers[0].self_attn.q_proj = Adapter(64, 64, bias=False)
+
+
+def adapted_twice(model: PreTrainedModel) -> None:
+    """An adapter over a layer that is not plain itself."""
+    adapted(model)
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), model)
 
 
 def gelu(model: PreTrainedModel) -> None:
@@ -79,7 +101,9 @@ def dynamic(model: PreTrainedModel) -> None:
     model.config.rope_parameters["rope_type"] = "dynamic"
 
 
-@pytest.mark.parametrize("change", [hooked, replaced, adapted, gelu, dynamic], ids=lambda change: change.__name__)
+@pytest.mark.parametrize(
+    "change", [hooked, replaced, adapted, adapted_twice, gelu, dynamic], ids=lambda change: change.__name__
+)
 def test_anything_out_of_the_ordinary_is_left_to_the_module(change: Callable[[PreTrainedModel], None]) -> None:
     model = llama()
     assert supports(model)

@@ -1,0 +1,113 @@
+"""LoRA adapters inside the policy's own module, by peft: trained and saved alone, switched off for the reference policy.
+
+peft puts its layers into the model in place, so whatever reads the model (rollout engine, FLOP model, head) goes on reading the
+same module. This is the package's one door to peft.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+
+from grpo_fast.config import Config, ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+"""peft's own name; with ``adapter_config.json`` it is all of an adapter."""
+
+
+class Adapters:
+    """Puts new adapters into a model, in place; from then on nothing else of it is trained.
+
+    They start as no change at all: B is 0, and A is drawn from the run's seed.
+
+    Args:
+        model: the base, with or without its weights.
+        config: rank, scale and which modules.
+
+    Raises:
+        ConfigError: peft is missing, or ``lora_target_modules`` fit no module, or one that cannot have an adapter.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: Config) -> None:
+        if find_spec("peft") is None:
+            raise ConfigError("use_peft=True needs peft; `pip install 'grpo-fast[lora]'`")
+        import peft  # noqa: PLC0415 (an optional dependency, and slow to import)
+
+        targets = config.lora_target_modules
+        settings = peft.LoraConfig(
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=0.0,
+            target_modules=targets[0] if targets == ("all-linear",) else list(targets),
+            use_rslora=config.use_rslora,
+            task_type="CAUSAL_LM",
+            revision=config.revision,
+        )
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers under a name that is going
+            torch.manual_seed(config.seed)  # peft draws on the CPU, wherever the base is
+            try:
+                self._wrapped: Any = peft.get_peft_model(model, settings)
+            except ValueError as error:
+                raise ConfigError(f"lora_target_modules={list(targets)}: {error}") from error
+        self._adapted = model
+        self._refuse_ends()
+
+    def _refuse_ends(self) -> None:
+        """The loss reads the head as a plain weight, and a tied embedding is that weight."""
+        model = self._adapted
+        for name, end in (("head", model.get_output_embeddings()), ("embedding", model.get_input_embeddings())):
+            if hasattr(end, "base_layer"):
+                raise ConfigError(
+                    f"lora_target_modules={list(self._wrapped.peft_config['default'].target_modules)} puts an adapter on the "
+                    f"{name} of {type(model).__name__}; only layers between embedding and head can have one"
+                )
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """The model is its base in here."""
+        self._wrapped.base_model.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            self._wrapped.base_model.enable_adapter_layers()
+
+    def save(self, directory: Path) -> None:
+        """Writes the adapters in peft's format, a file of weights and one of settings."""
+        self._wrapped.save_pretrained(str(directory), save_embedding_layers=False)  # "auto" would ask the hub
+
+    def load(self, directory: Path) -> None:
+        """Takes over saved adapters, in place, bit for bit.
+
+        Raises:
+            ValueError: they are those of another model or of other settings.
+        """
+        from peft import set_peft_model_state_dict  # noqa: PLC0415 (as above)
+
+        saved = load_file(directory / WEIGHTS_FILE)
+        result: Any = set_peft_model_state_dict(self._wrapped, saved)
+        missing = [name for name in result.missing_keys if ".lora_" in name]
+        if missing or result.unexpected_keys:
+            raise ValueError(
+                f"{directory / WEIGHTS_FILE} does not fit the model's adapters: {len(missing)} are missing and "
+                f"{len(result.unexpected_keys)} unknown, such as {[*missing, *result.unexpected_keys][0]}"
+            )
+
+    def merge(self) -> PreTrainedModel:
+        """Adds the adapters to the base's weights and takes their layers out; they are gone then.
+
+        Returns:
+            The model, which is a plain one again.
+        """
+        merged: PreTrainedModel = self._wrapped.merge_and_unload()
+        return merged

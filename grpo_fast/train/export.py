@@ -1,0 +1,68 @@
+"""A LoRA run as one plain model: the adapters of a checkpoint added to the weights that they were trained over."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from grpo_fast.config import Config, ConfigError
+from grpo_fast.train.checkpoint import CheckpointError, check_checkpoint, list_checkpoints
+from grpo_fast.train.parts import CONFIG_FILE
+from grpo_fast.train.policy import PolicySource
+from grpo_fast.train.summary import SUMMARY_FILE
+
+ExportType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def export_merged(source: Path, output: Path, *, dtype: ExportType = "auto") -> Path:
+    """Writes base and adapters as one model, which ``from_pretrained`` and every engine reads without peft.
+
+    The sum is made in float32 and rounded once.
+
+    Args:
+        source: a run, of which the checkpoint is taken that its summary names, or else the newest; or one of its checkpoints.
+        output: a new or empty directory.
+        dtype: type of the weights; ``auto`` is that of the base's own files.
+
+    Returns:
+        The checkpoint that was read.
+
+    Raises:
+        ConfigError: no such run, one that did not train adapters, or an output that is in use.
+        CheckpointError: the checkpoint is damaged, or there is none.
+    """
+    is_run = (source / CONFIG_FILE).is_file()
+    run = source if is_run else source.parent
+    if not (run / CONFIG_FILE).is_file():
+        raise ConfigError(f"{source} is neither a run nor a checkpoint of one: there is no {CONFIG_FILE} in it or beside it")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"{output} is in use; name a new or empty directory")
+    config = Config.from_toml(run / CONFIG_FILE)
+    checkpoint = _to_use(run) if is_run else source
+    check_checkpoint(checkpoint)
+    if not config.use_peft:
+        raise ConfigError(f"{run} trained no adapters: {checkpoint} holds the whole model already")
+    base = PolicySource(config.replace(device="cpu", dtype="float32", gradient_checkpointing=False))
+    policy = base.load()
+    assert policy.adapters is not None
+    policy.load_weights(checkpoint)
+    merged: Any = policy.adapters.merge()
+    merged.to(base.stored_dtype if dtype == "auto" else getattr(torch, dtype))
+    policy.adapters = None
+    policy.save(output)
+    return checkpoint
+
+
+def _to_use(run: Path) -> Path:
+    """The checkpoint that the summary of a finished run recommends, or the newest."""
+    if (run / SUMMARY_FILE).is_file():
+        advice = json.loads((run / SUMMARY_FILE).read_text(encoding="utf-8")).get("use")
+        if advice is not None and (run / advice["checkpoint"]).is_dir():
+            return run / str(advice["checkpoint"])
+    found = list_checkpoints(run)
+    if not found:
+        raise CheckpointError(f"{run} has no checkpoint yet")
+    return found[-1]
