@@ -12,13 +12,14 @@ Source: the estimator is k3 of Schulman, "Approximating KL divergence" (2020).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-NUM_SAMPLES = 4
+NUM_SAMPLES = 2
 """Completions of the probe's prompt."""
 NUM_TOKENS = 8
 """Tokens of each."""
@@ -83,8 +84,11 @@ class SyncProbe:
         """The policy's log-probabilities, float64 [n, tokens], of equally long completions of the prompt."""
         device = next(policy.parameters()).device
         ids = torch.tensor([[*self.prompt, *tokens] for tokens in completions], device=device)
+        forward = getattr(policy, "module", policy).forward
+        last = {"logits_to_keep": ids.shape[1] - len(self.prompt) + 1}  # the head is dear, and most positions need none
+        kept = last if "logits_to_keep" in inspect.signature(forward).parameters else {}
         with torch.autocast(device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            logits = policy(input_ids=ids, use_cache=False).logits[:, len(self.prompt) - 1 : -1]
+            logits = policy(input_ids=ids, use_cache=False, **kept).logits[:, -last["logits_to_keep"] : -1]
         chosen: torch.Tensor = logits.double().log_softmax(-1).gather(-1, ids[:, len(self.prompt) :, None])
         return chosen[..., 0].cpu()
 

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module, metadata, util
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -61,8 +61,11 @@ class VLLMSettings:
     """Longest time of each phase of a weight sync."""
     request_deadline_s: float = 1800.0
     """Longest time that a server may take for the completions of one prompt."""
+    transport: Literal["auto", "direct", "shared_memory"] = "auto"
+    """How weights reach the engine: read where they are, which only an engine in this process can and ``auto`` chooses there,
+    or through shared memory."""
     bucket_bytes: int = 256 * 2**20
-    """Weights on the way at a time."""
+    """Weights on the way at a time, through shared memory."""
 
 
 def require_vllm() -> None:
@@ -152,7 +155,10 @@ class VLLMEngine:
             inside = import_module("grpo_fast.rollout.vllm_in_process")
             self._describe_model(directory)
             return inside.InProcessVLLM(
-                self._model, dtype=dtype, bucket_bytes=settings.bucket_bytes, arguments={"model": directory, **arguments}
+                self._model,
+                dtype=dtype,
+                bucket_bytes=settings.bucket_bytes if settings.transport == "shared_memory" else None,
+                arguments={"model": directory, **arguments},
             )
 
     def _describe_model(self, directory: str) -> None:

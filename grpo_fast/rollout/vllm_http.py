@@ -22,8 +22,9 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from grpo_fast.rollout.engine import RolloutError
+from grpo_fast.rollout.vllm_layerwise import PolicyWeights
 from grpo_fast.rollout.vllm_sample import PROBE_PARAMS, Sample, token_versions
-from grpo_fast.rollout.vllm_transport import PolicyWeights, SharedMemoryInit, SharedMemorySender
+from grpo_fast.rollout.vllm_transport import SharedMemoryInit, SharedMemorySender
 from grpo_fast.rollout.weight_sync import Scored
 
 _T = TypeVar("_T")
@@ -146,8 +147,7 @@ class HTTPVLLM:
     ) -> None:
         key = os.environ.get("VLLM_API_KEY")
         self.servers = [VLLMServer(url, api_key=key, deadline_s=deadline_s) for url in urls]
-        self._policy = policy
-        self._dtype = dtype
+        self._weights = PolicyWeights(policy, dtype)
         self._bucket_bytes = bucket_bytes
         self._sender: SharedMemorySender | None = None
         self._pool = ThreadPoolExecutor(_CONCURRENT_REQUESTS, thread_name_prefix="vLLM request")
@@ -198,10 +198,10 @@ class HTTPVLLM:
             self._sender = SharedMemorySender.trainer_init(
                 SharedMemoryInit(rank=0, bucket_bytes=self._bucket_bytes),
                 client=_Client(self),
-                source=PolicyWeights(self._policy, self._dtype),
+                source=self._weights,
             )
         self._sender.send_weights()
-        return self._sender.num_bytes
+        return self._weights.num_bytes
 
     def finish(self, version: int) -> None:
         """Puts them in force."""

@@ -15,8 +15,9 @@ from vllm import LLM
 from vllm import SamplingParams as VLLMSamplingParams
 from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
 
+from grpo_fast.rollout import vllm_direct, vllm_transport
+from grpo_fast.rollout.vllm_layerwise import PolicyWeights
 from grpo_fast.rollout.vllm_sample import PROBE_PARAMS, Sample, token_versions
-from grpo_fast.rollout.vllm_transport import BACKEND, PolicyWeights, SharedMemoryInit, SharedMemorySender, register
 from grpo_fast.rollout.weight_sync import Scored
 
 
@@ -26,22 +27,23 @@ class InProcessVLLM:
     Args:
         policy: whose weights are sent.
         dtype: what the engine computes in.
-        bucket_bytes: weights on the way at a time.
+        bucket_bytes: weights on the way at a time, through shared memory; ``None`` hands the engine the policy's own.
         arguments: of ``LLM``, beside those that the sync needs.
     """
 
-    def __init__(self, policy: torch.nn.Module, *, dtype: torch.dtype, bucket_bytes: int, arguments: dict[str, Any]) -> None:
-        register()
+    def __init__(
+        self, policy: torch.nn.Module, *, dtype: torch.dtype, bucket_bytes: int | None, arguments: dict[str, Any]
+    ) -> None:
+        vllm_transport.register()
         self._owns_groups = not torch.distributed.is_initialized()
-        self._policy = policy
-        self._dtype = dtype
+        self._weights = PolicyWeights(policy, dtype)
         self._bucket_bytes = bucket_bytes
-        self._sender: SharedMemorySender | None = None
+        self._sender: vllm_transport.SharedMemorySender | None = None
         self._llm = LLM(
             **arguments,
             dtype=str(dtype).removeprefix("torch."),
             load_format="dummy",
-            weight_transfer_config={"backend": BACKEND},
+            weight_transfer_config={"backend": vllm_direct.BACKEND if bucket_bytes is None else vllm_transport.BACKEND},
             logprobs_mode="processed_logprobs",
             enable_prefix_caching=True,
         )
@@ -103,15 +105,20 @@ class InProcessVLLM:
         """Does nothing: the engine is not put to sleep."""
 
     def send(self) -> int:
-        """Sends all weights through shared memory; returns their bytes."""
+        """Gives the engine all weights; returns their bytes."""
+        if self._bucket_bytes is None:
+            self._llm.init_weight_transfer_engine({"init_info": {}})
+            self._llm.start_weight_update()
+            self._llm.update_weights({"update_info": {"weights": self._weights}})
+            return self._weights.num_bytes
         if self._sender is None:
-            self._sender = SharedMemorySender.trainer_init(
-                SharedMemoryInit(rank=0, bucket_bytes=self._bucket_bytes),
+            self._sender = vllm_transport.SharedMemorySender.trainer_init(
+                vllm_transport.SharedMemoryInit(rank=0, bucket_bytes=self._bucket_bytes),
                 client=_Client(self._llm),
-                source=PolicyWeights(self._policy, self._dtype),
+                source=self._weights,
             )
         self._sender.send_weights()
-        return self._sender.num_bytes
+        return self._weights.num_bytes
 
     def finish(self, version: int) -> None:
         """Puts them in force."""

@@ -1,9 +1,9 @@
 """Shared memory between a trainer and vLLM's workers on one machine, as a backend of vLLM's own weight transfer.
 
-The trainer writes buckets of weights into one shared file, workers load each bucket from there. It is registered with vLLM by
-this package's ``vllm.general_plugins`` entry point, which vLLM calls in every process of its own, so it works in the trainer's
-process, in worker processes and with a server on the same machine. The file has no name any more once every worker has opened
-it: nothing is left behind, however a process ends.
+The trainer writes buckets of weights into one shared file, workers load each bucket from there; while they load one, the next
+is written beside it. It is registered with vLLM by this package's ``vllm.general_plugins`` entry point, which vLLM calls in
+every process of its own, so it works in the trainer's process, in worker processes and with a server on the same machine. The
+file has no name any more once every worker has opened it: nothing is left behind, however a process ends.
 
 Source: the interface is that of ``vllm.distributed.weight_transfer.base`` of vLLM 0.28 and later.
 """
@@ -14,23 +14,21 @@ import functools
 import os
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 from vllm.distributed.weight_transfer import (
-    ParamMeta,
     TrainerWeightTransferEngine,
-    WeightSource,
-    WeightTransferEngine,
     WeightTransferEngineFactory,
     WeightTransferTrainerFactory,
 )
 from vllm.distributed.weight_transfer.base import TrainerInitInfo, WeightTransferInitInfo, WeightTransferUpdateInfo
-from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from grpo_fast.rollout import vllm_direct
+from grpo_fast.rollout.vllm_layerwise import LayerwiseReceiver, PolicyWeights
 
 BACKEND = "grpo_fast_shm"
 _ALIGNMENT = 64
@@ -39,32 +37,10 @@ _SHARED_MEMORY = Path("/dev/shm")
 
 @functools.cache
 def register() -> None:
-    """Makes the backend known to vLLM in this process; the entry point of ``vllm.general_plugins``."""
+    """Makes this package's backends known to vLLM in this process; the entry point of ``vllm.general_plugins``."""
     WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryReceiver)
     WeightTransferTrainerFactory.register_engine(BACKEND, SharedMemorySender)
-
-
-class PolicyWeights(WeightSource):  # type: ignore[misc]
-    """The parameters of a model, one by one, in the type that the engine computes in.
-
-    Sharded parameters are gathered when their turn comes, so no second copy of the model exists.
-    """
-
-    def __init__(self, model: torch.nn.Module, dtype: torch.dtype) -> None:
-        self._model = model
-        self._dtype = dtype
-
-    def metadata(self) -> list[ParamMeta]:
-        """Name, type and whole shape of what iteration yields."""
-        return [ParamMeta(name, self._wire(weight), tuple(weight.shape)) for name, weight in self._model.named_parameters()]
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, weight in self._model.named_parameters():
-            whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-            yield name, whole.detach().to(self._wire(weight))
-
-    def _wire(self, weight: torch.Tensor) -> torch.dtype:
-        return self._dtype if weight.is_floating_point() else weight.dtype
+    WeightTransferEngineFactory.register_engine(vllm_direct.BACKEND, vllm_direct.DirectReceiver)
 
 
 @dataclass
@@ -84,31 +60,26 @@ class _UpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
     shapes: list[list[int]]
     offsets: list[int]
 
+    def views(self, buffer: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """The bucket's weights as views of the file."""
+        for name, dtype_name, shape, offset in zip(self.names, self.dtype_names, self.shapes, self.offsets, strict=True):
+            dtype = getattr(torch, dtype_name)
+            size = torch.Size(shape).numel() * dtype.itemsize
+            yield name, buffer[offset : offset + size].view(dtype).view(shape)
 
-class SharedMemoryReceiver(WeightTransferEngine[_InitInfo, _UpdateInfo]):  # type: ignore[misc]
-    """The worker's side: loads buckets layer by layer, so that what vLLM makes of a weight is made anew."""
+
+class SharedMemoryReceiver(LayerwiseReceiver):
+    """The worker's side."""
 
     init_info_cls = _InitInfo
     update_info_cls = _UpdateInfo
     _buffer: torch.Tensor | None = None
     _path = ""
-    _begun = False
 
     def init_transfer_engine(self, init_info: _InitInfo) -> None:
         """Opens the trainer's file."""
         self._buffer = _map(init_info.path, init_info.num_bytes)
         self._path = init_info.path
-
-    def start_weight_update(self) -> None:
-        """Prepares all layers; what an update before this one left half-done is dropped."""
-        if self._begun:
-            finalize_layerwise_reload(self.model, self.model_config)
-        every = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
-        tied = every - {name for name, _ in self.model.named_parameters()}
-        initialize_layerwise_reload(self.model)
-        self._begun = True
-        self._missing = {name for name, _ in self.model.named_parameters()} - tied
-        self._names_known = True
 
     def receive_weights(self, update_info: _UpdateInfo) -> None:
         """Loads one bucket; tensors are copied, because layers keep theirs until they are complete."""
@@ -116,37 +87,7 @@ class SharedMemoryReceiver(WeightTransferEngine[_InitInfo, _UpdateInfo]):  # typ
             raise RuntimeError("weights came before the trainer's shared memory was opened")
         if update_info.path != self._path:
             raise RuntimeError("the shared memory of another trainer was opened since; both would have to share this engine")
-        weights = []
-        for name, dtype_name, shape, offset in zip(
-            update_info.names, update_info.dtype_names, update_info.shapes, update_info.offsets, strict=True
-        ):
-            dtype = getattr(torch, dtype_name)
-            size = torch.Size(shape).numel() * dtype.itemsize
-            weights.append((name, self._buffer[offset : offset + size].view(dtype).view(shape).clone()))
-        loaded = self.model.load_weights(weights)
-        if loaded is None:
-            self._names_known = False
-        else:
-            self._missing -= set(loaded)
-
-    def finish_weight_update(self) -> None:
-        """Puts the weights in force.
-
-        Raises:
-            RuntimeError: parameters of the engine's model did not come; they are named.
-        """
-        finalize_layerwise_reload(self.model, self.model_config)
-        self._begun = False
-        self._repack_tied_heads()
-        if self._names_known and self._missing:
-            names = sorted(self._missing)
-            raise RuntimeError(f"{len(names)} parameters of the engine's model did not come: {', '.join(names[:5])}")
-
-    def _repack_tied_heads(self) -> None:
-        """On a CPU a head that is tied to the embedding multiplies with a packed copy, which layer-wise loading passes over."""
-        for module in self.model.modules():
-            if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
-                dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+        self.load((name, view.to(self.device, copy=True)) for name, view in update_info.views(self._buffer))
 
     def shutdown(self) -> None:
         """Lets go of the file."""
@@ -159,7 +100,7 @@ class SharedMemoryInit(TrainerInitInfo):  # type: ignore[misc]
 
     backend: ClassVar[str] = BACKEND
     bucket_bytes: int = 256 * 2**20
-    """Size of the shared file; a larger single tensor makes it larger."""
+    """Size of the shared file, which holds two buckets; a single tensor larger than half of it makes it larger."""
 
 
 class SharedMemorySender(TrainerWeightTransferEngine[SharedMemoryInit]):  # type: ignore[misc]
@@ -168,27 +109,25 @@ class SharedMemorySender(TrainerWeightTransferEngine[SharedMemoryInit]):  # type
     init_info_cls = SharedMemoryInit
 
     @classmethod
-    def trainer_init(cls, init_info: SharedMemoryInit, *, client: Any, source: WeightSource | None = None) -> Self:
+    def trainer_init(cls, init_info: SharedMemoryInit, *, client: Any, source: PolicyWeights | None = None) -> Self:
         """Makes the file and has every worker open it.
 
         Raises:
             ValueError: there is no source of weights.
-            OSError: shared memory has no room for a bucket.
+            OSError: shared memory has no room for two buckets.
         """
         if source is None:
             raise ValueError("shared memory sends whole models; give a source of weights")
         sender = cls(client=client, source=source, is_sender=init_info.is_sender)
-        sender._plan(init_info.bucket_bytes)
+        sender._plan(init_info.bucket_bytes // 2)
         if init_info.is_sender:
             sender._open()
         return sender
 
     def _plan(self, bucket_bytes: int) -> None:
-        """Cuts the model into buckets."""
+        """Cuts the model into buckets, which take turns in the two halves of the file."""
         self._buckets: list[_UpdateInfo] = []
-        self.num_bytes = 0
-        """Bytes of the whole model on the way."""
-        self._buffer_bytes = end = 0
+        half = end = 0
         for meta in self.source.metadata():
             size = torch.Size(meta.shape).numel() * meta.dtype.itemsize
             if not self._buckets or end + size > bucket_bytes:
@@ -199,9 +138,11 @@ class SharedMemorySender(TrainerWeightTransferEngine[SharedMemoryInit]):  # type
             bucket.dtype_names.append(str(meta.dtype).removeprefix("torch."))
             bucket.shapes.append(list(meta.shape))
             bucket.offsets.append(end)
-            self.num_bytes += size
-            self._buffer_bytes = max(self._buffer_bytes, end + size)
             end += -(-size // _ALIGNMENT) * _ALIGNMENT
+            half = max(half, end)
+        for bucket in self._buckets[1::2]:
+            bucket.offsets = [half + offset for offset in bucket.offsets]
+        self._buffer_bytes = half * min(2, len(self._buckets))
 
     def _open(self) -> None:
         handle, path = tempfile.mkstemp(prefix="grpo_fast-", dir=_SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None)
@@ -212,7 +153,7 @@ class SharedMemorySender(TrainerWeightTransferEngine[SharedMemoryInit]):  # type
             except OSError as error:
                 raise OSError(
                     error.errno,
-                    f"{Path(path).parent} has no room for a bucket of {self._buffer_bytes / 2**20:.0f} MiB; lower bucket_bytes "
+                    f"{Path(path).parent} has no room for buckets of {self._buffer_bytes / 2**20:.0f} MiB; lower bucket_bytes "
                     "or give more shared memory (docker: --shm-size)",
                 ) from error
             self._buffer = _map(path, self._buffer_bytes)
@@ -224,24 +165,31 @@ class SharedMemorySender(TrainerWeightTransferEngine[SharedMemoryInit]):  # type
             Path(path).unlink()
 
     def send_weights(self) -> None:
-        """Sends the model, bucket by bucket."""
-        if self.is_sender:
-            self.client.start_weight_update()
-        weights = iter(self.source)
-        for bucket in self._buckets:
-            for name, offset in zip(bucket.names, bucket.offsets, strict=True):
-                found, weight = next(weights)
-                if found != name:
-                    raise RuntimeError(
-                        f"the policy gave its weight {found} where {name} was announced; its parameters have changed"
-                    )
-                if self.is_sender:
-                    flat = weight.contiguous().view(-1).view(torch.uint8)
-                    self._buffer[offset : offset + flat.numel()].copy_(flat)
-            if self.is_sender:
-                self.client.update_weights(asdict(bucket))
-        if self.is_sender:
-            self.client.finish_weight_update()
+        """Sends the model, bucket by bucket; a rank that is not the sender gathers its part of each weight and drops it."""
+        weights = self.source.uncast()
+        if not self.is_sender:
+            for _ in weights:
+                pass
+            return
+        self.client.start_weight_update()
+        with ThreadPoolExecutor(1, thread_name_prefix="weights to vLLM") as background:
+            loading: Future[None] | None = None
+            for bucket in self._buckets:
+                self._write(bucket, weights)
+                if loading is not None:
+                    loading.result()
+                loading = background.submit(self.client.update_weights, asdict(bucket))
+            if loading is not None:
+                loading.result()
+        self.client.finish_weight_update()
+
+    def _write(self, bucket: _UpdateInfo, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        """Writes the next weights into the bucket's half of the file, converted on the way."""
+        for name, view in bucket.views(self._buffer):
+            found, weight = next(weights, ("nothing", view))
+            if found != name:
+                raise RuntimeError(f"the policy gave {found} where {name} was announced; its parameters have changed")
+            view.copy_(weight)
 
 
 def _map(path: str, num_bytes: int) -> torch.Tensor:

@@ -110,8 +110,8 @@ class WeightSync:
         """Makes ``policy``'s weights those of the engine.
 
         Returns:
-            ``sync/seconds``, ``sync/bytes``, ``sync/gbps`` (of the whole sync), ``sync/probe_kl``, ``sync/probe_max`` and
-            ``sync/version``.
+            ``sync/seconds``, of which ``sync/probe_seconds``; ``sync/bytes``, ``sync/gbps`` (of the whole sync),
+            ``sync/probe_kl``, ``sync/probe_max`` and ``sync/version``.
 
         Raises:
             WeightSyncError: the phase is named, with its cause; the engine must not be sampled from.
@@ -128,10 +128,13 @@ class WeightSync:
                 self._undo(cause)
                 if attempt == self._attempts:
                     raise WeightSyncError(f"{cause}; {attempt} attempts were made and nothing was sampled since") from error
+        sent = time.perf_counter()
         mismatch = self._probed(policy, version)
-        seconds = time.perf_counter() - begin
+        end = time.perf_counter()
+        seconds = end - begin
         return {
             "sync/seconds": seconds,
+            "sync/probe_seconds": end - sent,
             "sync/bytes": float(num_bytes),
             "sync/gbps": num_bytes / seconds / 1e9,
             "sync/probe_kl": mismatch.kl,

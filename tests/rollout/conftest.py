@@ -42,7 +42,8 @@ def embedded() -> Iterator[Pair]:
     model = AutoModelForCausalLM.from_pretrained(embedded_model_dir(), dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(embedded_model_dir())
     # Buckets that end between the weights which vLLM fuses, so that a sync which breaks off leaves a layer half-loaded.
-    engine = VLLMEngine(model, tokenizer, settings=VLLMSettings(bucket_bytes=150_000, sync_deadline_s=60))
+    settings = VLLMSettings(transport="shared_memory", bucket_bytes=300_000, sync_deadline_s=60)
+    engine = VLLMEngine(model, tokenizer, settings=settings)
     yield Pair(model, tokenizer, engine)
     engine.close()
 

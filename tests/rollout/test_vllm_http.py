@@ -39,7 +39,7 @@ class Served(NamedTuple):
 def served(servers: Any) -> Iterator[Served]:
     model = AutoModelForCausalLM.from_pretrained(embedded_model_dir(), dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(embedded_model_dir())
-    settings = VLLMSettings(bucket_bytes=600_000, sync_deadline_s=60, request_deadline_s=60)
+    settings = VLLMSettings(bucket_bytes=1_200_000, sync_deadline_s=60, request_deadline_s=60)
     engine = VLLMServerEngine(model, tokenizer, urls=[server.url for server in servers], settings=settings)
     yield Served(model, engine)
     engine.close()

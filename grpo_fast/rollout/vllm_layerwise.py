@@ -1,0 +1,95 @@
+"""What every transport of whole models shares: where the weights come from, and how a vLLM worker takes them.
+
+A worker loads weights layer by layer through vLLM's own reload, so that whatever vLLM makes of a weight (fused, repacked,
+sharded) is made anew.
+
+Source: the interfaces are those of ``vllm.distributed.weight_transfer.base`` of vLLM 0.28 and later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from vllm.distributed.weight_transfer import ParamMeta, WeightSource, WeightTransferEngine
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+
+class PolicyWeights(WeightSource):  # type: ignore[misc]
+    """The parameters of a model, one by one, in the type that the engine computes in.
+
+    A sharded parameter is gathered when its turn comes, so no second copy of the model exists; every rank then iterates, in
+    the same order, as gathering is a collective.
+    """
+
+    def __init__(self, model: torch.nn.Module, dtype: torch.dtype) -> None:
+        self._model = model
+        self._dtype = dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole model on the way."""
+        return sum(torch.Size(meta.shape).numel() * meta.dtype.itemsize for meta in self.metadata())
+
+    def metadata(self) -> list[ParamMeta]:
+        """Name, type and whole shape of what iteration yields."""
+        return [ParamMeta(name, self._wire(weight), tuple(weight.shape)) for name, weight in self._model.named_parameters()]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, weight.to(self._wire(weight))) for name, weight in self.uncast())
+
+    def uncast(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same in the policy's own type, for a transport that converts while it copies."""
+        for name, weight in self._model.named_parameters():
+            yield name, (weight.full_tensor() if hasattr(weight, "full_tensor") else weight).detach()
+
+    def _wire(self, weight: torch.Tensor) -> torch.dtype:
+        return self._dtype if weight.is_floating_point() else weight.dtype
+
+
+class LayerwiseReceiver(WeightTransferEngine):  # type: ignore[misc]
+    """A worker's side: one update from its start to its end, with every parameter accounted for."""
+
+    _begun = False
+
+    def start_weight_update(self) -> None:
+        """Prepares all layers; what an update before this one left half-done is dropped."""
+        if self._begun:
+            finalize_layerwise_reload(self.model, self.model_config)
+        every = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        own = {name for name, _ in self.model.named_parameters()}
+        initialize_layerwise_reload(self.model)
+        self._begun = True
+        self._is_tied = every != own
+        self._missing = {name for name, _ in self.model.named_parameters()} - (every - own)
+        self._names_known = True
+
+    def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Loads some of the weights. vLLM keeps tensors until their layer is complete: their memory must stay as it is."""
+        loaded = self.model.load_weights(weights)
+        if loaded is None:
+            self._names_known = False
+        else:
+            self._missing -= set(loaded)
+
+    def finish_weight_update(self) -> None:
+        """Puts the weights in force.
+
+        Raises:
+            RuntimeError: parameters of the engine's model did not come; they are named.
+        """
+        finalize_layerwise_reload(self.model, self.model_config)
+        self._begun = False
+        if self._is_tied:
+            self._repack_heads()
+        if self._names_known and self._missing:
+            names = sorted(self._missing)
+            raise RuntimeError(f"{len(names)} parameters of the engine's model did not come: {', '.join(names[:5])}")
+
+    def _repack_heads(self) -> None:
+        """On a CPU a head that is tied to the embedding multiplies with a packed copy, which layer-wise loading passes over."""
+        for module in self.model.modules():
+            if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
+                dispatch_cpu_unquantized_gemm(module, remove_weight=False)

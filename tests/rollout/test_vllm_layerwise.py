@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+# vLLM and what it imports use deprecated parts of torch.
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(6, 4), torch.nn.Linear(4, 3))
+    model.register_parameter("steps", torch.nn.Parameter(torch.arange(3), requires_grad=False))
+    return model
+
+
+def test_what_comes_is_what_was_announced(model: torch.nn.Module) -> None:
+    from grpo_fast.rollout.vllm_layerwise import PolicyWeights
+
+    source = PolicyWeights(model, torch.bfloat16)
+    metas = source.metadata()
+    found = dict(source)
+    assert [(meta.name, meta.dtype, meta.shape) for meta in metas] == [(n, w.dtype, tuple(w.shape)) for n, w in found.items()]
+    assert {meta.name: meta.dtype for meta in metas}["steps"] == torch.int64, "only what is a number of the model is converted"
+    assert all(torch.equal(found[name], weight.to(found[name].dtype)) for name, weight in model.named_parameters())
+    assert source.num_bytes == 2 * (24 + 12 + 3) + 8 * 3
+    assert all(weight.data_ptr() == dict(model.named_parameters())[name].data_ptr() for name, weight in source.uncast())
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[Any]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_sharded_weights_are_gathered_one_at_a_time(model: torch.nn.Module, mesh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    from grpo_fast.rollout.vllm_layerwise import PolicyWeights
+
+    whole = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    for module in (model[0], model[1]):
+        for name, weight in list(module.named_parameters()):
+            setattr(module, name, torch.nn.Parameter(distribute_tensor(weight.detach(), mesh, [Shard(0)])))
+    gathered: list[torch.Size] = []
+    gather = DTensor.full_tensor
+    monkeypatch.setattr(DTensor, "full_tensor", lambda self: gathered.append(self.shape) or gather(self))
+    for number, (name, weight) in enumerate(PolicyWeights(model, torch.float32)):
+        assert not isinstance(weight, DTensor)
+        assert torch.equal(weight, whole[name])
+        assert len(gathered) == number  # "steps" comes first and is whole
+    assert len(gathered) == 3
