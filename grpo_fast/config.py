@@ -33,6 +33,12 @@ _BUDGET = Parameter(group=Group("Budget", sort_key=7))
 _FORECAST = Parameter(group=Group("Forecast", sort_key=8))
 _RUN = Parameter(group=Group("Run", sort_key=9))
 
+_NEEDED_BY = {
+    "use_peft": ("lora_r", "lora_alpha", "use_rslora", "lora_target_modules", "load_in_4bit"),
+    "load_in_4bit": ("bnb_4bit_quant_type", "use_bnb_nested_quant"),
+}
+"""Fields that would do nothing without another one."""
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the field, the value and the fix."""
@@ -71,6 +77,13 @@ class Config(BaseModel):
     lora_target_modules: Annotated[tuple[str, ...], _LORA] = ("all-linear",)
     """Modules with an adapter, by the ends of their names (``q_proj``, ...); ``all-linear``: every linear layer but the
     head."""
+
+    load_in_4bit: Annotated[bool, _LORA] = False
+    """Keep the frozen base in four bits, by bitsandbytes (QLoRA)."""
+    bnb_4bit_quant_type: Annotated[Literal["nf4", "fp4"], _LORA] = "nf4"
+    """Which numbers four bits stand for: quantiles of a normal distribution, or a tiny floating-point type."""
+    use_bnb_nested_quant: Annotated[bool, _LORA] = False
+    """Quantise the scales too, to 8 bits: 0.4 bits a weight less."""
 
     dataset: Annotated[str, _DATA] = "arithmetic"
     """``arithmetic``, ``gsm8k``, ``countdown``, ``reasoning_gym:TASK``, a hub id, or a directory, parquet or JSONL file with a
@@ -252,10 +265,11 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _adapters_consistent(self) -> Self:
-        fields = ("lora_r", "lora_alpha", "use_rslora", "lora_target_modules")
-        idle = [name for name in fields if getattr(self, name) != type(self).model_fields[name].default]
-        if idle and not self.use_peft:
-            raise ValueError(f"{', '.join(f'{name}={getattr(self, name)!r}' for name in idle)} without use_peft; add use_peft")
+        for switch, fields in _NEEDED_BY.items():
+            idle = [name for name in fields if getattr(self, name) != type(self).model_fields[name].default]
+            if idle and not getattr(self, switch):
+                told = ", ".join(f"{name}={getattr(self, name)!r}" for name in idle)
+                raise ValueError(f"{told} without {switch}; set {switch} too")
         targets = self.lora_target_modules
         if not targets or ("all-linear" in targets and len(targets) > 1):
             raise ValueError(f"lora_target_modules={list(targets)}: give names of modules, or 'all-linear' alone")

@@ -60,7 +60,9 @@ def test_constraints_pin_what_the_project_asks_for() -> None:
         if "==" in line
     }
     extras = [
-        name for extra in ("dev", "bench", "lora", "trl", "reasoning-gym") for name in project["optional-dependencies"][extra]
+        name
+        for extra in ("dev", "bench", "lora", "quant", "trl", "reasoning-gym")
+        for name in project["optional-dependencies"][extra]
     ]
     for requirement in [*project["dependencies"], *extras]:
         name = re.split(r"[<>=\[; ]", requirement)[0].lower()

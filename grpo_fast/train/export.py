@@ -11,7 +11,8 @@ import torch
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.train.checkpoint import CheckpointError, check_checkpoint, list_checkpoints
 from grpo_fast.train.parts import CONFIG_FILE
-from grpo_fast.train.policy import PolicySource
+from grpo_fast.train.policy import Policy, PolicySource
+from grpo_fast.train.quantised import dequantised
 from grpo_fast.train.summary import SUMMARY_FILE
 
 ExportType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -20,7 +21,8 @@ ExportType = Literal["auto", "float32", "bfloat16", "float16"]
 def export_merged(source: Path, output: Path, *, dtype: ExportType = "auto") -> Path:
     """Writes base and adapters as one model, which ``from_pretrained`` and every engine reads without peft.
 
-    The sum is made in float32 and rounded once.
+    The sum is made in float32 and rounded once. A base that was held in four bits is first made of those again: the adapters
+    were trained over it, not over the model it came from.
 
     Args:
         source: a run, of which the checkpoint is taken that its summary names, or else the newest; or one of its checkpoints.
@@ -45,15 +47,25 @@ def export_merged(source: Path, output: Path, *, dtype: ExportType = "auto") -> 
     check_checkpoint(checkpoint)
     if not config.use_peft:
         raise ConfigError(f"{run} trained no adapters: {checkpoint} holds the whole model already")
-    base = PolicySource(config.replace(device="cpu", dtype="float32", gradient_checkpointing=False))
-    policy = base.load()
+    config = config.replace(device="cpu", dtype="float32", gradient_checkpointing=False)
+    whole = PolicySource(config.replace(load_in_4bit=False, bnb_4bit_quant_type="nf4", use_bnb_nested_quant=False))
+    policy = whole.load()
     assert policy.adapters is not None
+    if config.load_in_4bit:
+        _take_over(PolicySource(config).load(), policy)
     policy.load_weights(checkpoint)
     merged: Any = policy.adapters.merge()
-    merged.to(base.stored_dtype if dtype == "auto" else getattr(torch, dtype))
+    merged.to(whole.stored_dtype if dtype == "auto" else getattr(torch, dtype))
     policy.adapters = None
     policy.save(output)
     return checkpoint
+
+
+@torch.no_grad()
+def _take_over(quantised: Policy, policy: Policy) -> None:
+    """Puts what four bits made of the base in its place: the adapters were trained over that."""
+    for name, weight in dequantised(quantised.model):
+        policy.model.get_parameter(f"{name}.weight").copy_(weight)
 
 
 def _to_use(run: Path) -> Path:

@@ -21,6 +21,7 @@ from grpo_fast.assets import embedded_model_dir
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.ops import LMHead, token_logprob
 from grpo_fast.train.adapters import Adapters
+from grpo_fast.train.quantised import keep_as_loaded, loading_arguments, refuse_ragged_blocks, require_bitsandbytes
 from grpo_fast.types import TokenBatch
 
 _PROBE_TOLERANCE = 1e-3
@@ -176,8 +177,12 @@ class PolicySource:
             )
         self.max_prompt_length = min(room, config.max_prompt_length or room)
         """Longest prompt that leaves room for a completion."""
+        if config.load_in_4bit:
+            require_bitsandbytes("load_in_4bit")
         if config.use_peft:
-            self.outline()
+            outline = self.outline()
+            if config.load_in_4bit:
+                refuse_ragged_blocks(outline, self._device)
 
     @property
     def chat(self) -> bool:
@@ -208,7 +213,10 @@ class PolicySource:
         wants_bf16 = config.dtype == "bfloat16" or (config.dtype == "auto" and self._device.type == "cuda")
         # a frozen weight has no update that bfloat16 could lose
         dtype = torch.bfloat16 if wants_bf16 and config.use_peft else torch.float32
-        model: Any = self._read(AutoModelForCausalLM, dtype=dtype, attn_implementation=config.attn_implementation)
+        quantised = loading_arguments(config, dtype=dtype, device=self._device) if config.load_in_4bit else {}
+        model: Any = self._read(AutoModelForCausalLM, dtype=dtype, attn_implementation=config.attn_implementation, **quantised)
+        if quantised:
+            keep_as_loaded(model)
         _disable_dropout(model)
         adapters = Adapters(model, config) if config.use_peft else None
         if config.gradient_checkpointing:
@@ -235,8 +243,9 @@ class PolicySource:
 
 
 def count_parameters(model: torch.nn.Module) -> int:
-    """Parameters of a model, adapters apart."""
-    return sum(weight.numel() for name, weight in model.named_parameters() if ".lora_" not in name)
+    """Parameters of a model, adapters apart; one of four bits counts as one."""
+    weights = (weight for name, weight in model.named_parameters() if ".lora_" not in name)
+    return sum(torch.Size((getattr(weight, "quant_state", None) or weight).shape).numel() for weight in weights)
 
 
 def pick_device(wanted: str) -> torch.device:

@@ -1,0 +1,93 @@
+"""A frozen base in four bits, by bitsandbytes: what QLoRA puts its adapters over. This is the package's door to its layers.
+
+A weight is kept as 4-bit numbers with a scale for each 64 of them (and, nested, those scales in 8 bits); each product makes
+it anew in the type of computation. Head, embedding and norms stay as they are.
+
+Source: Dettmers et al. 2023 (arXiv:2305.14314).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from grpo_fast.config import Config, ConfigError
+
+_BLOCK = 64
+
+
+def require_bitsandbytes(field: str) -> None:
+    """Checks that bitsandbytes is there.
+
+    Raises:
+        ConfigError: it is not; ``field`` is what asked for it.
+    """
+    missing = [name for name in ("bitsandbytes", "accelerate") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"{field} needs {' and '.join(missing)}; `pip install 'grpo-fast[quant]'`")
+
+
+def refuse_ragged_blocks(outline: torch.nn.Module, device: torch.device) -> None:
+    """On a CPU bitsandbytes (0.50) reads scales as if a block ended with its row, and gives wrong weights where it does not.
+
+    Args:
+        outline: the model, with or without weights, before it is quantised.
+        device: where it will go.
+
+    Raises:
+        ConfigError: a layer whose rows are not made of whole blocks.
+    """
+    for name, layer in outline.named_modules():
+        if device.type == "cpu" and isinstance(layer, torch.nn.Linear) and "lora_" not in name and layer.in_features % _BLOCK:
+            raise ConfigError(
+                f"load_in_4bit on a CPU: {name} has {layer.in_features} inputs, and bitsandbytes computes only multiples of "
+                f"{_BLOCK} right there; take a GPU, or leave load_in_4bit out"
+            )
+
+
+def loading_arguments(config: Config, *, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """What ``from_pretrained`` is told so that it quantises on the way to the device.
+
+    Args:
+        config: which four bits.
+        dtype: type of computation.
+        device: where the model goes.
+    """
+    from transformers import BitsAndBytesConfig  # noqa: PLC0415 (slow, and wanted for a quantised base alone)
+
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=config.use_bnb_nested_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": settings, "device_map": {"": device}}
+
+
+def keep_as_loaded(model: torch.nn.Module) -> None:
+    """Keeps bitsandbytes from rounding the scales once more at the first forward pass without gradient on a CPU.
+
+    Where a CPU has AVX512-BF16, it packs the weights anew for that pass, for good, with scales in bfloat16. The policy would
+    from then on sample from, and be trained as, another model than the one that was loaded.
+    """
+    for layer in _layers(model):
+        layer.support_avx512bf16_for_cpu = False
+
+
+@torch.no_grad()
+def dequantised(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Path and float32 weight of every layer that is in four bits."""
+    functional: Any = import_module("bitsandbytes.functional")
+    names = {id(module): name for name, module in model.named_modules()}
+    for layer in _layers(model):
+        weight = layer.weight
+        yield names[id(layer)], functional.dequantize_4bit(weight.data, weight.quant_state).float()
+
+
+def _layers(model: torch.nn.Module) -> list[Any]:
+    kind = import_module("bitsandbytes.nn").Linear4bit
+    return [module for module in model.modules() if isinstance(module, kind)]
