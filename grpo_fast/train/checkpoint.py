@@ -77,7 +77,7 @@ def load_checkpoint(path: Path, *, policy: Policy, optimizer: torch.optim.Optimi
     check_checkpoint(path)
     try:
         policy.load_weights(path)
-        optimizer.load_state_dict(torch.load(path / _OPTIMIZER, map_location=policy.device, weights_only=True))
+        optimizer.load_state_dict(torch.load(path / _OPTIMIZER, map_location="cpu", weights_only=True))
         state: dict[str, Any] = json.loads((path / _STATE).read_text(encoding="utf-8"))
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read ({error}); {_advice(path)}") from error

@@ -4,26 +4,61 @@ from __future__ import annotations
 
 import itertools
 import math
+from importlib import import_module
+from typing import Any
 
 import torch
 
-from grpo_fast.config import Config
+from grpo_fast.config import Config, ConfigError
+from grpo_fast.train.adamw import OffloadedAdamW, StochasticAdamW
+from grpo_fast.train.policy import pick_device
+from grpo_fast.train.quantised import require_bitsandbytes
+
+_BITSANDBYTES = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit", "paged_adamw_32bit": "PagedAdamW32bit"}
 
 
-def build_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.AdamW:
-    """AdamW with decay on matrices only, in torch's fused implementation (CPU and GPU)."""
+def check_optimizer(config: Config) -> None:
+    """Checks what the optimiser needs, before anything is loaded.
+
+    Raises:
+        ConfigError: bitsandbytes is missing, or paged memory is asked for where there is no GPU.
+    """
+    if config.optim == "adamw_torch_fused":
+        return
+    require_bitsandbytes(f"optim={config.optim!r}")
+    if config.optim.startswith("paged_") and pick_device(config.device).type == "cpu":
+        plain = config.optim.removeprefix("paged_")
+        raise ConfigError(
+            f"optim={config.optim!r} pages between GPU and host, and this run is on a CPU; take "
+            f"{plain if plain in _BITSANDBYTES else 'adamw_torch_fused'!r}"
+        )
+
+
+def build_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
+    """AdamW with decay on matrices only, over the weights that are trained.
+
+    It is torch's fused implementation (CPU and GPU), bitsandbytes' with moments of 8 bits or in paged memory, or one of
+    :mod:`grpo_fast.train.adamw` for bfloat16 weights or state in host memory.
+    """
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=True,
-    )
+    groups = [group for group in groups if group["params"]]
+    settings: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+    }
+    if config.offload_optimizer:
+        return OffloadedAdamW(groups, **settings)
+    if config.weights_dtype == "bfloat16":
+        return StochasticAdamW(groups, **settings, seed=config.seed)
+    if config.optim == "adamw_torch_fused":
+        return torch.optim.AdamW(groups, **settings, fused=True)
+    found: torch.optim.Optimizer = getattr(import_module("bitsandbytes.optim"), _BITSANDBYTES[config.optim])(groups, **settings)
+    return found
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

@@ -22,6 +22,7 @@ from grpo_fast.rollout.transformers_engine import TransformersEngine
 from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMServerEngine, VLLMSettings, require_vllm
 from grpo_fast.sinks import JsonlSink, RunInfo, Sink, SinkSet, build_sinks
 from grpo_fast.tasks import PromptStream, Task, encode_prompts, load_task
+from grpo_fast.train.optim import check_optimizer
 from grpo_fast.train.policy import BasePolicy, Policy, PolicySource, Scorer, count_parameters
 from grpo_fast.types import Prompt
 
@@ -129,6 +130,7 @@ def build_parts(config: Config, given: Replacements, *, resume: bool) -> Parts:
     OBJECTIVES[config.loss_type].spec(config)
     if config.rollout != "transformers" and "engine" not in given:
         _check_vllm(config)
+    check_optimizer(config)
     budget = _build_budget(config, given.get("budget"))
     prior = load_prior(config)
     source = PolicySource(config)

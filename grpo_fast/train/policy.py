@@ -44,9 +44,9 @@ class Scorer(Protocol):
 class Policy:
     """A causal language model with its tokenizer.
 
-    Weights that are trained are held in float32; on a GPU the forward pass runs in bfloat16 under autocast, so that updates
-    smaller than half a bfloat16 ulp (most, at learning rates of RL) are not lost. With ``adapters`` only those are trained and
-    saved; they are layers inside ``model``, which otherwise stays what it is.
+    Weights that are trained are held in float32, unless the configuration says otherwise; on a GPU the forward pass runs in
+    bfloat16 under autocast, so that updates smaller than half a bfloat16 ulp (most, at learning rates of RL) are not lost. With
+    ``adapters`` only those are trained and saved; they are layers inside ``model``, which otherwise stays what it is.
     """
 
     def __init__(
@@ -177,12 +177,19 @@ class PolicySource:
             )
         self.max_prompt_length = min(room, config.max_prompt_length or room)
         """Longest prompt that leaves room for a completion."""
+        if config.weights_dtype == "bfloat16" and not self._computes_in_bfloat16:
+            raise ConfigError("weights_dtype='bfloat16' on a CPU, where dtype='auto' is float32; set dtype='bfloat16' too")
         if config.load_in_4bit:
             require_bitsandbytes("load_in_4bit")
         if config.use_peft:
             outline = self.outline()
             if config.load_in_4bit:
                 refuse_ragged_blocks(outline, self._device)
+
+    @property
+    def _computes_in_bfloat16(self) -> bool:
+        wanted = self._config.dtype
+        return wanted == "bfloat16" or (wanted == "auto" and self._device.type == "cuda")
 
     @property
     def chat(self) -> bool:
@@ -210,9 +217,10 @@ class PolicySource:
             ConfigError: they cannot be read, or the model computes its logits in a way the head does not describe.
         """
         config = self._config
-        wants_bf16 = config.dtype == "bfloat16" or (config.dtype == "auto" and self._device.type == "cuda")
+        wants_bf16 = self._computes_in_bfloat16
         # a frozen weight has no update that bfloat16 could lose
-        dtype = torch.bfloat16 if wants_bf16 and config.use_peft else torch.float32
+        short = config.use_peft or config.weights_dtype == "bfloat16"
+        dtype = torch.bfloat16 if wants_bf16 and short else torch.float32
         quantised = loading_arguments(config, dtype=dtype, device=self._device) if config.load_in_4bit else {}
         model: Any = self._read(AutoModelForCausalLM, dtype=dtype, attn_implementation=config.attn_implementation, **quantised)
         if quantised:

@@ -104,6 +104,18 @@ def tiny_config(tiny_model: Path, tmp_path: Path) -> Callable[..., Config]:
 
 
 @pytest.fixture
+def wide_config(
+    tiny_config: Callable[..., Config], sizes: dict[str, Any], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> Callable[..., Config]:
+    """As ``tiny_config``, of a model whose rows are multiples of 64, as quantisation wants them."""
+    torch.manual_seed(7)
+    model = LlamaForCausalLM(LlamaConfig(**sizes | {"hidden_size": 64, "intermediate_size": 128}, tie_word_embeddings=False))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return lambda **changes: tiny_config(**{"model": str(tmp_path / "model")} | changes)
+
+
+@pytest.fixture
 def tiny_policy(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Policy]:
     """Makes a policy of a Llama with random weights, the same each time."""
 

@@ -1,13 +1,20 @@
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from importlib.util import find_spec
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import get_scheduler
 
-from grpo_fast.config import Config
-from grpo_fast.train.optim import build_optimizer, learning_rate_at, progress_schedule, set_learning_rate
+from grpo_fast.config import Config, ConfigError
+from grpo_fast.tasks.task import Task
+from grpo_fast.train import GRPOTrainer
+from grpo_fast.train.optim import build_optimizer, check_optimizer, learning_rate_at, progress_schedule, set_learning_rate
 
 SHAPES = ("constant", "linear", "cosine")
 
@@ -93,6 +100,7 @@ def test_frozen_weights_are_left_out_and_settings_arrive() -> None:
     model[0].weight.requires_grad_(False)
     config = Config(learning_rate=0.1, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6)
     optimizer = build_optimizer(model, config)
+    assert isinstance(optimizer, torch.optim.AdamW)
     assert [parameter for group in optimizer.param_groups for parameter in group["params"]] == [model[1].weight]
     assert optimizer.defaults["betas"] == (0.8, 0.95)
     assert optimizer.defaults["eps"] == 1e-6
@@ -104,3 +112,81 @@ def test_learning_rate_reaches_every_group() -> None:
     assert len(optimizer.param_groups) == 2
     set_learning_rate(optimizer, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "8 bits": {"optim": "adamw_8bit"},
+    "offloaded": {"offload_optimizer": True},
+    "bfloat16, rounded at random": {"weights_dtype": "bfloat16", "dtype": "bfloat16"},
+    "bfloat16, offloaded": {"weights_dtype": "bfloat16", "dtype": "bfloat16", "offload_optimizer": True},
+}
+
+
+def needs_what_it_takes(settings: dict[str, Any]) -> None:
+    if "optim" in settings and find_spec("bitsandbytes") is None:
+        pytest.skip("bitsandbytes is not installed")
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_run_resumed_with_any_optimiser_is_the_straight_one(
+    kind: str,
+    wide_config: Callable[..., Config],
+    letters: Task,
+    share_of_vowels: Callable[..., list[float]],
+    tmp_path: Path,
+) -> None:
+    needs_what_it_takes(OTHERS[kind])
+    given: dict[str, Any] = {"task": letters, "reward_funcs": [share_of_vowels]}
+
+    def config(name: str) -> Config:
+        return wide_config(output_dir=tmp_path / name, weight_decay=0.1, **OTHERS[kind])
+
+    with GRPOTrainer(config("straight"), **given) as trainer:
+        before = {name: value.clone() for name, value in trainer.policy.model.named_parameters()}
+        trainer.train()
+        straight = dict(trainer.policy.model.named_parameters())
+        assert not any(torch.equal(straight[name], before[name]) for name in before if "norm" not in name)
+        assert {str(value.dtype) for value in straight.values()} == {f"torch.{trainer.config.weights_dtype}"}
+    with GRPOTrainer(config("broken"), **given) as trainer:
+        for step in trainer.steps():
+            if step.step == 4:
+                break
+    with GRPOTrainer.resume(tmp_path / "broken", **given) as trainer:
+        trainer.train()
+        for name, value in trainer.policy.model.named_parameters():
+            assert torch.equal(value, straight[name]), name
+    rows = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        for name in ("straight", "broken")
+    ]
+    assert [[row[name] for name in ("reward", "loss", "grad_norm")] for row in rows[0]] == [
+        [row[name] for name in ("reward", "loss", "grad_norm")] for row in rows[1]
+    ]
+
+
+def test_moments_of_eight_bits_are_a_quarter(wide_config: Callable[..., Config]) -> None:
+    needs_what_it_takes({"optim": "adamw_8bit"})
+    model = torch.nn.Linear(64, 128, bias=False)
+    optimizer = build_optimizer(model, Config(optim="adamw_8bit"))
+    model.weight.grad = torch.randn_like(model.weight)
+    optimizer.step()
+    moments = [value for value in optimizer.state[model.weight].values() if torch.is_tensor(value) and value.numel() == 8192]
+    assert [value.dtype for value in moments] == [torch.uint8] * 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_what_an_optimiser_lacks_is_told_before_anything_is_loaded(
+    tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_optimizer(Config())
+    monkeypatch.setattr("grpo_fast.train.quantised.find_spec", lambda name: object())
+    told = r"optim='paged_adamw_8bit' pages between GPU and host, and this run is on a CPU; take 'adamw_8bit'"
+    with pytest.raises(ConfigError, match=told):
+        GRPOTrainer(tiny_config(model="nowhere", optim="paged_adamw_8bit"))
+    with pytest.raises(ConfigError, match=r"take 'adamw_torch_fused'"):
+        check_optimizer(Config(optim="paged_adamw_32bit"))
+    with pytest.raises(ConfigError, match=r"weights_dtype='bfloat16' on a CPU.* set dtype='bfloat16' too"):
+        GRPOTrainer(tiny_config(weights_dtype="bfloat16"))
+    monkeypatch.setattr("grpo_fast.train.quantised.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"optim='adamw_8bit' needs bitsandbytes"):
+        GRPOTrainer(tiny_config(model="nowhere", optim="adamw_8bit"))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from grpo_fast.compute import ModelShape
 from grpo_fast.config import Config, ConfigError
@@ -27,21 +27,7 @@ NF4 = (
 )
 """The numbers of the paper's appendix E."""
 
-GivenConfig = Callable[..., Config]
-
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
-
-
-@pytest.fixture
-def config_64(
-    tiny_config: GivenConfig, sizes: dict[str, Any], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> GivenConfig:
-    """As ``tiny_config``, of a model whose rows are whole blocks."""
-    torch.manual_seed(7)
-    model = LlamaForCausalLM(LlamaConfig(**sizes | {"hidden_size": 64, "intermediate_size": 128}, tie_word_embeddings=False))
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return lambda **changes: tiny_config(**{"model": str(tmp_path / "model")} | changes)
 
 
 def load(config: Config) -> Policy:
@@ -54,10 +40,10 @@ def raw(policy: Policy) -> dict[str, torch.Tensor]:
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("nested", [False, True])
-def test_the_base_is_in_four_bits_but_for_head_embedding_and_norms(nested: bool, config_64: GivenConfig) -> None:
+def test_the_base_is_in_four_bits_but_for_head_embedding_and_norms(nested: bool, wide_config: Callable[..., Config]) -> None:
     """Against the paper's formula: each block of 64 is its largest magnitude times the nearest of sixteen numbers."""
-    config = config_64(**FOUR_BIT | {"use_bnb_nested_quant": nested})
-    policy, plain = load(config), load(config_64())
+    config = wide_config(**FOUR_BIT | {"use_bnb_nested_quant": nested})
+    policy, plain = load(config), load(wide_config())
     layers = dict(dequantised(policy.model))
     assert len(layers) == 14
     assert {name for name, value in raw(policy).items() if value.dtype == torch.uint8} == {f"{name}.weight" for name in layers}
@@ -75,8 +61,8 @@ def test_the_base_is_in_four_bits_but_for_head_embedding_and_norms(nested: bool,
 
 
 @needs_bitsandbytes
-def test_a_pass_without_gradient_computes_the_same_and_leaves_the_weights(config_64: GivenConfig) -> None:
-    policy = load(config_64(**FOUR_BIT))
+def test_a_pass_without_gradient_computes_the_same_and_leaves_the_weights(wide_config: Callable[..., Config]) -> None:
+    policy = load(wide_config(**FOUR_BIT))
     before, ids = raw(policy), torch.tensor([[4, 5, 6, 7]])
     expected = policy.model(ids).logits
     with torch.no_grad():
@@ -88,15 +74,15 @@ def test_a_pass_without_gradient_computes_the_same_and_leaves_the_weights(config
 
 @needs_bitsandbytes
 def test_a_resumed_run_over_four_bits_is_the_straight_one(
-    config_64: GivenConfig, letters: Task, share_of_vowels: Callable[..., list[float]], tmp_path: Path
+    wide_config: Callable[..., Config], letters: Task, share_of_vowels: Callable[..., list[float]], tmp_path: Path
 ) -> None:
     given: dict[str, Any] = {"task": letters, "reward_funcs": [share_of_vowels]}
     settings = FOUR_BIT | {"learning_rate": 1e-2, "beta": 0.1}
-    with GRPOTrainer(config_64(output_dir=tmp_path / "straight", **settings), **given) as trainer:
+    with GRPOTrainer(wide_config(output_dir=tmp_path / "straight", **settings), **given) as trainer:
         base = raw(trainer.policy)
         trainer.train()
         assert all(torch.equal(value, base[name]) for name, value in raw(trainer.policy).items())
-    with GRPOTrainer(config_64(output_dir=tmp_path / "broken", **settings), **given) as trainer:
+    with GRPOTrainer(wide_config(output_dir=tmp_path / "broken", **settings), **given) as trainer:
         for step in trainer.steps():
             if step.step == 4:
                 break
@@ -114,9 +100,9 @@ def test_a_resumed_run_over_four_bits_is_the_straight_one(
 
 @needs_bitsandbytes
 def test_the_exported_model_is_what_was_trained_over_four_bits(
-    config_64: GivenConfig, letters: Task, share_of_vowels: Callable[..., list[float]], tmp_path: Path
+    wide_config: Callable[..., Config], letters: Task, share_of_vowels: Callable[..., list[float]], tmp_path: Path
 ) -> None:
-    config, ids = config_64(**FOUR_BIT, learning_rate=1e-2), torch.tensor([[4, 5, 6, 7]])
+    config, ids = wide_config(**FOUR_BIT, learning_rate=1e-2), torch.tensor([[4, 5, 6, 7]])
     with GRPOTrainer(config, task=letters, reward_funcs=[share_of_vowels]) as trainer, torch.no_grad():
         trainer.train()
         expected = trainer.policy.model(ids).logits
@@ -128,7 +114,7 @@ def test_the_exported_model_is_what_was_trained_over_four_bits(
 
 
 @needs_bitsandbytes
-def test_rows_that_cut_a_block_are_refused_on_a_cpu(tiny_config: GivenConfig) -> None:
+def test_rows_that_cut_a_block_are_refused_on_a_cpu(tiny_config: Callable[..., Config]) -> None:
     with pytest.raises(
         ConfigError, match=r"q_proj.* has 32 inputs, and bitsandbytes computes only multiples of 64 right there"
     ):
@@ -136,10 +122,10 @@ def test_rows_that_cut_a_block_are_refused_on_a_cpu(tiny_config: GivenConfig) ->
     refuse_ragged_blocks(PolicySource(tiny_config()).outline(), torch.device("cuda"))
 
 
-def test_without_bitsandbytes_the_cure_is_told(config_64: GivenConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_bitsandbytes_the_cure_is_told(wide_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("grpo_fast.train.quantised.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs bitsandbytes and accelerate; `pip install 'grpo-fast\[quant\]'`"):
-        PolicySource(config_64(**FOUR_BIT))
+        PolicySource(wide_config(**FOUR_BIT))
 
 
 @needs_bitsandbytes
