@@ -192,8 +192,8 @@ class Config(BaseModel):
     offload_optimizer: Annotated[bool, _OPTIM] = False
     """Keep moments and a float32 copy of the weights in host memory, and update them there."""
     weights_dtype: Annotated[Literal["float32", "bfloat16"], _OPTIM] = "float32"
-    """Type of trained weights and their gradients. An update of a bfloat16 weight is rounded up or down at random, so that small
-    ones count in the mean; with ``offload_optimizer`` it is made in the float32 copy instead."""
+    """Type of trained weights and their gradients. Updates of bfloat16 weights are rounded up or down at random, so that small
+    ones count in the mean; with ``offload_optimizer`` they are made in the float32 copy instead."""
     learning_rate: Annotated[float, _OPTIM] = Field(1e-6, gt=0)
     """Peak learning rate."""
     lr_scheduler_type: Annotated[Literal["constant", "linear", "cosine"], _OPTIM] = "constant"
