@@ -10,13 +10,18 @@ RUN    := runs/quickstart
 NATIVE    := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 SANITIZED := build/sanitize
 
-.PHONY: help quickstart test test-fast test-vllm sanitize lint format env env-dev native clean
+API := grpo_fast $(addprefix grpo_fast.,config types objective compute device metrics ops rollout rewards tasks law sinks train \
+    report integrations recipes)
+
+.PHONY: help quickstart test test-fast test-vllm soak sanitize docs lint format env env-dev native clean
 
 help:
 	@echo "make quickstart   make an environment and train the embedded model until the law stops it"
 	@echo "make test         lint, types, import walls and all tests, with coverage"
 	@echo "make test-vllm    the tests of rollouts by vLLM alone, in an environment of their own"
 	@echo "make test-fast    the everyday subset, under five minutes"
+	@echo "make soak         2,000 steps that must not grow, and 100 kills that must leave no trace; some minutes"
+	@echo "make docs         the reference of the Python API, from its docstrings, into build/docs"
 	@echo "make native       build the native extension in place, where there is a compiler"
 	@echo "make sanitize     the extension's own tests under AddressSanitizer and UBSan"
 	@echo "make lint         lint, types and import walls alone"
@@ -36,6 +41,13 @@ test-vllm:
 
 test-fast: env-dev native lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not vllm"
+
+# The modules that import vLLM are left out: it is not in this environment.
+docs: env-dev
+	$(BIN)/pdoc --docformat google --output-directory build/docs $(API) '!grpo_fast.rollout.vllm'
+
+soak: env-dev native
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.system.soak
 
 # Torch and Python are not built for sanitizers: theirs has to be loaded first, and what they keep at exit is no leak of ours.
 sanitize: env-dev

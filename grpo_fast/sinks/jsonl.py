@@ -6,12 +6,13 @@ writer cuts it off. Nothing is flushed to the disk before a checkpoint is, which
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from grpo_fast.sinks.sink import RunInfo
 
@@ -81,10 +82,12 @@ def _whole_lines(content: bytes) -> int:
     return content.rfind(b"\n") + 1
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
+@contextlib.contextmanager
+def _replaced(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of another once it is whole and on the disk."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb") as file:
-        file.write(content)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
@@ -141,14 +144,17 @@ class JsonlSink:
             content = stream.path.read_bytes()
             lines = content[: _whole_lines(content)].splitlines(keepends=True)
             kept = [line for number, line in enumerate(lines, 1) if _step_of(line, stream.path, number=number) <= after_step]
-            _write_atomically(stream.path, b"".join(kept))
+            with _replaced(stream.path) as file:
+                file.writelines(kept)
 
-    def trainer_state(
+    def save_state(
         self, step: int, *, best_metric: float | None = None, best_step: int | None = None, best_checkpoint: str | None = None
-    ) -> dict[str, Any]:
-        """What Hugging Face's ``TrainerState`` would hold after ``step`` steps, ``log_history`` under TRL's names.
+    ) -> Path:
+        """Flushes the rows to the disk and rewrites ``trainer_state.json`` atomically.
 
-        As there, an evaluation is a row of its own, with the ``eval_`` metrics of its step.
+        It holds what Hugging Face's ``TrainerState`` would after ``step`` steps, ``log_history`` under TRL's names. As there,
+        an evaluation is a row of its own, with the ``eval_`` metrics of its step. Rows go from file to file one by one, so
+        that a long run needs no more memory than a short one.
 
         Args:
             step: steps done; later rows are left out.
@@ -156,50 +162,33 @@ class JsonlSink:
             best_step: the step that reached it.
             best_checkpoint: directory that keeps it.
 
+        Returns:
+            The file, which may be copied into a checkpoint.
+
         Raises:
             ValueError: the sink was never started.
         """
         if self._info is None:
-            raise ValueError("trainer_state needs a started sink; call start(info) first")
-        rows = [row for row in self._rows(METRICS) if row["step"] <= step]
-        config = self._info.config
-        last = rows[-1] if rows else {}
-        return {
-            "best_global_step": best_step,
-            "best_metric": best_metric if best_metric is None or math.isfinite(best_metric) else None,
-            "best_model_checkpoint": best_checkpoint,
-            "epoch": last.get("epoch"),
-            "eval_steps": config.get("eval_steps") or None,
-            "global_step": step,
-            "is_hyper_param_search": False,
-            "is_local_process_zero": True,
-            "is_world_process_zero": True,
-            "log_history": [part for row in rows for part in _split_evaluation(row)],
-            "logging_steps": 1,
-            "max_steps": self._info.max_steps,
-            "num_input_tokens_seen": int(last.get("num_tokens") or 0),
-            "num_train_epochs": 1,
-            "save_steps": config.get("save_steps", 500),
-            "stateful_callbacks": {},
-            "total_flos": float(last.get("flops") or 0.0),
-            "train_batch_size": config.get("prompts_per_step", 1) * config.get("num_generations", 1),
-            "trial_name": None,
-            "trial_params": None,
-        }
-
-    def save_state(
-        self, step: int, *, best_metric: float | None = None, best_step: int | None = None, best_checkpoint: str | None = None
-    ) -> Path:
-        """Flushes the rows to the disk and rewrites ``trainer_state.json`` atomically; arguments as :meth:`trainer_state`.
-
-        Returns:
-            The file, which may be copied into a checkpoint.
-        """
+            raise ValueError("save_state needs a started sink; call start(info) first")
         for stream in self._streams.values():
             stream.flush()
-        state = self.trainer_state(step, best_metric=best_metric, best_step=best_step, best_checkpoint=best_checkpoint)
+        last: dict[str, Any] = {}
+        comma = ""
         path = self.run_dir / TRAINER_STATE
-        _write_atomically(path, json.dumps(state, indent=1, ensure_ascii=False, allow_nan=False).encode())
+        with _replaced(path) as file:
+            file.write(b'{\n "log_history": [')
+            for row in self._rows(METRICS):
+                if row["step"] > step:
+                    continue
+                for part in _split_evaluation(row):
+                    file.write(f"{comma}\n  {json.dumps(part, ensure_ascii=False, allow_nan=False)}".encode())
+                    last, comma = row, ","
+            state = _counters(self._info, step, last) | {
+                "best_global_step": best_step,
+                "best_metric": best_metric if best_metric is None or math.isfinite(best_metric) else None,
+                "best_model_checkpoint": best_checkpoint,
+            }
+            file.write(b"\n ]," + json.dumps(state, indent=1, ensure_ascii=False, allow_nan=False).encode()[1:])
         return path
 
     def save_facts(self, facts: Mapping[str, Any]) -> Path:
@@ -209,7 +198,8 @@ class JsonlSink:
             The file.
         """
         path = self.run_dir / FACTS
-        _write_atomically(path, json.dumps(facts, indent=1, allow_nan=False).encode())
+        with _replaced(path) as file:
+            file.write(json.dumps(facts, indent=1, allow_nan=False).encode())
         return path
 
     def close(self) -> None:
@@ -217,10 +207,11 @@ class JsonlSink:
         for stream in self._streams.values():
             stream.close()
 
-    def _rows(self, name: str) -> list[dict[str, Any]]:
+    def _rows(self, name: str) -> Iterator[dict[str, Any]]:
         path = self.run_dir / name
-        content = path.read_bytes() if path.exists() else b""
-        return [json.loads(line) for line in content[: _whole_lines(content)].splitlines()]
+        if path.exists():
+            with path.open("rb") as file:
+                yield from (json.loads(line) for line in file if line.endswith(b"\n"))
 
 
 def _step_of(line: bytes, path: Path, *, number: int) -> int:
@@ -238,3 +229,26 @@ def _split_evaluation(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not evaluation:
         return [training]
     return [training, evaluation | {key: row[key] for key in ("epoch", "step") if key in row}]
+
+
+def _counters(info: RunInfo, step: int, last: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of ``TrainerState`` that tell how far a run is, from the last row of its metrics."""
+    config = info.config
+    return {
+        "epoch": last.get("epoch"),
+        "eval_steps": config.get("eval_steps") or None,
+        "global_step": step,
+        "is_hyper_param_search": False,
+        "is_local_process_zero": True,
+        "is_world_process_zero": True,
+        "logging_steps": 1,
+        "max_steps": info.max_steps,
+        "num_input_tokens_seen": int(last.get("num_tokens") or 0),
+        "num_train_epochs": 1,
+        "save_steps": config.get("save_steps", 500),
+        "stateful_callbacks": {},
+        "total_flos": float(last.get("flops") or 0.0),
+        "train_batch_size": config.get("prompts_per_step", 1) * config.get("num_generations", 1),
+        "trial_name": None,
+        "trial_params": None,
+    }

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -140,11 +141,24 @@ def test_trainer_state_is_what_transformers_reads(sink: JsonlSink) -> None:
     assert not list(sink.run_dir.glob(".*"))
 
 
+def test_the_memory_for_the_trainer_state_is_that_of_a_row(sink: JsonlSink) -> None:
+    peaks = []
+    for last in (200, 2000):
+        for step in range(last // 2, last):
+            sink.log_step({"step": step} | {f"metric/{number}": step / 7 for number in range(40)})
+        tracemalloc.start()
+        sink.save_state(last)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.5 * peaks[0]
+
+
 def test_trainer_state_before_anything(tmp_path: Path) -> None:
     sink = JsonlSink(tmp_path)
     with pytest.raises(ValueError, match="started sink"):
-        sink.trainer_state(0)
+        sink.save_state(0)
     sink.start(_info(tmp_path))
-    assert sink.trainer_state(0, best_metric=math.nan)["log_history"] == []
+    state = TrainerState.load_from_json(str(sink.save_state(0, best_metric=math.nan)))
+    assert (state.log_history, state.best_metric) == ([], None)
     sink.close()
     sink.close()

@@ -5,8 +5,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.system.command_line import CommandLine
+from benchmarks.system.soak import trace
 from grpo_fast.compute import Budget
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.law import OnlinePredictor
@@ -33,7 +33,6 @@ from grpo_fast.train.checkpoint import list_checkpoints
 from grpo_fast.types import Completion
 
 Make = Callable[..., GRPOTrainer]
-TIMED = ("time/", "budget/", "step_time", "gpu_seconds", "energy_kwh", "money", "mfu")
 
 
 def vowels(completions: list[str], **columns: Any) -> list[float]:
@@ -73,11 +72,6 @@ def resume(letters: Task) -> Iterator[Make]:
 
 def rows(run: Path, name: str = "metrics") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def trace(run: Path) -> list[dict[str, Any]]:
-    """What a run did, without what the clock says."""
-    return [{key: value for key, value in row.items() if not key.startswith(TIMED)} for row in rows(run)]
 
 
 def beliefs(run: Path) -> list[dict[str, Any]]:
@@ -981,62 +975,6 @@ def vowels(completions, **columns):
 """
 
 
-FORKS = """
-import json, os, sys
-from grpo_fast.cli import main
-from grpo_fast.tasks.load import load_task
-from grpo_fast.train import GRPOTrainer
-
-print("ready", flush=True)
-for line in sys.stdin:
-    child = os.fork()
-    if not child:
-        log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        main(json.loads(line))
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-class CommandLine:
-    """Runs ``grpo-fast`` again and again, each time in a process of its own; torch is imported once."""
-
-    def __init__(self, home: Path) -> None:
-        self.home = home
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(home), os.environ.get("PYTHONPATH", "")])}
-        environment["OMP_NUM_THREADS"] = "1"
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", FORKS], cwd=home, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        assert self._read() == "ready"
-
-    def run(
-        self, *arguments: str, until: Callable[[], bool] | None = None, signals: Sequence[signal.Signals] = (signal.SIGKILL,)
-    ) -> int:
-        """The exit code, minus a signal's number where that ended it; signals are sent once the moment ``until`` has come."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(arguments) + "\n")
-        self.process.stdin.flush()
-        child = int(self._read())
-        deadline = time.monotonic() + 60
-        while until is not None and not until():
-            time.sleep(0.0005)
-            if time.monotonic() > deadline or not Path(f"/proc/{child}/fd/1").exists():
-                break
-        for number in signals if until is not None else ():
-            os.kill(child, number)
-        return int(self._read())
-
-    def _read(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-    def close(self) -> None:
-        self.process.communicate()
-
-
 @pytest.fixture(scope="module")
 def command(straight: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[CommandLine, Path]]:
     """The command line, and a run that nothing disturbed."""
@@ -1049,7 +987,7 @@ def command(straight: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) 
     config = Config.parse(settings | {"output_dir": home / "straight"})
     (home / "run.toml").write_text(config.to_toml(), encoding="utf-8")
     command = CommandLine(home)
-    assert command.run("train", "--config", "run.toml") == 0, (home / "log.txt").read_text(encoding="utf-8")
+    assert command.run("train", "--config", "run.toml") == 0, command.log()
     yield command, home / "straight"
     command.close()
 
@@ -1076,7 +1014,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(moment: str, command: tuple
     options = ("train", "--config", "run.toml", "--output-dir", str(run))
     assert shell.run(*options, until=lambda: MOMENTS[moment](run)) == -signal.SIGKILL, "the moment never came"
     assert lines(run) < 40
-    assert shell.run("train", "--resume", str(run)) == 0, (shell.home / "log.txt").read_text(encoding="utf-8")
+    assert shell.run("train", "--resume", str(run)) == 0, shell.log()
     assert trace(run) == trace(undisturbed)
     assert [path.name for path in list_checkpoints(run)][-1] == "checkpoint-40"
     assert not list(run.glob(".checkpoint-*"))
@@ -1090,7 +1028,7 @@ def test_ctrl_c_once_saves_and_twice_ends_at_once(times: int, command: tuple[Com
     options = ("train", "--config", "run.toml", "--output-dir", str(run))
     signals = (signal.SIGINT, signal.SIGTERM)[:times]
     code = shell.run(*options, until=lambda: lines(run) >= 13, signals=signals)
-    told = (shell.home / "log.txt").read_text(encoding="utf-8")
+    told = shell.log()
     assert "Traceback" not in told
     if times == 1:
         assert code == 0

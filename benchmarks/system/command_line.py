@@ -1,0 +1,105 @@
+"""``grpo-fast`` again and again, each time in a process of its own that can be killed, though torch is imported only once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+_FORKS = """
+import json, os, sys
+from grpo_fast.cli import main
+from grpo_fast.tasks.load import load_task
+from grpo_fast.train import GRPOTrainer
+
+print("ready", flush=True)
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        main(json.loads(line))
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+_MARK = "GRPO_FAST_FORKS"
+
+
+class CommandLine:
+    """A process that forks one ``grpo-fast`` after another.
+
+    Args:
+        home: where the commands run, and where ``log.txt`` takes what they print; modules in it can be imported.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self._mark = uuid.uuid4().hex
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(home), os.environ.get("PYTHONPATH", "")])}
+        environment |= {"OMP_NUM_THREADS": "1", _MARK: self._mark}
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _FORKS], cwd=home, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self._read() == "ready"
+
+    def run(
+        self,
+        *arguments: str,
+        until: Callable[[], bool] | None = None,
+        signals: Sequence[signal.Signals] = (signal.SIGKILL,),
+        deadline_s: float = 60.0,
+    ) -> int:
+        """Runs one command.
+
+        Args:
+            *arguments: the command without the program's name.
+            until: the moment at which to send ``signals``; looked at until the command or ``deadline_s`` has ended.
+            signals: sent then, in order.
+            deadline_s: seconds to wait for the moment.
+
+        Returns:
+            The exit code, or minus the number of the signal that ended the command.
+        """
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(arguments) + "\n")
+        self._process.stdin.flush()
+        child = int(self._read())
+        begun = time.monotonic()
+        while until is not None and not until():
+            time.sleep(0.0005)
+            if time.monotonic() > begun + deadline_s or not Path(f"/proc/{child}/fd/1").exists():
+                break
+        for number in signals if until is not None else ():
+            os.kill(child, number)
+        return int(self._read())
+
+    def left_over(self) -> list[int]:
+        """Processes that the commands started and that still live."""
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                inherited = f"{_MARK}={self._mark}".encode() in (process / "environ").read_bytes()
+            except OSError:  # it has ended, or is another user's
+                continue
+            if inherited and int(process.name) != self._process.pid:
+                found.append(int(process.name))
+        return found
+
+    def log(self) -> str:
+        """What the commands have printed."""
+        return (self.home / "log.txt").read_text(encoding="utf-8")
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.communicate()
+
+    def _read(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()

@@ -1,0 +1,118 @@
+"""What the documentation says is run: each page's blocks in their order, in a folder of the page's own."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import pytest
+
+from grpo_fast import Forecast, ops
+from grpo_fast.config import Config
+from grpo_fast.objective import OBJECTIVES
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+BLOCK = re.compile(r"^```(\w+)(?: ([\w.]+))?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+LANGUAGES = {"sh", "python", "toml", "text", "yaml"}
+NOT_RUN = {"gpu", "hub", "server", "cluster"}
+LINK = re.compile(r"\]\((?!https?:)([^)#]+)[^)]*\)")
+OTHER_NAMES = {"from_pretrained", "stopped_by", "frac_reward_zero_std", "grad_norm", "num_tokens"}
+COMMANDS = {"train", "plan", "forecast", "law", "report", "doctor", "serve"}
+
+
+@dataclass(frozen=True)
+class Block:
+    language: str
+    word: str
+    code: str
+
+    @property
+    def runs(self) -> bool:
+        return self.word not in NOT_RUN and self.language in {"sh", "python", "toml"}
+
+
+def blocks(page: Path) -> list[Block]:
+    return [Block(*found) for found in BLOCK.findall(page.read_text(encoding="utf-8"))]
+
+
+def run(command: list[str], home: Path) -> None:
+    environment = os.environ | {
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "PYTHONPATH": os.pathsep.join([str(home), str(ROOT)]),
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "120",
+    }
+    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, f"{command[-1]}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if any(block.runs for block in blocks(page))], ids=lambda p: p.stem)
+def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path) -> None:
+    for block in blocks(page):
+        if not block.runs:
+            continue
+        if block.word:
+            (tmp_path / block.word).write_text(block.code, encoding="utf-8")
+        if block.language == "sh":
+            run(["bash", "-euo", "pipefail", "-c", block.code], tmp_path)
+        elif block.language == "python":
+            run([sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", block.code], tmp_path)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_block_is_known_and_every_link_leads_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert text.count("\n```") == 2 * len(blocks(page)), "a block that is not closed, or whose head cannot be read"
+    for block in blocks(page):
+        assert block.language in LANGUAGES
+        assert not block.word or block.word in NOT_RUN or "." in block.word, f"what does {block.word!r} say of a block?"
+        if block.language == "toml":
+            Config.parse(tomllib.loads(block.code))
+    for target in LINK.findall(text):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_and_settings_exist(page: Path) -> None:
+    known = {name.replace("_", "-") for name in Config.model_fields} | {"config", "recipe", "resume", "help"}
+    for block in blocks(page):
+        for line in block.code.replace("\\\n", " ").splitlines() if block.language == "sh" else ():
+            words = line.split()
+            if "grpo-fast" not in words:
+                continue
+            command = words[words.index("grpo-fast") + 1]
+            assert command in COMMANDS, f"{command} is no command"
+            for flag in re.findall(r" --([a-z-]+)", line[line.index("grpo-fast") :]) if command == "train" else ():
+                assert flag in known or flag.removeprefix("no-") in known, f"--{flag} is no flag"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_name_in_the_text_exists(page: Path) -> None:
+    known = {*Config.model_fields, *(field.name for field in fields(Forecast)), *OBJECTIVES, *ops.__all__, *OTHER_NAMES}
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    unknown = set(re.findall(r"`([a-z]+(?:_[a-z0-9]+)+)`", text)) - known
+    assert not unknown, f"{page.name} names {sorted(unknown)}"
+
+
+@pytest.mark.slow
+def test_the_reference_is_made_from_the_docstrings(tmp_path: Path) -> None:
+    made = subprocess.run(
+        ["make", "--dry-run", "--old-file=env-dev", "docs"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    command = shlex.split(made.stdout)
+    command[0] = str(Path(sys.executable).with_name("pdoc"))
+    command[command.index("--output-directory") + 1] = str(tmp_path)
+    run(command, tmp_path)
+    pages = {page.stem: page.read_text(encoding="utf-8") for page in tmp_path.rglob("*.html")}
+    assert "Trains a policy with GRPO until a budget is spent" in pages["train"]
+    assert "Most probable tokens kept; 0 keeps all." in pages["rollout"]
+    assert {"grpo_fast", "law", "ops", "integrations", "config"} < set(pages)
