@@ -112,7 +112,7 @@ def test_the_reference_is_made_from_the_docstrings(tmp_path: Path) -> None:
     command[0] = str(Path(sys.executable).with_name("pdoc"))
     command[command.index("--output-directory") + 1] = str(tmp_path)
     run(command, tmp_path)
-    pages = {page.stem: page.read_text(encoding="utf-8") for page in tmp_path.rglob("*.html")}
-    assert "Trains a policy with GRPO until a budget is spent" in pages["train"]
-    assert "Most probable tokens kept; 0 keeps all." in pages["rollout"]
-    assert {"grpo_fast", "law", "ops", "integrations", "config"} < set(pages)
+    text = "".join(page.read_text(encoding="utf-8") for page in tmp_path.rglob("*.html"))
+    assert "Trains a policy with GRPO until a budget is spent" in text
+    assert "Most probable tokens kept; 0 keeps all." in text
+    assert "Learns a run's reward curve step by step" in text.replace("&#39;", "'")
