@@ -12,6 +12,7 @@ import torch
 from transformers import get_scheduler
 
 from grpo_fast.config import Config, ConfigError
+from grpo_fast.recipes import recipe
 from grpo_fast.tasks.task import Task
 from grpo_fast.train import GRPOTrainer
 from grpo_fast.train.optim import build_optimizer, check_optimizer, learning_rate_at, progress_schedule, set_learning_rate
@@ -190,3 +191,26 @@ def test_what_an_optimiser_lacks_is_told_before_anything_is_loaded(
     monkeypatch.setattr("grpo_fast.train.quantised.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"optim='adamw_8bit' needs bitsandbytes"):
         GRPOTrainer(tiny_config(model="nowhere", optim="adamw_8bit"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["8 bits", "bfloat16, rounded at random"])
+def test_the_embedded_model_learns_all_the_same(kind: str, tmp_path: Path) -> None:
+    needs_what_it_takes(OTHERS[kind])
+    config = recipe(
+        "embedded",
+        output_dir=tmp_path / "run",
+        **OTHERS[kind],
+        learning_rate=4e-4,
+        max_steps=50,
+        eval_steps=50,
+        baseline_probe=0,
+        forecast="off",
+        reward_workers=0,
+        sinks=(),
+        report=False,
+    )
+    with GRPOTrainer(config) as trainer:
+        for _ in trainer.steps():
+            pass
+        assert trainer.evaluate() >= 0.97

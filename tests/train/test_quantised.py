@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from grpo_fast.compute import ModelShape
 from grpo_fast.config import Config, ConfigError
@@ -26,6 +27,14 @@ NF4 = (
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
 """The numbers of the paper's appendix E."""
+
+LLAMA_ROPE: dict[str, Any] = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 
@@ -148,3 +157,122 @@ def test_the_embedded_model_learns_over_four_bits(tmp_path: Path) -> None:
         for _ in trainer.steps():
             pass
         assert trainer.evaluate() >= 0.98
+
+
+MODELS: dict[str, tuple[PretrainedConfig, int]] = {
+    "llama-3.2-3b": (
+        LlamaConfig(
+            vocab_size=128256,
+            hidden_size=3072,
+            intermediate_size=8192,
+            num_hidden_layers=28,
+            num_attention_heads=24,
+            num_key_value_heads=8,
+            head_dim=128,
+            max_position_embeddings=131072,
+            rope_parameters=LLAMA_ROPE | {"factor": 32.0},
+            tie_word_embeddings=True,
+        ),
+        3_212_749_824,
+    ),
+    "llama-3.1-8b": (
+        LlamaConfig(
+            vocab_size=128256,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=128,
+            max_position_embeddings=131072,
+            rope_parameters=LLAMA_ROPE | {"factor": 8.0},
+            tie_word_embeddings=False,
+        ),
+        8_030_261_248,
+    ),
+    "qwen2.5-3b": (
+        Qwen2Config(
+            vocab_size=151936,
+            hidden_size=2048,
+            intermediate_size=11008,
+            num_hidden_layers=36,
+            num_attention_heads=16,
+            num_key_value_heads=2,
+            max_position_embeddings=32768,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+            tie_word_embeddings=True,
+        ),
+        3_085_938_688,
+    ),
+    "qwen2.5-7b": (
+        Qwen2Config(
+            vocab_size=152064,
+            hidden_size=3584,
+            intermediate_size=18944,
+            num_hidden_layers=28,
+            num_attention_heads=28,
+            num_key_value_heads=4,
+            max_position_embeddings=32768,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+            tie_word_embeddings=False,
+        ),
+        7_615_616_512,
+    ),
+}
+"""The architecture behind each recipe, as its publisher configured it, and its number of parameters."""
+
+
+def save(config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, directory: Path, *, weights: bool) -> None:
+    config.architectures = ["LlamaForCausalLM" if isinstance(config, LlamaConfig) else "Qwen2ForCausalLM"]
+    config.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    if weights:
+        torch.manual_seed(7)
+        AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@needs_bitsandbytes
+def test_a_recipes_adapters_fit_the_whole_model(name: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """On sizes alone: 1 to 2 % of the weights, in every layer."""
+    config, size = MODELS[name]
+    save(copy.deepcopy(config), tokenizer, tmp_path, weights=False)
+    model = PolicySource(recipe(name, model=str(tmp_path))).outline()
+    assert count_parameters(model) == size
+    shape = ModelShape.from_model(model)
+    assert 0.01 < shape.lora_params / size < 0.025
+    assert sum("lora_A" in parameter for parameter, _ in model.named_parameters()) == 7 * config.num_hidden_layers
+
+
+@pytest.mark.parametrize("name", MODELS)
+@needs_bitsandbytes
+def test_a_recipe_trains_its_architecture(
+    name: str,
+    tokenizer: PreTrainedTokenizerFast,
+    letters: Task,
+    share_of_vowels: Callable[..., list[float]],
+    tmp_path: Path,
+) -> None:
+    """Two steps of all that it sets, on two narrow layers with as many query heads a key as the real ones."""
+    whole, keys = MODELS[name][0], 2
+    queries = keys * whole.num_attention_heads // whole.num_key_value_heads
+    narrow = {"vocab_size": len(tokenizer), "hidden_size": 32 * queries, "intermediate_size": 128, "num_hidden_layers": 2}
+    narrow |= {"num_attention_heads": queries, "num_key_value_heads": keys, "head_dim": 32, "initializer_range": 0.1}
+    narrow |= {"layer_types": None, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = type(whole)(**whole.to_dict() | narrow)
+    save(config, tokenizer, tmp_path / "model", weights=True)
+    small = {"prompts_per_step": 4, "num_generations": 4, "max_completion_length": 8, "max_steps": 2, "warmup_steps": 0}
+    small |= {"eval_steps": 0, "baseline_probe": 4, "reward_workers": 0, "sinks": (), "report": False}
+    chosen = recipe(name, model=str(tmp_path / "model"), output_dir=tmp_path / "run", **small)
+    assert (chosen.forecast, chosen.use_peft, chosen.load_in_4bit, chosen.use_bnb_nested_quant) == ("stop", True, True, True)
+    with GRPOTrainer(chosen, task=letters, reward_funcs=[share_of_vowels]) as trainer:
+        model = trainer.policy.model
+        before = {parameter: value.clone() for parameter, value in model.named_parameters()}
+        steps = list(trainer.steps())
+        moved = {parameter for parameter, value in model.named_parameters() if not torch.equal(value, before[parameter])}
+    assert [step.step for step in steps] == [1, 2]
+    assert all(step.forecast is not None and step.metrics["grad_norm"] > 0 for step in steps)
+    assert all(step.metrics["sampling/kl"] < 1e-10 for step in steps)
+    assert moved == {parameter for parameter in before if "lora_" in parameter}
+    assert type(model).__name__ == config.architectures[0]
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == config.tie_word_embeddings
