@@ -144,6 +144,9 @@ class Config(BaseModel):
     """Drop tokens under this share of the top probability; 0 drops none."""
     stop: Annotated[tuple[str, ...], _ROLLOUT] = ()
     """Strings that end a completion."""
+    max_staleness: Annotated[int, _ROLLOUT] = Field(0, ge=0)
+    """Updates by which the weights that sample lag behind: above 0, rollouts of so many later steps are made while this one
+    trains. 1 hides the shorter of the two behind the longer."""
     refill_rounds: Annotated[int, _ROLLOUT] = Field(0, ge=0)
     """How often a step may sample further prompts in place of groups without reward variance; 0 never refills."""
 
@@ -169,7 +172,7 @@ class Config(BaseModel):
     """Leave completions that the length limit cut out of the loss."""
     vllm_importance_sampling_correction: Annotated[bool | None, _OBJECTIVE] = None
     """Weigh tokens by the policy's probability over the sampler's, at the price of a forward pass; ``None`` does so where vLLM
-    samples."""
+    samples, or weights that lag behind."""
     vllm_importance_sampling_mode: Annotated[ImportanceMode, _OBJECTIVE] = "sequence_mask"
     """Ratio of the token, of its sequence or of the sequence's geometric mean; cut off at the bounds, or 0 beyond them."""
     vllm_importance_sampling_clip_max: Annotated[float | None, _OBJECTIVE] = Field(3.0, gt=0)
@@ -353,7 +356,9 @@ class Config(BaseModel):
     def corrects_sampler(self) -> bool:
         """Whether importance weights correct for the sampler."""
         wanted = self.vllm_importance_sampling_correction
-        return (self.rollout != "transformers" if wanted is None else wanted) and not self.ratio_is_against_sampler
+        return (
+            self.rollout != "transformers" or self.max_staleness > 0 if wanted is None else wanted
+        ) and not self.ratio_is_against_sampler
 
     @property
     def scoring_passes(self) -> tuple[bool, ...]:

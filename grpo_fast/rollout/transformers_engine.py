@@ -1,4 +1,4 @@
-"""The embedded rollout engine: samples from the very module the trainer updates. No server, no second copy of the weights.
+"""The embedded rollout engine: samples from the very module the trainer updates, or from a copy that it renews. No server.
 
 How a call runs:
 
@@ -16,6 +16,7 @@ Not covered: encoder-decoders, recurrent layers, several devices, admission of n
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ class TransformersEngine:
             and at every 8th on a GPU, where it waits for the device. Changes speed only.
         autocast_dtype: precision that the forward pass runs in under autocast, as in training; ``None`` is that of the weights.
             The written-out step is not made for it, so ``auto`` then calls the module.
+        own_weights: sample from a copy of the weights, renewed by :meth:`sync_weights`, so that the model may be trained meanwhile.
         impl: how a token is computed. ``module`` calls the model; ``fused`` is the written-out step of
             :mod:`~grpo_fast.rollout.llama_step`, for Llama-shaped models; ``auto`` takes it where it fits.
 
@@ -79,6 +81,7 @@ class TransformersEngine:
         max_batch_tokens: int = 65_536,
         check_every: int | None = None,
         autocast_dtype: torch.dtype | None = None,
+        own_weights: bool = False,
         impl: Literal["auto", "fused", "module"] = "auto",
     ) -> None:
         config = model.config.get_text_config(decoder=True)
@@ -93,7 +96,8 @@ class TransformersEngine:
             raise ValueError(f"max_batch_tokens must be at least 1, got {max_batch_tokens}")
         if check_every is not None and check_every < 1:
             raise ValueError(f"check_every must be at least 1, or None to choose by device, got {check_every}")
-        self._model = model
+        self._policy = model
+        self._model = copy.deepcopy(model).requires_grad_(False) if own_weights else model
         self._tokenizer = tokenizer
         end_tokens = end_token_ids(model, tokenizer) if eos_token_ids is None else set(eos_token_ids)
         self._max_batch_tokens = max_batch_tokens
@@ -103,7 +107,7 @@ class TransformersEngine:
         self._vocabulary = int(config.vocab_size)
         self._is_end = np.isin(np.arange(self._vocabulary), sorted(end_tokens))
         self._autocast_dtype = autocast_dtype
-        self._stepping = _choose_stepping(model, "module" if autocast_dtype is not None and impl == "auto" else impl)
+        self._stepping = _choose_stepping(self._model, "module" if autocast_dtype is not None and impl == "auto" else impl)
         self._version = 0
 
     @property
@@ -112,16 +116,20 @@ class TransformersEngine:
         return self._version
 
     def sync_weights(self, policy: torch.nn.Module, version: int) -> dict[str, float]:
-        """Records ``version``; the weights are shared, so nothing moves.
+        """Records ``version``; the weights are shared, so nothing moves, or copied, where the engine has its own.
 
         Raises:
             ValueError: ``policy`` is neither the engine's module nor a wrapper that holds it as ``module``.
         """
-        if policy is not self._model and getattr(policy, "module", None) is not self._model:
+        if policy is not self._policy and getattr(policy, "module", None) is not self._policy:
             raise ValueError(
                 "the transformers engine samples from the module it was given and cannot take the weights of another "
                 f"{type(policy).__name__}; build a new engine over that one"
             )
+        if self._model is not self._policy:
+            with torch.no_grad():
+                for own, weight in zip(self._model.parameters(), self._policy.parameters(), strict=True):
+                    own.copy_(weight)
         self._version = version
         return {}
 

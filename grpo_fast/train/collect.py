@@ -29,6 +29,13 @@ class Collected:
     """Reward and length statistics of the *first* draw: refilling must not flatter the learning curve."""
     problems: list[str]
     """One line for each reward call that failed and was counted."""
+    stream: dict[str, Any]
+    """Where the stream of prompts stood afterwards."""
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the prompts until then."""
+        return float(self.stream["pass"] + self.stream["position"] / self.stream["num_prompts"])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; prompts by their dataset row."""
@@ -43,7 +50,7 @@ class Collected:
             }
             for group in self.sampled
         ]
-        return {"groups": rows, "metrics": self.metrics, "problems": self.problems}
+        return {"groups": rows, "metrics": self.metrics, "problems": self.problems, "stream": self.stream}
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any], prompts: Sequence[Prompt]) -> Collected:
@@ -67,7 +74,7 @@ class Collected:
             (row["place"], group) for group, row in zip(sampled, state["groups"], strict=True) if row["place"] is not None
         ]
         groups = [group for _, group in sorted(placed, key=lambda pair: pair[0])]
-        return cls(groups, sampled, dict(state["metrics"]), list(state["problems"]))
+        return cls(groups, sampled, dict(state["metrics"]), list(state["problems"]), dict(state["stream"]))
 
 
 class Collector:
@@ -106,7 +113,7 @@ class Collector:
             groups = [group for group in groups if has_variance(group)] + useful + dead[: len(dead) - len(useful)]
         if self._config.refill_rounds:
             metrics["refilled_prompts"] = float(len(sampled) - self._config.prompts_per_step)
-        return Collected(groups, sampled, metrics, problems)
+        return Collected(groups, sampled, metrics, problems, self._stream.state_dict())
 
     def _sample(self, count: int, step: int, *, round_: int, timer: PhaseTimer) -> tuple[list[Group], RewardReport]:
         config = self._config

@@ -261,7 +261,9 @@ def _check_vllm(config: Config) -> None:
 
 def _build_engine(config: Config, policy: Policy, prompts: Sequence[Prompt]) -> RolloutEngine:
     if config.rollout == "transformers":
-        return TransformersEngine(policy.model, policy.tokenizer, autocast_dtype=policy.autocast_dtype)
+        return TransformersEngine(
+            policy.model, policy.tokenizer, autocast_dtype=policy.autocast_dtype, own_weights=config.max_staleness > 0
+        )
     gib = config.vllm_kv_cache_gib
     settings = VLLMSettings(
         gpu_memory_utilization=config.vllm_gpu_memory_utilization,

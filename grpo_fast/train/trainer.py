@@ -20,6 +20,7 @@ from grpo_fast.law import AlarmState, Forecast, Spending, StopDecision
 from grpo_fast.metrics import PhaseTimer, mean_known
 from grpo_fast.rewards import RewardError
 from grpo_fast.rollout import RolloutError, WeightSyncError
+from grpo_fast.train.ahead import Rollouts
 from grpo_fast.train.best import BestCheckpoints, Saved
 from grpo_fast.train.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
 from grpo_fast.train.collect import Collected, Collector
@@ -34,7 +35,7 @@ from grpo_fast.train.step import Learner, NonFiniteGradientError, UpdateResult
 from grpo_fast.train.summary import Ending, Outcome, write_summary
 from grpo_fast.types import Group
 
-_STATE_VERSION = 2
+_STATE_VERSION = 3
 _SMOOTHED_STEPS = 10
 
 
@@ -78,6 +79,7 @@ class GRPOTrainer:
         self._optimizer = build_optimizer(parts.policy.model, config)
         self._learner = Learner(config, parts.policy, self._optimizer, reference=parts.reference)
         self._collector = Collector(config, engine=parts.engine, stream=parts.stream, rewards=parts.rewards)
+        self._rollouts = Rollouts(config, self._collector)
         self._progress = progress_schedule(config)
         self._timer = PhaseTimer()
         self._interrupt = InterruptFlag()
@@ -181,13 +183,13 @@ class GRPOTrainer:
     def _collect(self) -> None:
         """Samples and scores the step's groups, unless a checkpoint brought them along."""
         if self._pending is None:
-            self._pending = self._collector.collect(self.global_step + 1, self._timer)
+            self._pending = self._rollouts.take(self.global_step + 1, self._timer)
             sampled = self._pending.sampled
             self._parts.meter.add_rollout(
                 [len(group.prompt.token_ids) for group in sampled],
                 [[len(completion.token_ids) for completion in group.completions] for group in sampled],
             )
-            self._stream_state = self._parts.stream.state_dict()
+            self._stream_state = self._pending.stream
             for problem in self._pending.problems:
                 self._event("warn", problem)
         self._oversight.within_range(self._pending.metrics["reward"], f"step {self.global_step + 1}")
@@ -207,7 +209,7 @@ class GRPOTrainer:
         self._ending = self._why_end(verdict)
 
         metrics = {"step": step, "progress": self._progress[step - 1], "learning_rate": learning_rate}
-        metrics |= {"epoch": parts.stream.epoch} | collected.metrics | update.metrics | verdict.metrics
+        metrics |= {"epoch": collected.epoch} | collected.metrics | update.metrics | verdict.metrics
         metrics |= sync | times | parts.meter.metrics()
         metrics |= {f"budget/{name}": left for name, left in parts.budget.remaining(parts.meter.usage(step)).items()}
         if self.config.eval_steps and lost is None and (self._ending is not None or step % self.config.eval_steps == 0):
@@ -222,6 +224,7 @@ class GRPOTrainer:
 
     def _sync(self) -> tuple[dict[str, float], WeightSyncError | None]:
         """Gives the engine the new weights; its failure is told when the step's record is complete."""
+        self._rollouts.hold(self._timer)
         with self._timer.phase("sync"):
             try:
                 return self._parts.engine.sync_weights(self._parts.policy.model, self.global_step), None
@@ -249,6 +252,7 @@ class GRPOTrainer:
         """Ends the loop, worker processes, the engine and the sinks; calling it twice is harmless."""
         with contextlib.ExitStack() as stack:
             stack.callback(self._parts.close)
+            stack.callback(self._rollouts.close)
             loop = self._loop()
             if loop is not None:
                 loop.close()
@@ -388,12 +392,13 @@ class GRPOTrainer:
         self._event("checkpoint", f"saved {path}")
 
     def _state_dict(self) -> dict[str, Any]:
-        parts = self._parts
+        parts, ahead = self._parts, self._rollouts.ready()
         return {
             "version": _STATE_VERSION,
             "step": self.global_step,
-            "stream": self._stream_state,
+            "stream": ahead[-1].stream if ahead else self._stream_state,
             "pending": None if self._pending is None else self._pending.to_dict(),
+            "ahead": [collected.to_dict() for collected in ahead],
             "oversight": self._oversight.state_dict(),
             "meter": parts.meter.state_dict(),
             "recent_rewards": self._recent_rewards,
@@ -417,6 +422,8 @@ class GRPOTrainer:
         parts.stream.load_state_dict(state["stream"])
         if state["pending"] is not None:
             self._pending = Collected.from_dict(state["pending"], parts.prompts)
+        ahead = [Collected.from_dict(saved, parts.prompts) for saved in state["ahead"]]
+        self._rollouts.restore(self.global_step + 1 + (self._pending is not None), ahead)
         self._recent_rewards, self._evals = state["recent_rewards"], state["evals"]
         self._best = BestCheckpoints.from_state_dict(state["best"])
         self._best.keep_only([path.name for path in checkpoints])

@@ -313,6 +313,22 @@ def test_samples_from_the_weights_of_the_moment(tokenizer: PreTrainedTokenizerFa
         )
 
 
+def test_weights_of_its_own_change_by_a_sync_alone(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = build("llama")
+    engine, shared = TransformersEngine(model, tokenizer, own_weights=True), TransformersEngine(model, tokenizer)
+    params = SamplingParams(max_tokens=6)
+
+    def sample(each: TransformersEngine) -> list[tuple[int, ...]]:
+        return [completion.token_ids for completion in flat(each.generate(PROMPTS, params, num_generations=2, seed=0))]
+
+    before = sample(engine)
+    with torch.no_grad():
+        model.lm_head.weight.neg_()
+    assert sample(engine) == before
+    engine.sync_weights(model, 1)
+    assert sample(engine) == sample(shared) != before
+
+
 def test_sync_takes_a_wrapper_and_refuses_a_stranger(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     engine = TransformersEngine(llama, tokenizer)
     wrapper = torch.nn.Module()

@@ -204,11 +204,12 @@ def test_a_tied_head_moves_with_its_embedding(
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_a_run_learns_as_much_as_with_the_embedded_engine(tmp_path: Path) -> None:
-    def run(rollout: str) -> tuple[float, list[dict[str, float]]]:
+    def run(rollout: str, max_staleness: int = 0) -> tuple[float, list[dict[str, float]]]:
         config = recipe(
             "embedded",
-            output_dir=tmp_path / rollout,
+            output_dir=tmp_path / f"{rollout}-{max_staleness}",
             rollout=rollout,
+            max_staleness=max_staleness,
             max_steps=60,
             eval_steps=60,
             forecast="off",
@@ -229,6 +230,17 @@ def test_a_run_learns_as_much_as_with_the_embedded_engine(tmp_path: Path) -> Non
     assert weights == pytest.approx([1.0] * len(weights), abs=1e-3), "the sampler is corrected, and little is left to correct"
     assert [row["sync/version"] for row in rows] == list(range(1, 61))
     assert max(row["sync/probe_kl"] for row in rows) < 1e-8
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_run_whose_rollouts_run_beside_its_training(tmp_path: Path) -> None:
+    config = recipe("embedded", output_dir=tmp_path, rollout="vllm", max_staleness=1, max_steps=8, forecast="off", sinks=())
+    with GRPOTrainer(config.replace(eval_steps=0, report=False)) as trainer:
+        rows = [step.metrics for step in trainer.steps()]
+    assert [row["sample/staleness_mean"] for row in rows] == [0.0, *[1.0] * 7]
+    assert min(row["overlap/rollout_s"] for row in rows[1:]) > 0
+    assert max(row["sampling/kl"] for row in rows) > 1e-6, "the sampler is another policy, and it is measured"
 
 
 def test_a_missing_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,84 @@
+"""The groups of a step when it asks for them: collected there and then, or ahead, while steps before it train."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from grpo_fast.config import Config
+from grpo_fast.metrics import PhaseTimer
+from grpo_fast.rollout import RolloutError
+from grpo_fast.rollout.buffer import RolloutBuffer
+from grpo_fast.train.collect import Collected, Collector
+from grpo_fast.types import Completion
+
+
+class Rollouts:
+    """Hands out the groups of one step after another; ``config.max_staleness`` decides how far ahead they are collected."""
+
+    def __init__(self, config: Config, collector: Collector) -> None:
+        self._collector = collector
+        self._max_staleness = config.max_staleness
+        self._buffer: RolloutBuffer[Collected] | None = None
+        if config.max_staleness:
+            self._buffer = RolloutBuffer(
+                lambda step: collector.collect(step, PhaseTimer()),
+                max_staleness=config.max_staleness,
+                last_step=config.max_steps,
+            )
+
+    def take(self, step: int, timer: PhaseTimer) -> Collected:
+        """The groups of ``step``.
+
+        Args:
+            step: the one after that whose weights are in force.
+            timer: charged with ``rollout`` and ``reward``, or with the wait for what is collected ahead, as ``rollout``.
+
+        Returns:
+            The groups; where they were collected ahead with ``sample/staleness_mean`` and ``sample/staleness_max``, the updates
+            between the weights that sampled a token and the newest, and ``overlap/rollout_s``, the seconds that nobody waited.
+
+        Raises:
+            RolloutError: a token is older than ``max_staleness`` allows.
+            TrainingError: what collecting raised.
+        """
+        if self._buffer is None:
+            return self._collector.collect(step, timer)
+        with timer.phase("rollout"):
+            collected, overlapped = self._buffer.take(step)
+        lags = [step - 1 - version for group in collected.groups for c in group.completions for version in token_versions(c)]
+        if max(lags) > self._max_staleness:
+            raise RolloutError(
+                f"a token of step {step} was sampled {max(lags)} updates ago, and max_staleness={self._max_staleness}: the engine "
+                "does not tell its versions truly, or its weights were not updated"
+            )
+        collected.metrics |= {
+            "sample/staleness_mean": sum(lags) / len(lags),
+            "sample/staleness_max": float(max(lags)),
+            "overlap/rollout_s": overlapped,
+        }
+        return collected
+
+    def hold(self, timer: PhaseTimer) -> None:
+        """Waits for the rollouts that the weights in force are to make; none begins before the next :meth:`take`."""
+        if self._buffer is not None:
+            with timer.phase("rollout"):
+                self._buffer.hold()
+
+    def ready(self) -> list[Collected]:
+        """What is collected ahead, for the checkpoint: it is neither lost nor sampled again."""
+        return [] if self._buffer is None else self._buffer.ready()
+
+    def restore(self, next_step: int, ready: Sequence[Collected]) -> None:
+        """Begins with what a checkpoint brought along."""
+        if self._buffer is not None:
+            self._buffer.restore(next_step, ready)
+
+    def close(self) -> None:
+        """Ends the thread when what it collects is collected."""
+        if self._buffer is not None:
+            self._buffer.close()
+
+
+def token_versions(completion: Completion) -> Sequence[int]:
+    """The version of the weights that sampled each token."""
+    return completion.weight_versions or [completion.weight_version] * len(completion.token_ids)

@@ -1,0 +1,190 @@
+"""Rollouts ahead of the training, with the embedded engine on weights of its own: no rollout waits for a GPU here."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from grpo_fast import Config, GRPOTrainer, recipe
+from grpo_fast.metrics import PhaseTimer
+from grpo_fast.rollout import RolloutError, SamplingParams
+from grpo_fast.rollout.transformers_engine import TransformersEngine
+from grpo_fast.tasks.task import Task
+from grpo_fast.train.ahead import token_versions
+from grpo_fast.train.checkpoint import list_checkpoints
+from grpo_fast.types import Completion
+
+ROWS = [{"prompt": f"{a}{b}=", "answer": a} for a in "abcdefgh" for b in "abcd"]
+LETTERS = Task("letters", ROWS[:24], ROWS[24:], ("exact_match",), "exact_match")
+STEPS = 8
+
+
+def vowels(completions: list[str], **columns: Any) -> list[float]:
+    return [float(sum(text.count(vowel) for vowel in "aei")) for text in completions]
+
+
+@pytest.fixture
+def ahead(tiny_config: Callable[..., Config]) -> Callable[..., Config]:
+    """A run of eight steps whose rollouts are one step ahead."""
+
+    def make(**changes: Any) -> Config:
+        values = {"max_staleness": 1, "max_steps": STEPS, "save_steps": 3, "eval_steps": 4, "eval_size": 4, "refill_rounds": 1}
+        return tiny_config(**values | {"learning_rate": 3e-3, "reward_workers": 0, "forecast": "off"} | changes)
+
+    return make
+
+
+def train(trainer: GRPOTrainer) -> list[Any]:
+    with trainer:
+        return list(trainer.steps())
+
+
+def start(config: Config) -> GRPOTrainer:
+    return GRPOTrainer(config, task=LETTERS, reward_funcs=[vowels])
+
+
+def resume(config: Config) -> GRPOTrainer:
+    return GRPOTrainer.resume(config.output_dir, task=LETTERS, reward_funcs=[vowels])
+
+
+def weights(trainer: GRPOTrainer) -> torch.Tensor:
+    return torch.cat([weight.detach().flatten() for weight in trainer.policy.model.parameters()])
+
+
+def drawn(steps: Sequence[Any]) -> list[int]:
+    return [group.prompt.index for step in steps for group in step.groups]
+
+
+class Watched(TransformersEngine):
+    """Notes when rollouts ran, and by which weights."""
+
+    def __init__(self, trainer: GRPOTrainer) -> None:
+        super().__init__(trainer.policy.model, trainer.policy.tokenizer, own_weights=True)
+        self.rollouts: list[tuple[float, float, int]] = []
+        trainer._collector._engine = trainer._parts.engine = self
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, num_generations: int, seed: int
+    ) -> list[list[Completion]]:
+        begin, version = time.perf_counter(), self.weight_version
+        answers = super().generate(prompts, sampling, num_generations=num_generations, seed=seed)
+        if num_generations > 1:
+            self.rollouts.append((begin, time.perf_counter(), version))
+            assert version == self.weight_version, "weights changed within a rollout"
+        return answers
+
+
+def test_rollouts_run_beside_the_training_and_are_one_update_old(ahead: Callable[..., Config]) -> None:
+    trainer = start(ahead(refill_rounds=0))
+    engine, update, updates = Watched(trainer), trainer._learner.update, []
+
+    def timed(*given: Any, **named: Any) -> Any:
+        begin = time.perf_counter()
+        result = update(*given, **named)
+        updates.append((begin, time.perf_counter()))
+        return result
+
+    trainer._learner.update = timed  # type: ignore[method-assign]
+    steps = train(trainer)
+    assert [version for *_, version in engine.rollouts] == [max(0, step - 2) for step in range(1, STEPS + 1)]
+    for (begin, end, _), (train_begin, train_end) in zip(engine.rollouts[1:], updates, strict=False):
+        assert begin < train_end
+        assert end > train_begin
+    assert [step.metrics["sample/staleness_max"] for step in steps] == [0, *[1] * (STEPS - 1)]
+    assert sum(step.metrics["overlap/rollout_s"] for step in steps) > 0
+    assert all("sampling/importance_weight/mean" in step.metrics for step in steps[1:]), "older weights are corrected for"
+
+
+@pytest.mark.parametrize("moment", [1, 3, 5, 8])
+def test_leaving_and_resuming_is_the_straight_run(moment: int, ahead: Callable[..., Config], tmp_path: Path) -> None:
+    straight = start(ahead(output_dir=tmp_path / "straight"))
+    whole = train(straight)
+    config = ahead(output_dir=tmp_path / "run")
+    before = []
+    with start(config) as trainer:
+        for result in trainer.steps():
+            before.append(result)
+            if result.step == moment:
+                break
+    with resume(config) as trainer:
+        assert len(trainer._rollouts.ready()) == (moment < STEPS), "what was sampled ahead is not sampled again"
+        after = list(trainer.steps())
+        assert torch.equal(weights(trainer), weights(straight))
+    assert drawn([*before, *after]) == drawn(whole)
+    assert [step.metrics["reward"] for step in [*before, *after]] == [step.metrics["reward"] for step in whole]
+
+
+@pytest.mark.parametrize("staleness", [1, 2])
+def test_a_run_that_was_killed_loses_and_repeats_no_prompt(staleness: int, ahead: Callable[..., Config]) -> None:
+    config = ahead(max_staleness=staleness, refill_rounds=0, save_total_limit=9)
+    whole = train(start(config))
+    for checkpoint in list_checkpoints(config.output_dir):
+        if checkpoint.name != "checkpoint-3":
+            shutil.rmtree(checkpoint)
+    again = train(resume(config))
+    assert [step.step for step in again] == list(range(4, STEPS + 1))
+    assert drawn(again) == drawn(whole[3:])
+    assert len(set(drawn(whole))) == 24 == len(drawn(whole)), "an epoch is as long as the run: no prompt came twice"
+    assert [step.metrics["reward"] for step in again] == [step.metrics["reward"] for step in whole[3:]]
+
+
+def test_tokens_older_than_allowed_end_the_run_with_a_checkpoint(ahead: Callable[..., Config]) -> None:
+    trainer = start(ahead())
+
+    class Stuck(Watched):
+        def sync_weights(self, policy: torch.nn.Module, version: int) -> dict[str, float]:
+            return {}
+
+    Stuck(trainer)
+    with pytest.raises(RolloutError, match="a token of step 3 was sampled 2 updates ago, and max_staleness=1"):
+        train(trainer)
+    assert list_checkpoints(trainer.config.output_dir)[-1].name == "checkpoint-2"
+
+
+def test_a_rollout_that_fails_ahead_fails_the_step_it_is_for(ahead: Callable[..., Config], tmp_path: Path) -> None:
+    config = ahead(output_dir=tmp_path / "run")
+    trainer = start(config)
+
+    class Dying(Watched):
+        def generate(self, *given: Any, **named: Any) -> list[list[Completion]]:
+            if named["num_generations"] > 1 and self.weight_version == 3:
+                raise RolloutError("the server is gone")
+            return super().generate(*given, **named)
+
+    Dying(trainer)
+    with pytest.raises(RolloutError, match="the server is gone"):
+        train(trainer)
+    assert list_checkpoints(config.output_dir)[-1].name == "checkpoint-4", "step 5 was being sampled while 4 trained"
+    whole = train(start(ahead(output_dir=tmp_path / "straight")))
+    assert drawn(train(resume(config))) == drawn(whole[4:])
+
+
+def test_without_staleness_nothing_is_ahead(ahead: Callable[..., Config]) -> None:
+    trainer = start(ahead(max_staleness=0, max_steps=2))
+    steps = train(trainer)
+    assert trainer._parts.engine._model is trainer.policy.model  # type: ignore[attr-defined]
+    assert all("overlap/rollout_s" not in step.metrics for step in steps)
+    trainer._rollouts.hold(PhaseTimer())
+    assert trainer._rollouts.ready() == []
+
+
+def test_each_token_has_a_version() -> None:
+    made = Completion((4, 5), (-1.0, -1.0), "stop", "", weight_version=3)
+    assert list(token_versions(made)) == [3, 3]
+    mixed = Completion((4, 5), (-1.0, -1.0), "stop", "", weight_version=3, weight_versions=(3, 4))
+    assert list(token_versions(mixed)) == [3, 4]
+
+
+@pytest.mark.slow
+def test_the_embedded_task_is_learnt_as_well_one_update_late(tmp_path: Path) -> None:
+    config = recipe("embedded", output_dir=tmp_path, max_staleness=1, max_steps=60, eval_steps=60, forecast="off", sinks=())
+    with GRPOTrainer(config.replace(report=False)) as trainer:
+        metrics = [step.metrics for step in trainer.steps()]
+    assert trainer.summary["eval_reward"] > 0.95
+    assert max(row["sample/staleness_max"] for row in metrics) == 1
