@@ -356,9 +356,9 @@ class Config(BaseModel):
     def corrects_sampler(self) -> bool:
         """Whether importance weights correct for the sampler."""
         wanted = self.vllm_importance_sampling_correction
-        return (
-            self.rollout != "transformers" or self.max_staleness > 0 if wanted is None else wanted
-        ) and not self.ratio_is_against_sampler
+        if wanted is None:
+            wanted = self.rollout != "transformers" or self.max_staleness > 0
+        return wanted and not self.ratio_is_against_sampler
 
     @property
     def scoring_passes(self) -> tuple[bool, ...]:

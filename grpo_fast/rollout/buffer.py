@@ -1,8 +1,8 @@
 """Rollouts made ahead by a thread, and the bound on how far ahead: what a step trains on is at most so many updates old.
 
-With staleness k, rollouts of step n begin when the weights of step ``n - 1 - k`` are in force, and no earlier. A trainer that holds the
-buffer before it changes the weights has every rollout sampled by exactly those, whatever the timing: what is allowed is finished
-first, so that runs repeat bit for bit.
+With staleness k, rollouts of step n begin when the weights of step ``n - 1 - k`` are in force, and no earlier. A trainer that
+holds the buffer before it changes the weights has every rollout sampled by exactly those, whatever the timing: what is allowed
+is finished first, so that runs repeat bit for bit.
 """
 
 from __future__ import annotations

@@ -48,8 +48,8 @@ class Rollouts:
         lags = [step - 1 - version for group in collected.groups for c in group.completions for version in token_versions(c)]
         if max(lags) > self._max_staleness:
             raise RolloutError(
-                f"a token of step {step} was sampled {max(lags)} updates ago, and max_staleness={self._max_staleness}: the engine "
-                "does not tell its versions truly, or its weights were not updated"
+                f"a token of step {step} was sampled {max(lags)} updates ago, and max_staleness={self._max_staleness}: the "
+                "engine does not tell its versions truly, or its weights were not updated"
             )
         collected.metrics |= {
             "sample/staleness_mean": sum(lags) / len(lags),
