@@ -88,6 +88,8 @@ def train(
     with GRPOTrainer.resume(resume, config=settings) if resume is not None else GRPOTrainer(settings) as trainer:
         summary = trainer.train()
         run = trainer.config.output_dir
+    if not trainer.is_main_process:
+        return 0
     console = Console()
     console.print(f"[bold]{escape(summary['reason'])}[/]", highlight=False, soft_wrap=True)
     return report(run) if settings.report else 0

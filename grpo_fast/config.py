@@ -269,6 +269,8 @@ class Config(BaseModel):
     """Newest checkpoints kept, beside the best one, and beside the best one from before a fall that may be a collapse."""
     sinks: Annotated[tuple[Literal["console", "tensorboard", "wandb", "trackio"], ...], _RUN] = ("console",)
     """Where metrics go beside the JSONL files."""
+    ddp_timeout_s: Annotated[float, _RUN] = Field(1800.0, gt=0)
+    """Longest wait for another process under ``torchrun``, in seconds; one that hangs ends the run then."""
     log_completions: Annotated[int, _RUN] = Field(4, ge=0)
     """Sample completions written to ``completions.jsonl`` each step."""
     report: Annotated[bool, _RUN] = True

@@ -1,4 +1,4 @@
-"""Values that know how to reduce over micro-batches, and the clock that charges seconds to phases."""
+"""Values that know how to reduce over micro-batches and ranks, and the clock that charges seconds to phases."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ _COMBINE: dict[Reduction, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] 
     "min": torch.minimum,
     "max": torch.maximum,
 }
+
+
+Held: TypeAlias = dict[str, tuple[Reduction, str | None, float]]
+"""What one rank has gathered: reduction, weight and value by name."""
 
 
 def mean_known(values: Iterable[float]) -> float:
@@ -53,17 +57,37 @@ class MetricSums:
             value = _COMBINE[reduction](held, value)
         self._values[name] = (reduction, weight, value)
 
-    def compute(self) -> dict[str, float]:
-        """The reduced values as Python floats; a mean over nothing is NaN."""
-        if not self._values:
-            return {}
-        numbers = torch.stack([value for _, _, value in self._values.values()]).tolist()
-        raw = dict(zip(self._values, numbers, strict=True))
+    def compute(self, gather: Callable[[Callable[[], Held]], list[Held]] = lambda own: [own()]) -> dict[str, float]:
+        """The reduced values as Python floats; a mean over nothing is NaN.
+
+        Args:
+            gather: gives what every rank holds, by rank, where there are several.
+        """
+        raw: dict[str, float] = {}
+        weights: dict[str, str | None] = {}
+        for held in gather(self._held):
+            for name, (reduction, weight, value) in held.items():
+                raw[name] = _combined(reduction, raw[name], value) if name in raw else value
+                weights[name] = weight
         result = {}
-        for name, (_, weight, _) in self._values.items():
+        for name, weight in weights.items():
             divisor = raw[weight] if weight is not None else 1.0
             result[name] = raw[name] / divisor if divisor else float("nan")
         return result
+
+    def _held(self) -> Held:
+        if not self._values:
+            return {}
+        numbers = torch.stack([value for _, _, value in self._values.values()]).tolist()
+        return {
+            name: (reduction, weight, number)
+            for (name, (reduction, weight, _)), number in zip(self._values.items(), numbers, strict=True)
+        }
+
+
+def _combined(reduction: Reduction, first: float, second: float) -> float:
+    pair = (torch.tensor(value, dtype=torch.float64) for value in (first, second))
+    return _COMBINE[reduction](*pair).item()
 
 
 class PhaseTimer:

@@ -116,3 +116,18 @@ def test_the_mean_leaves_out_what_is_not_known() -> None:
     assert mean_known([1.0, math.nan, 2.0]) == 1.5
     assert math.isnan(mean_known([math.nan]))
     assert math.isnan(mean_known([]))
+
+
+def test_ranks_are_reduced_as_micro_batches_are() -> None:
+    whole, ranks = MetricSums(), [MetricSums(), MetricSums(), MetricSums()]
+    parts = [{"n": 2.0, "sum": 3.0, "low": 4.0, "high": 1.0}, {"n": 5.0, "sum": -1.0, "low": 0.5, "high": 9.0}]
+    for sums, part in [(whole, part) for part in parts] + list(zip(ranks, parts, strict=False)):  # the last rank has nothing
+        sums.add("n", torch.tensor(part["n"]))
+        sums.add("mean", torch.tensor(part["sum"]), weight="n")
+        sums.add("low", torch.tensor(part["low"]), reduction="min")
+        sums.add("high", torch.tensor(part["high"]), reduction="max")
+    everywhere = [sums.compute(lambda own: [rank._held() for rank in ranks]) for sums in ranks]
+    assert everywhere == [whole.compute()] * 3
+    assert everywhere[0] == {"n": 7.0, "mean": pytest.approx(2 / 7), "low": 0.5, "high": 9.0}
+    ranks[2].add("low", torch.tensor(math.nan), reduction="min")
+    assert math.isnan(ranks[0].compute(lambda own: [rank._held() for rank in ranks])["low"])

@@ -136,6 +136,12 @@ class RewardPool:
             ValueError: a function cannot be found, imported or loaded; a column has a reserved name; the pool is closed.
             TypeError: a dataset column cannot be sent to a process.
         """
+        tally = self.tally(groups)
+        tally.fill(groups, self.weights)
+        return tally.report()
+
+    def tally(self, groups: Sequence[Group]) -> Tally:
+        """What the functions give the completions of some groups, as :meth:`score`, but nothing is filled."""
         with self._lock:
             self._require_open()
             tally = Tally(self.names, sum(len(group.completions) for group in groups))
@@ -144,8 +150,7 @@ class RewardPool:
                 self._drive(self._calls(groups, columns), tally, start=0)
             elif tally.num_completions:
                 self._score_here(call_arguments(groups, columns), tally)
-            tally.fill(groups, self.weights)
-            return tally.report()
+            return tally
 
     def close(self) -> None:
         """Ends the workers; calling it twice is harmless."""

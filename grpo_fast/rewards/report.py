@@ -57,6 +57,17 @@ class Tally:
         self.errors = [0] * len(self.names)
         self.timeouts = [0] * len(self.names)
 
+    @classmethod
+    def joined(cls, parts: Sequence[Tally]) -> Tally:
+        """The tally of several calls as one; their completions follow each other."""
+        result = cls(parts[0].names, sum(part.num_completions for part in parts))
+        result.values = [[value for part in parts for value in part.values[f]] for f in range(len(result.names))]
+        result.errors = [sum(counts) for counts in zip(*(part.errors for part in parts), strict=True)]
+        result.timeouts = [sum(counts) for counts in zip(*(part.timeouts for part in parts), strict=True)]
+        result.restarts = sum(part.restarts for part in parts)
+        result.problems = [problem for part in parts for problem in part.problems]
+        return result
+
     def store(self, function: int, values: Sequence[float | None], *, first: int = 0) -> None:
         """Keeps what function number ``function`` gave the completions from number ``first`` on."""
         numbers = [math.nan if value is None else value for value in values]

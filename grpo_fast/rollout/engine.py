@@ -67,7 +67,13 @@ class RolloutEngine(Protocol):
     """Samples completions from the current policy."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, num_generations: int, seed: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        num_generations: int,
+        seed: int,
+        first_prompt: int = 0,
     ) -> list[list[Completion]]:
         """Samples ``num_generations`` completions for each prompt.
 
@@ -76,6 +82,7 @@ class RolloutEngine(Protocol):
             sampling: how to sample.
             num_generations: G.
             seed: decides every random draw of the call; the same call with the same weights gives the same answer.
+            first_prompt: place of the first prompt in a larger call of which this is a part: draws are those that it has there.
 
         Returns:
             P lists of G completions, in the order of ``prompts``.

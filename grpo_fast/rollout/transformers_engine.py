@@ -137,7 +137,13 @@ class TransformersEngine:
         """Does nothing: all memory of a rollout is freed when its call returns."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, num_generations: int, seed: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        num_generations: int,
+        seed: int,
+        first_prompt: int = 0,
     ) -> list[list[Completion]]:
         """Samples ``num_generations`` completions for each prompt.
 
@@ -147,6 +153,7 @@ class TransformersEngine:
                 distribution sampled from, that is at the temperature and renormalised over the kept support.
             num_generations: G.
             seed: decides every random draw; no global random state is read or changed.
+            first_prompt: place of the first prompt in a larger call of which this is a part.
 
         Returns:
             P lists of G completions, in the order of ``prompts``. An end token is part of its completion.
@@ -164,20 +171,23 @@ class TransformersEngine:
         precision = torch.autocast(device, dtype=self._autocast_dtype, enabled=self._autocast_dtype is not None)
         with torch.no_grad(), _evaluating(self._model), precision:
             for rows in self._batches(prompts, sampling.max_tokens, num_generations):
-                transcript = self._decode(prompts, rows, sampling, seed)
+                transcript = self._decode(prompts, rows, sampling, seed=seed, first_prompt=first_prompt)
                 for row, completion in zip(rows, transcript.completions(self._version), strict=True):
                     answers[row.prompt][row.generation] = completion
         return [[completion for completion in group if completion is not None] for group in answers]
 
-    def _decode(self, prompts: Sequence[Sequence[int]], rows: list[_Row], sampling: SamplingParams, seed: int) -> Transcript:
+    def _decode(
+        self, prompts: Sequence[Sequence[int]], rows: list[_Row], sampling: SamplingParams, *, seed: int, first_prompt: int
+    ) -> Transcript:
         """Samples one batch of rows, which are grouped by prompt."""
         positions = list(dict.fromkeys(row.prompt for row in rows))
         number = {position: index for index, position in enumerate(positions)}
+        places = [first_prompt + row.prompt for row in rows]
         batch = DecodeBatch(
             self._model,
             [prompts[position] for position in positions],
             source=np.array([number[row.prompt] for row in rows]),
-            draws=uniforms(seed, [row.prompt for row in rows], [row.generation for row in rows], sampling.max_tokens),
+            draws=uniforms(seed, places, [row.generation for row in rows], sampling.max_tokens),
             sampling=sampling,
             stepping=self._stepping,
         )

@@ -196,7 +196,13 @@ class VLLMEngine:
         return metrics
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, num_generations: int, seed: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        num_generations: int,
+        seed: int,
+        first_prompt: int = 0,
     ) -> list[list[Completion]]:
         """Samples ``num_generations`` completions for each prompt, all in one continuous batch.
 
@@ -206,6 +212,7 @@ class VLLMEngine:
                 softmax.
             num_generations: G.
             seed: decides every random draw; no global random state is read or changed.
+            first_prompt: place of the first prompt in a larger call of which this is a part.
 
         Returns:
             P lists of G completions, in the order of ``prompts``. An end token is part of its completion.
@@ -227,7 +234,7 @@ class VLLMEngine:
         check_request(
             prompts, sampling, num_generations=num_generations, context_length=self._context, vocabulary=self._vocabulary
         )
-        seeds = np.random.SeedSequence(seed).generate_state(len(prompts), np.uint32).tolist()
+        seeds = np.random.SeedSequence(seed).generate_state(first_prompt + len(prompts), np.uint32).tolist()[first_prompt:]
         answers = self._vllm.sample(prompts, [self._params(sampling, num_generations, each) for each in seeds])
         return [[self._completion(sample, sampling) for sample in samples] for samples in answers]
 

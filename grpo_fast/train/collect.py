@@ -11,9 +11,10 @@ import numpy as np
 
 from grpo_fast.config import Config
 from grpo_fast.metrics import PhaseTimer
-from grpo_fast.rewards import RewardPool, RewardReport
+from grpo_fast.rewards import RewardReport
 from grpo_fast.rollout.engine import RolloutEngine, SamplingParams
 from grpo_fast.tasks.stream import PromptStream
+from grpo_fast.train.shares import Rewards
 from grpo_fast.types import Completion, Group, Prompt
 
 
@@ -36,6 +37,19 @@ class Collected:
     def epoch(self) -> float:
         """Passes over the prompts until then."""
         return float(self.stream["pass"] + self.stream["position"] / self.stream["num_prompts"])
+
+    def samples(self, count: int) -> list[dict[str, Any]]:
+        """The first ``count`` completions with what became of them, for people."""
+        pairs = [(group, i) for group in self.groups for i in range(len(group.completions))]
+        return [
+            {
+                "prompt": group.prompt.prompt,
+                "completion": group.completions[i].text,
+                "reward": group.reward[i],
+                "advantage": group.advantages[i],
+            }
+            for group, i in pairs[:count]
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; prompts by their dataset row."""
@@ -80,7 +94,7 @@ class Collected:
 class Collector:
     """Draws prompts from the stream, answers from the engine, rewards from the pool."""
 
-    def __init__(self, config: Config, *, engine: RolloutEngine, stream: PromptStream, rewards: RewardPool) -> None:
+    def __init__(self, config: Config, *, engine: RolloutEngine, stream: PromptStream, rewards: Rewards) -> None:
         self._config = config
         self._engine = engine
         self._stream = stream

@@ -22,8 +22,10 @@ from grpo_fast.rollout.transformers_engine import TransformersEngine
 from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMServerEngine, VLLMSettings, require_vllm
 from grpo_fast.sinks import JsonlSink, RunInfo, Sink, SinkSet, build_sinks
 from grpo_fast.tasks import PromptStream, Task, encode_prompts, load_task
+from grpo_fast.train.distributed import ALONE, World, note_launch
 from grpo_fast.train.optim import check_optimizer
 from grpo_fast.train.policy import BasePolicy, Policy, PolicySource, Scorer, count_parameters
+from grpo_fast.train.shares import MainEngine, Rewards, SharedEngine, SharedRewards
 from grpo_fast.types import Prompt
 
 CONFIG_FILE = "config.toml"
@@ -35,7 +37,7 @@ _CHANGEABLE = {
     "reward_range",
     *("output_dir", "overwrite", "eval_steps", "save_steps", "save_total_limit", "sinks", "log_completions", "report"),
     *("reward_timeout_s", "reward_workers", "reward_on_error", "tokens_per_microbatch", "device", "dtype"),
-    *("vllm_gpu_memory_utilization", "vllm_kv_cache_gib", "vllm_server_urls", "sync_deadline_s"),
+    *("vllm_gpu_memory_utilization", "vllm_kv_cache_gib", "vllm_server_urls", "sync_deadline_s", "ddp_timeout_s"),
 }
 
 
@@ -51,8 +53,8 @@ class Parts:
     policy: Policy
     reference: Scorer | None
     engine: RolloutEngine
-    rewards: RewardPool
-    eval_rewards: RewardPool
+    rewards: Rewards
+    eval_rewards: Rewards
     predictor: OnlinePredictor
     meter: ComputeMeter
     budget: Budget
@@ -71,6 +73,7 @@ class Parts:
             self.replaces_run = False
         config.output_dir.mkdir(parents=True, exist_ok=True)
         (config.output_dir / CONFIG_FILE).write_text(config.to_toml(), encoding="utf-8")
+        note_launch(config.output_dir)
         self.sinks.start(
             RunInfo(
                 run_dir=config.output_dir,
@@ -119,24 +122,26 @@ class Replacements(TypedDict, total=False):
     """In place of ``config.sinks``; the run's own files are always written."""
 
 
-def build_parts(config: Config, given: Replacements, *, resume: bool) -> Parts:
-    """Builds what the configuration names, but for what is given.
+def build_parts(config: Config, given: Replacements, *, resume: bool, world: World = ALONE) -> Parts:
+    """Builds what the configuration names, but for what is given; of several ranks, rank 0 alone has sinks.
 
     Raises:
         ConfigError: whatever cannot work, before anything expensive is done.
         ValueError: numbers that the loss, a reward or a sink cannot work with, likewise.
     """
-    replaces_run = not resume and _holds_run(config)
+    replaces_run = world.once(lambda: not resume and _holds_run(config))
     OBJECTIVES[config.loss_type].spec(config)
     if config.rollout != "transformers" and "engine" not in given:
         _check_vllm(config)
+    if world.size > 1:
+        _check_ranks(config, world.size)
     check_optimizer(config)
     budget = _build_budget(config, given.get("budget"))
     prior = load_prior(config)
     source = PolicySource(config)
     task = given.get("task") or load_task(config, chat=source.chat, needs_reward="reward_funcs" not in given)
     functions = given.get("reward_funcs") or config.reward_funcs or task.reward_funcs
-    rewards = _build_pool(config, functions, config.reward_weights)
+    rewards = _build_pool(config, functions, config.reward_weights, world=world)
     prompts, eval_prompts = (
         encode_prompts(
             rows,
@@ -152,11 +157,13 @@ def build_parts(config: Config, given: Replacements, *, resume: bool) -> Parts:
     record, sinks = build_sinks(() if "sinks" in given else config.sinks, config.output_dir)
     if "sinks" in given:
         sinks = SinkSet([record, *given["sinks"]])
+    if not world.is_main:
+        sinks = SinkSet([])
     with contextlib.ExitStack() as on_error:
         on_error.callback(rewards.close)
         rewards.start()
         policy = source.load()
-        engine = given.get("engine") or _build_engine(config, policy, [*prompts, *eval_prompts])
+        engine = _share_engine(config, policy, [*prompts, *eval_prompts], given=given.get("engine"), world=world)
         on_error.callback(engine.close)
         facts = device_facts("cpu" if policy.device.type == "cpu" else "cuda")
         parts = Parts(
@@ -169,7 +176,7 @@ def build_parts(config: Config, given: Replacements, *, resume: bool) -> Parts:
             reference=_reference(source, policy) if config.beta > 0 else None,
             engine=engine,
             rewards=rewards,
-            eval_rewards=_build_pool(config, (task.eval_reward or functions[0],), ()),
+            eval_rewards=_build_pool(config, (task.eval_reward or functions[0],), (), world=world),
             predictor=given.get("predictor")
             or OnlinePredictor(
                 config.max_steps,
@@ -180,8 +187,9 @@ def build_parts(config: Config, given: Replacements, *, resume: bool) -> Parts:
             ),
             meter=ComputeMeter(
                 ModelShape.from_model(policy.model),
-                power=energy_source(facts),
+                power=energy_source(facts, num_devices=world.size),
                 price_per_gpu_hour=config.price_per_gpu_hour,
+                num_devices=world.size,
                 peak_flops=facts.peak_bf16_flops if policy.autocast_dtype is not None else None,
             ),
             budget=budget,
@@ -252,11 +260,34 @@ def _build_budget(config: Config, given: Budget | None) -> Budget:
     return budget
 
 
+def _check_ranks(config: Config, num_ranks: int) -> None:
+    if config.rollout == "vllm":
+        raise ConfigError(
+            f"rollout='vllm' runs inside one process, and this run has {num_ranks}; start servers with `grpo-fast serve` and "
+            "use rollout='vllm-http'"
+        )
+    if config.max_staleness:
+        raise ConfigError(
+            f"max_staleness={config.max_staleness} collects in a thread of one process, and this run has {num_ranks}; "
+            "set it to 0"
+        )
+
+
 def _check_vllm(config: Config) -> None:
     try:
         require_vllm()
     except RolloutError as error:
         raise ConfigError(f"rollout={config.rollout!r}: {error}") from None
+
+
+def _share_engine(
+    config: Config, policy: Policy, prompts: Sequence[Prompt], *, given: RolloutEngine | None, world: World
+) -> RolloutEngine:
+    """The engine, as all ranks use it together."""
+    if given is None and config.rollout == "vllm-http" and world.size > 1:
+        return MainEngine(lambda: _build_engine(config, policy, prompts), world)
+    engine = given or _build_engine(config, policy, prompts)
+    return engine if world.size == 1 else SharedEngine(engine, world)
 
 
 def _build_engine(config: Config, policy: Policy, prompts: Sequence[Prompt]) -> RolloutEngine:
@@ -282,11 +313,14 @@ def _build_engine(config: Config, policy: Policy, prompts: Sequence[Prompt]) -> 
     return VLLMEngine(policy.model, policy.tokenizer, autocast_dtype=policy.autocast_dtype, settings=settings)
 
 
-def _build_pool(config: Config, reward_funcs: Sequence[str | Callable[..., Any]], weights: Sequence[float]) -> RewardPool:
-    return RewardPool(
+def _build_pool(
+    config: Config, reward_funcs: Sequence[str | Callable[..., Any]], weights: Sequence[float], *, world: World
+) -> Rewards:
+    pool = RewardPool(
         reward_funcs,
         weights=weights or None,
         timeout_s=config.reward_timeout_s,
         workers=config.reward_workers,
         on_error=config.reward_on_error,
     )
+    return pool if world.size == 1 else SharedRewards(pool, world)

@@ -6,17 +6,20 @@ no gradient nor the number of micro-batches changes a gradient.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from grpo_fast.compute import ComputeMeter
 from grpo_fast.config import Config
 from grpo_fast.metrics import MetricSums, PhaseTimer
 from grpo_fast.objective import OBJECTIVES, sequence_kl
 from grpo_fast.ops import (
     LossBatch,
     PolicyMetrics,
+    RowPlan,
     fused_grpo,
     live_sequences,
     plan_microbatches,
@@ -24,6 +27,7 @@ from grpo_fast.ops import (
     scored_rows,
     token_logprob,
 )
+from grpo_fast.train.distributed import ALONE, World
 from grpo_fast.train.mismatch import add_mismatch, add_weights, effective_sample_size, importance_weights
 from grpo_fast.train.optim import set_learning_rate
 from grpo_fast.train.policy import Policy, Scorer
@@ -61,6 +65,18 @@ class UpdateResult:
     measured: tuple[TrainingSequence, ...] = ()
     """Sequences without gradient that went through the forward pass for the metrics."""
 
+    def charge(self, meter: ComputeMeter, config: Config) -> None:
+        """Meters what was computed."""
+        lengths = [len(sequence) for sequence in self.trained]
+        scored = sum(len(sequence.completion_ids) for sequence in self.trained)
+        for adapters in config.scoring_passes:
+            meter.add_reference(lengths, scored, adapters=adapters)
+        meter.add_train(lengths, scored, checkpointing=config.gradient_checkpointing, num_iterations=config.num_iterations)
+        if self.measured:
+            again = config.num_iterations * self.measured
+            meter.add_reference([len(s) for s in again], sum(len(s.completion_ids) for s in again), adapters=True)
+        meter.add_dropped(self.num_dropped_tokens)
+
 
 @dataclass(slots=True)
 class _Part:
@@ -80,7 +96,15 @@ class _Part:
 class Learner:
     """Owns the optimiser and turns groups with rewards into weight updates."""
 
-    def __init__(self, config: Config, policy: Policy, optimizer: torch.optim.Optimizer, *, reference: Scorer | None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        policy: Policy,
+        optimizer: torch.optim.Optimizer,
+        *,
+        reference: Scorer | None,
+        world: World = ALONE,
+    ) -> None:
         if (config.beta > 0) != (reference is not None):
             raise ValueError(
                 f"beta={config.beta} and reference={reference}: a reference policy is needed exactly when beta > 0"
@@ -89,6 +113,7 @@ class Learner:
         self._policy = policy
         self._optimizer = optimizer
         self._reference = reference
+        self._world = world
         self._objective = OBJECTIVES[config.loss_type]
         self._spec = self._objective.spec(config)
         self._num_items_in_batch = 0.0
@@ -103,7 +128,8 @@ class Learner:
         with timer.phase("score"):
             self._assign_advantages(groups)
             sequences = flatten_groups(groups, mask_truncated=config.mask_truncated_completions)
-            parts = self._micro_batches(sequences)
+            plans = self._plan(sequences)
+            parts = self._micro_batches(sequences, plans[self._world.rank])
             sums = MetricSums()
             for part in parts:
                 part.reference = self._reference_logprobs(part.batch) if self._spec.beta else None
@@ -120,11 +146,17 @@ class Learner:
                         add_mismatch(sums, logprobs - part.batch.sampling_logprobs)
                         part.old = logprobs if part.old is None else part.old
                 self._apply_gradient(sums)
-            found = sums.compute()
+            found = sums.compute(self._world.gather)
             metrics = {name: value for name, value in found.items() if not name.startswith("_")} | effective_sample_size(found)
         metrics["loss"] = metrics.get("loss", 0.0) / config.num_iterations
         trained, measured = (
-            tuple(sequence for part in parts if part.carries_gradient == gradient for sequence in part.sequences)
+            tuple(
+                sequences[i]
+                for plan in plans
+                for part in plan.micro_batches
+                if part.carries_gradient == gradient
+                for i in part.sequences
+            )
             for gradient in (True, False)
         )
         num_trained = sum(len(sequence.completion_ids) for sequence in trained)
@@ -142,9 +174,9 @@ class Learner:
     def _kl_of_completions(self, groups: Sequence[Group]) -> torch.Tensor:
         """float64 [N] on the CPU: first-order KL of each whole completion to the reference."""
         sequences = flatten_groups(groups, mask_truncated=False)
-        plan = plan_microbatches(
-            [len(s) for s in sequences], live=[True] * len(sequences), token_budget=self._config.tokens_per_microbatch
-        )
+        lengths = [len(s) for s in sequences]
+        own = [rank == self._world.rank for rank in share_out(lengths, self._world.size)]
+        plan = plan_microbatches(lengths, live=own, token_budget=self._config.tokens_per_microbatch)
         result = torch.zeros(len(sequences), dtype=torch.float64)
         for rows in plan:
             batch = build_batch([sequences[i] for i in rows], [0.0] * len(rows), self._policy.device)
@@ -154,24 +186,34 @@ class Learner:
                 batch.sampling_logprobs, reference, sequence_index=batch.sequence_index, num_sequences=batch.num_sequences
             )
             result[rows] = kl.double().cpu()
+        self._world.sum([result])
         return result
 
-    def _micro_batches(self, sequences: list[TrainingSequence]) -> list[_Part]:
+    def _plan(self, sequences: list[TrainingSequence]) -> list[RowPlan]:
+        """What each rank puts through the model."""
         config = self._config
         in_loss = [len(s.completion_ids) if s.in_loss else 0 for s in sequences]
-        weights = self._objective.loss_weights(
-            torch.tensor(in_loss), max_completion_length=config.max_completion_length
-        ).tolist()
         live = live_sequences(
             in_loss, [s.advantage for s in sequences], beta=self._spec.beta, entropy_coef=self._spec.entropy_coef
         )
-        plan = plan_rows(
-            [len(s) for s in sequences],
-            in_loss,
-            live=live,
-            token_budget=config.tokens_per_microbatch,
-            keep_dead_rows_for_metrics=config.keep_dead_rows_for_metrics,
-        )
+        kept = [alive or (config.keep_dead_rows_for_metrics and n > 0) for alive, n in zip(live, in_loss, strict=True)]
+        owners = share_out([len(s) * keep for s, keep in zip(sequences, kept, strict=True)], self._world.size)
+        return [
+            plan_rows(
+                [len(s) for s in sequences],
+                [n * (owner == rank) for n, owner in zip(in_loss, owners, strict=True)],
+                live=[alive and owner == rank for alive, owner in zip(live, owners, strict=True)],
+                token_budget=config.tokens_per_microbatch,
+                keep_dead_rows_for_metrics=config.keep_dead_rows_for_metrics,
+            )
+            for rank in range(self._world.size)
+        ]
+
+    def _micro_batches(self, sequences: list[TrainingSequence], plan: RowPlan) -> list[_Part]:
+        in_loss = [len(s.completion_ids) if s.in_loss else 0 for s in sequences]
+        weights = self._objective.loss_weights(
+            torch.tensor(in_loss), max_completion_length=self._config.max_completion_length
+        ).tolist()
         self._num_items_in_batch = float(sum(in_loss))
         parts = []
         for micro_batch in plan.micro_batches:
@@ -230,6 +272,7 @@ class Learner:
         for parameter in parameters:
             if parameter.grad is None:  # no sequence carried a gradient: zero, as it would have been, not absent
                 parameter.grad = torch.zeros_like(parameter)
+        self._world.sum(parameter.grad for parameter in parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self._config.max_grad_norm or float("inf"))
         if not torch.isfinite(norm):
             self._optimizer.zero_grad()
@@ -240,6 +283,21 @@ class Learner:
         self._optimizer.step()
         self._optimizer.zero_grad()
         sums.add("grad_norm", norm, reduction="max")
+
+
+def share_out(costs: Sequence[int], num_ranks: int) -> list[int]:
+    """Which rank computes each sequence: neighbours stay together, and every rank gets about as much.
+
+    Args:
+        costs: [N], 0 for what is not computed.
+        num_ranks: how many.
+
+    Returns:
+        [N] ranks, ascending: a sequence belongs to the rank in whose part of the total its middle lies.
+    """
+    total = max(1, sum(costs))
+    ends = itertools.accumulate(costs)
+    return [min(num_ranks - 1, (2 * end - cost) * num_ranks // (2 * total)) for end, cost in zip(ends, costs, strict=True)]
 
 
 def _add_policy_metrics(sums: MetricSums, metrics: PolicyMetrics, *, surrogate: str) -> None:

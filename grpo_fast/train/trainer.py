@@ -24,12 +24,13 @@ from grpo_fast.train.ahead import Rollouts
 from grpo_fast.train.best import BestCheckpoints, Saved
 from grpo_fast.train.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
 from grpo_fast.train.collect import Collected, Collector
+from grpo_fast.train.distributed import World, is_restart
 from grpo_fast.train.evaluate import evaluate, probe
 from grpo_fast.train.interrupt import InterruptFlag
 from grpo_fast.train.optim import build_optimizer, learning_rate_at, progress_schedule
 from grpo_fast.train.oversight import Oversight, Verdict
 from grpo_fast.train.parts import CONFIG_FILE, Parts, Replacements, build_parts, check_resumable
-from grpo_fast.train.policy import Policy
+from grpo_fast.train.policy import Policy, pick_device
 from grpo_fast.train.rng import load_rng_state, rng_state
 from grpo_fast.train.step import Learner, NonFiniteGradientError, UpdateResult
 from grpo_fast.train.summary import Ending, Outcome, write_summary
@@ -74,10 +75,12 @@ class GRPOTrainer:
             ConfigError: something in the configuration cannot work; the message names it and the fix.
         """
         self.config = config
-        self._parts: Parts = build_parts(config, given, resume=resume)
+        self._world = world = World.join(pick_device(config.device), timeout_s=config.ddp_timeout_s)
+        resume = resume or world.once(lambda: is_restart(config.output_dir))
+        self._parts: Parts = build_parts(config, given, resume=resume, world=world)
         parts = self._parts
         self._optimizer = build_optimizer(parts.policy.model, config)
-        self._learner = Learner(config, parts.policy, self._optimizer, reference=parts.reference)
+        self._learner = Learner(config, parts.policy, self._optimizer, reference=parts.reference, world=world)
         self._collector = Collector(config, engine=parts.engine, stream=parts.stream, rewards=parts.rewards)
         self._rollouts = Rollouts(config, self._collector)
         self._progress = progress_schedule(config)
@@ -126,6 +129,11 @@ class GRPOTrainer:
         return cls(wanted, resume=True, **given)
 
     @property
+    def is_main_process(self) -> bool:
+        """Whether this process writes the run's files: the only one, or rank 0 of several."""
+        return self._world.is_main
+
+    @property
     def policy(self) -> Policy:
         """The model in training, with its tokeniser."""
         return self._parts.policy
@@ -148,6 +156,7 @@ class GRPOTrainer:
             ConfigError: a reward lies outside ``reward_range``; what was trained is saved.
             NonFiniteGradientError: training diverged; what was trained is saved.
             RolloutError: the engine died, or does not have the policy's weights; what was trained is saved.
+            RankLostError: another process of the run died or hangs; the newest checkpoint holds.
             KeyboardInterrupt: Ctrl-C came twice; the newest checkpoint holds.
         """
         loop = self._steps()
@@ -155,7 +164,7 @@ class GRPOTrainer:
         return loop
 
     def _steps(self) -> Generator[StepResult]:
-        with self._interrupt:
+        with self._interrupt, self._world.watched():
             self._timer.lap()  # time outside the loop is not the run's
             self._open()
             try:
@@ -177,7 +186,7 @@ class GRPOTrainer:
                 raise
 
     def stop(self, message: str = "stop() was called") -> None:
-        """Ends the run after the present step, with a checkpoint."""
+        """Ends the run after the present step, with a checkpoint; of several processes, rank 0 is the one to call it."""
         self._stop_message = message
 
     def _collect(self) -> None:
@@ -205,7 +214,7 @@ class GRPOTrainer:
         sync, lost = self._sync()
 
         times = self._charge(update)
-        verdict = self._observe(collected.metrics | update.metrics)
+        verdict = self._world.once(lambda: self._observe(collected.metrics | update.metrics))
         self._ending = self._why_end(verdict)
 
         metrics = {"step": step, "progress": self._progress[step - 1], "learning_rate": learning_rate}
@@ -217,7 +226,7 @@ class GRPOTrainer:
         self._log(metrics, verdict, collected)
         if lost is not None:
             raise lost  # the step itself is whole, and is saved
-        record = self._best.is_better(metrics.get("eval_reward", math.nan))
+        record = self._world.once(lambda: self._best.is_better(metrics.get("eval_reward", math.nan)))
         if self._ending is not None or record or step % self.config.save_steps == 0:
             self._save()
         return StepResult(step, metrics, verdict.forecast, verdict.decision, verdict.alarm, collected.groups)
@@ -251,6 +260,7 @@ class GRPOTrainer:
     def close(self) -> None:
         """Ends the loop, worker processes, the engine and the sinks; calling it twice is harmless."""
         with contextlib.ExitStack() as stack:
+            stack.callback(self._world.close)
             stack.callback(self._parts.close)
             stack.callback(self._rollouts.close)
             loop = self._loop()
@@ -279,27 +289,21 @@ class GRPOTrainer:
 
     def _charge(self, update: UpdateResult) -> dict[str, float]:
         """Meters the step and returns its times."""
-        meter, config = self._parts.meter, self.config
-        lengths = [len(sequence) for sequence in update.trained]
-        scored = sum(len(sequence.completion_ids) for sequence in update.trained)
-        for adapters in config.scoring_passes:
-            meter.add_reference(lengths, scored, adapters=adapters)
-        meter.add_train(lengths, scored, checkpointing=config.gradient_checkpointing, num_iterations=config.num_iterations)
-        if update.measured:
-            again = config.num_iterations * update.measured
-            meter.add_reference([len(s) for s in again], sum(len(s.completion_ids) for s in again), adapters=True)
-        meter.add_dropped(update.num_dropped_tokens)
+        update.charge(self._parts.meter, self.config)
         seconds = self._timer.lap()
-        meter.add_seconds(seconds)
+        self._parts.meter.add_seconds(seconds)
         return {"step_time": sum(seconds.values())} | {f"time/{phase}": value for phase, value in seconds.items()}
 
     def _why_end(self, verdict: Verdict | None = None) -> Ending | None:
+        """Decided by rank 0, once it knows whether a signal came to any."""
+        signals = self._world.gather(lambda: self._interrupt.name)
+        return self._world.once(lambda: self._reason(next(filter(None, signals), ""), verdict))
+
+    def _reason(self, signal: str, verdict: Verdict | None) -> Ending | None:
         step = self.global_step
-        if self._interrupt:
-            return Ending(
-                "interrupt",
-                f"{self._interrupt.name} came after step {step}; the run is saved. Go on with {self._resume_hint()}.",
-            )
+        if signal:
+            hint = f"`grpo-fast train --resume {self.config.output_dir}`"
+            return Ending("interrupt", f"{signal} came after step {step}; the run is saved. Go on with {hint}.")
         if self._stop_message:
             return Ending("user", f"{self._stop_message}, after step {step}.")
         if verdict is not None and verdict.ending is not None and verdict.ending.kind == "collapse":
@@ -316,7 +320,7 @@ class GRPOTrainer:
         if self._opened:
             return
         self._opened = True
-        self._parts.open(self.global_step)
+        self._world.once(lambda: self._parts.open(self.global_step))
         self._event("resume" if self.global_step else "start", self._parts.describe(self.global_step))
 
     def _measure_start(self) -> None:
@@ -325,7 +329,7 @@ class GRPOTrainer:
             return
         if self.config.baseline_probe and self.config.forecast != "off" and "baseline" not in self._evals:
             self._probe()
-        self._parts.record.save_facts(asdict(self._oversight.predictor.facts))
+        self._world.once(lambda: self._parts.record.save_facts(asdict(self._oversight.predictor.facts)))
         if self.config.eval_steps and "first" not in self._evals:
             value = self.evaluate()
             self._parts.sinks.log_step({"step": 0, "progress": 0.0, "eval_reward": value}, None)
@@ -343,35 +347,32 @@ class GRPOTrainer:
         self._parts.meter.add_seconds(self._timer.lap())
         if self._saved_step != self.global_step or self._pending is not None:
             self._save()
+        self.summary = self._world.once(lambda: self._conclude(ending))
+        self._stop_message = ""
+
+    def _conclude(self, ending: Ending) -> dict[str, Any]:
         best = self._best.best()
         if ending.kind == "collapse":
             ending = Ending(ending.kind, f"{ending.message} {_way_back(best)}")
         outcome = Outcome(
             self.global_step, self._smoothed_reward(), best, self._evals, self._oversight.forecast, self._evals.get("baseline")
         )
-        self.summary = write_summary(self.config, self._parts, ending, outcome)
+        summary = write_summary(self.config, self._parts, ending, outcome)
         events = {"interrupt": "interrupt", "forecast": "stop", "user": "stop", "collapse": "alarm"}
         self._event(events.get(ending.kind, "budget"), ending.message)
-        self._stop_message = ""
+        return summary
 
     def _log(self, metrics: dict[str, float], verdict: Verdict, collected: Collected) -> None:
         self._parts.sinks.log_step(metrics, verdict.row)
-        pairs = [(group, i) for group in collected.groups for i in range(len(group.completions))]
-        self._parts.sinks.log_completions(
-            [
-                {
-                    "step": self.global_step,
-                    "prompt": group.prompt.prompt,
-                    "completion": group.completions[i].text,
-                    "reward": group.reward[i],
-                    "advantage": group.advantages[i],
-                }
-                for group, i in pairs[: self.config.log_completions]
-            ]
-        )
+        rows = collected.samples(self.config.log_completions)
+        self._parts.sinks.log_completions([{"step": self.global_step} | row for row in rows])
 
     def _save(self) -> None:
         """A checkpoint, the best one noted, old ones removed."""
+        self._world.once(self._write_checkpoint)
+        self._saved_step = self.global_step
+
+    def _write_checkpoint(self) -> None:
         config, step = self.config, self.global_step
         collapsed = self._alarm is not None and self._alarm.confirmed
         held_out = self._evals["last"] if self._evals.get("step") == step and not collapsed else None
@@ -379,7 +380,6 @@ class GRPOTrainer:
         path = save_checkpoint(
             config.output_dir, step, policy=self._parts.policy, optimizer=self._optimizer, state=self._state_dict()
         )
-        self._saved_step = step
         sound = self._oversight.sound_until(step, self._alarm)
         protected = self._best.protected(sound_until=sound)
         prune_checkpoints(config.output_dir, keep=config.save_total_limit, protect=protected)
@@ -409,10 +409,10 @@ class GRPOTrainer:
 
     def _restore(self) -> None:
         """Puts everything back to the newest checkpoint, and the run's record with it."""
-        checkpoints = list_checkpoints(self.config.output_dir)
+        checkpoints = self._world.once(lambda: list_checkpoints(self.config.output_dir))
         parts = self._parts
         if not checkpoints:
-            parts.record.truncate(-1)
+            self._world.once(lambda: parts.record.truncate(-1))
             return
         state = load_checkpoint(checkpoints[-1], policy=parts.policy, optimizer=self._optimizer)
         if state["version"] != _STATE_VERSION:
@@ -428,7 +428,7 @@ class GRPOTrainer:
         self._best = BestCheckpoints.from_state_dict(state["best"])
         self._best.keep_only([path.name for path in checkpoints])
         parts.meter.load_state_dict(state["meter"])
-        parts.record.truncate(self.global_step)
+        self._world.once(lambda: parts.record.truncate(self.global_step))
         self._oversight.restore(state["oversight"], self._progress)
         parts.engine.sync_weights(parts.policy.model, self.global_step)
         load_rng_state(state["rng"])
@@ -438,9 +438,6 @@ class GRPOTrainer:
 
     def _event(self, event: str, message: str) -> None:
         self._parts.sinks.log_event(self.global_step, event, message)
-
-    def _resume_hint(self) -> str:
-        return f"`grpo-fast train --resume {self.config.output_dir}`"
 
 
 def _way_back(best: Saved | None) -> str:

@@ -47,3 +47,19 @@ def test_metrics_have_trl_names_and_count_what_went_wrong() -> None:
     metrics = tally.report().metrics()
     assert (metrics["rewards/f/errors"], metrics["rewards/f/timeouts"], metrics["rewards/restarts"]) == (2.0, 1.0, 3.0)
     assert "rewards/f/nones" not in metrics
+
+
+def test_tallies_join_in_order() -> None:
+    parts = [Tally(["a", "b"], 2), Tally(["a", "b"], 0), Tally(["a", "b"], 1)]
+    parts[0].store(0, [1.0, 2.0])
+    parts[2].store(0, [3.0])
+    parts[2].store(1, [4.0])
+    parts[0].errors[1], parts[2].errors[1], parts[2].timeouts[0], parts[0].restarts = 1, 2, 1, 3
+    parts[0].problems.append("first")
+    parts[2].problems.append("second")
+    whole = Tally.joined(parts)
+    assert whole.values[0] == [1.0, 2.0, 3.0]
+    assert str(whole.values[1]) == "[nan, nan, 4.0]"
+    assert (whole.errors, whole.timeouts, whole.restarts) == ([0, 3], [1, 0], 3)
+    assert whole.problems == ["first", "second"]
+    assert whole.num_completions == 3

@@ -28,6 +28,7 @@ from grpo_fast.train.step import (
     UpdateResult,
     build_batch,
     flatten_groups,
+    share_out,
 )
 from grpo_fast.types import Group
 
@@ -500,3 +501,19 @@ def test_only_engines_of_their_own_are_corrected_unless_asked() -> None:
     assert Config(rollout="vllm").corrects_sampler
     assert not Config(rollout="vllm", bypass_old_logprobs=True).corrects_sampler
     assert not Config(rollout="vllm", vllm_importance_sampling_correction=False).corrects_sampler
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
+def test_sequences_are_shared_out_evenly_and_in_order(num_ranks: int) -> None:
+    generator = torch.Generator().manual_seed(num_ranks)
+    costs = (torch.randint(0, 50, (40,), generator=generator) * (torch.rand(40, generator=generator) < 0.8)).tolist()
+    ranks = share_out(costs, num_ranks)
+    assert ranks == sorted(ranks)
+    loads = [sum(cost for cost, owner in zip(costs, ranks, strict=True) if owner == rank) for rank in range(num_ranks)]
+    assert sum(loads) == sum(costs)
+    assert all(abs(load - sum(costs) / num_ranks) <= max(costs) for load in loads)
+
+
+def test_a_step_without_work_is_shared_out_too() -> None:
+    assert share_out([0, 0, 0], 4) == [0, 0, 0]
+    assert share_out([], 2) == []

@@ -1,0 +1,255 @@
+"""Several processes as one run: who they are, what they tell each other, and how they end together.
+
+Every rank runs the same loop over the same step. Completions and rewards are made in shares and then known to all, so that
+advantages, normalisers and plans come out alike everywhere; forward and backward passes are split again, and gradients summed.
+What must be one (files, the forecast, the decision to end) happens on rank 0, which tells the others.
+
+A failure inside :meth:`World.gather` or :meth:`World.once` is raised on every rank, so that all leave the loop at one place. A
+rank that dies breaks the others' next exchange: they end with :class:`RankLostError` at once, or, where it hangs, after
+``ddp_timeout_s``.
+
+In one process all of this is nothing at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import socket
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple, Self, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from grpo_fast.types import TrainingError
+
+_T = TypeVar("_T")
+_BUCKET_BYTES = 64 * 2**20
+_LAUNCH_FILE = ".torchrun"
+_SIGNS = ("gloo", "nccl", "connection closed by peer", "process group")
+
+
+class RankLostError(TrainingError):
+    """Another rank of the run has died or hangs."""
+
+
+class _Failure(NamedTuple):
+    """An exception on its way to other ranks; its class may take other arguments than it keeps."""
+
+    kind: type[Exception]
+    args: tuple[object, ...]
+    state: dict[str, object]
+
+    def rebuild(self) -> Exception:
+        error = self.kind.__new__(self.kind)
+        error.args = self.args
+        error.__dict__.update(self.state)
+        return error
+
+
+class World:
+    """The ranks of a run; on its own, the only one.
+
+    Args:
+        rank: number of this process.
+        size: number of processes.
+        owns_group: whether closing ends torch's process group.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, *, owns_group: bool = False) -> None:
+        self.rank = rank
+        self.size = size
+        self._owns_group = owns_group
+
+    @classmethod
+    def join(cls, device: torch.device, *, timeout_s: float) -> Self:
+        """Joins the ranks that ``torchrun`` started, or those of a process group that is there already; else this one is alone.
+
+        Args:
+            device: where the policy lives; on GPUs each rank takes the one of its local number.
+            timeout_s: longest wait for another rank, in seconds.
+
+        Raises:
+            RankLostError: not all ranks came.
+        """
+        if dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size())
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1 or "RANK" not in os.environ:
+            return cls()
+        backend = "gloo"
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            backend = "cpu:gloo,cuda:nccl"
+        world = cls(int(os.environ["RANK"]), size, owns_group=True)
+        with world.watched():
+            store = _store(timedelta(seconds=timeout_s))
+            dist.init_process_group(
+                backend, store=store, rank=world.rank, world_size=size, timeout=timedelta(seconds=timeout_s)
+            )
+        return world
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes files and decides."""
+        return self.rank == 0
+
+    def share(self, count: int) -> slice:
+        """Which of ``count`` things are this rank's: neighbours, as many as any other rank's but for one."""
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def gather(self, make: Callable[[], _T]) -> list[_T]:
+        """Calls ``make`` on every rank.
+
+        Args:
+            make: gives something that can be pickled.
+
+        Returns:
+            What it gave, by rank, on every rank.
+
+        Raises:
+            Exception: what the first rank that failed raised, on every rank.
+            RankLostError: a rank is gone.
+        """
+        if self.size == 1:
+            return [make()]
+        value, error = _attempt(make)
+        told: list[tuple[_T | None, _Failure | None]] = [(None, None)] * self.size
+        with self.watched():
+            dist.all_gather_object(told, (value, _packed(error)))
+        self._raise_first([failure for _, failure in told], error)
+        return [value for value, _ in told]  # type: ignore[misc]
+
+    def once(self, make: Callable[[], _T]) -> _T:
+        """Calls ``make`` on rank 0 alone.
+
+        Args:
+            make: gives something that can be pickled.
+
+        Returns:
+            What it gave, on every rank.
+
+        Raises:
+            Exception: what it raised, on every rank.
+            RankLostError: a rank is gone.
+        """
+        if self.size == 1:
+            return make()
+        value, error = _attempt(make) if self.is_main else (None, None)
+        told: list[tuple[_T | None, _Failure | None]] = [(value, _packed(error))]
+        with self.watched():
+            dist.broadcast_object_list(told, src=0)
+        [(found, failure)] = told
+        self._raise_first([failure], error)
+        return found  # type: ignore[return-value]
+
+    def sum(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Adds each tensor over the ranks, in place, a bucket of them at a time."""
+        if self.size == 1:
+            return
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.flatten() for tensor in bucket])
+            with self.watched():
+                dist.all_reduce(flat)
+            parts = flat.split([tensor.numel() for tensor in bucket])
+            torch._foreach_copy_(bucket, [part.view_as(tensor) for part, tensor in zip(parts, bucket, strict=True)])
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Says in plain words, as a :class:`RankLostError`, what an exchange inside broke on."""
+        try:
+            yield
+        except RuntimeError as error:
+            told = str(error).lower()
+            lost = isinstance(error, dist.DistError) or any(sign in told for sign in _SIGNS)
+            if self.size == 1 or isinstance(error, TrainingError) or not lost:
+                raise
+            raise RankLostError(
+                f"rank {self.rank} of {self.size} lost another one: it died, or did not answer for ddp_timeout_s; what it said "
+                "last is the cause. The newest checkpoint holds: torchrun's --max-restarts, or --resume, goes on from there "
+                f"({str(error).splitlines()[0]})"
+            ) from error
+
+    def close(self) -> None:
+        """Leaves the process group; calling it twice is harmless."""
+        if self._owns_group and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _raise_first(self, failures: Sequence[_Failure | None], own: Exception | None) -> None:
+        """Raises the first failure: as it is where it happened, a copy elsewhere."""
+        for rank, failure in enumerate(failures):
+            if failure is not None:
+                if rank == self.rank and own is not None:
+                    raise own
+                raise failure.rebuild() from own
+
+
+ALONE = World()
+"""The world of a run in one process."""
+
+
+def _store(timeout: timedelta) -> Store:
+    """Where ranks find each other."""
+    store: Store = next(rendezvous("env://", timeout=timeout))[0]
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun's own store lives on through its restarts, with the addresses of ranks that have died
+        return PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    return store
+
+
+def note_launch(run_dir: Path) -> None:
+    """Leaves word in a run's directory that this ``torchrun`` began it; does nothing without one."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        (run_dir / _LAUNCH_FILE).write_text(_launch(), encoding="utf-8")
+
+
+def is_restart(run_dir: Path) -> bool:
+    """Whether ``torchrun`` has started this process again after an earlier one, that it started too, began the run."""
+    note = run_dir / _LAUNCH_FILE
+    # a node counts the restarts for which its own processes were the cause
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 or int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
+    return again and note.is_file() and note.read_text(encoding="utf-8") == _launch()
+
+
+def _launch() -> str:
+    """Names a launch; the same after each of its restarts. Without ``--rdzv-id`` or ``--standalone`` its process does."""
+    name = os.environ["TORCHELASTIC_RUN_ID"]
+    return name if name != "none" else f"process {os.getppid()} of {socket.gethostname()}"
+
+
+def _attempt(make: Callable[[], _T]) -> tuple[_T | None, Exception | None]:
+    try:
+        return make(), None
+    except Exception as error:
+        return None, error
+
+
+def _packed(error: Exception | None) -> _Failure | None:
+    if error is None:
+        return None
+    failure = _Failure(type(error), error.args, dict(error.__dict__))
+    try:
+        pickle.dumps(failure)
+    except Exception:
+        return _Failure(TrainingError, (f"{type(error).__name__}: {error}",), {})
+    return failure
+
+
+def _buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Neighbours of one type, up to the size of a bucket."""
+    bucket: list[torch.Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and (tensor.dtype != bucket[0].dtype or size + tensor.nbytes > _BUCKET_BYTES):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket

@@ -1,0 +1,170 @@
+"""Rollouts and rewards of a step, each made once, in shares, and known to every rank.
+
+Both look to the loop as they do in one process. A sequence's draws depend on its prompt's place in the whole step, so that the
+number of ranks changes nothing that is sampled but ties that the last bit of a logit decides. A reward function sees the groups
+of its own rank in a call, as it sees those of one worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from grpo_fast.rewards import RewardPool, RewardReport
+from grpo_fast.rewards.report import Tally
+from grpo_fast.rollout.engine import RolloutEngine, SamplingParams
+from grpo_fast.train.distributed import World
+from grpo_fast.types import Completion, Group
+
+if TYPE_CHECKING:
+    import torch
+
+
+class SharedEngine:
+    """Every rank's engine answers its share of the prompts; implements :class:`~grpo_fast.rollout.engine.RolloutEngine`.
+
+    Args:
+        engine: of this rank.
+        world: the ranks.
+    """
+
+    def __init__(self, engine: RolloutEngine, world: World) -> None:
+        self._engine = engine
+        self._world = world
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        num_generations: int,
+        seed: int,
+        first_prompt: int = 0,
+    ) -> list[list[Completion]]:
+        """Samples all completions; see the protocol.
+
+        Raises:
+            RolloutError: the engine of any rank failed.
+        """
+        share = self._world.share(len(prompts))
+
+        def own() -> list[list[Completion]]:
+            if not prompts[share]:
+                return []
+            first = first_prompt + share.start
+            return self._engine.generate(
+                prompts[share], sampling, num_generations=num_generations, seed=seed, first_prompt=first
+            )
+
+        return [group for part in self._world.gather(own) for group in part]
+
+    def sync_weights(self, policy: torch.nn.Module, version: int) -> dict[str, float]:
+        """Gives every rank's engine its weights.
+
+        Returns:
+            Rank 0's metrics.
+
+        Raises:
+            WeightSyncError: any of them may hold other weights.
+        """
+        return self._world.gather(lambda: self._engine.sync_weights(policy, version))[0]
+
+    def close(self) -> None:
+        """Closes this rank's engine."""
+        self._engine.close()
+
+
+class MainEngine:
+    """Rank 0 speaks to the servers, for all; implements :class:`~grpo_fast.rollout.engine.RolloutEngine`.
+
+    Args:
+        build: makes rank 0's engine.
+        world: the ranks.
+    """
+
+    def __init__(self, build: Callable[[], RolloutEngine], world: World) -> None:
+        self._engine: RolloutEngine | None = None
+        self._world = world
+
+        def keep() -> None:
+            self._engine = build()
+
+        world.once(keep)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        num_generations: int,
+        seed: int,
+        first_prompt: int = 0,
+    ) -> list[list[Completion]]:
+        """Samples all completions; see the protocol.
+
+        Raises:
+            RolloutError: the engine failed.
+        """
+        return self._world.once(
+            lambda: self._main().generate(
+                prompts, sampling, num_generations=num_generations, seed=seed, first_prompt=first_prompt
+            )
+        )
+
+    def sync_weights(self, policy: torch.nn.Module, version: int) -> dict[str, float]:
+        """Sends rank 0's weights.
+
+        Raises:
+            WeightSyncError: the engine may hold other weights.
+        """
+        return self._world.once(lambda: self._main().sync_weights(policy, version))
+
+    def close(self) -> None:
+        """Closes rank 0's engine."""
+        if self._engine is not None:
+            self._engine.close()
+
+    def _main(self) -> RolloutEngine:
+        assert self._engine is not None
+        return self._engine
+
+
+class SharedRewards:
+    """Every rank's pool scores its share of the groups.
+
+    Args:
+        pool: of this rank.
+        world: the ranks.
+    """
+
+    def __init__(self, pool: RewardPool, world: World) -> None:
+        self._pool = pool
+        self._world = world
+
+    def start(self) -> None:
+        """Starts every rank's workers; see :meth:`~grpo_fast.rewards.RewardPool.start`.
+
+        Raises:
+            ValueError: a function cannot be found, imported or loaded.
+            RewardError: a worker ends or hangs while it loads the functions.
+        """
+        self._world.gather(self._pool.start)
+
+    def score(self, groups: Sequence[Group]) -> RewardReport:
+        """Fills ``rewards`` and ``reward`` of every group; see :meth:`~grpo_fast.rewards.RewardPool.score`.
+
+        Raises:
+            RewardError: a call failed on any rank, and ``on_error`` is ``raise``.
+        """
+        own = groups[self._world.share(len(groups))]
+        tally = Tally.joined(self._world.gather(lambda: self._pool.tally(own)))
+        tally.fill(groups, self._pool.weights)
+        return tally.report()
+
+    def close(self) -> None:
+        """Ends this rank's workers."""
+        self._pool.close()
+
+
+Rewards = RewardPool | SharedRewards
+"""What scores groups."""

@@ -1,0 +1,91 @@
+"""What the ranks of a test run: every case of a JSON file, each rank's findings to a JSON file of its own.
+
+The test calls :func:`play` too, for what one process makes of the same case.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from grpo_fast.config import Config
+from grpo_fast.tasks.task import Task
+from grpo_fast.train import GRPOTrainer
+from grpo_fast.train.distributed import World
+
+ROWS = [{"prompt": f"{a}{b}=", "answer": a} for a in "abcdefgh" for b in "abcd"]
+LETTERS = Task("letters", ROWS[:24], ROWS[24:], ("exact_match",), "exact_match")
+
+
+def vowels(completions: list[str], **columns: Any) -> list[float]:
+    return [sum(letter in "aei" for letter in text) / max(1, len(text)) for text in completions]
+
+
+def failing(completions: list[str], answer: list[str], **columns: Any) -> list[float]:
+    if os.environ.get("RANK") == "1":
+        raise KeyError("no such answer")
+    return [1.0] * len(completions)
+
+
+def play(values: dict[str, Any], reward: Any = vowels) -> dict[str, Any]:
+    """Trains, and tells what came of it: weights, why it ended, and the error where one did."""
+    found: dict[str, Any] = {"error": None, "steps": []}
+    try:
+        with GRPOTrainer(Config.parse(values), task=LETTERS, reward_funcs=[reward]) as trainer:
+            found["is_main_process"] = trainer.is_main_process
+            found["steps"] = [[step.step, step.metrics["reward"], step.metrics["loss"]] for step in trainer.steps()]
+            found["stopped_by"] = trainer.summary["stopped_by"]
+            found["weights"] = torch.cat([p.detach().flatten() for p in trainer.policy.model.parameters()]).tolist()
+    except Exception as error:
+        found["error"] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def exchanges(world: World) -> dict[str, Any]:
+    """What the ranks make of each exchange."""
+    found: dict[str, Any] = {"shares": [[s.start, s.stop] for s in (world.share(n) for n in (0, 1, 7))]}
+    found["gathered"] = world.gather(lambda: f"rank {world.rank}")
+    found["once"] = world.once(os.getpid) == os.getpid()
+    tensors = [torch.full((3, 2), 1.0 + world.rank), torch.ones(2, dtype=torch.float64), torch.arange(4.0).view(2, 2).t()]
+    world.sum(tensors)
+    found["summed"] = [tensor.tolist() for tensor in tensors]
+
+    def stumble() -> None:
+        if world.rank:
+            raise StubbornError(world.rank, why="it must")
+
+    for name, exchange in (("gather", world.gather), ("once", world.once)):
+        try:
+            exchange(stumble)
+        except StubbornError as error:
+            found[f"{name} raised"] = [str(error), error.why]
+    return found
+
+
+class StubbornError(Exception):
+    """An error whose arguments are not what it keeps."""
+
+    def __init__(self, rank: int, *, why: str) -> None:
+        super().__init__(f"rank {rank} stumbled")
+        self.why = why
+
+
+def main(cases: Path, output: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    world = World.join(torch.device("cpu"), timeout_s=60)
+    found: dict[str, Any] = {"exchanges": exchanges(world)}
+    for name, values in json.loads(cases.read_text(encoding="utf-8")).items():
+        found[name] = play(values, failing if name == "failing" else vowels)
+    (output / f"rank-{world.rank}.json").write_text(json.dumps(found), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,315 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from grpo_fast.config import Config
+from grpo_fast.train import GRPOTrainer
+from grpo_fast.train.distributed import ALONE, World, is_restart, note_launch
+
+PROGRAM = Path(__file__).with_name("rank_program.py")
+TIMED = ("time/", "budget/", "step_time", "gpu_seconds", "energy_kwh", "money", "mfu")
+DEADLINE_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def program() -> ModuleType:
+    """The program of the ranks, for what one process makes of the same cases."""
+    spec = importlib.util.spec_from_file_location("rank_program", PROGRAM)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def torchrun(
+    num_ranks: int, *arguments: str | Path, cwd: Path, options: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), *options]
+    found = [str(Path(__file__).parents[2]), str(cwd), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(found), "PYTHONWARNINGS": ""}
+    return subprocess.run(
+        [*launcher, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def cases(tiny_model: Path, directory: Path) -> dict[str, dict[str, Any]]:
+    """Runs in which every part of a step is at work, by name."""
+    common = {
+        "model": str(tiny_model),
+        "prompts_per_step": 5,
+        "num_generations": 4,
+        "max_completion_length": 6,
+        "tokens_per_microbatch": 40,
+        "learning_rate": 3e-3,
+        "adam_epsilon": 1e-4,  # an Adam step is a quotient: with the usual epsilon it shows the last bit of a gradient near 0
+        "max_steps": 4,
+        "save_steps": 100,
+        "reward_workers": 0,
+        "forecast": "off",
+        "sinks": (),
+        "report": False,
+    }
+    changes: dict[str, dict[str, Any]] = {
+        "whole": {
+            "num_iterations": 2,
+            "refill_rounds": 1,
+            "beta": 0.01,
+            "weight_decay": 0.01,
+            "eval_steps": 2,
+            "eval_size": 5,
+            "forecast": "warn",
+            "baseline_probe": 5,
+            "max_steps": 6,
+        },
+        "rloo": {"loss_type": "rloo", "beta": 0.02, "keep_dead_rows_for_metrics": True},
+        "gspo": {"loss_type": "gspo", "scale_rewards": "batch", "mask_truncated_completions": True, "top_k": 20},
+        "failing": {},
+    }
+    return {name: common | change | {"output_dir": str(directory / name)} for name, change in changes.items()}
+
+
+def trace(run: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith(TIMED)} for row in rows]
+
+
+def without(rows: list[dict[str, Any]], names: tuple[str, ...]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if not key.startswith(names)} for row in rows] if names else rows
+
+
+class Launch:
+    """What the ranks of one launch found, and the runs that they left."""
+
+    def __init__(self, num_ranks: int, tiny_model: Path, directory: Path) -> None:
+        self.directory = directory
+        self.cases = cases(tiny_model, directory)
+        file = directory / "cases.json"
+        file.write_text(json.dumps(self.cases), encoding="utf-8")
+        done = torchrun(num_ranks, PROGRAM, file, directory, cwd=directory)
+        assert done.returncode == 0, done.stderr
+        self.found = [json.loads((directory / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(num_ranks)]
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def launch(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Launch:
+    return Launch(request.param, tiny_model, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def alone(program: ModuleType, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The same runs in one process."""
+    directory = tmp_path_factory.mktemp("alone")
+    made = cases(tiny_model, directory)
+    return {name: program.play(made[name]) | {"trace": trace(directory / name)} for name in ("whole", "rloo", "gspo")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["whole", "rloo", "gspo"])
+def test_any_number_of_ranks_makes_the_run_of_one_process(case: str, launch: Launch, alone: dict[str, Any]) -> None:
+    expected = alone[case]
+    found = trace(launch.directory / case)
+    assert [row["step"] for row in found] == [row["step"] for row in expected["trace"]]
+    # completions that are the same have a KL that differs by its rounding: an advantage of 0 then, or one of 1e-9
+    unsure = ("flops", "tokens/trained", "tokens/dropped") if case == "rloo" else ()
+    for row, true in zip(without(found, unsure), without(expected["trace"], unsure), strict=True):
+        assert row == pytest.approx(true, rel=1e-5, abs=1e-6, nan_ok=True)
+        assert row.get("reward") == true.get("reward"), "other completions were sampled"
+        assert row.get("num_tokens") == true.get("num_tokens")
+    for rank, told in enumerate(launch.found):
+        assert told[case]["error"] is None
+        error = torch.tensor(told[case]["weights"]) - torch.tensor(expected["weights"])
+        assert error.abs().max() < 1e-6
+        assert told[case]["weights"] == launch.found[0][case]["weights"], "ranks hold different weights"
+        assert told[case]["is_main_process"] == (rank == 0)
+        assert [step for step, *_ in told[case]["steps"]] == [step for step, *_ in expected["steps"]]
+
+
+@pytest.mark.slow
+def test_the_runs_are_telling(alone: dict[str, Any]) -> None:
+    rows = alone["whole"]["trace"][1:]
+    assert len({row["loss"] for row in rows}) == len(rows)
+    assert any(row["clip_ratio/region_mean"] > 0 for row in rows)
+    assert any(0 < row["frac_reward_zero_std"] < 1 for row in [*rows, *alone["gspo"]["trace"]]), "some groups are left out"
+
+
+@pytest.mark.slow
+def test_a_reward_that_fails_on_one_rank_ends_all_with_a_checkpoint(launch: Launch) -> None:
+    for told in launch.found:
+        assert told["failing"]["error"] == launch.found[0]["failing"]["error"]
+        assert told["failing"]["error"].startswith("RewardError: reward function 'failing' ")
+        assert "no such answer" in told["failing"]["error"]
+    assert (launch.directory / "failing" / "checkpoint-0" / "state.json").is_file()
+
+
+@pytest.mark.slow
+def test_what_ranks_tell_each_other(launch: Launch) -> None:
+    size = len(launch.found)
+    told = [found["exchanges"] for found in launch.found]
+    assert all(one["gathered"] == [f"rank {rank}" for rank in range(size)] for one in told)
+    assert [one["once"] for one in told] == [True] + [False] * (size - 1)
+    for number, count in enumerate((0, 1, 7)):
+        edges = [one["shares"][number] for one in told]
+        assert [first for first, _ in edges] == [0, *(last for _, last in edges[:-1])]
+        assert edges[-1][1] == count
+        assert max(last - first for first, last in edges) - min(last - first for first, last in edges) <= 1
+    for one in told:
+        assert one["summed"][0] == [[sum(range(1, size + 1))] * 2] * 3
+        assert one["summed"][1:] == [[size, size], [[0, 2 * size], [size, 3 * size]]]
+        assert one["gather raised"] == ["rank 1 stumbled", "it must"]
+        assert "once raised" not in one, "rank 0 does not stumble"
+
+
+KILLER = """
+import os, signal, time
+from pathlib import Path
+
+CALLS = []
+Path(f"started-{os.environ['RANK']}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 'alone')}").touch()
+
+
+def vowels(completions, **columns):
+    CALLS.append(1)
+    if len(CALLS) == 5 and os.environ["RANK"] == "1" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        Path("killed").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [sum(letter in "aei" for letter in text) / max(1, len(text)) for text in completions]
+"""
+
+
+@pytest.fixture
+def fatal(tiny_model: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """Makes the arguments of a run in which rank 1 is killed in its fifth step."""
+
+    def make(**changes: Any) -> list[str]:
+        (tmp_path / "killer.py").write_text(KILLER, encoding="utf-8")
+        rows = [{"prompt": f"{a}{b}=", "answer": a} for a in "abcdefgh" for b in "abcd"]
+        (tmp_path / "letters.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        settings = {
+            "model": tiny_model,
+            "dataset": "letters.jsonl",
+            "reward_funcs": "killer:vowels",
+            "reward_workers": 0,
+            "prompts_per_step": 4,
+            "num_generations": 4,
+            "max_completion_length": 6,
+            "learning_rate": 3e-3,
+            "adam_epsilon": 1e-4,
+            "max_steps": 7,
+            "save_steps": 3,
+            "forecast": "warn",
+            "baseline_probe": 0,
+            "output_dir": "run",
+        } | changes
+        flags = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+        return ["train", *flags, "--sinks", "console", "--no-report"]
+
+    return make
+
+
+def program_path() -> str:
+    found = shutil.which("grpo-fast", path=Path(sys.executable).parent)
+    assert found is not None
+    return found
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_whose_rank_was_killed(
+    fatal: Callable[..., list[str]], program: ModuleType, tmp_path: Path
+) -> None:
+    done = torchrun(2, program_path(), *fatal(), cwd=tmp_path, options=("--no-python", "--max-restarts", "1"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "started-1-1").stat().st_mtime - (tmp_path / "killed").stat().st_mtime < DEADLINE_S
+    rows = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(row["step"], row["event"]) for row in rows if row["event"] in {"start", "resume"}] == [(0, "start"), (3, "resume")]
+    settings = tomllib.loads((tmp_path / "run/config.toml").read_text(encoding="utf-8"))
+    changes = {"output_dir": tmp_path / "straight", "dataset": str(tmp_path / "letters.jsonl")}
+    with GRPOTrainer(Config.parse(settings | changes), reward_funcs=[program.vowels]) as trainer:
+        trainer.train()
+    for row, true in zip(trace(tmp_path / "run"), trace(tmp_path / "straight"), strict=True):
+        assert row == pytest.approx(true, rel=1e-5, abs=1e-6, nan_ok=True)
+    assert json.loads((tmp_path / "run/summary.json").read_text(encoding="utf-8"))["stopped_by"] == "max_steps"
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_ends_the_others_at_once_and_says_so(fatal: Callable[..., list[str]], tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(Path(__file__).parents[2]), str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    command = [program_path(), *fatal()]
+    ranks = [
+        subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env=os.environ | shared | {"PYTHONPATH": path, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        told = [rank.communicate(timeout=180) for rank in ranks]
+        ended = time.time()
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert ended - (tmp_path / "killed").stat().st_mtime < DEADLINE_S
+    assert [rank.returncode for rank in ranks] == [1, -9]
+    assert "rank 0 of 2 lost another one" in " ".join(told[0][1].split())
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_alone_there_is_nothing_to_exchange() -> None:
+    values = [torch.ones(2)]
+    ALONE.sum(values)
+    assert values[0].tolist() == [1.0, 1.0]
+    assert ALONE.gather(lambda: 7) == [7]
+    assert ALONE.once(lambda: "x") == "x"
+    assert ALONE.share(5) == slice(0, 5)
+    assert ALONE.is_main
+    with pytest.raises(RuntimeError, match="somebody"), ALONE.watched():
+        raise RuntimeError("gloo is somebody else's here")
+
+
+def test_a_process_that_nobody_launched_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert World.join(torch.device("cpu"), timeout_s=1.0).size == 1
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    assert World.join(torch.device("cpu"), timeout_s=1.0).size == 1
+
+
+def test_a_restart_goes_on_with_its_own_launch_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    note_launch(tmp_path)
+    assert not list(tmp_path.iterdir()), "nobody launched it"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 1")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    note_launch(tmp_path)
+    assert not is_restart(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert is_restart(tmp_path)
+    assert not is_restart(tmp_path / "elsewhere")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 2")
+    assert not is_restart(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    note_launch(tmp_path)
+    assert is_restart(tmp_path)
