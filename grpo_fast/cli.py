@@ -334,7 +334,14 @@ def _print_notes(console: Console, notes: Sequence[str], *, plot: Path | None) -
 
 
 @app.command
-def serve(model: str = "embedded", *, port: int = 8000, dtype: str | None = None, max_model_len: int | None = None) -> None:
+def serve(
+    model: str = "embedded",
+    *,
+    port: int = 8000,
+    dtype: str | None = None,
+    max_model_len: int | None = None,
+    max_lora_rank: int | None = None,
+) -> None:
     """Start a vLLM server on this machine for ``train --rollout vllm-http``.
 
     Its weights come from the trainer; until then it answers from random ones. Requests need the key in VLLM_API_KEY, where that
@@ -345,6 +352,7 @@ def serve(model: str = "embedded", *, port: int = 8000, dtype: str | None = None
         port: Where it listens, on 127.0.0.1 only.
         dtype: What it computes in: what the trainer computes in; float32 on a CPU and bfloat16 on a GPU without it.
         max_model_len: Longest sequence, in tokens; the model's context without it.
+        max_lora_rank: Take LoRA adapters of this rank, for training with --use-peft.
     """
     import torch  # noqa: PLC0415 (--help must not wait for torch)
 
@@ -357,6 +365,7 @@ def serve(model: str = "embedded", *, port: int = 8000, dtype: str | None = None
         on_cpu=not torch.cuda.is_available(),
         dtype=dtype,
         max_model_len=max_model_len,
+        max_lora_rank=max_lora_rank,
     )
     os.execve(command.arguments[0], command.arguments, command.environment)
 

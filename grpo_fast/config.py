@@ -286,8 +286,6 @@ class Config(BaseModel):
         targets = self.lora_target_modules
         if not targets or ("all-linear" in targets and len(targets) > 1):
             raise ValueError(f"lora_target_modules={list(targets)}: give names of modules, or 'all-linear' alone")
-        if self.use_peft and self.rollout != "transformers":
-            raise ValueError(f"use_peft with rollout={self.rollout!r}: adapters are sampled by rollout='transformers' only")
         return self
 
     @model_validator(mode="after")

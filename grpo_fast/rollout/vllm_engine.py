@@ -2,7 +2,8 @@
 
 The engine starts from the architecture alone and gets its weights from the policy, through vLLM's own weight transfer
 (:mod:`~grpo_fast.rollout.vllm_transport`) and the phases of :mod:`~grpo_fast.rollout.weight_sync`, before the first request and
-after every update. Nothing of vLLM is patched. Log-probabilities are those of the distribution that tokens were sampled from.
+after every update; of a policy with LoRA adapters only those, after the first (:mod:`~grpo_fast.rollout.vllm_adapters`).
+Nothing of vLLM is patched. Log-probabilities are those of the distribution that tokens were sampled from.
 
 Not covered: several GPUs, quantised engines, speculative decoding, models with code of their own, sampling from a cut support.
 """
@@ -28,6 +29,7 @@ from grpo_fast.rollout.engine import RolloutError, SamplingParams, WeightSyncErr
 from grpo_fast.rollout.request import check_request
 from grpo_fast.rollout.stop_strings import cut_at_stop, decode
 from grpo_fast.rollout.sync_probe import SyncProbe
+from grpo_fast.rollout.vllm_adapters import AdapterTarget, AdapterVersions, policy_options
 from grpo_fast.rollout.vllm_sample import Sample
 from grpo_fast.rollout.weight_sync import WeightSync
 from grpo_fast.types import Completion
@@ -117,7 +119,10 @@ class VLLMEngine:
         self._vocabulary = int(config.vocab_size)
         self._version: int | None = None
         dtype = autocast_dtype or next(model.parameters()).dtype
-        self._vllm: Any = self._build(settings, dtype)
+        options = policy_options(model)
+        self._vllm: Any = self._build(settings, dtype, options or {})
+        if options is not None:
+            self._vllm = AdapterTarget(self._vllm, AdapterVersions(model))
         try:
             self._context = min(self._context, self._vllm.context_length)
             probe = SyncProbe.build(
@@ -138,7 +143,7 @@ class VLLMEngine:
         """Version of the weights that the next :meth:`generate` samples from; ``None`` after a failed sync."""
         return self._version
 
-    def _build(self, settings: VLLMSettings, dtype: torch.dtype) -> Any:
+    def _build(self, settings: VLLMSettings, dtype: torch.dtype, options: dict[str, Any]) -> Any:
         on_cpu = next(self._model.parameters()).device.type == "cpu"
         cache_bytes = settings.kv_cache_bytes or (self._cpu_cache_bytes(dtype) if on_cpu else None)
         arguments: dict[str, Any] = {
@@ -158,15 +163,15 @@ class VLLMEngine:
                 self._model,
                 dtype=dtype,
                 bucket_bytes=settings.bucket_bytes if settings.transport == "shared_memory" else None,
-                arguments={"model": directory, **arguments},
+                arguments={"model": directory, **arguments, **options},
             )
 
     def _describe_model(self, directory: str) -> None:
         """Writes what vLLM reads of a model but its weights."""
         config = self._model.config
-        if not config.architectures:
-            config = type(config).from_dict(config.to_dict() | {"architectures": [type(self._model).__name__]})
-        config.save_pretrained(directory)
+        values = config.to_dict() | {"architectures": config.architectures or [type(self._model).__name__]}
+        values.pop("quantization_config", None)  # weights in four bits are sent as what those stand for
+        type(config).from_dict(values).save_pretrained(directory)
         self._tokenizer.save_pretrained(directory)
 
     def _cpu_cache_bytes(self, dtype: torch.dtype) -> int:
@@ -308,7 +313,8 @@ class VLLMServerEngine(VLLMEngine):
         self._urls = tuple(urls)
         super().__init__(model, tokenizer, autocast_dtype=autocast_dtype, settings=settings)
 
-    def _build(self, settings: VLLMSettings, dtype: torch.dtype) -> Any:
+    def _build(self, settings: VLLMSettings, dtype: torch.dtype, options: dict[str, Any]) -> Any:
+        del options  # the server's own affair: it refuses adapters that it was not started for
         with _undisturbed(), _in_this_process():
             inside = import_module("grpo_fast.rollout.vllm_http")
         return inside.HTTPVLLM(

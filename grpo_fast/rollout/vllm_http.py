@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from grpo_fast.rollout.engine import RolloutError
+from grpo_fast.rollout.vllm_adapters import AdapterVersion
 from grpo_fast.rollout.vllm_layerwise import PolicyWeights
 from grpo_fast.rollout.vllm_sample import PROBE_PARAMS, Sample, token_versions
 from grpo_fast.rollout.vllm_transport import SharedMemoryInit, SharedMemorySender
@@ -57,6 +58,8 @@ class VLLMServer:
         self._host, self._port = parts.hostname, parts.port
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
         self._deadline_s = deadline_s
+        self.adapter: str | None = None
+        """Name of the LoRA adapter that answers requests; ``None`` for the model as it is."""
 
     def call(self, method: Literal["GET", "POST"], path: str, body: Any = None) -> str:
         """Sends one request.
@@ -107,8 +110,7 @@ class VLLMServer:
 
     def sample(self, prompt: Sequence[int], params: dict[str, Any]) -> list[Sample]:
         """Runs one request to its end."""
-        body = {"token_ids": list(prompt), "sampling_params": params | {"logprobs": 0}}
-        choices = self.post("/inference/v1/generate", body)["choices"]
+        choices = self._generate(list(prompt), params | {"logprobs": 0})["choices"]
         return [
             Sample(
                 tuple(choice["token_ids"]),
@@ -122,9 +124,28 @@ class VLLMServer:
     def score(self, prompt: Sequence[int], tokens: Sequence[int]) -> list[float]:
         """Log-probabilities of ``tokens`` after ``prompt``, computed without the prefix cache."""
         params = {"temperature": 1.0, "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
-        body = {"token_ids": [*prompt, *tokens], "sampling_params": params}
-        entries = self.post("/inference/v1/generate", body)["prompt_logprobs"][len(prompt) :]
+        entries = self._generate([*prompt, *tokens], params)["prompt_logprobs"][len(prompt) :]
         return [entry[str(token)]["logprob"] for token, entry in zip(tokens, entries, strict=True)]
+
+    def _generate(self, token_ids: list[int], params: dict[str, Any]) -> Any:
+        answered_by = {} if self.adapter is None else {"model": self.adapter}
+        return self.post("/inference/v1/generate", {"token_ids": token_ids, "sampling_params": params} | answered_by)
+
+    def load_adapter(self, adapter: AdapterVersion) -> None:
+        """Has the server read a LoRA adapter; requests are answered with it from then on.
+
+        Raises:
+            RolloutError: it cannot, for want of room, or because it was not started to.
+        """
+        try:
+            self.call("POST", "/v1/load_lora_adapter", {"lora_name": adapter.name, "lora_path": str(adapter.path)})
+        except RolloutError as error:
+            if '"Not Found"' not in str(error):  # there is no such route; a file that is not there is told in other words
+                raise
+            raise RolloutError(
+                f"vLLM's server {self.url} takes no adapters; start it with `grpo-fast serve --max-lora-rank`, at least lora_r"
+            ) from error
+        self.adapter = adapter.name
 
 
 class HTTPVLLM:
@@ -212,6 +233,20 @@ class HTTPVLLM:
         versions = set(self.everywhere(lambda server: str(server.get("/weight_info")["weight_version"])))
         version = versions.pop()
         return None if versions or not version.isdecimal() else int(version)
+
+    def announce(self, version: int) -> None:
+        """Gives what is in force a version's number."""
+        self.everywhere(lambda server: server.call("POST", "/update_weight_version", {"new_version": str(version)}))
+
+    def load_adapter(self, adapter: AdapterVersion) -> None:
+        """Has every server read a LoRA adapter."""
+        self.everywhere(lambda server: server.load_adapter(adapter))
+
+    def unload_adapter(self, adapter: AdapterVersion) -> None:
+        """Has every server forget one; a server that was started again never knew it."""
+        for server in self.servers:
+            with contextlib.suppress(RolloutError):
+                server.call("POST", "/v1/unload_lora_adapter", {"lora_name": adapter.name})
 
     def undo(self) -> None:
         """Leaves an update that began: one that a worker cannot read ends it, by vLLM's own rule.

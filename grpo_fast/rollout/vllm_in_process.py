@@ -14,8 +14,10 @@ import torch
 from vllm import LLM
 from vllm import SamplingParams as VLLMSamplingParams
 from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
+from vllm.lora.request import LoRARequest
 
 from grpo_fast.rollout import vllm_direct, vllm_transport
+from grpo_fast.rollout.vllm_adapters import AdapterVersion
 from grpo_fast.rollout.vllm_layerwise import PolicyWeights
 from grpo_fast.rollout.vllm_sample import PROBE_PARAMS, Sample, token_versions
 from grpo_fast.rollout.weight_sync import Scored
@@ -39,6 +41,7 @@ class InProcessVLLM:
         self._weights = PolicyWeights(policy, dtype)
         self._bucket_bytes = bucket_bytes
         self._sender: vllm_transport.SharedMemorySender | None = None
+        self._adapter: LoRARequest | None = None
         self._llm = LLM(
             **arguments,
             dtype=str(dtype).removeprefix("torch."),
@@ -82,7 +85,7 @@ class InProcessVLLM:
     def _run(self, prompts: Sequence[Sequence[int]], params: Any) -> list[Any]:
         requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         with torch.random.fork_rng():  # vLLM draws from the global state before it puts the seeded draws in place
-            return list(self._llm.generate(requests, params, use_tqdm=False))
+            return list(self._llm.generate(requests, params, use_tqdm=False, lora_request=self._adapter))
 
     def close(self) -> None:
         """Ends the engine and frees its memory."""
@@ -128,6 +131,21 @@ class InProcessVLLM:
         """The version in force; ``None`` before the first."""
         version = self._llm.get_weight_version()
         return int(version) if version.isdecimal() else None
+
+    def announce(self, version: int) -> None:
+        """Gives what is in force a version's number."""
+        self._llm.update_weight_version(str(version))
+
+    def load_adapter(self, adapter: AdapterVersion) -> None:
+        """Reads a LoRA adapter; requests are answered with it from then on."""
+        request = LoRARequest(adapter.name, adapter.number, str(adapter.path))
+        if not self._llm.llm_engine.add_lora(request):
+            raise RuntimeError(f"vLLM did not take the adapter {adapter.name}")
+        self._adapter = request
+
+    def unload_adapter(self, adapter: AdapterVersion) -> None:
+        """Forgets one."""
+        self._llm.llm_engine.remove_lora(adapter.number)
 
     def undo(self) -> None:
         """Leaves an update that began: one that a worker cannot read ends it, by vLLM's own rule."""

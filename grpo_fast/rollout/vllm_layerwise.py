@@ -9,6 +9,8 @@ Source: the interfaces are those of ``vllm.distributed.weight_transfer.base`` of
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from importlib import import_module
+from typing import Any
 
 import torch
 from vllm.distributed.weight_transfer import ParamMeta, WeightSource, WeightTransferEngine
@@ -19,6 +21,9 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 class PolicyWeights(WeightSource):  # type: ignore[misc]
     """The parameters of a model, one by one, in the type that the engine computes in.
+
+    Of a model with LoRA adapters they are the base's, under the names that they have without; of one in four bits, what those
+    stand for.
 
     A sharded parameter is gathered when its turn comes, so no second copy of the model exists; every rank then iterates, in
     the same order, as gathering is a collective.
@@ -35,18 +40,39 @@ class PolicyWeights(WeightSource):  # type: ignore[misc]
 
     def metadata(self) -> list[ParamMeta]:
         """Name, type and whole shape of what iteration yields."""
-        return [ParamMeta(name, self._wire(weight), tuple(weight.shape)) for name, weight in self._model.named_parameters()]
+        return [
+            ParamMeta(name, self._wire(weight), tuple((_four_bits(weight) or weight).shape)) for name, weight in self._base()
+        ]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         return ((name, weight.to(self._wire(weight))) for name, weight in self.uncast())
 
     def uncast(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The same in the policy's own type, for a transport that converts while it copies."""
+        for name, weight in self._base():
+            state = _four_bits(weight)
+            if state is not None:
+                yield name, import_module("bitsandbytes.functional").dequantize_4bit(weight.data, state)
+            else:
+                yield name, (weight.full_tensor() if hasattr(weight, "full_tensor") else weight).detach()
+
+    def _base(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, weight in self._model.named_parameters():
-            yield name, (weight.full_tensor() if hasattr(weight, "full_tensor") else weight).detach()
+            if ".lora_" not in name:
+                yield without_adapters(name), weight
 
     def _wire(self, weight: torch.Tensor) -> torch.dtype:
-        return self._dtype if weight.is_floating_point() else weight.dtype
+        return self._dtype if weight.is_floating_point() or _four_bits(weight) is not None else weight.dtype
+
+
+def without_adapters(name: str) -> str:
+    """What a weight is called where no adapter lies over its layer, in peft's models and in vLLM's alike."""
+    return name.replace(".base_layer.", ".")
+
+
+def _four_bits(weight: torch.Tensor) -> Any:
+    """How bitsandbytes quantised a weight; ``None`` for one that is whole."""
+    return getattr(weight, "quant_state", None)
 
 
 class LayerwiseReceiver(WeightTransferEngine):  # type: ignore[misc]
@@ -58,12 +84,12 @@ class LayerwiseReceiver(WeightTransferEngine):  # type: ignore[misc]
         """Prepares all layers; what an update before this one left half-done is dropped."""
         if self._begun:
             finalize_layerwise_reload(self.model, self.model_config)
-        every = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
-        own = {name for name, _ in self.model.named_parameters()}
+        every = {without_adapters(name) for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        own = {without_adapters(name) for name, _ in self.model.named_parameters()}
         initialize_layerwise_reload(self.model)
         self._begun = True
         self._is_tied = every != own
-        self._missing = {name for name, _ in self.model.named_parameters()} - (every - own)
+        self._missing = set(own)
         self._names_known = True
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -72,7 +98,7 @@ class LayerwiseReceiver(WeightTransferEngine):  # type: ignore[misc]
         if loaded is None:
             self._names_known = False
         else:
-            self._missing -= set(loaded)
+            self._missing -= {without_adapters(name) for name in loaded}
 
     def finish_weight_update(self) -> None:
         """Puts the weights in force.

@@ -9,7 +9,12 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from grpo_fast.rollout.vllm_adapters import lora_options
 from grpo_fast.rollout.vllm_engine import require_vllm
 
 HOST = "127.0.0.1"
@@ -28,7 +33,13 @@ class ServerCommand:
 
 
 def server_command(
-    model: str, *, port: int, on_cpu: bool, dtype: str | None = None, max_model_len: int | None = None
+    model: str,
+    *,
+    port: int,
+    on_cpu: bool,
+    dtype: str | None = None,
+    max_model_len: int | None = None,
+    max_lora_rank: int | None = None,
 ) -> ServerCommand:
     """The command that starts a server of ``model``'s architecture; its weights come from the trainer.
 
@@ -38,10 +49,11 @@ def server_command(
         on_cpu: whether it runs without a GPU.
         dtype: what it computes in, which must be what the trainer computes in; ``None`` is float32 on a CPU, bfloat16 on a GPU.
         max_model_len: longest sequence, in tokens; ``None`` takes the model's context.
+        max_lora_rank: rank of the LoRA adapters that it must take; ``None`` takes none.
 
     Raises:
         RolloutError: vLLM is missing or too old.
-        ValueError: a port out of range.
+        ValueError: a port out of range, or a rank that vLLM has no room for.
     """
     require_vllm()
     if not 0 < port < 2**16:
@@ -55,5 +67,20 @@ def server_command(
         arguments += ["--max-model-len", str(max_model_len)]
     if on_cpu:
         arguments += ["--enforce-eager", "--block-size", str(_CPU_BLOCK_SIZE)]
+    forced = {"VLLM_SERVER_DEV_MODE": "1"}
+    if max_lora_rank is not None:
+        for name, value in lora_options(max_lora_rank, _linear_layers(model)).items():
+            arguments += [f"--{name.replace('_', '-')}"]
+            arguments += map(str, value) if isinstance(value, list) else [] if value is True else [str(value)]
+        forced["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     defaults = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    return ServerCommand(arguments, defaults | dict(os.environ) | {"VLLM_SERVER_DEV_MODE": "1"})
+    return ServerCommand(arguments, defaults | dict(os.environ) | forced)
+
+
+def _linear_layers(model: str) -> list[str]:
+    """Ends of the names of all linear layers but the head, from the model's configuration."""
+    with torch.device("meta"):
+        outline: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    head = outline.get_output_embeddings()
+    layers = ((name, layer) for name, layer in outline.named_modules() if isinstance(layer, torch.nn.Linear))
+    return sorted({name.rpartition(".")[2] for name, layer in layers if layer is not head})

@@ -104,7 +104,8 @@ def measure_errors() -> Callable[..., Errors]:
 class ServerProcess:
     """``grpo-fast serve`` on the embedded model, with all that it starts, in a process group of its own."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, *options: str) -> None:
+        self._options = options
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = int(free.getsockname()[1])
@@ -117,7 +118,10 @@ class ServerProcess:
         assert program is not None
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [program, "serve", "embedded", "--port", str(self.port)], stdout=log, stderr=log, start_new_session=True
+                [program, "serve", "embedded", "--port", str(self.port), *self._options],
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
 
     def wait_until_ready(self) -> None:
@@ -145,6 +149,18 @@ class ServerProcess:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
+
+
+@pytest.fixture(scope="module")
+def adapter_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """One that takes LoRA adapters."""
+    process = ServerProcess(tmp_path_factory.mktemp("server") / "log", "--max-lora-rank", "4")
+    try:
+        process.start()
+        process.wait_until_ready()
+        yield process
+    finally:
+        process.stop()
 
 
 @pytest.fixture(scope="module")

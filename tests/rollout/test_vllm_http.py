@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from grpo_fast import GRPOTrainer, recipe
 from grpo_fast.assets import embedded_model_dir
 from grpo_fast.rollout import RolloutError, SamplingParams, WeightSyncError
+from grpo_fast.rollout.vllm_adapters import AdapterVersion
 from grpo_fast.rollout.vllm_engine import VLLMServerEngine, VLLMSettings
 from grpo_fast.types import Completion
 
@@ -116,6 +117,13 @@ def test_requests_without_the_key_are_refused(served: Served, servers: Any) -> N
     with pytest.raises(RolloutError, match="refused /v1/models with status 401"):
         _ = stranger.context_length
     assert served.engine._vllm.servers[0].context_length == 128
+
+
+def test_a_server_that_was_not_started_for_adapters_says_how(served: Served, tmp_path: Path) -> None:
+    server = served.engine._vllm.servers[0]
+    with pytest.raises(RolloutError, match="takes no adapters; start it with `grpo-fast serve --max-lora-rank`"):
+        server.load_adapter(AdapterVersion("policy", 1, tmp_path, 0))
+    assert server.adapter is None
 
 
 @pytest.mark.parametrize(

@@ -56,3 +56,25 @@ def test_sharded_weights_are_gathered_one_at_a_time(model: torch.nn.Module, mesh
         assert torch.equal(weight, whole[name])
         assert len(gathered) == number  # "steps" comes first and is whole
     assert len(gathered) == 3
+
+
+def test_of_an_adapted_model_in_four_bits_the_base_comes_under_its_own_names() -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    from grpo_fast.config import Config
+    from grpo_fast.rollout.vllm_layerwise import PolicyWeights
+    from grpo_fast.train.policy import PolicySource
+
+    plain = PolicySource(Config(max_completion_length=16)).load().model
+    for four_bits in (False, True):
+        source = PolicyWeights(
+            PolicySource(Config(use_peft=True, load_in_4bit=four_bits, max_completion_length=16)).load().model, torch.float32
+        )
+        found = dict(source)
+        metas = {meta.name: (meta.dtype, meta.shape) for meta in source.metadata()}
+        assert metas == {name: (torch.float32, tuple(weight.shape)) for name, weight in plain.named_parameters()}
+        assert metas == {name: (weight.dtype, tuple(weight.shape)) for name, weight in found.items()}
+        off = {name: (found[name] - weight).abs().max() / weight.abs().max() for name, weight in plain.named_parameters()}
+        assert {name for name, share in off.items() if share > 0} == (
+            {name for name in off if name.endswith("proj.weight")} if four_bits else set()
+        )
+        assert max(off.values()) < 0.16  # half the widest gap between two of the sixteen numbers

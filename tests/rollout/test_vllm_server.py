@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from grpo_fast.assets import embedded_model_dir
 from grpo_fast.rollout import RolloutError, vllm_engine
 from grpo_fast.rollout.vllm_server import server_command
 
@@ -26,6 +27,20 @@ def test_on_a_gpu_it_computes_as_the_trainer_does() -> None:
     arguments = server_command("model", port=1, on_cpu=False).arguments
     assert arguments[arguments.index("--dtype") + 1] == "bfloat16"
     assert "--enforce-eager" not in arguments
+
+
+@pytest.mark.vllm
+def test_it_takes_adapters_where_it_is_told_to() -> None:
+    command = server_command(str(embedded_model_dir()), port=1, on_cpu=True, max_lora_rank=12)
+    arguments = command.arguments
+    assert "--enable-lora" in arguments
+    assert arguments[arguments.index("--max-lora-rank") + 1] == "16"
+    first = arguments.index("--lora-target-modules") + 1
+    assert arguments[first : first + 7] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert command.environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+    plain = server_command(str(embedded_model_dir()), port=1, on_cpu=True)
+    assert "--enable-lora" not in plain.arguments
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in plain.environment
 
 
 @pytest.mark.vllm

@@ -275,9 +275,12 @@ def test_the_embedded_model_learns_by_adapters_alone(tmp_path: Path) -> None:
         "embedded",
         output_dir=tmp_path / "run",
         use_peft=True,
-        learning_rate=1e-3,
-        max_steps=80,
-        eval_steps=80,
+        prompts_per_step=16,
+        learning_rate=2e-3,
+        warmup_steps=0.1,
+        max_steps=40,
+        eval_steps=40,
+        eval_size=128,
         baseline_probe=0,
         forecast="off",
         reward_workers=0,
@@ -287,4 +290,4 @@ def test_the_embedded_model_learns_by_adapters_alone(tmp_path: Path) -> None:
     with GRPOTrainer(config) as trainer:
         for _ in trainer.steps():
             pass
-        assert trainer.evaluate() >= 0.98
+        assert trainer.evaluate() >= 0.95

@@ -144,9 +144,12 @@ def test_the_embedded_model_learns_over_four_bits(tmp_path: Path) -> None:
         "embedded",
         output_dir=tmp_path / "run",
         **FOUR_BIT,
-        learning_rate=1e-3,
-        max_steps=60,
-        eval_steps=60,
+        prompts_per_step=16,
+        learning_rate=2e-3,
+        warmup_steps=0.1,
+        max_steps=40,
+        eval_steps=40,
+        eval_size=128,
         baseline_probe=0,
         forecast="off",
         reward_workers=0,
@@ -156,7 +159,7 @@ def test_the_embedded_model_learns_over_four_bits(tmp_path: Path) -> None:
     with GRPOTrainer(config) as trainer:
         for _ in trainer.steps():
             pass
-        assert trainer.evaluate() >= 0.98
+        assert trainer.evaluate() >= 0.95
 
 
 MODELS: dict[str, tuple[PretrainedConfig, int]] = {

@@ -1,0 +1,192 @@
+"""LoRA adapters as what a weight sync sends to vLLM: the base once, from then on a few megabytes a version.
+
+Every version has a directory, a name and a number of its own. vLLM keeps an adapter by its number and cached keys and values by
+its name and directory, so nothing of an older version can be taken for the new one, and the prefix cache needs no reset. Old
+versions are removed. The base is untouched, which is why an engine with adapters sleeps at level 1 only: deeper, it is gone.
+
+Nothing here imports vLLM or peft: an adapter is what peft left in the policy's module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from safetensors.torch import save_file
+
+from grpo_fast.rollout.weight_sync import SyncTarget
+
+_SHARED_MEMORY = Path("/dev/shm")
+_ADAPTER = "default"
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Those that vLLM makes room for."""
+
+
+def policy_options(policy: torch.nn.Module) -> dict[str, Any] | None:
+    """What vLLM is built with for a policy's adapters; ``None`` for a policy without."""
+    settings: Any = getattr(policy, "peft_config", None)
+    return None if settings is None else lora_options(settings[_ADAPTER].r, sorted(settings[_ADAPTER].target_modules))
+
+
+def lora_options(rank: int, targets: Sequence[str]) -> dict[str, Any]:
+    """What vLLM is built with so that it takes adapters of a rank, the next version beside the last.
+
+    Args:
+        rank: the largest.
+        targets: ends of the names of layers that can have one. Without them vLLM would prepare the head too, and could then not
+            tell log-probabilities of a prompt any more (0.32 on a CPU).
+
+    Raises:
+        ValueError: vLLM has no room for such a rank.
+    """
+    room = next((size for size in _RANKS if size >= rank), None)
+    if room is None:
+        raise ValueError(f"vLLM takes adapters up to rank {_RANKS[-1]}, not {rank}; lower lora_r")
+    return {
+        "enable_lora": True,
+        "max_lora_rank": room,
+        "max_loras": 1,
+        "max_cpu_loras": 2,
+        "lora_target_modules": list(targets),
+    }
+
+
+class AdapterVersion(NamedTuple):
+    """One version of the adapters on disk, in peft's format."""
+
+    name: str
+    number: int
+    path: Path
+    num_bytes: int
+
+
+class AdapterVersions:
+    """Writes the adapters of a policy, each time to a new directory, in shared memory where there is one.
+
+    Args:
+        policy: a transformers model with peft's layers inside.
+    """
+
+    def __init__(self, policy: torch.nn.Module) -> None:
+        self._policy: Any = policy
+        home = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None
+        self._directory = tempfile.TemporaryDirectory(prefix="grpo_fast-adapters-", dir=home)
+        self._number = 0
+
+    def write(self) -> AdapterVersion:
+        """Writes what the adapters are now; sharded ones are gathered."""
+        self._number += 1
+        home = Path(self._directory.name)
+        path = home / str(self._number)
+        path.mkdir()
+        tensors = {
+            f"base_model.model.{name.replace(f'.{_ADAPTER}.', '.')}": _whole(weight)
+            for name, weight in self._policy.named_parameters()
+            if ".lora_" in name
+        }
+        save_file(tensors, path / "adapter_model.safetensors")
+        self._policy.peft_config[_ADAPTER].save_pretrained(str(path))
+        num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        return AdapterVersion(f"{home.name}-{self._number}", self._number, path, num_bytes)
+
+    def remove(self, version: AdapterVersion) -> None:
+        """Removes a version's directory."""
+        shutil.rmtree(version.path, ignore_errors=True)
+
+    def close(self) -> None:
+        """Removes all."""
+        self._directory.cleanup()
+
+
+def _whole(weight: torch.Tensor) -> torch.Tensor:
+    whole: Any = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    return torch.as_tensor(whole.detach()).cpu().contiguous()
+
+
+class AdapterHost(SyncTarget, Protocol):
+    """What an engine offers beyond whole models."""
+
+    def load_adapter(self, adapter: AdapterVersion) -> None:
+        """Reads an adapter; requests are answered with it from then on."""
+        ...
+
+    def unload_adapter(self, adapter: AdapterVersion) -> None:
+        """Forgets one; that it was gone already is no error."""
+        ...
+
+    def announce(self, version: int) -> None:
+        """Gives what is in force a version's number."""
+        ...
+
+    def close(self) -> None:
+        """Ends the engine's part."""
+        ...
+
+
+class AdapterTarget:
+    """Implements :class:`~grpo_fast.rollout.weight_sync.SyncTarget` over an engine that, with the base, needs adapters alone.
+
+    The base goes over, by the engine's own transport, in the first sync, after one that failed, and where the engine does not
+    say that it holds the last version, as a server that was started again.
+
+    Args:
+        host: the engine; what is not said here is its own.
+        versions: where adapters come from.
+    """
+
+    def __init__(self, host: AdapterHost, versions: AdapterVersions) -> None:
+        self._host = host
+        self._versions = versions
+        self._in_force: int | None = None
+        self._base_goes = True
+        self._current: AdapterVersion | None = None
+        self._next: AdapterVersion | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._host, name)
+
+    def send(self) -> int:
+        """Writes the adapters where the engine can read them, and sends the base where it is missing."""
+        self._base_goes = self._in_force is None or self._host.weight_version() != self._in_force
+        num_bytes = self._host.send() if self._base_goes else 0
+        self._next = self._versions.write()
+        return num_bytes + self._next.num_bytes
+
+    def finish(self, version: int) -> None:
+        """Puts them in force; the version before is removed."""
+        assert self._next is not None
+        if self._base_goes:
+            self._host.finish(version)  # vLLM drops every adapter here
+        self._host.load_adapter(self._next)
+        if not self._base_goes:
+            self._host.announce(version)
+        previous, self._current, self._next = self._current, self._next, None
+        self._in_force = version
+        if previous is not None:
+            self._host.unload_adapter(previous)
+            self._versions.remove(previous)
+
+    def undo(self) -> None:
+        """Leaves an update that began; the next one brings the base too."""
+        if self._base_goes:
+            self._host.undo()
+        if self._next is not None:
+            self._versions.remove(self._next)
+        self._in_force, self._next = None, None
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets cached keys and values where the base changed; those of an older adapter are never read again."""
+        return not self._base_goes or self._host.reset_prefix_cache()
+
+    def close(self) -> None:
+        """Ends the engine's part and removes what is on disk."""
+        if self._current is not None:
+            with contextlib.suppress(Exception):  # the engine may be what died
+                self._host.unload_adapter(self._current)
+        self._host.close()
+        self._versions.close()

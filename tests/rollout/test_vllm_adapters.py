@@ -1,0 +1,249 @@
+"""Adapter versions over the embedded model, in this process and over a server; transformers with the same ones is the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from grpo_fast import GRPOTrainer, recipe
+from grpo_fast.assets import embedded_model_dir
+from grpo_fast.rollout import RolloutError, SamplingParams, WeightSyncError
+from grpo_fast.rollout.vllm_adapters import AdapterVersion, AdapterVersions, lora_options, policy_options
+from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMServerEngine, VLLMSettings
+
+# vLLM and what it imports use deprecated parts of torch; peft asks transformers under a name that is going.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+SHARED = [1] + [3 + (7 * position) % 50 for position in range(75)]
+PROMPTS = [[*SHARED, 5, 6], [*SHARED, 7], [1, 4, 5, 6]]
+SAMPLING = SamplingParams(max_tokens=12, temperature=0.7)
+
+
+def adapted_model() -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(embedded_model_dir(), dtype=torch.float32)
+    peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    stir(model, seed=0)
+    return model
+
+
+@torch.no_grad()
+def stir(model: torch.nn.Module, seed: int) -> None:
+    """New adapters, far enough from the last ones for stale ones to be seen."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        if ".lora_" in name:
+            weight.copy_(0.02 * torch.randn(weight.shape, generator=generator))
+
+
+def adapter_bytes(model: torch.nn.Module) -> int:
+    return sum(weight.nbytes for name, weight in model.named_parameters() if ".lora_" in name)
+
+
+def base_bytes(model: torch.nn.Module) -> int:
+    return sum(weight.nbytes for name, weight in model.named_parameters() if ".lora_" not in name)
+
+
+def directories(engine: VLLMEngine) -> list[Path]:
+    """Versions on disk."""
+    target: Any = engine._vllm
+    return list(Path(target._versions._directory.name).iterdir())
+
+
+def test_a_version_is_what_peft_reads(tmp_path: Path) -> None:
+    model = adapted_model()
+    versions = AdapterVersions(model)
+    first = versions.write()
+    stir(model, seed=1)
+    second = versions.write()
+    assert len({(first.name, second.name), (first.number, second.number), (first.path, second.path)}) == 3
+    assert first.name != second.name
+    assert second.num_bytes == adapter_bytes(model)
+    assert (second.path / "adapter_model.safetensors").stat().st_size >= second.num_bytes
+    base = AutoModelForCausalLM.from_pretrained(embedded_model_dir(), dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, str(second.path))
+    with torch.no_grad():
+        assert torch.equal(theirs(torch.tensor(PROMPTS[:1])).logits, model(torch.tensor(PROMPTS[:1])).logits)
+    versions.remove(first)
+    assert not first.path.exists()
+    versions.close()
+    assert not second.path.exists()
+
+
+def test_ranks_are_those_that_vllm_has_room_for() -> None:
+    assert policy_options(adapted_model()) == lora_options(
+        4, ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    )
+    assert policy_options(torch.nn.Linear(2, 2)) is None
+    assert [lora_options(rank, [])["max_lora_rank"] for rank in (1, 8, 9, 64, 257)] == [8, 8, 16, 64, 320]
+    with pytest.raises(ValueError, match="vLLM takes adapters up to rank 512, not 513; lower lora_r"):
+        lora_options(513, [])
+
+
+class Adapted(NamedTuple):
+    model: PreTrainedModel
+    engine: VLLMEngine
+
+
+@pytest.fixture(scope="module")
+def adapted() -> Iterator[Adapted]:
+    model = adapted_model()
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model_dir())
+    engine = VLLMEngine(model, tokenizer, settings=VLLMSettings(sync_deadline_s=60))
+    yield Adapted(model, engine)
+    home = directories(engine)[0].parent
+    engine.close()
+    assert not home.exists(), "nothing is left behind"
+
+
+@pytest.mark.vllm
+def test_twenty_versions_without_a_reset_and_the_logprobs_are_the_policys_after_each(
+    adapted: Adapted, measure_errors: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, engine = adapted
+    host: Any = engine._vllm._host
+    answers = engine.generate(PROMPTS, SAMPLING, num_generations=4, seed=0)
+    assert measure_errors(model, PROMPTS, answers, SAMPLING.temperature).agrees
+    monkeypatch.setattr(host, "reset_prefix_cache", lambda: pytest.fail("the cache was reset"))
+    monkeypatch.setattr(host, "send", lambda: pytest.fail("the base was sent"))
+    for version in range(1, 21):
+        stir(model, seed=version)
+        assert measure_errors(model, PROMPTS, answers, SAMPLING.temperature).engine > 1e-3  # stale ones would be seen
+        metrics = engine.sync_weights(model, version)
+        answers = engine.generate(PROMPTS, SAMPLING, num_generations=4, seed=version)
+        assert measure_errors(model, PROMPTS, answers, SAMPLING.temperature).agrees
+        assert {completion.weight_version for group in answers for completion in group} == {version}
+        assert metrics["sync/bytes"] == adapter_bytes(model)
+        assert metrics["sync/probe_kl"] < 1e-9
+        assert len(directories(engine)) == len(host._llm.llm_engine.list_loras()) == 1
+
+
+@pytest.mark.vllm
+def test_both_scorings_of_the_probe_are_those_of_the_adapters(adapted: Adapted) -> None:
+    target: Any = adapted.engine._vllm
+    probe = adapted.engine._sync._probe
+    answer = target.answer(probe.prompt)
+    own = probe.score(adapted.model, answer.completions)
+    for scores in (answer.logprobs, target.score(probe.prompt, answer.completions)):
+        assert torch.allclose(torch.tensor(scores, dtype=torch.float64), own, atol=5e-5, rtol=0)
+
+
+@pytest.mark.vllm
+def test_an_older_version_that_stays_in_force_is_found_by_the_probe(
+    adapted: Adapted, measure_errors: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, engine = adapted
+    target: Any = engine._vllm
+    stir(model, seed=30)
+    with monkeypatch.context() as patch:
+        for host, name in ((target._host, "load_adapter"), (target._host, "unload_adapter"), (target._versions, "remove")):
+            patch.setattr(host, name, lambda adapter: None)
+        with pytest.raises(WeightSyncError, match="some weights did not arrive"):
+            engine.sync_weights(model, 30)
+    with pytest.raises(WeightSyncError, match="the last weight sync failed"):
+        engine.generate(PROMPTS, SAMPLING, num_generations=1, seed=0)
+    engine.sync_weights(model, 31)
+    answers = engine.generate(PROMPTS, SAMPLING, num_generations=2, seed=0)
+    assert measure_errors(model, PROMPTS, answers, SAMPLING.temperature).agrees
+
+
+@pytest.mark.vllm
+def test_a_sync_that_breaks_off_brings_the_base_too_when_it_is_done_again(
+    adapted: Adapted, measure_errors: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, engine = adapted
+    host: Any = engine._vllm._host
+    load, tries = host.load_adapter, []
+
+    def break_off(adapter: AdapterVersion) -> None:
+        tries.append(adapter)
+        if len(tries) == 1:
+            raise ConnectionError("the wire broke")
+        load(adapter)
+
+    stir(model, seed=40)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1.01)  # a base that moved: what only the whole can bring
+    monkeypatch.setattr(host, "load_adapter", break_off)
+    metrics = engine.sync_weights(model, 40)
+    assert metrics["sync/bytes"] == base_bytes(model) + adapter_bytes(model)
+    assert len(tries) == 2
+    assert not tries[0].path.exists()
+    answers = engine.generate(PROMPTS, SAMPLING, num_generations=2, seed=0)
+    assert measure_errors(model, PROMPTS, answers, SAMPLING.temperature).agrees
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [32, 4])
+def test_a_run_over_vllm_trains_and_samples_the_same_adapters(bits: int, tmp_path: Path) -> None:
+    if bits == 4 and find_spec("bitsandbytes") is None:
+        pytest.skip("bitsandbytes is not installed")
+    config = recipe(
+        "embedded",
+        output_dir=tmp_path,
+        rollout="vllm",
+        use_peft=True,
+        load_in_4bit=bits == 4,
+        learning_rate=1e-2,
+        warmup_steps=0,
+        prompts_per_step=8,
+        max_steps=3,
+        eval_steps=0,
+        baseline_probe=0,
+        forecast="off",
+        reward_workers=0,
+        sinks=(),
+        report=False,
+    )
+    with GRPOTrainer(config) as trainer:
+        steps = list(trainer.steps())
+    assert [step.metrics["sync/version"] for step in steps] == [1, 2, 3]
+    assert all(step.metrics["sampling/sampling_logp_difference/max"] < 1e-4 for step in steps)
+    assert len({step.metrics["sync/bytes"] for step in steps}) == 1
+    assert steps[0].metrics["sync/bytes"] < 1e6
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_versions_over_a_server_which_then_forgets_them(adapter_server: Any, measure_errors: Callable[..., Any]) -> None:
+    model = adapted_model()
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model_dir())
+    settings = VLLMSettings(sync_deadline_s=60, request_deadline_s=60)
+    engine = VLLMServerEngine(model, tokenizer, urls=[adapter_server.url], settings=settings)
+
+    def check(version: int, num_bytes: int) -> None:
+        stir(model, seed=version)
+        assert engine.sync_weights(model, version)["sync/bytes"] == num_bytes
+        answers = engine.generate(PROMPTS, SAMPLING, num_generations=4, seed=version)
+        assert measure_errors(model, PROMPTS, answers, SAMPLING.temperature).agrees
+        assert {completion.weight_version for group in answers for completion in group} == {version}
+
+    for version in (1, 2, 3):
+        check(version, adapter_bytes(model))
+    server = engine._vllm.servers[0]
+    assert len(server.get("/v1/models")["data"]) == 2, "the base and the last version"
+    server.call("POST", "/update_weight_version", {"new_version": "default"})  # as one says that was started again
+    check(4, base_bytes(model) + adapter_bytes(model))
+    check(5, adapter_bytes(model))
+    home = directories(engine)[0].parent
+    engine.close()
+    assert not home.exists()
+    assert len(server.get("/v1/models")["data"]) == 1
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_file_that_is_none_is_told(adapter_server: Any, tmp_path: Path) -> None:
+    from grpo_fast.rollout.vllm_http import VLLMServer
+
+    server = VLLMServer(adapter_server.url, api_key=None, deadline_s=30)
+    with pytest.raises(RolloutError, match=r"/v1/load_lora_adapter with status"):
+        server.load_adapter(AdapterVersion("none", 1, tmp_path / "nowhere", 0))
+    assert server.adapter is None
