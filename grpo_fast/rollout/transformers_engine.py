@@ -64,7 +64,7 @@ class TransformersEngine:
             and at every 8th on a GPU, where it waits for the device. Changes speed only.
         autocast_dtype: precision that the forward pass runs in under autocast, as in training; ``None`` is that of the weights.
             The written-out step is not made for it, so ``auto`` then calls the module.
-        own_weights: sample from a copy, which :meth:`sync_weights` renews, so that the model may be trained meanwhile.
+        own_weights: sample from a copy of what is trained, which :meth:`sync_weights` renews, so that it may be trained meanwhile.
         impl: how a token is computed. ``module`` calls the model; ``fused`` is the written-out step of
             :mod:`~grpo_fast.rollout.llama_step`, for Llama-shaped models; ``auto`` takes it where it fits.
 
@@ -97,7 +97,8 @@ class TransformersEngine:
         if check_every is not None and check_every < 1:
             raise ValueError(f"check_every must be at least 1, or None to choose by device, got {check_every}")
         self._policy = model
-        self._model = copy.deepcopy(model).requires_grad_(False) if own_weights else model
+        frozen = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}  # they never change: shared
+        self._model = copy.deepcopy(model, frozen).requires_grad_(False) if own_weights else model
         self._tokenizer = tokenizer
         end_tokens = end_token_ids(model, tokenizer) if eos_token_ids is None else set(eos_token_ids)
         self._max_batch_tokens = max_batch_tokens
@@ -129,7 +130,8 @@ class TransformersEngine:
         if self._model is not self._policy:
             with torch.no_grad():
                 for own, weight in zip(self._model.parameters(), self._policy.parameters(), strict=True):
-                    own.copy_(weight)
+                    if own is not weight:
+                        own.copy_(weight)
         self._version = version
         return {}
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from itertools import pairwise
 
+import peft
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
@@ -327,6 +328,26 @@ def test_weights_of_its_own_change_by_a_sync_alone(tokenizer: PreTrainedTokenize
     assert sample(engine) == before
     engine.sync_weights(model, 1)
     assert sample(engine) == sample(shared) != before
+
+
+def test_of_a_model_with_adapters_those_alone_are_copied(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = build("llama")
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False), model)
+    model.requires_grad_(False)
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(".lora_" in name)
+    engine = TransformersEngine(model, tokenizer, own_weights=True)
+    for (name, weight), own in zip(model.named_parameters(), engine._model.parameters(), strict=True):
+        assert (own is weight) == (".lora_" not in name)
+    params = SamplingParams(max_tokens=6)
+    before = engine.generate(PROMPTS, params, num_generations=2, seed=0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if ".lora_B" in name:
+                weight.mul_(-3)
+    assert engine.generate(PROMPTS, params, num_generations=2, seed=0) == before
+    engine.sync_weights(model, 0)
+    assert engine.generate(PROMPTS, params, num_generations=2, seed=0) != before
 
 
 def test_sync_takes_a_wrapper_and_refuses_a_stranger(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
