@@ -64,7 +64,7 @@ class TransformersEngine:
             and at every 8th on a GPU, where it waits for the device. Changes speed only.
         autocast_dtype: precision that the forward pass runs in under autocast, as in training; ``None`` is that of the weights.
             The written-out step is not made for it, so ``auto`` then calls the module.
-        own_weights: sample from a copy of what is trained, which :meth:`sync_weights` renews, so that it may be trained meanwhile.
+        own_weights: sample from a copy of what is trained, renewed by :meth:`sync_weights`, so that training can go on.
         impl: how a token is computed. ``module`` calls the model; ``fused`` is the written-out step of
             :mod:`~grpo_fast.rollout.llama_step`, for Llama-shaped models; ``auto`` takes it where it fits.
 
