@@ -24,6 +24,7 @@ from grpo_fast.train.distributed import ALONE, World, is_restart, note_launch
 PROGRAM = Path(__file__).with_name("rank_program.py")
 TIMED = ("time/", "budget/", "step_time", "gpu_seconds", "energy_kwh", "money", "mfu")
 DEADLINE_S = 60.0
+CASES = ("whole", "rloo", "gspo", "adapters")
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,7 @@ def cases(tiny_model: Path, directory: Path) -> dict[str, dict[str, Any]]:
         },
         "rloo": {"loss_type": "rloo", "beta": 0.02, "keep_dead_rows_for_metrics": True},
         "gspo": {"loss_type": "gspo", "scale_rewards": "batch", "mask_truncated_completions": True, "top_k": 20},
+        "adapters": {"use_peft": True, "lora_r": 4, "beta": 0.02, "learning_rate": 1e-2},
         "failing": {},
     }
     return {name: common | change | {"output_dir": str(directory / name)} for name, change in changes.items()}
@@ -116,11 +118,11 @@ def alone(program: ModuleType, tiny_model: Path, tmp_path_factory: pytest.TempPa
     """The same runs in one process."""
     directory = tmp_path_factory.mktemp("alone")
     made = cases(tiny_model, directory)
-    return {name: program.play(made[name]) | {"trace": trace(directory / name)} for name in ("whole", "rloo", "gspo")}
+    return {name: program.play(made[name]) | {"trace": trace(directory / name)} for name in CASES}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["whole", "rloo", "gspo"])
+@pytest.mark.parametrize("case", CASES)
 def test_any_number_of_ranks_makes_the_run_of_one_process(case: str, launch: Launch, alone: dict[str, Any]) -> None:
     expected = alone[case]
     found = trace(launch.directory / case)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,16 @@ def test_a_plan_without_model_and_data() -> None:
         gather(Config(dataset="nowhere.jsonl"), PlanInputs(model_size=7.0))
     with pytest.raises(ConfigError, match="completion_tokens=999 exceeds max_completion_length=256"):
         gather(Config(), PlanInputs(model_size=7.0, completion_tokens=999.0))
+
+
+def test_adapters_of_the_configuration_are_counted_not_assumed() -> None:
+    inputs = PlanInputs(prompt_tokens=8.0, data_size=64)
+    plain, adapted = gather(small(), inputs), gather(small(use_peft=True, lora_r=2), inputs)
+    assert (plain.facts.lora, adapted.facts.lora) == (False, True)
+    assert adapted.facts.size_b == plain.facts.size_b
+    layers = [(128, 128)] * 4 + [(128, 256)] * 3
+    assert adapted.work.shape == replace(plain.work.shape, lora_params=4 * sum(2 * (a + b) for a, b in layers))
+    assert not any("adapters are taken" in note for note in adapted.notes)
 
 
 def test_a_probe_measures_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
