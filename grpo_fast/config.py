@@ -126,6 +126,8 @@ class Config(BaseModel):
     """Share of the GPU's memory that vLLM takes for its weights and its cache."""
     vllm_kv_cache_gib: Annotated[float | None, _ROLLOUT] = Field(None, gt=0)
     """Memory of vLLM's cache, in GiB, in place of what that share leaves."""
+    vllm_own_process: Annotated[bool, _ROLLOUT] = False
+    """Have ``rollout='vllm'`` run in a process of its own: with ``max_staleness`` it is less in the trainer's way."""
     sync_deadline_s: Annotated[float, _ROLLOUT] = Field(300.0, gt=0)
     """Longest time of each phase of a weight sync, in seconds; a phase that takes longer ends the run with a checkpoint."""
     prompts_per_step: Annotated[int, _ROLLOUT] = Field(16, ge=1)
@@ -147,6 +149,9 @@ class Config(BaseModel):
     max_staleness: Annotated[int, _ROLLOUT] = Field(0, ge=0)
     """Updates by which the weights that sample lag behind: above 0, rollouts of so many later steps are made while this one
     trains. 1 hides the shorter of the two behind the longer."""
+    vllm_pause_mode: Annotated[Literal["wait", "keep"], _ROLLOUT] = "wait"
+    """What an update does with rollouts that run beside the training: wait for their end, or keep them, so that they go on by
+    the new weights. Timing then decides which weights sample a token; each token's version is known all the same."""
     refill_rounds: Annotated[int, _ROLLOUT] = Field(0, ge=0)
     """How often a step may sample further prompts in place of groups without reward variance; 0 never refills."""
 
@@ -314,6 +319,16 @@ class Config(BaseModel):
             raise ValueError(
                 f"rollout={self.rollout!r} with vllm_server_urls={self.vllm_server_urls}: servers are needed exactly for "
                 "rollout='vllm-http'; start one with `grpo-fast serve`"
+            )
+        if self.vllm_pause_mode == "keep" and (self.max_staleness == 0 or self.rollout == "transformers"):
+            raise ValueError(
+                f"vllm_pause_mode='keep' with max_staleness={self.max_staleness} and rollout={self.rollout!r}: only vLLM goes "
+                "on by new weights, and only with max_staleness does it run while they change; set both, or leave it at 'wait'"
+            )
+        if self.vllm_pause_mode == "keep" and self.use_peft:
+            raise ValueError(
+                "vllm_pause_mode='keep' with use_peft: a request that vLLM keeps stays with the adapter that it began with, "
+                "and its tokens would be counted for the new one; use 'wait'"
             )
         if self.rollout != "transformers" and self.truncates_support:
             raise ValueError(

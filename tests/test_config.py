@@ -108,6 +108,12 @@ def test_value_out_of_range_names_the_key(key: str, value: object) -> None:
         ({"reward_range": (1.0, 0.0)}, r"reward_range=\(1.0, 0.0\) must be \(least, greatest\)"),
         ({"reward_range": (1.0, 1.0)}, r"must be \(least, greatest\)"),
         ({"rollout": "vllm-http"}, r"servers are needed exactly for rollout='vllm-http'; start one with `grpo-fast serve`"),
+        ({"vllm_pause_mode": "keep", "max_staleness": 1}, r"vllm_pause_mode='keep' with max_staleness=1 and rollout='tra"),
+        (
+            {"vllm_pause_mode": "keep", "rollout": "vllm", "max_staleness": 1, "use_peft": True},
+            "vllm_pause_mode='keep' with use_peft: a request that vLLM keeps stays with the adapter",
+        ),
+        ({"vllm_pause_mode": "keep", "rollout": "vllm"}, r"vllm_pause_mode='keep' with max_staleness=0 and rollout='vllm'"),
         ({"vllm_server_urls": ("http://127.0.0.1:8000",)}, r"rollout='transformers' with vllm_server_urls="),
         (
             {"vllm_importance_sampling_correction": True, "bypass_old_logprobs": True},

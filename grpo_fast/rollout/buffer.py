@@ -95,7 +95,7 @@ class RolloutBuffer(Generic[T]):
             self._wait(lambda: self._thread is None or self._error is not None or self._next > self._allowed)
 
     def close(self) -> None:
-        """Ends the thread when what it makes is made; calling it twice is harmless."""
+        """Ends the thread when what it makes is made, or has failed; calling it twice is harmless."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

@@ -63,9 +63,14 @@ class VLLMSettings:
     """Longest time of each phase of a weight sync."""
     request_deadline_s: float = 1800.0
     """Longest time that a server may take for the completions of one prompt."""
+    own_process: bool = False
+    """Run the engine in a process of its own, where the trainer's Python does not hold it up; weights go through shared
+    memory."""
     transport: Literal["auto", "direct", "shared_memory"] = "auto"
     """How weights reach the engine: read where they are, which only an engine in this process can and ``auto`` chooses there,
     or through shared memory."""
+    pause_mode: Literal["wait", "keep"] = "wait"
+    """What a sync does with requests that run: wait until none does, or keep them, so that they go on by the new weights."""
     bucket_bytes: int = 256 * 2**20
     """Weights on the way at a time, through shared memory."""
 
@@ -154,15 +159,23 @@ class VLLMEngine:
         }
         if on_cpu:
             arguments["block_size"] = _CPU_BLOCK_SIZE
+            # A seeded request whose prompt is read in parts ends the engine: generators of a CPU have no offset to put back.
+            arguments["enable_chunked_prefill"] = False
         if cache_bytes is not None:
             arguments["kv_cache_memory_bytes"] = cache_bytes
-        with tempfile.TemporaryDirectory(prefix="grpo_fast-") as directory, _undisturbed(), _in_this_process():
+        direct = settings.transport == "direct" or (settings.transport == "auto" and not settings.own_process)
+        if direct and settings.own_process:
+            raise ValueError("transport='direct' with own_process=True: another process cannot read weights where they are")
+        environment = _environment(own_process=settings.own_process)
+        with tempfile.TemporaryDirectory(prefix="grpo_fast-") as directory, _undisturbed(), environment:
             inside = import_module("grpo_fast.rollout.vllm_in_process")
             self._describe_model(directory)
             return inside.InProcessVLLM(
                 self._model,
                 dtype=dtype,
-                bucket_bytes=settings.bucket_bytes if settings.transport == "shared_memory" else None,
+                bucket_bytes=None if direct else settings.bucket_bytes,
+                pause_mode=settings.pause_mode,
+                own_process=settings.own_process,
                 arguments={"model": directory, **arguments, **options},
             )
 
@@ -195,8 +208,11 @@ class VLLMEngine:
             raise ValueError(
                 f"the engine was built over another module and cannot take the weights of this {type(policy).__name__}"
             )
-        self._version = None
-        metrics = self._sync.run(policy, version)
+        try:
+            metrics = self._sync.run(policy, version)
+        except BaseException:
+            self._version = None
+            raise
         self._version = version
         return metrics
 
@@ -315,22 +331,23 @@ class VLLMServerEngine(VLLMEngine):
 
     def _build(self, settings: VLLMSettings, dtype: torch.dtype, options: dict[str, Any]) -> Any:
         del options  # the server's own affair: it refuses adapters that it was not started for
-        with _undisturbed(), _in_this_process():
+        with _undisturbed(), _environment(own_process=False):
             inside = import_module("grpo_fast.rollout.vllm_http")
         return inside.HTTPVLLM(
             self._model,
             dtype=dtype,
             bucket_bytes=settings.bucket_bytes,
+            pause_mode=settings.pause_mode,
             urls=self._urls,
             deadline_s=settings.request_deadline_s,
         )
 
 
 @contextlib.contextmanager
-def _in_this_process() -> Iterator[None]:
+def _environment(*, own_process: bool) -> Iterator[None]:
     """The environment that vLLM reads while it builds an engine; it has no other switch for these."""
     wanted = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(own_process)),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
     }

@@ -156,6 +156,7 @@ class HTTPVLLM:
         dtype: what the servers compute in.
         bucket_bytes: weights on the way at a time.
         urls: of the servers.
+        pause_mode: whether a pause waits for the end of requests that run, or keeps them for the new weights.
         deadline_s: longest time of one request. ``VLLM_API_KEY`` is read from the environment, as vLLM's server does.
 
     Raises:
@@ -164,12 +165,20 @@ class HTTPVLLM:
     """
 
     def __init__(
-        self, policy: torch.nn.Module, *, dtype: torch.dtype, bucket_bytes: int, urls: Sequence[str], deadline_s: float
+        self,
+        policy: torch.nn.Module,
+        *,
+        dtype: torch.dtype,
+        bucket_bytes: int,
+        pause_mode: Literal["wait", "keep"],
+        urls: Sequence[str],
+        deadline_s: float,
     ) -> None:
         key = os.environ.get("VLLM_API_KEY")
         self.servers = [VLLMServer(url, api_key=key, deadline_s=deadline_s) for url in urls]
         self._weights = PolicyWeights(policy, dtype)
         self._bucket_bytes = bucket_bytes
+        self._pause_mode = pause_mode
         self._sender: SharedMemorySender | None = None
         self._pool = ThreadPoolExecutor(_CONCURRENT_REQUESTS, thread_name_prefix="vLLM request")
         self.context_length = min(self.everywhere(lambda server: server.context_length))
@@ -198,13 +207,18 @@ class HTTPVLLM:
                 request.cancel()
 
     def close(self) -> None:
-        """Lets go of the servers, which run on."""
+        """Lets go of the servers, which run on; requests that a sync kept are ended."""
         self._sender = None
+        if self._pause_mode == "keep":
+            for server in self.servers:
+                with contextlib.suppress(RolloutError):
+                    server.post("/pause?mode=abort&clear_cache=false")
+                    server.post("/resume")
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def pause(self) -> None:
-        """Lets running requests end and holds new ones up; the cache is reset in a phase of its own, which is checked."""
-        self.everywhere(lambda server: server.post("/pause?mode=wait&clear_cache=false"))
+        """Lets running requests end, or keeps them, and holds new ones up; the cache is reset in a phase of its own."""
+        self.everywhere(lambda server: server.post(f"/pause?mode={self._pause_mode}&clear_cache=false"))
 
     def resume(self) -> None:
         """Lets requests run again."""
@@ -259,8 +273,10 @@ class HTTPVLLM:
                 server.post("/update_weights", {"update_info": {"undo": True}})
 
     def reset_prefix_cache(self) -> bool:
-        """Forgets cached keys and values on every server."""
-        return all(self.everywhere(lambda server: bool(server.post("/reset_prefix_cache")["success"])))
+        """Forgets cached keys and values on every server, those of requests that are kept too: they are computed anew."""
+        running = str(self._pause_mode == "keep").lower()
+        path = f"/reset_prefix_cache?reset_running_requests={running}"
+        return all(self.everywhere(lambda server: bool(server.post(path)["success"])))
 
     def answer(self, prompt: Sequence[int]) -> Scored:
         """The probe's completions, of every server in turn."""

@@ -1,4 +1,4 @@
-"""A vLLM engine in this process: how it is built, and what the weight sync asks of it.
+"""A vLLM engine that this process owns: how it is built, and what the weight sync asks of it.
 
 Importing this imports vLLM; :mod:`~grpo_fast.rollout.vllm_engine` does so when an engine is built.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
+import threading
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -14,9 +16,12 @@ import torch
 from vllm import LLM
 from vllm import SamplingParams as VLLMSamplingParams
 from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
+from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
+from vllm.sampling_params import RequestOutputKind
 
 from grpo_fast.rollout import vllm_direct, vllm_transport
+from grpo_fast.rollout.engine import RolloutError
 from grpo_fast.rollout.vllm_adapters import AdapterVersion
 from grpo_fast.rollout.vllm_layerwise import PolicyWeights
 from grpo_fast.rollout.vllm_sample import PROBE_PARAMS, Sample, token_versions
@@ -24,22 +29,39 @@ from grpo_fast.rollout.weight_sync import Scored
 
 
 class InProcessVLLM:
-    """Implements :class:`~grpo_fast.rollout.weight_sync.SyncTarget` over an ``LLM`` in this process.
+    """Implements :class:`~grpo_fast.rollout.weight_sync.SyncTarget` over an ``LLM``.
 
     Args:
         policy: whose weights are sent.
         dtype: what the engine computes in.
         bucket_bytes: weights on the way at a time, through shared memory; ``None`` hands the engine the policy's own.
+        pause_mode: whether a pause refuses requests that run, or keeps them for the new weights.
+        own_process: whether the environment has vLLM put its engine into a process of its own.
         arguments: of ``LLM``, beside those that the sync needs.
     """
 
     def __init__(
-        self, policy: torch.nn.Module, *, dtype: torch.dtype, bucket_bytes: int | None, arguments: dict[str, Any]
+        self,
+        policy: torch.nn.Module,
+        *,
+        dtype: torch.dtype,
+        bucket_bytes: int | None,
+        pause_mode: Literal["wait", "keep"],
+        own_process: bool,
+        arguments: dict[str, Any],
     ) -> None:
         vllm_transport.register()
-        self._owns_groups = not torch.distributed.is_initialized()
+        self._owns_groups = not own_process and not torch.distributed.is_initialized()
         self._weights = PolicyWeights(policy, dtype)
         self._bucket_bytes = bucket_bytes
+        self._pause_mode = pause_mode
+        self._turn = threading.Lock()
+        """Held while the engine takes one step."""
+        self._go = threading.Event()
+        """Cleared while it may take none; a lock alone would be taken again by the thread that steps."""
+        self._go.set()
+        self._names = map(str, itertools.count())
+        self._finished: dict[str, Any] = {}
         self._sender: vllm_transport.SharedMemorySender | None = None
         self._adapter: LoRARequest | None = None
         self._llm = LLM(
@@ -49,6 +71,8 @@ class InProcessVLLM:
             weight_transfer_config={"backend": vllm_direct.BACKEND if bucket_bytes is None else vllm_transport.BACKEND},
             logprobs_mode="processed_logprobs",
             enable_prefix_caching=True,
+            # A step that is still under way when the next is planned would read weights that change between the two.
+            **({"async_scheduling": False} if pause_mode == "keep" else {}),
         )
 
     @property
@@ -82,27 +106,57 @@ class InProcessVLLM:
             for output in outputs
         ]
 
-    def _run(self, prompts: Sequence[Sequence[int]], params: Any) -> list[Any]:
-        requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+    def _run(self, prompts: Sequence[Sequence[int]], params: Sequence[VLLMSamplingParams]) -> list[Any]:
+        """Steps the engine until these requests are done; threads that do so at once serve each other's requests.
+
+        ``LLM.generate`` would run to its end without a moment in which weights may change.
+        """
+        names = list(itertools.islice(self._names, len(prompts)))
         with torch.random.fork_rng():  # vLLM draws from the global state before it puts the seeded draws in place
-            return list(self._llm.generate(requests, params, use_tqdm=False, lora_request=self._adapter))
+            with self._turn:
+                for name, prompt, each in zip(names, prompts, params, strict=True):
+                    each.output_kind = RequestOutputKind.FINAL_ONLY
+                    self._engine().add_request(name, tokens_input(list(prompt)), each, lora_request=self._adapter)
+            waiting = set(names)
+            while waiting:
+                self._go.wait()
+                with self._turn:
+                    if self._go.is_set() and not waiting <= self._finished.keys():
+                        done = [output for output in self._engine().step() if output.finished]
+                        self._finished |= {output.request_id: output for output in done}
+                    waiting -= self._finished.keys()
+        return [self._finished.pop(name) for name in names]
+
+    def _engine(self) -> Any:
+        if self._llm is None:
+            raise RolloutError("the engine was closed while requests ran")
+        return self._llm.llm_engine
 
     def close(self) -> None:
-        """Ends the engine and frees its memory."""
-        self._llm.llm_engine.engine_core.shutdown()
-        self._llm = self._sender = None
+        """Ends the engine, between two steps, and frees its memory; requests that run fail."""
+        self._go.clear()
+        with self._turn:
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm = self._sender = None
+        self._go.set()
         if self._owns_groups:
             destroy_model_parallel()
             destroy_distributed_environment()
         gc.collect()
 
     def pause(self) -> None:
-        """Checks that nothing runs: between two calls of ``generate`` nothing does, in the caller's own process."""
-        if self._llm.llm_engine.has_unfinished_requests():
-            raise RuntimeError("requests are running")
+        """Checks that nothing runs, as nothing does between two calls of ``generate``; or lets no request take a step."""
+        if self._pause_mode == "wait":
+            if self._llm.llm_engine.has_unfinished_requests():
+                raise RuntimeError("requests are running")
+        else:
+            self._go.clear()
+            with self._turn:  # a step that is under way
+                pass
 
     def resume(self) -> None:
-        """Does nothing, as nothing was held up."""
+        """Lets requests that were kept go on."""
+        self._go.set()
 
     def wake(self, part: Literal["weights", "kv_cache"]) -> None:
         """Does nothing: the engine is not put to sleep."""
@@ -154,8 +208,8 @@ class InProcessVLLM:
             self._llm.update_weights({"update_info": {"undo": True}})
 
     def reset_prefix_cache(self) -> bool:
-        """Forgets cached keys and values."""
-        return bool(self._llm.reset_prefix_cache())
+        """Forgets cached keys and values, those of requests that are kept too: they are computed anew."""
+        return bool(self._llm.reset_prefix_cache(reset_running_requests=self._pause_mode == "keep"))
 
     def answer(self, prompt: Sequence[int]) -> Scored:
         """Samples the probe's completions."""
@@ -165,7 +219,7 @@ class InProcessVLLM:
     def score(self, prompt: Sequence[int], completions: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probabilities of given completions; a request for those of its prompt reads no cache."""
         params = VLLMSamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        outputs = self._run([[*prompt, *tokens] for tokens in completions], params)
+        outputs = self._run([[*prompt, *tokens] for tokens in completions], [params.clone() for _ in completions])
         return [
             _of_tokens(tokens, output.prompt_logprobs[len(prompt) :])
             for tokens, output in zip(completions, outputs, strict=True)

@@ -66,7 +66,8 @@ def server_command(
     if max_model_len is not None:
         arguments += ["--max-model-len", str(max_model_len)]
     if on_cpu:
-        arguments += ["--enforce-eager", "--block-size", str(_CPU_BLOCK_SIZE)]
+        # Prompts are read whole: a seeded request whose prompt is read in parts ends vLLM's engine on a CPU.
+        arguments += ["--enforce-eager", "--block-size", str(_CPU_BLOCK_SIZE), "--no-enable-chunked-prefill"]
     forced = {"VLLM_SERVER_DEV_MODE": "1"}
     if max_lora_rank is not None:
         for name, value in lora_options(max_lora_rank, _linear_layers(model)).items():

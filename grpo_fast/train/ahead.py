@@ -18,6 +18,7 @@ class Rollouts:
     def __init__(self, config: Config, collector: Collector) -> None:
         self._collector = collector
         self._max_staleness = config.max_staleness
+        self._keeps_running = config.vllm_pause_mode == "keep"
         self._buffer: RolloutBuffer[Collected] | None = None
         if config.max_staleness:
             self._buffer = RolloutBuffer(
@@ -59,8 +60,11 @@ class Rollouts:
         return collected
 
     def hold(self, timer: PhaseTimer) -> None:
-        """Waits for the rollouts that the weights in force are to make; none begins before the next :meth:`take`."""
-        if self._buffer is not None:
+        """Waits for the rollouts that the weights in force are to make; none begins before the next :meth:`take`.
+
+        With ``vllm_pause_mode="keep"`` it does nothing: they may run while weights change.
+        """
+        if self._buffer is not None and not self._keeps_running:
             with timer.phase("rollout"):
                 self._buffer.hold()
 

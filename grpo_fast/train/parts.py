@@ -37,7 +37,8 @@ _CHANGEABLE = {
     "reward_range",
     *("output_dir", "overwrite", "eval_steps", "save_steps", "save_total_limit", "sinks", "log_completions", "report"),
     *("reward_timeout_s", "reward_workers", "reward_on_error", "tokens_per_microbatch", "device", "dtype"),
-    *("vllm_gpu_memory_utilization", "vllm_kv_cache_gib", "vllm_server_urls", "sync_deadline_s", "ddp_timeout_s"),
+    *("vllm_gpu_memory_utilization", "vllm_kv_cache_gib", "vllm_server_urls", "vllm_own_process"),
+    *("sync_deadline_s", "ddp_timeout_s"),
 }
 
 
@@ -301,6 +302,8 @@ def _build_engine(config: Config, policy: Policy, prompts: Sequence[Prompt]) -> 
         kv_cache_bytes=None if gib is None else int(gib * 2**30),
         max_length=max(len(prompt.token_ids) for prompt in prompts) + config.max_completion_length,
         sync_deadline_s=config.sync_deadline_s,
+        pause_mode=config.vllm_pause_mode,
+        own_process=config.vllm_own_process,
     )
     if config.rollout == "vllm-http":
         return VLLMServerEngine(

@@ -263,6 +263,7 @@ class GRPOTrainer:
             stack.callback(self._world.close)
             stack.callback(self._parts.close)
             stack.callback(self._rollouts.close)
+            stack.callback(self._parts.engine.close)  # rollouts that still run end with it
             loop = self._loop()
             if loop is not None:
                 loop.close()

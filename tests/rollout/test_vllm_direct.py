@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -10,8 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_fast.assets import embedded_model_dir
-from grpo_fast.rollout import SamplingParams, WeightSyncError
+from grpo_fast.rollout import RolloutError, SamplingParams, WeightSyncError
 from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMSettings
+from grpo_fast.types import Completion
 
 pytestmark = pytest.mark.vllm
 
@@ -84,3 +88,88 @@ def test_a_sync_that_breaks_off_half_way_is_done_again_whole(
     engine.sync_weights(model, 42)
     answers = engine.generate(PROMPTS, SAMPLING, num_generations=2, seed=0)
     assert measure_errors(model, PROMPTS, answers, SAMPLING.temperature).agrees
+
+
+@pytest.fixture
+def long_requests() -> dict[str, Any]:
+    """Requests that run for a hundred steps, where a policy is flat and the end token one of 64."""
+    prompts = [[1, 3 + number % 50, 5 + number % 7] for number in range(48)]
+    return {"prompts": prompts, "sampling": SamplingParams(max_tokens=110, temperature=2.0), "num_generations": 4, "seed": 5}
+
+
+def test_requests_that_run_refuse_a_sync_that_waits_for_none(engine: VLLMEngine, long_requests: dict[str, Any]) -> None:
+    flatten(engine._model)
+    engine.sync_weights(engine._model, 49)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(engine.generate, **long_requests)
+        until_running(engine)
+        with pytest.raises(WeightSyncError, match="phase 'pause': requests are running"):
+            engine.sync_weights(engine._model, 50)
+        running.result()
+    engine.sync_weights(engine._model, 50)
+
+
+def test_requests_that_are_kept_go_on_by_the_new_weights(
+    perturb: Callable[..., None], measure_errors: Callable[..., Any], long_requests: dict[str, Any], engine: VLLMEngine
+) -> None:
+    """Runs last: another engine takes the place of the module's."""
+    engine.close()
+    model = AutoModelForCausalLM.from_pretrained(embedded_model_dir(), dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model_dir())
+    flatten(model)
+    keeping = VLLMEngine(model, tokenizer, settings=VLLMSettings(sync_deadline_s=60, pause_mode="keep"))
+    policies = [copy.deepcopy(model)]
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(keeping.generate, **long_requests)
+        until_running(keeping)
+        for version in (1, 2):
+            time.sleep(0.1)
+            perturb(model, seed=version, scale=0.02)
+            keeping.sync_weights(model, version)
+            policies.append(copy.deepcopy(model))
+        assert not running.done()
+        answers = running.result()
+    mixed = [completion for group in answers for completion in group if completion.weight_versions]
+    assert len(mixed) > 50
+    assert {version for completion in mixed for version in completion.weight_versions} == {0, 1, 2}
+    for prompt, group in zip(long_requests["prompts"][:16], answers, strict=False):
+        for completion in group:
+            assert_each_token_is_of_its_version(policies, prompt, completion, long_requests["sampling"].temperature)
+    after = keeping.generate(PROMPTS, SAMPLING, num_generations=2, seed=0)
+    assert measure_errors(model, PROMPTS, after, SAMPLING.temperature).agrees
+
+    running = ThreadPoolExecutor(1).submit(keeping.generate, **long_requests)
+    until_running(keeping)
+    keeping.close()
+    with pytest.raises(RolloutError, match="the engine was closed while requests ran"):
+        running.result(timeout=20)
+
+
+@torch.no_grad()
+def flatten(model: Any) -> None:
+    model.lm_head.weight.mul_(0.1)
+
+
+def until_running(engine: VLLMEngine) -> None:
+    for _ in range(1000):
+        if engine._vllm._llm.llm_engine.has_unfinished_requests():
+            return
+        time.sleep(0.005)
+    raise TimeoutError
+
+
+@torch.no_grad()
+def assert_each_token_is_of_its_version(
+    policies: list[Any], prompt: list[int], completion: Completion, temperature: float
+) -> None:
+    ids = torch.tensor([[*prompt, *completion.token_ids]])
+    logits = [policy(ids).logits[0, len(prompt) - 1 : -1] / temperature for policy in policies]
+    scores = [each.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])[:, 0] for each in logits]
+    own = torch.tensor(completion.logprobs)
+    versions = torch.tensor(completion.weight_versions or [completion.weight_version] * len(own))
+    assert versions.diff().ge(0).all()
+    errors = (torch.stack(scores) - own).abs()
+    positions = torch.arange(len(own))
+    assert errors[versions, positions].max() < 1e-5
+    if len(own) > 20:
+        assert errors[(versions + 1) % 3, positions].max() > 1e-4, "another version's would be seen"

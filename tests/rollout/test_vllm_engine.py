@@ -234,11 +234,18 @@ def test_a_run_learns_as_much_as_with_the_embedded_engine(tmp_path: Path) -> Non
 
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_a_run_whose_rollouts_run_beside_its_training(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pause_mode", ["wait", "keep"])
+def test_a_run_whose_rollouts_run_beside_its_training(pause_mode: str, tmp_path: Path) -> None:
     config = recipe("embedded", output_dir=tmp_path, rollout="vllm", max_staleness=1, max_steps=8, forecast="off", sinks=())
-    with GRPOTrainer(config.replace(eval_steps=0, report=False)) as trainer:
-        rows = [step.metrics for step in trainer.steps()]
-    assert [row["sample/staleness_mean"] for row in rows] == [0.0, *[1.0] * 7]
+    config = config.replace(eval_steps=4, report=False, vllm_pause_mode=pause_mode, save_steps=4)
+    with GRPOTrainer(config) as trainer:
+        steps = list(trainer.steps())
+    rows = [step.metrics for step in steps]
+    if pause_mode == "wait":
+        assert [row["sample/staleness_mean"] for row in rows] == [0.0, *[1.0] * 7]
+    else:
+        assert [0 <= row["sample/staleness_mean"] <= row["sample/staleness_max"] <= 1 for row in rows] == [True] * 8
+    assert len({group.prompt.index for step in steps for group in step.groups}) == 8 * config.prompts_per_step
     assert min(row["overlap/rollout_s"] for row in rows[1:]) > 0
     assert max(row["sampling/kl"] for row in rows) > 1e-6, "the sampler is another policy, and it is measured"
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,6 +111,44 @@ def test_a_sync_that_breaks_off_half_way_is_done_again_whole(
     assert len(buckets) == 2  # the second attempt opened a connection of its own
     answers = engine.generate(PROMPTS, SAMPLING, num_generations=2, seed=0)
     assert measure_errors(model, PROMPTS, answers, SAMPLING.temperature).agrees
+
+
+def test_requests_that_are_kept_go_on_by_the_new_weights(
+    served: Served, perturb: Callable[..., None], measure_errors: Callable[..., Any]
+) -> None:
+    model = copy.deepcopy(served.model)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.1)  # flat, so that the end token is one of 64 and requests run long
+    settings = VLLMSettings(sync_deadline_s=60, request_deadline_s=60, pause_mode="keep")
+    urls = [server.url for server in served.engine._vllm.servers]
+    engine = VLLMServerEngine(model, served.engine._tokenizer, urls=urls, settings=settings)
+    before = copy.deepcopy(model)
+    prompts = [[1, 3 + number % 50, 5 + number % 7] for number in range(64)]
+    sampling = SamplingParams(max_tokens=110, temperature=2.0)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(engine.generate, prompts, sampling, num_generations=8, seed=5)
+        time.sleep(1)
+        perturb(model, seed=1, scale=0.02)
+        engine.sync_weights(model, 1)
+        answers = running.result()
+    mixed = [
+        (prompt, completion)
+        for prompt, group in zip(prompts, answers, strict=True)
+        for completion in group
+        if completion.weight_versions
+    ]
+    assert len(mixed) > 50
+    for prompt, completion in mixed[:50]:
+        change = completion.weight_versions.index(1)
+        assert completion.weight_versions == (0,) * change + (1,) * (len(completion.token_ids) - change)
+        first, last = (
+            replace(completion, token_ids=completion.token_ids[part], logprobs=completion.logprobs[part])
+            for part in (slice(0, change), slice(change, None))
+        )
+        assert measure_errors(before, [prompt], [[first]], 2.0).agrees
+        assert measure_errors(model, [[*prompt, *first.token_ids]], [[last]], 2.0).agrees
+    engine.close()
+    served.engine.sync_weights(served.model, 31)
 
 
 def test_requests_without_the_key_are_refused(served: Served, servers: Any) -> None:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+from grpo_fast.rollout import SamplingParams
 from grpo_fast.rollout.sync_probe import NUM_SAMPLES, NUM_TOKENS, SyncProbe
+from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMSettings
 
 pytestmark = pytest.mark.vllm
 
@@ -38,7 +41,7 @@ def test_the_probe_reads_the_prefix_cache_and_the_other_scoring_does_not(embedde
     target = embedded.engine._vllm
     assert target.reset_prefix_cache()
     cached = [
-        target._run([probe.prompt], params)[0].num_cached_tokens
+        target._run([probe.prompt], [params])[0].num_cached_tokens
         for params in (
             SamplingParams(max_tokens=1),
             SamplingParams(max_tokens=1, logprobs=0),
@@ -59,3 +62,41 @@ def test_leaving_an_update_that_never_began_is_harmless(embedded: Any) -> None:
     embedded.engine._vllm.undo()
     embedded.engine.sync_weights(embedded.model, 3)
     assert embedded.engine._vllm.weight_version() == 3
+
+
+@pytest.mark.slow
+def test_an_engine_in_a_process_of_its_own_takes_two_hundred_syncs_and_no_memory(
+    embedded: Any, perturb: Callable[..., None], measure_errors: Callable[..., Any]
+) -> None:
+    psutil = pytest.importorskip("psutil")
+    model, tokenizer, _ = embedded
+    before = set(psutil.Process().children(recursive=True))
+    engine = VLLMEngine(model, tokenizer, settings=VLLMSettings(own_process=True, bucket_bytes=300_000, sync_deadline_s=60))
+    started = set(psutil.Process().children(recursive=True)) - before
+    started = {process for process in started if "resource_tracker" not in " ".join(process.cmdline())}  # Python's own
+    assert started
+    processes = [psutil.Process(), *started]
+
+    def resident_mib() -> list[float]:
+        return [process.memory_info().rss / 2**20 for process in processes]
+
+    try:
+        prompts, sampling = [[1, 4, 5, 6], [1, 9]], SamplingParams(max_tokens=8)
+        for version in range(1, 201):
+            perturb(model, seed=version, scale=1e-3)
+            engine.sync_weights(model, version)
+            if version <= 20:
+                answers = engine.generate(prompts, sampling, num_generations=2, seed=version)
+                assert measure_errors(model, prompts, answers, 1.0).agrees
+            if version == 60:
+                held = resident_mib()
+        weights = sum(weight.nbytes for weight in model.parameters()) / 2**20
+        assert all(now - then < 4 * weights for then, now in zip(held, resident_mib(), strict=True))
+    finally:
+        engine.close()
+    assert not psutil.wait_procs(started, timeout=20)[1]
+
+
+def test_another_process_cannot_read_weights_where_they_are(embedded: Any) -> None:
+    with pytest.raises(ValueError, match="transport='direct' with own_process=True"):
+        VLLMEngine(embedded.model, embedded.tokenizer, settings=VLLMSettings(own_process=True, transport="direct"))
