@@ -9,7 +9,7 @@ Only what :func:`supports` accepts is stepped this way; everything else runs thr
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own custom)
@@ -55,6 +55,31 @@ def _is_lora(module: torch.nn.Module) -> bool:
     return type(module).__name__ == "Linear" and type(module).__module__ == "peft.tuners.lora.layer"
 
 
+class _Adapter(NamedTuple):
+    """A LoRA adapter without peft's dispatch, which takes longer than its products do for a token a row."""
+
+    base: torch.nn.Linear
+    down: torch.Tensor
+    """[in, r]: A^T."""
+    up: torch.Tensor
+    """[r, out]: s B^T."""
+
+    @classmethod
+    def of(cls, layer: Any) -> _Adapter | None:
+        """What lies over a linear layer; ``None`` for nothing, and for anything but one plain adapter that is on."""
+        if (
+            not _is_lora(layer)
+            or layer.disable_adapters
+            or layer.merged
+            or layer.lora_variant
+            or len(layer.active_adapters) != 1
+        ):
+            return None
+        [name] = layer.active_adapters
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        return cls(layer.base_layer, a.t(), (layer.scaling[name] * b).t())
+
+
 class LlamaStep:
     """Steps a batch by one token.
 
@@ -66,6 +91,8 @@ class LlamaStep:
     def __init__(self, model: PreTrainedModel, num_positions: int) -> None:
         inner: Any = model.model
         self._layers = list(inner.layers)
+        found = ((layer, _Adapter.of(layer)) for layer in inner.layers.modules())
+        self._adapters = {layer: adapter for layer, adapter in found if adapter is not None}
         self._embedding, self._norm, self._head = inner.embed_tokens, inner.norm, model.lm_head
         weight = self._embedding.weight
         positions = torch.arange(num_positions, device=weight.device)[None]
@@ -99,10 +126,12 @@ class LlamaStep:
         for index, layer in enumerate(self._layers):
             normed = _rms_norm(hidden, layer.input_layernorm)
             attended = self._attend(cache, index, normed, (cos, sin), mask)
-            hidden = _add_linear(hidden, attended, layer.self_attn.o_proj)
+            hidden = self._add_linear(hidden, attended, layer.self_attn.o_proj)
             normed = _rms_norm(hidden, layer.post_attention_layernorm)
-            gated = F.silu(layer.mlp.gate_proj(normed), inplace=True).mul_(layer.mlp.up_proj(normed))
-            hidden = _add_linear(hidden, gated, layer.mlp.down_proj)
+            gated = F.silu(self._linear(normed, layer.mlp.gate_proj), inplace=True).mul_(
+                self._linear(normed, layer.mlp.up_proj)
+            )
+            hidden = self._add_linear(hidden, gated, layer.mlp.down_proj)
         logits = self._head(_rms_norm(hidden, self._norm))
         assert isinstance(logits, torch.Tensor)
         return logits
@@ -118,9 +147,9 @@ class LlamaStep:
         """Attention of one query a row, [n, heads * head size]."""
         attention = self._layers[index].self_attn
         count, size = normed.shape[0], attention.head_dim
-        query = attention.q_proj(normed).view(count, -1, size)
-        key = attention.k_proj(normed).view(count, -1, size)
-        value = attention.v_proj(normed).view(count, -1, size)
+        query = self._linear(normed, attention.q_proj).view(count, -1, size)
+        key = self._linear(normed, attention.k_proj).view(count, -1, size)
+        value = self._linear(normed, attention.v_proj).view(count, -1, size)
         if hasattr(attention, "q_norm"):
             query, key = _rms_norm(query, attention.q_norm), _rms_norm(key, attention.k_norm)
         query, key = _rotate(query, rotation), _rotate(key, rotation)
@@ -130,6 +159,23 @@ class LlamaStep:
         grouped = query.view(count, keys.shape[1], -1, size)
         mixed = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=attention.scaling)
         return mixed.reshape(count, -1)
+
+    def _linear(self, hidden: torch.Tensor, linear: torch.nn.Module) -> torch.Tensor:
+        adapter = self._adapters.get(linear)
+        if adapter is None:
+            found: torch.Tensor = linear(hidden)
+            return found
+        return F.linear(hidden, adapter.base.weight, adapter.base.bias).addmm_(hidden @ adapter.down, adapter.up)
+
+    def _add_linear(self, residual: torch.Tensor, hidden: torch.Tensor, linear: torch.nn.Linear) -> torch.Tensor:
+        adapter = self._adapters.get(linear)
+        base = linear if adapter is None else adapter.base
+        if type(base) is not torch.nn.Linear:  # an adapter of another kind: its ``weight`` is its base's alone
+            return torch.add(residual, base(hidden))
+        total = torch.addmm(residual, hidden, base.weight.t())
+        if adapter is not None:
+            total.addmm_(hidden @ adapter.down, adapter.up)
+        return total if base.bias is None else total.add_(base.bias)
 
 
 def _rms_norm(hidden: torch.Tensor, norm: torch.nn.Module) -> torch.Tensor:
@@ -143,10 +189,3 @@ def _rms_norm(hidden: torch.Tensor, norm: torch.nn.Module) -> torch.Tensor:
 def _rotate(heads: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     cos, sin = rotation
     return torch.addcmul(heads * cos, heads.roll(heads.shape[-1] // 2, -1), sin)
-
-
-def _add_linear(residual: torch.Tensor, hidden: torch.Tensor, linear: torch.nn.Linear) -> torch.Tensor:
-    if type(linear) is not torch.nn.Linear:  # an adapter's ``weight`` is its base's alone
-        return torch.add(residual, linear(hidden))
-    total = torch.addmm(residual, hidden, linear.weight.t())
-    return total if linear.bias is None else total.add_(linear.bias)

@@ -60,14 +60,27 @@ def furthest_from_the_module(model: PreTrainedModel) -> float:
     )
 
 
+@pytest.mark.filterwarnings("ignore:Already found a .peft_config.:UserWarning")  # two adapters are meant
+@pytest.mark.parametrize("state", ["on", "off", "merged", "two", "dora"])
 @pytest.mark.parametrize("targets", ["all-linear", ["o_proj", "down_proj"], ["q_proj"]], ids=str)
 @torch.no_grad()
-def test_steps_with_adapters_equal_the_module(targets: str | list[str]) -> None:
-    model = llama().double()
+def test_steps_with_adapters_equal_the_module(targets: str | list[str], state: str) -> None:
+    model = llama(attention_bias=True, mlp_bias=True).double()
+    for parameter in model.parameters():
+        parameter.add_(0.05)  # a bias is 0 at first
     plain = model(torch.tensor([[3, 4, 5]])).logits
-    peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False), model)
+    for name in ("default", "other")[: 1 + (state == "two")]:
+        settings = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False, use_dora=state == "dora")
+        peft.inject_adapter_in_model(settings, model, name)
+    for layer in (module for module in model.modules() if hasattr(module, "base_layer")):
+        if state == "two":
+            layer.set_adapter(["default", "other"])
+        elif state == "merged":
+            layer.merge()
+        layer.enable_adapters(state != "off")
     assert supports(model)
-    assert (model(torch.tensor([[3, 4, 5]])).logits - plain).abs().max() > 1e-2, "the adapters matter"
+    moved = (model(torch.tensor([[3, 4, 5]])).logits - plain).abs().max()
+    assert (moved > 1e-4) == (state != "off"), "the adapters matter"
     assert furthest_from_the_module(model) <= 1e-6  # the module's norms and angles are float32 in any case
 
 
