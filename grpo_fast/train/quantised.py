@@ -1,4 +1,4 @@
-"""A frozen base in four bits, by bitsandbytes: what QLoRA puts its adapters over. This is the package's door to its layers.
+"""A frozen base in four bits, by bitsandbytes: what QLoRA puts its adapters over.
 
 A weight is kept as 4-bit numbers with a scale for each 64 of them (and, nested, those scales in 8 bits); each product makes
 it anew in the type of computation. Head, embedding and norms stay as they are.

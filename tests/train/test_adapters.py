@@ -183,10 +183,20 @@ def gradients_of_a_step(policy: Policy, config: Config, groups: list[Group]) -> 
     return found
 
 
-def test_a_frozen_base_takes_the_type_of_computation(tiny_config: Callable[..., Config]) -> None:
-    policy = load(tiny_config(use_peft=True, dtype="bfloat16"))
-    assert {value.dtype for value in weights(policy, adapters=False).values()} == {torch.bfloat16}
-    assert {value.dtype for value in weights(policy, adapters=True).values()} == {torch.float32}
+def test_a_frozen_base_takes_the_type_of_computation(
+    tiny_config: Callable[..., Config], letters: Task, share_of_vowels: Callable[..., list[float]]
+) -> None:
+    config = tiny_config(use_peft=True, dtype="bfloat16", beta=0.1, learning_rate=1e-2)
+    with GRPOTrainer(config, task=letters, reward_funcs=[share_of_vowels]) as trainer:
+        policy = trainer.policy
+        base, adapters = weights(policy, adapters=False), weights(policy, adapters=True)
+        steps = list(trainer.steps())
+        assert equal(weights(policy, adapters=False), base)
+        assert all(not torch.equal(value, adapters[name]) for name, value in weights(policy, adapters=True).items())
+    assert {value.dtype for value in base.values()} == {torch.bfloat16}
+    assert {value.dtype for value in adapters.values()} == {torch.float32}
+    assert all(step.metrics["sampling/kl"] < 5e-3 for step in steps)
+    assert steps[0].metrics["kl"] < 1e-6 < steps[-1].metrics["kl"]
     assert {value.dtype for value in load(tiny_config(dtype="bfloat16")).model.parameters()} == {torch.float32}
 
 

@@ -131,6 +131,19 @@ def test_rows_that_cut_a_block_are_refused_on_a_cpu(tiny_config: Callable[..., C
     refuse_ragged_blocks(PolicySource(tiny_config()).outline(), torch.device("cuda"))
 
 
+@needs_bitsandbytes
+@pytest.mark.gpu
+def test_on_a_gpu_it_computes_in_bfloat16_with_paged_moments(
+    wide_config: Callable[..., Config], letters: Task, share_of_vowels: Callable[..., list[float]]
+) -> None:
+    config = wide_config(**FOUR_BIT, optim="paged_adamw_8bit", device="cuda", gradient_checkpointing=True, learning_rate=1e-2)
+    with GRPOTrainer(config, task=letters, reward_funcs=[share_of_vowels]) as trainer:
+        steps = list(trainer.steps())
+        types = {(".lora_" in name, value.dtype) for name, value in trainer.policy.model.named_parameters()}
+    assert types == {(False, torch.uint8), (False, torch.bfloat16), (True, torch.float32)}
+    assert all(step.metrics["sampling/kl"] < 5e-3 for step in steps)
+
+
 def test_without_bitsandbytes_the_cure_is_told(wide_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("grpo_fast.train.quantised.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs bitsandbytes and accelerate; `pip install 'grpo-fast\[quant\]'`"):
