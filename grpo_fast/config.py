@@ -274,6 +274,11 @@ class Config(BaseModel):
     """Newest checkpoints kept, beside the best one, and beside the best one from before a fall that may be a collapse."""
     sinks: Annotated[tuple[Literal["console", "tensorboard", "wandb", "trackio"], ...], _RUN] = ("console",)
     """Where metrics go beside the JSONL files."""
+    fsdp: Annotated[Literal["no_shard", "full_shard", "shard_grad_op", "hybrid_shard"], _RUN] = "no_shard"
+    """What processes of ``torchrun`` hold in parts: nothing; weights, gradients and moments; the same, but weights stay whole
+    from forward to backward; the same within a node, with a copy on each."""
+    fsdp_offload_params: Annotated[bool, _RUN] = False
+    """Keep the shards in host memory."""
     ddp_timeout_s: Annotated[float, _RUN] = Field(1800.0, gt=0)
     """Longest wait for another process under ``torchrun``, in seconds; one that hangs ends the run then."""
     log_completions: Annotated[int, _RUN] = Field(4, ge=0)
@@ -348,6 +353,10 @@ class Config(BaseModel):
             )
         if self.reward_range is not None and not self.reward_range[0] < self.reward_range[1]:
             raise ValueError(f"reward_range={self.reward_range} must be (least, greatest)")
+        if self.fsdp_offload_params and self.fsdp == "no_shard":
+            raise ValueError(
+                "fsdp_offload_params=True with fsdp='no_shard': there are no shards to keep; choose fsdp='full_shard'"
+            )
         if self.warmup_steps > self.max_steps:
             raise ValueError(f"warmup_steps={self.warmup_steps:g} exceeds max_steps={self.max_steps}")
         return self

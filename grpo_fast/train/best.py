@@ -83,3 +83,10 @@ class BestCheckpoints:
     def from_state_dict(cls, state: Sequence[dict[str, Any]]) -> BestCheckpoints:
         """Rebuilds what :meth:`state_dict` gave."""
         return cls([Saved(**one) for one in state])
+
+
+def way_back(best: Saved | None) -> str:
+    """What to do after a collapse, in one sentence."""
+    if best is None:
+        return "No checkpoint from before is there: set save_steps lower, and start again with a lower learning_rate."
+    return f"Go back to {best.name}, the best from before ({best.by} {best.metric:.3f})."

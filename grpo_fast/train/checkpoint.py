@@ -2,7 +2,8 @@
 
 A checkpoint is written beside its final name, flushed to the disk, listed in a manifest with its sizes, and then renamed: a
 directory named ``checkpoint-N`` is complete by construction. It holds the model in ``save_pretrained`` layout, the optimiser
-(torch), and everything else the trainer needs to go on bit by bit in ``state.json``.
+(torch's file; of a sharded policy a directory of ``torch.distributed.checkpoint``), and everything else the trainer needs to go
+on bit by bit in ``state.json``.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ from typing import Any
 
 import torch
 
+from grpo_fast.train.distributed import ALONE, World
 from grpo_fast.train.policy import Policy
+from grpo_fast.train.sharding import ShardedPolicy, load_sharded_optimizer, load_whole_optimizer, save_optimizer
 from grpo_fast.types import TrainingError
 
 _MANIFEST = "manifest.json"
 _OPTIMIZER = "optimizer.pt"
+_SHARDS = "optimizer"
 _STATE = "state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _NO_ROOM_BYTES = 2**20
@@ -34,42 +38,66 @@ class CheckpointError(TrainingError):
 
 
 def save_checkpoint(
-    run_dir: Path, step: int, *, policy: Policy, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+    run_dir: Path,
+    step: int,
+    *,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    world: World = ALONE,
 ) -> Path:
     """Writes ``run_dir/checkpoint-<step>`` atomically, replacing one of the same step.
+
+    Rank 0 writes; of a sharded policy, every rank writes its part of the optimiser's state.
 
     Raises:
         CheckpointError: the disk is full or not writable; what was there before is untouched.
     """
     final = run_dir / f"checkpoint-{step}"
-    partial, old = _hidden(final, "partial"), _hidden(final, "old")
-    try:
+    partial = _hidden(final, "partial")
+
+    def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         policy.save(partial)
-        torch.save(optimizer.state_dict(), partial / _OPTIMIZER)
+        if not isinstance(policy, ShardedPolicy):
+            torch.save(optimizer.state_dict(), partial / _OPTIMIZER)
         (partial / _STATE).write_text(json.dumps(state), encoding="utf-8")
-        files = {str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()}
-        (partial / _MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1), encoding="utf-8")
-        for path in [*partial.rglob("*"), partial]:
-            _flush(path)
-        if final.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            final.rename(old)
-        partial.rename(final)
-        _flush(run_dir)
+
+    try:
+        world.once(begin)
+        if isinstance(policy, ShardedPolicy):
+            save_optimizer(policy, optimizer, partial / _SHARDS)
+        world.once(lambda: _seal(partial, final, step=step))
     except Exception as error:
         cause = _write_failure(error, run_dir)  # asked before removing the partial one makes room
-        shutil.rmtree(partial, ignore_errors=True)
+        if world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
         if cause:
             raise CheckpointError(_why_unwritten(cause, final)) from error
         raise
-    shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _seal(partial: Path, final: Path, *, step: int) -> None:
+    """Lists, flushes and renames what is complete."""
+    old = _hidden(final, "old")
+    files = {str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()}
+    (partial / _MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1), encoding="utf-8")
+    for path in [*partial.rglob("*"), partial]:
+        _flush(path)
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    partial.rename(final)
+    _flush(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def load_checkpoint(path: Path, *, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Puts weights and optimiser back, in place, and returns the trainer's state.
+
+    The optimiser's state may have been written by any number of ranks, and is read by any.
 
     Raises:
         CheckpointError: a file is missing, cut short or unreadable.
@@ -77,7 +105,10 @@ def load_checkpoint(path: Path, *, policy: Policy, optimizer: torch.optim.Optimi
     check_checkpoint(path)
     try:
         policy.load_weights(path)
-        optimizer.load_state_dict(torch.load(path / _OPTIMIZER, map_location="cpu", weights_only=True))
+        if (path / _OPTIMIZER).is_file():
+            load_whole_optimizer(policy, optimizer, path / _OPTIMIZER)
+        else:
+            load_sharded_optimizer(policy, optimizer, path / _SHARDS)
         state: dict[str, Any] = json.loads((path / _STATE).read_text(encoding="utf-8"))
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read ({error}); {_advice(path)}") from error

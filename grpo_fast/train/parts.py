@@ -25,6 +25,7 @@ from grpo_fast.tasks import PromptStream, Task, encode_prompts, load_task
 from grpo_fast.train.distributed import ALONE, World, note_launch
 from grpo_fast.train.optim import check_optimizer
 from grpo_fast.train.policy import BasePolicy, Policy, PolicySource, Scorer, count_parameters
+from grpo_fast.train.sharding import ShardedPolicy, check_sharding, spread
 from grpo_fast.train.shares import MainEngine, Rewards, SharedEngine, SharedRewards
 from grpo_fast.types import Prompt
 
@@ -38,7 +39,7 @@ _CHANGEABLE = {
     *("output_dir", "overwrite", "eval_steps", "save_steps", "save_total_limit", "sinks", "log_completions", "report"),
     *("reward_timeout_s", "reward_workers", "reward_on_error", "tokens_per_microbatch", "device", "dtype"),
     *("vllm_gpu_memory_utilization", "vllm_kv_cache_gib", "vllm_server_urls", "vllm_own_process"),
-    *("sync_deadline_s", "ddp_timeout_s"),
+    *("sync_deadline_s", "ddp_timeout_s", "fsdp", "fsdp_offload_params"),
 }
 
 
@@ -136,6 +137,7 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
         _check_vllm(config)
     if world.size > 1:
         _check_ranks(config, world.size)
+        check_sharding(config)
     check_optimizer(config)
     budget = _build_budget(config, given.get("budget"))
     prior = load_prior(config)
@@ -163,9 +165,10 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
     with contextlib.ExitStack() as on_error:
         on_error.callback(rewards.close)
         rewards.start()
-        policy = source.load()
-        engine = _share_engine(config, policy, [*prompts, *eval_prompts], given=given.get("engine"), world=world)
+        whole = source.load()
+        engine = _share_engine(config, whole, [*prompts, *eval_prompts], given=given.get("engine"), world=world)
         on_error.callback(engine.close)
+        policy = whole if world.size == 1 else spread(source, whole, config=config, world=world)
         facts = device_facts("cpu" if policy.device.type == "cpu" else "cuda")
         parts = Parts(
             config=config,
@@ -174,7 +177,7 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
             eval_prompts=eval_prompts[: config.eval_size],
             stream=PromptStream(prompts, seed=config.seed, shuffle=config.shuffle),
             policy=policy,
-            reference=_reference(source, policy) if config.beta > 0 else None,
+            reference=_reference(source, policy, config=config, world=world) if config.beta > 0 else None,
             engine=engine,
             rewards=rewards,
             eval_rewards=_build_pool(config, (task.eval_reward or functions[0],), (), world=world),
@@ -203,8 +206,11 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
     return parts
 
 
-def _reference(source: PolicySource, policy: Policy) -> Scorer:
-    return source.load() if policy.adapters is None else BasePolicy(policy, policy.adapters)
+def _reference(source: PolicySource, policy: Policy, *, config: Config, world: World) -> Scorer:
+    if policy.adapters is not None:
+        return BasePolicy(policy, policy.adapters)
+    reference = source.load()
+    return ShardedPolicy(reference, None, config=config, world=world) if policy.sums_gradients else reference
 
 
 def load_prior(config: Config) -> Prior:

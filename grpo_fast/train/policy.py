@@ -40,6 +40,10 @@ class Scorer(Protocol):
         """What turns them into logits."""
         ...
 
+    def whole_head(self, *, trains: bool) -> contextlib.AbstractContextManager[None]:
+        """Where the head may be asked for."""
+        ...
+
 
 class Policy:
     """A causal language model with its tokenizer.
@@ -93,6 +97,19 @@ class Policy:
         hidden: torch.Tensor = output.last_hidden_state
         return hidden
 
+    @property
+    def sums_gradients(self) -> bool:
+        """Whether a backward pass leaves gradients of all ranks together, not of this one alone."""
+        return False
+
+    def whole_head(self, *, trains: bool) -> contextlib.AbstractContextManager[None]:
+        """The head's weight is whole in here, which it always is where nothing is sharded."""
+        return contextlib.nullcontext()
+
+    def whole_model(self) -> torch.nn.Module:
+        """The model with whole weights, for engines."""
+        return self.model
+
     def save(self, directory: Path) -> None:
         """Writes tokenizer and model (safetensors), or the adapters alone, in the layout that ``from_pretrained`` reads."""
         if self.adapters is not None:
@@ -145,6 +162,10 @@ class BasePolicy:
     def head(self, temperature: float) -> LMHead:
         """The head, which has no adapter."""
         return self._policy.head(temperature)
+
+    def whole_head(self, *, trains: bool) -> contextlib.AbstractContextManager[None]:
+        """As the policy's."""
+        return self._policy.whole_head(trains=trains)
 
 
 class PolicySource:

@@ -6,11 +6,14 @@ no gradient nor the number of micro-batches changes a gradient.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from grpo_fast.compute import ComputeMeter
 from grpo_fast.config import Config
@@ -91,6 +94,8 @@ class _Part:
     """Log-probabilities that ratios are taken against; ``None``: the policy's own of this moment, a ratio of exactly 1."""
     importance: torch.Tensor | None = None
     """Importance weights against the sampler."""
+    is_filler: bool = False
+    """Whether it only keeps this rank in time with others, whose shards it needs and that need its own; weighs nothing."""
 
 
 class Learner:
@@ -125,26 +130,28 @@ class Learner:
             NonFiniteGradientError: before the weights are touched.
         """
         config = self._config
-        with timer.phase("score"):
+        with timer.phase("score"), self._whole_heads():
             self._assign_advantages(groups)
             sequences = flatten_groups(groups, mask_truncated=config.mask_truncated_completions)
             plans = self._plan(sequences)
-            parts = self._micro_batches(sequences, plans[self._world.rank])
+            parts = self._micro_batches(sequences, plans)
             sums = MetricSums()
             for part in parts:
                 part.reference = self._reference_logprobs(part.batch) if self._spec.beta else None
                 if config.ratio_is_against_sampler:
                     part.old = part.batch.sampling_logprobs
                 elif config.corrects_sampler and part.carries_gradient:
-                    part.importance = self._importance_weights(part.batch, sums)
+                    part.importance = self._importance_weights(part.batch, MetricSums() if part.is_filler else sums)
         with timer.phase("train"):
             set_learning_rate(self._optimizer, learning_rate)
             for iteration in range(config.num_iterations):
-                for part in parts:
-                    logprobs = self._accumulate(part, sums)
-                    if iteration == 0:
-                        add_mismatch(sums, logprobs - part.batch.sampling_logprobs)
-                        part.old = logprobs if part.old is None else part.old
+                with self._policy.whole_head(trains=True):
+                    for part in parts:
+                        part_sums = MetricSums() if part.is_filler else sums
+                        logprobs = self._accumulate(part, part_sums)
+                        if iteration == 0:
+                            add_mismatch(part_sums, logprobs - part.batch.sampling_logprobs)
+                            part.old = logprobs if part.old is None else part.old
                 self._apply_gradient(sums)
             found = sums.compute(self._world.gather)
             metrics = {name: value for name, value in found.items() if not name.startswith("_")} | effective_sample_size(found)
@@ -175,10 +182,15 @@ class Learner:
         """float64 [N] on the CPU: first-order KL of each whole completion to the reference."""
         sequences = flatten_groups(groups, mask_truncated=False)
         lengths = [len(s) for s in sequences]
-        own = [rank == self._world.rank for rank in share_out(lengths, self._world.size)]
-        plan = plan_microbatches(lengths, live=own, token_budget=self._config.tokens_per_microbatch)
+        owners = share_out(lengths, self._world.size)
+        plans = [
+            plan_microbatches(
+                lengths, live=[owner == rank for owner in owners], token_budget=self._config.tokens_per_microbatch
+            )
+            for rank in range(self._world.size)
+        ]
         result = torch.zeros(len(sequences), dtype=torch.float64)
-        for rows in plan:
+        for rows in plans[self._world.rank]:
             batch = build_batch([sequences[i] for i in rows], [0.0] * len(rows), self._policy.device)
             reference = self._reference_logprobs(batch)
             assert reference is not None
@@ -186,6 +198,8 @@ class Learner:
                 batch.sampling_logprobs, reference, sequence_index=batch.sequence_index, num_sequences=batch.num_sequences
             )
             result[rows] = kl.double().cpu()
+        for batch in self._fillers(sequences, plans):
+            self._reference_logprobs(batch)
         self._world.sum([result])
         return result
 
@@ -209,18 +223,35 @@ class Learner:
             for rank in range(self._world.size)
         ]
 
-    def _micro_batches(self, sequences: list[TrainingSequence], plan: RowPlan) -> list[_Part]:
+    def _micro_batches(self, sequences: list[TrainingSequence], plans: list[RowPlan]) -> list[_Part]:
         in_loss = [len(s.completion_ids) if s.in_loss else 0 for s in sequences]
         weights = self._objective.loss_weights(
             torch.tensor(in_loss), max_completion_length=self._config.max_completion_length
         ).tolist()
         self._num_items_in_batch = float(sum(in_loss))
         parts = []
-        for micro_batch in plan.micro_batches:
-            chosen = tuple(sequences[i] for i in micro_batch.sequences)
-            batch = build_batch(chosen, [weights[i] for i in micro_batch.sequences], self._policy.device)
-            parts.append(_Part(batch, chosen, micro_batch.carries_gradient))
+        for gradient in (True, False):
+            cuts = [[m.sequences for m in plan.micro_batches if m.carries_gradient == gradient] for plan in plans]
+            for rows in cuts[self._world.rank]:
+                chosen = tuple(sequences[i] for i in rows)
+                batch = build_batch(chosen, [weights[i] for i in rows], self._policy.device)
+                parts.append(_Part(batch, chosen, gradient))
+            parts += [_Part(batch, (), gradient, is_filler=True) for batch in self._fillers(sequences, cuts)]
         return parts
+
+    def _fillers(self, sequences: Sequence[TrainingSequence], cuts: Sequence[Sequence[Any]]) -> list[TokenBatch]:
+        """Batches of no weight, until this rank has as many micro-batches as any: shards are gathered by all at once."""
+        if not self._policy.sums_gradients:
+            return []
+        missing = max(map(len, cuts)) - len(cuts[self._world.rank])
+        return [build_batch([min(sequences, key=len)], [0.0], self._policy.device) for _ in range(missing)]
+
+    @contextlib.contextmanager
+    def _whole_heads(self) -> Iterator[None]:
+        """Heads of the policy and the reference, for scoring."""
+        reference = contextlib.nullcontext() if self._reference is None else self._reference.whole_head(trains=False)
+        with self._policy.whole_head(trains=False), reference:
+            yield
 
     def _accumulate(self, part: _Part, sums: MetricSums) -> torch.Tensor:
         """Adds a micro-batch's gradient and metrics; returns its log-probabilities [T]."""
@@ -272,8 +303,10 @@ class Learner:
         for parameter in parameters:
             if parameter.grad is None:  # no sequence carried a gradient: zero, as it would have been, not absent
                 parameter.grad = torch.zeros_like(parameter)
-        self._world.sum(parameter.grad for parameter in parameters)
+        if not self._policy.sums_gradients:
+            self._world.sum(parameter.grad for parameter in parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self._config.max_grad_norm or float("inf"))
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not torch.isfinite(norm):
             self._optimizer.zero_grad()
             raise NonFiniteGradientError(

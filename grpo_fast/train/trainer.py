@@ -21,7 +21,7 @@ from grpo_fast.metrics import PhaseTimer, mean_known
 from grpo_fast.rewards import RewardError
 from grpo_fast.rollout import RolloutError, WeightSyncError
 from grpo_fast.train.ahead import Rollouts
-from grpo_fast.train.best import BestCheckpoints, Saved
+from grpo_fast.train.best import BestCheckpoints, way_back
 from grpo_fast.train.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
 from grpo_fast.train.collect import Collected, Collector
 from grpo_fast.train.distributed import World, is_restart
@@ -236,7 +236,7 @@ class GRPOTrainer:
         self._rollouts.hold(self._timer)
         with self._timer.phase("sync"):
             try:
-                return self._parts.engine.sync_weights(self._parts.policy.model, self.global_step), None
+                return self._parts.engine.sync_weights(self._parts.policy.whole_model(), self.global_step), None
             except WeightSyncError as error:
                 return {}, error
 
@@ -354,7 +354,7 @@ class GRPOTrainer:
     def _conclude(self, ending: Ending) -> dict[str, Any]:
         best = self._best.best()
         if ending.kind == "collapse":
-            ending = Ending(ending.kind, f"{ending.message} {_way_back(best)}")
+            ending = Ending(ending.kind, f"{ending.message} {way_back(best)}")
         outcome = Outcome(
             self.global_step, self._smoothed_reward(), best, self._evals, self._oversight.forecast, self._evals.get("baseline")
         )
@@ -370,19 +370,24 @@ class GRPOTrainer:
 
     def _save(self) -> None:
         """A checkpoint, the best one noted, old ones removed."""
-        self._world.once(self._write_checkpoint)
-        self._saved_step = self.global_step
-
-    def _write_checkpoint(self) -> None:
-        config, step = self.config, self.global_step
-        collapsed = self._alarm is not None and self._alarm.confirmed
-        held_out = self._evals["last"] if self._evals.get("step") == step and not collapsed else None
-        self._best.add(step, train=math.nan if collapsed else self._smoothed_reward(), held_out=held_out)
+        if self.is_main_process:
+            collapsed = self._alarm is not None and self._alarm.confirmed
+            held_out = self._evals["last"] if self._evals.get("step") == self.global_step and not collapsed else None
+            self._best.add(self.global_step, train=math.nan if collapsed else self._smoothed_reward(), held_out=held_out)
         path = save_checkpoint(
-            config.output_dir, step, policy=self._parts.policy, optimizer=self._optimizer, state=self._state_dict()
+            self.config.output_dir,
+            self.global_step,
+            policy=self._parts.policy,
+            optimizer=self._optimizer,
+            state=self._state_dict() if self.is_main_process else {},
+            world=self._world,
         )
-        sound = self._oversight.sound_until(step, self._alarm)
-        protected = self._best.protected(sound_until=sound)
+        self._saved_step = self.global_step
+        self._world.once(lambda: self._after_save(path))
+
+    def _after_save(self, path: Path) -> None:
+        config, step = self.config, self.global_step
+        protected = self._best.protected(sound_until=self._oversight.sound_until(step, self._alarm))
         prune_checkpoints(config.output_dir, keep=config.save_total_limit, protect=protected)
         self._best.keep_only([kept.name for kept in list_checkpoints(config.output_dir)])
         best = self._best.best()
@@ -431,7 +436,7 @@ class GRPOTrainer:
         parts.meter.load_state_dict(state["meter"])
         self._world.once(lambda: parts.record.truncate(self.global_step))
         self._oversight.restore(state["oversight"], self._progress)
-        parts.engine.sync_weights(parts.policy.model, self.global_step)
+        parts.engine.sync_weights(parts.policy.whole_model(), self.global_step)
         load_rng_state(state["rng"])
 
     def _smoothed_reward(self) -> float:
@@ -439,10 +444,3 @@ class GRPOTrainer:
 
     def _event(self, event: str, message: str) -> None:
         self._parts.sinks.log_event(self.global_step, event, message)
-
-
-def _way_back(best: Saved | None) -> str:
-    """What to do after a collapse, in one sentence."""
-    if best is None:
-        return "No checkpoint from before is there: set save_steps lower, and start again with a lower learning_rate."
-    return f"Go back to {best.name}, the best from before ({best.by} {best.metric:.3f})."

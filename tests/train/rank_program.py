@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from grpo_fast.config import Config
 from grpo_fast.tasks.task import Task
@@ -33,18 +34,28 @@ def failing(completions: list[str], answer: list[str], **columns: Any) -> list[f
     return [1.0] * len(completions)
 
 
-def play(values: dict[str, Any], reward: Any = vowels) -> dict[str, Any]:
-    """Trains, and tells what came of it: weights, why it ended, and the error where one did."""
+def play(values: dict[str, Any], reward: Any = vowels, *, resume: bool = False, until: int | None = None) -> dict[str, Any]:
+    """Trains, as far as a step, and tells what came of it: weights, why it ended, and the error where one did."""
     found: dict[str, Any] = {"error": None, "steps": []}
     try:
-        with GRPOTrainer(Config.parse(values), task=LETTERS, reward_funcs=[reward]) as trainer:
+        with GRPOTrainer(Config.parse(values), task=LETTERS, reward_funcs=[reward], resume=resume) as trainer:
             found["is_main_process"] = trainer.is_main_process
-            found["steps"] = [[step.step, step.metrics["reward"], step.metrics["loss"]] for step in trainer.steps()]
+            for step in trainer.steps():
+                found["steps"].append([step.step, step.metrics["reward"], step.metrics["loss"]])
+                if step.step == until:
+                    break
             found["stopped_by"] = trainer.summary["stopped_by"]
-            found["weights"] = torch.cat([p.detach().flatten() for p in trainer.policy.model.parameters()]).tolist()
+            whole = trainer.policy.whole_model()
+            found["weights"] = torch.cat([p.detach().flatten() for p in whole.parameters()]).tolist()
+            found["numbers held"] = sum(local(p).numel() for p in trainer.policy.model.parameters())
     except Exception as error:
         found["error"] = f"{type(error).__name__}: {error}"
     return found
+
+
+def local(parameter: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of it."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def exchanges(world: World) -> dict[str, Any]:
@@ -82,7 +93,10 @@ def main(cases: Path, output: Path) -> None:
     world = World.join(torch.device("cpu"), timeout_s=60)
     found: dict[str, Any] = {"exchanges": exchanges(world)}
     for name, values in json.loads(cases.read_text(encoding="utf-8")).items():
-        found[name] = play(values, failing if name == "failing" else vowels)
+        if values["fsdp"] == "hybrid_shard":
+            os.environ["LOCAL_WORLD_SIZE"] = "2"  # as if on nodes of two
+        reward = failing if name == "failing" else vowels
+        found[name] = play(values, reward, resume=name == "resumed", until={"begun": 2, "resumed": 4}.get(name))
     (output / f"rank-{world.rank}.json").write_text(json.dumps(found), encoding="utf-8")
     dist.destroy_process_group()
 

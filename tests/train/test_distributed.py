@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from grpo_fast.config import Config
 from grpo_fast.train import GRPOTrainer
@@ -25,6 +26,7 @@ PROGRAM = Path(__file__).with_name("rank_program.py")
 TIMED = ("time/", "budget/", "step_time", "gpu_seconds", "energy_kwh", "money", "mfu")
 DEADLINE_S = 60.0
 CASES = ("whole", "rloo", "gspo", "adapters")
+SHARDED = {"whole": "full_shard", "rloo": "shard_grad_op", "gspo": "hybrid_shard"}
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,7 @@ def cases(tiny_model: Path, directory: Path) -> dict[str, dict[str, Any]]:
         "forecast": "off",
         "sinks": (),
         "report": False,
+        "fsdp": "no_shard",
     }
     changes: dict[str, dict[str, Any]] = {
         "whole": {
@@ -83,6 +86,8 @@ def cases(tiny_model: Path, directory: Path) -> dict[str, dict[str, Any]]:
         "adapters": {"use_peft": True, "lora_r": 4, "beta": 0.02, "learning_rate": 1e-2},
         "failing": {},
     }
+    changes |= {f"{fsdp} {name}": changes[name] | {"fsdp": fsdp} for name, fsdp in SHARDED.items()}
+    changes |= dict.fromkeys(("begun", "resumed"), changes["full_shard whole"])
     return {name: common | change | {"output_dir": str(directory / name)} for name, change in changes.items()}
 
 
@@ -98,19 +103,28 @@ def without(rows: list[dict[str, Any]], names: tuple[str, ...]) -> list[dict[str
 class Launch:
     """What the ranks of one launch found, and the runs that they left."""
 
-    def __init__(self, num_ranks: int, tiny_model: Path, directory: Path) -> None:
+    def __init__(self, num_ranks: int, tiny_model: Path, directory: Path, *, leave_out: str) -> None:
         self.directory = directory
-        self.cases = cases(tiny_model, directory)
         file = directory / "cases.json"
-        file.write_text(json.dumps(self.cases), encoding="utf-8")
+        wanted = {name: values for name, values in cases(tiny_model, directory).items() if name != leave_out}
+        file.write_text(json.dumps(wanted), encoding="utf-8")
         done = torchrun(num_ranks, PROGRAM, file, directory, cwd=directory)
         assert done.returncode == 0, done.stderr
         self.found = [json.loads((directory / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(num_ranks)]
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def launch(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    return Launch(request.param, tiny_model, tmp_path_factory.mktemp("ranks"))
+@pytest.fixture(scope="module")
+def launches(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Launch]:
+    """Two ranks; then four, which also go on with a sharded run that the two began."""
+    two, four = (tmp_path_factory.mktemp(f"ranks-{count}") for count in (2, 4))
+    first = Launch(2, tiny_model, two, leave_out="resumed")
+    shutil.copytree(two / "begun", four / "resumed")
+    return {2: first, 4: Launch(4, tiny_model, four, leave_out="begun")}
+
+
+@pytest.fixture(params=[2, 4])
+def launch(request: pytest.FixtureRequest, launches: dict[int, Launch]) -> Launch:
+    return launches[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -122,10 +136,11 @@ def alone(program: ModuleType, tiny_model: Path, tmp_path_factory: pytest.TempPa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-def test_any_number_of_ranks_makes_the_run_of_one_process(case: str, launch: Launch, alone: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", [*CASES, *(f"{fsdp} {case}" for case, fsdp in SHARDED.items())])
+def test_any_number_of_ranks_makes_the_run_of_one_process(name: str, launch: Launch, alone: dict[str, Any]) -> None:
+    case = name.rsplit(maxsplit=1)[-1]
     expected = alone[case]
-    found = trace(launch.directory / case)
+    found = trace(launch.directory / name)
     assert [row["step"] for row in found] == [row["step"] for row in expected["trace"]]
     # completions that are the same have a KL that differs by its rounding: an advantage of 0 then, or one of 1e-9
     unsure = ("flops", "tokens/trained", "tokens/dropped") if case == "rloo" else ()
@@ -133,13 +148,35 @@ def test_any_number_of_ranks_makes_the_run_of_one_process(case: str, launch: Lau
         assert row == pytest.approx(true, rel=1e-5, abs=1e-6, nan_ok=True)
         assert row.get("reward") == true.get("reward"), "other completions were sampled"
         assert row.get("num_tokens") == true.get("num_tokens")
-    for rank, told in enumerate(launch.found):
-        assert told[case]["error"] is None
-        error = torch.tensor(told[case]["weights"]) - torch.tensor(expected["weights"])
+    for rank, findings in enumerate(launch.found):
+        told = findings[name]
+        assert told["error"] is None
+        error = torch.tensor(told["weights"]) - torch.tensor(expected["weights"])
         assert error.abs().max() < 1e-6
-        assert told[case]["weights"] == launch.found[0][case]["weights"], "ranks hold different weights"
-        assert told[case]["is_main_process"] == (rank == 0)
-        assert [step for step, *_ in told[case]["steps"]] == [step for step, *_ in expected["steps"]]
+        assert told["weights"] == launch.found[0][name]["weights"], "ranks hold different weights"
+        assert told["is_main_process"] == (rank == 0)
+        assert [step for step, *_ in told["steps"]] == [step for step, *_ in expected["steps"]]
+        parts = {case: 1, f"hybrid_shard {case}": 2}.get(name, len(launch.found))
+        assert told["numbers held"] == pytest.approx(len(expected["weights"]) / parts, rel=0.05)
+
+
+@pytest.mark.slow
+def test_a_sharded_checkpoint_is_gone_on_with_by_any_number_of_ranks(
+    launches: dict[int, Launch], alone: dict[str, Any], program: ModuleType, tiny_model: Path, tmp_path: Path
+) -> None:
+    halfway = launches[4].directory / "resumed"
+    begun, resumed = (launches[count].found[0][name] for count, name in ((2, "begun"), (4, "resumed")))
+    assert ([step for step, *_ in begun["steps"]], [step for step, *_ in resumed["steps"]]) == ([1, 2], [3, 4])
+    assert {path.name for path in (halfway / "checkpoint-4/optimizer").iterdir()} >= {"__0_0.distcp", "__3_0.distcp"}
+    model = AutoModelForCausalLM.from_pretrained(halfway / "checkpoint-4")
+    assert torch.cat([p.detach().flatten() for p in model.parameters()]).tolist() == resumed["weights"]
+
+    shutil.copytree(halfway, tmp_path / "resumed")
+    last = program.play(cases(tiny_model, tmp_path)["resumed"], resume=True)
+    assert [step for step, *_ in last["steps"]] == [5, 6]
+    assert (torch.tensor(last["weights"]) - torch.tensor(alone["whole"]["weights"])).abs().max() < 1e-6
+    for row, true in zip(trace(tmp_path / "resumed"), alone["whole"]["trace"], strict=True):
+        assert row == pytest.approx(true, rel=1e-5, abs=1e-6, nan_ok=True)
 
 
 @pytest.mark.slow

@@ -1,0 +1,225 @@
+"""FSDP2: a policy whose weights, gradients and moments are spread over the ranks.
+
+Decoder layers are gathered one at a time, as the forward and backward passes reach them (``fully_shard``). The head is read by
+the loss as a plain matrix: it is gathered once an iteration, its gradient summed over the micro-batches and reduce-scattered
+once. Where it is also the embedding, both gradients meet in the shard.
+
+Gradients are sums over the ranks, not means: every normaliser is of the whole step already.
+
+What samples and what ``from_pretrained`` reads needs whole weights: a mirror of them, renewed a tensor at a time after each
+update, is kept on the ranks that sample and on rank 0.
+
+Not covered: models that one device cannot hold even once (every rank reads all weights before it keeps its part), adapters,
+other optimisers than torch's AdamW, tensor parallelism.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, distribute_tensor
+
+from grpo_fast.config import Config, ConfigError
+from grpo_fast.train.distributed import World
+from grpo_fast.train.policy import Policy, PolicySource, pick_device
+
+
+def check_sharding(config: Config) -> None:
+    """Checks what sharding needs, before anything is loaded.
+
+    Raises:
+        ConfigError: something that does not go with it; the message names both.
+    """
+    if config.fsdp == "no_shard":
+        return
+    others = {
+        "use_peft": config.use_peft,
+        "offload_optimizer": config.offload_optimizer,
+        f"weights_dtype={config.weights_dtype!r}": config.weights_dtype != "float32",
+        f"optim={config.optim!r}": config.optim != "adamw_torch_fused",
+    }
+    for name, chosen in others.items():
+        if chosen:
+            raise ConfigError(f"fsdp={config.fsdp!r} with {name}: sharded are float32 weights under torch's AdamW only")
+    if config.fsdp_offload_params and pick_device(config.device).type == "cpu":
+        raise ConfigError("fsdp_offload_params keeps shards in host memory, and this run is on a CPU already; leave it out")
+
+
+class ShardedPolicy(Policy):
+    """Takes over a policy, and spreads it.
+
+    Args:
+        policy: whole, the same on every rank; not to be used afterwards.
+        mirror: another one with the same weights, to be kept whole; ``None`` where this rank needs none.
+        config: how to shard.
+        world: over whom.
+    """
+
+    def __init__(self, policy: Policy, mirror: Policy | None, *, config: Config, world: World) -> None:
+        vars(self).update(vars(policy))  # its checks are done, and would run the model
+        self._mirror = mirror
+        self._device = policy.device
+        self._mesh = _mesh(config, world, policy.device)
+        self._units = self._shard(config)
+        self._shards: dict[str, DTensor] = dict(self.model.named_parameters())  # type: ignore[arg-type]
+        embedding = self.model.get_output_embeddings()
+        self._head = replace(self._head, weight=embedding.weight, bias=getattr(embedding, "bias", None))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the forward pass runs."""
+        return self._device
+
+    @property
+    def sums_gradients(self) -> bool:
+        """Gradients are those of all ranks together."""
+        return True
+
+    def _shard(self, config: Config) -> list[FSDPModule]:
+        model, bf16 = self.model, self.autocast_dtype is not None
+        tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        offload = CPUOffloadPolicy() if config.fsdp_offload_params else OffloadPolicy()
+        precision = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        layers = [module for module in model.base_model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+        units: list[Any] = [*layers, model.base_model, *([] if tied else [model.get_output_embeddings()])]
+        for module in units:
+            fully_shard(
+                module,
+                mesh=self._mesh,
+                reshard_after_forward=config.fsdp != "shard_grad_op",
+                mp_policy=precision,
+                offload_policy=offload,
+            )
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no other, and a factor of 1 needs none
+        if tied:
+            model.get_output_embeddings().weight = model.get_input_embeddings().weight
+        return units
+
+    @contextlib.contextmanager
+    def whole_head(self, *, trains: bool) -> Iterator[None]:
+        """The head is whole in here.
+
+        Args:
+            trains: whether its gradient is to be summed over the ranks afterwards; the same on all.
+        """
+        sharded = self._head
+        shards = [part for part in (sharded.weight, sharded.bias) if isinstance(part, DTensor)]
+        wholes = [cast(DTensor, shard.detach()).full_tensor().to(self._device).requires_grad_(trains) for shard in shards]
+        self._head = replace(sharded, weight=wholes[0], bias=wholes[1] if len(wholes) > 1 else None)
+        try:
+            yield
+        finally:
+            self._head = sharded
+        if trains:
+            self.reshard()
+            for shard, whole in zip(shards, wholes, strict=True):
+                self._add_gradient(shard, torch.zeros_like(whole) if whole.grad is None else whole.grad)
+
+    def _add_gradient(self, shard: DTensor, gradient: torch.Tensor) -> None:
+        own = DTensor.from_local(gradient, self._mesh, [Partial()] * self._mesh.ndim, run_check=False)
+        part = own.redistribute(placements=shard.placements).to(shard.device)
+        shard.grad = part if shard.grad is None else shard.grad + part
+
+    def whole_model(self) -> torch.nn.Module:
+        """The mirror, renewed; every rank has to ask for it, and one without a mirror gets the sharded model."""
+        with torch.no_grad():
+            mirrored = {} if self._mirror is None else dict(self._mirror.model.named_parameters())
+            for name, shard in self._shards.items():
+                whole = shard.full_tensor()
+                if mirrored:
+                    mirrored[name].copy_(whole)
+        return self.model if self._mirror is None else self._mirror.model
+
+    def save(self, directory: Path) -> None:
+        """Writes the mirror; see :meth:`Policy.save`."""
+        assert self._mirror is not None
+        self._mirror.save(directory)
+
+    def load_weights(self, directory: Path) -> None:
+        """Takes over saved weights, each rank its own part of them."""
+        self.reshard()
+        saved = type(self.model).from_pretrained(directory, dtype=torch.float32)
+        with torch.no_grad():
+            for name, value in saved.named_parameters():
+                self._shards[name].copy_(_shard_like(self._shards[name], value))
+
+    def reshard(self) -> None:
+        """Lets go of what forward passes have left gathered, which no later update would reach."""
+        for unit in self._units:
+            unit.reshard()
+
+
+def spread(source: PolicySource, whole: Policy, *, config: Config, world: World) -> Policy:
+    """The policy to train: ``whole`` itself, or a sharded one that keeps ``whole`` as its mirror where that is needed."""
+    if config.fsdp == "no_shard":
+        return whole
+    whole.model.requires_grad_(False)
+    samples = config.rollout == "transformers"
+    return ShardedPolicy(source.load(), whole if samples or world.is_main else None, config=config, world=world)
+
+
+def save_optimizer(policy: ShardedPolicy, optimizer: torch.optim.Optimizer, directory: Path) -> None:
+    """Writes what every rank holds of the optimiser's state; nothing before the first step."""
+    policy.reshard()
+    if optimizer.state:
+        save(get_optimizer_state_dict(policy.model, optimizer), checkpoint_id=directory)
+
+
+def load_sharded_optimizer(policy: Policy, optimizer: torch.optim.Optimizer, directory: Path) -> None:
+    """Puts back what any number of ranks wrote, into a sharded optimiser or a whole one."""
+    if not directory.is_dir():
+        return
+    if isinstance(policy, ShardedPolicy):
+        policy.reshard()
+    state = get_optimizer_state_dict(policy.model, optimizer)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process may well read what several wrote
+        load(state, checkpoint_id=directory, no_dist=not dist.is_initialized())
+    set_optimizer_state_dict(policy.model, optimizer, state)
+
+
+def load_whole_optimizer(policy: Policy, optimizer: torch.optim.Optimizer, file: Path) -> None:
+    """Puts back what one process wrote, into a whole optimiser or a sharded one."""
+    saved = torch.load(file, map_location=policy.device, weights_only=True)
+    if isinstance(policy, ShardedPolicy):
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        saved["state"] = {
+            number: {name: _shard_like(parameters[number], value) for name, value in state.items()}
+            for number, state in saved["state"].items()
+        }
+    optimizer.load_state_dict(saved)
+
+
+def _shard_like(parameter: DTensor, value: torch.Tensor) -> torch.Tensor:
+    """A rank's own part of a whole tensor, without asking others; scalars stay whole."""
+    if value.ndim == 0:
+        return value
+    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def _mesh(config: Config, world: World, device: torch.device) -> DeviceMesh:
+    """All ranks in one row, or a row for each node."""
+    if config.fsdp != "hybrid_shard":
+        return init_device_mesh(device.type, (world.size,), mesh_dim_names=("shard",))
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    if world.size % per_node:
+        raise ConfigError(
+            f"fsdp='hybrid_shard' needs as many ranks on each node; there are {world.size} ranks, {per_node} here"
+        )
+    return init_device_mesh(device.type, (world.size // per_node, per_node), mesh_dim_names=("replicate", "shard"))

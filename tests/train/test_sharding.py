@@ -1,0 +1,205 @@
+"""Sharding over a group of one rank: everything but the number of shards is at work. Several ranks: ``test_distributed.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from grpo_fast.config import Config, ConfigError
+from grpo_fast.metrics import PhaseTimer
+from grpo_fast.train.distributed import World
+from grpo_fast.train.optim import build_optimizer
+from grpo_fast.train.policy import Policy, PolicySource
+from grpo_fast.train.sharding import (
+    ShardedPolicy,
+    check_sharding,
+    load_sharded_optimizer,
+    load_whole_optimizer,
+    save_optimizer,
+    spread,
+)
+from grpo_fast.train.step import Learner, UpdateResult
+from grpo_fast.types import Group
+
+MakePolicy = Callable[..., Policy]
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield World.join(torch.device("cpu"), timeout_s=10)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(params=[False, True], ids=["untied", "tied"])
+def make_policy(request: pytest.FixtureRequest, tiny_policy: MakePolicy, sizes: dict[str, Any]) -> Callable[[], Policy]:
+    def make() -> Policy:
+        torch.manual_seed(3)
+        return tiny_policy(LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=request.param)))
+
+    return make
+
+
+def settings(**changes: Any) -> Config:
+    return Config.parse(
+        {"max_completion_length": 8, "adam_epsilon": 1e-4, "learning_rate": 1e-2, "fsdp": "full_shard", "device": "cpu"}
+        | changes
+    )
+
+
+class Bench:
+    """A learner over a policy, sharded or not."""
+
+    def __init__(self, policy: Policy, config: Config, reference: Policy | None = None) -> None:
+        self.policy = policy
+        self.optimizer = build_optimizer(policy.model, config)
+        self.learner = Learner(config, policy, self.optimizer, reference=reference)
+
+    def update(self, groups: list[Group]) -> UpdateResult:
+        return self.learner.update(groups, learning_rate=1e-2, timer=PhaseTimer())
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: value.detach().clone() for name, value in self.policy.whole_model().named_parameters()}
+
+
+@pytest.fixture
+def groups(make_group: Callable[..., Group]) -> list[Group]:
+    return [make_group(0, [1.0, 0.0, 0.5, 0.0]), make_group(1, [1.0] * 4), make_group(2, [0.0, 0.5, 1.0, 0.25])]
+
+
+@pytest.mark.parametrize("fsdp", ["full_shard", "shard_grad_op", "hybrid_shard"])
+def test_updates_are_those_of_the_whole_policy(
+    fsdp: str, world: World, make_policy: Callable[[], Policy], groups: list[Group]
+) -> None:
+    config = settings(fsdp=fsdp, beta=0.05, num_iterations=2, tokens_per_microbatch=30, keep_dead_rows_for_metrics=True)
+    whole = Bench(make_policy(), config, make_policy())
+    sharded = Bench(
+        ShardedPolicy(make_policy(), make_policy(), config=config, world=world),
+        config,
+        ShardedPolicy(make_policy(), None, config=config, world=world),
+    )
+    before = whole.weights()
+    for _ in range(3):
+        assert sharded.update(groups).metrics == pytest.approx(whole.update(groups).metrics, rel=1e-5, abs=1e-7)
+    expected = whole.weights()
+    assert sharded.weights().keys() == expected.keys()
+    for name, value in sharded.weights().items():
+        assert (value - expected[name]).abs().max() < 1e-6
+        assert (expected[name] - before[name]).abs().max() > 1e-3
+    assert all(isinstance(parameter, DTensor) for parameter in sharded.policy.model.parameters())
+
+
+def test_the_head_is_whole_where_it_is_asked_for(world: World, make_policy: Callable[[], Policy]) -> None:
+    policy = ShardedPolicy(make_policy(), None, config=settings(), world=world)
+    true = make_policy().head(1.0).weight
+    assert isinstance(policy.head(1.0).weight, DTensor)
+    with policy.whole_head(trains=True):
+        weight = policy.head(0.5).weight
+        assert torch.equal(weight, true)
+        assert weight.requires_grad
+        weight.sum().backward()
+    assert isinstance(policy.head(1.0).weight, DTensor)
+    assert policy.head(1.0).weight.grad.full_tensor().unique().tolist() == [1.0]
+    with policy.whole_head(trains=False):
+        assert not policy.head(1.0).weight.requires_grad
+
+
+def test_bfloat16_is_computed_in_and_float32_kept(
+    world: World, tiny_policy: MakePolicy, groups: list[Group], sizes: dict[str, Any]
+) -> None:
+    def make() -> Policy:
+        torch.manual_seed(3)
+        model = LlamaForCausalLM(LlamaConfig(**sizes))
+        return Policy(model, tiny_policy().tokenizer, autocast_dtype=torch.bfloat16)
+
+    config = settings()
+    whole = Bench(make(), config)
+    sharded = Bench(ShardedPolicy(make(), make(), config=config, world=world), config)
+    expected, found = whole.update(groups).metrics, sharded.update(groups).metrics
+    assert found["loss"] == pytest.approx(expected["loss"], abs=2e-2)
+    assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=5e-2)
+    assert {weight.dtype for weight in sharded.weights().values()} == {torch.float32}
+
+
+def test_the_optimizer_goes_between_whole_and_sharded(
+    world: World, make_policy: Callable[[], Policy], groups: list[Group], tmp_path: Path
+) -> None:
+    config = settings()
+
+    def sharded() -> Bench:
+        return Bench(ShardedPolicy(make_policy(), make_policy(), config=config, world=world), config)
+
+    def moments(bench: Bench) -> dict[str, torch.Tensor]:
+        states = zip(dict(bench.policy.model.named_parameters()), bench.optimizer.state.values(), strict=True)
+        return {f"{name}.{key}": value.detach() for name, state in states for key, value in state.items()}
+
+    first = sharded()
+    save_optimizer(first.policy, first.optimizer, tmp_path / "none")
+    assert not (tmp_path / "none").exists(), "there is nothing before the first step"
+    load_sharded_optimizer(first.policy, first.optimizer, tmp_path / "none")
+    first.update(groups)
+    first.update(groups)
+    save_optimizer(first.policy, first.optimizer, tmp_path / "shards")
+
+    whole = Bench(make_policy(), config)
+    load_sharded_optimizer(whole.policy, whole.optimizer, tmp_path / "shards")
+    torch.save(whole.optimizer.state_dict(), tmp_path / "whole.pt")
+    again = sharded()
+    load_whole_optimizer(again.policy, again.optimizer, tmp_path / "whole.pt")
+    for bench in (whole, again):
+        assert {state["step"].item() for state in bench.optimizer.state.values()} == {2.0}
+        for true, state in zip(first.optimizer.state.values(), bench.optimizer.state.values(), strict=True):
+            for name in ("exp_avg", "exp_avg_sq"):
+                found = state[name].full_tensor() if isinstance(state[name], DTensor) else state[name]
+                assert torch.equal(found, true[name].full_tensor())
+    assert all(isinstance(state["exp_avg"], DTensor) for state in again.optimizer.state.values())
+    assert moments(whole).keys() == moments(again).keys()
+
+
+def test_saved_weights_come_back_bit_by_bit(world: World, make_policy: Callable[[], Policy], tmp_path: Path) -> None:
+    policy = ShardedPolicy(make_policy(), make_policy(), config=settings(), world=world)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.mul_(1.7)
+    expected = {name: value.clone() for name, value in policy.whole_model().named_parameters()}
+    policy.save(tmp_path)
+    other = ShardedPolicy(make_policy(), make_policy(), config=settings(), world=world)
+    other.load_weights(tmp_path)
+    assert all(torch.equal(value, expected[name]) for name, value in other.whole_model().named_parameters())
+
+
+def test_what_is_not_sharded_stays_as_it_is(tiny_model: Path, tiny_policy: MakePolicy) -> None:
+    config = settings(fsdp="no_shard", model=str(tiny_model))
+    whole = tiny_policy()
+    assert spread(PolicySource(config), whole, config=config, world=World(0, 2)) is whole
+    assert not whole.sums_gradients
+    assert whole.whole_model() is whole.model
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"use_peft": True}, "use_peft"),
+        ({"offload_optimizer": True}, "offload_optimizer"),
+        ({"weights_dtype": "bfloat16", "dtype": "bfloat16"}, "weights_dtype='bfloat16'"),
+        ({"optim": "adamw_8bit"}, "optim='adamw_8bit'"),
+        ({"fsdp_offload_params": True}, "fsdp_offload_params"),
+    ],
+)
+def test_what_does_not_go_with_sharding_is_refused(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        check_sharding(settings(**changes))
+    check_sharding(settings())
+    check_sharding(settings(fsdp="no_shard", **{name: value for name, value in changes.items() if "fsdp" not in name}))
+
+
+def test_offloading_without_shards_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no shards to keep"):
+        settings(fsdp="no_shard", fsdp_offload_params=True)
