@@ -62,6 +62,9 @@ class Config(BaseModel):
     """Where the policy lives; ``auto`` takes the GPU where there is one."""
     attn_implementation: Annotated[str, _MODEL] = "sdpa"
     """Attention of transformers: ``sdpa``, ``eager``, ``flash_attention_2``, ..."""
+    padding_free: Annotated[bool | None, _MODEL] = None
+    """Train on sequences that lie one after the other in a row, not padded to the longest; ``None`` does so where the model's
+    attention can be told their borders."""
     gradient_checkpointing: Annotated[bool, _MODEL] = False
     """Recompute activations in the backward pass: a third more compute for much less memory."""
 
@@ -219,7 +222,7 @@ class Config(BaseModel):
     max_grad_norm: Annotated[float, _OPTIM] = Field(1.0, ge=0)
     """Clip the global gradient norm to this; 0 never clips."""
     tokens_per_microbatch: Annotated[int, _OPTIM] = Field(16384, ge=1)
-    """Largest padded size, in tokens, of one forward and backward pass; changes memory, not results."""
+    """Largest size, in tokens, padding included, of one forward and backward pass; changes memory, not results."""
 
     max_steps: Annotated[int, _BUDGET] = Field(500, ge=1)
     """Steps at most; also the horizon of schedules and forecasts."""

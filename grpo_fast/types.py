@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 if TYPE_CHECKING:
     import torch
 
+    from grpo_fast.ops.packed_attention import PackedLayout
+
 FinishReason: TypeAlias = Literal["stop", "length"]
 Message: TypeAlias = dict[str, Any]
 """One chat message, ``{"role": ..., "content": ...}``, as in Hugging Face chat templates."""
@@ -92,16 +94,14 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """One micro-batch, right-padded, ready for the model.
+    """One micro-batch, ready for the model: right-padded, or packed into a single row.
 
     Only completion tokens are scored. ``row_index`` picks, from the flattened ``[B * S]`` positions, those whose
-    next token is a scored one, so that the head never sees a prompt or padding row.
+    next token is a scored one, so that the head never sees a prompt or padding row. Packed, ``input_ids`` is [1, tokens].
     """
 
     input_ids: torch.Tensor
-    """int64 [B, S]."""
-    attention_mask: torch.Tensor
-    """int64 [B, S]; 1 on real tokens."""
+    """int64 [B, S], or [1, tokens]."""
     row_index: torch.Tensor
     """int64 [T]: flattened position whose hidden state predicts the target."""
     targets: torch.Tensor
@@ -114,11 +114,17 @@ class TokenBatch:
     """float32 [B]: what the objective's normaliser multiplies each token's loss of a sequence with."""
     sampling_logprobs: torch.Tensor
     """float32 [T]: log-probabilities given by the rollout engine."""
+    attention_mask: torch.Tensor | None = None
+    """Padded: int64 [B, S]; 1 on real tokens."""
+    position_ids: torch.Tensor | None = None
+    """Packed: int64 [1, tokens]; counts from 0 in each sequence."""
+    packed_layout: PackedLayout | None = None
+    """Packed: where each sequence lies."""
 
     @property
     def num_sequences(self) -> int:
         """B."""
-        return int(self.input_ids.shape[0])
+        return int(self.advantages.shape[0])
 
     @property
     def num_scored_tokens(self) -> int:

@@ -6,6 +6,7 @@ from grpo_fast.ops.fused_grpo import FusedLoss, fused_grpo
 from grpo_fast.ops.group_advantage import GroupAdvantage, group_advantage
 from grpo_fast.ops.lm_head import LMHead
 from grpo_fast.ops.loss_spec import LossBatch, LossSpec, PolicyCoefficients, PolicyLoss, PolicyMetrics
+from grpo_fast.ops.packed_attention import PackedLayout, Piece, Scores, packed_attention, packed_layout
 from grpo_fast.ops.packing import (
     PackedGroups,
     PackedIndex,
@@ -15,7 +16,7 @@ from grpo_fast.ops.packing import (
     packed_index,
 )
 from grpo_fast.ops.policy_loss import policy_coefficients, policy_loss
-from grpo_fast.ops.row_plan import RowPlan, live_sequences, plan_microbatches, plan_rows, scored_rows
+from grpo_fast.ops.row_plan import Layout, RowPlan, live_sequences, plan_microbatches, plan_rows, scored_rows
 from grpo_fast.ops.token_logprob import token_logprob
 from grpo_fast.ops.weight_delta import WeightDelta, apply_delta, split_delta, weight_delta
 from grpo_fast.ops.weight_pack import LoraFactors, pack_weights, plan_buckets, slot_values, unpack_weights
@@ -24,16 +25,20 @@ __all__ = [
     "FusedLoss",
     "GroupAdvantage",
     "LMHead",
+    "Layout",
     "LoraFactors",
     "LossBatch",
     "LossSpec",
     "PackedGroups",
     "PackedIndex",
+    "PackedLayout",
     "PackedSequences",
+    "Piece",
     "PolicyCoefficients",
     "PolicyLoss",
     "PolicyMetrics",
     "RowPlan",
+    "Scores",
     "WeightDelta",
     "apply_delta",
     "fused_grpo",
@@ -42,7 +47,9 @@ __all__ = [
     "pack_sequences",
     "pack_shared_prompts",
     "pack_weights",
+    "packed_attention",
     "packed_index",
+    "packed_layout",
     "plan_buckets",
     "plan_microbatches",
     "plan_rows",

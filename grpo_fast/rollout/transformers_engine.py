@@ -216,7 +216,7 @@ def _choose_stepping(model: PreTrainedModel, impl: Literal["auto", "fused", "mod
     config = model.config.get_text_config(decoder=True)
     kinds = set(getattr(config, "layer_types", None) or [])
     windowed = kinds - {"full_attention"} or getattr(config, "sliding_window", None) is not None
-    plain = bool(windowed) or config._attn_implementation not in {"sdpa", "eager"}
+    plain = bool(windowed) or config._attn_implementation.removeprefix("packed_") not in {"sdpa", "eager"}
     if impl != "module" and not plain and supports(model):
         weight = next(model.parameters())
         return "shared" if weight.device.type == "cpu" and weight.dtype == torch.float32 else "fused"

@@ -7,8 +7,10 @@ that ``[B, S, V]`` logits never exist.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,14 +21,19 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from grpo_fast.assets import embedded_model_dir
 from grpo_fast.config import Config, ConfigError
-from grpo_fast.ops import LMHead, token_logprob
+from grpo_fast.ops import Layout, LMHead, token_logprob
 from grpo_fast.train.adapters import Adapters
+from grpo_fast.train.batch import TrainingSequence, build_batch
+from grpo_fast.train.packed_model import let_pack, let_pad, model_inputs
 from grpo_fast.train.quantised import keep_as_loaded, loading_arguments, refuse_ragged_blocks, require_bitsandbytes
 from grpo_fast.types import TokenBatch
 
 _PROBE_TOLERANCE = 1e-3
 _PROBE_TOLERANCE_BF16 = 0.2  # nats; the model rounds its logits to bfloat16, the head here does not
+_PROBE_TOKENS = 24
 _DEFAULT_CONTEXT = 4096
+
+_log = logging.getLogger(__name__)
 
 
 class Scorer(Protocol):
@@ -61,6 +68,7 @@ class Policy:
         autocast_dtype: torch.dtype | None = None,
         checkpointing: bool = False,
         adapters: Adapters | None = None,
+        padding_free: bool | None = False,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -69,6 +77,8 @@ class Policy:
         self._checkpointing = checkpointing
         self._head = _find_head(model)
         self._check_head()
+        self.layout: Layout = "padded" if padding_free is False else self._try_packing(required=padding_free is True)
+        """How micro-batches must be laid out."""
 
     @property
     def device(self) -> torch.device:
@@ -89,11 +99,11 @@ class Policy:
         """Hidden states [T, H] that predict the batch's targets; differentiable."""
         if self._checkpointing:
             self.model.train()  # transformers checkpoints in training mode only
-        return self._hidden_states(batch.input_ids, batch.attention_mask).flatten(0, 1)[batch.row_index]
+        return self._hidden_states(**model_inputs(self.model, batch)).flatten(0, 1)[batch.row_index]
 
-    def _hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def _hidden_states(self, **inputs: Any) -> torch.Tensor:
         with self.autocast():
-            output = self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            output = self.model.base_model(**inputs, use_cache=False)
         hidden: torch.Tensor = output.last_hidden_state
         return hidden
 
@@ -137,7 +147,7 @@ class Policy:
         with self.autocast():
             logits = self.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits[0].float()
         expected = logits.log_softmax(-1)[:-1].gather(1, tokens[0, 1:, None])[:, 0]
-        hidden = self._hidden_states(tokens, mask)[0, :-1]
+        hidden = self._hidden_states(input_ids=tokens, attention_mask=mask)[0, :-1]
         found = token_logprob(hidden, self._head, targets=tokens[0, 1:], want_entropy=False)[0]
         error = (expected - found).abs().max().item()
         if not error <= (_PROBE_TOLERANCE if self.autocast_dtype is None else _PROBE_TOLERANCE_BF16):
@@ -145,6 +155,37 @@ class Policy:
                 f"{type(self.model).__name__} makes logits in a way this trainer does not know (log-probabilities differ by "
                 f"{error:.3g} nats from head(hidden states)); please report the model's name"
             )
+
+    def _try_packing(self, *, required: bool) -> Layout:
+        """Lets the model take packed sequences, and sees that none sees another."""
+        problem = let_pack(self.model) or self._leak()
+        if problem is None:
+            return "packed"
+        let_pad(self.model)
+        if required:
+            raise ConfigError(f"padding_free=True: {problem}; set padding_free=False")
+        _log.info("sequences are padded, not packed: %s", problem)
+        return "padded"
+
+    @torch.no_grad()
+    def _leak(self) -> str | None:
+        tokens = [number % min(8, self._head.weight.shape[0]) for number in range(_PROBE_TOKENS)]
+        sequences = [
+            TrainingSequence((tokens[low],), tuple(tokens[low + 1 : high]), (0.0,) * (high - low - 1), 0.0, in_loss=True)
+            for low, high in pairwise((0, 3, 7, _PROBE_TOKENS))
+        ]
+        weights = [0.0] * len(sequences)
+        alone = [self.scored_hidden_states(build_batch([one], [0.0], self.device)) for one in sequences]
+        expected = torch.cat(alone).float()
+        try:
+            found = self.scored_hidden_states(build_batch(sequences, weights, self.device, layout="packed")).float()
+        except (ValueError, TypeError, RuntimeError) as error:
+            return f"{type(self.model).__name__} does not take packed sequences ({error})"
+        difference = ((found - expected).abs().max() / expected.abs().max()).item()
+        exact = self.autocast_dtype is None
+        if difference <= (_PROBE_TOLERANCE if exact else _PROBE_TOLERANCE_BF16):
+            return None
+        return f"{type(self.model).__name__} mixes packed sequences (hidden states differ by {difference:.1%})"
 
 
 class BasePolicy:
@@ -258,6 +299,7 @@ class PolicySource:
             autocast_dtype=torch.bfloat16 if wants_bf16 else None,
             checkpointing=config.gradient_checkpointing,
             adapters=adapters,
+            padding_free=config.padding_free,
         )
 
     def _read(self, auto_class: Any, **arguments: Any) -> Any:

@@ -27,9 +27,9 @@ from grpo_fast.ops import (
     live_sequences,
     plan_microbatches,
     plan_rows,
-    scored_rows,
     token_logprob,
 )
+from grpo_fast.train.batch import TrainingSequence, build_batch, flatten_groups
 from grpo_fast.train.distributed import ALONE, World
 from grpo_fast.train.mismatch import add_mismatch, add_weights, effective_sample_size, importance_weights
 from grpo_fast.train.optim import set_learning_rate
@@ -39,21 +39,6 @@ from grpo_fast.types import Group, TokenBatch, TrainingError
 
 class NonFiniteGradientError(TrainingError):
     """The gradient is not finite; the weights were left as they were."""
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingSequence:
-    """One prompt with one completion, as the update reads it."""
-
-    prompt_ids: tuple[int, ...]
-    completion_ids: tuple[int, ...]
-    sampling_logprobs: tuple[float, ...]
-    advantage: float
-    in_loss: bool
-    """Whether its tokens count: false for a truncated completion when those are masked."""
-
-    def __len__(self) -> int:
-        return len(self.prompt_ids) + len(self.completion_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +219,7 @@ class Learner:
             cuts = [[m.sequences for m in plan.micro_batches if m.carries_gradient == gradient] for plan in plans]
             for rows in cuts[self._world.rank]:
                 chosen = tuple(sequences[i] for i in rows)
-                batch = build_batch(chosen, [weights[i] for i in rows], self._policy.device)
+                batch = build_batch(chosen, [weights[i] for i in rows], self._policy.device, layout=self._policy.layout)
                 parts.append(_Part(batch, chosen, gradient))
             parts += [_Part(batch, (), gradient, is_filler=True) for batch in self._fillers(sequences, cuts)]
         return parts
@@ -345,43 +330,3 @@ def _add_policy_metrics(sums: MetricSums, metrics: PolicyMetrics, *, surrogate: 
         sums.add("clip_ratio/low_mean", metrics.clip_low, weight="_ratios")
         sums.add("clip_ratio/high_mean", metrics.clip_high, weight="_ratios")
         sums.add("clip_ratio/region_mean", metrics.clip_region, weight="_ratios")
-
-
-def flatten_groups(groups: Sequence[Group], *, mask_truncated: bool) -> list[TrainingSequence]:
-    """The N sequences of a step, in order, as the update reads them; without advantages yet, those are 0."""
-    return [
-        TrainingSequence(
-            prompt_ids=group.prompt.token_ids,
-            completion_ids=completion.token_ids,
-            sampling_logprobs=completion.logprobs,
-            advantage=advantage,
-            in_loss=not (mask_truncated and completion.truncated),
-        )
-        for group in groups
-        for completion, advantage in zip(group.completions, group.advantages or [0.0] * len(group.completions), strict=True)
-    ]
-
-
-def build_batch(sequences: Sequence[TrainingSequence], loss_weights: Sequence[float], device: torch.device) -> TokenBatch:
-    """Right-pads sequences into one micro-batch."""
-    width = max(len(sequence) for sequence in sequences)
-    ids: list[list[int]] = []
-    mask: list[list[int]] = []
-    for sequence in sequences:
-        tokens = [*sequence.prompt_ids, *sequence.completion_ids]
-        padding = [0] * (width - len(tokens))
-        ids.append(tokens + padding)
-        mask.append([1] * len(tokens) + padding)
-    rows = scored_rows([len(s.prompt_ids) for s in sequences], [[True] * len(s.completion_ids) for s in sequences])
-    targets = [token for sequence in sequences for token in sequence.completion_ids]
-    sampled = [logprob for sequence in sequences for logprob in sequence.sampling_logprobs]
-    return TokenBatch(
-        input_ids=torch.tensor(ids, device=device),
-        attention_mask=torch.tensor(mask, device=device),
-        row_index=torch.tensor(rows.row_index, device=device),
-        targets=torch.tensor(targets, device=device),
-        sequence_index=torch.tensor(rows.sequence_index, device=device),
-        advantages=torch.tensor([s.advantage for s in sequences], dtype=torch.float32, device=device),
-        loss_weights=torch.tensor(loss_weights, dtype=torch.float32, device=device),
-        sampling_logprobs=torch.tensor(sampled, dtype=torch.float32, device=device),
-    )

@@ -19,15 +19,13 @@ from grpo_fast.objective import OBJECTIVES
 from grpo_fast.ops import FusedLoss, LMHead, fused_grpo
 from grpo_fast.ops.fused_grpo import fused_grpo_reference
 from grpo_fast.train import step as step_module
+from grpo_fast.train.batch import TrainingSequence, build_batch
 from grpo_fast.train.optim import build_optimizer
 from grpo_fast.train.policy import Policy
 from grpo_fast.train.step import (
     Learner,
     NonFiniteGradientError,
-    TrainingSequence,
     UpdateResult,
-    build_batch,
-    flatten_groups,
     share_out,
 )
 from grpo_fast.types import Group
@@ -331,38 +329,6 @@ def test_phases_are_charged(tiny_policy: MakePolicy, groups: list[Group]) -> Non
     seconds = timer.lap()
     assert min(seconds["train"], seconds["score"]) > 0
     assert seconds["rollout"] == seconds["reward"] == 0
-
-
-def test_flattening_keeps_order_and_marks_what_was_cut(make_group: MakeGroup) -> None:
-    groups = [make_group(0, [1.0, 0.0], truncated=True), make_group(1, [0.0, 1.0], prompt_length=2)]
-    for group in groups:
-        group.advantages = [0.25, -0.5]
-    found = flatten_groups(groups, mask_truncated=True)
-    assert [(s.advantage, s.in_loss, len(s.prompt_ids)) for s in found] == [
-        (0.25, True, 3),
-        (-0.5, False, 3),
-        (0.25, True, 2),
-        (-0.5, True, 2),
-    ]
-    assert [s.completion_ids for s in found] == [c.token_ids for group in groups for c in group.completions]
-    assert all(s.in_loss for s in flatten_groups(groups, mask_truncated=False))
-
-
-def test_a_batch_is_padded_right_and_scores_completions_only() -> None:
-    sequences = [
-        TrainingSequence((5,), (6, 7, 8), (-0.1, -0.2, -0.3), 1.5, in_loss=True),
-        TrainingSequence((9, 10), (11,), (-0.4,), -0.5, in_loss=True),
-    ]
-    batch = build_batch(sequences, [0.25, 0.75], torch.device("cpu"))
-    assert batch.input_ids.tolist() == [[5, 6, 7, 8], [9, 10, 11, 0]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
-    assert batch.row_index.tolist() == [0, 1, 2, 5]
-    assert batch.targets.tolist() == [6, 7, 8, 11]
-    assert batch.sequence_index.tolist() == [0, 0, 0, 1]
-    assert batch.advantages.tolist() == [1.5, -0.5]
-    assert batch.loss_weights.tolist() == [0.25, 0.75]
-    assert batch.sampling_logprobs.tolist() == pytest.approx([-0.1, -0.2, -0.3, -0.4])
-    assert (batch.num_sequences, batch.num_scored_tokens) == (2, 4)
 
 
 def test_rows_without_gradient_can_be_kept_for_the_metrics(tiny_policy: MakePolicy, groups: list[Group]) -> None:

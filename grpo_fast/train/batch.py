@@ -1,0 +1,101 @@
+"""Micro-batches: a step's sequences as the model and the loss read them.
+
+Padded, every sequence stands in a row of its own, as long as the longest. Packed, they lie one after the other in a single row,
+their positions begin anew at each border, and no sequence sees another; nothing is computed for padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from grpo_fast.ops import Layout, Piece, packed_layout, scored_rows
+from grpo_fast.types import Group, TokenBatch
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSequence:
+    """One prompt with one completion, as the update reads it."""
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    sampling_logprobs: tuple[float, ...]
+    advantage: float
+    in_loss: bool
+    """Whether its tokens count: false for a truncated completion when those are masked."""
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+
+def flatten_groups(groups: Sequence[Group], *, mask_truncated: bool) -> list[TrainingSequence]:
+    """The N sequences of a step, in order, as the update reads them; without advantages yet, those are 0."""
+    return [
+        TrainingSequence(
+            prompt_ids=group.prompt.token_ids,
+            completion_ids=completion.token_ids,
+            sampling_logprobs=completion.logprobs,
+            advantage=advantage,
+            in_loss=not (mask_truncated and completion.truncated),
+        )
+        for group in groups
+        for completion, advantage in zip(group.completions, group.advantages or [0.0] * len(group.completions), strict=True)
+    ]
+
+
+def build_batch(
+    sequences: Sequence[TrainingSequence], loss_weights: Sequence[float], device: torch.device, *, layout: Layout = "padded"
+) -> TokenBatch:
+    """Makes one micro-batch of sequences.
+
+    Args:
+        sequences: B of them.
+        loss_weights: [B] what each token's loss is multiplied with.
+        device: where the batch goes.
+        layout: ``padded`` on the right, or ``packed``.
+    """
+    rows = scored_rows(
+        [len(s.prompt_ids) for s in sequences], [[True] * len(s.completion_ids) for s in sequences], layout=layout
+    )
+    inputs = (_padded_inputs if layout == "padded" else _packed_inputs)(sequences, device)
+    targets = [token for sequence in sequences for token in sequence.completion_ids]
+    sampled = [logprob for sequence in sequences for logprob in sequence.sampling_logprobs]
+    return TokenBatch(
+        **inputs,
+        row_index=torch.tensor(rows.row_index, device=device),
+        targets=torch.tensor(targets, device=device),
+        sequence_index=torch.tensor(rows.sequence_index, device=device),
+        advantages=torch.tensor([s.advantage for s in sequences], dtype=torch.float32, device=device),
+        loss_weights=torch.tensor(loss_weights, dtype=torch.float32, device=device),
+        sampling_logprobs=torch.tensor(sampled, dtype=torch.float32, device=device),
+    )
+
+
+def _padded_inputs(sequences: Sequence[TrainingSequence], device: torch.device) -> dict[str, Any]:
+    width = max(len(sequence) for sequence in sequences)
+    ids: list[list[int]] = []
+    mask: list[list[int]] = []
+    for sequence in sequences:
+        tokens = [*sequence.prompt_ids, *sequence.completion_ids]
+        padding = [0] * (width - len(tokens))
+        ids.append(tokens + padding)
+        mask.append([1] * len(tokens) + padding)
+    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
+
+
+def _packed_inputs(sequences: Sequence[TrainingSequence], device: torch.device) -> dict[str, Any]:
+    ids: list[int] = []
+    positions: list[int] = []
+    pieces: list[Piece] = []
+    for sequence in sequences:
+        pieces.append(Piece(len(ids), len(sequence)))
+        ids.extend((*sequence.prompt_ids, *sequence.completion_ids))
+        positions.extend(range(len(sequence)))
+    return {
+        "input_ids": torch.tensor([ids], device=device),
+        "position_ids": torch.tensor([positions], device=device),
+        "packed_layout": packed_layout(pieces, device=device),
+    }

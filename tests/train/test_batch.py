@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from grpo_fast.train.batch import TrainingSequence, build_batch, flatten_groups
+from grpo_fast.types import Group
+
+MakeGroup = Callable[..., Group]
+
+
+def test_flattening_keeps_order_and_marks_what_was_cut(make_group: MakeGroup) -> None:
+    groups = [make_group(0, [1.0, 0.0], truncated=True), make_group(1, [0.0, 1.0], prompt_length=2)]
+    for group in groups:
+        group.advantages = [0.25, -0.5]
+    found = flatten_groups(groups, mask_truncated=True)
+    assert [(s.advantage, s.in_loss, len(s.prompt_ids)) for s in found] == [
+        (0.25, True, 3),
+        (-0.5, False, 3),
+        (0.25, True, 2),
+        (-0.5, True, 2),
+    ]
+    assert [s.completion_ids for s in found] == [c.token_ids for group in groups for c in group.completions]
+    assert all(s.in_loss for s in flatten_groups(groups, mask_truncated=False))
+
+
+def test_a_batch_is_padded_right_and_scores_completions_only() -> None:
+    sequences = [
+        TrainingSequence((5,), (6, 7, 8), (-0.1, -0.2, -0.3), 1.5, in_loss=True),
+        TrainingSequence((9, 10), (11,), (-0.4,), -0.5, in_loss=True),
+    ]
+    batch = build_batch(sequences, [0.25, 0.75], torch.device("cpu"))
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8], [9, 10, 11, 0]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    assert batch.row_index.tolist() == [0, 1, 2, 5]
+    assert batch.targets.tolist() == [6, 7, 8, 11]
+    assert batch.sequence_index.tolist() == [0, 0, 0, 1]
+    assert batch.advantages.tolist() == [1.5, -0.5]
+    assert batch.loss_weights.tolist() == [0.25, 0.75]
+    assert batch.sampling_logprobs.tolist() == pytest.approx([-0.1, -0.2, -0.3, -0.4])
+    assert (batch.num_sequences, batch.num_scored_tokens) == (2, 4)
+
+
+def test_a_packed_batch_is_one_row_without_padding() -> None:
+    sequences = [
+        TrainingSequence((9, 10), (11,), (-0.4,), -0.5, in_loss=True),
+        TrainingSequence((5,), (6, 7, 8), (-0.1, -0.2, -0.3), 1.5, in_loss=True),
+    ]
+    batch = build_batch(sequences, [0.75, 0.25], torch.device("cpu"), layout="packed")
+    assert batch.input_ids.tolist() == [[9, 10, 11, 5, 6, 7, 8]]
+    assert batch.position_ids is not None
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3]]
+    assert batch.attention_mask is None
+    assert batch.row_index.tolist() == [1, 3, 4, 5]
+    assert batch.targets.tolist() == [11, 6, 7, 8]
+    assert batch.sequence_index.tolist() == [0, 1, 1, 1]
+    assert batch.packed_layout is not None
+    assert [(piece.start, piece.length) for piece in batch.packed_layout.pieces] == [(0, 3), (3, 4)]
+    assert (batch.num_sequences, batch.num_scored_tokens) == (2, 4)
