@@ -58,6 +58,7 @@ class Policy:
     Weights that are trained are held in float32, unless the configuration says otherwise; on a GPU the forward pass runs in
     bfloat16 under autocast, so that updates smaller than half a bfloat16 ulp (most, at learning rates of RL) are not lost. With
     ``adapters`` only those are trained and saved; they are layers inside ``model``, which otherwise stays what it is.
+    ``padding_free`` lays micro-batches in one row; ``None`` does so where the model can be told borders.
     """
 
     def __init__(
