@@ -167,16 +167,15 @@ class Learner:
         """float64 [N] on the CPU: first-order KL of each whole completion to the reference."""
         sequences = flatten_groups(groups, mask_truncated=False)
         lengths = [len(s) for s in sequences]
-        owners = share_out(lengths, self._world.size)
+        owners, budget = share_out(lengths, self._world.size), self._config.tokens_per_microbatch
         plans = [
-            plan_microbatches(
-                lengths, live=[owner == rank for owner in owners], token_budget=self._config.tokens_per_microbatch
-            )
+            plan_microbatches(lengths, live=[owner == rank for owner in owners], token_budget=budget, layout=self._policy.layout)
             for rank in range(self._world.size)
         ]
         result = torch.zeros(len(sequences), dtype=torch.float64)
         for rows in plans[self._world.rank]:
-            batch = build_batch([sequences[i] for i in rows], [0.0] * len(rows), self._policy.device)
+            chosen = [sequences[i] for i in rows]
+            batch = build_batch(chosen, [0.0] * len(rows), self._policy.device, layout=self._policy.layout)
             reference = self._reference_logprobs(batch)
             assert reference is not None
             kl = sequence_kl(
@@ -203,6 +202,7 @@ class Learner:
                 [n * (owner == rank) for n, owner in zip(in_loss, owners, strict=True)],
                 live=[alive and owner == rank for alive, owner in zip(live, owners, strict=True)],
                 token_budget=config.tokens_per_microbatch,
+                layout=self._policy.layout,
                 keep_dead_rows_for_metrics=config.keep_dead_rows_for_metrics,
             )
             for rank in range(self._world.size)
@@ -229,7 +229,8 @@ class Learner:
         if not self._policy.sums_gradients:
             return []
         missing = max(map(len, cuts)) - len(cuts[self._world.rank])
-        return [build_batch([min(sequences, key=len)], [0.0], self._policy.device) for _ in range(missing)]
+        filler = build_batch([min(sequences, key=len)], [0.0], self._policy.device, layout=self._policy.layout)
+        return [filler] * missing
 
     @contextlib.contextmanager
     def _whole_heads(self) -> Iterator[None]:

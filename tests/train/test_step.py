@@ -113,6 +113,18 @@ def test_microbatches_change_nothing(loss_type: str, tiny_policy: MakePolicy, gr
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
+@pytest.mark.parametrize("budget", [16, 1000])
+def test_packing_changes_no_gradient(tiny_policy: MakePolicy, groups: list[Group], budget: int) -> None:
+    padded = tiny_policy()
+    packed = Policy(deepcopy(padded.model), padded.tokenizer, padding_free=True)
+    settings = {"tokens_per_microbatch": budget, "beta": 0.1}
+    benches = [Bench(policy, tiny_policy(), **settings) for policy in (padded, packed)]
+    results = [bench.update(groups) for bench in benches]
+    assert packed.layout == "packed"
+    assert torch.allclose(benches[0].gradients[0], benches[1].gradients[0], rtol=1e-4, atol=1e-7)
+    assert results[0].metrics == pytest.approx(results[1].metrics, rel=1e-4, abs=1e-6)
+
+
 def test_sequences_without_gradient_are_left_out_and_nothing_changes(tiny_policy: MakePolicy, groups: list[Group]) -> None:
     bench = Bench(tiny_policy())
     result = bench.update(groups)
