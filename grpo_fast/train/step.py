@@ -169,7 +169,9 @@ class Learner:
         lengths = [len(s) for s in sequences]
         owners, budget = share_out(lengths, self._world.size), self._config.tokens_per_microbatch
         plans = [
-            plan_microbatches(lengths, live=[owner == rank for owner in owners], token_budget=budget, layout=self._policy.layout)
+            plan_microbatches(
+                lengths, live=[owner == rank for owner in owners], token_budget=budget, layout=self._policy.layout
+            )
             for rank in range(self._world.size)
         ]
         result = torch.zeros(len(sequences), dtype=torch.float64)
