@@ -356,10 +356,6 @@ class Config(BaseModel):
             )
         if self.reward_range is not None and not self.reward_range[0] < self.reward_range[1]:
             raise ValueError(f"reward_range={self.reward_range} must be (least, greatest)")
-        if self.fsdp_offload_params and self.fsdp == "no_shard":
-            raise ValueError(
-                "fsdp_offload_params=True with fsdp='no_shard': there are no shards to keep; choose fsdp='full_shard'"
-            )
         if self.warmup_steps > self.max_steps:
             raise ValueError(f"warmup_steps={self.warmup_steps:g} exceeds max_steps={self.max_steps}")
         return self

@@ -10,6 +10,7 @@ import sys
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -97,7 +98,14 @@ def test_commands_and_settings_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_name_in_the_text_exists(page: Path) -> None:
-    known = {*Config.model_fields, *(field.name for field in fields(Forecast)), *OBJECTIVES, *ops.__all__, *OTHER_NAMES}
+    values = {value for field in Config.model_fields.values() for value in get_args(field.annotation)}
+    known = {
+        *Config.model_fields,
+        *(field.name for field in fields(Forecast)),
+        *OBJECTIVES,
+        *ops.__all__,
+        *OTHER_NAMES,
+    } | values
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     unknown = set(re.findall(r"`([a-z]+(?:_[a-z0-9]+)+)`", text)) - known
     assert not unknown, f"{page.name} names {sorted(unknown)}"

@@ -137,7 +137,7 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
         _check_vllm(config)
     if world.size > 1:
         _check_ranks(config, world.size)
-        check_sharding(config)
+    check_sharding(config)
     check_optimizer(config)
     budget = _build_budget(config, given.get("budget"))
     prior = load_prior(config)

@@ -44,6 +44,8 @@ def check_sharding(config: Config) -> None:
         ConfigError: something that does not go with it; the message names both.
     """
     if config.fsdp == "no_shard":
+        if config.fsdp_offload_params:
+            raise ConfigError("fsdp_offload_params=True with fsdp='no_shard': there are no shards; choose fsdp='full_shard'")
         return
     others = {
         "use_peft": config.use_peft,

@@ -201,5 +201,5 @@ def test_what_does_not_go_with_sharding_is_refused(changes: dict[str, Any], name
 
 
 def test_offloading_without_shards_is_refused() -> None:
-    with pytest.raises(ConfigError, match="no shards to keep"):
-        settings(fsdp="no_shard", fsdp_offload_params=True)
+    with pytest.raises(ConfigError, match="there are no shards"):
+        check_sharding(settings(fsdp="no_shard", fsdp_offload_params=True))
