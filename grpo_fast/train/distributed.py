@@ -47,8 +47,7 @@ class _Failure(NamedTuple):
     state: dict[str, object]
 
     def rebuild(self) -> Exception:
-        error = self.kind.__new__(self.kind)
-        error.args = self.args
+        error = self.kind.__new__(self.kind, *self.args)
         error.__dict__.update(self.state)
         return error
 
@@ -85,7 +84,7 @@ class World:
             return cls()
         backend = "gloo"
         if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ["RANK"])))
             backend = "cpu:gloo,cuda:nccl"
         world = cls(int(os.environ["RANK"]), size, owns_group=True)
         with world.watched():
@@ -150,11 +149,12 @@ class World:
         return found  # type: ignore[return-value]
 
     def sum(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Adds each tensor over the ranks, in place, a bucket of them at a time."""
+        """Adds each tensor over the ranks, in place, a bucket of them at a time; short types are summed in float32."""
         if self.size == 1:
             return
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.flatten() for tensor in bucket])
+            flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
             with self.watched():
                 dist.all_reduce(flat)
             parts = flat.split([tensor.numel() for tensor in bucket])

@@ -21,6 +21,7 @@ from grpo_fast.rollout import RolloutEngine, RolloutError
 from grpo_fast.rollout.transformers_engine import TransformersEngine
 from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMServerEngine, VLLMSettings, require_vllm
 from grpo_fast.sinks import JsonlSink, RunInfo, Sink, SinkSet, build_sinks
+from grpo_fast.sinks.question import TIMEOUT_S
 from grpo_fast.tasks import PromptStream, Task, encode_prompts, load_task
 from grpo_fast.train.distributed import ALONE, World, note_launch
 from grpo_fast.train.optim import check_optimizer
@@ -272,6 +273,11 @@ def _check_ranks(config: Config, num_ranks: int) -> None:
         raise ConfigError(
             f"rollout='vllm' runs inside one process, and this run has {num_ranks}; start servers with `grpo-fast serve` and "
             "use rollout='vllm-http'"
+        )
+    if config.forecast == "ask" and config.ddp_timeout_s <= TIMEOUT_S:
+        raise ConfigError(
+            f"ddp_timeout_s={config.ddp_timeout_s:g} with forecast='ask': a question waits up to {TIMEOUT_S:g} s, and "
+            "the other processes with it; set ddp_timeout_s higher"
         )
     if config.max_staleness:
         raise ConfigError(

@@ -77,8 +77,8 @@ class ShardedPolicy(Policy):
         self._mesh = _mesh(config, world, policy.device)
         self._units = self._shard(config)
         self._shards: dict[str, DTensor] = dict(self.model.named_parameters())  # type: ignore[arg-type]
-        embedding = self.model.get_output_embeddings()
-        self._head = replace(self._head, weight=embedding.weight, bias=getattr(embedding, "bias", None))
+        head = self.model.get_output_embeddings()
+        self._head = replace(self._head, weight=head.weight, bias=getattr(head, "bias", None))
 
     @property
     def device(self) -> torch.device:

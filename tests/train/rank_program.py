@@ -64,6 +64,7 @@ def exchanges(world: World) -> dict[str, Any]:
     found["gathered"] = world.gather(lambda: f"rank {world.rank}")
     found["once"] = world.once(os.getpid) == os.getpid()
     tensors = [torch.full((3, 2), 1.0 + world.rank), torch.ones(2, dtype=torch.float64), torch.arange(4.0).view(2, 2).t()]
+    tensors.append(torch.tensor([1.0 if world.rank else 256.0], dtype=torch.bfloat16))  # 256 + 1 is 256 there
     world.sum(tensors)
     found["summed"] = [tensor.tolist() for tensor in tensors]
 

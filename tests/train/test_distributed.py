@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from grpo_fast.config import Config
 from grpo_fast.train import GRPOTrainer
-from grpo_fast.train.distributed import ALONE, World, is_restart, note_launch
+from grpo_fast.train.distributed import ALONE, World, _packed, is_restart, note_launch
 
 PROGRAM = Path(__file__).with_name("rank_program.py")
 TIMED = ("time/", "budget/", "step_time", "gpu_seconds", "energy_kwh", "money", "mfu")
@@ -209,7 +210,7 @@ def test_what_ranks_tell_each_other(launch: Launch) -> None:
         assert max(last - first for first, last in edges) - min(last - first for first, last in edges) <= 1
     for one in told:
         assert one["summed"][0] == [[sum(range(1, size + 1))] * 2] * 3
-        assert one["summed"][1:] == [[size, size], [[0, 2 * size], [size, 3 * size]]]
+        assert one["summed"][1:] == [[size, size], [[0, 2 * size], [size, 3 * size]], [{2: 256, 4: 260}[size]]]
         assert one["gather raised"] == ["rank 1 stumbled", "it must"]
         assert "once raised" not in one, "rank 0 does not stumble"
 
@@ -317,6 +318,15 @@ def test_a_rank_that_dies_or_hangs_ends_the_others_in_time(fate: str, fatal: Cal
     assert [rank.returncode for rank in ranks] == [1, -9]
     assert "rank 0 of 2 lost another one" in " ".join(told.split())
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_an_error_of_the_system_arrives_whole() -> None:
+    failure = _packed(OSError(errno.ENOSPC, "No space left on device", "file"))
+    assert failure is not None
+    copy = failure.rebuild()
+    assert isinstance(copy, OSError)
+    assert (copy.errno, copy.filename) == (errno.ENOSPC, None)  # a file's name is not among the arguments
+    assert "No space left" in str(copy)
 
 
 def test_alone_there_is_nothing_to_exchange() -> None:

@@ -11,7 +11,7 @@ import pytest
 from grpo_fast.compute import Budget
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.tasks.task import Task
-from grpo_fast.train.parts import CONFIG_FILE, Parts, build_parts, check_resumable
+from grpo_fast.train.parts import CONFIG_FILE, Parts, _check_ranks, build_parts, check_resumable
 
 MakeConfig = Callable[..., Config]
 
@@ -203,3 +203,17 @@ def test_evaluation_without_held_out_rows_is_refused(tmp_path: Path) -> None:
     config = Config(output_dir=tmp_path / "run", max_completion_length=8, sinks=(), eval_steps=1)
     with pytest.raises(ConfigError, match="holds no rows out"):
         build_parts(config, {"task": task}, resume=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"rollout": "vllm"}, r"rollout='vllm' runs inside one process, and this run has 4.*vllm-http"),
+        ({"max_staleness": 1}, r"max_staleness=1 .* this run has 4"),
+        ({"forecast": "ask", "ddp_timeout_s": 600}, r"ddp_timeout_s=600 with forecast='ask': a question waits up to 600 s"),
+    ],
+)
+def test_what_one_process_alone_can_do_is_refused_to_several(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        _check_ranks(Config.parse(changes), 4)
+    _check_ranks(Config(), 4)
