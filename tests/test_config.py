@@ -132,6 +132,7 @@ def test_value_out_of_range_names_the_key(key: str, value: object) -> None:
         ({"use_peft": True, "use_bnb_nested_quant": True}, r"use_bnb_nested_quant=True without load_in_4bit"),
         ({"use_peft": True, "lora_target_modules": ()}, r"give names of modules, or 'all-linear' alone"),
         ({"use_peft": True, "lora_target_modules": ("all-linear", "q_proj")}, r"or 'all-linear' alone"),
+        ({"share_prompts": True, "padding_free": False}, r"share_prompts=True with padding_free=False"),
         ({"warmup_steps": 11, "max_steps": 10}, r"warmup_steps=11 exceeds max_steps=10"),
     ],
 )

@@ -2,7 +2,9 @@
 
 The two take turns, one step each, so that both meet the same state of the machine; each rollout is the trainer's own (TRL's
 through ``model.generate``, its default without vLLM). Run ``python benchmarks/system/step_time.py``; it prints JSON and, with
-``--output``, writes it.
+``--output``, writes it. ``--model DIRECTORY`` (such as what ``smollm2.py`` writes) takes another model on the same prompts,
+with a reward that differs between any two answers, so that no group is left out and both train on every token. Peak memory is
+that of each trainer alone, in a process of its own.
 """
 
 from __future__ import annotations
@@ -10,11 +12,13 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import multiprocessing
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
@@ -27,6 +31,28 @@ from grpo_fast.assets import embedded_model_dir
 from grpo_fast.tasks.arithmetic import arithmetic_accuracy, arithmetic_task
 
 WARMUP_STEPS = 3
+OURS = ("rollout", "reward", "score", "train", "sync")
+"""Phases of a step; what is left holds the wait for TRL's turn."""
+Reward = Callable[..., list[float]]
+
+
+def distinct_characters(completions: list[str], **_: Any) -> list[float]:
+    """Characters of an answer, each counted once, plus a little of its length: hardly ever equal for two answers."""
+    return [len(set(text)) / 64 + len(text) / 4096 for text in completions]
+
+
+class TimedTRL(TRLTrainer):
+    """TRL's trainer, with what it takes to sample and score told apart from the rest of its step."""
+
+    sampled_s = 0.0
+    num_tokens = 0
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        begun = time.perf_counter()
+        made = super()._generate_and_score_completions(inputs)
+        self.sampled_s = time.perf_counter() - begun
+        self.num_tokens = int(made["completion_mask"].sum()) + int(made["prompt_mask"].sum())
+        return made
 
 
 class TakeTurns(TrainerCallback):
@@ -36,43 +62,85 @@ class TakeTurns(TrainerCallback):
         self._steps = ours.steps()
         self._num_steps = num_steps
         self._begun = 0.0
+        self.theirs: TimedTRL | None = None
         self.trl_s: list[float] = []
+        self.trl_sampled_s: list[float] = []
+        self.trl_tokens: list[int] = []
         self.ours_s: list[float] = []
-        self.rewards: list[float] = []
+        self.ours: list[dict[str, float]] = []
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self._begun = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trl_s.append(time.perf_counter() - self._begun)
+        assert self.theirs is not None
+        self.trl_sampled_s.append(self.theirs.sampled_s)
+        self.trl_tokens.append(self.theirs.num_tokens)
         begun = time.perf_counter()
         step = next(self._steps)
         self.ours_s.append(time.perf_counter() - begun)
-        self.rewards.append(step.metrics["reward"])
+        self.ours.append(dict(step.metrics))
         control.should_training_stop = step.step >= self._num_steps
 
     def close(self) -> None:
         self._steps.close()
 
 
-def measure(num_steps: int, *, seed: int = 0) -> dict[str, Any]:
-    """Runs both for the first ``num_steps`` steps of the embedded recipe, with its schedule.
+def configuration(folder: Path, model: str, seed: int) -> Config:
+    """The embedded recipe, or a step of 8 answers by another model."""
+    config = recipe("embedded", output_dir=folder / "ours", forecast="off", sinks=(), eval_steps=0, seed=seed)
+    if model == "embedded":
+        return config
+    sizes = {"prompts_per_step": 2, "num_generations": 4, "max_completion_length": 64, "save_steps": 1000}
+    return config.replace(model=model, learning_rate=1e-6, baseline_probe=0, report=False, reward_range=None, **sizes)
+
+
+def measure(num_steps: int, *, seed: int = 0, model: str = "embedded") -> dict[str, Any]:
+    """Runs both for ``num_steps`` steps.
+
+    Args:
+        num_steps: of each.
+        seed: of both.
+        model: ``embedded``, for the first steps of the embedded recipe, with its schedule; or a directory.
 
     Returns:
-        Medians and quartiles in seconds, the ratio of medians, last rewards and versions.
+        Medians and quartiles in seconds, the ratio of medians, phases, tokens a second, last rewards and versions.
     """
     with tempfile.TemporaryDirectory() as folder:
-        config = recipe("embedded", output_dir=Path(folder) / "ours", forecast="off", sinks=(), eval_steps=0, seed=seed)
-        with GRPOTrainer(config) as ours:
+        config = configuration(Path(folder), model, seed)
+        reward = arithmetic_accuracy if model == "embedded" else distinct_characters
+        with GRPOTrainer(config, reward_funcs=None if model == "embedded" else [reward]) as ours:
             turns = TakeTurns(ours, num_steps)
-            theirs = _trl_trainer(config, Path(folder) / "trl", turns)
+            turns.theirs = theirs = _trl_trainer(config, Path(folder) / "trl", turns, reward)
             theirs.train()
             turns.close()
         trl_rewards = [row["reward"] for row in theirs.state.log_history if "reward" in row]
-    return _table(turns, trl_rewards, num_steps)
+    return {"model": Path(model).name} | _table(turns, trl_rewards, num_steps)
 
 
-def _trl_trainer(config: Config, folder: Path, turns: TakeTurns) -> TRLTrainer:
+def peak_memory(which: Literal["grpo_fast", "trl"], model: str, num_steps: int) -> float:
+    """MiB that a process of its own has resident at most over a few steps, libraries included."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_memory, (which, model, num_steps))
+
+
+def _peak_memory(which: str, model: str, num_steps: int) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        config = configuration(Path(folder), model, 0).replace(max_steps=num_steps, warmup_steps=0)
+        reward = arithmetic_accuracy if model == "embedded" else distinct_characters
+        if which == "trl":
+            _trl_trainer(config, Path(folder), None, reward).train()
+        else:
+            with GRPOTrainer(config, reward_funcs=None if model == "embedded" else [reward]) as trainer:
+                for _ in trainer.steps():
+                    pass
+    # not getrusage, whose maximum a process takes over from the one that started it
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def _trl_trainer(config: Config, folder: Path, turns: TakeTurns | None, reward: Reward) -> TimedTRL:
     task = arithmetic_task(size=config.dataset_size, eval_size=0, seed=config.seed)
     size = config.prompts_per_step * config.num_generations
     arguments = GRPOConfig(
@@ -97,18 +165,20 @@ def _trl_trainer(config: Config, folder: Path, turns: TakeTurns) -> TRLTrainer:
         disable_tqdm=True,
         seed=config.seed,
     )
-    return TRLTrainer(
-        model=AutoModelForCausalLM.from_pretrained(embedded_model_dir(), dtype=torch.float32),
-        processing_class=AutoTokenizer.from_pretrained(embedded_model_dir()),
-        reward_funcs=arithmetic_accuracy,
+    directory = embedded_model_dir() if config.model == "embedded" else config.model
+    return TimedTRL(
+        model=AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32),
+        processing_class=AutoTokenizer.from_pretrained(directory),
+        reward_funcs=reward,
         args=arguments,
         train_dataset=Dataset.from_list([dict(task.train[i]) for i in range(len(task.train))]),
-        callbacks=[turns],
+        callbacks=[turns] if turns else [],
     )
 
 
 def _table(turns: TakeTurns, trl_rewards: list[float], num_steps: int) -> dict[str, Any]:
-    ours, theirs = turns.ours_s[WARMUP_STEPS:], turns.trl_s[WARMUP_STEPS:]
+    kept = slice(WARMUP_STEPS, None)
+    ours, theirs, sampled = turns.ours_s[kept], turns.trl_s[kept], turns.trl_sampled_s[kept]
     return {
         "num_steps": num_steps,
         "warmup_steps": WARMUP_STEPS,
@@ -116,21 +186,47 @@ def _table(turns: TakeTurns, trl_rewards: list[float], num_steps: int) -> dict[s
         "trl_step_s": dict(zip(("p25", "p50", "p75"), statistics.quantiles(theirs, n=4), strict=True)),
         "median_ratio_trl_over_ours": statistics.median(theirs) / statistics.median(ours),
         "paired_ratio_median": statistics.median(t / o for t, o in zip(theirs, ours, strict=True)),
+        "phases_s": {
+            "grpo_fast": {name: statistics.median(m[f"time/{name}"] for m in turns.ours[kept]) for name in OURS},
+            "trl": {
+                "rollout, reward and score": statistics.median(sampled),
+                "rest": statistics.median(t - s for t, s in zip(theirs, sampled, strict=True)),
+            },
+        },
+        "tokens_per_s": {
+            "grpo_fast": (turns.ours[-1]["num_tokens"] - turns.ours[WARMUP_STEPS - 1]["num_tokens"]) / sum(ours),
+            "trl": sum(turns.trl_tokens[kept]) / sum(theirs),
+        },
         "reward_last_10": {
-            "grpo_fast": statistics.mean(turns.rewards[-10:]),
+            "grpo_fast": statistics.mean(m["reward"] for m in turns.ours[-10:]),
             "trl": statistics.mean(trl_rewards[-10:]) if trl_rewards else None,
+        },
+        "steps_to_reward_0.9": {
+            "grpo_fast": _first_above(0.9, [m["reward"] for m in turns.ours]),
+            "trl": _first_above(0.9, trl_rewards),
         },
         "torch_threads": torch.get_num_threads(),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl", "grpo-fast")},
     }
 
 
+def _first_above(level: float, rewards: list[float]) -> int | None:
+    """The first step by which ten in a row had so high a mean reward."""
+    means = (statistics.mean(rewards[end - 10 : end]) for end in range(10, len(rewards) + 1))
+    return next((end for end, mean in enumerate(means, 10) if mean >= level), None)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--memory-steps", type=int, default=3, help="steps of each trainer alone; 0 leaves peak memory out")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    result = measure(options.steps)
+    result = measure(options.steps, model=options.model)
+    if options.memory_steps:
+        trainers: tuple[Literal["grpo_fast", "trl"], ...] = ("grpo_fast", "trl")
+        result["peak_memory_mib"] = {name: peak_memory(name, options.model, options.memory_steps) for name in trainers}
     text = json.dumps(result, indent=1)
     print(text)
     if options.output is not None:

@@ -96,7 +96,13 @@ class ComputeMeter:
         self._tokens["completion"] += sum(sum(row) for row in completion_lengths)
 
     def add_reference(
-        self, lengths: Sequence[int], scored_tokens: int, *, shape: ModelShape | None = None, adapters: bool = False
+        self,
+        lengths: Sequence[int],
+        scored_tokens: int,
+        *,
+        shape: ModelShape | None = None,
+        adapters: bool = False,
+        shared_prompts: Sequence[int] = (),
     ) -> None:
         """Charges a scoring pass without gradient, by the reference or the policy.
 
@@ -105,12 +111,19 @@ class ComputeMeter:
             scored_tokens: rows that pass the head.
             shape: the scoring model where it is not the policy's.
             adapters: whether LoRA takes part, as it does where the policy itself scores.
+            shared_prompts: tokens of each prompt in ``lengths`` that another sequence with the same one computed.
         """
-        flops = forward_flops if adapters else reference_flops
-        self._flops["reference"] += flops(shape or self.shape, lengths, scored_tokens)
+        flops, scorer = forward_flops if adapters else reference_flops, shape or self.shape
+        self._flops["reference"] += flops(scorer, lengths, scored_tokens) - flops(scorer, shared_prompts, 0)
 
     def add_train(
-        self, lengths: Sequence[int], scored_tokens: int, *, checkpointing: bool = False, num_iterations: int = 1
+        self,
+        lengths: Sequence[int],
+        scored_tokens: int,
+        *,
+        checkpointing: bool = False,
+        num_iterations: int = 1,
+        shared_prompts: Sequence[int] = (),
     ) -> None:
         """Charges forward and backward.
 
@@ -119,10 +132,15 @@ class ComputeMeter:
             scored_tokens: completion tokens that carry loss. They count as trained once, however many iterations pass.
             checkpointing: whether activations are recomputed.
             num_iterations: passes over these sequences.
+            shared_prompts: as in :meth:`add_reference`.
         """
-        self._flops["forward"] += num_iterations * forward_flops(self.shape, lengths, scored_tokens)
-        backward = backward_flops(self.shape, lengths, scored_tokens, checkpointing=checkpointing)
-        self._flops["backward"] += num_iterations * backward
+        forward = forward_flops(self.shape, lengths, scored_tokens) - forward_flops(self.shape, shared_prompts, 0)
+        backward, saved = (
+            backward_flops(self.shape, tokens, rows, checkpointing=checkpointing)
+            for tokens, rows in ((lengths, scored_tokens), (shared_prompts, 0))
+        )
+        self._flops["forward"] += num_iterations * forward
+        self._flops["backward"] += num_iterations * (backward - saved)
         self._tokens["trained"] += scored_tokens
 
     def add_dropped(self, completion_tokens: int) -> None:

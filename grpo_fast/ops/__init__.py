@@ -16,7 +16,7 @@ from grpo_fast.ops.packing import (
     packed_index,
 )
 from grpo_fast.ops.policy_loss import policy_coefficients, policy_loss
-from grpo_fast.ops.row_plan import Layout, RowPlan, live_sequences, plan_microbatches, plan_rows, scored_rows
+from grpo_fast.ops.row_plan import Layout, RowPlan, SharedPrompts, live_sequences, plan_microbatches, plan_rows, scored_rows
 from grpo_fast.ops.token_logprob import token_logprob
 from grpo_fast.ops.weight_delta import WeightDelta, apply_delta, split_delta, weight_delta
 from grpo_fast.ops.weight_pack import LoraFactors, pack_weights, plan_buckets, slot_values, unpack_weights
@@ -39,6 +39,7 @@ __all__ = [
     "PolicyMetrics",
     "RowPlan",
     "Scores",
+    "SharedPrompts",
     "WeightDelta",
     "apply_delta",
     "fused_grpo",

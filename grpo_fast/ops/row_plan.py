@@ -14,12 +14,33 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, NamedTuple, TypeAlias
 
-from grpo_fast.ops.packing import pack_sequences
+from grpo_fast.ops.packing import pack_sequences, pack_shared_prompts
 
 Layout: TypeAlias = Literal["padded", "packed"]
 """How the model gets a micro-batch: every sequence as long as the longest, or one after the other without padding."""
+
+
+class SharedPrompts(NamedTuple):
+    """A layout: packed, with one copy of a prompt for all its completions of a micro-batch."""
+
+    prompt_lengths: Sequence[int]
+    """[P] tokens of each prompt."""
+    prompt_of: Sequence[int]
+    """[N] the prompt of each sequence."""
+
+    def copies_saved(self, rows: Sequence[int]) -> list[int]:
+        """Lengths of the prompts that sequences ``rows`` do not compute, since another one of them does."""
+        seen: set[int] = set()
+        saved = []
+        for row in rows:
+            prompt = self.prompt_of[row]
+            if prompt in seen:
+                saved.append(self.prompt_lengths[prompt])
+            seen.add(prompt)
+        return saved
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +117,7 @@ def plan_rows(
     *,
     live: Sequence[bool],
     token_budget: int,
-    layout: Layout = "padded",
+    layout: Layout | SharedPrompts = "padded",
     keep_dead_rows_for_metrics: bool = False,
 ) -> RowPlan:
     """Plans a step: what goes through the model, in which micro-batches, and what is left out.
@@ -122,7 +143,7 @@ def plan_rows(
     micro_batches = [
         MicroBatch(
             tuple(rows),
-            num_positions([lengths[i] for i in rows], layout=layout),
+            _positions(rows, lengths, layout),
             sum(num_scored_tokens[i] for i in rows),
             carries_gradient,
         )
@@ -133,13 +154,20 @@ def plan_rows(
     return RowPlan(tuple(micro_batches), dropped)
 
 
+def _positions(rows: Sequence[int], lengths: Sequence[int], layout: Layout | SharedPrompts) -> int:
+    chosen = [lengths[i] for i in rows]
+    if isinstance(layout, SharedPrompts):
+        return sum(chosen) - sum(layout.copies_saved(rows))
+    return num_positions(chosen, layout=layout)
+
+
 def num_positions(lengths: Sequence[int], *, layout: Layout) -> int:
     """Positions that the model computes for sequences of these lengths in one micro-batch."""
     return len(lengths) * max(lengths, default=0) if layout == "padded" else sum(lengths)
 
 
 def plan_microbatches(
-    lengths: Sequence[int], *, live: Sequence[bool], token_budget: int, layout: Layout = "padded"
+    lengths: Sequence[int], *, live: Sequence[bool], token_budget: int, layout: Layout | SharedPrompts = "padded"
 ) -> list[list[int]]:
     """Cuts live sequences into few micro-batches that keep to a budget.
 
@@ -172,6 +200,8 @@ def plan_microbatches(
     if layout == "padded":
         return _padded_bins(order, lengths, token_budget)
     chosen = sorted(order)
+    if isinstance(layout, SharedPrompts):
+        return _shared_bins(chosen, lengths, layout, token_budget)
     return [[chosen[i] for i in rows] for rows in pack_sequences([lengths[i] for i in chosen], token_budget).bins()]
 
 
@@ -183,6 +213,15 @@ def _padded_bins(order: Iterable[int], lengths: Sequence[int], budget: int) -> l
         else:
             plan.append([index])
     return plan
+
+
+def _shared_bins(chosen: Sequence[int], lengths: Sequence[int], layout: SharedPrompts, budget: int) -> list[list[int]]:
+    prompt_of = [layout.prompt_of[i] for i in chosen]
+    completions = [lengths[i] - layout.prompt_lengths[prompt] for i, prompt in zip(chosen, prompt_of, strict=True)]
+    packed = pack_shared_prompts(layout.prompt_lengths, completions, prompt_of, token_budget=budget)
+    ends = packed.segment_starts[packed.bin_starts].tolist()
+    rows = [chosen[i] for i in packed.completions.tolist()]
+    return [rows[low:high] for low, high in pairwise(ends)]
 
 
 class ScoredRows(NamedTuple):

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 
-from grpo_fast.ops import Layout, Piece, packed_layout, scored_rows
+from grpo_fast.ops import Layout, Piece, SharedPrompts, packed_layout, scored_rows
 from grpo_fast.types import Group, TokenBatch
 
 
@@ -31,6 +32,13 @@ class TrainingSequence:
         return len(self.prompt_ids) + len(self.completion_ids)
 
 
+def shared_prompts(sequences: Sequence[TrainingSequence]) -> SharedPrompts:
+    """Which sequences have the same prompt."""
+    number: dict[tuple[int, ...], int] = {}
+    prompt_of = [number.setdefault(sequence.prompt_ids, len(number)) for sequence in sequences]
+    return SharedPrompts([len(prompt_ids) for prompt_ids in number], prompt_of)
+
+
 def flatten_groups(groups: Sequence[Group], *, mask_truncated: bool) -> list[TrainingSequence]:
     """The N sequences of a step, in order, as the update reads them; without advantages yet, those are 0."""
     return [
@@ -47,7 +55,12 @@ def flatten_groups(groups: Sequence[Group], *, mask_truncated: bool) -> list[Tra
 
 
 def build_batch(
-    sequences: Sequence[TrainingSequence], loss_weights: Sequence[float], device: torch.device, *, layout: Layout = "padded"
+    sequences: Sequence[TrainingSequence],
+    loss_weights: Sequence[float],
+    device: torch.device,
+    *,
+    layout: Layout = "padded",
+    shares_prompts: bool = False,
 ) -> TokenBatch:
     """Makes one micro-batch of sequences.
 
@@ -56,16 +69,23 @@ def build_batch(
         loss_weights: [B] what each token's loss is multiplied with.
         device: where the batch goes.
         layout: ``padded`` on the right, or ``packed``.
+        shares_prompts: whether neighbours with the same prompt lie behind one copy of it; packed only.
     """
     rows = scored_rows(
         [len(s.prompt_ids) for s in sequences], [[True] * len(s.completion_ids) for s in sequences], layout=layout
     )
-    inputs = (_padded_inputs if layout == "padded" else _packed_inputs)(sequences, device)
+    row_index = rows.row_index
+    if layout == "padded":
+        inputs = _padded_inputs(sequences, device)
+    elif shares_prompts:
+        inputs, row_index = _shared_inputs(sequences, device)
+    else:
+        inputs = _packed_inputs(sequences, device)
     targets = [token for sequence in sequences for token in sequence.completion_ids]
     sampled = [logprob for sequence in sequences for logprob in sequence.sampling_logprobs]
     return TokenBatch(
         **inputs,
-        row_index=torch.tensor(rows.row_index, device=device),
+        row_index=torch.tensor(row_index, device=device),
         targets=torch.tensor(targets, device=device),
         sequence_index=torch.tensor(rows.sequence_index, device=device),
         advantages=torch.tensor([s.advantage for s in sequences], dtype=torch.float32, device=device),
@@ -99,3 +119,28 @@ def _packed_inputs(sequences: Sequence[TrainingSequence], device: torch.device) 
         "position_ids": torch.tensor([positions], device=device),
         "packed_layout": packed_layout(pieces, device=device),
     }
+
+
+def _shared_inputs(sequences: Sequence[TrainingSequence], device: torch.device) -> tuple[dict[str, Any], list[int]]:
+    """Inputs, and [T] where each scored token's hidden state is: the first one's is the last of the shared prompt."""
+    ids: list[int] = []
+    positions: list[int] = []
+    pieces: list[Piece] = []
+    row_index: list[int] = []
+    for prompt_ids, group in groupby(sequences, key=lambda sequence: sequence.prompt_ids):
+        prompt = Piece(len(ids), len(prompt_ids))
+        pieces.append(prompt)
+        ids.extend(prompt_ids)
+        positions.extend(range(prompt.length))
+        for completion_ids in (sequence.completion_ids for sequence in group):
+            start, length = len(ids), len(completion_ids)
+            row_index.extend([prompt.start + prompt.length - 1, *range(start, start + length - 1)])
+            pieces.append(Piece(start, length, prompt.start, prompt.length))
+            ids.extend(completion_ids)
+            positions.extend(range(prompt.length, prompt.length + length))
+    inputs = {
+        "input_ids": torch.tensor([ids], device=device),
+        "position_ids": torch.tensor([positions], device=device),
+        "packed_layout": packed_layout(pieces, device=device),
+    }
+    return inputs, row_index

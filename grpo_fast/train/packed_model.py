@@ -37,6 +37,8 @@ def model_inputs(model: PreTrainedModel, batch: TokenBatch) -> dict[str, Any]:
         # a mask of four dimensions passes as finished: the T x T one that positions would call for is not made
         nothing = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=batch.input_ids.device)
         return inputs | {"attention_mask": nothing, "packed_layout": layout}
+    if layout.shares_prompts:
+        raise ValueError(f"attn_implementation={_implementation(model)!r} cannot be told of shared prompts")
     borders = {f"cu_seq_lens_{side}": layout.cu_seqlens for side in "qk"}
     return inputs | borders | {f"max_length_{side}": layout.max_seqlen for side in "qk"}
 
@@ -59,6 +61,11 @@ def let_pack(model: PreTrainedModel) -> str | None:
         return f"{type(model).__name__} has layers of kind {', '.join(sorted(kinds))}"
     model.set_attn_implementation(_PREFIX + name)
     return None
+
+
+def takes_shared_prompts(model: PreTrainedModel) -> bool:
+    """Whether completions may lie behind one copy of their prompt: where attention here was put in by :func:`let_pack`."""
+    return _implementation(model).startswith(_PREFIX)
 
 
 def let_pad(model: PreTrainedModel) -> None:

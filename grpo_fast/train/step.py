@@ -16,7 +16,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from grpo_fast.compute import ComputeMeter
-from grpo_fast.config import Config
+from grpo_fast.config import Config, ConfigError
 from grpo_fast.metrics import MetricSums, PhaseTimer
 from grpo_fast.objective import OBJECTIVES, sequence_kl
 from grpo_fast.ops import (
@@ -29,10 +29,11 @@ from grpo_fast.ops import (
     plan_rows,
     token_logprob,
 )
-from grpo_fast.train.batch import TrainingSequence, build_batch, flatten_groups
+from grpo_fast.train.batch import TrainingSequence, build_batch, flatten_groups, shared_prompts
 from grpo_fast.train.distributed import ALONE, World
 from grpo_fast.train.mismatch import add_mismatch, add_weights, effective_sample_size, importance_weights
 from grpo_fast.train.optim import set_learning_rate
+from grpo_fast.train.packed_model import takes_shared_prompts
 from grpo_fast.train.policy import Policy, Scorer
 from grpo_fast.types import Group, TokenBatch, TrainingError
 
@@ -52,17 +53,32 @@ class UpdateResult:
     """Completion tokens that were sampled but not trained on."""
     measured: tuple[TrainingSequence, ...] = ()
     """Sequences without gradient that went through the forward pass for the metrics."""
+    shared_prompts: tuple[int, ...] = ()
+    """Lengths of the prompts of ``trained`` that were computed by another sequence with the same one."""
+    measured_shared_prompts: tuple[int, ...] = ()
+    """The same of ``measured``."""
 
     def charge(self, meter: ComputeMeter, config: Config) -> None:
         """Meters what was computed."""
         lengths = [len(sequence) for sequence in self.trained]
         scored = sum(len(sequence.completion_ids) for sequence in self.trained)
         for adapters in config.scoring_passes:
-            meter.add_reference(lengths, scored, adapters=adapters)
-        meter.add_train(lengths, scored, checkpointing=config.gradient_checkpointing, num_iterations=config.num_iterations)
+            meter.add_reference(lengths, scored, adapters=adapters, shared_prompts=self.shared_prompts)
+        meter.add_train(
+            lengths,
+            scored,
+            checkpointing=config.gradient_checkpointing,
+            num_iterations=config.num_iterations,
+            shared_prompts=self.shared_prompts,
+        )
         if self.measured:
             again = config.num_iterations * self.measured
-            meter.add_reference([len(s) for s in again], sum(len(s.completion_ids) for s in again), adapters=True)
+            meter.add_reference(
+                [len(s) for s in again],
+                sum(len(s.completion_ids) for s in again),
+                adapters=True,
+                shared_prompts=config.num_iterations * self.measured_shared_prompts,
+            )
         meter.add_dropped(self.num_dropped_tokens)
 
 
@@ -98,6 +114,11 @@ class Learner:
         if (config.beta > 0) != (reference is not None):
             raise ValueError(
                 f"beta={config.beta} and reference={reference}: a reference policy is needed exactly when beta > 0"
+            )
+        if config.share_prompts and not takes_shared_prompts(policy.model):
+            raise ConfigError(
+                f"share_prompts=True needs sequences packed by attn_implementation='sdpa' or 'eager'; here they are "
+                f"{policy.layout} by attn_implementation={config.attn_implementation!r}; set share_prompts=False"
             )
         self._config = config
         self._policy = policy
@@ -141,19 +162,21 @@ class Learner:
             found = sums.compute(self._world.gather)
             metrics = {name: value for name, value in found.items() if not name.startswith("_")} | effective_sample_size(found)
         metrics["loss"] = metrics.get("loss", 0.0) / config.num_iterations
-        trained, measured = (
-            tuple(
-                sequences[i]
-                for plan in plans
-                for part in plan.micro_batches
-                if part.carries_gradient == gradient
-                for i in part.sequences
-            )
+        cuts = [
+            [part.sequences for plan in plans for part in plan.micro_batches if part.carries_gradient == gradient]
             for gradient in (True, False)
-        )
+        ]
+        trained, measured = (tuple(sequences[i] for rows in cut for i in rows) for cut in cuts)
+        shared, measured_shared = (self._saved_prompts(sequences, cut) for cut in cuts)
         num_trained = sum(len(sequence.completion_ids) for sequence in trained)
         num_sampled = sum(len(sequence.completion_ids) for sequence in sequences)
-        return UpdateResult(metrics, trained, num_sampled - num_trained, measured)
+        return UpdateResult(metrics, trained, num_sampled - num_trained, measured, shared, measured_shared)
+
+    def _saved_prompts(self, sequences: Sequence[TrainingSequence], cuts: Sequence[Sequence[int]]) -> tuple[int, ...]:
+        if not self._config.share_prompts:
+            return ()
+        layout = shared_prompts(sequences)
+        return tuple(length for rows in cuts for length in layout.copies_saved(rows))
 
     def _assign_advantages(self, groups: Sequence[Group]) -> None:
         rewards = torch.tensor([group.reward for group in groups], dtype=torch.float64)
@@ -204,7 +227,7 @@ class Learner:
                 [n * (owner == rank) for n, owner in zip(in_loss, owners, strict=True)],
                 live=[alive and owner == rank for alive, owner in zip(live, owners, strict=True)],
                 token_budget=config.tokens_per_microbatch,
-                layout=self._policy.layout,
+                layout=shared_prompts(sequences) if self._config.share_prompts else self._policy.layout,
                 keep_dead_rows_for_metrics=config.keep_dead_rows_for_metrics,
             )
             for rank in range(self._world.size)
@@ -221,7 +244,13 @@ class Learner:
             cuts = [[m.sequences for m in plan.micro_batches if m.carries_gradient == gradient] for plan in plans]
             for rows in cuts[self._world.rank]:
                 chosen = tuple(sequences[i] for i in rows)
-                batch = build_batch(chosen, [weights[i] for i in rows], self._policy.device, layout=self._policy.layout)
+                batch = build_batch(
+                    chosen,
+                    [weights[i] for i in rows],
+                    self._policy.device,
+                    layout=self._policy.layout,
+                    shares_prompts=self._config.share_prompts,
+                )
                 parts.append(_Part(batch, chosen, gradient))
             parts += [_Part(batch, (), gradient, is_filler=True) for batch in self._fillers(sequences, cuts)]
         return parts

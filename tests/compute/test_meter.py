@@ -94,6 +94,18 @@ def test_another_model_may_be_the_reference() -> None:
     assert m.metrics()["flops/reference"] == reference_flops(big, [5], 3)
 
 
+def test_a_shared_prompt_is_charged_once() -> None:
+    """A prompt of 3 with completions of 2 and 4: as one sequence of 3, and what each completion adds to it."""
+    m = meter()
+    m.add_reference([5, 7], 6, shared_prompts=[3])
+    m.add_train([5, 7], 6, num_iterations=2, shared_prompts=[3])
+    once = forward_flops(TINY, [3], 0) + sum(forward_flops(TINY, [3 + c], c) - forward_flops(TINY, [3], 0) for c in (2, 4))
+    assert m.metrics()["flops/reference"] == once
+    assert m.metrics()["flops/forward"] == 2 * once
+    assert m.metrics()["flops/backward"] == 4 * once
+    assert m.metrics()["tokens/trained"] == 6
+
+
 def test_the_reference_of_a_lora_model_is_its_base() -> None:
     lora = ModelShape(1000, 100, 2, 8, 8, 12, lora_params=50)
     assert reference_flops(lora, [3, 5], 4) == forward_flops(TINY, [3, 5], 4)

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from grpo_fast.ops.fused_grpo import fused_grpo
 from grpo_fast.ops.lm_head import LMHead
 from grpo_fast.ops.loss_spec import LossBatch, LossSpec
-from grpo_fast.ops.row_plan import Layout, live_sequences, num_positions, plan_microbatches, plan_rows, scored_rows
+from grpo_fast.ops.row_plan import (
+    Layout,
+    SharedPrompts,
+    live_sequences,
+    num_positions,
+    plan_microbatches,
+    plan_rows,
+    scored_rows,
+)
 
 SEQUENCES = st.lists(st.tuples(st.integers(1, 300), st.booleans()), max_size=60)
 LAYOUTS = st.sampled_from(["padded", "packed"])
@@ -220,3 +228,14 @@ def test_gradients_are_equal_with_and_without_what_is_dropped(
     assert plan.num_rows == (every_row if keep else some_rows)
     planned_sequences = [i for batch in plan.micro_batches for i in batch.sequences]
     assert sorted([*planned_sequences, *plan.dropped]) == list(range(len(step)))
+
+
+def test_completions_of_a_prompt_go_together_and_its_copies_are_not_counted() -> None:
+    layout = SharedPrompts(prompt_lengths=[10, 4], prompt_of=[0, 1, 0, 1, 0])
+    lengths = [12, 6, 13, 5, 11]
+    plan = plan_rows(lengths, [2, 2, 3, 1, 1], live=[True, True, True, False, True], token_budget=16, layout=layout)
+    assert [(sorted(batch.sequences), batch.num_tokens) for batch in plan.micro_batches] == [([0, 2, 4], 16), ([1], 6)]
+    assert layout.copies_saved([0, 2, 4]) == [10, 10]
+    assert layout.copies_saved([1]) == []
+    # apart, the same budget takes a micro-batch for each
+    assert len(plan_microbatches(lengths, live=[True] * 5, token_budget=16, layout="packed")) == 4

@@ -124,6 +124,34 @@ def test_in_float32_packed_and_padded_agree(name: str, sizes: dict[str, Any], to
     assert difference.abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_completions_of_a_shared_prompt_are_those_of_sequences_alone(
+    name: str, sizes: dict[str, Any], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = build(name, sizes, torch.float64)
+    plain = copy.deepcopy(model)
+    policy = Policy(model, tokenizer, padding_free=True)
+    draw = random.Random(6)
+    sequences = [
+        TrainingSequence(prompt, tuple(draw.randrange(4, 28) for _ in range(length)), (-1.0,) * length, 1.0, in_loss=True)
+        for prompt, lengths in (((5, 6, 7, 8, 9), (3, 1, 7, 7)), ((4,), (2,)), ((9, 8, 7), (40, 2)))
+        for length in lengths
+    ]
+    batch = build_batch(sequences, [1.0] * len(sequences), CPU, layout="packed", shares_prompts=True)
+    assert batch.input_ids.shape == (1, sum(map(len, sequences)) - 3 * 5 - 3)
+    found = logprobs(policy, batch)
+    weights = torch.randn(len(found), dtype=torch.float64)
+    (found * weights).sum().backward()
+    expected = logprobs_of_the_model(plain, sequences)
+    (expected * weights).sum().backward()
+    bound = 1e-5 if name in INSIDE_FLOAT32 else 1e-10
+    assert torch.allclose(found, expected, rtol=bound, atol=bound)
+    theirs = dict(plain.named_parameters())
+    for key, weight in model.named_parameters():  # norms of transformers round gradients to float32, here after their sum
+        assert weight.grad is not None, key
+        assert (weight.grad - theirs[key].grad).norm() <= 1e-6 * theirs[key].grad.norm(), key
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2, window and softcaps"])
 def test_a_border_that_is_dropped_shows(name: str, sizes: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:
     policy, sequences = Policy(build(name, sizes, torch.float64), tokenizer, padding_free=True), ragged_sequences()

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from grpo_fast import GRPOTrainer, recipe
-from grpo_fast.config import Config
+from grpo_fast.config import Config, ConfigError
 from grpo_fast.metrics import PhaseTimer
 from grpo_fast.objective import OBJECTIVES
 from grpo_fast.ops import FusedLoss, LMHead, fused_grpo
@@ -123,6 +123,28 @@ def test_packing_changes_no_gradient(tiny_policy: MakePolicy, groups: list[Group
     assert packed.layout == "packed"
     assert torch.allclose(benches[0].gradients[0], benches[1].gradients[0], rtol=1e-4, atol=1e-7)
     assert results[0].metrics == pytest.approx(results[1].metrics, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("budget", [16, 1000])
+def test_sharing_prompts_changes_no_gradient(tiny_policy: MakePolicy, groups: list[Group], budget: int) -> None:
+    padded = tiny_policy()
+    packed = Policy(deepcopy(padded.model), padded.tokenizer, padding_free=True)
+    benches = [
+        Bench(policy, tokens_per_microbatch=budget, share_prompts=policy is packed, num_iterations=2)
+        for policy in (padded, packed)
+    ]
+    plain, shared = (bench.update(groups) for bench in benches)
+    for one, other in zip(benches[0].gradients, benches[1].gradients, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+    assert plain.metrics == pytest.approx(shared.metrics, rel=1e-3, abs=1e-6)
+    assert plain.shared_prompts == ()
+    assert shared.shared_prompts == (3,) * (5 if budget == 1000 else len(shared.shared_prompts))
+    assert len(shared.shared_prompts) >= 3
+
+
+def test_prompts_are_not_shared_where_attention_cannot_be_told(tiny_policy: MakePolicy) -> None:
+    with pytest.raises(ConfigError, match="share_prompts=True needs sequences packed"):
+        Bench(tiny_policy(), share_prompts=True)
 
 
 def test_sequences_without_gradient_are_left_out_and_nothing_changes(tiny_policy: MakePolicy, groups: list[Group]) -> None:
