@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from grpo_fast.ops.fused_grpo import FusedLoss, fused_grpo
 from grpo_fast.ops.group_advantage import GroupAdvantage, group_advantage
+from grpo_fast.ops.head_parallel import parallel_token_logprob
 from grpo_fast.ops.lm_head import LMHead
 from grpo_fast.ops.loss_spec import LossBatch, LossSpec, PolicyCoefficients, PolicyLoss, PolicyMetrics
 from grpo_fast.ops.packed_attention import PackedLayout, Piece, Scores, packed_attention, packed_layout
@@ -51,6 +52,7 @@ __all__ = [
     "packed_attention",
     "packed_index",
     "packed_layout",
+    "parallel_token_logprob",
     "plan_buckets",
     "plan_microbatches",
     "plan_rows",

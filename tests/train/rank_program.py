@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from grpo_fast.config import Config
+from grpo_fast.ops import LMHead, LossBatch, LossSpec, parallel_token_logprob, policy_loss, token_logprob
+from grpo_fast.ops.fused_grpo import fused_grpo_reference
 from grpo_fast.tasks.task import Task
 from grpo_fast.train import GRPOTrainer
 from grpo_fast.train.distributed import World
@@ -80,6 +82,33 @@ def exchanges(world: World) -> dict[str, Any]:
     return found
 
 
+def parallel_head(world: World) -> list[float]:
+    """How far loss and gradients over a head in parts are from those over the whole one, in float64."""
+    generator = torch.Generator().manual_seed(9)
+    shapes = ((40, 6), (23, 6), (23,))
+    true = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+    first, last = (23 * (world.rank + side) // world.size for side in (0, 1))
+    mine = [part.detach().clone().requires_grad_() for part in (true[0], true[1][first:last], true[2][first:last])]
+    options = {"temperature": 0.8, "softcap": 4.0, "chunk_bytes": 8 * 6 * 8}
+    targets = torch.randint(23, (40,), generator=generator)
+    sequences = torch.arange(40) // 10
+    old = token_logprob(true[0].detach(), LMHead(true[1].detach(), true[2].detach(), **options), targets=targets)[0]
+    old = old + 0.3 * torch.randn(40, generator=generator, dtype=torch.float64)
+    weights = torch.full((4,), 0.025, dtype=torch.float64)
+    batch = LossBatch(
+        sequences, torch.linspace(-1, 1, 4, dtype=torch.float64), weights, old_logprobs=old, num_items_in_batch=40.0
+    )
+    spec = LossSpec(entropy_coef=0.1)
+    expected = fused_grpo_reference(true[0], LMHead(*true[1:], **options), targets=targets, batch=batch, spec=spec).loss
+    logprobs, entropy = parallel_token_logprob(mine[0], LMHead(*mine[1:], **options), targets=targets, first_token=first)
+    loss = policy_loss(logprobs, batch, spec=spec, entropy=entropy).loss
+    expected.backward()
+    loss.backward()
+    gradients = [true[0].grad, true[1].grad[first:last], true[2].grad[first:last]]
+    errors = [(one.grad - other).abs().max().item() for one, other in zip(mine, gradients, strict=True)]
+    return [abs(loss.item() - expected.item()), *errors, min(gradient.abs().max().item() for gradient in gradients)]
+
+
 class StubbornError(Exception):
     """An error whose arguments are not what it keeps."""
 
@@ -92,7 +121,7 @@ def main(cases: Path, output: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     world = World.join(torch.device("cpu"), timeout_s=60)
-    found: dict[str, Any] = {"exchanges": exchanges(world)}
+    found: dict[str, Any] = {"exchanges": exchanges(world), "head": parallel_head(world)}
     for name, values in json.loads(cases.read_text(encoding="utf-8")).items():
         if values["fsdp"] == "hybrid_shard":
             os.environ["LOCAL_WORLD_SIZE"] = "2"  # as if on nodes of two

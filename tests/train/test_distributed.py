@@ -215,6 +215,14 @@ def test_what_ranks_tell_each_other(launch: Launch) -> None:
         assert "once raised" not in one, "rank 0 does not stumble"
 
 
+@pytest.mark.slow
+def test_a_head_in_parts_gives_loss_and_gradients_of_the_whole_one(launch: Launch) -> None:
+    for told in launch.found:
+        *errors, smallest = told["head"]
+        assert max(errors) < 1e-12
+        assert smallest > 1e-4
+
+
 KILLER = """
 import os, signal, time
 from pathlib import Path

@@ -1,0 +1,169 @@
+"""Log-probabilities over a head whose vocabulary is spread over ranks (tensor parallel); logits of it all exist nowhere.
+
+Rank r holds rows V_r of the head and sees the same hidden rows as every other. With its own logits ``z_v``, v in V_r, sums over
+the ranks make what :func:`~grpo_fast.ops.head_pass.row_statistics` needs of a row:
+
+    m = max_r max_v z_v,    S_o = Σ_r Σ_{v != y} e^{z_v - m},    Q_o = Σ_r Σ_{v != y} e^{z_v - m} (z_v - m),    z_y - m
+
+and each rank makes the gradient of its own logits alone,
+
+    dZ_v = g·(1[v = y] - p_v) - c·p_v·(log p_v + H),    d hidden = Σ_r dZ_r W_r,    d W_r = dZ_r^T hidden
+
+Exchanged are 4 numbers a row forward and the sum of ``d hidden`` backward: 4·T·(4 + H) bytes beside 8 T·H·V/R FLOP a rank.
+Rows are walked in chunks of ``LMHead.chunk_bytes`` of a rank's own logits; backward makes them again. Logits and gradients of
+the head are float32 (float64 for float64 rows).
+
+Source: the vocabulary-parallel cross-entropy of Megatron-LM (arXiv 1909.08053, section 3), with entropy and tail added.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from grpo_fast.ops.head_pass import Block, RowStatistics, row_statistics
+from grpo_fast.ops.lm_head import LMHead, full_precision, row_chunks, rows_per_chunk, working_dtype
+
+
+class _Own(NamedTuple):
+    """A chunk's logits in this rank's part of the vocabulary."""
+
+    logits: torch.Tensor
+    """[C, V/R]: z."""
+    gate: torch.Tensor | float
+    """dz / du."""
+    column: torch.Tensor
+    """[C, 1]: where the target is; 0 where it is another rank's."""
+    mine: torch.Tensor
+    """Bool [C, 1]: whether it is here."""
+
+
+def _own(hidden: torch.Tensor, head: LMHead, targets: torch.Tensor, first_token: int) -> _Own:
+    work = working_dtype(hidden)
+    u = hidden.to(work) @ head.weight.to(work).T
+    if head.bias is not None:
+        # A finite floor for -inf: 0·(-inf) in the entropy would be NaN.
+        u += head.bias.to(work).clamp(min=torch.finfo(work).min / 1e6)
+    if head.rounds_logits:
+        u = u.to(head.logits_dtype).to(work)
+    gate: torch.Tensor | float = head.slope
+    if head.softcap is None:
+        logits = u * head.slope
+    else:
+        bounded = torch.tanh(u * (head.logit_scale / head.softcap))
+        logits, gate = bounded * (head.softcap / head.temperature), (1 - bounded.square()) * head.slope
+    column = targets[:, None] - first_token
+    mine = (column >= 0) & (column < logits.shape[1])
+    return _Own(logits, gate, column.where(mine, 0), mine)
+
+
+def _statistics(own: _Own, rows: slice, group: dist.ProcessGroup | None) -> tuple[RowStatistics, Block]:
+    reference = own.logits.amax(1)
+    dist.all_reduce(reference, dist.ReduceOp.MAX, group=group)
+    shifted = own.logits - reference[:, None]
+    target = shifted.gather(1, own.column).where(own.mine, 0.0)[:, 0]
+    exp = shifted.exp()
+    exp = exp.scatter(1, own.column, exp.gather(1, own.column).masked_fill(own.mine, 0.0))
+    sums = torch.stack([exp.sum(1), (exp * shifted).sum(1), target])
+    dist.all_reduce(sums, group=group)
+    block = Block(rows, None, reference, reference + sums[2], sums[0], sums[1])
+    return row_statistics(block), block
+
+
+class _ParallelLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(  # noqa: PLR0913, PLR0917 (autograd takes tensors apart)
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        head: LMHead,
+        first_token: int,
+        group: dist.ProcessGroup | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.head, ctx.first_token, ctx.group = head, first_token, group
+        found = torch.empty(2, hidden.shape[0], dtype=working_dtype(hidden), device=hidden.device)
+        for rows in _chunks(hidden, head):
+            statistics, _ = _statistics(_own(hidden[rows], head, targets[rows], first_token), rows, group)
+            assert statistics.entropy is not None
+            found[0, rows], found[1, rows] = statistics.logprobs, statistics.entropy
+        return found[0], found[1]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        hidden, weight, bias, targets = ctx.saved_tensors
+        work = working_dtype(hidden)
+        dhidden = torch.zeros_like(hidden, dtype=work)
+        dweight = torch.zeros_like(weight, dtype=work)
+        dbias = None if bias is None else torch.zeros_like(bias, dtype=work)
+        with full_precision(hidden):
+            for rows in _chunks(hidden, ctx.head):
+                own = _own(hidden[rows], ctx.head, targets[rows], ctx.first_token)
+                g, c = (gradient[rows, None].to(work) for gradient in gradients)
+                du = _gradient(own, *_statistics(own, rows, ctx.group), g=g, c=c) * own.gate
+                dhidden[rows] = du @ weight.to(work)
+                dweight.addmm_(du.T, hidden[rows].to(work))
+                if dbias is not None:
+                    dbias += du.sum(0)
+        dist.all_reduce(dhidden, group=ctx.group)
+        bias_gradient = None if bias is None or dbias is None else dbias.to(bias.dtype)
+        return dhidden.to(hidden.dtype), dweight.to(weight.dtype), bias_gradient, None, None, None, None
+
+
+def _gradient(own: _Own, statistics: RowStatistics, block: Block, *, g: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """[C, V/R]: dZ."""
+    assert statistics.entropy is not None
+    entropy, logprob = statistics.entropy[:, None], statistics.logprobs[:, None]
+    surprise = own.logits - (block.reference + statistics.total.log())[:, None]
+    dz = -surprise.exp() * (g + c * (surprise + entropy))
+    # of the target from its own numbers: 1 - p_y keeps what p_y near 1 would round away
+    target = g * (block.others / statistics.total)[:, None] - c * logprob.exp() * (logprob + entropy)
+    return dz.scatter(1, own.column, target.where(own.mine, dz.gather(1, own.column)))
+
+
+def _chunks(hidden: torch.Tensor, head: LMHead) -> Any:
+    size = rows_per_chunk(head, hidden.device, bytes_per_logit=working_dtype(hidden).itemsize)
+    return row_chunks(0, hidden.shape[0], max_rows=size)
+
+
+def parallel_token_logprob(
+    hidden: torch.Tensor,
+    head: LMHead,
+    *,
+    targets: torch.Tensor,
+    first_token: int,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of the chosen token, and entropy; with :func:`~grpo_fast.ops.policy_loss.policy_loss`, the whole loss.
+
+    Every rank of the group has to call it, forward and backward, with the same rows.
+
+    Args:
+        hidden: float [T, H], the same on every rank.
+        head: this rank's part: weight [V/R, H] and bias [V/R], parts of any size, in the order of the ranks.
+        targets: int64 [T], tokens of the whole vocabulary.
+        first_token: token of the part's first row.
+        group: over which the vocabulary is spread; torch's default group without one.
+
+    Returns:
+        Log-probabilities and entropies, each [T], in nats, the same on every rank. Differentiable with respect to ``hidden``
+        (the gradient is whole on every rank), and to this rank's ``weight`` and ``bias``.
+
+    Raises:
+        ValueError: shapes that do not fit, or ``first_token`` below 0.
+    """
+    if hidden.ndim != 2 or hidden.shape[1] != head.weight.shape[1]:
+        raise ValueError(f"hidden has shape {tuple(hidden.shape)}; for a head of {tuple(head.weight.shape)} it must be (T, H)")
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"targets has shape {tuple(targets.shape)}; hidden has {hidden.shape[0]} rows, so it must be (T,)")
+    if first_token < 0:
+        raise ValueError(f"first_token={first_token}; it is the number of a token, 0 or more")
+    with full_precision(hidden):
+        found: tuple[torch.Tensor, torch.Tensor] = _ParallelLogprob.apply(  # type: ignore[no-untyped-call]
+            hidden, head.weight, head.bias, targets, head, first_token, group
+        )
+    return found
