@@ -22,16 +22,10 @@ ImportanceMode = Literal[
     "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_truncate", "geometric_mask"
 ]
 
-_MODEL = Parameter(group=Group("Model", sort_key=1))
-_LORA = Parameter(group=Group("LoRA", sort_key=1.5))
-_DATA = Parameter(group=Group("Data", sort_key=2))
-_REWARD = Parameter(group=Group("Reward", sort_key=3))
-_ROLLOUT = Parameter(group=Group("Rollout", sort_key=4))
-_OBJECTIVE = Parameter(group=Group("Objective", sort_key=5))
-_OPTIM = Parameter(group=Group("Optimiser", sort_key=6))
-_BUDGET = Parameter(group=Group("Budget", sort_key=7))
-_FORECAST = Parameter(group=Group("Forecast", sort_key=8))
-_RUN = Parameter(group=Group("Run", sort_key=9))
+_GROUPS = ("Model", "LoRA", "Data", "Reward", "Rollout", "Objective", "Optimiser", "Budget", "Forecast", "Run")
+_MODEL, _LORA, _DATA, _REWARD, _ROLLOUT, _OBJECTIVE, _OPTIM, _BUDGET, _FORECAST, _RUN = (
+    Parameter(group=Group(name, sort_key=place)) for place, name in enumerate(_GROUPS, start=1)
+)
 
 _NEEDED_BY = {
     "use_peft": ("lora_r", "lora_alpha", "use_rslora", "lora_target_modules", "load_in_4bit"),
@@ -426,11 +420,7 @@ class Config(BaseModel):
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 
     def replace(self, **changes: Any) -> Config:
-        """A changed copy, validated.
-
-        Raises:
-            ConfigError: as :meth:`parse`.
-        """
+        """A changed copy, validated; it raises what :meth:`parse` does."""
         return self.parse(self.model_dump() | changes)
 
 
