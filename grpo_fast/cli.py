@@ -341,6 +341,7 @@ def serve(
     dtype: str | None = None,
     max_model_len: int | None = None,
     max_lora_rank: int | None = None,
+    transport: Literal["auto", "shared_memory", "ipc", "nccl"] = "auto",
 ) -> None:
     """Start a vLLM server on this machine for ``train --rollout vllm-http``.
 
@@ -353,6 +354,7 @@ def serve(
         dtype: What it computes in: what the trainer computes in; float32 on a CPU and bfloat16 on a GPU without it.
         max_model_len: Longest sequence, in tokens; the model's context without it.
         max_lora_rank: Take LoRA adapters of this rank, for training with --use-peft.
+        transport: How the trainer will send weights, its --vllm-transport; auto is shared_memory.
     """
     import torch  # noqa: PLC0415 (--help must not wait for torch)
 
@@ -366,6 +368,7 @@ def serve(
         dtype=dtype,
         max_model_len=max_model_len,
         max_lora_rank=max_lora_rank,
+        transport=transport,
     )
     os.execve(command.arguments[0], command.arguments, command.environment)
 

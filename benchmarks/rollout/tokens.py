@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.rollout.tokens``; TRL's takes part where TRL is importable. "plain vLLM" is ``LLM.generate`` with the
 very requests that the engine makes, log-probabilities included; what the engine adds are completions with text, versions and
-finish reasons. TRL asks once for each completion, without a seed; its code runs unchanged on this ``LLM``.
+finish reasons. TRL asks once for each completion, without a seed; its code runs unchanged on this ``LLM``. Processor time is
+taken beside wall time: the fairer number where other jobs share the cores.
 """
 
 from __future__ import annotations
@@ -97,25 +98,21 @@ def measure(name: str, num_layers: int | None, given: argparse.Namespace) -> dic
     if util.find_spec("trl") is not None:
         rivals[f"TRL {metadata.version('trl')}"] = trl_rival
     calls = {label: make(engine, prompts, sampling, given.generations) for label, make in rivals.items()}
-    rates: dict[str, list[float]] = {label: [] for label in calls}
+    rates: dict[str, list[tuple[float, float]]] = {label: [] for label in calls}
     for seed in range(given.rounds + 1):
         for label, call in calls.items():
-            begin = time.perf_counter()
+            wall, cpu = time.perf_counter(), time.process_time()
             count = call(seed)
-            rates[label].append(count / (time.perf_counter() - begin))
+            rates[label].append((count / (time.perf_counter() - wall), count / (time.process_time() - cpu)))
     engine.close()
-    ours = rates["grpo_fast"][1:]
+    medians = {label: [statistics.median(values) for values in zip(*rows[1:], strict=True)] for label, rows in rates.items()}
     return {
         "model": name if name == "embedded" else f"{LAYOUTS[name].name}, {num_layers or LAYOUTS[name].num_layers} layers",
         "prompts": given.prompts,
         "generations": given.generations,
         "max_tokens": given.max_tokens,
-        "tokens_per_s": {label: statistics.median(values[1:]) for label, values in rates.items()},
-        "ratio_of_ours": {
-            label: statistics.median(own / other for own, other in zip(ours, values[1:], strict=True))
-            for label, values in rates.items()
-            if label != "grpo_fast"
-        },
+        "tokens_per_s": {label: wall for label, (wall, _) in medians.items()},
+        "tokens_per_cpu_s": {label: cpu for label, (_, cpu) in medians.items()},
         "rounds": given.rounds,
         "commit": commit(),
         "date": today(),

@@ -29,6 +29,7 @@ from grpo_fast.rollout.engine import RolloutError, SamplingParams, WeightSyncErr
 from grpo_fast.rollout.request import check_request
 from grpo_fast.rollout.stop_strings import cut_at_stop, decode
 from grpo_fast.rollout.sync_probe import SyncProbe
+from grpo_fast.rollout.transports import Delivery, Host, Transport, choose_transport, sync_attempts
 from grpo_fast.rollout.vllm_adapters import AdapterTarget, AdapterVersions, policy_options
 from grpo_fast.rollout.vllm_sample import Sample
 from grpo_fast.rollout.weight_sync import WeightSync
@@ -66,9 +67,8 @@ class VLLMSettings:
     own_process: bool = False
     """Run the engine in a process of its own, where the trainer's Python does not hold it up; weights go through shared
     memory."""
-    transport: Literal["auto", "direct", "shared_memory"] = "auto"
-    """How weights reach the engine: read where they are, which only an engine in this process can and ``auto`` chooses there,
-    or through shared memory."""
+    transport: Transport = "auto"
+    """How weights reach the engine, see :mod:`~grpo_fast.rollout.transports`."""
     pause_mode: Literal["wait", "keep"] = "wait"
     """What a sync does with requests that run: wait until none does, or keep them, so that they go on by the new weights."""
     bucket_bytes: int = 256 * 2**20
@@ -101,7 +101,7 @@ class VLLMEngine:
     Raises:
         RolloutError: vLLM is missing or too old.
         WeightSyncError: the policy's weights did not arrive whole.
-        ValueError: the policy's context is too short for the proof of a sync.
+        ValueError: the policy's context is too short for the proof of a sync, or the transport does not lead to the engine.
     """
 
     def __init__(
@@ -124,6 +124,10 @@ class VLLMEngine:
         self._vocabulary = int(config.vocab_size)
         self._version: int | None = None
         dtype = autocast_dtype or next(model.parameters()).dtype
+        on_gpu = next(model.parameters()).device.type == "cuda"
+        host, num_engines = self._host(settings)
+        transport = choose_transport(settings.transport, host, on_gpu=on_gpu, num_engines=num_engines)
+        self._delivery = Delivery(transport, settings.bucket_bytes, settings.pause_mode)
         options = policy_options(model)
         self._vllm: Any = self._build(settings, dtype, options or {})
         if options is not None:
@@ -137,7 +141,7 @@ class VLLMEngine:
                 engine_dtype=dtype,
                 autocast_dtype=autocast_dtype,
             )
-            self._sync = WeightSync(self._vllm, probe, deadline_s=settings.sync_deadline_s)
+            self._sync = WeightSync(self._vllm, probe, deadline_s=settings.sync_deadline_s, attempts=sync_attempts(transport))
             self.sync_weights(model, 0)
         except BaseException:
             self.close()
@@ -147,6 +151,10 @@ class VLLMEngine:
     def weight_version(self) -> int | None:
         """Version of the weights that the next :meth:`generate` samples from; ``None`` after a failed sync."""
         return self._version
+
+    def _host(self, settings: VLLMSettings) -> tuple[Host, int]:
+        """Where the engine runs, and how many there are."""
+        return ("own process" if settings.own_process else "in process"), 1
 
     def _build(self, settings: VLLMSettings, dtype: torch.dtype, options: dict[str, Any]) -> Any:
         on_cpu = next(self._model.parameters()).device.type == "cpu"
@@ -163,18 +171,14 @@ class VLLMEngine:
             arguments["enable_chunked_prefill"] = False
         if cache_bytes is not None:
             arguments["kv_cache_memory_bytes"] = cache_bytes
-        direct = settings.transport == "direct" or (settings.transport == "auto" and not settings.own_process)
-        if direct and settings.own_process:
-            raise ValueError("transport='direct' with own_process=True: another process cannot read weights where they are")
-        environment = _environment(own_process=settings.own_process)
+        environment = _environment(own_process=settings.own_process, transport=self._delivery.transport)
         with tempfile.TemporaryDirectory(prefix="grpo_fast-") as directory, _undisturbed(), environment:
             inside = import_module("grpo_fast.rollout.vllm_in_process")
             self._describe_model(directory)
             return inside.InProcessVLLM(
                 self._model,
                 dtype=dtype,
-                bucket_bytes=None if direct else settings.bucket_bytes,
-                pause_mode=settings.pause_mode,
+                delivery=self._delivery,
                 own_process=settings.own_process,
                 arguments={"model": directory, **arguments, **options},
             )
@@ -312,7 +316,7 @@ class VLLMServerEngine(VLLMEngine):
     Raises:
         RolloutError: vLLM is missing or too old, or a server is gone.
         WeightSyncError: the policy's weights did not arrive whole.
-        ValueError: a server on another machine, or a context too short for the proof of a sync.
+        ValueError: a server on another machine, a transport that it cannot take, or a context too short for a sync's proof.
     """
 
     def __init__(
@@ -329,24 +333,27 @@ class VLLMServerEngine(VLLMEngine):
         self._urls = tuple(urls)
         super().__init__(model, tokenizer, autocast_dtype=autocast_dtype, settings=settings)
 
+    def _host(self, settings: VLLMSettings) -> tuple[Host, int]:
+        return "server", len(self._urls)
+
     def _build(self, settings: VLLMSettings, dtype: torch.dtype, options: dict[str, Any]) -> Any:
         del options  # the server's own affair: it refuses adapters that it was not started for
-        with _undisturbed(), _environment(own_process=False):
+        with _undisturbed(), _environment():
             inside = import_module("grpo_fast.rollout.vllm_http")
         return inside.HTTPVLLM(
             self._model,
             dtype=dtype,
-            bucket_bytes=settings.bucket_bytes,
-            pause_mode=settings.pause_mode,
+            delivery=self._delivery,
             urls=self._urls,
             deadline_s=settings.request_deadline_s,
         )
 
 
 @contextlib.contextmanager
-def _environment(*, own_process: bool) -> Iterator[None]:
+def _environment(*, own_process: bool = False, transport: str = "") -> Iterator[None]:
     """The environment that vLLM reads while it builds an engine; it has no other switch for these."""
-    wanted = {
+    pickles = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if transport == "ipc" else {}
+    wanted = pickles | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(own_process)),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),

@@ -22,10 +22,11 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from grpo_fast.rollout.engine import RolloutError
+from grpo_fast.rollout.transports import Delivery
 from grpo_fast.rollout.vllm_adapters import AdapterVersion
 from grpo_fast.rollout.vllm_layerwise import PolicyWeights
 from grpo_fast.rollout.vllm_sample import PROBE_PARAMS, Sample, token_versions
-from grpo_fast.rollout.vllm_transport import SharedMemoryInit, SharedMemorySender
+from grpo_fast.rollout.vllm_senders import WeightSender, json_safe
 from grpo_fast.rollout.weight_sync import Scored
 
 _T = TypeVar("_T")
@@ -154,9 +155,8 @@ class HTTPVLLM:
     Args:
         policy: whose weights are sent.
         dtype: what the servers compute in.
-        bucket_bytes: weights on the way at a time.
+        delivery: how weights come; the servers must have been started for its transport.
         urls: of the servers.
-        pause_mode: whether a pause waits for the end of requests that run, or keeps them for the new weights.
         deadline_s: longest time of one request. ``VLLM_API_KEY`` is read from the environment, as vLLM's server does.
 
     Raises:
@@ -169,17 +169,15 @@ class HTTPVLLM:
         policy: torch.nn.Module,
         *,
         dtype: torch.dtype,
-        bucket_bytes: int,
-        pause_mode: Literal["wait", "keep"],
+        delivery: Delivery,
         urls: Sequence[str],
         deadline_s: float,
     ) -> None:
         key = os.environ.get("VLLM_API_KEY")
         self.servers = [VLLMServer(url, api_key=key, deadline_s=deadline_s) for url in urls]
         self._weights = PolicyWeights(policy, dtype)
-        self._bucket_bytes = bucket_bytes
-        self._pause_mode = pause_mode
-        self._sender: SharedMemorySender | None = None
+        self._delivery = delivery
+        self._sender: WeightSender | None = None
         self._pool = ThreadPoolExecutor(_CONCURRENT_REQUESTS, thread_name_prefix="vLLM request")
         self.context_length = min(self.everywhere(lambda server: server.context_length))
         """Longest sequence that every server takes, in tokens."""
@@ -209,7 +207,7 @@ class HTTPVLLM:
     def close(self) -> None:
         """Lets go of the servers, which run on; requests that a sync kept are ended."""
         self._sender = None
-        if self._pause_mode == "keep":
+        if self._delivery.pause_mode == "keep":
             for server in self.servers:
                 with contextlib.suppress(RolloutError):
                     server.post("/pause?mode=abort&clear_cache=false")
@@ -218,7 +216,7 @@ class HTTPVLLM:
 
     def pause(self) -> None:
         """Lets running requests end, or keeps them, and holds new ones up; the cache is reset in a phase of its own."""
-        self.everywhere(lambda server: server.post(f"/pause?mode={self._pause_mode}&clear_cache=false"))
+        self.everywhere(lambda server: server.post(f"/pause?mode={self._delivery.pause_mode}&clear_cache=false"))
 
     def resume(self) -> None:
         """Lets requests run again."""
@@ -228,12 +226,14 @@ class HTTPVLLM:
         """Does nothing: servers are not put to sleep."""
 
     def send(self) -> int:
-        """Sends all weights through one shared file; returns their bytes."""
+        """Sends all weights, through shared memory to all servers at once; returns their bytes."""
         if self._sender is None:
-            self._sender = SharedMemorySender.trainer_init(
-                SharedMemoryInit(rank=0, bucket_bytes=self._bucket_bytes),
+            self._sender = WeightSender(
+                self._delivery.transport,
                 client=_Client(self),
                 source=self._weights,
+                bucket_bytes=self._delivery.bucket_bytes,
+                num_workers=sum(self.everywhere(lambda server: int(server.get("/get_world_size")["world_size"]))),
             )
         self._sender.send_weights()
         return self._weights.num_bytes
@@ -274,7 +274,7 @@ class HTTPVLLM:
 
     def reset_prefix_cache(self) -> bool:
         """Forgets cached keys and values on every server, those of requests that are kept too: they are computed anew."""
-        running = str(self._pause_mode == "keep").lower()
+        running = str(self._delivery.pause_mode == "keep").lower()
         path = f"/reset_prefix_cache?reset_running_requests={running}"
         return all(self.everywhere(lambda server: bool(server.post(path)["success"])))
 
@@ -302,7 +302,8 @@ class _Client:
         self._target.everywhere(lambda server: server.post("/start_weight_update"))
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        self._target.everywhere(lambda server: server.post("/update_weights", {"update_info": update_info}))
+        body = {"update_info": json_safe(update_info)}
+        self._target.everywhere(lambda server: server.post("/update_weights", body))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Does nothing: the sync finishes in a phase of its own, under the version's number."""

@@ -20,11 +20,13 @@ from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
-from grpo_fast.rollout import vllm_direct, vllm_transport
 from grpo_fast.rollout.engine import RolloutError
+from grpo_fast.rollout.transports import BACKENDS, Delivery
 from grpo_fast.rollout.vllm_adapters import AdapterVersion
 from grpo_fast.rollout.vllm_layerwise import PolicyWeights
 from grpo_fast.rollout.vllm_sample import PROBE_PARAMS, Sample, token_versions
+from grpo_fast.rollout.vllm_senders import WeightSender, json_safe
+from grpo_fast.rollout.vllm_transport import register
 from grpo_fast.rollout.weight_sync import Scored
 
 
@@ -34,8 +36,7 @@ class InProcessVLLM:
     Args:
         policy: whose weights are sent.
         dtype: what the engine computes in.
-        bucket_bytes: weights on the way at a time, through shared memory; ``None`` hands the engine the policy's own.
-        pause_mode: whether a pause refuses requests that run, or keeps them for the new weights.
+        delivery: how weights come; a pause that waits refuses requests that run.
         own_process: whether the environment has vLLM put its engine into a process of its own.
         arguments: of ``LLM``, beside those that the sync needs.
     """
@@ -45,16 +46,14 @@ class InProcessVLLM:
         policy: torch.nn.Module,
         *,
         dtype: torch.dtype,
-        bucket_bytes: int | None,
-        pause_mode: Literal["wait", "keep"],
+        delivery: Delivery,
         own_process: bool,
         arguments: dict[str, Any],
     ) -> None:
-        vllm_transport.register()
+        register()
         self._owns_groups = not own_process and not torch.distributed.is_initialized()
         self._weights = PolicyWeights(policy, dtype)
-        self._bucket_bytes = bucket_bytes
-        self._pause_mode = pause_mode
+        self._delivery = delivery
         self._turn = threading.Lock()
         """Held while the engine takes one step."""
         self._go = threading.Event()
@@ -62,17 +61,17 @@ class InProcessVLLM:
         self._go.set()
         self._names = map(str, itertools.count())
         self._finished: dict[str, Any] = {}
-        self._sender: vllm_transport.SharedMemorySender | None = None
+        self._sender: WeightSender | None = None
         self._adapter: LoRARequest | None = None
         self._llm = LLM(
             **arguments,
             dtype=str(dtype).removeprefix("torch."),
             load_format="dummy",
-            weight_transfer_config={"backend": vllm_direct.BACKEND if bucket_bytes is None else vllm_transport.BACKEND},
+            weight_transfer_config={"backend": BACKENDS[delivery.transport]},
             logprobs_mode="processed_logprobs",
             enable_prefix_caching=True,
             # A step that is still under way when the next is planned would read weights that change between the two.
-            **({"async_scheduling": False} if pause_mode == "keep" else {}),
+            **({"async_scheduling": False} if delivery.pause_mode == "keep" else {}),
         )
 
     @property
@@ -146,7 +145,7 @@ class InProcessVLLM:
 
     def pause(self) -> None:
         """Checks that nothing runs, as nothing does between two calls of ``generate``; or lets no request take a step."""
-        if self._pause_mode == "wait":
+        if self._delivery.pause_mode == "wait":
             if self._llm.llm_engine.has_unfinished_requests():
                 raise RuntimeError("requests are running")
         else:
@@ -163,16 +162,17 @@ class InProcessVLLM:
 
     def send(self) -> int:
         """Gives the engine all weights; returns their bytes."""
-        if self._bucket_bytes is None:
+        if self._delivery.transport == "direct":
             self._llm.init_weight_transfer_engine({"init_info": {}})
             self._llm.start_weight_update()
             self._llm.update_weights({"update_info": {"weights": self._weights}})
             return self._weights.num_bytes
         if self._sender is None:
-            self._sender = vllm_transport.SharedMemorySender.trainer_init(
-                vllm_transport.SharedMemoryInit(rank=0, bucket_bytes=self._bucket_bytes),
+            self._sender = WeightSender(
+                self._delivery.transport,
                 client=_Client(self._llm),
                 source=self._weights,
+                bucket_bytes=self._delivery.bucket_bytes,
             )
         self._sender.send_weights()
         return self._weights.num_bytes
@@ -209,7 +209,7 @@ class InProcessVLLM:
 
     def reset_prefix_cache(self) -> bool:
         """Forgets cached keys and values, those of requests that are kept too: they are computed anew."""
-        return bool(self._llm.reset_prefix_cache(reset_running_requests=self._pause_mode == "keep"))
+        return bool(self._llm.reset_prefix_cache(reset_running_requests=self._delivery.pause_mode == "keep"))
 
     def answer(self, prompt: Sequence[int]) -> Scored:
         """Samples the probe's completions."""
@@ -239,7 +239,7 @@ class _Client:
         self._llm.start_weight_update()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        self._llm.update_weights({"update_info": update_info})
+        self._llm.update_weights({"update_info": json_safe(update_info)})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Does nothing: the sync finishes in a phase of its own, under the version's number."""

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from grpo_fast.rollout.transports import BACKENDS, Transport, choose_transport
 from grpo_fast.rollout.vllm_adapters import lora_options
 from grpo_fast.rollout.vllm_engine import require_vllm
 
 HOST = "127.0.0.1"
-_BACKEND = "grpo_fast_shm"
 _CPU_BLOCK_SIZE = 32
 
 
@@ -32,7 +32,7 @@ class ServerCommand:
     """The whole environment; not shown, as it holds the API key."""
 
 
-def server_command(
+def server_command(  # noqa: PLR0913 (what the command line offers)
     model: str,
     *,
     port: int,
@@ -40,6 +40,7 @@ def server_command(
     dtype: str | None = None,
     max_model_len: int | None = None,
     max_lora_rank: int | None = None,
+    transport: Transport = "auto",
 ) -> ServerCommand:
     """The command that starts a server of ``model``'s architecture; its weights come from the trainer.
 
@@ -50,18 +51,20 @@ def server_command(
         dtype: what it computes in, which must be what the trainer computes in; ``None`` is float32 on a CPU, bfloat16 on a GPU.
         max_model_len: longest sequence, in tokens; ``None`` takes the model's context.
         max_lora_rank: rank of the LoRA adapters that it must take; ``None`` takes none.
+        transport: how the trainer will send weights.
 
     Raises:
         RolloutError: vLLM is missing or too old.
-        ValueError: a port out of range, or a rank that vLLM has no room for.
+        ValueError: a port out of range, a transport that needs a GPU, or a rank that vLLM has no room for.
     """
     require_vllm()
     if not 0 < port < 2**16:
         raise ValueError(f"port must lie in 1 to 65535, got {port}")
+    way = choose_transport(transport, "server", on_gpu=not on_cpu)
     # Not `vllm serve`: that command asks for a distribution named vllm, which vLLM's build for CPUs is not.
     arguments = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", HOST, "--port", str(port)]
     arguments += ["--model", model, "--load-format", "dummy", "--dtype", dtype or ("float32" if on_cpu else "bfloat16")]
-    arguments += ["--weight-transfer-config", f'{{"backend": "{_BACKEND}"}}', "--enable-scale-out"]
+    arguments += ["--weight-transfer-config", f'{{"backend": "{BACKENDS[way]}"}}', "--enable-scale-out"]
     arguments += ["--logprobs-mode", "processed_logprobs", "--disable-uvicorn-access-log"]
     if max_model_len is not None:
         arguments += ["--max-model-len", str(max_model_len)]
@@ -69,6 +72,8 @@ def server_command(
         # Prompts are read whole: a seeded request whose prompt is read in parts ends vLLM's engine on a CPU.
         arguments += ["--enforce-eager", "--block-size", str(_CPU_BLOCK_SIZE), "--no-enable-chunked-prefill"]
     forced = {"VLLM_SERVER_DEV_MODE": "1"}
+    if way == "ipc":
+        forced["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # its handles come pickled, from this machine only
     if max_lora_rank is not None:
         for name, value in lora_options(max_lora_rank, _linear_layers(model)).items():
             arguments += [f"--{name.replace('_', '-')}"]

@@ -39,7 +39,7 @@ _CHANGEABLE = {
     "reward_range",
     *("output_dir", "overwrite", "eval_steps", "save_steps", "save_total_limit", "sinks", "log_completions", "report"),
     *("reward_timeout_s", "reward_workers", "reward_on_error", "tokens_per_microbatch", "device", "dtype"),
-    *("vllm_gpu_memory_utilization", "vllm_kv_cache_gib", "vllm_server_urls", "vllm_own_process"),
+    *("vllm_gpu_memory_utilization", "vllm_kv_cache_gib", "vllm_server_urls", "vllm_own_process", "vllm_transport"),
     *("sync_deadline_s", "ddp_timeout_s", "fsdp", "fsdp_offload_params"),
 }
 
@@ -316,6 +316,7 @@ def _build_engine(config: Config, policy: Policy, prompts: Sequence[Prompt]) -> 
         sync_deadline_s=config.sync_deadline_s,
         pause_mode=config.vllm_pause_mode,
         own_process=config.vllm_own_process,
+        transport=config.vllm_transport,
     )
     if config.rollout == "vllm-http":
         return VLLMServerEngine(

@@ -98,5 +98,5 @@ def test_an_engine_in_a_process_of_its_own_takes_two_hundred_syncs_and_no_memory
 
 
 def test_another_process_cannot_read_weights_where_they_are(embedded: Any) -> None:
-    with pytest.raises(ValueError, match="transport='direct' with own_process=True"):
+    with pytest.raises(ValueError, match="'direct' does not lead to an engine in a process of its own"):
         VLLMEngine(embedded.model, embedded.tokenizer, settings=VLLMSettings(own_process=True, transport="direct"))

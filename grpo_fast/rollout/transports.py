@@ -1,0 +1,78 @@
+"""How weights may reach an engine, by name; what cannot work is refused before anything is built.
+
+================= ==============================================================================================
+Name              Way
+================= ==============================================================================================
+``direct``        an engine in the trainer's process reads the policy's own parameters
+``shared_memory`` buckets in one file in memory, for processes of this machine
+``ipc``           CUDA IPC, packed: a process on the trainer's own GPU reads a staging buffer there
+``nccl``          NCCL broadcast, packed: a server on other GPUs; two ranks on one GPU is what NCCL refuses
+================= ==============================================================================================
+
+The last two are vLLM's own. Half an update leaves vLLM's receivers with layers that they would take for loaded, so only ours
+begin a broken update anew. Nothing here imports vLLM. ``ipc`` and ``nccl`` have met no GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, TypeAlias
+
+Transport: TypeAlias = Literal["auto", "direct", "shared_memory", "ipc", "nccl"]
+Host: TypeAlias = Literal["in process", "own process", "server"]
+
+
+class Delivery(NamedTuple):
+    """How new weights come to an engine."""
+
+    transport: str
+    """From :func:`choose_transport`."""
+    bucket_bytes: int
+    """Weights on the way at a time, but for ``direct``."""
+    pause_mode: Literal["wait", "keep"]
+    """Whether requests that run end before, or are kept and go on by the new weights."""
+
+
+BACKENDS = {"direct": "grpo_fast_direct", "shared_memory": "grpo_fast_shm", "ipc": "ipc", "nccl": "nccl"}
+"""What vLLM's weight transfer calls them."""
+
+_OFFERED: dict[Host, tuple[str, ...]] = {
+    "in process": ("direct", "shared_memory"),
+    "own process": ("shared_memory", "ipc"),
+    "server": ("shared_memory", "ipc", "nccl"),
+}
+
+
+def choose_transport(name: Transport, host: Host, *, on_gpu: bool, num_engines: int = 1) -> str:
+    """The way for weights to an engine; ``auto`` is the first that always works there.
+
+    Args:
+        name: what was asked for.
+        host: where the engine runs.
+        on_gpu: whether the policy is on a GPU.
+        num_engines: engines that take the same weights.
+
+    Raises:
+        ValueError: the transport does not lead to such an engine, or needs a GPU, or takes one engine only.
+    """
+    offered = _OFFERED[host]
+    if name == "auto":
+        return offered[0]
+    if name not in offered:
+        raise ValueError(f"transport={name!r} does not lead to an engine {_WHERE[host]}; choose {' or '.join(offered)}")
+    if name in {"ipc", "nccl"} and not on_gpu:
+        raise ValueError(f"transport={name!r} moves weights between GPUs, and the policy is on a CPU; choose shared_memory")
+    if name in {"ipc", "nccl"} and num_engines > 1:
+        raise ValueError(f"transport={name!r} takes one server, not {num_engines}; choose shared_memory")
+    return name
+
+
+def sync_attempts(transport: str) -> int:
+    """How often a whole update may be tried."""
+    return 1 if transport in {"ipc", "nccl"} else 2
+
+
+_WHERE: dict[Host, str] = {
+    "in process": "in the trainer's process",
+    "own process": "in a process of its own on the trainer's GPU",
+    "server": "behind a server",
+}

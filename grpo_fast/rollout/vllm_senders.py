@@ -1,0 +1,94 @@
+"""The trainer's end of each transport between processes, opened through vLLM's weight transfer.
+
+Source: ``vllm.distributed.weight_transfer`` of vLLM 0.28 and later.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import os
+import pickle
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
+from vllm.distributed.weight_transfer.base import TrainerInitInfo
+from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+from grpo_fast.rollout.vllm_layerwise import PolicyWeights
+from grpo_fast.rollout.vllm_transport import SharedMemoryInit
+
+
+class WeightSender:
+    """Sends a policy's weights to engines of other processes.
+
+    Args:
+        transport: ``shared_memory``, ``ipc`` or ``nccl``.
+        client: vLLM's protocol of a weight sync client.
+        source: the weights.
+        bucket_bytes: weights on the way at a time.
+        num_workers: vLLM's worker processes, which NCCL counts.
+
+    Raises:
+        OSError: shared memory has no room for the buckets.
+    """
+
+    def __init__(self, transport: str, *, client: Any, source: PolicyWeights, bucket_bytes: int, num_workers: int = 1) -> None:
+        self.client = client
+        self._transport = transport
+        info = init_info(transport, bucket_bytes=bucket_bytes, num_workers=num_workers)
+        self._engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
+
+    def send_weights(self) -> None:
+        """Sends all of them, from the update's start to the last weight."""
+        with plain_segments() if self._transport == "ipc" else contextlib.nullcontext():
+            self._engine.send_weights()
+
+
+def init_info(transport: str, *, bucket_bytes: int, num_workers: int) -> TrainerInitInfo:
+    """What vLLM's factory opens a transport by; the trainer's first rank sends."""
+    if transport == "ipc":
+        return IPCTrainerInitInfo(rank=0, packed=True, packed_buffer_size_bytes=bucket_bytes)
+    if transport == "nccl":
+        return NCCLTrainerInitInfo(
+            rank=0,
+            master_address="127.0.0.1",
+            master_port=_free_port(),
+            world_size=1 + num_workers,
+            packed=True,
+            packed_buffer_size_bytes=bucket_bytes // 2,
+            packed_num_buffers=2,
+        )
+    return SharedMemoryInit(rank=0, bucket_bytes=bucket_bytes)
+
+
+def json_safe(update_info: dict[str, Any]) -> dict[str, Any]:
+    """An update as JSON can hold it: handles of CUDA IPC are pickled, as vLLM's server takes them."""
+    if "ipc_handles" not in update_info:
+        return update_info
+    rest = {name: value for name, value in update_info.items() if name != "ipc_handles"}
+    return rest | {"ipc_handles_pickled": base64.b64encode(pickle.dumps(update_info["ipc_handles"])).decode()}
+
+
+@contextlib.contextmanager
+def plain_segments() -> Iterator[None]:
+    """Has CUDA's allocator make no expandable segments inside: CUDA IPC cannot share their memory as it shares other."""
+    settings = os.environ.get("PYTORCH_ALLOC_CONF", "") + os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    if "expandable_segments:True" not in settings:
+        yield
+        return
+    torch.cuda.memory._set_allocator_settings("expandable_segments:False")
+    try:
+        yield
+    finally:
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])

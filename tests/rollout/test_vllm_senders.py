@@ -1,0 +1,117 @@
+"""What is handed to vLLM's own transports, against vLLM's own classes; sending by them needs a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+# vLLM and what it imports use deprecated parts of torch.
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
+
+
+@pytest.mark.parametrize("name", ["shared_memory", "ipc", "nccl"])
+def test_each_transport_is_known_to_vllm_on_both_sides(name: str) -> None:
+    from vllm.distributed.weight_transfer import WeightTransferEngineFactory, WeightTransferTrainerFactory
+
+    from grpo_fast.rollout.transports import BACKENDS
+    from grpo_fast.rollout.vllm_senders import init_info
+    from grpo_fast.rollout.vllm_transport import register
+
+    register()
+    info = init_info(name, bucket_bytes=1 << 20, num_workers=1)
+    assert info.backend == BACKENDS[name]
+    assert info.is_sender
+    sender = WeightTransferTrainerFactory._registry[info.backend]()
+    assert isinstance(info, sender.init_info_cls)
+    assert info.backend in WeightTransferEngineFactory._registry
+
+
+def test_the_direct_way_is_known_to_vllms_workers() -> None:
+    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+
+    from grpo_fast.rollout.transports import BACKENDS
+    from grpo_fast.rollout.vllm_direct import BACKEND, DirectReceiver
+    from grpo_fast.rollout.vllm_transport import register
+
+    register()
+    assert BACKENDS["direct"] == BACKEND
+    assert WeightTransferEngineFactory._registry[BACKEND]() is DirectReceiver
+
+
+def test_buckets_are_packed_and_all_workers_are_counted() -> None:
+    from grpo_fast.rollout.vllm_senders import init_info
+
+    ipc = dataclasses.asdict(init_info("ipc", bucket_bytes=1 << 20, num_workers=1))
+    assert ipc == {"rank": 0, "packed": True, "packed_buffer_size_bytes": 1 << 20}
+    nccl = dataclasses.asdict(init_info("nccl", bucket_bytes=1 << 20, num_workers=4))
+    assert nccl.pop("master_port") > 1023
+    assert nccl == {
+        "rank": 0,
+        "master_address": "127.0.0.1",
+        "world_size": 5,
+        "packed": True,
+        "packed_buffer_size_bytes": 1 << 19,
+        "packed_num_buffers": 2,
+    }
+
+
+def test_handles_of_cuda_go_over_http_as_vllms_server_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferUpdateInfo
+
+    from grpo_fast.rollout.vllm_senders import json_safe
+
+    handles = {"GPU-uuid": (torch.float32, (3, 2), b"handle", 0)}
+    info = {"names": ["a"], "dtype_names": ["bfloat16"], "shapes": [[3, 2]], "tensor_sizes": [12], "ipc_handles": handles}
+    body = json.loads(json.dumps(json_safe(info)))
+    monkeypatch.delenv("VLLM_ALLOW_INSECURE_SERIALIZATION", raising=False)
+    with pytest.raises(ValueError, match="Refusing to deserialize"):
+        IPCWeightTransferUpdateInfo(**body)
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    assert IPCWeightTransferUpdateInfo(**body).ipc_handles == handles
+    assert json_safe({"names": []}) == {"names": []}
+
+
+@pytest.mark.parametrize(("variable", "set_off"), [("expandable_segments:True", True), ("max_split_size_mb:64", False)])
+def test_expandable_segments_are_off_while_handles_are_made(
+    variable: str, set_off: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from grpo_fast.rollout.vllm_senders import plain_segments
+
+    said: list[str] = []
+    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", said.append)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", variable)
+    with plain_segments():
+        assert said == ["expandable_segments:False"] * set_off
+    assert said == ["expandable_segments:False", "expandable_segments:True"] * set_off
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_weights_go_to_a_process_on_the_same_gpu_by_cuda_ipc(
+    perturb: Callable[..., None], measure_errors: Callable[..., Any]
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from grpo_fast.assets import embedded_model_dir
+    from grpo_fast.rollout import SamplingParams
+    from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMSettings
+
+    model = AutoModelForCausalLM.from_pretrained(embedded_model_dir(), dtype=torch.float32).cuda()
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model_dir())
+    settings = VLLMSettings(own_process=True, transport="ipc", bucket_bytes=300_000, sync_deadline_s=60)
+    engine = VLLMEngine(model, tokenizer, settings=settings)
+    try:
+        for version in range(1, 21):
+            with torch.no_grad():
+                for weight in model.parameters():
+                    weight.add_(2e-3 * torch.randn_like(weight))
+            assert engine.sync_weights(model, version)["sync/probe_kl"] < 1e-8
+        assert engine.generate([[1, 4, 5]], SamplingParams(max_tokens=4), num_generations=2, seed=0)
+    finally:
+        engine.close()
