@@ -17,12 +17,13 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # so that it runs as a script too
 
 from benchmarks.ops import report  # noqa: E402
+from benchmarks.rollout import report as rollout  # noqa: E402
 from benchmarks.transfer import report as transfer  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 README = ROOT / "README.md"
 RESULTS_PAGE = Path(__file__).parent / "RESULTS.md"
-_TABLE = re.compile(r"(<!-- (?P<name>(?:law |stop |ops )?table): [^\n]*-->\n).*?(<!-- table end -->)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- (?P<name>(?:law |stop |ops |sync )?table): [^\n]*-->\n).*?(<!-- table end -->)", re.DOTALL)
 
 
 def readme_table() -> str:
@@ -106,10 +107,25 @@ def ops_table() -> str:
     return _markdown([head, "median", "x three bare products", "peak extra memory"], rows)
 
 
+def sync_table() -> str:
+    """New weights in vLLM, from the end of the optimiser's step to the first token."""
+    content = _read("cpu/sync.json")
+    rows = []
+    for case in content["cases"]:
+        layers = "" if case["layers"] == case["layers_whole"] else f", {case['layers']} of {case['layers_whole']} layers"
+        times = {name: report.duration(row["p50_ms"]) for name, row in case["rows"].items()}
+        ours = f"{times['grpo_fast']}, of it probe {report.duration(case['probe_ms'])}"
+        rivals = [times.get(name, "") for name in ("reload_weights", "safetensors")]
+        rows.append([f"{case['layout']}{layers}, {case['engine']}", f"{case['num_bytes'] / 1e9:.2f} GB", ours, *rivals])
+    head = f"from the optimiser's step to the first token, {content['device']}, {content['cores']} busy cores"
+    return _markdown([head, "weights", "sync", "vLLM's reload, unproven", "safetensors on a RAM disk"], rows)
+
+
 def rendered_readme() -> str:
     """The README with its tables as the results have them."""
     text = README.read_text(encoding="utf-8")
     made = {"table": readme_table, "law table": law_table, "stop table": stop_table, "ops table": ops_table}
+    made["sync table"] = sync_table
     return _TABLE.sub(lambda match: match[1] + made[match["name"]]() + match[3], text)
 
 
@@ -129,7 +145,7 @@ def _read(name: str) -> dict[str, Any]:
 
 def pages() -> dict[Path, str]:
     """Every generated file, as the results have it."""
-    return {README: rendered_readme(), RESULTS_PAGE: report.page() + "\n" + transfer.section()}
+    return {README: rendered_readme(), RESULTS_PAGE: "\n".join([report.page(), transfer.section(), rollout.section()])}
 
 
 if __name__ == "__main__":

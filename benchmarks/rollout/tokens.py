@@ -113,6 +113,7 @@ def measure(name: str, num_layers: int | None, given: argparse.Namespace) -> dic
         "max_tokens": given.max_tokens,
         "tokens_per_s": {label: wall for label, (wall, _) in medians.items()},
         "tokens_per_cpu_s": {label: cpu for label, (_, cpu) in medians.items()},
+        "torch_threads": torch.get_num_threads(),
         "rounds": given.rounds,
         "commit": commit(),
         "date": today(),

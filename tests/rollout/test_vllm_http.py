@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -113,21 +114,31 @@ def test_a_sync_that_breaks_off_half_way_is_done_again_whole(
     assert measure_errors(model, PROMPTS, answers, SAMPLING.temperature).agrees
 
 
+def until_running(engine: VLLMServerEngine) -> None:
+    """Until every server works on requests."""
+    for _ in range(1000):
+        pages = engine._vllm.everywhere(lambda server: server.call("GET", "/metrics"))
+        if all(re.search(r"^vllm:num_requests_running\{[^}]*\} [1-9]", page, re.MULTILINE) for page in pages):
+            return
+        time.sleep(0.01)
+    raise TimeoutError
+
+
 def test_requests_that_are_kept_go_on_by_the_new_weights(
     served: Served, perturb: Callable[..., None], measure_errors: Callable[..., Any]
 ) -> None:
     model = copy.deepcopy(served.model)
     with torch.no_grad():
         model.lm_head.weight.mul_(0.1)  # flat, so that the end token is one of 64 and requests run long
-    settings = VLLMSettings(sync_deadline_s=60, request_deadline_s=60, pause_mode="keep")
+    settings = VLLMSettings(sync_deadline_s=120, request_deadline_s=240, pause_mode="keep")
     urls = [server.url for server in served.engine._vllm.servers]
     engine = VLLMServerEngine(model, served.engine._tokenizer, urls=urls, settings=settings)
     before = copy.deepcopy(model)
-    prompts = [[1, 3 + number % 50, 5 + number % 7] for number in range(64)]
+    prompts = [[1, 3 + number % 50, 5 + number % 7] for number in range(24)]
     sampling = SamplingParams(max_tokens=110, temperature=2.0)
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(engine.generate, prompts, sampling, num_generations=8, seed=5)
-        time.sleep(1)
+        running = pool.submit(engine.generate, prompts, sampling, num_generations=4, seed=5)
+        until_running(engine)
         perturb(model, seed=1, scale=0.02)
         engine.sync_weights(model, 1)
         answers = running.result()
@@ -137,8 +148,8 @@ def test_requests_that_are_kept_go_on_by_the_new_weights(
         for completion in group
         if completion.weight_versions
     ]
-    assert len(mixed) > 50
-    for prompt, completion in mixed[:50]:
+    assert len(mixed) > 20
+    for prompt, completion in mixed[:20]:
         change = completion.weight_versions.index(1)
         assert completion.weight_versions == (0,) * change + (1,) * (len(completion.token_ids) - change)
         first, last = (
