@@ -20,7 +20,7 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
 from grpo_fast.rollout.vllm_layerwise import PolicyWeights
-from grpo_fast.rollout.vllm_transport import SharedMemoryInit
+from grpo_fast.rollout.vllm_transport import SharedMemoryInit, register
 
 
 class WeightSender:
@@ -38,6 +38,7 @@ class WeightSender:
     """
 
     def __init__(self, transport: str, *, client: Any, source: PolicyWeights, bucket_bytes: int, num_workers: int = 1) -> None:
+        register()
         self.client = client
         self._transport = transport
         info = init_info(transport, bucket_bytes=bucket_bytes, num_workers=num_workers)
