@@ -340,10 +340,7 @@ class Config(BaseModel):
                 "on by new weights, and only with max_staleness does it run while they change; set both, or leave it at 'wait'"
             )
         if self.vllm_pause_mode == "keep" and self.use_peft:
-            raise ValueError(
-                "vllm_pause_mode='keep' with use_peft: a request that vLLM keeps stays with the adapter that it began with, "
-                "and its tokens would be counted for the new one; use 'wait'"
-            )
+            raise ValueError("vllm_pause_mode='keep' with use_peft: what vLLM keeps stays with its older adapter; use 'wait'")
         if self.rollout != "transformers" and self.truncates_support:
             raise ValueError(
                 f"top_p={self.top_p:g}, top_k={self.top_k}, min_p={self.min_p:g} cut the support, and vLLM does not say which "

@@ -111,7 +111,7 @@ def test_value_out_of_range_names_the_key(key: str, value: object) -> None:
         ({"vllm_pause_mode": "keep", "max_staleness": 1}, r"vllm_pause_mode='keep' with max_staleness=1 and rollout='tra"),
         (
             {"vllm_pause_mode": "keep", "rollout": "vllm", "max_staleness": 1, "use_peft": True},
-            "vllm_pause_mode='keep' with use_peft: a request that vLLM keeps stays with the adapter",
+            "vllm_pause_mode='keep' with use_peft: what vLLM keeps stays with its older adapter",
         ),
         ({"vllm_pause_mode": "keep", "rollout": "vllm"}, r"vllm_pause_mode='keep' with max_staleness=0 and rollout='vllm'"),
         ({"vllm_server_urls": ("http://127.0.0.1:8000",)}, r"rollout='transformers' with vllm_server_urls="),
