@@ -28,6 +28,7 @@ _MODEL, _LORA, _DATA, _REWARD, _ROLLOUT, _OBJECTIVE, _OPTIM, _BUDGET, _FORECAST,
 )
 
 _NEEDED_BY = {
+    "gradient_checkpointing": ("gradient_checkpointing_mode",),
     "use_peft": ("lora_r", "lora_alpha", "use_rslora", "lora_target_modules", "load_in_4bit"),
     "load_in_4bit": ("bnb_4bit_quant_type", "use_bnb_nested_quant"),
 }
@@ -64,6 +65,8 @@ class Config(BaseModel):
     is 1.7 to 3.7 times as fast as padded on a CPU."""
     gradient_checkpointing: Annotated[bool, _MODEL] = False
     """Recompute activations in the backward pass: a third more compute for much less memory."""
+    gradient_checkpointing_mode: Annotated[Literal["full", "selective"], _MODEL] = "full"
+    """Recompute whole layers, or keep what their matrix products and attention gave: cheaper to recompute, more to keep."""
 
     use_peft: Annotated[bool, _LORA] = False
     """Train LoRA adapters over frozen weights. The reference policy is then the model with its adapters off. They have no
@@ -385,6 +388,11 @@ class Config(BaseModel):
         if wanted is None:
             wanted = self.rollout != "transformers" or self.max_staleness > 0
         return wanted and not self.ratio_is_against_sampler
+
+    @property
+    def recomputes_products(self) -> bool:
+        """Whether the backward pass runs a layer's matrix products once more."""
+        return self.gradient_checkpointing and self.gradient_checkpointing_mode == "full"
 
     @property
     def scoring_passes(self) -> tuple[bool, ...]:

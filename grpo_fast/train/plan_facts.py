@@ -340,6 +340,6 @@ def _work(config: Config, shape: ModelShape, prompt_tokens: float) -> StepWork:
         num_generations=config.num_generations,
         prompt_tokens=prompt_tokens,
         num_iterations=config.num_iterations,
-        checkpointing=config.gradient_checkpointing,
+        checkpointing=config.recomputes_products,
         scoring_passes=config.scoring_passes,
     )

@@ -24,6 +24,7 @@ from grpo_fast.config import Config, ConfigError
 from grpo_fast.ops import Layout, LMHead, token_logprob
 from grpo_fast.train.adapters import Adapters
 from grpo_fast.train.batch import TrainingSequence, build_batch
+from grpo_fast.train.checkpointing import checkpoint_layers
 from grpo_fast.train.packed_model import let_pack, let_pad, model_inputs
 from grpo_fast.train.quantised import keep_as_loaded, loading_arguments, refuse_ragged_blocks, require_bitsandbytes
 from grpo_fast.types import TokenBatch
@@ -291,9 +292,7 @@ class PolicySource:
         _disable_dropout(model)
         adapters = Adapters(model, config) if config.use_peft else None
         if config.gradient_checkpointing:
-            # transformers renamed it; the old name warns where the new one exists
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            checkpoint_layers(model, config.gradient_checkpointing_mode)
         return Policy(
             model.to(self._device),
             self.tokenizer,

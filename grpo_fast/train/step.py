@@ -67,7 +67,7 @@ class UpdateResult:
         meter.add_train(
             lengths,
             scored,
-            checkpointing=config.gradient_checkpointing,
+            checkpointing=config.recomputes_products,
             num_iterations=config.num_iterations,
             shared_prompts=self.shared_prompts,
         )
