@@ -60,7 +60,7 @@ class Config(BaseModel):
     padding_free: Annotated[bool | None, _MODEL] = None
     """Train on sequences in one row, none padded; ``None`` does so where the model's attention can be told their borders."""
     share_prompts: Annotated[bool, _MODEL] = False
-    """Train on sequences in one row, none padded; ``None`` does so where a model's attention can be told their borders."""
+    """Compute a prompt once for its packed completions: 1.7 to 3.7 times as fast as padded, prompts of 30 to 300 tokens."""
     gradient_checkpointing: Annotated[bool, _MODEL] = False
     """Recompute activations in the backward pass: a third more compute for much less memory."""
     gradient_checkpointing_mode: Annotated[Literal["full", "selective"], _MODEL] = "full"
