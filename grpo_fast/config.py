@@ -17,6 +17,8 @@ import tomli_w
 from cyclopts import Group, Parameter
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from grpo_fast.consistency import check_consistency
+
 LossType = Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "gspo", "rloo", "luspo", "sapo"]
 ImportanceMode = Literal[
     "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_truncate", "geometric_mask"
@@ -26,13 +28,6 @@ _GROUPS = ("Model", "LoRA", "Data", "Reward", "Rollout", "Objective", "Optimiser
 _MODEL, _LORA, _DATA, _REWARD, _ROLLOUT, _OBJECTIVE, _OPTIM, _BUDGET, _FORECAST, _RUN = (
     Parameter(group=Group(name, sort_key=place)) for place, name in enumerate(_GROUPS, start=1)
 )
-
-_NEEDED_BY = {
-    "gradient_checkpointing": ("gradient_checkpointing_mode",),
-    "use_peft": ("lora_r", "lora_alpha", "use_rslora", "lora_target_modules", "load_in_4bit"),
-    "load_in_4bit": ("bnb_4bit_quant_type", "use_bnb_nested_quant"),
-}
-"""Fields that would do nothing without another one."""
 
 
 class ConfigError(ValueError):
@@ -291,73 +286,8 @@ class Config(BaseModel):
     """Write ``report.html`` and its pictures at the end."""
 
     @model_validator(mode="after")
-    def _adapters_consistent(self) -> Self:
-        for switch, fields in _NEEDED_BY.items():
-            idle = [name for name in fields if getattr(self, name) != type(self).model_fields[name].default]
-            if idle and not getattr(self, switch):
-                told = ", ".join(f"{name}={getattr(self, name)!r}" for name in idle)
-                raise ValueError(f"{told} without {switch}; set {switch} too")
-        targets = self.lora_target_modules
-        if not targets or ("all-linear" in targets and len(targets) > 1):
-            raise ValueError(f"lora_target_modules={list(targets)}: give names of modules, or 'all-linear' alone")
-        return self
-
-    @model_validator(mode="after")
-    def _optimizer_consistent(self) -> Self:
-        short = self.weights_dtype == "bfloat16"
-        if self.optim != "adamw_torch_fused" and (short or self.offload_optimizer):
-            other = "weights_dtype='bfloat16'" if short else "offload_optimizer"
-            raise ValueError(f"optim={self.optim!r} with {other}: that is done by optim='adamw_torch_fused' only")
-        if short and self.dtype == "float32":
-            raise ValueError("weights_dtype='bfloat16' with dtype='float32': set dtype='bfloat16', or leave weights_dtype out")
-        if short and self.use_peft:
-            raise ValueError("weights_dtype='bfloat16' with use_peft: adapters are float32, and the frozen weights take dtype")
-        return self
-
-    @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.share_prompts and self.padding_free is False:
-            raise ValueError("share_prompts=True with padding_free=False: only packed sequences share a prompt; leave one out")
-        if self.reward_weights and len(self.reward_weights) != len(self.reward_funcs):
-            raise ValueError(
-                f"reward_weights has {len(self.reward_weights)} values for {len(self.reward_funcs)} reward_funcs; give one each"
-            )
-        if self.loss_type == "cispo" and self.epsilon_high is None:
-            raise ValueError(
-                "loss_type='cispo' needs epsilon_high, the absolute cap of the ratio (MiniMax-M1 and ScaleRL use 5.0)"
-            )
-        if (self.rollout == "vllm-http") != bool(self.vllm_server_urls):
-            raise ValueError(
-                f"rollout={self.rollout!r} with vllm_server_urls={self.vllm_server_urls}: servers are needed exactly for "
-                "rollout='vllm-http'; start one with `grpo-fast serve`"
-            )
-        if self.vllm_pause_mode == "keep" and (self.max_staleness == 0 or self.rollout == "transformers"):
-            raise ValueError(
-                f"vllm_pause_mode='keep' with max_staleness={self.max_staleness} and rollout={self.rollout!r}: only vLLM goes "
-                "on by new weights, and only with max_staleness does it run while they change; set both, or leave it at 'wait'"
-            )
-        if self.vllm_pause_mode == "keep" and self.use_peft:
-            raise ValueError("vllm_pause_mode='keep' with use_peft: what vLLM keeps stays with its older adapter; use 'wait'")
-        if self.rollout != "transformers" and self.truncates_support:
-            raise ValueError(
-                f"top_p={self.top_p:g}, top_k={self.top_k}, min_p={self.min_p:g} cut the support, and vLLM does not say which "
-                "tokens it kept, so that no ratio could be trusted; use top_p=1, top_k=0, min_p=0 or rollout='transformers'"
-            )
-        if self.vllm_importance_sampling_correction and self.ratio_is_against_sampler:
-            raise ValueError(
-                f"vllm_importance_sampling_correction=True with bypass_old_logprobs={self.bypass_old_logprobs}, top_p="
-                f"{self.top_p:g}, top_k={self.top_k}, min_p={self.min_p:g}: the ratio is against the sampler already, which "
-                "leaves nothing to correct; choose one of the two"
-            )
-        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
-        if low is not None and high is not None and not low < high:
-            raise ValueError(
-                f"vllm_importance_sampling_clip_min={low:g} must lie under vllm_importance_sampling_clip_max={high:g}"
-            )
-        if self.reward_range is not None and not self.reward_range[0] < self.reward_range[1]:
-            raise ValueError(f"reward_range={self.reward_range} must be (least, greatest)")
-        if self.warmup_steps > self.max_steps:
-            raise ValueError(f"warmup_steps={self.warmup_steps:g} exceeds max_steps={self.max_steps}")
+        check_consistency(self)
         return self
 
     @property

@@ -1,0 +1,97 @@
+"""What settings cannot stand beside each other, told before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from grpo_fast.config import Config
+
+_NEEDED_BY = {
+    "gradient_checkpointing": ("gradient_checkpointing_mode",),
+    "use_peft": ("lora_r", "lora_alpha", "use_rslora", "lora_target_modules", "load_in_4bit"),
+    "load_in_4bit": ("bnb_4bit_quant_type", "use_bnb_nested_quant"),
+}
+"""Fields that would do nothing without another one."""
+
+
+def check_consistency(config: Config) -> None:
+    """Holds the settings of a run against each other.
+
+    Raises:
+        ValueError: two that do not go together; the message names both, their values and the fix.
+    """
+    _check_adapters(config)
+    _check_layout(config)
+    _check_optimizer(config)
+    _check_rollout(config)
+    _check_objective_and_run(config)
+
+
+def _check_adapters(config: Config) -> None:
+    for switch, fields in _NEEDED_BY.items():
+        idle = [name for name in fields if getattr(config, name) != type(config).model_fields[name].default]
+        if idle and not getattr(config, switch):
+            told = ", ".join(f"{name}={getattr(config, name)!r}" for name in idle)
+            raise ValueError(f"{told} without {switch}; set {switch} too")
+    targets = config.lora_target_modules
+    if not targets or ("all-linear" in targets and len(targets) > 1):
+        raise ValueError(f"lora_target_modules={list(targets)}: give names of modules, or 'all-linear' alone")
+
+
+def _check_layout(config: Config) -> None:
+    if config.share_prompts and config.padding_free is False:
+        raise ValueError("share_prompts=True with padding_free=False: only packed sequences share a prompt; leave one out")
+
+
+def _check_optimizer(config: Config) -> None:
+    short = config.weights_dtype == "bfloat16"
+    if config.optim != "adamw_torch_fused" and (short or config.offload_optimizer):
+        other = "weights_dtype='bfloat16'" if short else "offload_optimizer"
+        raise ValueError(f"optim={config.optim!r} with {other}: that is done by optim='adamw_torch_fused' only")
+    if short and config.dtype == "float32":
+        raise ValueError("weights_dtype='bfloat16' with dtype='float32': set dtype='bfloat16', or leave weights_dtype out")
+    if short and config.use_peft:
+        raise ValueError("weights_dtype='bfloat16' with use_peft: adapters are float32, and the frozen weights take dtype")
+
+
+def _check_rollout(config: Config) -> None:
+    if (config.rollout == "vllm-http") != bool(config.vllm_server_urls):
+        raise ValueError(
+            f"rollout={config.rollout!r} with vllm_server_urls={config.vllm_server_urls}: servers are needed exactly for "
+            "rollout='vllm-http'; start one with `grpo-fast serve`"
+        )
+    if config.vllm_pause_mode == "keep" and (config.max_staleness == 0 or config.rollout == "transformers"):
+        raise ValueError(
+            f"vllm_pause_mode='keep' with max_staleness={config.max_staleness} and rollout={config.rollout!r}: only vLLM goes "
+            "on by new weights, and only with max_staleness does it run while they change; set both, or leave it at 'wait'"
+        )
+    if config.vllm_pause_mode == "keep" and config.use_peft:
+        raise ValueError("vllm_pause_mode='keep' with use_peft: what vLLM keeps stays with its older adapter; use 'wait'")
+    if config.rollout != "transformers" and config.truncates_support:
+        raise ValueError(
+            f"top_p={config.top_p:g}, top_k={config.top_k}, min_p={config.min_p:g} cut the support, and vLLM does not say "
+            "which tokens it kept, so that no ratio could be trusted; use top_p=1, top_k=0, min_p=0 or rollout='transformers'"
+        )
+    if config.vllm_importance_sampling_correction and config.ratio_is_against_sampler:
+        raise ValueError(
+            f"vllm_importance_sampling_correction=True with bypass_old_logprobs={config.bypass_old_logprobs}, top_p="
+            f"{config.top_p:g}, top_k={config.top_k}, min_p={config.min_p:g}: the ratio is against the sampler already, which "
+            "leaves nothing to correct; choose one of the two"
+        )
+    low, high = config.vllm_importance_sampling_clip_min, config.vllm_importance_sampling_clip_max
+    if low is not None and high is not None and not low < high:
+        raise ValueError(f"vllm_importance_sampling_clip_min={low:g} must lie under vllm_importance_sampling_clip_max={high:g}")
+
+
+def _check_objective_and_run(config: Config) -> None:
+    if config.reward_weights and len(config.reward_weights) != len(config.reward_funcs):
+        raise ValueError(
+            f"reward_weights has {len(config.reward_weights)} values for {len(config.reward_funcs)} reward_funcs; give one each"
+        )
+    if config.loss_type == "cispo" and config.epsilon_high is None:
+        raise ValueError("loss_type='cispo' needs epsilon_high, the absolute cap of the ratio (MiniMax-M1 and ScaleRL use 5.0)")
+    if config.reward_range is not None and not config.reward_range[0] < config.reward_range[1]:
+        raise ValueError(f"reward_range={config.reward_range} must be (least, greatest)")
+    if config.warmup_steps > config.max_steps:
+        raise ValueError(f"warmup_steps={config.warmup_steps:g} exceeds max_steps={config.max_steps}")

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from grpo_fast.config import Config, ConfigError
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"lora_r": 4}, r"lora_r=4 without use_peft; set use_peft too"),
+        (
+            {"use_peft": True, "lora_target_modules": ["all-linear", "q_proj"]},
+            r"\['all-linear', 'q_proj'\]: give names",
+        ),
+        ({"optim": "adamw_8bit", "offload_optimizer": True}, r"optim='adamw_8bit' with offload_optimizer"),
+        ({"reward_funcs": ["accuracy"], "reward_weights": [1.0, 2.0]}, r"reward_weights has 2 values for 1 reward_funcs"),
+        ({"loss_type": "cispo"}, r"loss_type='cispo' needs epsilon_high"),
+        ({"rollout": "vllm-http"}, r"rollout='vllm-http' with vllm_server_urls=\(\)"),
+        ({"rollout": "vllm", "top_p": 0.9}, r"top_p=0.9.*cut the support"),
+        ({"reward_range": [1.0, 0.0]}, r"reward_range=\(1.0, 0.0\)"),
+        ({"warmup_steps": 9, "max_steps": 8}, r"warmup_steps=9 exceeds max_steps=8"),
+    ],
+)
+def test_what_cannot_stand_together_is_told(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        Config.parse(changes)
