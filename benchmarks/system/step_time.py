@@ -31,6 +31,7 @@ from grpo_fast.assets import embedded_model_dir
 from grpo_fast.tasks.arithmetic import arithmetic_accuracy, arithmetic_task
 
 WARMUP_STEPS = 3
+"""Steps that are left out; one alone of a model whose steps take many seconds."""
 OURS = ("rollout", "reward", "score", "train", "sync")
 """Phases of a step; what is left holds the wait for TRL's turn."""
 Reward = Callable[..., list[float]]
@@ -92,7 +93,7 @@ def configuration(folder: Path, model: str, seed: int) -> Config:
     config = recipe("embedded", output_dir=folder / "ours", forecast="off", sinks=(), eval_steps=0, seed=seed)
     if model == "embedded":
         return config
-    sizes = {"prompts_per_step": 2, "num_generations": 4, "max_completion_length": 64, "save_steps": 1000}
+    sizes = {"prompts_per_step": 2, "num_generations": 4, "max_completion_length": 64, "save_steps": 1000, "reward_workers": 0}
     return config.replace(model=model, learning_rate=1e-6, baseline_probe=0, report=False, reward_range=None, **sizes)
 
 
@@ -116,7 +117,7 @@ def measure(num_steps: int, *, seed: int = 0, model: str = "embedded") -> dict[s
             theirs.train()
             turns.close()
         trl_rewards = [row["reward"] for row in theirs.state.log_history if "reward" in row]
-    return {"model": Path(model).name} | _table(turns, trl_rewards, num_steps)
+    return {"model": Path(model).name} | _table(turns, trl_rewards, WARMUP_STEPS if model == "embedded" else 1)
 
 
 def peak_memory(which: Literal["grpo_fast", "trl"], model: str, num_steps: int) -> float:
@@ -176,12 +177,12 @@ def _trl_trainer(config: Config, folder: Path, turns: TakeTurns | None, reward: 
     )
 
 
-def _table(turns: TakeTurns, trl_rewards: list[float], num_steps: int) -> dict[str, Any]:
-    kept = slice(WARMUP_STEPS, None)
+def _table(turns: TakeTurns, trl_rewards: list[float], warmup_steps: int) -> dict[str, Any]:
+    kept = slice(warmup_steps, None)
     ours, theirs, sampled = turns.ours_s[kept], turns.trl_s[kept], turns.trl_sampled_s[kept]
     return {
-        "num_steps": num_steps,
-        "warmup_steps": WARMUP_STEPS,
+        "num_steps": len(turns.ours),
+        "warmup_steps": warmup_steps,
         "grpo_fast_step_s": dict(zip(("p25", "p50", "p75"), statistics.quantiles(ours, n=4), strict=True)),
         "trl_step_s": dict(zip(("p25", "p50", "p75"), statistics.quantiles(theirs, n=4), strict=True)),
         "median_ratio_trl_over_ours": statistics.median(theirs) / statistics.median(ours),
@@ -194,7 +195,7 @@ def _table(turns: TakeTurns, trl_rewards: list[float], num_steps: int) -> dict[s
             },
         },
         "tokens_per_s": {
-            "grpo_fast": (turns.ours[-1]["num_tokens"] - turns.ours[WARMUP_STEPS - 1]["num_tokens"]) / sum(ours),
+            "grpo_fast": (turns.ours[-1]["num_tokens"] - turns.ours[warmup_steps - 1]["num_tokens"]) / sum(ours),
             "trl": sum(turns.trl_tokens[kept]) / sum(theirs),
         },
         "reward_last_10": {
@@ -221,9 +222,10 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--memory-steps", type=int, default=3, help="steps of each trainer alone; 0 leaves peak memory out")
+    parser.add_argument("--machine", default="", help="what else to say of the machine: shared, clocks locked, ...")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    result = measure(options.steps, model=options.model)
+    result = measure(options.steps, model=options.model) | {"machine": options.machine}
     if options.memory_steps:
         trainers: tuple[Literal["grpo_fast", "trl"], ...] = ("grpo_fast", "trl")
         result["peak_memory_mib"] = {name: peak_memory(name, options.model, options.memory_steps) for name in trainers}
