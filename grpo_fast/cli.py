@@ -117,7 +117,8 @@ def plan(  # noqa: PLR0913 (flags)
 ) -> int:
     """Say what a run will come to and what it will cost, before it begins.
 
-    Settings are those of ``train``, from the same places; the budget is whatever of ``--max-...`` is reached first.
+    Settings are those of ``train``, from the same places; the budget is whatever of ``--max-...`` is reached first. The exit
+    code is 1 where the run would not fit into the device's memory; what would is said then.
 
     Args:
         recipe: A named configuration of the package, such as ``embedded``.
@@ -140,6 +141,7 @@ def plan(  # noqa: PLR0913 (flags)
     del recipe, config  # already in the settings
     from grpo_fast.train.plan import make_plan  # noqa: PLC0415 (--help must not wait for torch)
     from grpo_fast.train.plan_facts import PlanInputs  # noqa: PLC0415 (as above)
+    from grpo_fast.train.plan_memory import refusal, table  # noqa: PLC0415 (as above)
 
     inputs = PlanInputs(
         probe=probe,
@@ -155,19 +157,24 @@ def plan(  # noqa: PLR0913 (flags)
         num_devices=num_devices,
     )
     found = make_plan(settings, inputs)
+    fits = found.memory is None or found.memory.fits
     if plot is not None:
         from grpo_fast.report.plan_plot import write_plan_plot  # noqa: PLC0415 (matplotlib is slow to import)
 
         write_plan_plot(plot, found.to_dict())
     if json:
         print(to_json(found.to_dict(), allow_nan=False))
-        return 0
+        return 0 if fits else 1
     console = Console()
     _print_words(console, found.to_words())
     _print_table(console, ("", "step", "reward", "50 % interval", "90 % interval"), found.trajectory_words())
     _print_table(console, ("", "a step", "the run", "90 % interval", "by 95 % of the rise"), found.cost_words())
+    if found.memory is not None:
+        _print_table(console, ("memory of a device", ""), table(found.memory))
     _print_notes(console, found.notes, plot=plot)
-    return 0
+    if found.memory is not None and not fits:
+        console.print(f"\n[bold red]It does not fit:[/] {escape(refusal(found.memory, found.changes))}", highlight=False)
+    return 0 if fits else 1
 
 
 @app.command

@@ -26,7 +26,7 @@ LANGUAGES = {"sh", "python", "toml", "text", "yaml"}
 NOT_RUN = {"gpu", "hub", "server", "cluster"}
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)[^)]*\)")
 OTHER_NAMES = {"from_pretrained", "stopped_by", "frac_reward_zero_std", "grad_norm", "num_tokens"}
-COMMANDS = {"train", "plan", "forecast", "law", "report", "doctor", "serve"}
+COMMANDS = {"train", "plan", "forecast", "law", "export", "report", "doctor", "serve"}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from grpo_fast.compute.activations import ActivationBytes, LayerSizes, activation_bytes
 from grpo_fast.compute.budget import BUDGET_FIELDS, Budget, BudgetVerdict, Usage
 from grpo_fast.compute.flops import (
     ModelShape,
@@ -17,15 +16,12 @@ from grpo_fast.compute.meter import ComputeMeter, EnergySource
 
 __all__ = [
     "BUDGET_FIELDS",
-    "ActivationBytes",
     "Budget",
     "BudgetVerdict",
     "ComputeMeter",
     "EnergySource",
-    "LayerSizes",
     "ModelShape",
     "Usage",
-    "activation_bytes",
     "backward_flops",
     "causal_pairs",
     "decode_flops",

@@ -18,6 +18,11 @@ def si(value: float, unit: str = "") -> str:
     return f"{significant(value)} {_PREFIXES[power]}{unit}".rstrip()
 
 
+def binary(num_bytes: float) -> str:
+    """Bytes in GiB, or in MiB where they are few: ``binary(3 * 2**30)`` is ``3 GiB``."""
+    return f"{significant(num_bytes / 2**30)} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
+
+
 def significant(value: float, digits: int = 3) -> str:
     """A number to a few significant digits, without an exponent between 0.0001 and a million; NaN is a dash."""
     if not math.isfinite(value):

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 CheckpointingMode: TypeAlias = Literal["full", "selective"]
 
 _aten = torch.ops.aten
-_KEPT = frozenset(
+KEPT_OPS = frozenset(
     {
         _aten.mm.default,
         _aten.addmm.default,
@@ -27,6 +27,7 @@ _KEPT = frozenset(
         _aten._scaled_dot_product_cudnn_attention.default,
     }
 )
+"""What ``selective`` does not run again."""
 
 
 def checkpoint_layers(model: PreTrainedModel, mode: CheckpointingMode) -> None:
@@ -40,4 +41,4 @@ def checkpoint_layers(model: PreTrainedModel, mode: CheckpointingMode) -> None:
 
 
 def _policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if op in KEPT_OPS else CheckpointPolicy.PREFER_RECOMPUTE

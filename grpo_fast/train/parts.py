@@ -25,6 +25,7 @@ from grpo_fast.sinks.question import TIMEOUT_S
 from grpo_fast.tasks import PromptStream, Task, encode_prompts, load_task
 from grpo_fast.train.distributed import ALONE, World, note_launch
 from grpo_fast.train.optim import check_optimizer
+from grpo_fast.train.plan_memory import check_room
 from grpo_fast.train.policy import BasePolicy, Policy, PolicySource, Scorer, count_parameters
 from grpo_fast.train.sharding import ShardedPolicy, check_sharding, spread
 from grpo_fast.train.shares import MainEngine, Rewards, SharedEngine, SharedRewards
@@ -143,6 +144,7 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
     budget = _build_budget(config, given.get("budget"))
     prior = load_prior(config)
     source = PolicySource(config)
+    check_room(source.model_config, config, num_devices=world.size)
     task = given.get("task") or load_task(config, chat=source.chat, needs_reward="reward_funcs" not in given)
     functions = given.get("reward_funcs") or config.reward_funcs or task.reward_funcs
     rewards = _build_pool(config, functions, config.reward_weights, world=world)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from grpo_fast.compute.memory import MemoryPlan
 from grpo_fast.compute.outlook import COSTS, Array, Guess, end_steps, step_costs
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.law import Forecast, OnlinePredictor
@@ -25,6 +26,9 @@ from grpo_fast.sinks.quantities import duration, percent, si, significant
 from grpo_fast.train.optim import progress_schedule
 from grpo_fast.train.parts import load_prior
 from grpo_fast.train.plan_facts import PlanFacts, PlanInputs, gather
+from grpo_fast.train.plan_memory import Change, MemoryInputs, MemoryPlanner, device_room
+from grpo_fast.train.plan_memory import to_dict as memory_to_dict
+from grpo_fast.train.policy import PolicySource
 
 SHARES = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 """Shares of the run at which its rewards are foretold."""
@@ -68,6 +72,8 @@ class Plan:
         costs: by :data:`~grpo_fast.compute.outlook.COSTS`, quantiles of a step and of the whole run; None where unknown.
         epochs: how often each prompt is seen.
         notes: what was assumed, in sentences.
+        memory: what lies on a device at its fullest; None where of the model only its size is known.
+        changes: where that does not fit, what would.
     """
 
     facts: PlanFacts
@@ -85,6 +91,8 @@ class Plan:
     costs: dict[str, dict[str, Quantiles] | None]
     epochs: float
     notes: list[str]
+    memory: MemoryPlan | None
+    changes: list[Change]
 
     @property
     def p_plateau(self) -> float:
@@ -134,6 +142,7 @@ class Plan:
             },
             "outcomes": self.ways,
             "costs": self.costs,
+            "memory": None if self.memory is None else memory_to_dict(self.memory, self.changes),
             "notes": self.notes,
         }
 
@@ -221,7 +230,9 @@ def make_plan(config: Config, inputs: PlanInputs | None = None) -> Plan:
     if config.max_money is not None and config.price_per_gpu_hour == 0:
         raise ConfigError(f"a budget of money ({config.max_money:g}) needs price_per_gpu_hour above 0")
     prior = load_prior(config)
-    known = gather(config, inputs or PlanInputs())
+    inputs = inputs or PlanInputs()
+    known = gather(config, inputs)
+    memory, changes = _memory(config, inputs, known)
     predictor = OnlinePredictor(
         config.max_steps, epsilon=config.forecast_epsilon, reward_range=config.reward_range, facts=known.facts, prior=prior
     )
@@ -255,7 +266,19 @@ def make_plan(config: Config, inputs: PlanInputs | None = None) -> Plan:
         costs={name: _whole(costs[name], ends, prospect.weight) for name in COSTS},
         epochs=end["median"] * config.prompts_per_step / known.num_prompts,
         notes=[*known.notes, *_notes(config, known, float(end["median"]))],
+        memory=memory,
+        changes=changes,
     )
+
+
+def _memory(config: Config, inputs: PlanInputs, known: PlanFacts) -> tuple[MemoryPlan | None, list[Change]]:
+    if inputs.model_size is not None:
+        return None, []
+    room, kind = device_room(config, inputs.gpu)
+    place = MemoryInputs(room, kind, prompt_tokens=known.work.prompt_tokens, num_devices=inputs.num_devices)
+    planner = MemoryPlanner(PolicySource(config).model_config, config, place)
+    plan = planner.plan()
+    return plan, [] if plan.fits else planner.changes()
 
 
 def _normals(size: int) -> Array:

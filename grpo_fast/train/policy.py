@@ -16,7 +16,14 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from grpo_fast.assets import embedded_model_dir
@@ -228,7 +235,9 @@ class PolicySource:
             "trust_remote_code": config.trust_remote_code,
         }
         self.tokenizer: PreTrainedTokenizerBase = self._read(AutoTokenizer)
-        text_config = self._read(AutoConfig).get_text_config()
+        self.model_config: PreTrainedConfig = self._read(AutoConfig)
+        """Sizes and kind of the model, as transformers reads them."""
+        text_config = self.model_config.get_text_config()
         self.context_length = int(getattr(text_config, "max_position_embeddings", None) or _DEFAULT_CONTEXT)
         """Longest sequence the model was made for, in tokens."""
         self.stored_dtype: torch.dtype = getattr(text_config, "dtype", None) or torch.float32
@@ -266,13 +275,7 @@ class PolicySource:
         Raises:
             ConfigError: the adapters do not fit it.
         """
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                self._read(AutoConfig), trust_remote_code=self._config.trust_remote_code
-            )
-            if self._config.use_peft:
-                Adapters(model, self._config)
-        return model
+        return outline_of(self.model_config, self._config)
 
     def load(self) -> Policy:
         """Reads the weights.
@@ -311,6 +314,23 @@ class PolicySource:
                 f"cannot load model {self._config.model!r}: {lines[0] if lines else type(error).__name__} "
                 "Give a directory with config.json, safetensors and tokenizer, or a hub id that this machine can reach."
             ) from error
+
+
+def outline_of(model_config: PreTrainedConfig, config: Config) -> PreTrainedModel:
+    """A model without weights: modules and sizes alone, adapters included, in no memory.
+
+    Args:
+        model_config: of the model.
+        config: of the run.
+
+    Raises:
+        ConfigError: the adapters do not fit it.
+    """
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+        if config.use_peft:
+            Adapters(model, config)
+    return model
 
 
 def count_parameters(model: torch.nn.Module) -> int:

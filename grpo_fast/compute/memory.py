@@ -1,0 +1,43 @@
+"""The memory of a device over a step: what lies there in each phase, by part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a run needs of one device.
+
+    Attributes:
+        lasting: bytes by part that lie there from load to end.
+        phases: of each phase of a step, bytes by part beside those.
+        room_bytes: what the device has.
+        host: bytes by part that lie in the host's memory instead.
+    """
+
+    lasting: Mapping[str, int]
+    phases: Mapping[str, Mapping[str, int]]
+    room_bytes: int
+    host: Mapping[str, int]
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes by part in that phase."""
+        return {name: size for name, size in {**self.lasting, **self.phases[self.peak_phase]}.items() if size}
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is needed at once."""
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether that is there."""
+        return self.peak_bytes <= self.room_bytes

@@ -1,0 +1,213 @@
+"""What a run needs of a device is added up from its parts, and what does not fit is told with what would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, Qwen2Config
+
+from grpo_fast.config import Config, ConfigError
+from grpo_fast.train import GRPOTrainer
+from grpo_fast.train.parts import build_parts
+from grpo_fast.train.plan_memory import MemoryInputs, MemoryPlanner, check_room, device_room, refusal, table, to_dict
+from grpo_fast.train.policy import PolicySource
+from grpo_fast.train.step import Learner
+
+GIB = 2**30
+LLAMA_8B = LlamaConfig(
+    vocab_size=128_256,
+    hidden_size=4096,
+    intermediate_size=14_336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+)
+SMALL = Qwen2Config(
+    vocab_size=1000,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    tie_word_embeddings=False,
+)
+
+
+def planner(model: Any, config: Config, *, room_gib: float = 80.0, kind: str = "cuda", num_devices: int = 1) -> MemoryPlanner:
+    return MemoryPlanner(model, config, MemoryInputs(round(room_gib * GIB), kind, prompt_tokens=200, num_devices=num_devices))
+
+
+def num_weights(model: Any) -> int:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return sum(weight.numel() for weight in AutoModelForCausalLM.from_config(model).parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "weights", "optimiser", "gradients", "reference"),
+    [
+        ({}, 4, 8, 4, 0),
+        ({"beta": 0.1}, 4, 8, 4, 4),
+        ({"optim": "adamw_8bit"}, 4, 2, 4, 0),
+        ({"weights_dtype": "bfloat16"}, 2, 8, 2, 0),
+        ({"offload_optimizer": True}, 4, 0, 4, 0),
+        ({"offload_optimizer": True, "weights_dtype": "bfloat16"}, 2, 0, 2, 0),
+        ({"optim": "paged_adamw_8bit"}, 4, 0, 4, 0),
+    ],
+    ids=str,
+)
+def test_bytes_of_a_weight(changes: dict[str, Any], weights: int, optimiser: int, gradients: int, reference: int) -> None:
+    plan = planner(SMALL, Config(**changes)).plan()
+    count = num_weights(SMALL)
+    assert plan.lasting["weights that are trained"] == weights * count
+    assert plan.lasting["optimiser"] == optimiser * count
+    assert plan.phases["training"]["gradients"] == gradients * count
+    assert plan.lasting["reference policy"] == reference * count
+
+
+def test_adapters_leave_a_frozen_base() -> None:
+    plain, nf4 = (
+        planner(LLAMA_8B, Config(use_peft=True, beta=0.1, **more)).plan()
+        for more in ({}, {"load_in_4bit": True, "use_bnb_nested_quant": True})
+    )
+    assert plain.lasting["frozen weights"] == 2 * num_weights(LLAMA_8B)
+    ends = 2 * 128_256 * 4096  # embedding and head stay in bfloat16
+    assert nf4.lasting["frozen weights"] == pytest.approx((num_weights(LLAMA_8B) - ends) * 0.5166 + 2 * ends, rel=0.001)
+    adapters = 16 * sum(32 * (inputs + outputs) for inputs, outputs in _layers_of_llama())
+    assert nf4.lasting["weights that are trained"] == 4 * adapters
+    assert nf4.lasting["reference policy"] == 0
+
+
+def _layers_of_llama() -> list[tuple[int, int]]:
+    return [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 14_336), (4096, 14_336), (14_336, 4096)]
+
+
+def test_shards_divide_what_lasts() -> None:
+    whole = planner(SMALL, Config(fsdp="full_shard")).plan()
+    shared = planner(SMALL, Config(fsdp="full_shard"), num_devices=4).plan()
+    assert shared.lasting["optimiser"] == whole.lasting["optimiser"] // 4
+    assert shared.phases["training"]["gradients"] == whole.phases["training"]["gradients"] // 4
+    assert planner(SMALL, Config(), num_devices=4).plan().lasting["optimiser"] == whole.lasting["optimiser"]
+
+
+def test_keys_and_values_of_sampling() -> None:
+    config = Config(prompts_per_step=2, num_generations=4, max_completion_length=100)
+    found = planner(SMALL, config, kind="cpu").plan().phases["sampling"]
+    assert found["keys and values"] == 8 * (200 + 100) * 2 * 4 * 2 * 16 * 4
+    assert planner(SMALL, Config(rollout="vllm"), room_gib=80).plan().lasting["vLLM"] == pytest.approx(0.3 * 80 * GIB)
+    http = Config(rollout="vllm-http", vllm_server_urls=("http://127.0.0.1:8000",))
+    assert planner(SMALL, http).plan().phases["sampling"] == {}
+
+
+def test_activations_follow_the_micro_batch_and_no_more_than_the_step() -> None:
+    config = Config(prompts_per_step=1, num_generations=2, max_completion_length=56, tokens_per_microbatch=100_000)
+    sizes = {
+        tokens: planner(SMALL, config.replace(tokens_per_microbatch=tokens)).plan().phases["training"]["activations"]
+        for tokens in (256, 512, 100_000)
+    }
+    assert sizes[512] == sizes[100_000] > 1.9 * sizes[256]
+
+
+def test_what_does_not_fit_is_told_with_the_cheapest_changes() -> None:
+    config = Config(tokens_per_microbatch=65_536, max_completion_length=1024)
+    tight = planner(SMALL, config, room_gib=1.2)
+    plan, changes = tight.plan(), tight.changes()
+    assert not plan.fits
+    assert [tuple(change.settings) for change in changes] == [
+        ("tokens_per_microbatch",),
+        ("tokens_per_microbatch",),
+        ("gradient_checkpointing",),
+    ]
+    for change in changes:
+        assert tight.plan(config.replace(**change.settings)).peak_bytes == change.peak_bytes <= plan.room_bytes
+    told = refusal(plan, changes)
+    assert told.startswith("the run needs ")
+    assert "tokens_per_microbatch=32768" in told
+    assert to_dict(plan, changes)["fits"] is False
+    assert table(plan)[-1] == ("the device has", "1.20 GiB")
+
+
+@pytest.mark.slow
+def test_where_no_change_is_enough_alone_some_are_together() -> None:
+    config = Config(rollout="vllm", max_completion_length=1024)
+    tight = planner(LLAMA_8B, config, room_gib=48)
+    [change] = tight.changes()
+    assert change.price == "together"
+    assert len(change.settings) > 1
+    assert change.peak_bytes <= 48 * GIB
+    for name in change.settings:
+        fewer = {other: value for other, value in change.settings.items() if other != name}
+        assert tight.plan(config.replace(**fewer)).peak_bytes > 48 * GIB, f"{name} is not needed"
+    hopeless = planner(LLAMA_8B, config, room_gib=4)
+    assert hopeless.changes() == []
+    assert "No change known here is enough" in refusal(hopeless.plan(), [])
+
+
+def test_a_named_device_has_the_memory_of_its_data_sheet() -> None:
+    assert device_room(Config(), "NVIDIA GeForce RTX 4090") == (24 * GIB, "cuda")
+    room, kind = device_room(Config(device="cpu"), None)
+    assert kind == "cpu"
+    assert room > GIB
+
+
+def test_training_refuses_before_anything_is_loaded(
+    tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grpo_fast.train.plan_memory.device_room", lambda config, gpu: (400 * 2**20, "cpu"))
+    monkeypatch.setattr("grpo_fast.train.policy.PolicySource.load", lambda self: pytest.fail("it was loaded"))
+    with pytest.raises(ConfigError, match=r"the run needs .* and the device has 400 MiB.*No change known here is enough"):
+        build_parts(tiny_config(), {}, resume=False)
+
+
+@pytest.mark.slow
+def test_weights_that_fit_are_let_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grpo_fast.train.plan_memory.device_room", lambda config, gpu: (GIB, "cuda"))
+    check_room(SMALL, Config(tokens_per_microbatch=10**6), num_devices=1)  # what activations need is a forecast, no certainty
+    with pytest.raises(ConfigError, match=r"weights that are trained 29\.9 GiB"):
+        check_room(LLAMA_8B, Config(), num_devices=1)
+
+
+@pytest.mark.slow
+def test_the_peak_of_a_real_update_is_foretold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedded model, a whole step in one micro-batch; foretold for completions as long as they came out."""
+    peaks: list[int] = []
+    update = Learner.update
+
+    def measured(self: Learner, *args: Any, **options: Any) -> Any:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            result = update(self, *args, **options)
+        found = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+        changes = [event.nbytes() for event in sorted(found, key=lambda event: event.start_ns())]
+        peaks.append(max(accumulate(changes)))
+        return result
+
+    monkeypatch.setattr(Learner, "update", measured)
+    config = Config(
+        output_dir=tmp_path / "run",
+        prompts_per_step=48,
+        num_generations=16,
+        max_completion_length=48,
+        tokens_per_microbatch=65_536,
+        max_steps=1,
+        temperature=3.0,
+        forecast="off",
+        report=False,
+        sinks=(),
+        reward_workers=0,
+    )
+    with GRPOTrainer(
+        config, reward_funcs=[lambda completions, **_: [float(i % 2) for i in range(len(completions))]]
+    ) as trainer:
+        [step] = trainer.steps()
+    real = config.replace(max_completion_length=round(step.metrics["completions/mean_length"]))
+    source = PolicySource(real)
+    plan = MemoryPlanner(source.model_config, real, MemoryInputs(2**40, "cpu", prompt_tokens=8)).plan()
+    foretold = sum(plan.phases["training"].values()) + plan.lasting["optimiser"]  # moments are made in the first update
+    assert peaks == [pytest.approx(foretold, rel=0.1)]
