@@ -92,7 +92,7 @@ def test_commands_and_settings_exist(page: Path) -> None:
                 continue
             command = words[words.index("grpo-fast") + 1]
             assert command in COMMANDS, f"{command} is no command"
-            for flag in re.findall(r" --([a-z-]+)", line[line.index("grpo-fast") :]) if command == "train" else ():
+            for flag in re.findall(r" --([a-z0-9-]+)", line[line.index("grpo-fast") :]) if command == "train" else ():
                 assert flag in known or flag.removeprefix("no-") in known, f"--{flag} is no flag"
 
 

@@ -56,5 +56,5 @@ def test_every_flag_of_training_in_the_readme_exists() -> None:
     training = [command for command in COMMANDS if command.startswith("grpo-fast train")]
     assert len(training) >= 4
     for command in training:
-        for flag in re.findall(r"--([a-z-]+)", command):
+        for flag in re.findall(r"--([a-z0-9-]+)", command):
             assert flag in known, f"--{flag} in the README is no flag"
