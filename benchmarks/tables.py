@@ -29,6 +29,7 @@ _TABLE = re.compile(r"(<!-- (?P<name>(?:law |stop |ops |sync )?table): [^\n]*-->
 def readme_table() -> str:
     """The first screen's table: what the embedded run does on a CPU, and what a step costs beside TRL."""
     embedded, steps = _read("cpu/embedded_run.json"), _read("cpu/step_time.json")
+    large = _read("cpu/step_time_smollm2.json")
     runs = embedded["runs"]
     kept = [run["stop"]["accuracy"] / run["final_accuracy"] for run in runs]
     ours, theirs = (1e3 * steps[name]["p50"] for name in ("grpo_fast_step_s", "trl_step_s"))
@@ -46,6 +47,12 @@ def readme_table() -> str:
         (
             "median step, ours / TRL " + steps["versions"]["trl"],
             f"{ours:.0f} ms / {theirs:.0f} ms ({steps['median_ratio_trl_over_ours']:.1f}x)",
+        ),
+        (
+            f"the same, SmolLM2-135M, {large['torch_threads']} thread, machine busy",
+            "{:.0f} s / {:.0f} s ({:.1f}x)".format(
+                large["grpo_fast_step_s"]["p50"], large["trl_step_s"]["p50"], large["median_ratio_trl_over_ours"]
+            ),
         ),
     ]
     head = f"| embedded model, {cores} CPU cores, torch {embedded['versions']['torch']} | seeds 0, 1, 2 |\n|---|---|\n"

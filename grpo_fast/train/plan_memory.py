@@ -96,7 +96,7 @@ class MemoryPlanner:
         sizes = _Sizes.of(outline, config, dtype=dtype)
         lasting, host = self._lasting(config, sizes)
         sampling = self._sampling(config, sizes, dtype)
-        if config.rollout == "vllm":
+        if config.rollout == "vllm" or config.max_staleness:  # the engine stays awake, or samples while training goes on
             lasting |= sampling
             sampling = {}
         training = {
@@ -105,6 +105,7 @@ class MemoryPlanner:
             "head and loss": sizes.head_bytes(self._tokens(config), self._chunk_bytes),
         }
         if self._num_parts(config) > 1:
+            lasting["whole weights to sample from"] = sizes.total * 4
             training["gathered weights"] = 2 * _weight_bytes(config) * (sizes.trained // sizes.layers)
         return MemoryPlan(lasting, {"sampling": sampling, "training": training}, self._inputs.room_bytes, host)
 
@@ -209,7 +210,9 @@ class MemoryPlanner:
             return {"vLLM's weights": sizes.total * dtype.itemsize, "vLLM's keys and values": cache}
         width = self._longest(config)
         rows = min(config.prompts_per_step * config.num_generations, max(1, _SAMPLED_POSITIONS // width))
+        copied = sizes.trained * _weight_bytes(config) if config.max_staleness else 0
         return {
+            "copy of trained weights": copied,
             "keys and values": rows * width * sizes.cached_values * dtype.itemsize,
             "probabilities": 3 * rows * sizes.vocab * 4,
         }

@@ -94,6 +94,8 @@ def test_shards_divide_what_lasts() -> None:
     shared = planner(SMALL, Config(fsdp="full_shard"), num_devices=4).plan()
     assert shared.lasting["optimiser"] == whole.lasting["optimiser"] // 4
     assert shared.phases["training"]["gradients"] == whole.phases["training"]["gradients"] // 4
+    assert "whole weights to sample from" not in whole.lasting
+    assert shared.lasting["whole weights to sample from"] == 4 * num_weights(SMALL)
     assert planner(SMALL, Config(), num_devices=4).plan().lasting["optimiser"] == whole.lasting["optimiser"]
 
 
@@ -104,6 +106,13 @@ def test_keys_and_values_of_sampling() -> None:
     assert planner(SMALL, Config(rollout="vllm"), room_gib=80).plan().lasting["vLLM"] == pytest.approx(0.3 * 80 * GIB)
     http = Config(rollout="vllm-http", vllm_server_urls=("http://127.0.0.1:8000",))
     assert planner(SMALL, http).plan().phases["sampling"] == {}
+
+
+def test_sampling_ahead_lies_beside_training() -> None:
+    plan = planner(SMALL, Config(max_staleness=1), kind="cpu").plan()
+    assert plan.lasting["copy of trained weights"] == 4 * num_weights(SMALL)
+    assert plan.lasting["keys and values"] > 0
+    assert plan.peak_phase == "training"
 
 
 def test_activations_follow_the_micro_batch_and_no_more_than_the_step() -> None:
