@@ -234,10 +234,13 @@ class _Sizes:
 
     @classmethod
     def of(cls, outline: Any, config: Config, *, dtype: torch.dtype) -> _Sizes:
-        head = outline.get_output_embeddings().weight
+        layer = outline.get_output_embeddings()
+        if layer is None:
+            raise ConfigError(f"{type(outline).__name__} has no output embeddings; a causal language model is needed")
+        head = layer.weight
         trained = total = 0
         frozen = 0.0
-        linear = {id(layer.weight) for layer in outline.modules() if isinstance(layer, torch.nn.Linear)} - {id(head)}
+        linear = {id(module.weight) for module in outline.modules() if isinstance(module, torch.nn.Linear)} - {id(head)}
         nf4 = _NESTED_NF4_BYTES if config.use_bnb_nested_quant else _NF4_BYTES
         for weight in outline.parameters():
             total += weight.numel()
@@ -246,8 +249,9 @@ class _Sizes:
             else:
                 frozen += weight.numel() * (nf4 if config.load_in_4bit and id(weight) in linear else dtype.itemsize)
         model = outline.config.get_text_config()
-        heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
-        size = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+        query_heads = getattr(model, "num_attention_heads", None) or 1  # of a model without attention nothing better is known
+        heads = getattr(model, "num_key_value_heads", None) or query_heads
+        size = getattr(model, "head_dim", None) or model.hidden_size // query_heads
         layers = int(model.num_hidden_layers)
         return cls(
             trained=trained,

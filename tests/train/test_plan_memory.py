@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, Qwen2Config
+from transformers import BertConfig, BertModel, LlamaConfig, MambaConfig, Qwen2Config
 
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.train import GRPOTrainer
@@ -181,6 +181,16 @@ def test_weights_that_fit_are_let_through(monkeypatch: pytest.MonkeyPatch) -> No
     check_room(SMALL, Config(tokens_per_microbatch=10**6), num_devices=1)  # what activations need is a forecast, no certainty
     with pytest.raises(ConfigError, match=r"weights that are trained 29\.9 GiB"):
         check_room(LLAMA_8B, Config(), num_devices=1)
+
+
+def test_models_of_other_kinds() -> None:
+    mamba = MambaConfig(vocab_size=1000, hidden_size=64, num_hidden_layers=2)
+    check_room(mamba, Config(), num_devices=1)
+    bert = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, is_decoder=True)
+    with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("grpo_fast.train.plan_memory.outline_of", lambda model_config, config: BertModel(model_config))
+        with pytest.raises(ConfigError, match="BertModel has no output embeddings"):
+            check_room(bert, Config(), num_devices=1)
 
 
 @pytest.mark.slow
