@@ -97,9 +97,12 @@ def long_requests() -> dict[str, Any]:
     return {"prompts": prompts, "sampling": SamplingParams(max_tokens=110, temperature=2.0), "num_generations": 4, "seed": 5}
 
 
-def test_requests_that_run_refuse_a_sync_that_waits_for_none(engine: VLLMEngine, long_requests: dict[str, Any]) -> None:
+def test_requests_that_run_refuse_a_sync_that_waits_for_none(
+    engine: VLLMEngine, long_requests: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     flatten(engine._model)
     engine.sync_weights(engine._model, 49)
+    slow_down(engine, monkeypatch)
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(engine.generate, **long_requests)
         until_running(engine)
@@ -110,7 +113,11 @@ def test_requests_that_run_refuse_a_sync_that_waits_for_none(engine: VLLMEngine,
 
 
 def test_requests_that_are_kept_go_on_by_the_new_weights(
-    perturb: Callable[..., None], measure_errors: Callable[..., Any], long_requests: dict[str, Any], engine: VLLMEngine
+    perturb: Callable[..., None],
+    measure_errors: Callable[..., Any],
+    long_requests: dict[str, Any],
+    engine: VLLMEngine,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Runs last: another engine takes the place of the module's."""
     engine.close()
@@ -118,6 +125,7 @@ def test_requests_that_are_kept_go_on_by_the_new_weights(
     tokenizer = AutoTokenizer.from_pretrained(embedded_model_dir())
     flatten(model)
     keeping = VLLMEngine(model, tokenizer, settings=VLLMSettings(sync_deadline_s=60, pause_mode="keep"))
+    slow_down(keeping, monkeypatch)
     policies = [copy.deepcopy(model)]
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(keeping.generate, **long_requests)
@@ -148,6 +156,18 @@ def test_requests_that_are_kept_go_on_by_the_new_weights(
 @torch.no_grad()
 def flatten(model: Any) -> None:
     model.lm_head.weight.mul_(0.1)
+
+
+def slow_down(engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of such a model are over so soon that all would be done before a thread that changes weights has its turn."""
+    inside = engine._vllm._llm.llm_engine
+    step = inside.step
+
+    def slow() -> Any:
+        time.sleep(0.02)
+        return step()
+
+    monkeypatch.setattr(inside, "step", slow)
 
 
 def until_running(engine: VLLMEngine) -> None:
