@@ -113,9 +113,13 @@ def default_chunk_bytes(device: torch.device) -> int:
     A share of the device's whole memory, not of what is free, so that sizes, and with them the order of sums, are the same in
     every step and after a resume.
     """
-    if device.type != "cuda":
-        return _CPU_CHUNK_BYTES
-    return int(torch.cuda.get_device_properties(device).total_memory) // _SHARE_OF_DEVICE
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    return chunk_bytes_of(device.type, total)
+
+
+def chunk_bytes_of(kind: str, memory_bytes: int) -> int:
+    """The same of a device that need not be here: "cuda" with its memory in bytes, or "cpu", whose memory is not read."""
+    return int(memory_bytes) // _SHARE_OF_DEVICE if kind == "cuda" else _CPU_CHUNK_BYTES
 
 
 def rows_per_chunk(head: LMHead, device: torch.device, *, bytes_per_logit: float) -> int:

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
+MAX_BATCH_TOKENS = 65_536
+"""Most cached positions of one batch, where nothing else is said."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Row:
@@ -78,7 +81,7 @@ class TransformersEngine:
         tokenizer: PreTrainedTokenizerBase,
         *,
         eos_token_ids: Sequence[int] | None = None,
-        max_batch_tokens: int = 65_536,
+        max_batch_tokens: int = MAX_BATCH_TOKENS,
         check_every: int | None = None,
         autocast_dtype: torch.dtype | None = None,
         own_weights: bool = False,

@@ -17,16 +17,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from grpo_fast.compute.memory import MemoryPlan
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.device import device_facts, gpu_spec
+from grpo_fast.ops.lm_head import chunk_bytes_of
+from grpo_fast.rollout.transformers_engine import MAX_BATCH_TOKENS
 from grpo_fast.sinks.quantities import binary
 from grpo_fast.train.activations import activation_bytes
-from grpo_fast.train.policy import outline_of, pick_device
+from grpo_fast.train.policy import computes_in_bfloat16, outline_of, pick_device
 
 _CONTEXT_BYTES = {"cuda": 700 * 2**20, "cpu": 450 * 2**20}
 """What the process holds before the model: CUDA's context and libraries' workspaces; Python with its modules."""
-_SAMPLED_POSITIONS = 65_536
-"""Cached positions of one batch of the transformers engine."""
 _NF4_BYTES, _NESTED_NF4_BYTES = 0.5 + 4 / 64, 0.5 + 1 / 64 + 4 / (64 * 256)
-_CPU_CHUNK_BYTES, _CHUNK_SHARE = 64 * 2**20, 32
 _NUM_CHANGES = 3
 _COUNTED_TOKENS = (128, 256)
 _FEWEST_TOKENS = 1024
@@ -115,8 +114,7 @@ class MemoryPlanner:
         return sum(self._lasting(self._config, sizes)[0].values()) + self._gradients(self._config, sizes)
 
     def _dtype(self, config: Config) -> torch.dtype:
-        bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and self._inputs.kind == "cuda")
-        return torch.bfloat16 if bfloat16 else torch.float32
+        return torch.bfloat16 if computes_in_bfloat16(config, self._inputs.kind) else torch.float32
 
     def _num_parts(self, config: Config) -> int:
         """Devices that share weights, gradients and moments."""
@@ -180,7 +178,7 @@ class MemoryPlanner:
 
     @property
     def _chunk_bytes(self) -> int:
-        return self._inputs.room_bytes // _CHUNK_SHARE if self._inputs.kind == "cuda" else _CPU_CHUNK_BYTES
+        return chunk_bytes_of(self._inputs.kind, self._inputs.room_bytes)
 
     def _longest(self, config: Config) -> int:
         return int(self._inputs.prompt_tokens) + config.max_completion_length
@@ -209,7 +207,7 @@ class MemoryPlanner:
             cache = round((config.vllm_kv_cache_gib or 4.0) * 2**30)
             return {"vLLM's weights": sizes.total * dtype.itemsize, "vLLM's keys and values": cache}
         width = self._longest(config)
-        rows = min(config.prompts_per_step * config.num_generations, max(1, _SAMPLED_POSITIONS // width))
+        rows = min(config.prompts_per_step * config.num_generations, max(1, MAX_BATCH_TOKENS // width))
         copied = sizes.trained * _weight_bytes(config) if config.max_staleness else 0
         return {
             "copy of trained weights": copied,

@@ -261,8 +261,7 @@ class PolicySource:
 
     @property
     def _computes_in_bfloat16(self) -> bool:
-        wanted = self._config.dtype
-        return wanted == "bfloat16" or (wanted == "auto" and self._device.type == "cuda")
+        return computes_in_bfloat16(self._config, self._device.type)
 
     @property
     def chat(self) -> bool:
@@ -331,6 +330,11 @@ def outline_of(model_config: PreTrainedConfig, config: Config) -> PreTrainedMode
         if config.use_peft:
             Adapters(model, config)
     return model
+
+
+def computes_in_bfloat16(config: Config, kind: str) -> bool:
+    """Whether forward and backward passes on a device ("cuda" or "cpu") are in bfloat16."""
+    return config.dtype == "bfloat16" or (config.dtype == "auto" and kind == "cuda")
 
 
 def count_parameters(model: torch.nn.Module) -> int:

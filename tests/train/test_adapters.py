@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 from grpo_fast.compute import ModelShape
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.metrics import PhaseTimer
-from grpo_fast.recipes import recipe
 from grpo_fast.tasks.task import Task
 from grpo_fast.train import GRPOTrainer
 from grpo_fast.train.adapters import Adapters
@@ -280,24 +279,5 @@ def test_adapters_know_no_model_without_peft_layers(tiny_config: Callable[..., C
 
 
 @pytest.mark.slow
-def test_the_embedded_model_learns_by_adapters_alone(tmp_path: Path) -> None:
-    config = recipe(
-        "embedded",
-        output_dir=tmp_path / "run",
-        use_peft=True,
-        prompts_per_step=16,
-        learning_rate=2e-3,
-        warmup_steps=0.1,
-        max_steps=40,
-        eval_steps=40,
-        eval_size=128,
-        baseline_probe=0,
-        forecast="off",
-        reward_workers=0,
-        sinks=(),
-        report=False,
-    )
-    with GRPOTrainer(config) as trainer:
-        for _ in trainer.steps():
-            pass
-        assert trainer.evaluate() >= 0.95
+def test_the_embedded_model_learns_by_adapters_alone(short_embedded_run: Callable[..., float]) -> None:
+    assert short_embedded_run(use_peft=True, learning_rate=2e-3) >= 0.95

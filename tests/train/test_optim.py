@@ -12,7 +12,6 @@ import torch
 from transformers import get_scheduler
 
 from grpo_fast.config import Config, ConfigError
-from grpo_fast.recipes import recipe
 from grpo_fast.tasks.task import Task
 from grpo_fast.train import GRPOTrainer
 from grpo_fast.train.optim import build_optimizer, check_optimizer, learning_rate_at, progress_schedule, set_learning_rate
@@ -195,25 +194,6 @@ def test_what_an_optimiser_lacks_is_told_before_anything_is_loaded(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["8 bits", "bfloat16, rounded at random"])
-def test_the_embedded_model_learns_all_the_same(kind: str, tmp_path: Path) -> None:
+def test_the_embedded_model_learns_all_the_same(kind: str, short_embedded_run: Callable[..., float]) -> None:
     needs_what_it_takes(OTHERS[kind])
-    config = recipe(
-        "embedded",
-        output_dir=tmp_path / "run",
-        **OTHERS[kind],
-        prompts_per_step=16,
-        learning_rate=6e-4,
-        warmup_steps=0.1,
-        max_steps=40,
-        eval_steps=40,
-        eval_size=128,
-        baseline_probe=0,
-        forecast="off",
-        reward_workers=0,
-        sinks=(),
-        report=False,
-    )
-    with GRPOTrainer(config) as trainer:
-        for _ in trainer.steps():
-            pass
-        assert trainer.evaluate() >= 0.95
+    assert short_embedded_run(**OTHERS[kind], learning_rate=6e-4) >= 0.95

@@ -152,27 +152,8 @@ def test_without_bitsandbytes_the_cure_is_told(wide_config: Callable[..., Config
 
 @needs_bitsandbytes
 @pytest.mark.slow
-def test_the_embedded_model_learns_over_four_bits(tmp_path: Path) -> None:
-    config = recipe(
-        "embedded",
-        output_dir=tmp_path / "run",
-        **FOUR_BIT,
-        prompts_per_step=16,
-        learning_rate=2e-3,
-        warmup_steps=0.1,
-        max_steps=40,
-        eval_steps=40,
-        eval_size=128,
-        baseline_probe=0,
-        forecast="off",
-        reward_workers=0,
-        sinks=(),
-        report=False,
-    )
-    with GRPOTrainer(config) as trainer:
-        for _ in trainer.steps():
-            pass
-        assert trainer.evaluate() >= 0.95
+def test_the_embedded_model_learns_over_four_bits(short_embedded_run: Callable[..., float]) -> None:
+    assert short_embedded_run(**FOUR_BIT, learning_rate=2e-3) >= 0.95
 
 
 MODELS: dict[str, tuple[PretrainedConfig, int]] = {
