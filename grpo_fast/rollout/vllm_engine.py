@@ -75,6 +75,16 @@ class VLLMSettings:
     """Weights on the way at a time, through shared memory."""
 
 
+def cpu_cache_bytes(position_bytes: int, context_length: int) -> int:
+    """Memory for keys and values on a CPU, where nothing else is said: what 256 sequences need, up to 2 GiB.
+
+    Args:
+        position_bytes: keys and values of one token, in bytes.
+        context_length: longest sequence, in tokens.
+    """
+    return min(_CPU_CACHE_BYTES, position_bytes * context_length * _CONCURRENT_ON_CPU)
+
+
 def require_vllm() -> None:
     """Checks that vLLM is there and new enough.
 
@@ -195,8 +205,7 @@ class VLLMEngine:
         config = self._model.config.get_text_config(decoder=True)
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        position = 2 * config.num_hidden_layers * heads * size * dtype.itemsize
-        return int(min(_CPU_CACHE_BYTES, position * self._context * _CONCURRENT_ON_CPU))
+        return cpu_cache_bytes(2 * config.num_hidden_layers * heads * size * dtype.itemsize, self._context)
 
     def sync_weights(self, policy: torch.nn.Module, version: int) -> dict[str, float]:
         """Brings ``policy``'s weights into vLLM and proves that they are in force.

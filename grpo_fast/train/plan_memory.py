@@ -19,6 +19,7 @@ from grpo_fast.config import Config, ConfigError
 from grpo_fast.device import device_facts, gpu_spec
 from grpo_fast.ops.lm_head import chunk_bytes_of
 from grpo_fast.rollout.transformers_engine import MAX_BATCH_TOKENS
+from grpo_fast.rollout.vllm_engine import cpu_cache_bytes
 from grpo_fast.sinks.quantities import binary
 from grpo_fast.train.activations import activation_bytes
 from grpo_fast.train.policy import computes_in_bfloat16, outline_of, pick_device
@@ -204,7 +205,9 @@ class MemoryPlanner:
         if config.rollout == "vllm":
             if self._inputs.kind == "cuda" and config.vllm_kv_cache_gib is None:
                 return {"vLLM": round(config.vllm_gpu_memory_utilization * self._inputs.room_bytes)}
-            cache = round((config.vllm_kv_cache_gib or 4.0) * 2**30)
+            cache = cpu_cache_bytes(sizes.cached_values * dtype.itemsize, self._longest(config))
+            if config.vllm_kv_cache_gib is not None:
+                cache = round(config.vllm_kv_cache_gib * 2**30)
             return {"vLLM's weights": sizes.total * dtype.itemsize, "vLLM's keys and values": cache}
         width = self._longest(config)
         rows = min(config.prompts_per_step * config.num_generations, max(1, MAX_BATCH_TOKENS // width))

@@ -104,6 +104,10 @@ def test_keys_and_values_of_sampling() -> None:
     found = planner(SMALL, config, kind="cpu").plan().phases["sampling"]
     assert found["keys and values"] == 8 * (200 + 100) * 2 * 4 * 2 * 16 * 4
     assert planner(SMALL, Config(rollout="vllm"), room_gib=80).plan().lasting["vLLM"] == pytest.approx(0.3 * 80 * GIB)
+    on_cpu = planner(SMALL, config.replace(rollout="vllm"), kind="cpu").plan().lasting
+    assert on_cpu["vLLM's keys and values"] == 256 * (200 + 100) * 2 * 4 * 2 * 16 * 4
+    told = planner(SMALL, config.replace(rollout="vllm", vllm_kv_cache_gib=3.0), kind="cpu").plan().lasting
+    assert told["vLLM's keys and values"] == 3 * GIB
     http = Config(rollout="vllm-http", vllm_server_urls=("http://127.0.0.1:8000",))
     assert planner(SMALL, http).plan().phases["sampling"] == {}
 
