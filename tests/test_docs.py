@@ -113,9 +113,8 @@ def test_every_name_in_the_text_exists(page: Path) -> None:
 
 @pytest.mark.slow
 def test_the_reference_is_made_from_the_docstrings(tmp_path: Path) -> None:
-    made = subprocess.run(
-        ["make", "--dry-run", "--old-file=env-dev", "docs"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    make = ["make", "--dry-run", "--no-print-directory", "--old-file=env-dev", "docs"]
+    made = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True)
     command = shlex.split(made.stdout)
     command[0] = str(Path(sys.executable).with_name("pdoc"))
     command[command.index("--output-directory") + 1] = str(tmp_path)

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from grpo_fast.train.run_dir import write_whole
 from grpo_fast.types import TrainingError
 
 _T = TypeVar("_T")
@@ -206,7 +207,7 @@ def _store(timeout: timedelta) -> Store:
 def note_launch(run_dir: Path) -> None:
     """Leaves word in a run's directory that this ``torchrun`` began it; does nothing without one."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        (run_dir / _LAUNCH_FILE).write_text(_launch(), encoding="utf-8")
+        write_whole(run_dir / _LAUNCH_FILE, _launch())
 
 
 def is_restart(run_dir: Path) -> bool:

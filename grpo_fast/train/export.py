@@ -10,9 +10,9 @@ import torch
 
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.train.checkpoint import CheckpointError, check_checkpoint, list_checkpoints
-from grpo_fast.train.parts import CONFIG_FILE
 from grpo_fast.train.policy import Policy, PolicySource
 from grpo_fast.train.quantised import dequantised
+from grpo_fast.train.run_dir import CONFIG_FILE
 from grpo_fast.train.summary import SUMMARY_FILE
 
 ExportType = Literal["auto", "float32", "bfloat16", "float16"]

@@ -6,7 +6,6 @@ Output directory, rewards, data and tokeniser are checked before the weights are
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -27,11 +26,11 @@ from grpo_fast.train.distributed import ALONE, World, note_launch
 from grpo_fast.train.optim import check_optimizer
 from grpo_fast.train.plan_memory import check_room
 from grpo_fast.train.policy import BasePolicy, Policy, PolicySource, Scorer, count_parameters
+from grpo_fast.train.run_dir import CONFIG_FILE, empty_run, is_cut_short, write_whole
 from grpo_fast.train.sharding import ShardedPolicy, check_sharding, spread
 from grpo_fast.train.shares import MainEngine, Rewards, SharedEngine, SharedRewards
 from grpo_fast.types import Prompt
 
-CONFIG_FILE = "config.toml"
 _CHANGEABLE = {
     *(f"max_{name}" for name in ("steps", "tokens", "flops", "gpu_hours", "wall_hours", "money", "energy_kwh")),
     "price_per_gpu_hour",
@@ -72,11 +71,11 @@ class Parts:
     def open(self, start_step: int) -> None:
         """Writes the resolved configuration and starts the sinks."""
         config = self.config
-        if self.replaces_run:
-            shutil.rmtree(config.output_dir)
-            self.replaces_run = False
         config.output_dir.mkdir(parents=True, exist_ok=True)
-        (config.output_dir / CONFIG_FILE).write_text(config.to_toml(), encoding="utf-8")
+        if self.replaces_run:
+            empty_run(config.output_dir)
+            self.replaces_run = False
+        write_whole(config.output_dir / CONFIG_FILE, config.to_toml())
         note_launch(config.output_dir)
         self.sinks.start(
             RunInfo(
@@ -248,7 +247,7 @@ def _holds_run(config: Config) -> bool:
     run = config.output_dir
     if run.exists() and not run.is_dir():
         raise ConfigError(f"output_dir {run} is a file; name a directory")
-    if not run.is_dir() or not any(run.iterdir()):
+    if not run.is_dir() or all(is_cut_short(path) for path in run.iterdir()):
         return False
     if not (run / CONFIG_FILE).exists():
         raise ConfigError(f"output_dir {run} holds files that are no run; name an empty or new directory")

@@ -13,6 +13,7 @@ from grpo_fast.law import Forecast
 from grpo_fast.sinks.jsonl import plain
 from grpo_fast.train.best import Saved
 from grpo_fast.train.parts import Parts
+from grpo_fast.train.run_dir import write_whole
 
 SUMMARY_FILE = "summary.json"
 
@@ -70,7 +71,7 @@ def write_summary(config: Config, parts: Parts, ending: Ending, outcome: Outcome
         "dataset": parts.task.name,
     }
     text = json.dumps(plain(summary), indent=1, allow_nan=False)
-    (config.output_dir / SUMMARY_FILE).write_text(text, encoding="utf-8")
+    write_whole(config.output_dir / SUMMARY_FILE, text)
     result: dict[str, Any] = json.loads(text)
     return result
 

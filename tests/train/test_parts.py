@@ -11,7 +11,8 @@ import pytest
 from grpo_fast.compute import Budget
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.tasks.task import Task
-from grpo_fast.train.parts import CONFIG_FILE, Parts, _check_ranks, build_parts, check_resumable
+from grpo_fast.train.parts import Parts, _check_ranks, build_parts, check_resumable
+from grpo_fast.train.run_dir import CONFIG_FILE
 
 MakeConfig = Callable[..., Config]
 
@@ -70,6 +71,14 @@ def test_overwrite_removes_the_old_run_and_nothing_else(build: Any, tmp_path: Pa
     parts.open(0)
     assert (tmp_path / "beside").exists()
     assert {path.name for path in (tmp_path / "run").iterdir()} == {CONFIG_FILE}
+
+
+def test_what_a_kill_left_of_a_configuration_stands_in_nobodys_way(build: Any, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / f".{CONFIG_FILE}.partial").write_text("mod", encoding="utf-8")
+    parts = build()
+    parts.open(0)
+    assert Config.from_toml(tmp_path / "run" / CONFIG_FILE) == parts.config
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

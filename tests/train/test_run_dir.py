@@ -1,0 +1,69 @@
+"""A run's directory, seen by others in the middle of a write, and after a kill."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_fast.train.run_dir import CONFIG_FILE, empty_run, is_cut_short, write_whole
+
+
+def test_no_reader_sees_half_a_file(tmp_path: Path) -> None:
+    texts = {letter * 2**20 for letter in "ab"}
+    path = tmp_path / "file"
+    write_whole(path, "a" * 2**20)
+    done = threading.Event()
+
+    def write() -> None:
+        for turn in range(100):
+            write_whole(path, "ab"[turn % 2] * 2**20)
+        done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    seen = set()
+    while not done.is_set():
+        seen.add(path.read_text(encoding="utf-8"))
+    writer.join()
+    assert seen <= texts
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_a_kill_in_the_middle_of_deleting_leaves_is_still_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / CONFIG_FILE).write_text("", encoding="utf-8")
+    for name in ("checkpoint-1", "checkpoint-2", "logs"):
+        (tmp_path / name / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "logs")
+    delete: Any = shutil.rmtree
+    with monkeypatch.context() as patched:
+        left = iter([delete])
+
+        def killed(path: Path) -> None:
+            next(left, _kill)(path)
+
+        patched.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            empty_run(tmp_path)
+    assert (tmp_path / CONFIG_FILE).exists()
+    assert len(list(tmp_path.iterdir())) > 1
+    empty_run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [CONFIG_FILE]
+
+
+def _kill(path: Path) -> None:
+    raise KeyboardInterrupt
+
+
+def test_leftovers_of_a_write_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", lambda *_: _kill(tmp_path))
+        with pytest.raises(KeyboardInterrupt):
+            write_whole(tmp_path / CONFIG_FILE, "model = 1")
+    left = list(tmp_path.iterdir())
+    assert len(left) == 1
+    assert is_cut_short(left[0])
+    assert not is_cut_short(tmp_path / CONFIG_FILE)
