@@ -10,6 +10,9 @@ probabilities that keep the mean, and needs 12 bytes a weight (weight and gradie
 float32 needs 16. :class:`OffloadedAdamW` keeps moments and a float32 copy of the weights in host memory, where the update is
 made: 4 bytes a weight are left on the device with bfloat16 weights, 8 with float32 ones.
 
+Of a weight that is a shard, each rank updates its own part: state is sharded as the weight is, and the rounding is that of the
+whole weight, whatever the number of ranks.
+
 Source: Loshchilov and Hutter 2019 (arXiv:1711.05101); stochastic rounding: Zamirai et al. 2020 (arXiv:2010.06192).
 """
 
@@ -20,12 +23,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+_BLOCK = 2**20
+"""Numbers of a weight that are rounded by one generator's draws."""
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class StochasticAdamW(torch.optim.Optimizer):
     """AdamW over bfloat16 weights, with float32 moments and stochastic rounding.
 
-    The draws follow from seed, step and position of the weight alone, so a resumed run rounds as the straight one.
+    The draws follow from seed, step and position of the number alone, so a resumed run rounds as the straight one.
 
     Args:
         params: parameters or groups of them.
@@ -54,35 +63,45 @@ class StochasticAdamW(torch.optim.Optimizer):
         state = self.state[weight]
         if not state:
             state["step"] = 0
-            state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(weight, dtype=torch.float32) for _ in range(2))
+            state |= {name: torch.zeros_like(weight, dtype=torch.float32) for name in _MOMENTS}
         state["step"] += 1
-        (beta1, beta2), step, gradient = group["betas"], state["step"], weight.grad.float()  # type: ignore[union-attr]
-        first = state["exp_avg"].lerp_(gradient, 1 - beta1)
-        second = state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        (beta1, beta2), step, gradient = group["betas"], state["step"], _own(weight.grad).float()
+        first = _own(state["exp_avg"]).lerp_(gradient, 1 - beta1)
+        second = _own(state["exp_avg_sq"]).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         denominator = (second / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        value = weight.float().mul_(1 - group["lr"] * group["weight_decay"])
+        own = _own(weight)
+        value = own.float().mul_(1 - group["lr"] * group["weight_decay"])
         value.addcdiv_(first, denominator, value=-group["lr"] / (1 - beta1**step))
-        [draw] = np.random.SeedSequence((self._seed, step, number)).generate_state(1, np.uint64)
-        generator = torch.Generator(weight.device).manual_seed(int(draw >> 1))
-        weight.copy_(round_stochastically(value, generator))
+        place = _place(weight) if own.numel() else 0
+        for start in range(place - place % _BLOCK, place + own.numel(), _BLOCK):
+            noise = self._noise(min(_BLOCK, weight.numel() - start), own.device, (step, number, start // _BLOCK))
+            low, high = max(start - place, 0), min(start - place + _BLOCK, own.numel())
+            drawn = noise[low + place - start : high + place - start]
+            own.view(-1)[low:high] = round_stochastically(value.view(-1)[low:high], drawn)
+
+    def _noise(self, count: int, device: torch.device, key: tuple[int, ...]) -> torch.Tensor:
+        [draw] = np.random.SeedSequence((self._seed, *key)).generate_state(1, np.uint64)
+        generator = torch.Generator(device).manual_seed(int(draw >> 1))
+        return torch.randint(0, 2**16, (count,), dtype=torch.int32, device=device, generator=generator)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes over a saved state; torch's own would cast float32 moments to the weights' type."""
         super().load_state_dict(dict(state_dict))
-        saved = state_dict["state"]
         weights = [weight for group in self.param_groups for weight in group["params"]]
-        for number, state in saved.items():
-            weight = weights[number]
-            for name in ("exp_avg", "exp_avg_sq"):
+        for weight, state in zip(weights, _saved_states(state_dict), strict=True):
+            for name in _MOMENTS if state else ():
                 self.state[weight][name] = state[name].to(weight.device, torch.float32, copy=True)
 
 
-def round_stochastically(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def round_stochastically(values: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Float32 to bfloat16: to one of both neighbours, so that the mean is the value; exact ones stay, whatever is drawn.
 
     Adds 16 random bits to those that bfloat16 cuts off. Infinities stay; a NaN stays one.
+
+    Args:
+        values: float32, of any shape.
+        noise: int32 of the same shape, drawn evenly from 0 to 2^16 - 1.
     """
-    noise = torch.randint(0, 2**16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
     bits = values.view(torch.int32).add(noise).bitwise_and_(-(2**16)).view(torch.float32)
     return torch.where(values.isfinite(), bits, values).to(torch.bfloat16)
 
@@ -101,7 +120,10 @@ class OffloadedAdamW(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[Any], *, lr: float, betas: tuple[float, float], eps: float) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
-        groups = [group | {"params": [_master(weight) for weight in group["params"]]} for group in self.param_groups]
+        groups = [
+            group | {"params": [torch.nn.Parameter(_hosted(weight)) for weight in group["params"]]}
+            for group in self.param_groups
+        ]
         self._masters = torch.optim.AdamW(groups, fused=True)
 
     @torch.no_grad()
@@ -114,34 +136,71 @@ class OffloadedAdamW(torch.optim.Optimizer):
                 if weight.grad is None:
                     master.grad = None
                 elif master.grad is None:
-                    master.grad = _pinned(weight.grad.to("cpu", torch.float32, copy=True), weight.device)
+                    master.grad = _hosted(weight.grad)
                 else:
-                    master.grad.copy_(weight.grad, non_blocking=True)
+                    master.grad.copy_(_own(weight.grad), non_blocking=True)
         if any(weight.is_cuda for group in self.param_groups for weight in group["params"]):
             torch.cuda.synchronize()
         self._masters.step()
-        for own, host in zip(self.param_groups, self._masters.param_groups, strict=True):
-            for weight, master in zip(own["params"], host["params"], strict=True):
-                weight.copy_(master, non_blocking=True)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Masters and moments."""
-        masters = [master.detach() for group in self._masters.param_groups for master in group["params"]]
-        return {"masters": masters, "optimizer": self._masters.state_dict()}
+        for weight, master in self._pairs():
+            _own(weight).copy_(master, non_blocking=True)
+            if master in self._masters.state and not self.state[weight]:
+                self._show(weight, master)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes over masters and moments; the weights are those of the model's own file, which are the masters' rounded."""
-        self._masters.load_state_dict(state_dict["optimizer"])
-        masters = [master for group in self._masters.param_groups for master in group["params"]]
-        for master, saved in zip(masters, state_dict["masters"], strict=True):
-            master.copy_(saved)
+        """Takes over masters and moments, and makes the weights of the masters; one that has none begins anew."""
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})  # it would cast to the weights' type
+        for (weight, master), saved in zip(self._pairs(), _saved_states(state_dict), strict=True):
+            self._masters.state.pop(master, None)
+            master.copy_(_own(saved["master"] if saved else weight))
+            _own(weight).copy_(master)
+            if saved:
+                moments = {name: _own(saved[name]).to("cpu", torch.float32, copy=True) for name in ("step", *_MOMENTS)}
+                self._masters.state[master] = moments
+                self._show(weight, master)
+
+    def _pairs(self) -> list[tuple[torch.Tensor, torch.nn.Parameter]]:
+        groups = zip(self.param_groups, self._masters.param_groups, strict=True)
+        return [pair for own, host in groups for pair in zip(own["params"], host["params"], strict=True)]
+
+    def _show(self, weight: torch.Tensor, master: torch.nn.Parameter) -> None:
+        """Master and moments as this optimiser's own state, in the same memory: what checkpoints read."""
+        state = self._masters.state[master]
+        shown = {"master": master.detach()} | {name: state[name] for name in _MOMENTS}
+        self.state[weight] = {"step": state["step"]} | {name: _as_part_of(weight, value) for name, value in shown.items()}
 
 
-def _master(weight: torch.Tensor) -> torch.nn.Parameter:
-    return torch.nn.Parameter(_pinned(weight.detach().to("cpu", torch.float32, copy=True), weight.device))
+def _saved_states(state_dict: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What was saved of each weight, in their order; it stands there by a number, or by a name after resharding."""
+    return [state_dict["state"].get(place, {}) for group in state_dict["param_groups"] for place in group["params"]]
 
 
-def _pinned(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Memory that the GPU can reach while the host goes on."""
-    return host.pin_memory() if device.type == "cuda" else host
+def _own(tensor: torch.Tensor | None) -> torch.Tensor:
+    """What this rank holds of it."""
+    assert tensor is not None
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _as_part_of(weight: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """A rank's own numbers as a shard, where the weight is one."""
+    if not isinstance(weight, DTensor):
+        return own
+    return DTensor.from_local(
+        own, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
+    )
+
+
+def _place(weight: torch.Tensor) -> int:
+    """Where in the whole weight, row after row, the numbers of this rank begin."""
+    if not isinstance(weight, DTensor):
+        return 0
+    _, first = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
+    return first[0] * (weight.numel() // weight.shape[0])
+
+
+def _hosted(tensor: torch.Tensor) -> torch.Tensor:
+    """A float32 copy in memory of the host that the GPU can reach while the host goes on."""
+    own = _own(tensor.detach())
+    host = own.to("cpu", torch.float32, copy=True)
+    return host.pin_memory() if own.is_cuda else host

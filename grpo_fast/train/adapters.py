@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,6 +77,9 @@ class Adapters:
     def off(self) -> Iterator[None]:
         """The model is its base in here."""
         self._wrapped.base_model.disable_adapter_layers()
+        for name, weight in self._adapted.named_parameters():
+            if ".lora_" in name:  # peft has marked it as frozen, and FSDP holds on to what its first pass finds
+                weight.requires_grad_(True)
         try:
             yield
         finally:
@@ -86,22 +89,34 @@ class Adapters:
         """Writes the adapters in peft's format, a file of weights and one of settings."""
         self._wrapped.save_pretrained(str(directory), save_embedding_layers=False)  # "auto" would ask the hub
 
-    def load(self, directory: Path) -> None:
+    @torch.no_grad()
+    def load(self, directory: Path, *, part: Callable[[Any, torch.Tensor], torch.Tensor] = lambda _, value: value) -> None:
         """Takes over saved adapters, in place, bit for bit.
+
+        Args:
+            directory: where :meth:`save` has written them.
+            part: gives of a weight's saved value what this process holds of it.
 
         Raises:
             ValueError: they are those of another model or of other settings.
         """
-        from peft import set_peft_model_state_dict  # noqa: PLC0415 (as above)
+        from peft import get_peft_model_state_dict  # noqa: PLC0415 (as above)
 
         saved = load_file(directory / WEIGHTS_FILE)
-        result: Any = set_peft_model_state_dict(self._wrapped, saved)
-        missing = [name for name in result.missing_keys if ".lora_" in name]
-        if missing or result.unexpected_keys:
+        own = get_peft_model_state_dict(self._wrapped, save_embedding_layers=False)
+        missing, unknown = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
+        if missing or unknown:
             raise ValueError(
                 f"{directory / WEIGHTS_FILE} does not fit the model's adapters: {len(missing)} are missing and "
-                f"{len(result.unexpected_keys)} unknown, such as {[*missing, *result.unexpected_keys][0]}"
+                f"{len(unknown)} unknown, such as {[*missing, *unknown][0]}"
             )
+        for name, weight in own.items():
+            if weight.shape != saved[name].shape:
+                raise ValueError(
+                    f"{directory / WEIGHTS_FILE} does not fit the model's adapters: {name} is {tuple(saved[name].shape)} there "
+                    f"and {tuple(weight.shape)} here"
+                )
+            weight.copy_(part(weight, saved[name]))
 
     def merge(self) -> PreTrainedModel:
         """Adds the adapters to the base's weights and takes their layers out; they are gone then.

@@ -188,11 +188,11 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
                 config.max_steps,
                 epsilon=config.forecast_epsilon,
                 reward_range=config.reward_range,
-                facts=RunFacts(size_b=count_parameters(policy.model) / 1e9, lora=config.use_peft),
+                facts=RunFacts(size_b=count_parameters(whole.model) / 1e9, lora=config.use_peft),
                 prior=prior,
             ),
             meter=ComputeMeter(
-                ModelShape.from_model(policy.model),
+                ModelShape.from_model(whole.model),
                 power=energy_source(facts, num_devices=world.size),
                 price_per_gpu_hour=config.price_per_gpu_hour,
                 num_devices=world.size,

@@ -105,8 +105,9 @@ class MemoryPlanner:
             "head and loss": sizes.head_bytes(self._tokens(config), self._chunk_bytes),
         }
         if self._num_parts(config) > 1:
-            lasting["whole weights to sample from"] = sizes.total * 4
-            training["gathered weights"] = 2 * _weight_bytes(config) * (sizes.trained // sizes.layers)
+            whole = sizes.frozen_bytes + _weight_bytes(config) * sizes.trained
+            lasting["whole weights to sample from"] = whole
+            training["gathered weights"] = 2 * whole // sizes.layers + _weight_bytes(config) * sizes.head
         return MemoryPlan(lasting, {"sampling": sampling, "training": training}, self._inputs.room_bytes, host)
 
     def least_bytes(self) -> int:
@@ -124,16 +125,13 @@ class MemoryPlanner:
     def _lasting(self, config: Config, sizes: _Sizes) -> tuple[dict[str, int], dict[str, int]]:
         """Bytes by part that stay on the device, and in the host's memory."""
         parts = self._num_parts(config)
-        moments, host = _moments(config, sizes.trained)
-        shared = {
-            "weights that are trained": sizes.trained * _weight_bytes(config),
-            "frozen weights": sizes.frozen_bytes,
-            "reference policy": sizes.reference_bytes(config),
-            "optimiser": moments,
-        }
+        moments, host = _moments(config, sizes.trained // parts)
         return {
             "process and libraries": _CONTEXT_BYTES[self._inputs.kind],
-            **{name: size // parts for name, size in shared.items()},
+            "weights that are trained": sizes.trained * _weight_bytes(config) // parts,
+            "frozen weights": sizes.frozen_bytes // parts,
+            "reference policy": sizes.reference_bytes(config) // parts,
+            "optimiser": moments,
         }, host
 
     def _gradients(self, config: Config, sizes: _Sizes) -> int:
@@ -300,8 +298,9 @@ def _candidates(config: Config) -> Iterator[tuple[dict[str, Any], str]]:
         yield {"vllm_gpu_memory_utilization": _LEAST_SHARE}, "fewer completions at once"
     if not config.use_peft:
         if config.optim == "adamw_torch_fused" and not config.offload_optimizer:
-            if config.weights_dtype == "float32":
+            if config.weights_dtype == "float32" and config.fsdp == "no_shard":
                 yield {"optim": "adamw_8bit"}, "moments in 8 bits"
+            if config.weights_dtype == "float32":
                 yield {"weights_dtype": "bfloat16", "optim": "adamw_torch_fused"}, "weights in bfloat16, rounded at random"
             yield {"offload_optimizer": True, "optim": "adamw_torch_fused"}, "updates are made on the host, which takes longer"
         yield (

@@ -78,6 +78,21 @@ def keep_as_loaded(model: torch.nn.Module) -> None:
         layer.support_avx512bf16_for_cpu = False
 
 
+def make_shardable(model: torch.nn.Module) -> None:
+    """Makes weights of four bits plain parameters of bytes, which can be cut anywhere; their scales stay whole with the layer.
+
+    bitsandbytes looks for the scales at the weight, and a gathered weight comes without them.
+    """
+    for layer in _layers(model):
+        layer.quant_state = layer.weight.quant_state
+        layer.weight = torch.nn.Parameter(layer.weight.data, requires_grad=False)
+        layer.register_forward_pre_hook(_give_scales)
+
+
+def _give_scales(layer: Any, _: Any) -> None:
+    layer.weight.quant_state = layer.quant_state
+
+
 @torch.no_grad()
 def dequantised(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Path and float32 weight of every layer that is in four bits."""

@@ -6,11 +6,14 @@ once. Where it is also the embedding, both gradients meet in the shard.
 
 Gradients are sums over the ranks, not means: every normaliser is of the whole step already.
 
-What samples and what ``from_pretrained`` reads needs whole weights: a mirror of them, renewed a tensor at a time after each
-update, is kept on the ranks that sample and on rank 0.
+What samples and what ``from_pretrained`` reads needs whole weights: a mirror of them is kept on the ranks that sample and on
+rank 0. After each update those weights of it that are trained are renewed, a tensor at a time.
 
-Not covered: models that one device cannot hold even once (every rank reads all weights before it keeps its part), adapters,
-other optimisers than torch's AdamW, tensor parallelism.
+A frozen base is sharded as trained weights are, and neither has gradients nor is it sent again; of one in four bits the scales
+stay whole. Adapters are sharded with the layer that they belong to.
+
+Not covered: models that one device cannot hold even once (every rank reads all weights before it keeps its part), the
+optimisers of bitsandbytes, tensor parallelism.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.train.distributed import World
 from grpo_fast.train.policy import Policy, PolicySource, pick_device
+from grpo_fast.train.quantised import make_shardable
 
 
 def check_sharding(config: Config) -> None:
@@ -47,15 +51,16 @@ def check_sharding(config: Config) -> None:
         if config.fsdp_offload_params:
             raise ConfigError("fsdp_offload_params=True with fsdp='no_shard': there are no shards; choose fsdp='full_shard'")
         return
-    others = {
-        "use_peft": config.use_peft,
-        "offload_optimizer": config.offload_optimizer,
-        f"weights_dtype={config.weights_dtype!r}": config.weights_dtype != "float32",
-        f"optim={config.optim!r}": config.optim != "adamw_torch_fused",
-    }
-    for name, chosen in others.items():
-        if chosen:
-            raise ConfigError(f"fsdp={config.fsdp!r} with {name}: sharded are float32 weights under torch's AdamW only")
+    if config.optim != "adamw_torch_fused":
+        raise ConfigError(
+            f"fsdp={config.fsdp!r} with optim={config.optim!r}: bitsandbytes (0.50) updates whole tensors and knows no shards; "
+            "use optim='adamw_torch_fused', whose moments are sharded, with offload_optimizer where they do not fit"
+        )
+    if config.fsdp_offload_params and config.offload_optimizer:
+        raise ConfigError(
+            "fsdp_offload_params with offload_optimizer: the first keeps shards and their moments in host memory already; "
+            "leave the second out"
+        )
     if config.fsdp_offload_params and pick_device(config.device).type == "cpu":
         raise ConfigError("fsdp_offload_params keeps shards in host memory, and this run is on a CPU already; leave it out")
 
@@ -75,8 +80,11 @@ class ShardedPolicy(Policy):
         self._mirror = mirror
         self._device = policy.device
         self._mesh = _mesh(config, world, policy.device)
+        if config.load_in_4bit:
+            make_shardable(self.model)
         self._units = self._shard(config)
-        self._shards: dict[str, DTensor] = dict(self.model.named_parameters())  # type: ignore[arg-type]
+        trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        self._shards = cast("dict[str, DTensor]", trained)
         head = self.model.get_output_embeddings()
         self._head = replace(self._head, weight=head.weight, bias=getattr(head, "bias", None))
 
@@ -115,13 +123,17 @@ class ShardedPolicy(Policy):
 
     @contextlib.contextmanager
     def whole_head(self, *, trains: bool) -> Iterator[None]:
-        """The head is whole in here.
+        """The head is whole in here; within another such context it is already.
 
         Args:
             trains: whether its gradient is to be summed over the ranks afterwards; the same on all.
         """
         sharded = self._head
         shards = [part for part in (sharded.weight, sharded.bias) if isinstance(part, DTensor)]
+        if not shards:
+            yield
+            return
+        trains = trains and sharded.weight.requires_grad
         wholes = [cast(DTensor, shard.detach()).full_tensor().to(self._device).requires_grad_(trains) for shard in shards]
         self._head = replace(sharded, weight=wholes[0], bias=wholes[1] if len(wholes) > 1 else None)
         try:
@@ -134,8 +146,8 @@ class ShardedPolicy(Policy):
                 self._add_gradient(shard, torch.zeros_like(whole) if whole.grad is None else whole.grad)
 
     def _add_gradient(self, shard: DTensor, gradient: torch.Tensor) -> None:
-        own = DTensor.from_local(gradient, self._mesh, [Partial()] * self._mesh.ndim, run_check=False)
-        part = own.redistribute(placements=shard.placements).to(shard.device)
+        own = DTensor.from_local(gradient.float(), self._mesh, [Partial()] * self._mesh.ndim, run_check=False)
+        part = own.redistribute(placements=shard.placements).to(shard.device, shard.dtype)
         shard.grad = part if shard.grad is None else shard.grad + part
 
     def whole_model(self) -> torch.nn.Module:
@@ -156,6 +168,9 @@ class ShardedPolicy(Policy):
     def load_weights(self, directory: Path) -> None:
         """Takes over saved weights, each rank its own part of them."""
         self.reshard()
+        if self.adapters is not None:
+            self.adapters.load(directory, part=_shard_like)
+            return
         saved = type(self.model).from_pretrained(directory, dtype=torch.float32)
         with torch.no_grad():
             for name, value in saved.named_parameters():
@@ -198,7 +213,7 @@ def load_sharded_optimizer(policy: Policy, optimizer: torch.optim.Optimizer, dir
 
 def load_whole_optimizer(policy: Policy, optimizer: torch.optim.Optimizer, file: Path) -> None:
     """Puts back what one process wrote, into a whole optimiser or a sharded one."""
-    saved = torch.load(file, map_location=policy.device, weights_only=True)
+    saved = torch.load(file, map_location="cpu", weights_only=True)
     if isinstance(policy, ShardedPolicy):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         saved["state"] = {
@@ -208,9 +223,9 @@ def load_whole_optimizer(policy: Policy, optimizer: torch.optim.Optimizer, file:
     optimizer.load_state_dict(saved)
 
 
-def _shard_like(parameter: DTensor, value: torch.Tensor) -> torch.Tensor:
-    """A rank's own part of a whole tensor, without asking others; scalars stay whole."""
-    if value.ndim == 0:
+def _shard_like(parameter: DTensor, value: Any) -> Any:
+    """A rank's own part of a whole tensor, without asking others; numbers stay whole."""
+    if not isinstance(value, torch.Tensor) or value.ndim == 0:
         return value
     return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
 

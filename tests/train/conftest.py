@@ -105,16 +105,21 @@ def tiny_config(tiny_model: Path, tmp_path: Path) -> Callable[..., Config]:
     return make
 
 
-@pytest.fixture
-def wide_config(
-    tiny_config: Callable[..., Config], sizes: dict[str, Any], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> Callable[..., Config]:
-    """As ``tiny_config``, of a model whose rows are multiples of 64, as quantisation wants them."""
+@pytest.fixture(scope="session")
+def wide_model(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a Llama whose rows are multiples of 64, as quantisation wants them."""
+    directory = tmp_path_factory.mktemp("wide") / "model"
     torch.manual_seed(7)
-    model = LlamaForCausalLM(LlamaConfig(**sizes | {"hidden_size": 64, "intermediate_size": 128}, tie_word_embeddings=False))
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return lambda **changes: tiny_config(**{"model": str(tmp_path / "model")} | changes)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES | {"hidden_size": 64, "intermediate_size": 128}, tie_word_embeddings=False))
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def wide_config(tiny_config: Callable[..., Config], wide_model: Path) -> Callable[..., Config]:
+    """As ``tiny_config``, of that model."""
+    return lambda **changes: tiny_config(**{"model": str(wide_model)} | changes)
 
 
 @pytest.fixture

@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from grpo_fast.config import Config
 from grpo_fast.ops import LMHead, LossBatch, LossSpec, parallel_token_logprob, policy_loss, token_logprob
 from grpo_fast.ops.fused_grpo import fused_grpo_reference
 from grpo_fast.tasks.task import Task
 from grpo_fast.train import GRPOTrainer
+from grpo_fast.train.adamw import OffloadedAdamW, StochasticAdamW
 from grpo_fast.train.distributed import World
 
 ROWS = [{"prompt": f"{a}{b}=", "answer": a} for a in "abcdefgh" for b in "abcd"]
@@ -109,6 +111,36 @@ def parallel_head(world: World) -> list[float]:
     return [abs(loss.item() - expected.item()), *errors, min(gradient.abs().max().item() for gradient in gradients)]
 
 
+def optimizers(mesh: DeviceMesh) -> dict[str, float]:
+    """How far updates of shards, and the state they leave, are from those of the whole weights."""
+    generator = torch.Generator().manual_seed(5)
+    values = [torch.randn(shape, generator=generator) for shape in ((1101, 2048), (7, 3), (5,))]
+    gradients = [[torch.randn(value.shape, generator=generator) for value in values] for _ in range(2)]
+    settings: dict[str, Any] = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6}
+    kinds: dict[str, tuple[Any, torch.dtype]] = {
+        "stochastic": (lambda weights: StochasticAdamW(weights, **settings, seed=3), torch.bfloat16),
+        "offloaded": (lambda weights: OffloadedAdamW(weights, **settings), torch.float32),
+    }
+    found = {}
+    for name, (make, dtype) in kinds.items():
+        whole = [torch.nn.Parameter(value.to(dtype)) for value in values]
+        parts = [torch.nn.Parameter(distribute_tensor(weight.detach(), mesh, [Shard(0)])) for weight in whole]
+        one, other = make(whole), make(parts)
+        for step in gradients:
+            for weight, part, gradient in zip(whole, parts, step, strict=True):
+                weight.grad = gradient.to(dtype)
+                part.grad = distribute_tensor(weight.grad, mesh, [Shard(0)])
+            one.step()
+            other.step()
+        pairs = list(zip(whole, parts, strict=True))
+        for weight, part in pairs[:]:
+            state, theirs = one.state[weight], other.state[part]
+            pairs += [(state[key], theirs[key]) for key in state if key != "step"]
+        found[name] = max((true - part.full_tensor()).abs().max().item() for true, part in pairs)
+        found[f"{name} tensors"] = len(pairs)
+    return found
+
+
 class StubbornError(Exception):
     """An error whose arguments are not what it keeps."""
 
@@ -122,11 +154,12 @@ def main(cases: Path, output: Path) -> None:
     dist.init_process_group("gloo")
     world = World.join(torch.device("cpu"), timeout_s=60)
     found: dict[str, Any] = {"exchanges": exchanges(world), "head": parallel_head(world)}
+    found["optimizers"] = optimizers(init_device_mesh("cpu", (world.size,)))
     for name, values in json.loads(cases.read_text(encoding="utf-8")).items():
         if values["fsdp"] == "hybrid_shard":
             os.environ["LOCAL_WORLD_SIZE"] = "2"  # as if on nodes of two
-        reward = failing if name == "failing" else vowels
-        found[name] = play(values, reward, resume=name == "resumed", until={"begun": 2, "resumed": 4}.get(name))
+        reward, half = failing if name == "failing" else vowels, name.partition(" ")[0]
+        found[name] = play(values, reward, resume=half == "resumed", until={"begun": 2, "resumed": 4}.get(half))
     (output / f"rank-{world.rank}.json").write_text(json.dumps(found), encoding="utf-8")
     dist.destroy_process_group()
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -26,8 +27,16 @@ from grpo_fast.train.distributed import ALONE, World, _packed, is_restart, note_
 PROGRAM = Path(__file__).with_name("rank_program.py")
 TIMED = ("time/", "budget/", "step_time", "gpu_seconds", "energy_kwh", "money", "mfu")
 DEADLINE_S = 60.0
-CASES = ("whole", "rloo", "gspo", "adapters")
-SHARDED = {"whole": "full_shard", "rloo": "shard_grad_op", "gspo": "hybrid_shard"}
+RESUMED = ("whole", "adapters")
+SHORT = ("mixed", "short")
+CASES = ("whole", "rloo", "gspo", "adapters", "quantised")
+SHARDED: dict[str, dict[str, Any]] = {  # with what changes no result beside it
+    "whole": {"fsdp": "full_shard"},
+    "rloo": {"fsdp": "shard_grad_op", "gradient_checkpointing": True},
+    "gspo": {"fsdp": "hybrid_shard", "offload_optimizer": True},
+    "adapters": {"fsdp": "full_shard", "gradient_checkpointing": True, "offload_optimizer": True},
+    "quantised": {"fsdp": "hybrid_shard"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +61,10 @@ def torchrun(
     )
 
 
-def cases(tiny_model: Path, directory: Path) -> dict[str, dict[str, Any]]:
+def cases(models: tuple[Path, Path], directory: Path) -> dict[str, dict[str, Any]]:
     """Runs in which every part of a step is at work, by name."""
     common = {
-        "model": str(tiny_model),
+        "model": str(models[0]),
         "prompts_per_step": 5,
         "num_generations": 4,
         "max_completion_length": 6,
@@ -84,11 +93,15 @@ def cases(tiny_model: Path, directory: Path) -> dict[str, dict[str, Any]]:
         },
         "rloo": {"loss_type": "rloo", "beta": 0.02, "keep_dead_rows_for_metrics": True},
         "gspo": {"loss_type": "gspo", "scale_rewards": "batch", "mask_truncated_completions": True, "top_k": 20},
-        "adapters": {"use_peft": True, "lora_r": 4, "beta": 0.02, "learning_rate": 1e-2},
+        "adapters": {"use_peft": True, "lora_r": 4, "beta": 0.02, "learning_rate": 1e-2, "max_steps": 6},
+        "quantised": {"use_peft": True, "lora_r": 4, "load_in_4bit": True, "use_bnb_nested_quant": True},
+        "mixed": {"dtype": "bfloat16", "fsdp": "full_shard", "max_steps": 2},
         "failing": {},
     }
-    changes |= {f"{fsdp} {name}": changes[name] | {"fsdp": fsdp} for name, fsdp in SHARDED.items()}
-    changes |= dict.fromkeys(("begun", "resumed"), changes["full_shard whole"])
+    changes["quantised"] |= {"model": str(models[1]), "learning_rate": 1e-2}
+    changes["short"] = changes["mixed"] | {"weights_dtype": "bfloat16"}
+    changes |= {f"{more['fsdp']} {name}": changes[name] | more for name, more in SHARDED.items()}
+    changes |= {f"{half} {name}": changes[f"full_shard {name}"] for half in ("begun", "resumed") for name in RESUMED}
     return {name: common | change | {"output_dir": str(directory / name)} for name, change in changes.items()}
 
 
@@ -101,13 +114,18 @@ def without(rows: list[dict[str, Any]], names: tuple[str, ...]) -> list[dict[str
     return [{key: value for key, value in row.items() if not key.startswith(names)} for row in rows] if names else rows
 
 
+def recomputed(case: str) -> tuple[str, ...]:
+    """What gradient checkpointing changes beside memory."""
+    return ("flops",) if SHARDED[case].get("gradient_checkpointing") else ()
+
+
 class Launch:
     """What the ranks of one launch found, and the runs that they left."""
 
-    def __init__(self, num_ranks: int, tiny_model: Path, directory: Path, *, leave_out: str) -> None:
+    def __init__(self, num_ranks: int, models: tuple[Path, Path], directory: Path, *, leave_out: str) -> None:
         self.directory = directory
         file = directory / "cases.json"
-        wanted = {name: values for name, values in cases(tiny_model, directory).items() if name != leave_out}
+        wanted = {name: values for name, values in cases(models, directory).items() if not name.startswith(leave_out)}
         file.write_text(json.dumps(wanted), encoding="utf-8")
         done = torchrun(num_ranks, PROGRAM, file, directory, cwd=directory)
         assert done.returncode == 0, done.stderr
@@ -115,12 +133,18 @@ class Launch:
 
 
 @pytest.fixture(scope="module")
-def launches(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Launch]:
+def models(tiny_model: Path, wide_model: Path) -> tuple[Path, Path]:
+    return tiny_model, wide_model
+
+
+@pytest.fixture(scope="module")
+def launches(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[int, Launch]:
     """Two ranks; then four, which also go on with a sharded run that the two began."""
     two, four = (tmp_path_factory.mktemp(f"ranks-{count}") for count in (2, 4))
-    first = Launch(2, tiny_model, two, leave_out="resumed")
-    shutil.copytree(two / "begun", four / "resumed")
-    return {2: first, 4: Launch(4, tiny_model, four, leave_out="begun")}
+    first = Launch(2, models, two, leave_out="resumed")
+    for name in RESUMED:
+        shutil.copytree(two / f"begun {name}", four / f"resumed {name}")
+    return {2: first, 4: Launch(4, models, four, leave_out="begun")}
 
 
 @pytest.fixture(params=[2, 4])
@@ -129,22 +153,22 @@ def launch(request: pytest.FixtureRequest, launches: dict[int, Launch]) -> Launc
 
 
 @pytest.fixture(scope="module")
-def alone(program: ModuleType, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def alone(program: ModuleType, models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The same runs in one process."""
     directory = tmp_path_factory.mktemp("alone")
-    made = cases(tiny_model, directory)
-    return {name: program.play(made[name]) | {"trace": trace(directory / name)} for name in CASES}
+    made = cases(models, directory)
+    return {name: program.play(made[name]) | {"trace": trace(directory / name)} for name in (*CASES, *SHORT)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*CASES, *(f"{fsdp} {case}" for case, fsdp in SHARDED.items())])
+@pytest.mark.parametrize("name", [*CASES, *(f"{more['fsdp']} {case}" for case, more in SHARDED.items())])
 def test_any_number_of_ranks_makes_the_run_of_one_process(name: str, launch: Launch, alone: dict[str, Any]) -> None:
     case = name.rsplit(maxsplit=1)[-1]
     expected = alone[case]
     found = trace(launch.directory / name)
     assert [row["step"] for row in found] == [row["step"] for row in expected["trace"]]
     # completions that are the same have a KL that differs by its rounding: an advantage of 0 then, or one of 1e-9
-    unsure = ("flops", "tokens/trained", "tokens/dropped") if case == "rloo" else ()
+    unsure = ("flops", "tokens/trained", "tokens/dropped") if case == "rloo" else recomputed(case)
     for row, true in zip(without(found, unsure), without(expected["trace"], unsure), strict=True):
         assert row == pytest.approx(true, rel=1e-5, abs=1e-6, nan_ok=True)
         assert row.get("reward") == true.get("reward"), "other completions were sampled"
@@ -162,21 +186,34 @@ def test_any_number_of_ranks_makes_the_run_of_one_process(name: str, launch: Lau
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
+@pytest.mark.parametrize("name", RESUMED)
 def test_a_sharded_checkpoint_is_gone_on_with_by_any_number_of_ranks(
-    launches: dict[int, Launch], alone: dict[str, Any], program: ModuleType, tiny_model: Path, tmp_path: Path
+    name: str,
+    launches: dict[int, Launch],
+    alone: dict[str, Any],
+    program: ModuleType,
+    models: tuple[Path, Path],
+    tmp_path: Path,
 ) -> None:
-    halfway = launches[4].directory / "resumed"
-    begun, resumed = (launches[count].found[0][name] for count, name in ((2, "begun"), (4, "resumed")))
+    halfway = launches[4].directory / f"resumed {name}"
+    begun, resumed = (launches[count].found[0][f"{half} {name}"] for count, half in ((2, "begun"), (4, "resumed")))
     assert ([step for step, *_ in begun["steps"]], [step for step, *_ in resumed["steps"]]) == ([1, 2], [3, 4])
     assert {path.name for path in (halfway / "checkpoint-4/optimizer").iterdir()} >= {"__0_0.distcp", "__3_0.distcp"}
-    model = AutoModelForCausalLM.from_pretrained(halfway / "checkpoint-4")
+    if name == "adapters":
+        base = AutoModelForCausalLM.from_pretrained(models[0])
+        model: Any = peft.PeftModel.from_pretrained(base, halfway / "checkpoint-4").base_model.model
+        assert not (halfway / "checkpoint-4/model.safetensors").exists()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(halfway / "checkpoint-4")
     assert torch.cat([p.detach().flatten() for p in model.parameters()]).tolist() == resumed["weights"]
 
-    shutil.copytree(halfway, tmp_path / "resumed")
-    last = program.play(cases(tiny_model, tmp_path)["resumed"], resume=True)
+    shutil.copytree(halfway, tmp_path / f"resumed {name}")
+    last = program.play(cases(models, tmp_path)[f"resumed {name}"], resume=True)
     assert [step for step, *_ in last["steps"]] == [5, 6]
-    assert (torch.tensor(last["weights"]) - torch.tensor(alone["whole"]["weights"])).abs().max() < 1e-6
-    for row, true in zip(trace(tmp_path / "resumed"), alone["whole"]["trace"], strict=True):
+    assert (torch.tensor(last["weights"]) - torch.tensor(alone[name]["weights"])).abs().max() < 1e-6
+    traces = (without(rows, recomputed(name)) for rows in (trace(tmp_path / f"resumed {name}"), alone[name]["trace"]))
+    for row, true in zip(*traces, strict=True):
         assert row == pytest.approx(true, rel=1e-5, abs=1e-6, nan_ok=True)
 
 
@@ -195,6 +232,30 @@ def test_a_reward_that_fails_on_one_rank_ends_all_with_a_checkpoint(launch: Laun
         assert told["failing"]["error"].startswith("RewardError: reward function 'failing' ")
         assert "no such answer" in told["failing"]["error"]
     assert (launch.directory / "failing" / "checkpoint-0" / "state.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHORT)
+def test_in_bfloat16_ranks_make_the_first_step_of_one_process_to_its_rounding(
+    name: str, launch: Launch, alone: dict[str, Any]
+) -> None:
+    [first, true] = trace(launch.directory / name)[1], alone[name]["trace"][1]
+    assert first["reward"] == true["reward"]
+    assert first["loss"] == pytest.approx(true["loss"], abs=1e-2)
+    assert first["grad_norm"] == pytest.approx(true["grad_norm"], rel=5e-2)
+    for told in launch.found:
+        assert told[name]["error"] is None
+        assert told[name]["weights"] == launch.found[0][name]["weights"], "ranks hold different weights"
+    weights = torch.tensor(launch.found[0][name]["weights"])
+    assert torch.equal(weights.bfloat16().float(), weights) == (name == "short")
+
+
+@pytest.mark.slow
+def test_optimizers_do_to_shards_what_they_do_to_whole_weights(launch: Launch) -> None:
+    for told in launch.found:
+        assert told["optimizers"]["stochastic"] == 0.0
+        assert told["optimizers"]["offloaded"] < 1e-6
+        assert (told["optimizers"]["stochastic tensors"], told["optimizers"]["offloaded tensors"]) == (9, 12)
 
 
 @pytest.mark.slow
