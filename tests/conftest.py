@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +13,8 @@ import torch
 # Before anything imports Triton, which reads it once: see tests/ops/conftest.py.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from grpo_fast.ops.jit import interpreted
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -31,6 +36,29 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("vLLM is not installed in this environment; `make test-vllm` makes one that has it")
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter_without_tracer() -> Iterator[None]:
+    """Called for each line of Triton's interpreter, coverage's tracer makes kernels take more than twice as long."""
+    if not interpreted():
+        yield
+        return
+    from triton.runtime.interpreter import GridExecutor
+
+    launch = GridExecutor.__call__
+
+    def untraced(executor: Any, *arguments: Any, **options: Any) -> Any:
+        tracer = sys.gettrace()
+        sys.settrace(None)
+        try:
+            return launch(executor, *arguments, **options)
+        finally:
+            sys.settrace(tracer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GridExecutor, "__call__", untraced)
+        yield
 
 
 @pytest.fixture
