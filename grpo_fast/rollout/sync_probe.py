@@ -1,31 +1,38 @@
-r"""Proof that an engine samples from the policy: both score the same sampled tokens after the same fixed prompt.
+r"""Proof that an engine samples from the policy: both score the same tokens after the same fixed prompt.
 
-With the engine's log-probabilities q and the policy's p of tokens that the engine sampled, the estimate of the divergence is
+The prompt is the same every time and two tokens longer than two blocks of the engine's prefix cache. The engine is asked what
+comes after it, and then, from its cache, what comes after all of it but the last token: keys and values left over from older
+weights would be used, and seen, and both its ways of computing are met, of a whole prompt and of one token after many. At each
+it tells its log-probabilities q of the tokens it finds likeliest. With the policy's p of the same tokens, the estimate of the
+divergence is the mean over both places of
 
-.. math:: KL(q \| p) \approx \frac{1}{n} \sum_t e^{p_t - q_t} - 1 - (p_t - q_t)
+.. math:: KL(q \| p) \approx \frac{\sum_i q_i (p_i / q_i - 1 - \log p_i / q_i)}{\sum_i q_i}
 
-which is 0 only where all agree. The prompt is the same every time and longer than two blocks of the engine's prefix cache, so
-that keys and values left over from older weights would be used, and seen.
+which is 0 only where all agree. All that is asked is known beforehand, so the policy can compute its part, in one pass, while
+the engine still loads.
 
-Source: the estimator is k3 of Schulman, "Approximating KL divergence" (2020).
+Source: the summand is the k3 of Schulman, "Approximating KL divergence" (2020).
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-NUM_SAMPLES = 2
-"""Completions of the probe's prompt."""
-NUM_TOKENS = 8
-"""Tokens of each."""
+NUM_PLACES = 2
+"""Places of the prompt, its last, at which log-probabilities are compared."""
+NUM_CHOICES = 20
+"""Tokens of which an engine tells them, at each; as many as vLLM does without being built for more."""
 
 _MAX_KL = {torch.float32: 1e-8, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 """Nats a token: differences of 1.4e-4, 0.1 and 0.045 (root mean square) by rounding are allowed, depending on the type."""
+
+Choices = Mapping[int, float]
+"""Tokens with their log-probabilities."""
 
 
 class Mismatch(NamedTuple):
@@ -57,7 +64,7 @@ class SyncProbe:
         engine_dtype: torch.dtype,
         autocast_dtype: torch.dtype | None,
     ) -> SyncProbe:
-        """Chooses the prompt: two blocks and a half, of tokens from the whole vocabulary.
+        """Chooses the prompt: two blocks and two tokens, from the whole vocabulary.
 
         Args:
             vocabulary: V.
@@ -69,8 +76,8 @@ class SyncProbe:
         Raises:
             ValueError: no such prompt fits the context.
         """
-        length = 2 * block_size + block_size // 2
-        if length + NUM_TOKENS > context_length:
+        length = 2 * block_size + NUM_PLACES
+        if length + 1 > context_length:
             raise ValueError(
                 f"a sequence longer than two cache blocks of {block_size} tokens does not fit the context of {context_length}; "
                 "choose a smaller block size"
@@ -79,23 +86,35 @@ class SyncProbe:
         prompt = torch.randint(vocabulary, (length,), generator=generator).tolist()
         return cls(tuple(prompt), _MAX_KL[engine_dtype], autocast_dtype)
 
-    @torch.no_grad()
-    def score(self, policy: torch.nn.Module, completions: Sequence[Sequence[int]]) -> torch.Tensor:
-        """The policy's log-probabilities, float64 [n, tokens], of equally long completions of the prompt."""
-        device = next(policy.parameters()).device
-        ids = torch.tensor([[*self.prompt, *tokens] for tokens in completions], device=device)
-        forward = getattr(policy, "module", policy).forward
-        last = {"logits_to_keep": ids.shape[1] - len(self.prompt) + 1}  # the head is dear, and most positions need none
-        kept = last if "logits_to_keep" in inspect.signature(forward).parameters else {}
-        with torch.autocast(device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            logits = policy(input_ids=ids, use_cache=False, **kept).logits[:, -last["logits_to_keep"] : -1]
-        chosen: torch.Tensor = logits.double().log_softmax(-1).gather(-1, ids[:, len(self.prompt) :, None])
-        return chosen[..., 0].cpu()
+    @property
+    def prompts(self) -> list[tuple[int, ...]]:
+        """What an engine is asked, one after the other."""
+        return [self.prompt, self.prompt[:-1]]
 
-    def compare(
-        self, policy: torch.nn.Module, completions: Sequence[Sequence[int]], logprobs: Sequence[Sequence[float]]
-    ) -> Mismatch:
-        """How far the engine's ``logprobs`` of its ``completions`` are from the policy's."""
-        difference = self.score(policy, completions) - torch.tensor(logprobs, dtype=torch.float64)
-        kl = (difference.expm1() - difference).mean()
-        return Mismatch(kl.item(), difference.abs().max().item())
+    @torch.no_grad()
+    def score(self, policy: torch.nn.Module) -> torch.Tensor:
+        """The policy's log-probabilities, float64 [:data:`NUM_PLACES`, V], after each of :attr:`prompts`."""
+        device = next(policy.parameters()).device
+        ids = torch.tensor([self.prompt], device=device)
+        forward = getattr(policy, "module", policy).forward
+        # The head is dear, and most positions need none.
+        kept = {"logits_to_keep": NUM_PLACES} if "logits_to_keep" in inspect.signature(forward).parameters else {}
+        with torch.autocast(device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            logits: torch.Tensor = policy(input_ids=ids, use_cache=False, **kept).logits[0, -NUM_PLACES:]
+        return logits.double().log_softmax(-1).flip(0).cpu()
+
+
+def compare(own: torch.Tensor, theirs: Sequence[Choices]) -> Mismatch:
+    """How far an engine's log-probabilities are from the policy's.
+
+    Args:
+        own: the policy's [:data:`NUM_PLACES`, V].
+        theirs: the engine's, of the same places.
+    """
+    kl, largest = 0.0, 0.0
+    for logprobs, choices in zip(own, theirs, strict=True):
+        told = torch.tensor(list(choices.values()), dtype=torch.float64)
+        difference = logprobs[list(choices)] - told
+        kl += (told.softmax(0) * (difference.expm1() - difference)).sum().item() / len(theirs)
+        largest = torch.maximum(torch.tensor(largest), difference.abs().max()).item()  # NaN stays
+    return Mismatch(kl, largest)

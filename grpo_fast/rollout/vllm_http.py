@@ -22,12 +22,12 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from grpo_fast.rollout.engine import RolloutError
+from grpo_fast.rollout.sync_probe import Choices
 from grpo_fast.rollout.transports import Delivery
 from grpo_fast.rollout.vllm_adapters import AdapterVersion
 from grpo_fast.rollout.vllm_layerwise import PolicyWeights
-from grpo_fast.rollout.vllm_sample import PROBE_PARAMS, Sample, token_versions
+from grpo_fast.rollout.vllm_sample import PROBE_PARAMS, SCORE_PARAMS, Sample, token_versions
 from grpo_fast.rollout.vllm_senders import WeightSender, json_safe
-from grpo_fast.rollout.weight_sync import Scored
 
 _T = TypeVar("_T")
 _CONCURRENT_REQUESTS = 64
@@ -122,11 +122,16 @@ class VLLMServer:
             for choice in sorted(choices, key=lambda choice: int(choice["index"]))
         ]
 
-    def score(self, prompt: Sequence[int], tokens: Sequence[int]) -> list[float]:
-        """Log-probabilities of ``tokens`` after ``prompt``, computed without the prefix cache."""
-        params = {"temperature": 1.0, "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
-        entries = self._generate([*prompt, *tokens], params)["prompt_logprobs"][len(prompt) :]
-        return [entry[str(token)]["logprob"] for token, entry in zip(tokens, entries, strict=True)]
+    def answer(self, prompt: Sequence[int]) -> Choices:
+        """Log-probabilities of what comes after a prompt of the probe."""
+        [choice] = self._generate(list(prompt), PROBE_PARAMS)["choices"]
+        [entry] = choice["logprobs"]["content"]
+        return {told["token_id"]: told["logprob"] for told in entry["top_logprobs"]}
+
+    def score(self, prompt: Sequence[int]) -> list[Choices]:
+        """The same of a prompt and of all of it but its last token, computed without the prefix cache."""
+        entries = self._generate([*prompt, prompt[0]], SCORE_PARAMS)["prompt_logprobs"][: len(prompt) - 2 : -1]
+        return [{int(token): told["logprob"] for token, told in entry.items()} for entry in entries]
 
     def _generate(self, token_ids: list[int], params: dict[str, Any]) -> Any:
         answered_by = {} if self.adapter is None else {"model": self.adapter}
@@ -278,15 +283,13 @@ class HTTPVLLM:
         path = f"/reset_prefix_cache?reset_running_requests={running}"
         return all(self.everywhere(lambda server: bool(server.post(path)["success"])))
 
-    def answer(self, prompt: Sequence[int]) -> Scored:
-        """The probe's completions, of every server in turn."""
-        samples = [sample for part in self.everywhere(lambda server: server.sample(prompt, PROBE_PARAMS)) for sample in part]
-        return Scored([list(sample.token_ids) for sample in samples], [list(sample.logprobs) for sample in samples])
+    def answer(self, prompts: Sequence[Sequence[int]]) -> list[list[Choices]]:
+        """What every server says comes next: of one prompt after the other."""
+        return self.everywhere(lambda server: [server.answer(prompt) for prompt in prompts])
 
-    def score(self, prompt: Sequence[int], completions: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-probabilities of the probe's completions, each by the server that sampled it."""
-        each = len(completions) // len(self.servers)
-        return [self.servers[number // each].score(prompt, tokens) for number, tokens in enumerate(completions)]
+    def score(self, prompt: Sequence[int]) -> list[list[Choices]]:
+        """The same of a prompt and of all of it but its last token, computed without the prefix cache."""
+        return self.everywhere(lambda server: server.score(prompt))
 
 
 class _Client:

@@ -9,7 +9,7 @@ import contextlib
 import gc
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,13 +21,13 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
 from grpo_fast.rollout.engine import RolloutError
+from grpo_fast.rollout.sync_probe import Choices
 from grpo_fast.rollout.transports import BACKENDS, Delivery
 from grpo_fast.rollout.vllm_adapters import AdapterVersion
 from grpo_fast.rollout.vllm_layerwise import PolicyWeights
-from grpo_fast.rollout.vllm_sample import PROBE_PARAMS, Sample, token_versions
+from grpo_fast.rollout.vllm_sample import PROBE_PARAMS, SCORE_PARAMS, Sample, token_versions
 from grpo_fast.rollout.vllm_senders import WeightSender, json_safe
 from grpo_fast.rollout.vllm_transport import register
-from grpo_fast.rollout.weight_sync import Scored
 
 
 class InProcessVLLM:
@@ -211,19 +211,15 @@ class InProcessVLLM:
         """Forgets cached keys and values, those of requests that are kept too: they are computed anew."""
         return bool(self._llm.reset_prefix_cache(reset_running_requests=self._delivery.pause_mode == "keep"))
 
-    def answer(self, prompt: Sequence[int]) -> Scored:
-        """Samples the probe's completions."""
-        [samples] = self.sample([prompt], [PROBE_PARAMS])
-        return Scored([list(sample.token_ids) for sample in samples], [list(sample.logprobs) for sample in samples])
+    def answer(self, prompts: Sequence[Sequence[int]]) -> list[list[Choices]]:
+        """What comes next: of one prompt after the other, so that the second reads what the first left in the cache."""
+        outputs = [self._run([prompt], [VLLMSamplingParams(**PROBE_PARAMS)])[0].outputs[0] for prompt in prompts]
+        return [[_choices(output.logprobs[0]) for output in outputs]]
 
-    def score(self, prompt: Sequence[int], completions: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-probabilities of given completions; a request for those of its prompt reads no cache."""
-        params = VLLMSamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        outputs = self._run([[*prompt, *tokens] for tokens in completions], [params.clone() for _ in completions])
-        return [
-            _of_tokens(tokens, output.prompt_logprobs[len(prompt) :])
-            for tokens, output in zip(completions, outputs, strict=True)
-        ]
+    def score(self, prompt: Sequence[int]) -> list[list[Choices]]:
+        """The same of a prompt and of all of it but its last token; a request for those of its prompt reads no cache."""
+        [output] = self._run([[*prompt, prompt[0]]], [VLLMSamplingParams(**SCORE_PARAMS)])
+        return [[_choices(entry) for entry in output.prompt_logprobs[: len(prompt) - 2 : -1]]]
 
 
 class _Client:
@@ -243,6 +239,10 @@ class _Client:
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Does nothing: the sync finishes in a phase of its own, under the version's number."""
+
+
+def _choices(entry: Mapping[int, Any]) -> Choices:
+    return {token: told.logprob for token, told in entry.items()}
 
 
 def _of_tokens(tokens: Sequence[int], entries: Sequence[Any]) -> list[float]:

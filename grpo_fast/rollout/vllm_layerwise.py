@@ -13,10 +13,12 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 from vllm.distributed.weight_transfer import ParamMeta, WeightSource, WeightTransferEngine
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 
 class PolicyWeights(WeightSource):  # type: ignore[misc]
@@ -88,12 +90,12 @@ class LayerwiseReceiver(WeightTransferEngine):  # type: ignore[misc]
         own = {without_adapters(name) for name, _ in self.model.named_parameters()}
         initialize_layerwise_reload(self.model)
         self._begun = True
-        self._is_tied = every != own
+        self._packed_heads = {module: module.cpu_linear for module in self._heads()} if every != own else {}
         self._missing = set(own)
         self._names_known = True
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Loads some of the weights. vLLM keeps tensors until their layer is complete: their memory must stay as it is."""
+        """Loads some of the weights, whose memory must stay as it is until their layers are complete."""
         loaded = self.model.load_weights(weights)
         if loaded is None:
             self._names_known = False
@@ -108,14 +110,37 @@ class LayerwiseReceiver(WeightTransferEngine):  # type: ignore[misc]
         """
         finalize_layerwise_reload(self.model, self.model_config)
         self._begun = False
-        if self._is_tied:
-            self._repack_heads()
+        self._repack_heads()
         if self._names_known and self._missing:
             names = sorted(self._missing)
             raise RuntimeError(f"{len(names)} parameters of the engine's model did not come: {', '.join(names[:5])}")
 
-    def _repack_heads(self) -> None:
-        """On a CPU a head that is tied to the embedding multiplies with a packed copy, which layer-wise loading passes over."""
+    def _heads(self) -> Iterator[Any]:
         for module in self.model.modules():
             if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
+                yield module
+
+    def _repack_heads(self) -> None:
+        """On a CPU a head that is tied to the embedding multiplies with a packed copy, which layer-wise loading passes over."""
+        heads = self._packed_heads.items()
+        renewed = {module.weight: module.cpu_linear for module, old in heads if module.cpu_linear is not old}
+        for module, old in heads:
+            if module.cpu_linear is not old:
+                continue
+            if module.weight in renewed:
+                module.cpu_linear = renewed[module.weight]
+            else:
                 dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+        self._packed_heads = {}
+
+    def keep_from(self, memory: torch.Tensor) -> None:
+        """Copies what layers that are not complete still hold of ``memory``, so that it can be written to again."""
+        place = memory.untyped_storage().data_ptr()
+
+        def own(weight: torch.Tensor) -> torch.Tensor:
+            held = weight.device == memory.device and weight.untyped_storage().data_ptr() == place
+            return weight.clone() if held else weight
+
+        for module in self.model.modules():
+            for _, given in get_layerwise_info(module).loaded_weights:
+                given.arguments.update(tree_map_only(torch.Tensor, own, dict(given.arguments)))

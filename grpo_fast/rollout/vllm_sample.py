@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from grpo_fast.rollout.sync_probe import NUM_SAMPLES, NUM_TOKENS
+from grpo_fast.rollout.sync_probe import NUM_CHOICES
 
 PROBE_PARAMS: dict[str, Any] = {
-    "n": NUM_SAMPLES,
-    "temperature": 1.0,
-    "max_tokens": NUM_TOKENS,
-    "seed": 0,
+    "temperature": 0.0,
+    "max_tokens": 1,
+    "logprobs": NUM_CHOICES,
     "ignore_eos": True,
     "detokenize": False,
 }
-"""How the probe of a sync samples."""
+"""How a prompt of a sync's probe is answered."""
+SCORE_PARAMS: dict[str, Any] = {"temperature": 1.0, "max_tokens": 1, "prompt_logprobs": NUM_CHOICES, "detokenize": False}
+"""The same without the prefix cache, which a request for its prompt's log-probabilities does not read."""
 
 
 class Sample(NamedTuple):

@@ -82,12 +82,13 @@ class SharedMemoryReceiver(LayerwiseReceiver):
         self._path = init_info.path
 
     def receive_weights(self, update_info: _UpdateInfo) -> None:
-        """Loads one bucket; tensors are copied, because layers keep theirs until they are complete."""
+        """Loads one bucket, from where it lies; only what layers wait with for the next is copied."""
         if self._buffer is None:
             raise RuntimeError("weights came before the trainer's shared memory was opened")
         if update_info.path != self._path:
             raise RuntimeError("the shared memory of another trainer was opened since; both would have to share this engine")
-        self.load((name, view.to(self.device, copy=True)) for name, view in update_info.views(self._buffer))
+        self.load((name, view.to(self.device)) for name, view in update_info.views(self._buffer))
+        self.keep_from(self._buffer)
 
     def shutdown(self) -> None:
         """Lets go of the file."""

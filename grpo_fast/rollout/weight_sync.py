@@ -10,7 +10,8 @@ Phase                  What it does
 ``reset_prefix_cache`` keys and values of older weights are forgotten; refused is failed
 ``wake_kv_cache``      the engine's memory for keys and values comes back, where it slept
 ``resume``             requests run again: vLLM answers none while it is paused, not even the next
-``probe``              engine and policy score the same tokens (:mod:`~grpo_fast.rollout.sync_probe`)
+``probe``              engine and policy score the same tokens (:mod:`~grpo_fast.rollout.sync_probe`); the policy does so
+                       beside all other phases, unless its weights are sharded: both would gather at once
 ====================== ==============================================================================
 
 A phase that fails before requests run again is undone and the whole sequence begun anew. What fails again or takes too long
@@ -23,22 +24,16 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeVar
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from grpo_fast.rollout.engine import WeightSyncError
-from grpo_fast.rollout.sync_probe import Mismatch, SyncProbe
+from grpo_fast.rollout.sync_probe import Choices, Mismatch, SyncProbe, compare
 
 if TYPE_CHECKING:
     import torch
 
 _T = TypeVar("_T")
-
-
-class Scored(NamedTuple):
-    """Tokens that an engine sampled, with its log-probabilities of them."""
-
-    completions: list[list[int]]
-    logprobs: list[list[float]]
 
 
 class SyncTarget(Protocol):
@@ -76,12 +71,12 @@ class SyncTarget(Protocol):
         """Forgets cached keys and values; false where the engine refused."""
         ...
 
-    def answer(self, prompt: Sequence[int]) -> Scored:
-        """Samples the probe's completions, reading the prefix cache as any request does."""
+    def answer(self, prompts: Sequence[Sequence[int]]) -> list[list[Choices]]:
+        """What every engine behind this says comes next: of one prompt after the other, as any request reads the cache."""
         ...
 
-    def score(self, prompt: Sequence[int], completions: Sequence[Sequence[int]]) -> list[list[float]]:
-        """The engine's log-probabilities of given completions, computed without the prefix cache."""
+    def score(self, prompt: Sequence[int]) -> list[list[Choices]]:
+        """The same of a prompt and of the prompt without its last token, computed without the prefix cache."""
         ...
 
     def resume(self) -> None:
@@ -116,11 +111,40 @@ class WeightSync:
         Raises:
             WeightSyncError: the phase is named, with its cause; the engine must not be sampled from.
         """
-        for attempt in range(1, self._attempts + 1):
-            begin = time.perf_counter()
+        own: Future[torch.Tensor] = Future()
+
+        def work() -> None:
             try:
-                num_bytes = self._transfer(version)
-                break
+                own.set_result(self._probe.score(policy))
+            except BaseException as error:
+                own.set_exception(error)
+
+        begin = time.perf_counter()
+        beside = threading.Thread(target=work, name="weight sync: policy", daemon=True)
+        beside.start()
+        try:
+            if any(hasattr(weight, "full_tensor") for weight in policy.parameters()):
+                self._timed("probe", own.exception)
+            num_bytes = self._transferred(version)
+            sent = time.perf_counter()
+            mismatch = self._probed(version, own)
+        finally:
+            beside.join(self._deadline_s)
+        end = time.perf_counter()
+        return {
+            "sync/seconds": end - begin,
+            "sync/probe_seconds": end - sent,
+            "sync/bytes": float(num_bytes),
+            "sync/gbps": num_bytes / (end - begin) / 1e9,
+            "sync/probe_kl": mismatch.kl,
+            "sync/probe_max": mismatch.largest,
+            "sync/version": float(version),
+        }
+
+    def _transferred(self, version: int) -> int:
+        for attempt in range(1, self._attempts + 1):
+            try:
+                return self._transfer(version)
             except WeightSyncError:
                 raise  # too late or refused: no second try would be another
             except Exception as error:
@@ -128,19 +152,7 @@ class WeightSync:
                 self._undo(cause)
                 if attempt == self._attempts:
                     raise WeightSyncError(f"{cause}; {attempt} attempts were made and nothing was sampled since") from error
-        sent = time.perf_counter()
-        mismatch = self._probed(policy, version)
-        end = time.perf_counter()
-        seconds = end - begin
-        return {
-            "sync/seconds": seconds,
-            "sync/probe_seconds": end - sent,
-            "sync/bytes": float(num_bytes),
-            "sync/gbps": num_bytes / seconds / 1e9,
-            "sync/probe_kl": mismatch.kl,
-            "sync/probe_max": mismatch.largest,
-            "sync/version": float(version),
-        }
+        raise AssertionError("the last attempt returns or raises")
 
     def _transfer(self, version: int) -> int:
         target = self._target
@@ -157,9 +169,9 @@ class WeightSync:
         self._timed("resume", target.resume)
         return num_bytes
 
-    def _probed(self, policy: torch.nn.Module, version: int) -> Mismatch:
+    def _probed(self, version: int, own: Future[torch.Tensor]) -> Mismatch:
         try:
-            return self._timed("probe", lambda: self._prove(policy, version))
+            return self._timed("probe", lambda: self._prove(version, own))
         except Exception as error:
             with contextlib.suppress(Exception):
                 self._timed("pause", self._target.pause)
@@ -167,13 +179,19 @@ class WeightSync:
                 raise
             raise WeightSyncError(f"the sync of version {version} failed in its phase 'probe': {error}") from error
 
-    def _prove(self, policy: torch.nn.Module, version: int) -> Mismatch:
+    def _prove(self, version: int, own: Future[torch.Tensor]) -> Mismatch:
         probe = self._probe
-        answer = self._target.answer(probe.prompt)
-        mismatch = probe.compare(policy, answer.completions, answer.logprobs)
-        if mismatch.kl <= probe.max_kl:  # false for NaN too
+        told = self._target.answer(probe.prompts)
+        scores = own.result()
+
+        def worst(engines: Sequence[Sequence[Choices]]) -> Mismatch:
+            found = [compare(scores, choices) for choices in engines]
+            return next((each for each in found if not each.kl <= probe.max_kl), max(found))  # not so for NaN too
+
+        mismatch = worst(told)
+        if mismatch.kl <= probe.max_kl:
             return mismatch
-        fresh = probe.compare(policy, answer.completions, self._target.score(probe.prompt, answer.completions))
+        fresh = worst(self._target.score(probe.prompt))
         if fresh.kl <= probe.max_kl:
             cause = "computed without its prefix cache they agree: keys and values of older weights are still in that cache"
         else:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from grpo_fast.rollout.sync_probe import NUM_TOKENS, SyncProbe
+from grpo_fast.rollout.sync_probe import NUM_PLACES, Choices, SyncProbe, compare
 
 
 def build_probe(block_size: int = 4, context_length: int = 64) -> SyncProbe:
@@ -31,6 +31,11 @@ def model() -> LlamaForCausalLM:
     )
 
 
+def likeliest(logprobs: torch.Tensor, count: int = 20) -> list[Choices]:
+    found = logprobs.topk(count)
+    return [dict(zip(*row, strict=True)) for row in zip(found.indices.tolist(), found.values.tolist(), strict=True)]
+
+
 def test_the_prompt_is_longer_than_two_blocks_and_always_the_same() -> None:
     assert len(build_probe(block_size=16).prompt) > 32
     assert build_probe() == build_probe()
@@ -38,7 +43,7 @@ def test_the_prompt_is_longer_than_two_blocks_and_always_the_same() -> None:
 
 
 def test_a_context_without_room_for_two_blocks_is_refused() -> None:
-    length = len(build_probe(block_size=8).prompt) + NUM_TOKENS
+    length = len(build_probe(block_size=8).prompt) + 1
     build_probe(block_size=8, context_length=length)
     with pytest.raises(ValueError, match=f"two cache blocks of 8 tokens does not fit the context of {length - 1}"):
         build_probe(block_size=8, context_length=length - 1)
@@ -46,35 +51,65 @@ def test_a_context_without_room_for_two_blocks_is_refused() -> None:
 
 def test_scores_are_the_models_own(model: LlamaForCausalLM) -> None:
     probe = build_probe()
-    completions = [[1, 2, 3], [39, 0, 7]]
-    scores = probe.score(model, completions)
+    scores = probe.score(model)
     assert scores.dtype == torch.float64
+    assert scores.shape == (NUM_PLACES, 40)
     double = LlamaForCausalLM(model.config).double()
     double.load_state_dict(model.state_dict())
-    for row, tokens in zip(scores, completions, strict=True):
-        for position, token in enumerate(tokens):
-            logits = double(torch.tensor([[*probe.prompt, *tokens[:position]]])).logits[0, -1]
-            assert row[position].item() == pytest.approx(logits.log_softmax(-1)[token].item(), abs=2e-6)
+    for prompt, row in zip(probe.prompts, scores, strict=True):
+        logits = double(torch.tensor([prompt])).logits[0, -1]
+        assert torch.allclose(row, logits.log_softmax(-1), atol=2e-6, rtol=0)
 
 
-def test_the_divergence_is_that_of_the_formula(model: LlamaForCausalLM) -> None:
-    probe = build_probe()
-    completions = [[5, 6], [7, 8]]
-    own = probe.score(model, completions)
-    shift = torch.tensor([[0.3, -0.1], [0.0, 0.02]], dtype=torch.float64)
-    found = probe.compare(model, completions, (own - shift).tolist())
-    expected = sum(math.exp(d) - 1 - d for d in (0.3, -0.1, 0.0, 0.02)) / 4
+def test_the_second_prompt_needs_one_token_beside_two_whole_blocks() -> None:
+    first, second = build_probe(block_size=16).prompts
+    assert len(second) == 2 * 16 + 1
+    assert first[:-1] == second
+
+
+def test_the_divergence_is_that_of_the_formula() -> None:
+    q = [{3: math.log(0.5), 8: math.log(0.1)}, {0: math.log(0.2), 9: math.log(0.6)}]
+    own = torch.full((2, 10), -50.0, dtype=torch.float64)
+    shifts = [{3: 0.3, 8: -0.1}, {0: 0.0, 9: 0.02}]
+    for row, choices, shift in zip(own, q, shifts, strict=True):
+        for token, logprob in choices.items():
+            row[token] = logprob + shift[token]
+    found = compare(own, q)
+    k3 = [{token: math.exp(d) - 1 - d for token, d in shift.items()} for shift in shifts]
+    expected = ((0.5 * k3[0][3] + 0.1 * k3[0][8]) / 0.6 + (0.2 * k3[1][0] + 0.6 * k3[1][9]) / 0.8) / 2
     assert found.kl == pytest.approx(expected, rel=1e-12)
-    assert found.largest == pytest.approx(0.3, rel=1e-12)
-    assert found.kl > probe.max_kl
+    assert found.largest == pytest.approx(0.3, rel=1e-6)
+
+
+@pytest.mark.parametrize("side", ["own", "theirs"])
+def test_what_is_no_number_is_found(side: str) -> None:
+    own, theirs = torch.full((1, 4), -1.5, dtype=torch.float64), [{0: -1.5, 2: -1.5}]
+    if side == "own":
+        own[0, 2] = math.nan
+    else:
+        theirs[0][0] = math.nan
+    found = compare(own, theirs)
+    assert math.isnan(found.kl)
+    assert math.isnan(found.largest)
 
 
 def test_the_gate_lets_rounding_through_and_one_small_update_not(model: LlamaForCausalLM) -> None:
     probe = build_probe()
-    completions = torch.randint(40, (4, NUM_TOKENS), generator=torch.Generator().manual_seed(1)).tolist()
-    logprobs = probe.score(model, completions)
+    logprobs = probe.score(model)
     rounded = logprobs.float() + torch.linspace(-2e-5, 2e-5, logprobs.numel()).view_as(logprobs)
-    assert probe.compare(model, completions, rounded.tolist()).kl <= probe.max_kl
+    assert compare(logprobs, likeliest(rounded)).kl <= probe.max_kl
     moved = LlamaForCausalLM(model.config)
     moved.load_state_dict({name: weight + 1e-3 * weight.sign() for name, weight in model.state_dict().items()})
-    assert probe.compare(moved, completions, logprobs.tolist()).kl > probe.max_kl
+    assert compare(probe.score(moved), likeliest(logprobs)).kl > probe.max_kl
+
+
+def test_one_weight_of_one_layer_is_enough(model: LlamaForCausalLM) -> None:
+    """As where a single tensor did not arrive."""
+    probe = build_probe()
+    logprobs = probe.score(model)
+    for name, _ in model.named_parameters():
+        moved = LlamaForCausalLM(model.config)
+        moved.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            moved.get_parameter(name).mul_(1.01)
+        assert compare(probe.score(moved), likeliest(logprobs)).kl > probe.max_kl, name

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from grpo_fast.rollout import SamplingParams
-from grpo_fast.rollout.sync_probe import NUM_SAMPLES, NUM_TOKENS, SyncProbe
+from grpo_fast.rollout.sync_probe import NUM_CHOICES, NUM_PLACES, SyncProbe, compare
 from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMSettings
+from grpo_fast.rollout.vllm_sample import PROBE_PARAMS, SCORE_PARAMS
 
 pytestmark = pytest.mark.vllm
 
@@ -26,12 +27,10 @@ def probe(embedded: Any) -> SyncProbe:
 
 def test_both_scorings_of_the_probe_are_the_policys(embedded: Any, probe: SyncProbe) -> None:
     target = embedded.engine._vllm
-    answer = target.answer(probe.prompt)
-    assert [len(tokens) for tokens in answer.completions] == [NUM_TOKENS] * NUM_SAMPLES
-    assert len({tuple(tokens) for tokens in answer.completions}) > 1
-    own = probe.score(embedded.model, answer.completions)
-    for scores in (answer.logprobs, target.score(probe.prompt, answer.completions)):
-        assert torch.allclose(torch.tensor(scores, dtype=torch.float64), own, atol=5e-5, rtol=0)
+    own = probe.score(embedded.model)
+    for choices in (*target.answer(probe.prompts), *target.score(probe.prompt)):
+        assert [len(each) >= NUM_CHOICES for each in choices] == [True] * NUM_PLACES
+        assert compare(own, choices).largest < 5e-5
 
 
 def test_the_probe_reads_the_prefix_cache_and_the_other_scoring_does_not(embedded: Any, probe: SyncProbe) -> None:
@@ -41,14 +40,10 @@ def test_the_probe_reads_the_prefix_cache_and_the_other_scoring_does_not(embedde
     target = embedded.engine._vllm
     assert target.reset_prefix_cache()
     cached = [
-        target._run([probe.prompt], [params])[0].num_cached_tokens
-        for params in (
-            SamplingParams(max_tokens=1),
-            SamplingParams(max_tokens=1, logprobs=0),
-            SamplingParams(max_tokens=1, prompt_logprobs=0),
-        )
+        target._run([prompt], [SamplingParams(**params)])[0].num_cached_tokens
+        for prompt, params in (*((prompt, PROBE_PARAMS) for prompt in probe.prompts), (probe.prompt, SCORE_PARAMS))
     ]
-    assert cached == [0, 2 * target.block_size, 0]
+    assert cached == [0, len(probe.prompts[1]) - 1, 0]
 
 
 def test_versions_are_numbers(embedded: Any) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -12,8 +14,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from grpo_fast.rollout import WeightSyncError
-from grpo_fast.rollout.sync_probe import NUM_SAMPLES, NUM_TOKENS, SyncProbe
-from grpo_fast.rollout.weight_sync import Scored, WeightSync
+from grpo_fast.rollout.sync_probe import Choices, SyncProbe
+from grpo_fast.rollout.weight_sync import WeightSync
 
 PHASES = ["pause", "wake_weights", "send", "finish", "weight_version"]
 PHASES += ["reset_prefix_cache", "wake_kv_cache", "resume", "answer"]
@@ -38,6 +40,7 @@ class SecondCopy:
         self.version: int | None = None
         self.calls: list[str] = []
         self.faults: dict[str, Callable[[], None]] = {}
+        self.others: list[list[Choices]] = []
 
     def _enter(self, phase: str) -> None:
         self.calls.append(phase)
@@ -79,16 +82,19 @@ class SecondCopy:
         self.cached = None
         return True
 
-    def answer(self, prompt: Sequence[int]) -> Scored:
+    def answer(self, prompts: Sequence[Sequence[int]]) -> list[list[Choices]]:
         self._enter("answer")
-        generator = torch.Generator().manual_seed(1)
-        completions = torch.randint(40, (NUM_SAMPLES, NUM_TOKENS), generator=generator).tolist()
-        return Scored(completions, PROBE.score(self.cached or self.model, completions).tolist())
+        assert prompts == PROBE.prompts
+        return [likeliest(self.cached or self.model), *self.others]
 
-    def score(self, prompt: Sequence[int], completions: Sequence[Sequence[int]]) -> list[list[float]]:
+    def score(self, prompt: Sequence[int]) -> list[list[Choices]]:
         self._enter("score")
-        scores: list[list[float]] = PROBE.score(self.model, completions).tolist()
-        return scores
+        return [likeliest(self.model)]
+
+
+def likeliest(model: LlamaForCausalLM) -> list[Choices]:
+    found = PROBE.score(model).topk(20)
+    return [dict(zip(*row, strict=True)) for row in zip(found.indices.tolist(), found.values.tolist(), strict=True)]
 
 
 @pytest.fixture
@@ -121,6 +127,64 @@ def test_the_phases_come_in_order_and_the_weights_arrive(policy: LlamaForCausalL
     assert metrics["sync/gbps"] == pytest.approx(metrics["sync/bytes"] / metrics["sync/seconds"] / 1e9)
     assert 0 <= metrics["sync/probe_kl"] < 1e-12
     assert metrics["sync/probe_max"] < 1e-6
+
+
+def test_the_policy_computes_its_part_beside_the_phases_and_once(
+    policy: LlamaForCausalLM, target: SecondCopy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync, passes, forward = WeightSync(target, PROBE), [], policy.forward
+    began = threading.Event()
+
+    def counted(*args: object, **kwargs: object) -> object:
+        passes.append(threading.current_thread().name)
+        began.set()
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(policy, "forward", functools.wraps(forward)(counted))
+    target.faults["pause"] = lambda: pytest.fail("it waits for the engine") if not began.wait(20) else None
+    sync.run(policy, 1)
+    passes.clear()
+    sync.run(policy, 2)
+    assert passes == ["weight sync: policy"]
+
+
+def test_weights_that_are_gathered_are_so_by_one_thread_at_a_time(
+    policy: LlamaForCausalLM, target: SecondCopy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy.lm_head.weight.full_tensor = lambda: None
+    order, forward = [], policy.forward
+
+    def slow(*args: object, **kwargs: object) -> object:
+        time.sleep(0.1)
+        order.append("policy")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(policy, "forward", functools.wraps(forward)(slow))
+    target.faults["pause"] = lambda: order.append("engine")
+    WeightSync(target, PROBE).run(policy, 1)
+    assert order.index("engine") == len(order) - 1
+
+
+def test_every_engine_must_pass(policy: LlamaForCausalLM, target: SecondCopy) -> None:
+    good = likeliest(policy)
+    for place in range(2):
+        off = [dict(choices) for choices in good]
+        off[place][next(iter(off[place]))] += 0.01
+        target.others = [good, off, good]
+        with pytest.raises(WeightSyncError, match=r"differ by up to 0\.01 nats"):
+            WeightSync(target, PROBE).run(policy, 1)
+
+
+def test_a_policy_that_fails_ends_the_sync_in_its_probe(
+    policy: LlamaForCausalLM, target: SecondCopy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(input_ids: torch.Tensor, use_cache: bool) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(policy, "forward", broken)
+    with pytest.raises(WeightSyncError, match="version 1 failed in its phase 'probe': no room"):
+        WeightSync(target, PROBE).run(policy, 1)
+    assert target.calls == [*PHASES, "pause"]
 
 
 @pytest.mark.parametrize("phase", PHASES[:-1])
