@@ -1,0 +1,84 @@
+"""The command in a process of its own, killed and interrupted."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.system.command_line import CommandLine
+from benchmarks.system.soak import trace
+from grpo_fast.config import Config
+from grpo_fast.train.checkpoint import list_checkpoints
+from tests.train.trainer.runs import ROWS, events, lines
+
+REWARD = """
+def vowels(completions, **columns):
+    return [sum(letter in "aei" for letter in text) / max(1, len(text)) for text in completions]
+"""
+
+
+@pytest.fixture(scope="module")
+def command(straight: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[CommandLine, Path]]:
+    """The command line, and a run that nothing disturbed."""
+    home = tmp_path_factory.mktemp("command")
+    (home / "tiny_reward.py").write_text(REWARD, encoding="utf-8")
+    with (home / "letters.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in ROWS)
+    settings = {**straight, "dataset": str(home / "letters.jsonl"), "reward_funcs": ("tiny_reward:vowels",)}
+    settings |= {"max_steps": 40, "save_steps": 10, "eval_steps": 0, "num_iterations": 1, "beta": 0.0}
+    config = Config.parse(settings | {"output_dir": home / "straight"})
+    (home / "run.toml").write_text(config.to_toml(), encoding="utf-8")
+    command = CommandLine(home)
+    assert command.run("train", "--config", "run.toml") == 0, command.log()
+    yield command, home / "straight"
+    command.close()
+
+
+MOMENTS: dict[str, Callable[[Path], bool]] = {
+    "before the first step": lambda run: (run / "config.toml").exists(),
+    "before the first checkpoint": lambda run: lines(run) >= 4,
+    "in the middle of the first checkpoint": lambda run: any(run.glob(".checkpoint-10.partial")),
+    "between checkpoints": lambda run: lines(run) >= 15,
+    "in the middle of a later checkpoint": lambda run: any(run.glob(".checkpoint-20.partial/optimizer.pt")),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_goes_on_as_if_nothing_had_been(moment: str, command: tuple[CommandLine, Path]) -> None:
+    shell, undisturbed = command
+    run = undisturbed.with_name(moment.replace(" ", "-"))
+    options = ("train", "--config", "run.toml", "--output-dir", str(run))
+    assert shell.run(*options, until=lambda: MOMENTS[moment](run)) == -signal.SIGKILL, "the moment never came"
+    assert lines(run) < 40
+    assert shell.run("train", "--resume", str(run)) == 0, shell.log()
+    assert trace(run) == trace(undisturbed)
+    assert [path.name for path in list_checkpoints(run)][-1] == "checkpoint-40"
+    assert not list(run.glob(".checkpoint-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_once_saves_and_twice_ends_at_once(times: int, command: tuple[CommandLine, Path]) -> None:
+    shell, undisturbed = command
+    run = undisturbed.with_name(f"interrupted-{times}")
+    options = ("train", "--config", "run.toml", "--output-dir", str(run))
+    signals = (signal.SIGINT, signal.SIGTERM)[:times]
+    code = shell.run(*options, until=lambda: lines(run) >= 13, signals=signals)
+    told = shell.log()
+    assert "Traceback" not in told
+    if times == 1:
+        assert code == 0
+        assert events(run)[-1] == "interrupt"
+        assert list_checkpoints(run)[-1].name not in {"checkpoint-10", "checkpoint-40"}
+    else:
+        assert code == 128 + signal.SIGINT
+        assert "error: stopped at once" in told
+        assert list_checkpoints(run)[-1].name == "checkpoint-10"
+    assert shell.run("train", "--resume", str(run)) == 0
+    assert trace(run) == trace(undisturbed)

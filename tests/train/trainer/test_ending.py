@@ -1,0 +1,213 @@
+"""What ends a run before its last step, and what is saved then."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.system.soak import trace
+from grpo_fast.compute import Budget
+from grpo_fast.config import Config, ConfigError
+from grpo_fast.rewards import RewardError
+from grpo_fast.train import GRPOTrainer, NonFiniteGradientError
+from grpo_fast.train.checkpoint import list_checkpoints
+from grpo_fast.types import Completion
+from tests.train.trainer.runs import LETTERS, Make, Straight, beliefs, events, rows, vowels, weights
+
+
+@pytest.mark.parametrize(
+    ("limits", "stopped_by", "least"),
+    [
+        ({"max_steps": 2}, "max_steps", 2),
+        ({"max_tokens": 200.0}, "max_tokens", 1),
+        ({"max_flops": 2e7}, "max_flops", 1),
+        ({"max_wall_hours": 1e-9}, "max_wall_hours", 1),
+        ({"max_gpu_hours": 1e-9}, "max_gpu_hours", 1),
+        ({"max_energy_kwh": 1e-12}, "max_energy_kwh", 1),
+        ({"max_money": 1e-9, "price_per_gpu_hour": 1.0}, "max_money", 1),
+    ],
+)
+def test_each_budget_ends_the_run(limits: dict[str, float], stopped_by: str, least: int, make: Make, tmp_path: Path) -> None:
+    trainer = make(**{"max_steps": 50} | limits)
+    summary = trainer.train()
+    assert summary["stopped_by"] == stopped_by
+    assert summary["reason"].startswith(f"{stopped_by} is reached: ")
+    assert least <= summary["step"] < 50
+    assert (tmp_path / "run" / f"checkpoint-{summary['step']}").is_dir()
+    assert events(tmp_path / "run")[-1] == "budget"
+
+
+def test_a_budget_given_in_python_holds(make: Make, tmp_path: Path) -> None:
+    summary = make({"budget": Budget(steps=3)}, max_steps=50).train()
+    assert (summary["stopped_by"], summary["step"], summary["max_steps"]) == ("max_steps", 3, 50)
+    summary = make({"budget": Budget(tokens=1e9)}, max_steps=2, output_dir=tmp_path / "other").train()
+    assert (summary["stopped_by"], summary["step"]) == ("max_steps", 2)
+
+
+def test_a_budget_spent_in_mid_step_keeps_the_rollout(whole: Straight, tmp_path: Path) -> None:
+    used = [row["num_tokens"] for row in whole.trace[1:]]
+    config = whole.config.replace(output_dir=tmp_path / "run", max_tokens=float(used[3] + 1))
+    with GRPOTrainer(config, task=LETTERS, reward_funcs=[vowels]) as trainer:
+        summary = trainer.train()
+    assert (summary["stopped_by"], summary["step"]) == ("max_tokens", 4)
+    again = Config.parse(config.model_dump(exclude={"max_tokens"}))
+    with GRPOTrainer.resume(config.output_dir, config=again, task=LETTERS, reward_funcs=[vowels]) as trainer:
+        assert trainer._pending is not None
+        trainer.train()
+    assert trace(config.output_dir) == whole.trace
+
+
+def test_rewards_of_none_do_not_end_a_run(make: Make, tmp_path: Path) -> None:
+    def nothing(completions: list[str], **columns: Any) -> list[None]:
+        return [None] * len(completions)
+
+    trainer = make({"reward_funcs": [nothing]}, forecast="stop", max_steps=3, save_steps=1)
+    before = weights(trainer)
+    summary = trainer.train()
+    assert summary["step"] == 3
+    assert trainer._oversight.predictor.num_observations == 0
+    assert summary["final_reward"] is None
+    assert summary["best_reward"] is None
+    assert torch.equal(weights(trainer), before)
+    for row in rows(tmp_path / "run"):
+        assert row["reward"] is None
+        assert row["frac_reward_zero_std"] == 1.0
+        assert row["loss"] == 0.0
+
+
+def test_the_best_checkpoint_is_kept_and_rewards_of_none_are_no_best(make: Make, tmp_path: Path) -> None:
+    given = iter([None, 0.2, 0.9, -5.0, -5.0, -5.0])
+
+    def scripted(completions: list[str], **columns: Any) -> list[float | None]:
+        value = next(given)
+        return [value] * len(completions)
+
+    summary = make({"reward_funcs": [scripted]}, save_steps=1, save_total_limit=1).train()
+    assert (summary["best_step"], summary["best_reward"]) == (3, pytest.approx(0.55))
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-3", "checkpoint-6"]
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text(encoding="utf-8"))
+    assert (state["global_step"], state["best_global_step"]) == (6, 3)
+    assert len(state["log_history"]) == 6
+
+
+def test_a_reward_that_raises_ends_the_run_with_what_was_trained(make: Make, resume: Make, tmp_path: Path) -> None:
+    calls = 0
+
+    def flawed(completions: list[str], **columns: Any) -> list[float]:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyError("answer")
+        return vowels(completions)
+
+    with pytest.raises(RewardError, match=r"reward function 'flawed' raised KeyError: 'answer'"):
+        make({"reward_funcs": [flawed]}).train()
+    run = tmp_path / "run"
+    assert [path.name for path in list_checkpoints(run)] == ["checkpoint-2"]
+    resume(run, {"reward_funcs": [flawed]}).train()
+    make(output_dir=tmp_path / "other").train()
+    assert [row["loss"] for row in rows(run)] == [row["loss"] for row in rows(tmp_path / "other")]
+
+
+def test_a_reward_that_raises_may_be_left_out(make: Make, tmp_path: Path) -> None:
+    def flawed(completions: list[str], **columns: Any) -> list[float]:
+        raise KeyError("answer")
+
+    make({"reward_funcs": [vowels, flawed]}, reward_on_error="none", max_steps=2).train()
+    assert events(tmp_path / "run").count("warn") == 2
+    assert rows(tmp_path / "run")[0]["rewards/flawed/mean"] is None
+    assert rows(tmp_path / "run")[0]["reward"] > 0
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_with_what_was_trained(make: Make, tmp_path: Path) -> None:
+    trainer = make(top_k=5)
+    take = trainer._collector.collect
+
+    def spoilt(step: int, timer: Any) -> Any:
+        found = take(step, timer)
+        if step == 3:
+            for group in found.groups:
+                group.reward = [1.0, 0.0, 0.0, 0.0]
+                group.completions[1:] = [
+                    Completion(c.token_ids, (-1000.0,) * len(c.token_ids), c.finish_reason, c.text)
+                    for c in group.completions[1:]
+                ]
+        return found
+
+    trainer._collector.collect = spoilt  # type: ignore[method-assign]
+    with pytest.raises(NonFiniteGradientError, match=r"this update was not made\. Look at the last rewards"):
+        trainer.train()
+    assert weights(trainer).isfinite().all()
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+
+
+def test_a_reward_outside_its_range_is_told_and_can_be_mended(make: Make, resume: Make, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"the mean reward 0\.\d+ of the untrained policy lies outside reward_range="):
+        make(forecast="stop", reward_range=(0.5, 1.0)).train()
+    trainer = make(forecast="stop", reward_range=(0.5, 1.0), baseline_probe=0, overwrite=True)
+    with pytest.raises(ConfigError, match=r"the mean reward 0\.\d+ of step 1 lies outside reward_range=\(0\.5, 1\.0\)"):
+        trainer.train()
+    summary = resume(tmp_path / "run", reward_range=(0.0, 1.0)).train()
+    assert summary["step"] == 6
+    assert [row["step"] for row in beliefs(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_rounding_at_the_end_of_the_range_is_no_mistake(make: Make) -> None:
+    def perfect(completions: list[str], **columns: Any) -> list[float]:
+        return [0.1] * len(completions)
+
+    for end in ((0.0, 0.1), (0.1, 1.0)):
+        trainer = make({"reward_funcs": [perfect]}, forecast="stop", reward_range=end, max_steps=2, overwrite=True)
+        assert trainer.train()["step"] == 2
+
+
+def test_a_plateau_ends_the_run(make: Make, tmp_path: Path) -> None:
+    def same(completions: list[str], **columns: Any) -> list[float]:
+        return [0.9, 1.0] * (len(completions) // 2)
+
+    settings = {"max_steps": 200, "learning_rate": 1e-7, "forecast_epsilon": 0.1, "forecast_min_steps": 5, "save_steps": 500}
+    trainer = make({"reward_funcs": [same]}, forecast="stop", reward_range=(0.0, 1.0), **settings)
+    summary = trainer.train()
+    assert summary["stopped_by"] == "forecast"
+    assert summary["step"] < 200
+    assert summary["saved"]["steps"] == 1 - summary["step"] / 200
+    assert summary["reason"].startswith(f"At step {summary['step']} the gain left in the budget is below 0.1")
+    assert events(tmp_path / "run")[-1] == "stop"
+
+    warned = make(
+        {"reward_funcs": [same]},
+        forecast="warn",
+        reward_range=(0.0, 1.0),
+        output_dir=tmp_path / "warned",
+        **settings | {"max_steps": summary["step"] + 5},
+    )
+    assert warned.train()["stopped_by"] == "max_steps"
+    assert events(tmp_path / "warned").count("warn") <= 1
+
+
+def test_a_warning_comes_once_also_over_a_resume(make: Make, resume: Make, tmp_path: Path) -> None:
+    def same(completions: list[str], **columns: Any) -> list[float]:
+        return [0.9, 1.0] * (len(completions) // 2)
+
+    trainer = make(
+        {"reward_funcs": [same]},
+        forecast="warn",
+        reward_range=(0.0, 1.0),
+        max_steps=40,
+        learning_rate=1e-7,
+        forecast_epsilon=0.1,
+        forecast_min_steps=5,
+    )
+    for result in trainer.steps():
+        assert result.decision is not None
+        if result.decision.stop:
+            break
+    assert events(tmp_path / "run").count("warn") == 1
+    again = resume(tmp_path / "run", {"reward_funcs": [same]})
+    decisions = [result.decision for result in again.steps()]
+    assert any(decision is not None and decision.stop for decision in decisions)
+    assert events(tmp_path / "run").count("warn") == 1

@@ -1,0 +1,226 @@
+"""Leaving, failing and going on: the end is that of the run that nothing disturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.system.soak import trace
+from grpo_fast.config import ConfigError
+from grpo_fast.rollout.engine import RolloutError, SamplingParams, WeightSyncError
+from grpo_fast.rollout.transformers_engine import TransformersEngine
+from grpo_fast.train import CheckpointError, GRPOTrainer
+from grpo_fast.train.checkpoint import list_checkpoints
+from grpo_fast.types import Completion
+from tests.train.trainer.runs import LETTERS, Make, Straight, beliefs, events, rows, vowels, weights
+
+
+@pytest.mark.parametrize("moment", range(1, 8))
+def test_leaving_and_resuming_is_the_straight_run(moment: int, whole: Straight, tmp_path: Path) -> None:
+    config = whole.config.replace(output_dir=tmp_path / "run")
+    with GRPOTrainer(config, task=LETTERS, reward_funcs=[vowels]) as trainer:
+        for result in trainer.steps():
+            if result.step == moment:
+                break
+    assert trainer.summary["stopped_by"] == "user"
+    assert (config.output_dir / f"checkpoint-{moment}").is_dir()
+    with GRPOTrainer.resume(config.output_dir, task=LETTERS, reward_funcs=[vowels]) as trainer:
+        assert trainer.global_step == moment
+        trainer.train()
+        assert torch.equal(weights(trainer), whole.weights)
+    assert trace(config.output_dir) == whole.trace
+    assert beliefs(config.output_dir) == whole.forecasts
+
+
+class Stumbling(TransformersEngine):
+    """An engine that sends the process a signal in the middle of a rollout."""
+
+    at_version = -1
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, num_generations: int, seed: int
+    ) -> list[list[Completion]]:
+        answers = super().generate(prompts, sampling, num_generations=num_generations, seed=seed)
+        if num_generations > 1 and self.weight_version == self.at_version:
+            self.at_version = -1  # once: a second signal, from the refill, would end the process
+            os.kill(os.getpid(), signal.SIGINT)
+        return answers
+
+
+@pytest.mark.parametrize("version", [0, 2, 3])
+def test_an_interrupted_rollout_is_saved_and_used(version: int, whole: Straight, tmp_path: Path) -> None:
+    config = whole.config.replace(output_dir=tmp_path / "run")
+    trainer = GRPOTrainer(config, task=LETTERS, reward_funcs=[vowels])
+    policy = trainer._parts.policy
+    engine = Stumbling(policy.model, policy.tokenizer)
+    engine.at_version = version
+    trainer._collector._engine = engine
+    trainer._parts.engine = engine
+    with trainer:
+        summary = trainer.train()
+    assert summary["stopped_by"] == "interrupt"
+    assert summary["reason"].startswith(f"SIGINT came after step {version}; the run is saved.")
+    assert f"grpo-fast train --resume {config.output_dir}" in summary["reason"]
+    assert events(config.output_dir)[-1] == "interrupt"
+    state = json.loads((config.output_dir / f"checkpoint-{version}" / "state.json").read_text(encoding="utf-8"))
+    assert len(state["pending"]["groups"]) >= 3
+    with GRPOTrainer.resume(config.output_dir, task=LETTERS, reward_funcs=[vowels]) as trainer:
+        assert trainer._pending is not None
+        trainer.train()
+        assert torch.equal(weights(trainer), whole.weights)
+    assert trace(config.output_dir) == whole.trace
+
+
+class Dying(TransformersEngine):
+    """An engine that fails for good, in the rollout after a version or in the sync to it."""
+
+    rollout_after = sync_to = -1
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, num_generations: int, seed: int
+    ) -> list[list[Completion]]:
+        if num_generations > 1 and self.weight_version == self.rollout_after:
+            raise RolloutError("the server is gone")
+        return super().generate(prompts, sampling, num_generations=num_generations, seed=seed)
+
+    def sync_weights(self, policy: torch.nn.Module, version: int) -> dict[str, float]:
+        if version == self.sync_to:
+            raise WeightSyncError("half of the weights are gone")
+        return super().sync_weights(policy, version)
+
+
+@pytest.mark.parametrize("fault", [{"rollout_after": 0}, {"rollout_after": 5}, {"sync_to": 1}, {"sync_to": 5}], ids=str)
+def test_an_engine_that_dies_leaves_a_run_to_go_on_with(fault: dict[str, int], whole: Straight, tmp_path: Path) -> None:
+    config = whole.config.replace(output_dir=tmp_path / "run")
+    [version] = fault.values()
+    with GRPOTrainer(config, task=LETTERS, reward_funcs=[vowels]) as trainer:
+        engine = Dying(trainer.policy.model, trainer.policy.tokenizer)
+        vars(engine).update(fault)
+        trainer._collector._engine = trainer._parts.engine = engine
+        with pytest.raises(RolloutError, match=r"(is|are) gone"):
+            trainer.train()
+    assert list_checkpoints(config.output_dir)[-1].name == f"checkpoint-{version}"
+    with GRPOTrainer.resume(config.output_dir, task=LETTERS, reward_funcs=[vowels]) as trainer:
+        assert trainer.global_step == version
+        trainer.train()
+        assert torch.equal(weights(trainer), whole.weights)
+    assert trace(config.output_dir) == whole.trace
+
+
+def test_a_run_without_a_checkpoint_starts_again(whole: Straight, tmp_path: Path) -> None:
+    config = whole.config.replace(output_dir=tmp_path / "run")
+    with GRPOTrainer(config, task=LETTERS, reward_funcs=[vowels]) as trainer:
+        for result in trainer.steps():
+            if result.step == 2:
+                break
+    shutil.rmtree(config.output_dir / "checkpoint-2")
+    with GRPOTrainer.resume(config.output_dir, task=LETTERS, reward_funcs=[vowels]) as again:
+        assert again.global_step == 0
+        again.train()
+    assert trace(config.output_dir) == whole.trace
+    assert events(config.output_dir)[:3] == ["start", "probe", "eval"]
+
+
+def test_an_error_in_the_loop_keeps_what_was_trained(make: Make, tmp_path: Path) -> None:
+    def fail() -> None:
+        with make() as trainer:
+            for result in trainer.steps():
+                if result.step == 2:
+                    raise LookupError("mine")
+
+    with pytest.raises(LookupError, match="mine"):
+        fail()
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))["stopped_by"] == "user"
+
+
+def test_leaving_the_loop_and_going_on_with_the_same_trainer(whole: Straight, tmp_path: Path) -> None:
+    config = whole.config.replace(output_dir=tmp_path / "run")
+    inside = -time.perf_counter()
+    with GRPOTrainer(config, task=LETTERS, reward_funcs=[vowels]) as trainer:
+        for result in trainer.steps():
+            if result.step == 4:
+                break
+        inside += time.perf_counter()
+        assert trainer.summary["reason"] == "The loop was left after step 4."
+        time.sleep(0.5)
+        inside -= time.perf_counter()
+        assert [result.step for result in trainer.steps()] == [5, 6, 7, 8]
+        inside += time.perf_counter()
+        assert trainer.summary["stopped_by"] == "max_steps"
+        assert trainer.summary["compute"]["wall_hours"] * 3600 < inside, "time outside the loop is not the run's"
+    assert trace(config.output_dir) == whole.trace
+
+
+def test_leaving_at_the_end_keeps_the_real_reason(make: Make) -> None:
+    trainer = make(max_steps=2)
+    for result in trainer.steps():
+        if result.step == 2:
+            break
+    assert trainer.summary["stopped_by"] == "max_steps"
+
+
+def test_stop_ends_after_the_present_step(make: Make, tmp_path: Path) -> None:
+    trainer = make()
+    for result in trainer.steps():
+        if result.step == 2:
+            trainer.stop("good enough")
+    assert trainer.summary["stopped_by"] == "user"
+    assert trainer.summary["step"] == 2
+    assert trainer.summary["reason"] == "good enough, after step 2."
+    assert (tmp_path / "run" / "checkpoint-2").is_dir()
+    assert [result.step for result in trainer.steps()] == [3, 4, 5, 6]
+
+
+def test_closing_ends_a_loop_that_is_still_held(make: Make, tmp_path: Path) -> None:
+    trainer = make()
+    loop = trainer.steps()
+    next(loop)
+    next(loop)
+    trainer.close()
+    assert (trainer.summary["stopped_by"], trainer.summary["step"]) == ("user", 2)
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    assert list(loop) == []
+
+
+def test_resuming_may_move_the_end(whole: Straight, make: Make, resume: Make, tmp_path: Path) -> None:
+    make(max_steps=4, forecast="stop").train()
+    longer = resume(tmp_path / "run", max_steps=7)
+    summary = longer.train()
+    assert (summary["step"], summary["max_steps"]) == (7, 7)
+    assert longer._oversight.predictor.num_observations == 7
+    assert rows(tmp_path / "run")[-1]["progress"] == 1.0
+    shorter = resume(tmp_path / "run", max_steps=5)
+    assert shorter.train()["stopped_by"] == "max_steps"
+    assert len(rows(tmp_path / "run")) == 7
+    with pytest.raises(ConfigError, match=r"cannot change seed \(0 -> 5\)"):
+        resume(tmp_path / "run", seed=5)
+
+
+def test_resuming_what_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the configuration .*nowhere"):
+        GRPOTrainer.resume(tmp_path / "nowhere")
+
+
+def test_resuming_from_a_damaged_checkpoint_names_the_way_out(make: Make, resume: Make, tmp_path: Path) -> None:
+    make().train()
+    (tmp_path / "run" / "checkpoint-6" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"delete .*checkpoint-6 to resume from checkpoint-3"):
+        resume(tmp_path / "run")
+    state = tmp_path / "run" / "checkpoint-3" / "state.json"
+    for file in (tmp_path / "run" / "checkpoint-6").iterdir():
+        file.unlink()
+    (tmp_path / "run" / "checkpoint-6").rmdir()
+    assert resume(tmp_path / "run").global_step == 3
+    text = state.read_text(encoding="utf-8")
+    state.write_text(text.replace('"version": 3', '"version": 9'), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"another version of grpo_fast \(state 9\)"):
+        resume(tmp_path / "run")
