@@ -1,20 +1,23 @@
 """Tokens per second of rollouts by vLLM: this engine, plain vLLM and TRL's engine on the same ``LLM``, round by round in turns.
 
 ``python -m benchmarks.rollout.tokens``; TRL's takes part where TRL is importable. "plain vLLM" is ``LLM.generate`` with the
-very requests that the engine makes, log-probabilities included; what the engine adds are completions with text, versions and
-finish reasons. TRL asks once for each completion, without a seed; its code runs unchanged on this ``LLM``. Processor time is
-taken beside wall time: the fairer number where other jobs share the cores.
+very requests that the engine makes, seeds and log-probabilities included, so that both sample the same tokens in the same steps;
+what the engine adds are completions with text, versions and finish reasons. TRL asks once for each completion, without a seed;
+its code runs unchanged on this ``LLM``. Who begins a round changes from round to round. Processor time is taken beside wall time:
+the fairer number where other jobs share the cores. Shares of plain vLLM's rate are medians over rounds, with an interval that holds
+the true median with 95 %. What is spent outside vLLM's own steps and its taking of requests is counted apart, which no noise hides.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module, metadata, util
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,7 @@ from grpo_fast.assets import embedded_model_dir
 from grpo_fast.device import device_facts, versions
 from grpo_fast.rollout import SamplingParams
 from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMSettings
+from grpo_fast.rollout.vllm_in_process import REQUEST_PARAMS
 
 OUTPUT = Path(__file__).parents[1] / "results" / "cpu" / "rollout_tokens.json"
 Rival = Callable[[int], int]
@@ -49,8 +53,8 @@ def plain_rival(engine: VLLMEngine, prompts: list[list[int]], sampling: Sampling
 
     def run(seed: int) -> int:
         params = [
-            VLLMSamplingParams(logprobs=0, **engine._params(sampling, generations, seed * 1000 + number))
-            for number in range(len(prompts))
+            VLLMSamplingParams(**REQUEST_PARAMS, **each)
+            for each in engine._params(sampling, generations, seed, slice(0, len(prompts)))
         ]
         outputs = llm.generate(requests, params, use_tqdm=False)
         return sum(len(answer.token_ids) for output in outputs for answer in output.outputs)
@@ -83,8 +87,66 @@ def trl_rival(engine: VLLMEngine, prompts: list[list[int]], sampling: SamplingPa
     return run
 
 
+def take_turns(calls: Mapping[str, Rival], rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Tokens per second of wall and of processor time, of every rival and round, after one round that warms up."""
+    rates: dict[str, list[tuple[float, float]]] = {label: [] for label in calls}
+    labels = list(calls)
+    for seed in range(rounds + 1):
+        first = seed % len(labels)
+        counts = {}
+        for label in labels[first:] + labels[:first]:
+            wall, cpu = time.perf_counter(), time.process_time()
+            counts[label] = calls[label](seed)
+            seconds = time.perf_counter() - wall, time.process_time() - cpu
+            if seed:
+                rates[label].append((counts[label] / seconds[0], counts[label] / seconds[1]))
+        if counts["grpo_fast"] != counts["plain vLLM"]:
+            raise RuntimeError(f"the same requests gave {counts}: they are not the same")
+    return rates
+
+
+def shares(own: Sequence[tuple[float, float]], plain: Sequence[tuple[float, float]]) -> dict[str, list[float]]:
+    """Median of the rounds' ratios with its 95 % interval from order statistics: [median, low, high] by wall and by processor."""
+    reach = math.ceil(0.98 * math.sqrt(len(own)))  # half the interval's width, in ranks: 1.96 deviations of Binomial(n, 1/2)
+    found = {}
+    for name, which in (("wall", 0), ("processor", 1)):
+        ratios = sorted(mine[which] / theirs[which] for mine, theirs in zip(own, plain, strict=True))
+        middle = (len(ratios) - 1) / 2
+        low, high = max(0, math.floor(middle - reach)), min(len(ratios) - 1, math.ceil(middle + reach))
+        found[name] = [statistics.median(ratios), ratios[low], ratios[high]]
+    return found
+
+
+def outside_vllm(engine: VLLMEngine, call: Rival, rounds: int = 30) -> float:
+    """Median share of a call's processor time that vLLM's engine has no part in."""
+    core: Any = engine._vllm._llm.llm_engine
+    inside = 0.0
+
+    def timed(work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal inside
+            begin = time.process_time()
+            try:
+                return work(*args, **kwargs)
+            finally:
+                inside += time.process_time() - begin
+
+        return run
+
+    found = []
+    core.step, core.add_request = timed(core.step), timed(core.add_request)
+    try:
+        for seed in range(1, rounds + 1):
+            inside, begin = 0.0, time.process_time()
+            call(seed)
+            found.append(1 - inside / (time.process_time() - begin))
+    finally:
+        del core.step, core.add_request  # the class's own are seen again
+    return statistics.median(found)
+
+
 def measure(name: str, num_layers: int | None, given: argparse.Namespace) -> dict[str, Any]:
-    """One model: every rival once a round, after one round that warms up."""
+    """One model: every rival once a round."""
     if name == "embedded":
         model = AutoModelForCausalLM.from_pretrained(embedded_model_dir(), dtype=torch.float32)
     else:
@@ -98,14 +160,12 @@ def measure(name: str, num_layers: int | None, given: argparse.Namespace) -> dic
     if util.find_spec("trl") is not None:
         rivals[f"TRL {metadata.version('trl')}"] = trl_rival
     calls = {label: make(engine, prompts, sampling, given.generations) for label, make in rivals.items()}
-    rates: dict[str, list[tuple[float, float]]] = {label: [] for label in calls}
-    for seed in range(given.rounds + 1):
-        for label, call in calls.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            count = call(seed)
-            rates[label].append((count / (time.perf_counter() - wall), count / (time.process_time() - cpu)))
-    engine.close()
-    medians = {label: [statistics.median(values) for values in zip(*rows[1:], strict=True)] for label, rows in rates.items()}
+    try:
+        rates = take_turns(calls, given.rounds)
+        outside = {label: outside_vllm(engine, calls[label]) for label in ("grpo_fast", "plain vLLM")}
+    finally:
+        engine.close()
+    medians = {label: [statistics.median(values) for values in zip(*rows, strict=True)] for label, rows in rates.items()}
     return {
         "model": name if name == "embedded" else f"{LAYOUTS[name].name}, {num_layers or LAYOUTS[name].num_layers} layers",
         "prompts": given.prompts,
@@ -113,6 +173,8 @@ def measure(name: str, num_layers: int | None, given: argparse.Namespace) -> dic
         "max_tokens": given.max_tokens,
         "tokens_per_s": {label: wall for label, (wall, _) in medians.items()},
         "tokens_per_cpu_s": {label: cpu for label, (_, cpu) in medians.items()},
+        "share_of_plain": shares(rates["grpo_fast"], rates["plain vLLM"]),
+        "processor_share_outside_vllm": outside,
         "torch_threads": torch.get_num_threads(),
         "rounds": given.rounds,
         "commit": commit(),
@@ -127,7 +189,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--generations", type=int, default=8)
     parser.add_argument("--max-tokens", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--output", type=Path, default=OUTPUT)
     given = parser.parse_args()
     found = measure(given.model, given.layers, given)

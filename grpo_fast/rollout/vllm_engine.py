@@ -11,6 +11,7 @@ Not covered: several GPUs, quantised engines, speculative decoding, models with 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import random
 import tempfile
@@ -255,7 +256,8 @@ class VLLMEngine:
             ValueError: no prompts, an empty or overlong prompt, an unknown token, or a cut support. Raised before anything is
                 computed.
             WeightSyncError: the last sync failed.
-            RolloutError: vLLM ended a request without finishing it.
+            RolloutError: vLLM failed, or ended a request without finishing it; a run ends with a checkpoint, and the engine can be
+                asked anew.
             FloatingPointError: the model gave log-probabilities that are not finite.
         """
         if self._version is None:
@@ -268,32 +270,38 @@ class VLLMEngine:
         check_request(
             prompts, sampling, num_generations=num_generations, context_length=self._context, vocabulary=self._vocabulary
         )
-        seeds = np.random.SeedSequence(seed).generate_state(first_prompt + len(prompts), np.uint32).tolist()[first_prompt:]
-        answers = self._vllm.sample(prompts, [self._params(sampling, num_generations, each) for each in seeds])
+        places = slice(first_prompt, first_prompt + len(prompts))
+        answers = self._vllm.sample(prompts, self._params(sampling, num_generations, seed, places))
         return [[self._completion(sample, sampling) for sample in samples] for samples in answers]
 
-    def _params(self, sampling: SamplingParams, num_generations: int, seed: int) -> dict[str, Any]:
-        return {
+    def _params(self, sampling: SamplingParams, num_generations: int, seed: int, places: slice) -> list[dict[str, Any]]:
+        """Of vLLM's ``SamplingParams``, for the prompts at some places of a call."""
+        common = {
             "n": num_generations,
             "temperature": sampling.temperature,
             "max_tokens": sampling.max_tokens,
-            "seed": seed << 20,  # vLLM gives the G completions consecutive seeds; those of two prompts stay apart
             "stop": list(sampling.stop),
             "detokenize": bool(sampling.stop),
             "ignore_eos": True,
             "stop_token_ids": self._end_tokens,
         }
+        seeds = np.random.SeedSequence(seed).generate_state(places.stop, np.uint32).tolist()[places]
+        # vLLM gives the G completions consecutive seeds; those of two prompts stay apart
+        return [common | {"seed": each << 20} for each in seeds]
 
     def _completion(self, sample: Sample, sampling: SamplingParams) -> Completion:
         tokens, versions = sample.token_ids, sample.versions
         if sample.finish_reason not in {"stop", "length"}:
             raise RolloutError(f"vLLM ended a request with {sample.finish_reason!r} after {len(tokens)} tokens")
-        if not np.isfinite(sample.logprobs).all():
+        if not math.isfinite(sum(sample.logprobs)):
             raise FloatingPointError(
                 "the model gave logits that are not finite; its weights have diverged, or its dtype overflows"
             )
-        if len(versions) != len(tokens):
-            raise RolloutError(f"vLLM told the weight version of {len(versions)} of {len(tokens)} tokens")
+        if not len(versions) == len(sample.logprobs) == len(tokens):
+            raise RolloutError(
+                f"vLLM told the weight version of {len(versions)} and the log-probability of {len(sample.logprobs)} of "
+                f"{len(tokens)} tokens"
+            )
         return Completion(
             token_ids=tokens,
             logprobs=sample.logprobs,

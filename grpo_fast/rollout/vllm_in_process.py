@@ -8,14 +8,19 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import multiprocessing
+import queue
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from typing import Any, Literal
 
 import torch
 from vllm import LLM
 from vllm import SamplingParams as VLLMSamplingParams
 from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
+from vllm.envs import disable_envs_cache
 from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
@@ -28,6 +33,10 @@ from grpo_fast.rollout.vllm_layerwise import PolicyWeights
 from grpo_fast.rollout.vllm_sample import PROBE_PARAMS, SCORE_PARAMS, Sample, token_versions
 from grpo_fast.rollout.vllm_senders import WeightSender, json_safe
 from grpo_fast.rollout.vllm_transport import register
+
+
+REQUEST_PARAMS: dict[str, Any] = {"logprobs": 0, "flat_logprobs": True}
+"""What every request asks for: the log-probability of each sampled token alone, in one list, not in an object a token."""
 
 
 class InProcessVLLM:
@@ -60,9 +69,14 @@ class InProcessVLLM:
         """Cleared while it may take none; a lock alone would be taken again by the thread that steps."""
         self._go.set()
         self._names = map(str, itertools.count())
+        self._running: set[str] = set()
         self._finished: dict[str, Any] = {}
+        """What came of requests that run no more: vLLM's output, or the error that ended them."""
+        self._cache_is_broken = False
         self._sender: WeightSender | None = None
         self._adapter: LoRARequest | None = None
+        disable_envs_cache()  # with it an engine would run where the first one of this process did
+        others = set(multiprocessing.active_children())
         self._llm = LLM(
             **arguments,
             dtype=str(dtype).removeprefix("torch."),
@@ -73,6 +87,10 @@ class InProcessVLLM:
             # A step that is still under way when the next is planned would read weights that change between the two.
             **({"async_scheduling": False} if delivery.pause_mode == "keep" else {}),
         )
+        self._processes = set(multiprocessing.active_children()) - others
+        if self._processes:
+            watch = (self._processes, self._llm.llm_engine.engine_core.outputs_queue)
+            threading.Thread(target=_tell_of_death, args=watch, name="vLLM process watch", daemon=True).start()
 
     @property
     def block_size(self) -> int:
@@ -90,13 +108,16 @@ class InProcessVLLM:
         Args:
             prompts: token ids.
             params: of vLLM's ``SamplingParams``, one each; log-probabilities are always asked for.
+
+        Raises:
+            RolloutError: vLLM failed; none of its requests is left, and it can be asked anew.
         """
-        outputs = self._run(prompts, [VLLMSamplingParams(logprobs=0, **each) for each in params])
+        outputs = self._run(prompts, [VLLMSamplingParams(**REQUEST_PARAMS, **each) for each in params])
         return [
             [
                 Sample(
                     tuple(answer.token_ids),
-                    tuple(_of_tokens(answer.token_ids, answer.logprobs)),
+                    tuple(answer.logprobs.logprobs),
                     str(answer.finish_reason),
                     token_versions((span.version, span.start, span.end) for span in answer.weight_versions or ()),
                 )
@@ -112,24 +133,59 @@ class InProcessVLLM:
         """
         names = list(itertools.islice(self._names, len(prompts)))
         with torch.random.fork_rng():  # vLLM draws from the global state before it puts the seeded draws in place
-            with self._turn:
+            with self._turn, self._dropped_if_broken():
+                self._running.update(names)
+                if self._cache_is_broken:
+                    raise RuntimeError("after a failure before, its cache could not be emptied; sync its weights again")
                 for name, prompt, each in zip(names, prompts, params, strict=True):
                     each.output_kind = RequestOutputKind.FINAL_ONLY
                     self._engine().add_request(name, tokens_input(list(prompt)), each, lora_request=self._adapter)
-            waiting = set(names)
-            while waiting:
+            while not self._running.isdisjoint(names):
                 self._go.wait()
-                with self._turn:
-                    if self._go.is_set() and not waiting <= self._finished.keys():
-                        done = [output for output in self._engine().step() if output.finished]
-                        self._finished |= {output.request_id: output for output in done}
-                    waiting -= self._finished.keys()
-        return [self._finished.pop(name) for name in names]
+                with self._turn, self._dropped_if_broken():
+                    if self._go.is_set() and not self._running.isdisjoint(names):
+                        done = {output.request_id: output for output in self._engine().step() if output.finished}
+                        self._finished |= done
+                        self._running -= done.keys()
+        answers = [self._finished.pop(name) for name in names]
+        for answer in answers:
+            if isinstance(answer, RolloutError):
+                raise RolloutError(str(answer)) from answer.__cause__
+        return answers
+
+    def _is_alive(self) -> bool:
+        """Whether every process of the engine runs; vLLM (0.32) would wait for one that does not for ever."""
+        return all(process.is_alive() for process in self._processes)
 
     def _engine(self) -> Any:
         if self._llm is None:
             raise RolloutError("the engine was closed while requests ran")
+        if not self._is_alive():
+            raise RolloutError("the engine's process has ended")
         return self._llm.llm_engine
+
+    @contextlib.contextmanager
+    def _dropped_if_broken(self) -> Iterator[None]:
+        """Ends all requests where something in vLLM fails: it counts positions as computed, and caches them, before it does so."""
+        try:
+            yield
+        except BaseException as error:
+            if self._llm is None:
+                raise
+            names = list(self._running)
+            failed = RolloutError(
+                f"vLLM broke off with {type(error).__name__}: {error}; its {len(names)} requests were dropped"
+            )
+            failed.__cause__ = error
+            self._finished |= dict.fromkeys(names, failed)
+            self._running.clear()
+            self._cache_is_broken = True
+            if self._is_alive():
+                with contextlib.suppress(Exception):  # it may be dead all the same, or fail again
+                    self._llm.llm_engine.abort_request(names)
+                    self._cache_is_broken = not self._llm.reset_prefix_cache()
+            if not isinstance(error, Exception):
+                raise
 
     def close(self) -> None:
         """Ends the engine, between two steps, and frees its memory; requests that run fail."""
@@ -146,7 +202,7 @@ class InProcessVLLM:
     def pause(self) -> None:
         """Checks that nothing runs, as nothing does between two calls of ``generate``; or lets no request take a step."""
         if self._delivery.pause_mode == "wait":
-            if self._llm.llm_engine.has_unfinished_requests():
+            if self._engine().has_unfinished_requests():
                 raise RuntimeError("requests are running")
         else:
             self._go.clear()
@@ -204,12 +260,16 @@ class InProcessVLLM:
     def undo(self) -> None:
         """Leaves an update that began: one that a worker cannot read ends it, by vLLM's own rule."""
         self._sender = None
+        if not self._is_alive():
+            return
         with contextlib.suppress(ValueError, RuntimeError):
             self._llm.update_weights({"update_info": {"undo": True}})
 
     def reset_prefix_cache(self) -> bool:
         """Forgets cached keys and values, those of requests that are kept too: they are computed anew."""
-        return bool(self._llm.reset_prefix_cache(reset_running_requests=self._delivery.pause_mode == "keep"))
+        done = bool(self._llm.reset_prefix_cache(reset_running_requests=self._delivery.pause_mode == "keep"))
+        self._cache_is_broken = self._cache_is_broken and not done
+        return done
 
     def answer(self, prompts: Sequence[Sequence[int]]) -> list[list[Choices]]:
         """What comes next: of one prompt after the other, so that the second reads what the first left in the cache."""
@@ -220,6 +280,12 @@ class InProcessVLLM:
         """The same of a prompt and of all of it but its last token; a request for those of its prompt reads no cache."""
         [output] = self._run([[*prompt, prompt[0]]], [VLLMSamplingParams(**SCORE_PARAMS)])
         return [[_choices(entry) for entry in output.prompt_logprobs[: len(prompt) - 2 : -1]]]
+
+
+def _tell_of_death(processes: Collection[BaseProcess], outputs: queue.Queue[Any]) -> None:
+    """Wakes who waits for outputs when a process of the engine has ended; vLLM (0.32) lets them wait for ever."""
+    wait([process.sentinel for process in processes])
+    outputs.put_nowait(EOFError("the engine's process has ended"))
 
 
 class _Client:
@@ -243,7 +309,3 @@ class _Client:
 
 def _choices(entry: Mapping[int, Any]) -> Choices:
     return {token: told.logprob for token, told in entry.items()}
-
-
-def _of_tokens(tokens: Sequence[int], entries: Sequence[Any]) -> list[float]:
-    return [entry[token].logprob for token, entry in zip(tokens, entries, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 from grpo_fast.rollout.sync_probe import NUM_CHOICES
@@ -34,4 +35,4 @@ def token_versions(spans: Iterable[tuple[str, int, int]]) -> tuple[int, ...]:
     listed = list(spans)
     if not all(version.isdecimal() for version, _, _ in listed):
         return ()
-    return tuple(int(version) for version, start, end in listed for _ in range(start, end))
+    return tuple(chain.from_iterable(repeat(int(version), end - start) for version, start, end in listed))

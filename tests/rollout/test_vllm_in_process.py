@@ -1,12 +1,15 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 
-from grpo_fast.rollout import SamplingParams
+from grpo_fast.rollout import RolloutError, SamplingParams, WeightSyncError
 from grpo_fast.rollout.sync_probe import NUM_CHOICES, NUM_PLACES, SyncProbe, compare
 from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMSettings
 from grpo_fast.rollout.vllm_sample import PROBE_PARAMS, SCORE_PARAMS
@@ -59,7 +62,66 @@ def test_leaving_an_update_that_never_began_is_harmless(embedded: Any) -> None:
     assert embedded.engine._vllm.weight_version() == 3
 
 
+@contextmanager
+def failing_step(embedded: Any, number: int) -> Iterator[None]:
+    """Has vLLM's model fail in the middle of one step, as it would for want of memory."""
+    worker = embedded.engine._vllm._llm.llm_engine.model_executor.driver_worker.worker
+    steps = itertools.count(1)
+
+    def fail(*_: Any) -> None:
+        if next(steps) == number:
+            raise MemoryError("no room for a layer")
+
+    layer = next(module for name, module in worker.model_runner.model.named_modules() if name.endswith("layers.2"))
+    handle = layer.register_forward_pre_hook(fail)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_step_that_fails_leaves_nothing_behind(embedded: Any, probe: SyncProbe, step: int) -> None:
+    """Not even keys and values: vLLM takes those of the failed step for computed, which a prompt of two blocks would read."""
+    engine, sampling = embedded.engine, SamplingParams(max_tokens=12)
+    prompts = [probe.prompt, [1, 4, 5, 6]]
+    engine.sync_weights(embedded.model, 4)
+    whole = engine.generate(prompts, sampling, num_generations=4, seed=1)
+    assert engine._vllm.reset_prefix_cache()
+    failed = pytest.raises(
+        RolloutError, match=r"vLLM broke off with MemoryError: no room for a layer; its 2 requests were dropped"
+    )
+    with failing_step(embedded, step), failed as caught:
+        engine.generate(prompts, sampling, num_generations=4, seed=1)
+    assert isinstance(caught.value.__cause__, MemoryError)
+    assert engine.generate(prompts, sampling, num_generations=4, seed=1) == whole
+    assert engine.sync_weights(embedded.model, 5)["sync/probe_kl"] < 1e-8
+
+
+def test_a_step_that_fails_ends_the_requests_of_every_thread(embedded: Any) -> None:
+    sampling = SamplingParams(max_tokens=24)
+
+    def ask(seed: int) -> Any:
+        return embedded.engine.generate([[1, 4, 5, 6]], sampling, num_generations=4, seed=seed)
+
+    with failing_step(embedded, 3), ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(ask, seed) for seed in (1, 2)]
+        errors = [each.exception() for each in asked]
+    assert any(isinstance(error, RolloutError) for error in errors)
+    assert all(error is None or "MemoryError" in str(error) for error in errors)
+    assert embedded.engine.sync_weights(embedded.model, 6)["sync/version"] == 6
+
+
+def test_what_vllm_itself_refuses_leaves_no_request_behind(embedded: Any) -> None:
+    target = embedded.engine._vllm
+    params = [{"max_tokens": 4}, {"max_tokens": 4, "logit_bias": {10_000: 1.0}}]
+    with pytest.raises(RolloutError, match=r"vLLM broke off with \w+: .*10000"):
+        target.sample([[1, 4], [1, 5]], params)
+    target.pause()
+
+
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # vLLM leaves sockets of a dead process open
 def test_an_engine_in_a_process_of_its_own_takes_two_hundred_syncs_and_no_memory(
     embedded: Any, perturb: Callable[..., None], measure_errors: Callable[..., Any]
 ) -> None:
@@ -70,6 +132,7 @@ def test_an_engine_in_a_process_of_its_own_takes_two_hundred_syncs_and_no_memory
     started = set(psutil.Process().children(recursive=True)) - before
     started = {process for process in started if "resource_tracker" not in " ".join(process.cmdline())}  # Python's own
     assert started
+    assert not hasattr(engine._vllm._llm.llm_engine, "model_executor"), "it is where the engine before it was"
     processes = [psutil.Process(), *started]
 
     def resident_mib() -> list[float]:
@@ -87,6 +150,12 @@ def test_an_engine_in_a_process_of_its_own_takes_two_hundred_syncs_and_no_memory
                 held = resident_mib()
         weights = sum(weight.nbytes for weight in model.parameters()) / 2**20
         assert all(now - then < 4 * weights for then, now in zip(held, resident_mib(), strict=True))
+        for process in started:
+            process.kill()
+        with pytest.raises(RolloutError, match=r"vLLM broke off with (EngineDeadError|EOFError): .*2 requests were dropped"):
+            engine.generate(prompts, sampling, num_generations=2, seed=0)
+        with pytest.raises(WeightSyncError, match="phase 'pause': the engine's process has ended; 2 attempts were made"):
+            engine.sync_weights(model, 201)
     finally:
         engine.close()
     assert not psutil.wait_procs(started, timeout=20)[1]
