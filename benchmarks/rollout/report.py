@@ -20,8 +20,9 @@ CPU: weights were repacked when they were loaded. Safetensors go over a RAM disk
 TOKENS_HEAD = """## Rollouts by vLLM
 
 By `python -m benchmarks.rollout.tokens`: tokens a second of processor time, medians of turns on one engine; plain vLLM answers
-the very same requests, seeds included, TRL's engine asks once for each completion and without seeds. Shares of plain vLLM's rate are
-medians over rounds with 95 % intervals; the last column is what grpo_fast spends outside vLLM's steps beyond what plain vLLM does.
+the very same requests, seeds included, TRL's engine asks once for each completion and without seeds. Shares of plain vLLM's
+rate are medians over rounds with 95 % intervals, which other jobs on the machine widen. The last column is free of that noise:
+the processor time outside vLLM's own steps, beyond what plain vLLM has of it.
 """
 
 

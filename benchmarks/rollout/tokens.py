@@ -1,11 +1,12 @@
 """Tokens per second of rollouts by vLLM: this engine, plain vLLM and TRL's engine on the same ``LLM``, round by round in turns.
 
 ``python -m benchmarks.rollout.tokens``; TRL's takes part where TRL is importable. "plain vLLM" is ``LLM.generate`` with the
-very requests that the engine makes, seeds and log-probabilities included, so that both sample the same tokens in the same steps;
-what the engine adds are completions with text, versions and finish reasons. TRL asks once for each completion, without a seed;
-its code runs unchanged on this ``LLM``. Who begins a round changes from round to round. Processor time is taken beside wall time:
-the fairer number where other jobs share the cores. Shares of plain vLLM's rate are medians over rounds, with an interval that holds
-the true median with 95 %. What is spent outside vLLM's own steps and its taking of requests is counted apart, which no noise hides.
+very requests that the engine makes, seeds and log-probabilities included, so that both sample the same tokens in the same
+steps; what the engine adds are completions with text, versions and finish reasons. TRL asks once for each completion, without a
+seed; its code runs unchanged on this ``LLM``. Who begins a round changes from round to round. Processor time is taken beside
+wall time: the fairer number where other jobs share the cores. Shares of plain vLLM's rate are medians over rounds, with an
+interval that holds the true median with 95 %. What is spent outside vLLM's own steps and its taking of requests is counted
+apart, which no noise hides.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def take_turns(calls: Mapping[str, Rival], rounds: int) -> dict[str, list[tuple[
 
 
 def shares(own: Sequence[tuple[float, float]], plain: Sequence[tuple[float, float]]) -> dict[str, list[float]]:
-    """Median of the rounds' ratios with its 95 % interval from order statistics: [median, low, high] by wall and by processor."""
+    """Median of the rounds' ratios, with its 95 % interval from order statistics, by wall and by processor time."""
     reach = math.ceil(0.98 * math.sqrt(len(own)))  # half the interval's width, in ranks: 1.96 deviations of Binomial(n, 1/2)
     found = {}
     for name, which in (("wall", 0), ("processor", 1)):

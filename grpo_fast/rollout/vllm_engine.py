@@ -256,8 +256,7 @@ class VLLMEngine:
             ValueError: no prompts, an empty or overlong prompt, an unknown token, or a cut support. Raised before anything is
                 computed.
             WeightSyncError: the last sync failed.
-            RolloutError: vLLM failed, or ended a request without finishing it; a run ends with a checkpoint, and the engine can be
-                asked anew.
+            RolloutError: vLLM failed, or ended a request without finishing it; nothing of the call is left there.
             FloatingPointError: the model gave log-probabilities that are not finite.
         """
         if self._version is None:

@@ -34,7 +34,6 @@ from grpo_fast.rollout.vllm_sample import PROBE_PARAMS, SCORE_PARAMS, Sample, to
 from grpo_fast.rollout.vllm_senders import WeightSender, json_safe
 from grpo_fast.rollout.vllm_transport import register
 
-
 REQUEST_PARAMS: dict[str, Any] = {"logprobs": 0, "flat_logprobs": True}
 """What every request asks for: the log-probability of each sampled token alone, in one list, not in an object a token."""
 
@@ -166,7 +165,7 @@ class InProcessVLLM:
 
     @contextlib.contextmanager
     def _dropped_if_broken(self) -> Iterator[None]:
-        """Ends all requests where something in vLLM fails: it counts positions as computed, and caches them, before it does so."""
+        """Ends all requests where vLLM fails: it takes positions for computed, and caches them, before they are."""
         try:
             yield
         except BaseException as error:
