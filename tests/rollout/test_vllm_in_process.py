@@ -89,7 +89,7 @@ def test_a_step_that_fails_leaves_nothing_behind(embedded: Any, probe: SyncProbe
     whole = engine.generate(prompts, sampling, num_generations=4, seed=1)
     assert engine._vllm.reset_prefix_cache()
     failed = pytest.raises(
-        RolloutError, match=r"vLLM broke off with MemoryError: no room for a layer; its 2 requests were dropped"
+        RolloutError, match=r"vLLM broke off with MemoryError: no room for a layer; its [12] requests were dropped"
     )
     with failing_step(embedded, step), failed as caught:
         engine.generate(prompts, sampling, num_generations=4, seed=1)
