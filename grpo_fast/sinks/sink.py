@@ -27,7 +27,7 @@ class RunInfo:
     """The machine in a few words."""
     forecast_epsilon: float = 0.01
     """Remaining gain of the reward under which going on is not worth it."""
-    forecast_confidence: float = 0.9
+    forecast_confidence: float = 0.78
     """Probability of so small a gain that a stop demands."""
     currency: str = ""
     """Unit of the ``money`` metric; empty where the configuration names none."""

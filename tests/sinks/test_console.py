@@ -135,7 +135,7 @@ def test_the_panel_shows_what_people_ask_for(width: int) -> None:
         "0.913  0.874 to 0.941  (90 % interval)",
         "of the rise 80 % by step 84",
         "○●○  rapid improvement  83 % sure",
-        "12 % sure of less than 0.01; stops at 90 %",
+        "12 % sure of less than 0.01; stops at 78 %",
         "384 GFLOP · 300 k tokens · 0.033 device-h · 0.0060 kWh",
         "40 % of steps",
         "4.0 % of money",

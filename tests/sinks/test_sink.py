@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from grpo_fast.config import Config
 from grpo_fast.sinks import ConsoleSink, JsonlSink, RunInfo, Sink, SinkSet
 
 
@@ -72,3 +73,8 @@ def test_one_sink_with_somebody_there_is_asked() -> None:
 def test_the_sinks_keep_the_protocol(tmp_path: Path) -> None:
     for sink in (JsonlSink(tmp_path), ConsoleSink(), SinkSet([])):
         assert isinstance(sink, Sink)
+
+
+def test_a_run_whose_configuration_is_not_told_has_its_defaults(tmp_path: Path) -> None:
+    info, config = RunInfo(run_dir=tmp_path, model="m", dataset="d", max_steps=1), Config()
+    assert (info.forecast_epsilon, info.forecast_confidence) == (config.forecast_epsilon, config.forecast_confidence)
