@@ -32,7 +32,7 @@ quickstart: env native
 	@echo "Open $(RUN)/report.html in a browser."
 
 test: env-dev native lint sanitize test-vllm
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=30 --durations-min=10 --cov --cov-report=term:skip-covered --cov-fail-under=90
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=30 --durations-min=10 --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 # vLLM for CPUs wants an older transformers than the rest is tested with, so it has an environment of its own.
 test-vllm:
