@@ -348,7 +348,7 @@ def serve(
     dtype: str | None = None,
     max_model_len: int | None = None,
     max_lora_rank: int | None = None,
-    transport: Literal["auto", "shared_memory", "ipc", "nccl"] = "auto",
+    transport: Literal["auto", "shared_memory", "sparse", "ipc", "nccl"] = "auto",
 ) -> None:
     """Start a vLLM server on this machine for ``train --rollout vllm-http``.
 

@@ -124,9 +124,10 @@ class Config(BaseModel):
     """Memory of vLLM's cache, in GiB, in place of what that share leaves."""
     vllm_own_process: Annotated[bool, _ROLLOUT] = False
     """Have ``rollout='vllm'`` run in a process of its own: with ``max_staleness`` it is less in the trainer's way."""
-    vllm_transport: Annotated[Literal["auto", "shared_memory", "ipc", "nccl"], _ROLLOUT] = "auto"
-    """How weights reach vLLM: by ``auto`` directly within the trainer's process, else through shared memory. ``ipc`` (a process
-    on the same GPU) and ``nccl`` (a server on other GPUs) are vLLM's own; ``grpo-fast serve --transport`` must say the same."""
+    vllm_transport: Annotated[Literal["auto", "shared_memory", "sparse", "ipc", "nccl"], _ROLLOUT] = "auto"
+    """How weights reach vLLM: by ``auto`` directly within the trainer's process, else through shared memory. ``sparse`` sends
+    what changed alone, for a copy of the weights in host memory at either end. ``ipc`` (a process on the same GPU) and ``nccl``
+    (a server on other GPUs) are vLLM's own; ``grpo-fast serve --transport`` must say the same."""
     sync_deadline_s: Annotated[float, _ROLLOUT] = Field(300.0, gt=0)
     """Longest time of each phase of a weight sync, in seconds; a phase that takes longer ends the run with a checkpoint."""
     prompts_per_step: Annotated[int, _ROLLOUT] = Field(16, ge=1)

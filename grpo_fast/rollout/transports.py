@@ -5,6 +5,8 @@ Name              Way
 ================= ==============================================================================================
 ``direct``        an engine in the trainer's process reads the policy's own parameters
 ``shared_memory`` buckets in one file in memory, for processes of this machine
+``sparse``        what changed of each bucket since the last sync, through such a file; costs a copy of the weights in host
+                  memory at either end
 ``ipc``           CUDA IPC, packed: a process on the trainer's own GPU reads a staging buffer there
 ``nccl``          NCCL broadcast, packed: a server on other GPUs; two ranks on one GPU is what NCCL refuses
 ================= ==============================================================================================
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, TypeAlias
 
-Transport: TypeAlias = Literal["auto", "direct", "shared_memory", "ipc", "nccl"]
+Transport: TypeAlias = Literal["auto", "direct", "shared_memory", "sparse", "ipc", "nccl"]
 Host: TypeAlias = Literal["in process", "own process", "server"]
 
 
@@ -32,13 +34,19 @@ class Delivery(NamedTuple):
     """Whether requests that run end before, or are kept and go on by the new weights."""
 
 
-BACKENDS = {"direct": "grpo_fast_direct", "shared_memory": "grpo_fast_shm", "ipc": "ipc", "nccl": "nccl"}
+BACKENDS = {
+    "direct": "grpo_fast_direct",
+    "shared_memory": "grpo_fast_shm",
+    "sparse": "grpo_fast_sparse",
+    "ipc": "ipc",
+    "nccl": "nccl",
+}
 """What vLLM's weight transfer calls them."""
 
 _OFFERED: dict[Host, tuple[str, ...]] = {
-    "in process": ("direct", "shared_memory"),
-    "own process": ("shared_memory", "ipc"),
-    "server": ("shared_memory", "ipc", "nccl"),
+    "in process": ("direct", "shared_memory", "sparse"),
+    "own process": ("shared_memory", "sparse", "ipc"),
+    "server": ("shared_memory", "sparse", "ipc", "nccl"),
 }
 
 

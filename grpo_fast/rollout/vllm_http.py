@@ -231,7 +231,7 @@ class HTTPVLLM:
         """Does nothing: servers are not put to sleep."""
 
     def send(self) -> int:
-        """Sends all weights, through shared memory to all servers at once; returns their bytes."""
+        """Sends all weights to all servers at once; returns how many bytes went over."""
         if self._sender is None:
             self._sender = WeightSender(
                 self._delivery.transport,
@@ -240,8 +240,7 @@ class HTTPVLLM:
                 bucket_bytes=self._delivery.bucket_bytes,
                 num_workers=sum(self.everywhere(lambda server: int(server.get("/get_world_size")["world_size"]))),
             )
-        self._sender.send_weights()
-        return self._weights.num_bytes
+        return self._sender.send_weights()
 
     def finish(self, version: int) -> None:
         """Puts them in force."""

@@ -11,6 +11,7 @@ import itertools
 import multiprocessing
 import queue
 import threading
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -196,7 +197,9 @@ class InProcessVLLM:
         if self._owns_groups:
             destroy_model_parallel()
             destroy_distributed_environment()
-        gc.collect()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)  # vLLM leaves the context of its sockets to the collector
+            gc.collect()
 
     def pause(self) -> None:
         """Checks that nothing runs, as nothing does between two calls of ``generate``; or lets no request take a step."""
@@ -216,7 +219,7 @@ class InProcessVLLM:
         """Does nothing: the engine is not put to sleep."""
 
     def send(self) -> int:
-        """Gives the engine all weights; returns their bytes."""
+        """Gives the engine all weights; returns how many bytes went over."""
         if self._delivery.transport == "direct":
             self._llm.init_weight_transfer_engine({"init_info": {}})
             self._llm.start_weight_update()
@@ -229,8 +232,7 @@ class InProcessVLLM:
                 source=self._weights,
                 bucket_bytes=self._delivery.bucket_bytes,
             )
-        self._sender.send_weights()
-        return self._weights.num_bytes
+        return self._sender.send_weights()
 
     def finish(self, version: int) -> None:
         """Puts them in force."""

@@ -20,6 +20,7 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
 from grpo_fast.rollout.vllm_layerwise import PolicyWeights
+from grpo_fast.rollout.vllm_sparse import SparseInit
 from grpo_fast.rollout.vllm_transport import SharedMemoryInit, register
 
 
@@ -27,7 +28,7 @@ class WeightSender:
     """Sends a policy's weights to engines of other processes.
 
     Args:
-        transport: ``shared_memory``, ``ipc`` or ``nccl``.
+        transport: ``shared_memory``, ``sparse``, ``ipc`` or ``nccl``.
         client: vLLM's protocol of a weight sync client.
         source: the weights.
         bucket_bytes: weights on the way at a time.
@@ -40,14 +41,16 @@ class WeightSender:
     def __init__(self, transport: str, *, client: Any, source: PolicyWeights, bucket_bytes: int, num_workers: int = 1) -> None:
         register()
         self.client = client
+        self._source = source
         self._transport = transport
         info = init_info(transport, bucket_bytes=bucket_bytes, num_workers=num_workers)
         self._engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
 
-    def send_weights(self) -> None:
-        """Sends all of them, from the update's start to the last weight."""
+    def send_weights(self) -> int:
+        """Sends all of them, from the update's start to the last weight; returns how many bytes went over."""
         with plain_segments() if self._transport == "ipc" else contextlib.nullcontext():
             self._engine.send_weights()
+        return int(getattr(self._engine, "sent_bytes", self._source.num_bytes))
 
 
 def init_info(transport: str, *, bucket_bytes: int, num_workers: int) -> TrainerInitInfo:
@@ -64,7 +67,8 @@ def init_info(transport: str, *, bucket_bytes: int, num_workers: int) -> Trainer
             packed_buffer_size_bytes=bucket_bytes // 2,
             packed_num_buffers=2,
         )
-    return SharedMemoryInit(rank=0, bucket_bytes=bucket_bytes)
+    kind = SparseInit if transport == "sparse" else SharedMemoryInit
+    return kind(rank=0, bucket_bytes=bucket_bytes)
 
 
 def json_safe(update_info: dict[str, Any]) -> dict[str, Any]:

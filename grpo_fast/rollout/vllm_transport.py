@@ -15,7 +15,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -31,6 +31,7 @@ from grpo_fast.rollout import vllm_direct
 from grpo_fast.rollout.vllm_layerwise import LayerwiseReceiver, PolicyWeights
 
 BACKEND = "grpo_fast_shm"
+SPARSE_BACKEND = "grpo_fast_sparse"
 _ALIGNMENT = 64
 _SHARED_MEMORY = Path("/dev/shm")
 
@@ -41,6 +42,10 @@ def register() -> None:
     WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryReceiver)
     WeightTransferTrainerFactory.register_engine(BACKEND, SharedMemorySender)
     WeightTransferEngineFactory.register_engine(vllm_direct.BACKEND, vllm_direct.DirectReceiver)
+    # By name: both are built upon what stands here.
+    module = "grpo_fast.rollout.vllm_sparse"
+    WeightTransferEngineFactory.register_engine(SPARSE_BACKEND, module, "SparseReceiver")
+    WeightTransferTrainerFactory.register_engine(SPARSE_BACKEND, module, "SparseSender")
 
 
 @dataclass
@@ -50,29 +55,33 @@ class _InitInfo(WeightTransferInitInfo):  # type: ignore[misc]
 
 
 @dataclass
-class _UpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
+class UpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
     """One bucket: what lies where in the file."""
 
-    path: str
+    path: str = ""
     """Which file: a worker that opened another trainer's since must not read from that."""
-    names: list[str]
-    dtype_names: list[str]
-    shapes: list[list[int]]
-    offsets: list[int]
+    place: int = 0
+    """Where the bucket lies in it."""
+    num_bytes: int = 0
+    names: list[str] = field(default_factory=list)
+    dtype_names: list[str] = field(default_factory=list)
+    shapes: list[list[int]] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    """In the bucket."""
 
-    def views(self, buffer: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """The bucket's weights as views of the file."""
+    def views(self, bucket: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """The weights as views of the bucket's bytes."""
         for name, dtype_name, shape, offset in zip(self.names, self.dtype_names, self.shapes, self.offsets, strict=True):
             dtype = getattr(torch, dtype_name)
             size = torch.Size(shape).numel() * dtype.itemsize
-            yield name, buffer[offset : offset + size].view(dtype).view(shape)
+            yield name, bucket[offset : offset + size].view(dtype).view(shape)
 
 
 class SharedMemoryReceiver(LayerwiseReceiver):
     """The worker's side."""
 
     init_info_cls = _InitInfo
-    update_info_cls = _UpdateInfo
+    update_info_cls = UpdateInfo
     _buffer: torch.Tensor | None = None
     _path = ""
 
@@ -81,14 +90,23 @@ class SharedMemoryReceiver(LayerwiseReceiver):
         self._buffer = _map(init_info.path, init_info.num_bytes)
         self._path = init_info.path
 
-    def receive_weights(self, update_info: _UpdateInfo) -> None:
+    def receive_weights(self, update_info: UpdateInfo) -> None:
         """Loads one bucket, from where it lies; only what layers wait with for the next is copied."""
+        bucket = self.bucket(update_info)
+        self.load((name, view.to(self.device)) for name, view in update_info.views(bucket))
+        self.keep_from(bucket)
+
+    def bucket(self, update_info: UpdateInfo) -> torch.Tensor:
+        """A bucket's place in the file.
+
+        Raises:
+            RuntimeError: it is not this file, or none was opened.
+        """
         if self._buffer is None:
             raise RuntimeError("weights came before the trainer's shared memory was opened")
         if update_info.path != self._path:
             raise RuntimeError("the shared memory of another trainer was opened since; both would have to share this engine")
-        self.load((name, view.to(self.device)) for name, view in update_info.views(self._buffer))
-        self.keep_from(self._buffer)
+        return self._buffer[update_info.place : update_info.place + update_info.num_bytes]
 
     def shutdown(self) -> None:
         """Lets go of the file."""
@@ -108,6 +126,9 @@ class SharedMemorySender(TrainerWeightTransferEngine[SharedMemoryInit]):  # type
     """The trainer's side."""
 
     init_info_cls = SharedMemoryInit
+    update_info_cls: type[UpdateInfo] = UpdateInfo
+    sent_bytes = 0
+    """Of the last update."""
 
     @classmethod
     def trainer_init(cls, init_info: SharedMemoryInit, *, client: Any, source: PolicyWeights | None = None) -> Self:
@@ -127,22 +148,22 @@ class SharedMemorySender(TrainerWeightTransferEngine[SharedMemoryInit]):  # type
 
     def _plan(self, bucket_bytes: int) -> None:
         """Cuts the model into buckets, which take turns in the two halves of the file."""
-        self._buckets: list[_UpdateInfo] = []
-        half = end = 0
+        self._buckets: list[UpdateInfo] = []
+        end = 0
         for meta in self.source.metadata():
             size = torch.Size(meta.shape).numel() * meta.dtype.itemsize
             if not self._buckets or end + size > bucket_bytes:
-                self._buckets.append(_UpdateInfo("", [], [], [], []))
+                self._buckets.append(self.update_info_cls())
                 end = 0
             bucket = self._buckets[-1]
             bucket.names.append(meta.name)
             bucket.dtype_names.append(str(meta.dtype).removeprefix("torch."))
             bucket.shapes.append(list(meta.shape))
             bucket.offsets.append(end)
-            end += -(-size // _ALIGNMENT) * _ALIGNMENT
-            half = max(half, end)
+            bucket.num_bytes = end = end + -(-size // _ALIGNMENT) * _ALIGNMENT
+        half = max(bucket.num_bytes for bucket in self._buckets)
         for bucket in self._buckets[1::2]:
-            bucket.offsets = [half + offset for offset in bucket.offsets]
+            bucket.place = half
         self._buffer_bytes = half * min(2, len(self._buckets))
 
     def _open(self) -> None:
@@ -172,11 +193,12 @@ class SharedMemorySender(TrainerWeightTransferEngine[SharedMemoryInit]):  # type
             for _ in weights:
                 pass
             return
+        self.sent_bytes = 0
         self.client.start_weight_update()
         with ThreadPoolExecutor(1, thread_name_prefix="weights to vLLM") as background:
             loading: Future[None] | None = None
             for bucket in self._buckets:
-                self._write(bucket, weights)
+                self.fill(bucket, self._buffer[bucket.place : bucket.place + bucket.num_bytes], weights)
                 if loading is not None:
                     loading.result()
                 loading = background.submit(self.client.update_weights, asdict(bucket))
@@ -184,9 +206,14 @@ class SharedMemorySender(TrainerWeightTransferEngine[SharedMemoryInit]):  # type
                 loading.result()
         self.client.finish_weight_update()
 
-    def _write(self, bucket: _UpdateInfo, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-        """Writes the next weights into the bucket's half of the file, converted on the way."""
-        for name, view in bucket.views(self._buffer):
+    def fill(self, bucket: UpdateInfo, place: torch.Tensor, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        """Brings the next weights to the bucket's place in the file."""
+        self.write(bucket, place, weights)
+        self.sent_bytes += sum(view.nbytes for _, view in bucket.views(place))
+
+    def write(self, bucket: UpdateInfo, data: torch.Tensor, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        """Writes the next weights into a bucket's bytes, converted on the way."""
+        for name, view in bucket.views(data):
             found, weight = next(weights, ("nothing", view))
             if found != name:
                 raise RuntimeError(f"the policy gave {found} where {name} was announced; its parameters have changed")

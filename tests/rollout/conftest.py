@@ -153,8 +153,9 @@ class ServerProcess:
 
 @pytest.fixture(scope="module")
 def adapter_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """One that takes LoRA adapters."""
-    process = ServerProcess(tmp_path_factory.mktemp("server") / "log", "--max-lora-rank", "4")
+    """One that takes LoRA adapters, and of whole models what changed."""
+    options = ("--max-lora-rank", "4", "--transport", "sparse")
+    process = ServerProcess(tmp_path_factory.mktemp("server") / "log", *options)
     try:
         process.start()
         process.wait_until_ready()

@@ -16,9 +16,9 @@ def test_auto_is_what_works_everywhere(host: str, chosen: str, on_gpu: bool) -> 
 @pytest.mark.parametrize(
     ("name", "host", "num_engines", "message"),
     [
-        ("direct", "server", 1, "'direct' does not lead to an engine behind a server; choose shared_memory or ipc or nccl"),
+        ("direct", "server", 1, "an engine behind a server; choose shared_memory or sparse or ipc or nccl"),
         ("direct", "own process", 1, "'direct' does not lead to an engine in a process of its own"),
-        ("ipc", "in process", 1, "'ipc' does not lead to an engine in the trainer's process; choose direct or shared_memory"),
+        ("ipc", "in process", 1, "an engine in the trainer's process; choose direct or shared_memory or sparse"),
         ("nccl", "own process", 1, "'nccl' does not lead to an engine in a process of its own on the trainer's GPU"),
         ("ipc", "server", 2, "'ipc' takes one server, not 2"),
         ("nccl", "server", 2, "'nccl' takes one server, not 2"),
@@ -37,4 +37,10 @@ def test_without_a_gpu_vllms_own_are_refused(name: str) -> None:
 
 
 def test_only_our_own_receivers_begin_a_broken_update_anew() -> None:
-    assert {name: sync_attempts(name) for name in BACKENDS} == {"direct": 2, "shared_memory": 2, "ipc": 1, "nccl": 1}
+    assert {name: sync_attempts(name) for name in BACKENDS} == {
+        "direct": 2,
+        "shared_memory": 2,
+        "sparse": 2,
+        "ipc": 1,
+        "nccl": 1,
+    }

@@ -37,8 +37,8 @@ class Recorder:
             *(info[key] for key in ("names", "dtype_names", "shapes", "offsets")), strict=True
         ):
             dtype = getattr(torch, kind)
-            size = torch.Size(shape).numel() * dtype.itemsize
-            self.received[name] = self.mapped[offset : offset + size].view(dtype).view(shape).clone()
+            size, start = torch.Size(shape).numel() * dtype.itemsize, info["place"] + offset
+            self.received[name] = self.mapped[start : start + size].view(dtype).view(shape).clone()
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self.calls.append("finish")
