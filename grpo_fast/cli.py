@@ -341,7 +341,7 @@ def _print_notes(console: Console, notes: Sequence[str], *, plot: Path | None) -
 
 
 @app.command
-def serve(
+def serve(  # noqa: PLR0913 (what the command line offers)
     model: str = "embedded",
     *,
     port: int = 8000,
@@ -349,6 +349,7 @@ def serve(
     max_model_len: int | None = None,
     max_lora_rank: int | None = None,
     transport: Literal["auto", "shared_memory", "sparse", "ipc", "nccl"] = "auto",
+    enable_sleep_mode: bool = False,
 ) -> None:
     """Start a vLLM server on this machine for ``train --rollout vllm-http``.
 
@@ -362,6 +363,7 @@ def serve(
         max_model_len: Longest sequence, in tokens; the model's context without it.
         max_lora_rank: Take LoRA adapters of this rank, for training with --use-peft.
         transport: How the trainer will send weights, its --vllm-transport; auto is shared_memory.
+        enable_sleep_mode: Let the trainer take its memory while the policy trains, with --vllm-enable-sleep-mode; on a GPU.
     """
     import torch  # noqa: PLC0415 (--help must not wait for torch)
 
@@ -376,6 +378,7 @@ def serve(
         max_model_len=max_model_len,
         max_lora_rank=max_lora_rank,
         transport=transport,
+        enable_sleep_mode=enable_sleep_mode,
     )
     os.execve(command.arguments[0], command.arguments, command.environment)
 

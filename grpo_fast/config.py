@@ -122,6 +122,9 @@ class Config(BaseModel):
     """Share of the GPU's memory that vLLM takes for its weights and its cache."""
     vllm_kv_cache_gib: Annotated[float | None, _ROLLOUT] = Field(None, gt=0)
     """Memory of vLLM's cache, in GiB, in place of what that share leaves."""
+    vllm_enable_sleep_mode: Annotated[bool, _ROLLOUT] = False
+    """Let vLLM sleep while the policy trains: its memory on the GPU is the trainer's then (with adapters, its weights go to the
+    host's). Servers need ``grpo-fast serve --enable-sleep-mode``."""
     vllm_own_process: Annotated[bool, _ROLLOUT] = False
     """Have ``rollout='vllm'`` run in a process of its own: with ``max_staleness`` it is less in the trainer's way."""
     vllm_transport: Annotated[Literal["auto", "shared_memory", "sparse", "ipc", "nccl"], _ROLLOUT] = "auto"

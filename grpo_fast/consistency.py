@@ -68,6 +68,11 @@ def _check_rollout(config: Config) -> None:
         )
     if config.vllm_pause_mode == "keep" and config.use_peft:
         raise ValueError("vllm_pause_mode='keep' with use_peft: what vLLM keeps stays with its older adapter; use 'wait'")
+    if config.vllm_enable_sleep_mode and (config.rollout == "transformers" or config.max_staleness):
+        raise ValueError(
+            f"vllm_enable_sleep_mode=True with rollout={config.rollout!r} and max_staleness={config.max_staleness}: vLLM "
+            "would sleep while the policy trains, so it must be what samples, and not then; set rollout='vllm', max_staleness=0"
+        )
     if config.rollout != "transformers" and config.truncates_support:
         raise ValueError(
             f"top_p={config.top_p:g}, top_k={config.top_k}, min_p={config.min_p:g} cut the support, and vLLM does not say "

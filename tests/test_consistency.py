@@ -19,6 +19,11 @@ from grpo_fast.config import Config, ConfigError
         ({"reward_funcs": ["accuracy"], "reward_weights": [1.0, 2.0]}, r"reward_weights has 2 values for 1 reward_funcs"),
         ({"loss_type": "cispo"}, r"loss_type='cispo' needs epsilon_high"),
         ({"rollout": "vllm-http"}, r"rollout='vllm-http' with vllm_server_urls=\(\)"),
+        ({"vllm_enable_sleep_mode": True}, r"vllm_enable_sleep_mode=True with rollout='transformers'"),
+        (
+            {"vllm_enable_sleep_mode": True, "rollout": "vllm", "max_staleness": 1},
+            r"sleep_mode=True .*max_staleness=1: vLLM",
+        ),
         ({"rollout": "vllm", "top_p": 0.9}, r"top_p=0.9.*cut the support"),
         ({"reward_range": [1.0, 0.0]}, r"reward_range=\(1.0, 0.0\)"),
         ({"warmup_steps": 9, "max_steps": 8}, r"warmup_steps=9 exceeds max_steps=8"),

@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+
+def cached_values(text_config: Any) -> int:
+    """Numbers that an engine keeps of one token: keys and values of all layers of a transformers text configuration."""
+    query_heads = getattr(text_config, "num_attention_heads", None) or 1  # of a model without attention nothing better is known
+    heads = getattr(text_config, "num_key_value_heads", None) or query_heads
+    size = getattr(text_config, "head_dim", None) or text_config.hidden_size // query_heads
+    return int(2 * text_config.num_hidden_layers * heads * size)
 
 
 @dataclass(frozen=True)

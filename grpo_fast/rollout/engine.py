@@ -103,6 +103,14 @@ class RolloutEngine(Protocol):
         """
         ...
 
+    def sleep(self) -> None:
+        """Frees the memory that can be spared until the next :meth:`sync_weights`; before it :meth:`generate` may refuse.
+
+        Raises:
+            RolloutError: the engine failed.
+        """
+        ...
+
     def close(self) -> None:
         """Frees what the engine holds; calling it twice is harmless."""
         ...

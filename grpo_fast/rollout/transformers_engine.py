@@ -119,6 +119,9 @@ class TransformersEngine:
         """Version that the last :meth:`sync_weights` announced; it is stamped on completions."""
         return self._version
 
+    def sleep(self) -> None:
+        """Does nothing: what it holds between two calls is what is trained, or the copy that it samples from."""
+
     def sync_weights(self, policy: torch.nn.Module, version: int) -> dict[str, float]:
         """Records ``version``; the weights are shared, so nothing moves, or copied, where the engine has its own.
 

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from packaging.version import Version
 
+from grpo_fast.compute.memory import cached_values
 from grpo_fast.rollout.end_tokens import end_token_ids
 from grpo_fast.rollout.engine import RolloutError, SamplingParams, WeightSyncError
 from grpo_fast.rollout.request import check_request
@@ -33,6 +34,7 @@ from grpo_fast.rollout.sync_probe import SyncProbe
 from grpo_fast.rollout.transports import Delivery, Host, Transport, choose_transport, sync_attempts
 from grpo_fast.rollout.vllm_adapters import AdapterTarget, AdapterVersions, policy_options
 from grpo_fast.rollout.vllm_sample import Sample
+from grpo_fast.rollout.vllm_sleep import sleep_level
 from grpo_fast.rollout.weight_sync import WeightSync
 from grpo_fast.types import Completion
 
@@ -74,6 +76,8 @@ class VLLMSettings:
     """What a sync does with requests that run: wait until none does, or keep them, so that they go on by the new weights."""
     bucket_bytes: int = 256 * 2**20
     """Weights on the way at a time, through shared memory."""
+    enable_sleep_mode: bool = False
+    """Whether :meth:`VLLMEngine.sleep` frees memory; on a GPU only."""
 
 
 def cpu_cache_bytes(position_bytes: int, context_length: int) -> int:
@@ -112,7 +116,8 @@ class VLLMEngine:
     Raises:
         RolloutError: vLLM is missing or too old.
         WeightSyncError: the policy's weights did not arrive whole.
-        ValueError: the policy's context is too short for the proof of a sync, or the transport does not lead to the engine.
+        ValueError: the policy's context is too short for the proof of a sync, the transport does not lead to the engine, or it
+            is to sleep without a GPU.
     """
 
     def __init__(
@@ -140,6 +145,8 @@ class VLLMEngine:
         transport = choose_transport(settings.transport, host, on_gpu=on_gpu, num_engines=num_engines)
         self._delivery = Delivery(transport, settings.bucket_bytes, settings.pause_mode)
         options = policy_options(model)
+        self._level = sleep_level(on_gpu=on_gpu, has_adapters=options is not None) if settings.enable_sleep_mode else 0
+        self._sleeps = False
         self._vllm: Any = self._build(settings, dtype, options or {})
         if options is not None:
             self._vllm = AdapterTarget(self._vllm, AdapterVersions(model))
@@ -175,6 +182,7 @@ class VLLMEngine:
             "gpu_memory_utilization": settings.gpu_memory_utilization,
             "enforce_eager": on_cpu if settings.enforce_eager is None else settings.enforce_eager,
             "seed": 0,
+            "enable_sleep_mode": settings.enable_sleep_mode,
         }
         if on_cpu:
             arguments["block_size"] = _CPU_BLOCK_SIZE
@@ -203,10 +211,7 @@ class VLLMEngine:
         self._tokenizer.save_pretrained(directory)
 
     def _cpu_cache_bytes(self, dtype: torch.dtype) -> int:
-        config = self._model.config.get_text_config(decoder=True)
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return cpu_cache_bytes(2 * config.num_hidden_layers * heads * size * dtype.itemsize, self._context)
+        return cpu_cache_bytes(cached_values(self._model.config.get_text_config(decoder=True)) * dtype.itemsize, self._context)
 
     def sync_weights(self, policy: torch.nn.Module, version: int) -> dict[str, float]:
         """Brings ``policy``'s weights into vLLM and proves that they are in force.
@@ -227,8 +232,21 @@ class VLLMEngine:
         except BaseException:
             self._version = None
             raise
-        self._version = version
+        self._version, self._sleeps = version, False
         return metrics
+
+    def sleep(self) -> None:
+        """Puts vLLM to sleep until the next sync, where ``settings.enable_sleep_mode`` allows it.
+
+        Raises:
+            RolloutError: vLLM failed, or requests run.
+        """
+        if self._level:
+            self._sleeps = True
+            try:
+                self._vllm.sleep(self._level)
+            except Exception as error:
+                raise RolloutError(f"vLLM could not be put to sleep: {error}") from error
 
     def generate(
         self,
@@ -255,12 +273,14 @@ class VLLMEngine:
         Raises:
             ValueError: no prompts, an empty or overlong prompt, an unknown token, or a cut support. Raised before anything is
                 computed.
-            WeightSyncError: the last sync failed.
+            WeightSyncError: the last sync failed, or vLLM sleeps.
             RolloutError: vLLM failed, or ended a request without finishing it; nothing of the call is left there.
             FloatingPointError: the model gave log-probabilities that are not finite.
         """
         if self._version is None:
             raise WeightSyncError("the last weight sync failed, so nothing can be sampled; sync again")
+        if self._sleeps:
+            raise WeightSyncError("vLLM sleeps until the next weight sync, so nothing can be sampled")
         if sampling.truncates_support:
             raise ValueError(
                 f"top_p={sampling.top_p:g}, top_k={sampling.top_k}, min_p={sampling.min_p:g} cut the support, and vLLM does "
@@ -356,13 +376,16 @@ class VLLMServerEngine(VLLMEngine):
         del options  # the server's own affair: it refuses adapters that it was not started for
         with _undisturbed(), _environment():
             inside = import_module("grpo_fast.rollout.vllm_http")
-        return inside.HTTPVLLM(
+        target = inside.HTTPVLLM(
             self._model,
             dtype=dtype,
             delivery=self._delivery,
             urls=self._urls,
             deadline_s=settings.request_deadline_s,
         )
+        if self._level:
+            target.require_sleep_mode()
+        return target
 
 
 @contextlib.contextmanager

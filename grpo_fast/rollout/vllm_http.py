@@ -28,6 +28,7 @@ from grpo_fast.rollout.vllm_adapters import AdapterVersion
 from grpo_fast.rollout.vllm_layerwise import PolicyWeights
 from grpo_fast.rollout.vllm_sample import PROBE_PARAMS, SCORE_PARAMS, Sample, token_versions
 from grpo_fast.rollout.vllm_senders import WeightSender, json_safe
+from grpo_fast.rollout.vllm_sleep import Part, Sleeper
 
 _T = TypeVar("_T")
 _CONCURRENT_REQUESTS = 64
@@ -183,6 +184,10 @@ class HTTPVLLM:
         self._weights = PolicyWeights(policy, dtype)
         self._delivery = delivery
         self._sender: WeightSender | None = None
+        self._sleeper = Sleeper(
+            lambda level: self.everywhere(lambda server: server.post(f"/sleep?level={level}&mode=wait")),
+            lambda part: self.everywhere(lambda server: server.post(f"/wake_up?tags={part}")),
+        )
         self._pool = ThreadPoolExecutor(_CONCURRENT_REQUESTS, thread_name_prefix="vLLM request")
         self.context_length = min(self.everywhere(lambda server: server.context_length))
         """Longest sequence that every server takes, in tokens."""
@@ -227,8 +232,25 @@ class HTTPVLLM:
         """Lets requests run again."""
         self.everywhere(lambda server: server.post("/resume"))
 
-    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
-        """Does nothing: servers are not put to sleep."""
+    def require_sleep_mode(self) -> None:
+        """Checks that every server was started so that its memory can be taken back.
+
+        Raises:
+            RolloutError: one was not; told to sleep it would keep all.
+        """
+        for server in self.servers:
+            if not server.get("/server_info?config_format=json")["vllm_config"]["model_config"]["enable_sleep_mode"]:
+                raise RolloutError(
+                    f"vLLM's server {server.url} cannot sleep; start it with `grpo-fast serve --enable-sleep-mode`"
+                )
+
+    def sleep(self, level: int) -> None:
+        """Puts every server to sleep, at vLLM's level, when its requests have ended."""
+        self._sleeper.sleep(level)
+
+    def wake(self, part: Part) -> None:
+        """Wakes a part of every server's memory, where they sleep."""
+        self._sleeper.wake(part)
 
     def send(self) -> int:
         """Sends all weights to all servers at once; returns how many bytes went over."""

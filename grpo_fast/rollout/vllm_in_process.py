@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from vllm import LLM
@@ -33,6 +33,7 @@ from grpo_fast.rollout.vllm_adapters import AdapterVersion
 from grpo_fast.rollout.vllm_layerwise import PolicyWeights
 from grpo_fast.rollout.vllm_sample import PROBE_PARAMS, SCORE_PARAMS, Sample, token_versions
 from grpo_fast.rollout.vllm_senders import WeightSender, json_safe
+from grpo_fast.rollout.vllm_sleep import Part, Sleeper
 from grpo_fast.rollout.vllm_transport import register
 
 REQUEST_PARAMS: dict[str, Any] = {"logprobs": 0, "flat_logprobs": True}
@@ -87,6 +88,7 @@ class InProcessVLLM:
             # A step that is still under way when the next is planned would read weights that change between the two.
             **({"async_scheduling": False} if delivery.pause_mode == "keep" else {}),
         )
+        self._sleeper = Sleeper(lambda level: self._llm.sleep(level=level), lambda part: self._llm.wake_up(tags=[part]))
         self._processes = set(multiprocessing.active_children()) - others
         if self._processes:
             watch = (self._processes, self._llm.llm_engine.engine_core.outputs_queue)
@@ -215,8 +217,20 @@ class InProcessVLLM:
         """Lets requests that were kept go on."""
         self._go.set()
 
-    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
-        """Does nothing: the engine is not put to sleep."""
+    def sleep(self, level: int) -> None:
+        """Puts the engine to sleep, at vLLM's level.
+
+        Raises:
+            RuntimeError: requests are running; vLLM would end them.
+        """
+        with self._turn:
+            if self._engine().has_unfinished_requests():
+                raise RuntimeError("requests are running")
+            self._sleeper.sleep(level)
+
+    def wake(self, part: Part) -> None:
+        """Wakes a part of its memory, where it sleeps."""
+        self._sleeper.wake(part)
 
     def send(self) -> int:
         """Gives the engine all weights; returns how many bytes went over."""

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from grpo_fast.rollout.transports import BACKENDS, Transport, choose_transport
 from grpo_fast.rollout.vllm_adapters import lora_options
 from grpo_fast.rollout.vllm_engine import require_vllm
+from grpo_fast.rollout.vllm_sleep import sleep_level
 
 HOST = "127.0.0.1"
 _CPU_BLOCK_SIZE = 32
@@ -41,6 +42,7 @@ def server_command(  # noqa: PLR0913 (what the command line offers)
     max_model_len: int | None = None,
     max_lora_rank: int | None = None,
     transport: Transport = "auto",
+    enable_sleep_mode: bool = False,
 ) -> ServerCommand:
     """The command that starts a server of ``model``'s architecture; its weights come from the trainer.
 
@@ -52,10 +54,11 @@ def server_command(  # noqa: PLR0913 (what the command line offers)
         max_model_len: longest sequence, in tokens; ``None`` takes the model's context.
         max_lora_rank: rank of the LoRA adapters that it must take; ``None`` takes none.
         transport: how the trainer will send weights.
+        enable_sleep_mode: whether its memory can be taken back while the policy trains; on a GPU only.
 
     Raises:
         RolloutError: vLLM is missing or too old.
-        ValueError: a port out of range, a transport that needs a GPU, or a rank that vLLM has no room for.
+        ValueError: a port out of range, a transport or a sleep that needs a GPU, or a rank that vLLM has no room for.
     """
     require_vllm()
     if not 0 < port < 2**16:
@@ -71,6 +74,9 @@ def server_command(  # noqa: PLR0913 (what the command line offers)
     if on_cpu:
         # Prompts are read whole: a seeded request whose prompt is read in parts ends vLLM's engine on a CPU.
         arguments += ["--enforce-eager", "--block-size", str(_CPU_BLOCK_SIZE), "--no-enable-chunked-prefill"]
+    if enable_sleep_mode:
+        sleep_level(on_gpu=not on_cpu, has_adapters=max_lora_rank is not None)
+        arguments += ["--enable-sleep-mode"]
     forced = {"VLLM_SERVER_DEV_MODE": "1"}
     if way == "ipc":
         forced["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # its handles come pickled, from this machine only

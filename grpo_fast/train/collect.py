@@ -102,13 +102,14 @@ class Collector:
         self._sampling = sampling_params(config)
 
     def collect(self, step: int, timer: PhaseTimer) -> Collected:
-        """Samples a step's groups and gives them rewards.
+        """Samples a step's groups and gives them rewards; then the engine may sleep until its weights are renewed.
 
         Args:
             step: number of the step; with the run's seed it decides every draw.
             timer: charged with ``rollout`` and ``reward``.
 
         Raises:
+            RolloutError: the engine failed.
             RewardError: a reward function failed and ``reward_on_error`` is ``raise``.
         """
         groups, report = self._sample(self._config.prompts_per_step, step, round_=0, timer=timer)
@@ -127,6 +128,9 @@ class Collector:
             groups = [group for group in groups if has_variance(group)] + useful + dead[: len(dead) - len(useful)]
         if self._config.refill_rounds:
             metrics["refilled_prompts"] = float(len(sampled) - self._config.prompts_per_step)
+        if self._config.vllm_enable_sleep_mode:
+            with timer.phase("rollout"):
+                self._engine.sleep()
         return Collected(groups, sampled, metrics, problems, self._stream.state_dict())
 
     def _sample(self, count: int, step: int, *, round_: int, timer: PhaseTimer) -> tuple[list[Group], RewardReport]:

@@ -19,13 +19,14 @@ from grpo_fast.rewards import RewardPool
 from grpo_fast.rollout import RolloutEngine, RolloutError
 from grpo_fast.rollout.transformers_engine import TransformersEngine
 from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMServerEngine, VLLMSettings, require_vllm
+from grpo_fast.rollout.vllm_sleep import sleep_level
 from grpo_fast.sinks import JsonlSink, RunInfo, Sink, SinkSet, build_sinks
 from grpo_fast.sinks.question import TIMEOUT_S
 from grpo_fast.tasks import PromptStream, Task, encode_prompts, load_task
 from grpo_fast.train.distributed import ALONE, World, note_launch
 from grpo_fast.train.optim import check_optimizer
 from grpo_fast.train.plan_memory import check_room
-from grpo_fast.train.policy import BasePolicy, Policy, PolicySource, Scorer, count_parameters
+from grpo_fast.train.policy import BasePolicy, Policy, PolicySource, Scorer, count_parameters, pick_device
 from grpo_fast.train.run_dir import CONFIG_FILE, empty_run, is_cut_short, write_whole
 from grpo_fast.train.sharding import ShardedPolicy, check_sharding, spread
 from grpo_fast.train.shares import MainEngine, Rewards, SharedEngine, SharedRewards
@@ -40,6 +41,7 @@ _CHANGEABLE = {
     *("output_dir", "overwrite", "eval_steps", "save_steps", "save_total_limit", "sinks", "log_completions", "report"),
     *("reward_timeout_s", "reward_workers", "reward_on_error", "tokens_per_microbatch", "device", "dtype"),
     *("vllm_gpu_memory_utilization", "vllm_kv_cache_gib", "vllm_server_urls", "vllm_own_process", "vllm_transport"),
+    "vllm_enable_sleep_mode",
     *("sync_deadline_s", "ddp_timeout_s", "fsdp", "fsdp_offload_params"),
 }
 
@@ -288,6 +290,11 @@ def _check_ranks(config: Config, num_ranks: int) -> None:
 
 
 def _check_vllm(config: Config) -> None:
+    if config.vllm_enable_sleep_mode:
+        try:
+            sleep_level(on_gpu=pick_device(config.device).type == "cuda", has_adapters=config.use_peft)
+        except ValueError as error:
+            raise ConfigError(f"vllm_enable_sleep_mode=True: {error}") from None
     try:
         require_vllm()
     except RolloutError as error:
@@ -318,6 +325,7 @@ def _build_engine(config: Config, policy: Policy, prompts: Sequence[Prompt]) -> 
         pause_mode=config.vllm_pause_mode,
         own_process=config.vllm_own_process,
         transport=config.vllm_transport,
+        enable_sleep_mode=config.vllm_enable_sleep_mode,
     )
     if config.rollout == "vllm-http":
         return VLLMServerEngine(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from grpo_fast.compute.memory import MemoryPlan
+from grpo_fast.compute.memory import MemoryPlan, cached_values
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.device import device_facts, gpu_spec
 from grpo_fast.ops.lm_head import chunk_bytes_of
@@ -96,7 +96,9 @@ class MemoryPlanner:
         sizes = _Sizes.of(outline, config, dtype=dtype)
         lasting, host = self._lasting(config, sizes)
         sampling = self._sampling(config, sizes, dtype)
-        if config.rollout == "vllm" or config.max_staleness:  # the engine stays awake, or samples while training goes on
+        if config.vllm_enable_sleep_mode:
+            host |= {"vLLM's weights": sizes.total * dtype.itemsize if config.use_peft and config.rollout == "vllm" else 0}
+        elif config.rollout == "vllm" or config.max_staleness:  # the engine stays awake, or samples while training goes on
             lasting |= sampling
             sampling = {}
         training = {
@@ -142,7 +144,8 @@ class MemoryPlanner:
 
         Empty where nothing known is enough.
         """
-        found = [change for candidate in _candidates(self._config) if (change := self._tried(*candidate)) is not None]
+        tried = (self._tried(*candidate) for candidate in _candidates(self._config, self._inputs.kind))
+        found = [change for change in tried if change is not None]
         alone = [change for change in found if self._is_enough(change)]
         return alone[:_NUM_CHANGES] or self._together([change.settings for change in found])
 
@@ -248,9 +251,6 @@ class _Sizes:
             else:
                 frozen += weight.numel() * (nf4 if config.load_in_4bit and id(weight) in linear else dtype.itemsize)
         model = outline.config.get_text_config()
-        query_heads = getattr(model, "num_attention_heads", None) or 1  # of a model without attention nothing better is known
-        heads = getattr(model, "num_key_value_heads", None) or query_heads
-        size = getattr(model, "head_dim", None) or model.hidden_size // query_heads
         layers = int(model.num_hidden_layers)
         return cls(
             trained=trained,
@@ -261,7 +261,7 @@ class _Sizes:
             layers=layers,
             hidden=int(model.hidden_size),
             vocab=head.shape[0],
-            cached_values=2 * layers * heads * size,
+            cached_values=cached_values(model),
         )
 
     def reference_bytes(self, config: Config) -> int:
@@ -286,7 +286,7 @@ def _moments(config: Config, trained: int) -> tuple[int, dict[str, int]]:
     return (2 if config.optim == "adamw_8bit" else 8) * trained, {}
 
 
-def _candidates(config: Config) -> Iterator[tuple[dict[str, Any], str]]:
+def _candidates(config: Config, kind: str) -> Iterator[tuple[dict[str, Any], str]]:
     """Changes and their prices, the cheapest first."""
     if config.tokens_per_microbatch > _FEWEST_TOKENS:
         half = max(_FEWEST_TOKENS, config.tokens_per_microbatch // 2)
@@ -294,6 +294,8 @@ def _candidates(config: Config) -> Iterator[tuple[dict[str, Any], str]]:
         yield {"tokens_per_microbatch": _FEWEST_TOKENS}, "the same results, in many small passes"
     if not config.gradient_checkpointing:
         yield {"gradient_checkpointing": True}, "the same results, a third more compute in training"
+    if config.rollout == "vllm" and kind == "cuda":
+        yield {"vllm_enable_sleep_mode": True}, "vLLM sleeps while the policy trains, and wakes for each step"
     if config.rollout == "vllm" and config.vllm_gpu_memory_utilization > _LEAST_SHARE:
         yield {"vllm_gpu_memory_utilization": _LEAST_SHARE}, "fewer completions at once"
     if not config.use_peft:

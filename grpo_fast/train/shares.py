@@ -69,6 +69,10 @@ class SharedEngine:
         """
         return self._world.gather(lambda: self._engine.sync_weights(policy, version))[0]
 
+    def sleep(self) -> None:
+        """Puts this rank's engine to sleep."""
+        self._engine.sleep()
+
     def close(self) -> None:
         """Closes this rank's engine."""
         self._engine.close()
@@ -118,6 +122,14 @@ class MainEngine:
             WeightSyncError: the engine may hold other weights.
         """
         return self._world.once(lambda: self._main().sync_weights(policy, version))
+
+    def sleep(self) -> None:
+        """Puts rank 0's engine to sleep.
+
+        Raises:
+            RolloutError: it failed.
+        """
+        self._world.once(lambda: self._main().sleep())
 
     def close(self) -> None:
         """Closes rank 0's engine."""

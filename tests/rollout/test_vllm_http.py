@@ -89,6 +89,28 @@ def test_the_same_call_gives_the_same_answer(served: Served) -> None:
     assert served.engine.generate(PROMPTS, SAMPLING, num_generations=3, seed=5) != first
 
 
+def test_servers_sleep_until_the_sync_wakes_them(
+    served: Served, perturb: Callable[..., None], measure_errors: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU their workers keep their memory, but vLLM's engine sleeps and wakes by the same rules."""
+    model, engine = served
+    target = engine._vllm
+
+    def states() -> list[bool]:
+        return [bool(answer["is_sleeping"]) for answer in target.everywhere(lambda server: server.get("/is_sleeping"))]
+
+    with pytest.raises(RolloutError, match=r"cannot sleep; start it with `grpo-fast serve --enable-sleep-mode`"):
+        target.require_sleep_mode()
+    monkeypatch.setattr(engine, "_level", 2)
+    engine.sleep()
+    assert states() == [True, True]
+    perturb(model, seed=51)
+    engine.sync_weights(model, 3)
+    assert states() == [False, False]
+    answers = engine.generate(PROMPTS, SAMPLING, num_generations=2, seed=0)
+    assert measure_errors(model, PROMPTS, answers, SAMPLING.temperature).agrees
+
+
 def test_a_sync_that_breaks_off_half_way_is_done_again_whole(
     served: Served,
     perturb: Callable[..., None],

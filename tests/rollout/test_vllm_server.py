@@ -30,6 +30,14 @@ def test_on_a_gpu_it_computes_as_the_trainer_does() -> None:
 
 
 @pytest.mark.vllm
+def test_it_can_sleep_on_a_gpu_where_it_is_told_to() -> None:
+    assert "--enable-sleep-mode" in server_command("model", port=1, on_cpu=False, enable_sleep_mode=True).arguments
+    assert "--enable-sleep-mode" not in server_command("model", port=1, on_cpu=False).arguments
+    with pytest.raises(ValueError, match="vLLM sleeps on GPUs only"):
+        server_command("model", port=1, on_cpu=True, enable_sleep_mode=True)
+
+
+@pytest.mark.vllm
 def test_it_takes_adapters_where_it_is_told_to() -> None:
     command = server_command(str(embedded_model_dir()), port=1, on_cpu=True, max_lora_rank=12)
     arguments = command.arguments

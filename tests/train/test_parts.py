@@ -34,6 +34,11 @@ def children() -> set[str]:
     return set(Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text(encoding="ascii").split())
 
 
+def test_a_vllm_that_is_to_sleep_on_a_cpu_is_refused_before_the_model_is_read(build: Any) -> None:
+    with pytest.raises(ConfigError, match="vllm_enable_sleep_mode=True: vLLM sleeps on GPUs only"):
+        build(rollout="vllm", vllm_enable_sleep_mode=True, model="no/such/model", device="cpu")
+
+
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")
 def test_rollouts_by_a_vllm_that_is_not_there_are_refused_before_the_model_is_read(build: Any) -> None:
     with pytest.raises(ConfigError, match=r"rollout='vllm': vLLM is not installed; `pip install 'grpo-fast\[vllm\]'`"):

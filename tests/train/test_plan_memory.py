@@ -112,6 +112,25 @@ def test_keys_and_values_of_sampling() -> None:
     assert planner(SMALL, http).plan().phases["sampling"] == {}
 
 
+def test_a_sleeping_vllm_lies_beside_sampling_alone() -> None:
+    awake = planner(SMALL, Config(rollout="vllm"), room_gib=80).plan()
+    asleep = planner(SMALL, Config(rollout="vllm", vllm_enable_sleep_mode=True), room_gib=80).plan()
+    assert "vLLM" not in asleep.lasting
+    assert asleep.phases["sampling"]["vLLM"] == awake.lasting["vLLM"]
+    assert asleep.phases["training"] == awake.phases["training"]
+    assert asleep.peak_bytes < awake.peak_bytes
+    assert asleep.host.get("vLLM's weights", 0) == 0
+    adapters = planner(SMALL, Config(rollout="vllm", vllm_enable_sleep_mode=True, use_peft=True)).plan()
+    assert adapters.host["vLLM's weights"] >= 2 * num_weights(SMALL)
+
+
+def test_sleep_is_offered_where_vllm_can() -> None:
+    config = Config(rollout="vllm", tokens_per_microbatch=1024, gradient_checkpointing=True)
+    on_gpu, on_cpu = (planner(SMALL, config, room_gib=1.0, kind=kind).changes() for kind in ("cuda", "cpu"))
+    assert any("vllm_enable_sleep_mode" in change.settings for change in on_gpu)
+    assert not any("vllm_enable_sleep_mode" in change.settings for change in on_cpu)
+
+
 def test_sampling_ahead_lies_beside_training() -> None:
     plan = planner(SMALL, Config(max_staleness=1), kind="cpu").plan()
     assert plan.lasting["copy of trained weights"] == 4 * num_weights(SMALL)

@@ -1,0 +1,60 @@
+"""vLLM asleep: while the policy trains, the GPU's memory that vLLM held is the trainer's.
+
+It falls asleep when a step's rollouts are made and wakes in parts, within the sync that follows: its weights before they are
+sent, its keys and values when the buckets of the transfer are gone. At level 2 it drops its weights, which all come anew; with
+adapters the base does not, so level 1 keeps weights in the host's memory. vLLM (0.32) makes its pool for such memory without
+expandable segments, whatever ``PYTORCH_ALLOC_CONF`` says of the rest. Nothing here imports vLLM. No GPU has run it.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+
+Part = Literal["weights", "kv_cache"]
+
+
+def sleep_level(*, on_gpu: bool, has_adapters: bool) -> int:
+    """How deep an engine may sleep that a sync wakes.
+
+    Raises:
+        ValueError: there is no GPU, where alone vLLM can sleep.
+    """
+    if not on_gpu:
+        raise ValueError(
+            "vLLM sleeps on GPUs only: on a CPU its memory stays where it is, and it refuses; leave vllm_enable_sleep_mode off"
+        )
+    return 1 if has_adapters else 2
+
+
+class Sleeper:
+    """Knows which parts of an engine sleep.
+
+    Args:
+        sleep: puts the whole engine to sleep, at a level.
+        wake_up: wakes one part.
+    """
+
+    def __init__(self, sleep: Callable[[int], object], wake_up: Callable[[Part], object]) -> None:
+        self._sleep = sleep
+        self._wake_up = wake_up
+        self._asleep: set[Part] = set()
+
+    def sleep(self, level: int) -> None:
+        """Puts all of it to sleep, unless it sleeps."""
+        if not self._asleep:
+            self._asleep = {"weights", "kv_cache"}  # also where it fails: a part that is awake is woken without harm
+            self._sleep(level)
+
+    def wake(self, part: Part) -> None:
+        """Wakes a part that sleeps; what torch holds of the GPU without need makes room for it."""
+        if part not in self._asleep:
+            return
+        if torch.cuda.is_initialized():
+            gc.collect()
+            torch.cuda.empty_cache()
+        self._wake_up(part)
+        self._asleep.remove(part)
