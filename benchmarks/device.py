@@ -5,6 +5,8 @@ important first, each checked before it is timed. ``benchmarks/results/<device>/
 the time budget does not reach is listed; ``--resume`` measures that later. It needs of this project's dependencies torch and
 numpy (and Triton on a GPU), matplotlib for the picture, pytest for the tests.
 
+``python -m benchmarks.device steps`` measures whole training steps instead; see :mod:`benchmarks.system.device_steps`.
+
 Rivals that are installed take part, the others are listed as missing. ``pip install --no-deps`` of trl, liger-kernel,
 unsloth_zoo, verl, cut-cross-entropy and quack-kernels fetches less than 10 MiB; modules are imported past what their packages
 would pull in. Liger's path for sm_90 and quack want nvidia-cutlass-dsl too, 92 MiB more, and say so where it is missing.
@@ -39,6 +41,10 @@ _SECONDS_OF_SETUP = 2.0
 def main(arguments: list[str] | None = None) -> int:
     """Returns 1 where tests fail, one of this project's ops fails or is wrong, or a case breaks; 0 otherwise."""
     given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["steps"]:
+        from benchmarks.system import device_steps  # noqa: PLC0415 (the ops need less than what it imports)
+
+        return device_steps.main(given[1:])
     options = _parser().parse_args(given)
     cuda = options.device == "cuda" or (options.device == "auto" and not options.smoke and torch.cuda.is_available())
     facts = device_facts("cuda" if cuda else "cpu")

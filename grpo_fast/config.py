@@ -282,6 +282,8 @@ class Config(BaseModel):
     from forward to backward; the same within a node, with a copy on each."""
     fsdp_offload_params: Annotated[bool, _RUN] = False
     """Keep the shards in host memory."""
+    fsdp_parallel_head: Annotated[bool, _RUN] = False
+    """Leave the head in parts of the vocabulary and gather hidden rows in its place: less memory for large vocabularies."""
     ddp_timeout_s: Annotated[float, _RUN] = Field(1800.0, gt=0)
     """Longest wait for another process under ``torchrun``, in seconds; one that hangs ends the run then."""
     log_completions: Annotated[int, _RUN] = Field(4, ge=0)

@@ -45,6 +45,8 @@ def _check_layout(config: Config) -> None:
 
 
 def _check_optimizer(config: Config) -> None:
+    if config.fsdp_parallel_head and config.fsdp == "no_shard":
+        raise ValueError("fsdp_parallel_head=True with fsdp='no_shard': the head is whole there; choose fsdp='full_shard'")
     short = config.weights_dtype == "bfloat16"
     if config.optim != "adamw_torch_fused" and (short or config.offload_optimizer):
         other = "weights_dtype='bfloat16'" if short else "offload_optimizer"

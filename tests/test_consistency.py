@@ -16,6 +16,7 @@ from grpo_fast.config import Config, ConfigError
             r"\['all-linear', 'q_proj'\]: give names",
         ),
         ({"optim": "adamw_8bit", "offload_optimizer": True}, r"optim='adamw_8bit' with offload_optimizer"),
+        ({"fsdp_parallel_head": True}, r"fsdp_parallel_head=True with fsdp='no_shard'.*choose fsdp='full_shard'"),
         ({"reward_funcs": ["accuracy"], "reward_weights": [1.0, 2.0]}, r"reward_weights has 2 values for 1 reward_funcs"),
         ({"loss_type": "cispo"}, r"loss_type='cispo' needs epsilon_high"),
         ({"rollout": "vllm-http"}, r"rollout='vllm-http' with vllm_server_urls=\(\)"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from grpo_fast.ops.fused_grpo import FusedLoss, fused_grpo
 from grpo_fast.ops.group_advantage import GroupAdvantage, group_advantage
-from grpo_fast.ops.head_parallel import parallel_token_logprob
+from grpo_fast.ops.head_parallel import gathered_token_logprob, parallel_token_logprob
 from grpo_fast.ops.lm_head import LMHead
 from grpo_fast.ops.loss_spec import LossBatch, LossSpec, PolicyCoefficients, PolicyLoss, PolicyMetrics
 from grpo_fast.ops.packed_attention import PackedLayout, Piece, Scores, packed_attention, packed_layout
@@ -44,6 +44,7 @@ __all__ = [
     "WeightDelta",
     "apply_delta",
     "fused_grpo",
+    "gathered_token_logprob",
     "group_advantage",
     "live_sequences",
     "pack_sequences",

@@ -13,6 +13,9 @@ Exchanged are 4 numbers a row forward and the sum of ``d hidden`` backward: 4·T
 Rows are walked in chunks of ``LMHead.chunk_bytes`` of a rank's own logits; backward makes them again. Logits and gradients of
 the head are float32 (float64 for float64 rows).
 
+Where each rank has rows of its own, as under FSDP, :func:`gathered_token_logprob` brings them together first, T then being the
+rows of all: H numbers a row more are exchanged, and none of the head.
+
 Source: the vocabulary-parallel cross-entropy of Megatron-LM (arXiv 1909.08053, section 3), with entropy and tail added.
 """
 
@@ -98,20 +101,21 @@ class _ParallelLogprob(torch.autograd.Function):
         hidden, weight, bias, targets = ctx.saved_tensors
         work = working_dtype(hidden)
         dhidden = torch.zeros_like(hidden, dtype=work)
-        dweight = torch.zeros_like(weight, dtype=work)
-        dbias = None if bias is None else torch.zeros_like(bias, dtype=work)
+        dweight = torch.zeros_like(weight, dtype=work) if ctx.needs_input_grad[1] else None
+        dbias = torch.zeros_like(bias, dtype=work) if bias is not None and ctx.needs_input_grad[2] else None
         with full_precision(hidden):
             for rows in _chunks(hidden, ctx.head):
                 own = _own(hidden[rows], ctx.head, targets[rows], ctx.first_token)
                 g, c = (gradient[rows, None].to(work) for gradient in gradients)
                 du = _gradient(own, *_statistics(own, rows, ctx.group), g=g, c=c) * own.gate
                 dhidden[rows] = du @ weight.to(work)
-                dweight.addmm_(du.T, hidden[rows].to(work))
+                if dweight is not None:
+                    dweight.addmm_(du.T, hidden[rows].to(work))
                 if dbias is not None:
                     dbias += du.sum(0)
         dist.all_reduce(dhidden, group=ctx.group)
-        bias_gradient = None if bias is None or dbias is None else dbias.to(bias.dtype)
-        return dhidden.to(hidden.dtype), dweight.to(weight.dtype), bias_gradient, None, None, None, None
+        of_head = [None if made is None else made.to(given.dtype) for made, given in ((dweight, weight), (dbias, bias))]
+        return dhidden.to(hidden.dtype), *of_head, None, None, None, None
 
 
 def _gradient(own: _Own, statistics: RowStatistics, block: Block, *, g: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
@@ -167,3 +171,86 @@ def parallel_token_logprob(
             hidden, head.weight, head.bias, targets, head, first_token, group
         )
     return found
+
+
+class _Rows(NamedTuple):
+    """How many rows each rank has."""
+
+    counts: list[int]
+    own: slice
+    group: dist.ProcessGroup | None
+
+    @classmethod
+    def of(cls, num_rows: int, device: torch.device, group: dist.ProcessGroup | None) -> _Rows:
+        counts = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=device)
+        rank = dist.get_rank(group)
+        counts[rank] = num_rows
+        dist.all_reduce(counts, group=group)
+        first = int(counts[:rank].sum())
+        return cls(counts.tolist(), slice(first, first + num_rows), group)
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows [T_r, ...] of each rank, one rank's below the other's."""
+        longest = max(self.counts)
+        padded = torch.cat([rows, rows.new_zeros(longest - rows.shape[0], *rows.shape[1:])])
+        parts = [torch.empty_like(padded) for _ in self.counts]
+        dist.all_gather(parts, padded, group=self.group)
+        return torch.cat([part[:count] for part, count in zip(parts, self.counts, strict=True)])
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of all ranks, whose gradient is whole on every rank."""
+
+    @staticmethod
+    def forward(ctx: Any, own: torch.Tensor, rows: _Rows) -> torch.Tensor:
+        ctx.rows = rows
+        return rows.gather(own.detach())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        return gradients[0][ctx.rows.own], None
+
+
+class _TakeOwn(torch.autograd.Function):
+    """A rank's own rows, each of which has its gradient on that rank alone."""
+
+    @staticmethod
+    def forward(ctx: Any, every: torch.Tensor, rows: _Rows) -> torch.Tensor:
+        ctx.rows = rows
+        return every[rows.own]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        return ctx.rows.gather(gradients[0]), None
+
+
+def gathered_token_logprob(
+    hidden: torch.Tensor,
+    head: LMHead,
+    *,
+    targets: torch.Tensor,
+    first_token: int,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`parallel_token_logprob` of rows that differ between ranks: each gets the log-probabilities of its own.
+
+    Every rank of the group has to call it, forward and backward; how many rows it has is its own affair.
+
+    Args:
+        hidden: float [T_r, H], this rank's.
+        head: this rank's part.
+        targets: int64 [T_r].
+        first_token: token of the part's first row.
+        group: over which vocabulary and rows are spread.
+
+    Returns:
+        Log-probabilities and entropies, each [T_r], in nats. Gradients of ``weight`` and ``bias`` are those of all ranks' rows.
+
+    Raises:
+        ValueError: as :func:`parallel_token_logprob`.
+    """
+    rows = _Rows.of(hidden.shape[0], hidden.device, group)
+    every: torch.Tensor = _Gather.apply(hidden, rows)  # type: ignore[no-untyped-call]
+    found = parallel_token_logprob(every, head, targets=rows.gather(targets), first_token=first_token, group=group)
+    own: torch.Tensor = _TakeOwn.apply(torch.stack(found, 1), rows)  # type: ignore[no-untyped-call]
+    return own[:, 0], own[:, 1]

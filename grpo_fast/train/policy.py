@@ -32,6 +32,7 @@ from grpo_fast.ops import Layout, LMHead, token_logprob
 from grpo_fast.train.adapters import Adapters
 from grpo_fast.train.batch import TrainingSequence, build_batch
 from grpo_fast.train.checkpointing import checkpoint_layers
+from grpo_fast.train.head_part import Head
 from grpo_fast.train.packed_model import let_pack, let_pad, model_inputs
 from grpo_fast.train.quantised import keep_as_loaded, loading_arguments, refuse_ragged_blocks, require_bitsandbytes
 from grpo_fast.types import TokenBatch
@@ -51,7 +52,7 @@ class Scorer(Protocol):
         """Hidden states [T, H] that predict the batch's targets."""
         ...
 
-    def head(self, temperature: float) -> LMHead:
+    def head(self, temperature: float) -> Head:
         """What turns them into logits."""
         ...
 
@@ -100,7 +101,7 @@ class Policy:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
 
-    def head(self, temperature: float) -> LMHead:
+    def head(self, temperature: float) -> Head:
         """The head at a sampling temperature; shares the model's weight."""
         return replace(self._head, temperature=temperature)
 
@@ -209,7 +210,7 @@ class BasePolicy:
         with self._adapters.off():
             return self._policy.scored_hidden_states(batch)
 
-    def head(self, temperature: float) -> LMHead:
+    def head(self, temperature: float) -> Head:
         """The head, which has no adapter."""
         return self._policy.head(temperature)
 

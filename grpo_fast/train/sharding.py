@@ -2,7 +2,8 @@
 
 Decoder layers are gathered one at a time, as the forward and backward passes reach them (``fully_shard``). The head is read by
 the loss as a plain matrix: it is gathered once an iteration, its gradient summed over the micro-batches and reduce-scattered
-once. Where it is also the embedding, both gradients meet in the shard.
+once. With ``fsdp_parallel_head`` it stays in parts, each of them a part of the vocabulary, and hidden rows are gathered in its
+place. Where the head is also the embedding, both gradients meet in the shard.
 
 Gradients are sums over the ranks, not means: every normaliser is of the whole step already.
 
@@ -13,7 +14,7 @@ A frozen base is sharded as trained weights are, and neither has gradients nor i
 stay whole. Adapters are sharded with the layer that they belong to.
 
 Not covered: models that one device cannot hold even once (every rank reads all weights before it keeps its part), the
-optimisers of bitsandbytes, tensor parallelism.
+optimisers of bitsandbytes, tensor parallelism but for the head.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Partial, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.train.distributed import World
+from grpo_fast.train.head_part import Head, HeadPart, first_token_of
 from grpo_fast.train.policy import Policy, PolicySource, pick_device
 from grpo_fast.train.quantised import make_shardable
 
@@ -87,6 +89,7 @@ class ShardedPolicy(Policy):
         self._shards = cast("dict[str, DTensor]", trained)
         head = self.model.get_output_embeddings()
         self._head = replace(self._head, weight=head.weight, bias=getattr(head, "bias", None))
+        self._head_part = self._place_head() if config.fsdp_parallel_head else None
 
     @property
     def device(self) -> torch.device:
@@ -123,7 +126,7 @@ class ShardedPolicy(Policy):
 
     @contextlib.contextmanager
     def whole_head(self, *, trains: bool) -> Iterator[None]:
-        """The head is whole in here; within another such context it is already.
+        """The head is whole in here, or this rank's part of it a plain matrix; within another such context it is already.
 
         Args:
             trains: whether its gradient is to be summed over the ranks afterwards; the same on all.
@@ -134,19 +137,35 @@ class ShardedPolicy(Policy):
             yield
             return
         trains = trains and sharded.weight.requires_grad
-        wholes = [cast(DTensor, shard.detach()).full_tensor().to(self._device).requires_grad_(trains) for shard in shards]
-        self._head = replace(sharded, weight=wholes[0], bias=wholes[1] if len(wholes) > 1 else None)
+        plain = [self._plain(cast(DTensor, shard.detach())).requires_grad_(trains) for shard in shards]
+        self._head = replace(sharded, weight=plain[0], bias=plain[1] if len(plain) > 1 else None)
         try:
             yield
         finally:
             self._head = sharded
         if trains:
             self.reshard()
-            for shard, whole in zip(shards, wholes, strict=True):
-                self._add_gradient(shard, torch.zeros_like(whole) if whole.grad is None else whole.grad)
+            for shard, matrix in zip(shards, plain, strict=True):
+                self._add_gradient(shard, torch.zeros_like(matrix) if matrix.grad is None else matrix.grad)
+
+    def head(self, temperature: float) -> Head:
+        """The head, or this rank's part of it, at a sampling temperature."""
+        head = replace(self._head, temperature=temperature)
+        return head if self._head_part is None else replace(self._head_part, part=head)
+
+    def _place_head(self) -> HeadPart:
+        group = self._mesh.get_group("shard")
+        first = first_token_of(self._head.weight.shape[0], num_ranks=group.size(), rank=self._mesh.get_local_rank("shard"))
+        return HeadPart(self._head, first, group)
+
+    def _plain(self, shard: DTensor) -> torch.Tensor:
+        return (shard.full_tensor() if self._head_part is None else shard.to_local()).to(self._device)
 
     def _add_gradient(self, shard: DTensor, gradient: torch.Tensor) -> None:
-        own = DTensor.from_local(gradient.float(), self._mesh, [Partial()] * self._mesh.ndim, run_check=False)
+        parts: list[Any] = [Partial()] * self._mesh.ndim
+        if self._head_part is not None:
+            parts[-1] = Shard(0)  # each has the gradient of its own part, of all rows of its shard group
+        own = DTensor.from_local(gradient.float(), self._mesh, parts, run_check=False, shape=shard.shape, stride=shard.stride())
         part = own.redistribute(placements=shard.placements).to(shard.device, shard.dtype)
         shard.grad = part if shard.grad is None else shard.grad + part
 

@@ -23,14 +23,13 @@ from grpo_fast.ops import (
     LossBatch,
     PolicyMetrics,
     RowPlan,
-    fused_grpo,
     live_sequences,
     plan_microbatches,
     plan_rows,
-    token_logprob,
 )
 from grpo_fast.train.batch import TrainingSequence, build_batch, flatten_groups, shared_prompts
 from grpo_fast.train.distributed import ALONE, World
+from grpo_fast.train.head_part import head_logprobs, head_loss
 from grpo_fast.train.mismatch import add_mismatch, add_weights, effective_sample_size, importance_weights
 from grpo_fast.train.optim import set_learning_rate
 from grpo_fast.train.packed_model import takes_shared_prompts
@@ -265,16 +264,19 @@ class Learner:
 
     @contextlib.contextmanager
     def _whole_heads(self) -> Iterator[None]:
-        """Heads of the policy and the reference, for scoring."""
-        reference = contextlib.nullcontext() if self._reference is None else self._reference.whole_head(trains=False)
-        with self._policy.whole_head(trains=False), reference:
+        """Heads of the policy and the reference, where they score."""
+        with contextlib.ExitStack() as stack:
+            if self._config.corrects_sampler:
+                stack.enter_context(self._policy.whole_head(trains=False))
+            if self._reference is not None:
+                stack.enter_context(self._reference.whole_head(trains=False))
             yield
 
     def _accumulate(self, part: _Part, sums: MetricSums) -> torch.Tensor:
         """Adds a micro-batch's gradient and metrics; returns its log-probabilities [T]."""
         batch = part.batch
         with torch.set_grad_enabled(part.carries_gradient):
-            result = fused_grpo(
+            result = head_loss(
                 self._policy.scored_hidden_states(batch),
                 self._policy.head(self._config.temperature),
                 targets=batch.targets,
@@ -313,7 +315,7 @@ class Learner:
     def _logprobs_of(self, policy: Scorer, batch: TokenBatch) -> torch.Tensor:
         hidden = policy.scored_hidden_states(batch)
         head = policy.head(self._config.temperature)
-        return token_logprob(hidden, head, targets=batch.targets, want_entropy=False)[0]
+        return head_logprobs(hidden, head, targets=batch.targets)
 
     def _apply_gradient(self, sums: MetricSums) -> None:
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]

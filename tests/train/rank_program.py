@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,30 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from grpo_fast.config import Config
-from grpo_fast.ops import LMHead, LossBatch, LossSpec, parallel_token_logprob, policy_loss, token_logprob
+from grpo_fast.metrics import PhaseTimer
+from grpo_fast.ops import (
+    LMHead,
+    LossBatch,
+    LossSpec,
+    gathered_token_logprob,
+    parallel_token_logprob,
+    policy_loss,
+    token_logprob,
+)
 from grpo_fast.ops.fused_grpo import fused_grpo_reference
 from grpo_fast.tasks.task import Task
 from grpo_fast.train import GRPOTrainer
 from grpo_fast.train.adamw import OffloadedAdamW, StochasticAdamW
 from grpo_fast.train.distributed import World
+from grpo_fast.train.optim import build_optimizer
+from grpo_fast.train.policy import PolicySource
+from grpo_fast.train.sharding import ShardedPolicy
+from grpo_fast.train.step import Learner
+from grpo_fast.types import Completion, Group, Prompt
 
 ROWS = [{"prompt": f"{a}{b}=", "answer": a} for a in "abcdefgh" for b in "abcd"]
 LETTERS = Task("letters", ROWS[:24], ROWS[24:], ("exact_match",), "exact_match")
@@ -141,6 +158,60 @@ def optimizers(mesh: DeviceMesh) -> dict[str, float]:
     return found
 
 
+def gathered_rows(world: World) -> list[float]:
+    """The same of rows that are spread too, of which each rank has another number; in float64."""
+    generator = torch.Generator().manual_seed(10)
+    rows, weight = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((21, 6), (23, 6)))
+    targets = torch.randint(23, (21,), generator=generator)
+    weights = torch.randn(2, 21, generator=generator, dtype=torch.float64)
+    whole = [rows.clone().requires_grad_(), weight.clone().requires_grad_()]
+    expected = token_logprob(whole[0], LMHead(whole[1]), targets=targets)
+    (expected[0] @ weights[0] + expected[1] @ weights[1]).backward()
+    start, stop = (21 * side**2 // world.size**2 for side in (world.rank, world.rank + 1))
+    first, last = (-(-23 // world.size) * side for side in (world.rank, world.rank + 1))
+    own = [rows[start:stop].clone().requires_grad_(), weight[first:last].clone().requires_grad_()]
+    found = gathered_token_logprob(own[0], LMHead(own[1]), targets=targets[start:stop], first_token=first)
+    (found[0] @ weights[0, start:stop] + found[1] @ weights[1, start:stop]).backward()
+    pairs = [(found[0], expected[0][start:stop]), (found[1], expected[1][start:stop])]
+    pairs += [(own[0].grad, whole[0].grad[start:stop]), (own[1].grad, whole[1].grad[first:last])]
+    return [(one - other).abs().max().item() for one, other in pairs]
+
+
+class Traffic(TorchDispatchMode):
+    """Counts exchanges by kind and by the size of their largest tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[tuple[str, int]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(kind is DTensor for kind in types):
+            return NotImplemented  # it comes back as what a DTensor does inside
+        result = func(*args, **(kwargs or {}))
+        kind = next((kind for kind in ("allgather", "reducescatter") if kind in str(func).replace("_", "")), None)
+        if kind is not None:
+            tensors = [leaf for leaf in tree_leaves((args, result)) if isinstance(leaf, torch.Tensor)]
+            self.seen[kind, max(tensor.numel() for tensor in tensors)] += 1
+        return result
+
+
+def head_traffic(world: World, values: dict[str, Any]) -> dict[str, Any]:
+    """How often an update of two iterations gathers the head and scatters its gradient, whole or in parts."""
+    found = {}
+    for parallel in (False, True):
+        config = Config.parse(values | {"fsdp": "full_shard", "num_iterations": 2, "beta": 0.0, "fsdp_parallel_head": parallel})
+        policy = ShardedPolicy(PolicySource(config).load(), None, config=config, world=world)
+        learner = Learner(config, policy, build_optimizer(policy.model, config), reference=None, world=world)
+        completions = [Completion((4 + n, 5, 6 + n, 7), (-1.0,) * 4, "stop", "") for n in range(8)]
+        groups = [Group(Prompt(n, "", (4, 5 + n)), completions, [], [float(i) for i in range(8)]) for n in range(3)]
+        with Traffic() as traffic:
+            learner.update(groups, learning_rate=1e-3, timer=PhaseTimer())
+        head = policy.model.get_output_embeddings().weight.numel()
+        found[str(parallel)] = [traffic.seen[kind, head] for kind in ("allgather", "reducescatter")]
+        found[f"{parallel} others"] = sum(traffic.seen.values())
+    return found
+
+
 class StubbornError(Exception):
     """An error whose arguments are not what it keeps."""
 
@@ -154,8 +225,11 @@ def main(cases: Path, output: Path) -> None:
     dist.init_process_group("gloo")
     world = World.join(torch.device("cpu"), timeout_s=60)
     found: dict[str, Any] = {"exchanges": exchanges(world), "head": parallel_head(world)}
+    found["gathered rows"] = gathered_rows(world)
     found["optimizers"] = optimizers(init_device_mesh("cpu", (world.size,)))
-    for name, values in json.loads(cases.read_text(encoding="utf-8")).items():
+    wanted = json.loads(cases.read_text(encoding="utf-8"))
+    found["traffic"] = head_traffic(world, next(iter(wanted.values())))
+    for name, values in wanted.items():
         if values["fsdp"] == "hybrid_shard":
             os.environ["LOCAL_WORLD_SIZE"] = "2"  # as if on nodes of two
         reward, half = failing if name == "failing" else vowels, name.partition(" ")[0]

@@ -32,9 +32,9 @@ SHORT = ("mixed", "short")
 CASES = ("whole", "rloo", "gspo", "adapters", "quantised")
 SHARDED: dict[str, dict[str, Any]] = {  # with what changes no result beside it
     "whole": {"fsdp": "full_shard"},
-    "rloo": {"fsdp": "shard_grad_op", "gradient_checkpointing": True},
-    "gspo": {"fsdp": "hybrid_shard", "offload_optimizer": True},
-    "adapters": {"fsdp": "full_shard", "gradient_checkpointing": True, "offload_optimizer": True},
+    "rloo": {"fsdp": "shard_grad_op", "gradient_checkpointing": True, "fsdp_parallel_head": True},
+    "gspo": {"fsdp": "hybrid_shard", "offload_optimizer": True, "fsdp_parallel_head": True},
+    "adapters": {"fsdp": "full_shard", "gradient_checkpointing": True, "offload_optimizer": True, "fsdp_parallel_head": True},
     "quantised": {"fsdp": "hybrid_shard"},
 }
 
@@ -259,6 +259,14 @@ def test_optimizers_do_to_shards_what_they_do_to_whole_weights(launch: Launch) -
 
 
 @pytest.mark.slow
+def test_a_head_is_gathered_once_an_iteration_or_never(launch: Launch) -> None:
+    for told in launch.found:
+        assert told["traffic"]["False"] == [2, 2], "gathers and reduce-scatters of its size in two iterations"
+        assert told["traffic"]["True"] == [0, 0]
+        assert min(told["traffic"]["False others"], told["traffic"]["True others"]) > 20, "several micro-batches, by layer"
+
+
+@pytest.mark.slow
 def test_what_ranks_tell_each_other(launch: Launch) -> None:
     size = len(launch.found)
     told = [found["exchanges"] for found in launch.found]
@@ -282,6 +290,7 @@ def test_a_head_in_parts_gives_loss_and_gradients_of_the_whole_one(launch: Launc
         *errors, smallest = told["head"]
         assert max(errors) < 1e-12
         assert smallest > 1e-4
+        assert max(told["gathered rows"]) < 1e-12
 
 
 KILLER = """

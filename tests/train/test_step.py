@@ -18,7 +18,7 @@ from grpo_fast.metrics import PhaseTimer
 from grpo_fast.objective import OBJECTIVES
 from grpo_fast.ops import FusedLoss, LMHead, fused_grpo
 from grpo_fast.ops.fused_grpo import fused_grpo_reference
-from grpo_fast.train import step as step_module
+from grpo_fast.train import head_part
 from grpo_fast.train.batch import TrainingSequence, build_batch
 from grpo_fast.train.optim import build_optimizer
 from grpo_fast.train.policy import Policy
@@ -390,7 +390,7 @@ def test_the_loss_is_made_in_one_pass_by_default(
         calls.append(options)
         return fused_grpo(*given, **options)
 
-    monkeypatch.setattr(step_module, "fused_grpo", listening)
+    monkeypatch.setattr(head_part, "fused_grpo", listening)
     bench = Bench(tiny_policy(), tokens_per_microbatch=24)
     bench.update(groups)
     assert len(calls) > 1
@@ -406,7 +406,7 @@ def embedded_curve(
         pytest.MonkeyPatch.context() as patch,
         GRPOTrainer(recipe("embedded", seed=seed, max_steps=200, **settings)) as trainer,
     ):
-        patch.setattr(step_module, "fused_grpo", loss)
+        patch.setattr(head_part, "fused_grpo", loss)
         return [dict(step.metrics) for step in islice(trainer.steps(), num_steps)]
 
 

@@ -1,0 +1,75 @@
+"""The loss over a head that is whole on this rank, or of which it holds a part of the vocabulary.
+
+A whole head goes through the one pass of :func:`~grpo_fast.ops.fused_grpo`. Of one in parts, ranks bring their hidden rows
+together, and each makes the logits of its own part: what is exchanged grows with the tokens, not with the vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+import torch.distributed as dist
+
+from grpo_fast.config import ConfigError
+from grpo_fast.ops import (
+    FusedLoss,
+    LMHead,
+    LossBatch,
+    LossSpec,
+    fused_grpo,
+    gathered_token_logprob,
+    policy_loss,
+    token_logprob,
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeadPart:
+    """A rank's part of a head."""
+
+    part: LMHead
+    """Its rows of weight and bias."""
+    first_token: int
+    """Token of the first of them."""
+    group: dist.ProcessGroup | None = None
+    """Ranks that hold the others; each has to take part in every call."""
+
+    def score(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities and entropies, each [T], of this rank's rows."""
+        return gathered_token_logprob(hidden, self.part, targets=targets, first_token=self.first_token, group=self.group)
+
+
+Head: TypeAlias = LMHead | HeadPart
+
+
+def first_token_of(vocabulary: int, *, num_ranks: int, rank: int) -> int:
+    """Where a rank's part of the vocabulary begins, cut as FSDP cuts rows: all parts as long as the first, but for the last.
+
+    Raises:
+        ConfigError: a rank has none.
+    """
+    each = -(-vocabulary // num_ranks)
+    if each * (num_ranks - 1) >= vocabulary:
+        raise ConfigError(
+            f"fsdp_parallel_head with a vocabulary of {vocabulary} leaves one of {num_ranks} ranks without a part of it; set "
+            "fsdp_parallel_head=False"
+        )
+    return each * rank
+
+
+def head_loss(hidden: torch.Tensor, head: Head, *, targets: torch.Tensor, batch: LossBatch, spec: LossSpec) -> FusedLoss:
+    """Loss of this rank's rows; see :func:`~grpo_fast.ops.fused_grpo`."""
+    if isinstance(head, LMHead):
+        return fused_grpo(hidden, head, targets=targets, batch=batch, spec=spec)
+    logprobs, entropy = head.score(hidden, targets)
+    result = policy_loss(logprobs, batch, spec=spec, entropy=entropy)
+    return FusedLoss(result.loss, result.metrics, logprobs.detach(), entropy.detach())
+
+
+def head_logprobs(hidden: torch.Tensor, head: Head, *, targets: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities [T] of this rank's rows."""
+    if isinstance(head, LMHead):
+        return token_logprob(hidden, head, targets=targets, want_entropy=False)[0]
+    return head.score(hidden, targets)[0]

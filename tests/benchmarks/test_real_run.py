@@ -1,0 +1,72 @@
+"""A run in pieces with the embedded model: it is the run in one piece, and what is asked of it is measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.system.real_run import main
+
+SMALL = [
+    "prompts_per_step=8",
+    "num_generations=4",
+    "max_completion_length=32",
+    "learning_rate=2e-4",
+    "warmup_steps=0",
+    "max_steps=8",
+    "save_steps=3",
+    "eval_size=8",
+    "reward_workers=0",
+    "baseline_probe=0",
+    "share_prompts=false",
+    "forecast_min_steps=5",
+    "forecast_epsilon=0.9",
+    "forecast_patience=1",
+    'device="cpu"',
+    "sinks=[]",
+]
+
+
+def run(folder: Path, name: str, **options: Any) -> tuple[int, dict[str, Any]]:
+    arguments = [str(folder / name), "--model", "embedded", "--dataset", "arithmetic", "--output", str(folder / f"{name}-kept")]
+    arguments += [part for key, value in options.items() for part in (f"--{key}", str(value))]
+    code = main([*arguments, "--set", *SMALL])
+    return code, json.loads((folder / name / "real_run.json").read_text(encoding="utf-8"))
+
+
+def trace(run: Path) -> list[tuple[int, float, float]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [(row["step"], row["reward"], row["loss"]) for row in rows if "loss" in row]
+
+
+@pytest.mark.slow
+def test_pieces_make_the_run_in_one(tmp_path: Path) -> None:
+    assert run(tmp_path, "whole")[0] == 0
+    codes = [run(tmp_path, "pieces", minutes=0)[0] for _ in range(2)]
+    code, found = run(tmp_path, "pieces")
+    assert ([*codes, code], found["over"]) == ([3, 3, 0], True)
+    assert trace(tmp_path / "pieces") == trace(tmp_path / "whole")
+    whole = json.loads((tmp_path / "whole-kept" / "real_run.json").read_text(encoding="utf-8"))
+    assert {name: found[name] for name in ("start", "stop", "end")} == {name: whole[name] for name in ("start", "stop", "end")}
+    assert (found["start"]["step"], found["end"]["step"]) == (0, 8)
+    assert 5 <= found["stop"]["step"] < 8
+    assert found["stop"]["reason"]
+    assert found["stop"]["foretold_reward_at_the_end"]["low"] < found["stop"]["foretold_reward_at_the_end"]["high"]
+    kept = {path.name for path in (tmp_path / "pieces-kept").iterdir()}
+    assert kept >= {"report.html", "summary.json", "metrics.jsonl", "config.toml", "real_run.json", "plots"}
+    assert list((tmp_path / "pieces-kept" / "plots").glob("*.png"))
+    assert whole["device"]["kind"] == "cpu"
+
+
+@pytest.mark.slow
+def test_a_run_may_end_with_the_law_and_go_on_later(tmp_path: Path) -> None:
+    code, found = run(tmp_path, "run", until="law")
+    assert (code, found["over"]) == (0, True)
+    assert "end" not in found
+    stopped = found["stop"]["step"]
+    assert trace(tmp_path / "run")[-1][0] == stopped
+    code, found = run(tmp_path, "run")
+    assert (code, found["stop"]["step"], found["end"]["step"]) == (0, stopped, 8)
