@@ -101,15 +101,16 @@ class MemoryPlanner:
         elif config.rollout == "vllm" or config.max_staleness:  # the engine stays awake, or samples while training goes on
             lasting |= sampling
             sampling = {}
+        head_parts = self._num_parts(config) if config.fsdp_parallel_head else 1
         training = {
             "gradients": self._gradients(config, sizes),
             "activations": self._activation_bytes(outline, config, dtype),
-            "head and loss": sizes.head_bytes(self._tokens(config), self._chunk_bytes),
+            "head and loss": sizes.head_bytes(head_parts * self._tokens(config), self._chunk_bytes, parts=head_parts),
         }
         if self._num_parts(config) > 1:
             whole = sizes.frozen_bytes + _weight_bytes(config) * sizes.trained
             lasting["whole weights to sample from"] = whole
-            training["gathered weights"] = 2 * whole // sizes.layers + _weight_bytes(config) * sizes.head
+            training["gathered weights"] = 2 * whole // sizes.layers + _weight_bytes(config) * sizes.head * (head_parts == 1)
         return MemoryPlan(lasting, {"sampling": sampling, "training": training}, self._inputs.room_bytes, host)
 
     def least_bytes(self) -> int:
@@ -268,9 +269,9 @@ class _Sizes:
         """A reference policy of its own: none without KL, nor where adapters are switched off for it."""
         return self.total * _weight_bytes(config) if config.beta > 0 and not config.use_peft else 0
 
-    def head_bytes(self, tokens: int, chunk_bytes: int) -> int:
+    def head_bytes(self, tokens: int, chunk_bytes: int, *, parts: int) -> int:
         """A chunk of logits, hidden states with their gradient, and the head's gradient in float32 where it has one."""
-        return chunk_bytes + 2 * tokens * self.hidden * 4 + self.head * 4 * self.head_trained
+        return chunk_bytes + 2 * tokens * self.hidden * 4 + self.head * 4 * self.head_trained // parts
 
 
 def _weight_bytes(config: Config) -> int:

@@ -28,7 +28,7 @@ PROGRAM = Path(__file__).with_name("rank_program.py")
 TIMED = ("time/", "budget/", "step_time", "gpu_seconds", "energy_kwh", "money", "mfu")
 DEADLINE_S = 60.0
 RESUMED = ("whole", "adapters")
-SHORT = ("mixed", "short")
+SHORT = ("mixed", "short", "qlora")
 CASES = ("whole", "rloo", "gspo", "adapters", "quantised")
 SHARDED: dict[str, dict[str, Any]] = {  # with what changes no result beside it
     "whole": {"fsdp": "full_shard"},
@@ -100,6 +100,7 @@ def cases(models: tuple[Path, Path], directory: Path) -> dict[str, dict[str, Any
     }
     changes["quantised"] |= {"model": str(models[1]), "learning_rate": 1e-2}
     changes["short"] = changes["mixed"] | {"weights_dtype": "bfloat16"}
+    changes["qlora"] = changes["mixed"] | changes["quantised"]  # bytes, bfloat16 and float32 in one layer
     changes |= {f"{more['fsdp']} {name}": changes[name] | more for name, more in SHARDED.items()}
     changes |= {f"{half} {name}": changes[f"full_shard {name}"] for half in ("begun", "resumed") for name in RESUMED}
     return {name: common | change | {"output_dir": str(directory / name)} for name, change in changes.items()}
@@ -239,7 +240,8 @@ def test_a_reward_that_fails_on_one_rank_ends_all_with_a_checkpoint(launch: Laun
 def test_in_bfloat16_ranks_make_the_first_step_of_one_process_to_its_rounding(
     name: str, launch: Launch, alone: dict[str, Any]
 ) -> None:
-    [first, true] = trace(launch.directory / name)[1], alone[name]["trace"][1]
+    [first, true] = (rows[0] for rows in (trace(launch.directory / name), alone[name]["trace"]))
+    assert first["step"] == true["step"] == 1
     assert first["reward"] == true["reward"]
     assert first["loss"] == pytest.approx(true["loss"], abs=1e-2)
     assert first["grad_norm"] == pytest.approx(true["grad_norm"], rel=5e-2)

@@ -99,6 +99,26 @@ def test_shards_divide_what_lasts() -> None:
     assert planner(SMALL, Config(), num_devices=4).plan().lasting["optimiser"] == whole.lasting["optimiser"]
 
 
+def test_a_head_in_parts_is_neither_gathered_nor_has_a_whole_gradient() -> None:
+    settings = {"fsdp": "full_shard", "tokens_per_microbatch": 1024}
+    gathered, parts = (
+        planner(SMALL, Config(**settings, fsdp_parallel_head=parallel), num_devices=4).plan().phases["training"]
+        for parallel in (False, True)
+    )
+    head = SMALL.vocab_size * SMALL.hidden_size * 4
+    assert gathered["gathered weights"] - parts["gathered weights"] == head
+    more_rows = 2 * 3 * 1024 * SMALL.hidden_size * 4
+    assert gathered["head and loss"] - parts["head and loss"] == pytest.approx(head * 3 / 4 - more_rows)
+
+
+def test_frozen_weights_are_shared_and_kept_whole_in_their_own_type() -> None:
+    adapters = planner(SMALL, Config(use_peft=True, fsdp="full_shard"), num_devices=4).plan().lasting
+    whole = planner(SMALL, Config(use_peft=True), num_devices=4).plan().lasting
+    assert adapters["frozen weights"] == whole["frozen weights"] // 4
+    copied = whole["frozen weights"] + whole["weights that are trained"]
+    assert adapters["whole weights to sample from"] == copied
+
+
 def test_keys_and_values_of_sampling() -> None:
     config = Config(prompts_per_step=2, num_generations=4, max_completion_length=100)
     found = planner(SMALL, config, kind="cpu").plan().phases["sampling"]
