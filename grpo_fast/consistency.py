@@ -77,8 +77,8 @@ def _check_rollout(config: Config) -> None:
         )
     if config.rollout != "transformers" and config.truncates_support:
         raise ValueError(
-            f"top_p={config.top_p:g}, top_k={config.top_k}, min_p={config.min_p:g} cut the support, and vLLM does not say "
-            "which tokens it kept, so that no ratio could be trusted; use top_p=1, top_k=0, min_p=0 or rollout='transformers'"
+            f"top_p={config.top_p:g}, top_k={config.top_k}, min_p={config.min_p:g} cut the support: the policy would have "
+            "to be normalised over what vLLM kept, which is not done; use top_p=1, top_k=0, min_p=0 or rollout='transformers'"
         )
     if config.vllm_importance_sampling_correction and config.ratio_is_against_sampler:
         raise ValueError(

@@ -283,8 +283,8 @@ class VLLMEngine:
             raise WeightSyncError("vLLM sleeps until the next weight sync, so nothing can be sampled")
         if sampling.truncates_support:
             raise ValueError(
-                f"top_p={sampling.top_p:g}, top_k={sampling.top_k}, min_p={sampling.min_p:g} cut the support, and vLLM does "
-                "not say which tokens it kept; use top_p=1, top_k=0, min_p=0"
+                f"top_p={sampling.top_p:g}, top_k={sampling.top_k}, min_p={sampling.min_p:g} cut the support: the policy "
+                "would have to be normalised over what vLLM kept, which is not done; use top_p=1, top_k=0, min_p=0"
             )
         check_request(
             prompts, sampling, num_generations=num_generations, context_length=self._context, vocabulary=self._vocabulary

@@ -1,14 +1,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from grpo_fast import recipe
+from grpo_fast.metrics import PhaseTimer
+from grpo_fast.rewards import RewardPool
 from grpo_fast.rollout import RolloutError, SamplingParams, WeightSyncError
 from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMSettings
 from grpo_fast.rollout.vllm_sleep import Sleeper, sleep_level
+from grpo_fast.tasks.stream import PromptStream
+from grpo_fast.train.collect import Collector
+from grpo_fast.types import Prompt
 
 PROMPTS = [[1] + [3 + (7 * place) % 50 for place in range(75)], [1, 4, 5, 6]]
 SAMPLING = SamplingParams(max_tokens=8)
@@ -81,6 +89,32 @@ def test_the_sync_wakes_vllm_part_by_part(
     assert not llm.llm_engine.is_sleeping()
     answers = engine.generate(PROMPTS, SAMPLING, num_generations=2, seed=0)
     assert measure_errors(model, PROMPTS, answers, 1.0).agrees
+
+
+@pytest.mark.vllm
+def test_a_step_puts_vllm_to_sleep_when_all_its_rollouts_are_made(
+    embedded: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model, tokenizer, engine = embedded
+    monkeypatch.setattr(engine, "_level", 2)
+    calls = count(1)
+    sample = engine._vllm.sample
+
+    def counted(*given: Any) -> Any:
+        next(calls)
+        return sample(*given)
+
+    monkeypatch.setattr(engine._vllm, "sample", counted)
+    prompts = [Prompt(number, f"{number}+1=", tuple(tokenizer(f"{number}+1=").input_ids)) for number in range(8)]
+    settings = {"rollout": "vllm", "vllm_enable_sleep_mode": True, "refill_rounds": 1}
+    config = recipe("embedded", output_dir=tmp_path, prompts_per_step=2, num_generations=2, **settings)
+    rewards = RewardPool([lambda prompts, completions, **_: [1.0] * len(completions)], workers=0)
+    collector = Collector(config, engine=engine, stream=PromptStream(prompts, seed=0, shuffle=False), rewards=rewards)
+    for step in (1, 2):
+        collector.collect(step, PhaseTimer())
+        assert next(calls) == 3 * step, "groups without variance were not refilled"
+        assert engine._vllm._llm.llm_engine.is_sleeping()
+        engine.sync_weights(model, step)
 
 
 @pytest.mark.vllm
