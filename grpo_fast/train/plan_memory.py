@@ -97,7 +97,8 @@ class MemoryPlanner:
         lasting, host = self._lasting(config, sizes)
         sampling = self._sampling(config, sizes, dtype)
         if config.vllm_enable_sleep_mode:
-            host |= {"vLLM's weights": sizes.total * dtype.itemsize if config.use_peft and config.rollout == "vllm" else 0}
+            if config.rollout == "vllm" and config.use_peft:
+                host["vLLM's weights"] = sizes.total * dtype.itemsize
         elif config.rollout == "vllm" or config.max_staleness:  # the engine stays awake, or samples while training goes on
             lasting |= sampling
             sampling = {}

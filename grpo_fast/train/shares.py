@@ -70,8 +70,12 @@ class SharedEngine:
         return self._world.gather(lambda: self._engine.sync_weights(policy, version))[0]
 
     def sleep(self) -> None:
-        """Puts this rank's engine to sleep."""
-        self._engine.sleep()
+        """Puts every rank's engine to sleep.
+
+        Raises:
+            RolloutError: that of any rank failed.
+        """
+        self._world.gather(self._engine.sleep)
 
     def close(self) -> None:
         """Closes this rank's engine."""

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_fast import recipe
+from grpo_fast.assets import embedded_model_dir
 from grpo_fast.metrics import PhaseTimer
 from grpo_fast.rewards import RewardPool
 from grpo_fast.rollout import RolloutError, SamplingParams, WeightSyncError
@@ -149,18 +151,22 @@ def test_vllm_refuses_to_sleep_on_a_cpu(embedded: Any) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.vllm
-def test_a_sleeping_engine_gives_its_memory_back(embedded: Any, perturb: Callable[..., None]) -> None:
-    model = embedded.model.to("cuda")
-    settings = VLLMSettings(enable_sleep_mode=True, kv_cache_bytes=2 * 2**30, sync_deadline_s=60)
-    engine = VLLMEngine(model, embedded.tokenizer, settings=settings)
+@pytest.mark.parametrize("own_process", [False, True])
+def test_a_sleeping_engine_gives_its_memory_back(own_process: bool) -> None:
+    model = AutoModelForCausalLM.from_pretrained(embedded_model_dir(), dtype=torch.float32).cuda()
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model_dir())
+    settings = VLLMSettings(enable_sleep_mode=True, kv_cache_bytes=2 * 2**30, own_process=own_process, sync_deadline_s=60)
+    engine = VLLMEngine(model, tokenizer, settings=settings)
     try:
-        awake = torch.cuda.mem_get_info()[0]
+        awake, _ = torch.cuda.mem_get_info()
         for version in (1, 2):
             engine.sleep()
-            assert torch.cuda.mem_get_info()[0] - awake > 1.5 * 2**30
-            perturb(model.cpu(), seed=version)
-            model.to("cuda")
-            assert engine.sync_weights(model, version)["sync/probe_kl"] < 1e-6
-            engine.generate(PROMPTS, SAMPLING, num_generations=2, seed=version)
+            asleep, _ = torch.cuda.mem_get_info()
+            assert asleep - awake > 1.5 * 2**30
+            with torch.no_grad():
+                for weight in model.parameters():
+                    weight.add_(2e-3 * torch.randn_like(weight))
+            assert engine.sync_weights(model, version)["sync/version"] == version
+            assert engine.generate(PROMPTS, SAMPLING, num_generations=2, seed=version)[0][0].weight_version == version
     finally:
         engine.close()

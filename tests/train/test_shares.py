@@ -87,6 +87,7 @@ class Counting:
     def __init__(self, *, broken: bool = False) -> None:
         self.calls = 0
         self.closed = False
+        self.sleeps = False
         self.broken = broken
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, **_: Any) -> list[list[Completion]]:
@@ -97,6 +98,11 @@ class Counting:
 
     def sync_weights(self, policy: torch.nn.Module, version: int) -> dict[str, float]:
         return {"sync/version": float(version)}
+
+    def sleep(self) -> None:
+        if self.broken:
+            raise RolloutError("the server is gone")
+        self.sleeps = True
 
     def close(self) -> None:
         self.closed = True
@@ -112,6 +118,7 @@ def test_servers_are_spoken_to_by_rank_0() -> None:
     def use(world: World) -> Any:
         engine = MainEngine(build, world)
         found = engine.generate(PROMPTS, SAMPLING, num_generations=1, seed=1), engine.sync_weights(torch.nn.Module(), 3)
+        engine.sleep()
         engine.close()
         return found
 
@@ -119,7 +126,7 @@ def test_servers_are_spoken_to_by_rank_0() -> None:
     assert first == second
     assert first[1] == {"sync/version": 3.0}
     assert [[c.text for c in group] for group in first[0]] == [[str(len(prompt))] for prompt in PROMPTS]
-    assert [(engine.calls, engine.closed) for engine in engines] == [(1, True)]
+    assert [(engine.calls, engine.sleeps, engine.closed) for engine in engines] == [(1, True, True)]
 
 
 @pytest.mark.parametrize("broken", [0, 1])
@@ -129,6 +136,15 @@ def test_an_engine_that_fails_on_one_rank_fails_on_all(broken: int) -> None:
         return engine.generate(PROMPTS, SAMPLING, num_generations=1, seed=1)
 
     assert [str(error) for error in on_ranks(2, use)] == ["the server is gone"] * 2
+
+
+def test_ranks_go_to_sleep_together_or_fail_together() -> None:
+    engines = [Counting() for _ in range(2)]
+    on_ranks(2, lambda world: SharedEngine(engines[world.rank], world).sleep())
+    assert [engine.sleeps for engine in engines] == [True, True]
+    engines[1].broken = True
+    told = on_ranks(2, lambda world: SharedEngine(engines[world.rank], world).sleep())
+    assert [str(error) for error in told] == ["the server is gone"] * 2
 
 
 def test_a_rank_without_prompts_asks_nothing() -> None:
