@@ -34,7 +34,7 @@ from grpo_fast.rollout.sync_probe import SyncProbe
 from grpo_fast.rollout.transports import Delivery, Host, Transport, choose_transport, sync_attempts
 from grpo_fast.rollout.vllm_adapters import AdapterTarget, AdapterVersions, policy_options
 from grpo_fast.rollout.vllm_sample import Sample
-from grpo_fast.rollout.vllm_sleep import sleep_level
+from grpo_fast.rollout.vllm_sleep import check_segments, sleep_level
 from grpo_fast.rollout.weight_sync import WeightSync
 from grpo_fast.types import Completion
 
@@ -90,8 +90,11 @@ def cpu_cache_bytes(position_bytes: int, context_length: int) -> int:
     return min(_CPU_CACHE_BYTES, position_bytes * context_length * _CONCURRENT_ON_CPU)
 
 
-def require_vllm() -> None:
+def require_vllm() -> Version:
     """Checks that vLLM is there and new enough.
+
+    Returns:
+        Its version.
 
     Raises:
         RolloutError: it is not, with the command that installs it.
@@ -102,6 +105,7 @@ def require_vllm() -> None:
     found = metadata.version(package)
     if Version(found).release < Version(OLDEST_VLLM).release:
         raise RolloutError(f"vLLM {found} is too old: its weight transfer needs {OLDEST_VLLM} or newer; upgrade it")
+    return Version(found)
 
 
 class VLLMEngine:
@@ -128,7 +132,7 @@ class VLLMEngine:
         autocast_dtype: torch.dtype | None = None,
         settings: VLLMSettings | None = None,
     ) -> None:
-        require_vllm()
+        version = require_vllm()
         settings = settings or VLLMSettings()
         self._model = model
         self._tokenizer = tokenizer
@@ -145,7 +149,11 @@ class VLLMEngine:
         transport = choose_transport(settings.transport, host, on_gpu=on_gpu, num_engines=num_engines)
         self._delivery = Delivery(transport, settings.bucket_bytes, settings.pause_mode)
         options = policy_options(model)
-        self._level = sleep_level(on_gpu=on_gpu, has_adapters=options is not None) if settings.enable_sleep_mode else 0
+        self._level = 0
+        if settings.enable_sleep_mode:
+            self._level = sleep_level(on_gpu=on_gpu, has_adapters=options is not None)
+            if host != "server":
+                check_segments(version, os.environ)
         self._sleeps = False
         self._vllm: Any = self._build(settings, dtype, options or {})
         if options is not None:

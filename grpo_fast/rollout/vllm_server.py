@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from grpo_fast.rollout.transports import BACKENDS, Transport, choose_transport
 from grpo_fast.rollout.vllm_adapters import lora_options
 from grpo_fast.rollout.vllm_engine import require_vllm
-from grpo_fast.rollout.vllm_sleep import sleep_level
+from grpo_fast.rollout.vllm_sleep import check_segments, sleep_level
 
 HOST = "127.0.0.1"
 _CPU_BLOCK_SIZE = 32
@@ -60,7 +60,7 @@ def server_command(  # noqa: PLR0913 (what the command line offers)
         RolloutError: vLLM is missing or too old.
         ValueError: a port out of range, a transport or a sleep that needs a GPU, or a rank that vLLM has no room for.
     """
-    require_vllm()
+    version = require_vllm()
     if not 0 < port < 2**16:
         raise ValueError(f"port must lie in 1 to 65535, got {port}")
     way = choose_transport(transport, "server", on_gpu=not on_cpu)
@@ -76,6 +76,7 @@ def server_command(  # noqa: PLR0913 (what the command line offers)
         arguments += ["--enforce-eager", "--block-size", str(_CPU_BLOCK_SIZE), "--no-enable-chunked-prefill"]
     if enable_sleep_mode:
         sleep_level(on_gpu=not on_cpu, has_adapters=max_lora_rank is not None)
+        check_segments(version, os.environ)
         arguments += ["--enable-sleep-mode"]
     forced = {"VLLM_SERVER_DEV_MODE": "1"}
     if way == "ipc":

@@ -2,17 +2,20 @@
 
 It falls asleep when a step's rollouts are made and wakes in parts, within the sync that follows: its weights before they are
 sent, its keys and values when the buckets of the transfer are gone. At level 2 it drops its weights, which all come anew; with
-adapters the base does not, so level 1 keeps weights in the host's memory. vLLM (0.32) makes its pool for such memory without
-expandable segments, whatever ``PYTORCH_ALLOC_CONF`` says of the rest. Nothing here imports vLLM. No GPU has run it.
+adapters the base does not, so level 1 keeps weights in the host's memory. Nothing here imports vLLM. No GPU has run it.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
+from packaging.version import Version
+
+_READS_ALLOC_CONF = Version("0.32")
+"""A version that reads PYTORCH_ALLOC_CONF; 0.28 does not."""
 
 Part = Literal["weights", "kv_cache"]
 
@@ -28,6 +31,24 @@ def sleep_level(*, on_gpu: bool, has_adapters: bool) -> int:
             "vLLM sleeps on GPUs only: on a CPU its memory stays where it is, and it refuses; leave vllm_enable_sleep_mode off"
         )
     return 1 if has_adapters else 2
+
+
+def check_segments(vllm: Version, environment: Mapping[str, str]) -> None:
+    """Checks that vLLM will find out where torch's allocator makes expandable segments, of which its pool must have none.
+
+    Args:
+        vllm: its version; an older one looks into another variable than torch's new one.
+        environment: that of its process.
+
+    Raises:
+        ValueError: it will not.
+    """
+    settings = environment.get("PYTORCH_ALLOC_CONF", "")
+    if "expandable_segments:True" in settings and vllm.release < _READS_ALLOC_CONF.release:
+        raise ValueError(
+            f"PYTORCH_ALLOC_CONF={settings!r}: memory in expandable segments cannot sleep; vLLM {vllm} switches them off "
+            f"for its own only where PYTORCH_CUDA_ALLOC_CONF names them; use that variable, or vLLM {_READS_ALLOC_CONF}"
+        )
 
 
 class Sleeper:

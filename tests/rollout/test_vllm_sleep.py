@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_fast import recipe
@@ -15,7 +16,7 @@ from grpo_fast.metrics import PhaseTimer
 from grpo_fast.rewards import RewardPool
 from grpo_fast.rollout import RolloutError, SamplingParams, WeightSyncError
 from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMSettings
-from grpo_fast.rollout.vllm_sleep import Sleeper, sleep_level
+from grpo_fast.rollout.vllm_sleep import Sleeper, check_segments, sleep_level
 from grpo_fast.tasks.stream import PromptStream
 from grpo_fast.train.collect import Collector
 from grpo_fast.types import Prompt
@@ -29,6 +30,17 @@ def test_the_level_follows_what_the_next_sync_brings() -> None:
     assert sleep_level(on_gpu=True, has_adapters=True) == 1
     with pytest.raises(ValueError, match=r"vLLM sleeps on GPUs only.*leave vllm_enable_sleep_mode off"):
         sleep_level(on_gpu=False, has_adapters=False)
+
+
+def test_expandable_segments_that_vllm_would_not_see_are_refused() -> None:
+    expandable = {"PYTORCH_ALLOC_CONF": "max_split_size_mb:512,expandable_segments:True"}
+    with pytest.raises(
+        ValueError, match=r"expandable_segments:True'.*vLLM 0\.31\.2 switches.*use that variable, or vLLM 0\.32"
+    ):
+        check_segments(Version("0.31.2"), expandable)
+    check_segments(Version("0.32.0"), expandable)
+    check_segments(Version("0.28.0"), {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"})
+    check_segments(Version("0.28.0"), {"PYTORCH_ALLOC_CONF": "expandable_segments:False"})
 
 
 def test_a_part_is_woken_once_and_only_where_it_sleeps() -> None:
