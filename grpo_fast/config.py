@@ -54,8 +54,9 @@ class Config(BaseModel):
     """Attention of transformers: ``sdpa``, ``eager``, ``flash_attention_2``, ..."""
     padding_free: Annotated[bool | None, _MODEL] = None
     """Train on sequences in one row, none padded; ``None`` does so where the model's attention can be told their borders."""
-    share_prompts: Annotated[bool, _MODEL] = False
-    """Compute a prompt once for its packed completions: 1.7 to 3.7 times as fast as padded, prompts of 30 to 300 tokens."""
+    share_prompts: Annotated[bool | None, _MODEL] = None
+    """Compute a prompt once for its packed completions: 1.7 to 3.7 times as fast as padded, prompts of 30 to 300 tokens.
+    ``None`` does so on a CPU, where ``sdpa`` or ``eager`` packs; on a GPU it has not been measured."""
     gradient_checkpointing: Annotated[bool, _MODEL] = False
     """Recompute activations in the backward pass: a third more compute for much less memory."""
     gradient_checkpointing_mode: Annotated[Literal["full", "selective"], _MODEL] = "full"

@@ -1,10 +1,11 @@
 """Whole training steps beside TRL's GRPOTrainer: same model, prompts, group size, lengths, loss and learning rate.
 
-The two take turns, one step each, so that both meet the same state of the machine; each rollout is the trainer's own (TRL's
-through ``model.generate``, its default without vLLM). Run ``python benchmarks/system/step_time.py``; it prints JSON and, with
-``--output``, writes it. ``--model DIRECTORY`` (such as what ``smollm2.py`` writes) takes another model on the same prompts,
-with a reward that differs between any two answers, so that no group is left out and both train on every token. Peak memory is
-that of each trainer alone, in a process of its own.
+The two take turns, one step each, so that both meet the same state of the machine; ``cpu_s`` is what the process computed in a
+step, which a busy machine changes less than the time that it took (functions that reward in processes of their own are not in
+it). Each rollout is the trainer's own (TRL's through ``model.generate``, its default without vLLM). Run ``python
+benchmarks/system/step_time.py``; it prints JSON and, with ``--output``, writes it. ``--model DIRECTORY`` (such as what
+``smollm2.py`` writes) takes another model on the same prompts, with a reward that differs between any two answers, so that no
+group is left out and both train on every token. Peak memory is that of each trainer alone, in a process of its own.
 """
 
 from __future__ import annotations
@@ -62,25 +63,29 @@ class TakeTurns(TrainerCallback):
     def __init__(self, ours: GRPOTrainer, num_steps: int) -> None:
         self._steps = ours.steps()
         self._num_steps = num_steps
-        self._begun = 0.0
+        self._begun = self._begun_cpu = 0.0
         self.theirs: TimedTRL | None = None
         self.trl_s: list[float] = []
         self.trl_sampled_s: list[float] = []
         self.trl_tokens: list[int] = []
         self.ours_s: list[float] = []
+        self.trl_cpu_s: list[float] = []
+        self.ours_cpu_s: list[float] = []
         self.ours: list[dict[str, float]] = []
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self._begun = time.perf_counter()
+        self._begun, self._begun_cpu = time.perf_counter(), time.process_time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trl_s.append(time.perf_counter() - self._begun)
+        self.trl_cpu_s.append(time.process_time() - self._begun_cpu)
         assert self.theirs is not None
         self.trl_sampled_s.append(self.theirs.sampled_s)
         self.trl_tokens.append(self.theirs.num_tokens)
-        begun = time.perf_counter()
+        begun, begun_cpu = time.perf_counter(), time.process_time()
         step = next(self._steps)
         self.ours_s.append(time.perf_counter() - begun)
+        self.ours_cpu_s.append(time.process_time() - begun_cpu)
         self.ours.append(dict(step.metrics))
         control.should_training_stop = step.step >= self._num_steps
 
@@ -187,6 +192,10 @@ def _table(turns: TakeTurns, trl_rewards: list[float], warmup_steps: int) -> dic
         "trl_step_s": dict(zip(("p25", "p50", "p75"), statistics.quantiles(theirs, n=4), strict=True)),
         "median_ratio_trl_over_ours": statistics.median(theirs) / statistics.median(ours),
         "paired_ratio_median": statistics.median(t / o for t, o in zip(theirs, ours, strict=True)),
+        "cpu_s": {
+            "grpo_fast": statistics.median(turns.ours_cpu_s[kept]),
+            "trl": statistics.median(turns.trl_cpu_s[kept]),
+        },
         "phases_s": {
             "grpo_fast": {name: statistics.median(m[f"time/{name}"] for m in turns.ours[kept]) for name in OURS},
             "trl": {

@@ -18,6 +18,7 @@ import torch
 
 from grpo_fast.ops.head_pass import Block, RowGradient, RowStatistics, row_scales
 from grpo_fast.ops.lm_head import LMHead, pad_rows, padded, rows_per_chunk, working_dtype
+from grpo_fast.ops.products import add_outer, linear_into, mm
 
 _CACHE_BYTES = 2**22
 """Blocks of a quarter of it are no faster, and threads wait for each other four times as often."""
@@ -69,7 +70,7 @@ class TorchHeadPass:
         inputs = pad_rows(self._hidden[rows].to(self._weight.dtype))
         targets = pad_rows(self._targets[rows])
         exp = self._exp[: inputs.shape[0]]
-        torch.mm(inputs, self._weight.T, out=exp)
+        linear_into(inputs, self._weight, out=exp)
         per_row = torch.empty(4, inputs.shape[0], dtype=exp.dtype, device=exp.device)
         for part in self._cache_blocks(inputs.shape[0]):
             self._one_cache_block(exp[part], targets[part, None], per_row[:, part], want_entropy=want_entropy)
@@ -133,15 +134,12 @@ class TorchHeadPass:
         count = len(scales)
         if self._dhidden is not None:
             found = self._dhidden[rows]
-            if index is None and exp.shape[0] == count and found.dtype == exp.dtype:
-                torch.mm(exp, self._weight, out=found).mul_(scales[:, None])
-            else:
-                part = torch.mm(exp, self._weight)[:count].mul_(scales[:, None]).to(found.dtype)
-                _ = found.copy_(part) if index is None else found.zero_().index_copy_(0, index, part)
+            part = mm(exp, self._weight)[:count].mul_(scales[:, None]).to(found.dtype)
+            _ = found.copy_(part) if index is None else found.zero_().index_copy_(0, index, part)
         if self._wanted[1] and count:
-            self._dweight = _accumulate(self._dweight, exp[:count], inputs.to(exp.dtype) * scales[:, None])
+            self._dweight = add_outer(self._dweight, exp[:count], inputs.to(exp.dtype) * scales[:, None])
         if self._wanted[2] and count:
-            self._dbias = _accumulate(self._dbias, exp[:count], scales[:, None])
+            self._dbias = add_outer(self._dbias, exp[:count], scales[:, None])
 
     def _add_entropy(self, exp: torch.Tensor, block: Block, statistics: RowStatistics, gradient: RowGradient) -> None:
         assert gradient.entropy is not None
@@ -171,7 +169,3 @@ class TorchHeadPass:
     def _cache_blocks(self, num_rows: int) -> Iterator[slice]:
         for start in range(0, num_rows, self._cache_rows):
             yield slice(start, min(start + self._cache_rows, num_rows))
-
-
-def _accumulate(total: torch.Tensor | None, exp: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    return torch.mm(exp.T, rows) if total is None else total.addmm_(exp.T, rows)

@@ -62,7 +62,10 @@ class DecodeBatch:
         self._draws = torch.from_numpy(draws).to(self._device)
         self._positions = torch.from_numpy(self._lengths[source]).to(self._device)
         fused = stepping in {"shared", "fused"}
-        self._llama_step = LlamaStep(model, self._width + sampling.max_tokens) if fused else None
+        self._llama_step = None
+        if fused:
+            limit = sampling.max_tokens
+            self._llama_step = LlamaStep(model, self._width + limit, num_rows=len(source), num_steps=limit)
         self._stepping = stepping
         self._mask = self._decode_mask()
         self._rows = np.arange(len(source))

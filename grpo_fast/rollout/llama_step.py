@@ -9,11 +9,12 @@ Only what :func:`supports` accepts is stepped this way; everything else runs thr
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own custom)
 
+from grpo_fast.ops.products import PackedWeight, ProductLinear, pays_to_pack
 from grpo_fast.rollout.shared_prefix import SharedPrefixCache
 
 if TYPE_CHECKING:
@@ -44,7 +45,9 @@ def supports(model: PreTrainedModel) -> bool:
         return False
     for module in model.modules():
         wrapped = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-        strange = type(module) is not torch.nn.Linear and hasattr(module, "in_features") and not _is_lora(module)
+        strange = (
+            type(module) not in {torch.nn.Linear, ProductLinear} and hasattr(module, "in_features") and not _is_lora(module)
+        )
         if wrapped or strange:
             return False
     return len({parameter.device for parameter in model.parameters()}) == 1
@@ -80,20 +83,55 @@ class _Adapter(NamedTuple):
         return cls(layer.base_layer, a.t(), (layer.scaling[name] * b).t())
 
 
+_Kind: TypeAlias = Literal["query_key_value", "out", "gate_up", "down"]
+
+
+def _linears(layer: Any, kind: _Kind) -> list[torch.nn.Linear]:
+    attention, mlp = layer.self_attn, layer.mlp
+    match kind:
+        case "query_key_value":
+            return [attention.q_proj, attention.k_proj, attention.v_proj]
+        case "out":
+            return [attention.o_proj]
+        case "gate_up":
+            return [mlp.gate_proj, mlp.up_proj]
+        case "down":
+            return [mlp.down_proj]
+
+
+class _PackedLayer(NamedTuple):
+    """A layer's linear layers, those of one input together."""
+
+    query_key_value: PackedWeight
+    out: PackedWeight
+    gate_up: PackedWeight
+    down: PackedWeight
+
+    @classmethod
+    def of(cls, layer: Any) -> _PackedLayer:
+        return cls(*(PackedWeight(_linears(layer, kind)) for kind in get_args(_Kind)))
+
+
 class LlamaStep:
     """Steps a batch by one token.
 
     Args:
-        model: a model that :func:`supports` accepts; its weights are read, never copied.
+        model: a model that :func:`supports` accepts; its weights are read, and copied only where packing them pays.
         num_positions: longest sequence of the batch.
+        num_rows: sequences of the batch, at first.
+        num_steps: steps to be taken at most.
     """
 
-    def __init__(self, model: PreTrainedModel, num_positions: int) -> None:
+    def __init__(self, model: PreTrainedModel, num_positions: int, *, num_rows: int, num_steps: int) -> None:
         inner: Any = model.model
         self._layers = list(inner.layers)
         found = ((layer, _Adapter.of(layer)) for layer in inner.layers.modules())
         self._adapters = {layer: adapter for layer, adapter in found if adapter is not None}
         self._embedding, self._norm, self._head = inner.embed_tokens, inner.norm, model.lm_head
+        self._packed = None
+        if not self._adapters and pays_to_pack(self._layers[0].mlp.gate_proj, num_rows=num_rows, num_uses=num_steps):
+            self._packed = [_PackedLayer.of(layer) for layer in self._layers]
+            self._head = PackedWeight([self._head])
         weight = self._embedding.weight
         positions = torch.arange(num_positions, device=weight.device)[None]
         cos, sin = inner.rotary_emb(weight[:1, None], positions)
@@ -126,12 +164,9 @@ class LlamaStep:
         for index, layer in enumerate(self._layers):
             normed = _rms_norm(hidden, layer.input_layernorm)
             attended = self._attend(cache, index, normed, (cos, sin), mask)
-            hidden = self._add_linear(hidden, attended, layer.self_attn.o_proj)
-            normed = _rms_norm(hidden, layer.post_attention_layernorm)
-            gated = F.silu(self._linear(normed, layer.mlp.gate_proj), inplace=True).mul_(
-                self._linear(normed, layer.mlp.up_proj)
-            )
-            hidden = self._add_linear(hidden, gated, layer.mlp.down_proj)
+            hidden = self._add_projected(hidden, attended, index, "out")
+            gate, up = self._projected(_rms_norm(hidden, layer.post_attention_layernorm), index, "gate_up")
+            hidden = self._add_projected(hidden, F.silu(gate, inplace=True).mul_(up), index, "down")
         logits = self._head(_rms_norm(hidden, self._norm))
         assert isinstance(logits, torch.Tensor)
         return logits
@@ -147,9 +182,7 @@ class LlamaStep:
         """Attention of one query a row, [n, heads * head size]."""
         attention = self._layers[index].self_attn
         count, size = normed.shape[0], attention.head_dim
-        query = self._linear(normed, attention.q_proj).view(count, -1, size)
-        key = self._linear(normed, attention.k_proj).view(count, -1, size)
-        value = self._linear(normed, attention.v_proj).view(count, -1, size)
+        query, key, value = (side.view(count, -1, size) for side in self._projected(normed, index, "query_key_value"))
         if hasattr(attention, "q_norm"):
             query, key = _rms_norm(query, attention.q_norm), _rms_norm(key, attention.k_norm)
         query, key = _rotate(query, rotation), _rotate(key, rotation)
@@ -160,22 +193,37 @@ class LlamaStep:
         mixed = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=attention.scaling)
         return mixed.reshape(count, -1)
 
+    def _projected(self, hidden: torch.Tensor, index: int, kind: _Kind) -> list[torch.Tensor]:
+        """What each linear layer of a kind makes of rows that all of them take."""
+        if self._packed is None:
+            return [self._linear(hidden, linear) for linear in _linears(self._layers[index], kind)]
+        packed: PackedWeight = getattr(self._packed[index], kind)
+        return list(packed(hidden).split(packed.sizes, dim=-1))
+
+    def _add_projected(self, residual: torch.Tensor, hidden: torch.Tensor, index: int, kind: _Kind) -> torch.Tensor:
+        if self._packed is None:
+            return self._add_linear(residual, hidden, *_linears(self._layers[index], kind))
+        packed: PackedWeight = getattr(self._packed[index], kind)
+        return packed(hidden).add_(residual)
+
     def _linear(self, hidden: torch.Tensor, linear: torch.nn.Module) -> torch.Tensor:
         adapter = self._adapters.get(linear)
         if adapter is None:
             found: torch.Tensor = linear(hidden)
             return found
-        return F.linear(hidden, adapter.base.weight, adapter.base.bias).addmm_(hidden @ adapter.down, adapter.up)
+        found = adapter.base(hidden)
+        return found.addmm_(hidden @ adapter.down, adapter.up)
 
     def _add_linear(self, residual: torch.Tensor, hidden: torch.Tensor, linear: torch.nn.Linear) -> torch.Tensor:
         adapter = self._adapters.get(linear)
         base = linear if adapter is None else adapter.base
-        if type(base) is not torch.nn.Linear:  # an adapter of another kind: its ``weight`` is its base's alone
-            return torch.add(residual, base(hidden))
-        total = torch.addmm(residual, hidden, base.weight.t())
-        if adapter is not None:
-            total.addmm_(hidden @ adapter.down, adapter.up)
-        return total if base.bias is None else total.add_(base.bias)
+        if type(base) is torch.nn.Linear:
+            total = torch.addmm(residual, hidden, base.weight.t())
+            if base.bias is not None:
+                total.add_(base.bias)
+        else:  # one that multiplies in its own way, or an adapter of another kind, whose ``weight`` is its base's alone
+            total = torch.add(residual, base(hidden))
+        return total if adapter is None else total.addmm_(hidden @ adapter.down, adapter.up)
 
 
 def _rms_norm(hidden: torch.Tensor, norm: torch.nn.Module) -> torch.Tensor:

@@ -13,6 +13,8 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
+from grpo_fast.ops.products import ONEDNN_OPS
+
 CheckpointingMode: TypeAlias = Literal["full", "selective"]
 
 _aten = torch.ops.aten
@@ -21,6 +23,7 @@ KEPT_OPS = frozenset(
         _aten.mm.default,
         _aten.addmm.default,
         _aten.bmm.default,
+        *ONEDNN_OPS,
         _aten._scaled_dot_product_flash_attention_for_cpu.default,
         _aten._scaled_dot_product_flash_attention.default,
         _aten._scaled_dot_product_efficient_attention.default,

@@ -85,7 +85,8 @@ def _packed(
         raise ValueError(
             f"{type(module).__name__} adds {', '.join(unknown)} to its scores, which packed attention does not know"
         )
-    query, key, value = (side[0].transpose(0, 1) for side in sides)
+    # under autocast rotary positions leave queries and keys in float32, and attention with a prompt is not cast by it
+    query, key, value = (side[0].transpose(0, 1).to(sides[2].dtype) for side in sides)
     scores = Scores(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=given.get("sliding_window"),

@@ -29,11 +29,12 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from grpo_fast.assets import embedded_model_dir
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.ops import Layout, LMHead, token_logprob
+from grpo_fast.ops.products import use_products
 from grpo_fast.train.adapters import Adapters
 from grpo_fast.train.batch import TrainingSequence, build_batch
 from grpo_fast.train.checkpointing import checkpoint_layers
 from grpo_fast.train.head_part import Head
-from grpo_fast.train.packed_model import let_pack, let_pad, model_inputs
+from grpo_fast.train.packed_model import let_pack, let_pad, model_inputs, takes_shared_prompts
 from grpo_fast.train.quantised import keep_as_loaded, loading_arguments, refuse_ragged_blocks, require_bitsandbytes
 from grpo_fast.types import TokenBatch
 
@@ -181,14 +182,18 @@ class Policy:
     def _leak(self) -> str | None:
         tokens = [number % min(8, self._head.weight.shape[0]) for number in range(_PROBE_TOKENS)]
         sequences = [
-            TrainingSequence((tokens[low],), tuple(tokens[low + 1 : high]), (0.0,) * (high - low - 1), 0.0, in_loss=True)
-            for low, high in pairwise((0, 3, 7, _PROBE_TOKENS))
+            TrainingSequence(
+                (tokens[7 * (low // 7)],), tuple(tokens[low + 1 : high]), (0.0,) * (high - low - 1), 0.0, in_loss=True
+            )
+            for low, high in pairwise((0, 3, 7, _PROBE_TOKENS))  # the first two share their prompt
         ]
+        shares = takes_shared_prompts(self.model)
         weights = [0.0] * len(sequences)
         alone = [self.scored_hidden_states(build_batch([one], [0.0], self.device)) for one in sequences]
         expected = torch.cat(alone).float()
         try:
-            found = self.scored_hidden_states(build_batch(sequences, weights, self.device, layout="packed")).float()
+            batch = build_batch(sequences, weights, self.device, layout="packed", shares_prompts=shares)
+            found = self.scored_hidden_states(batch).float()
         except (ValueError, TypeError, RuntimeError) as error:
             return f"{type(self.model).__name__} does not take packed sequences ({error})"
         difference = ((found - expected).abs().max() / expected.abs().max()).item()
@@ -293,6 +298,8 @@ class PolicySource:
         if quantised:
             keep_as_loaded(model)
         _disable_dropout(model)
+        if self._device.type == "cpu":
+            use_products(model)
         adapters = Adapters(model, config) if config.use_peft else None
         if config.gradient_checkpointing:
             checkpoint_layers(model, config.gradient_checkpointing_mode)

@@ -114,11 +114,15 @@ class Learner:
             raise ValueError(
                 f"beta={config.beta} and reference={reference}: a reference policy is needed exactly when beta > 0"
             )
-        if config.share_prompts and not takes_shared_prompts(policy.model):
+        can_share = takes_shared_prompts(policy.model)
+        if config.share_prompts and not can_share:
             raise ConfigError(
                 f"share_prompts=True needs sequences packed by attn_implementation='sdpa' or 'eager'; here they are "
                 f"{policy.layout} by attn_implementation={config.attn_implementation!r}; set share_prompts=False"
             )
+        self._shares_prompts = can_share and policy.device.type == "cpu"
+        if config.share_prompts is not None:
+            self._shares_prompts = config.share_prompts
         self._config = config
         self._policy = policy
         self._optimizer = optimizer
@@ -172,7 +176,7 @@ class Learner:
         return UpdateResult(metrics, trained, num_sampled - num_trained, measured, shared, measured_shared)
 
     def _saved_prompts(self, sequences: Sequence[TrainingSequence], cuts: Sequence[Sequence[int]]) -> tuple[int, ...]:
-        if not self._config.share_prompts:
+        if not self._shares_prompts:
             return ()
         layout = shared_prompts(sequences)
         return tuple(length for rows in cuts for length in layout.copies_saved(rows))
@@ -226,7 +230,7 @@ class Learner:
                 [n * (owner == rank) for n, owner in zip(in_loss, owners, strict=True)],
                 live=[alive and owner == rank for alive, owner in zip(live, owners, strict=True)],
                 token_budget=config.tokens_per_microbatch,
-                layout=shared_prompts(sequences) if self._config.share_prompts else self._policy.layout,
+                layout=shared_prompts(sequences) if self._shares_prompts else self._policy.layout,
                 keep_dead_rows_for_metrics=config.keep_dead_rows_for_metrics,
             )
             for rank in range(self._world.size)
@@ -248,7 +252,7 @@ class Learner:
                     [weights[i] for i in rows],
                     self._policy.device,
                     layout=self._policy.layout,
-                    shares_prompts=self._config.share_prompts,
+                    shares_prompts=self._shares_prompts,
                 )
                 parts.append(_Part(batch, chosen, gradient))
             parts += [_Part(batch, (), gradient, is_filler=True) for batch in self._fillers(sequences, cuts)]

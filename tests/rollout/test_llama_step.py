@@ -7,6 +7,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
+from grpo_fast.ops import products
+from grpo_fast.ops.products import PackedWeight
 from grpo_fast.rollout.kv_cache import PreallocatedCache
 from grpo_fast.rollout.llama_step import LlamaStep, supports
 
@@ -46,13 +48,35 @@ def test_steps_equal_the_module(rope: str) -> None:
     assert furthest_from_the_module(llama(rope_parameters=ROPES[rope])) <= 1e-5
 
 
+@pytest.mark.skipif(not products.ONEDNN_OPS, reason="this torch has no oneDNN")
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_steps_by_packed_weights_equal_the_module(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "USES_ONEDNN", True)
+    monkeypatch.setattr(products, "_LEAST_WORK", 1)
+    torch.manual_seed(0)
+    model = llama(attention_bias=True) if family == "llama" else Qwen2ForCausalLM(Qwen2Config(**SIZES)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05)  # a bias is 0 at first
+    products.use_products(model)
+    assert supports(model)
+    calls = []
+    monkeypatch.setattr(
+        PackedWeight, "__call__", lambda self, rows, call=PackedWeight.__call__: calls.append(0) or call(self, rows)
+    )
+    assert furthest_from_the_module(model) <= 1e-4
+    assert not calls, "six steps do not pay for it"
+    assert furthest_from_the_module(model, num_steps=64) <= 1e-4
+    assert len(calls) == 6 * (4 * 2 + 1)
+
+
 @torch.no_grad()
-def furthest_from_the_module(model: PreTrainedModel) -> float:
+def furthest_from_the_module(model: PreTrainedModel, *, num_steps: int = 6) -> float:
     ids = torch.randint(3, 32, (3, 12), generator=torch.Generator().manual_seed(0))
     start = model(ids[:, :6], use_cache=True)
     cache = PreallocatedCache(3, 12, start.past_key_values)
     cache.fill(slice(0, 3), start.past_key_values, torch.arange(3))
-    step = LlamaStep(model, 12)
+    step = LlamaStep(model, 12, num_rows=3, num_steps=num_steps)
     whole = model(ids).logits
     return max(
         (step(cache, ids[:, position], torch.full((3,), position), None) - whole[:, position]).abs().max().item()

@@ -117,7 +117,7 @@ def test_microbatches_change_nothing(loss_type: str, tiny_policy: MakePolicy, gr
 def test_packing_changes_no_gradient(tiny_policy: MakePolicy, groups: list[Group], budget: int) -> None:
     padded = tiny_policy()
     packed = Policy(deepcopy(padded.model), padded.tokenizer, padding_free=True)
-    settings = {"tokens_per_microbatch": budget, "beta": 0.1}
+    settings = {"tokens_per_microbatch": budget, "beta": 0.1, "share_prompts": False}
     benches = [Bench(policy, tiny_policy(), **settings) for policy in (padded, packed)]
     results = [bench.update(groups) for bench in benches]
     assert packed.layout == "packed"
@@ -130,7 +130,7 @@ def test_sharing_prompts_changes_no_gradient(tiny_policy: MakePolicy, groups: li
     padded = tiny_policy()
     packed = Policy(deepcopy(padded.model), padded.tokenizer, padding_free=True)
     benches = [
-        Bench(policy, tokens_per_microbatch=budget, share_prompts=policy is packed, num_iterations=2)
+        Bench(policy, tokens_per_microbatch=budget, num_iterations=2)  # packed ones are shared unless told otherwise
         for policy in (padded, packed)
     ]
     plain, shared = (bench.update(groups) for bench in benches)
