@@ -54,6 +54,11 @@ def readme_table() -> str:
                 large["grpo_fast_step_s"]["p50"], large["trl_step_s"]["p50"], large["median_ratio_trl_over_ours"]
             ),
         ),
+        (
+            "processor time of that, ours / TRL",
+            f"{large['cpu_s']['grpo_fast']:.1f} s / {large['cpu_s']['trl']:.1f} s "
+            f"({large['cpu_s']['trl'] / large['cpu_s']['grpo_fast']:.1f}x)",
+        ),
     ]
     head = f"| embedded model, {cores} CPU cores, torch {embedded['versions']['torch']} | seeds 0, 1, 2 |\n|---|---|\n"
     return head + "".join(f"| {name} | {value} |\n" for name, value in rows)
