@@ -113,7 +113,7 @@ class StepCase:
 
 
 CASES = (
-    StepCase("1.5b-update", "qwen2.5-1.5b", 2, 8, 960, 4, seconds=110),
+    StepCase("1.5b-update", "qwen2.5-1.5b", 2, 8, 960, 16, checkpointing=True, seconds=110),
     StepCase("8b-qlora", "llama-3.1-8b", 1, 8, 4096, 1, weights="qlora", checkpointing=True, num_steps=3, seconds=220),
     StepCase("smollm2-step", "smollm2-135m", 8, 8, 256, 32, samples=True, seconds=110),
     StepCase("0.5b-update", "qwen2.5-0.5b", 2, 8, 960, 8, seconds=80),

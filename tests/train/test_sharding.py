@@ -74,11 +74,20 @@ def groups(make_group: Callable[..., Group]) -> list[Group]:
     return [make_group(0, [1.0, 0.0, 0.5, 0.0]), make_group(1, [1.0] * 4), make_group(2, [0.0, 0.5, 1.0, 0.25])]
 
 
-@pytest.mark.parametrize("fsdp", ["full_shard", "shard_grad_op", "hybrid_shard"])
+@pytest.mark.parametrize(
+    ("fsdp", "parallel"), [("full_shard", False), ("full_shard", True), ("shard_grad_op", False), ("hybrid_shard", True)]
+)
 def test_updates_are_those_of_the_whole_policy(
-    fsdp: str, world: World, make_policy: Callable[[], Policy], groups: list[Group]
+    fsdp: str, parallel: bool, world: World, make_policy: Callable[[], Policy], groups: list[Group]
 ) -> None:
-    config = settings(fsdp=fsdp, beta=0.05, num_iterations=2, tokens_per_microbatch=30, keep_dead_rows_for_metrics=True)
+    config = settings(
+        fsdp=fsdp,
+        fsdp_parallel_head=parallel,
+        beta=0.05,
+        num_iterations=2,
+        tokens_per_microbatch=30,
+        keep_dead_rows_for_metrics=True,
+    )
     whole = Bench(make_policy(), config, make_policy())
     sharded = Bench(
         ShardedPolicy(make_policy(), make_policy(), config=config, world=world),
