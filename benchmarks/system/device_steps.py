@@ -123,9 +123,10 @@ def run_trainer(case: StepCase, trainer: str, models: Path, *, smoke: bool) -> d
         smoke: on the CPU, in miniature.
 
     Returns:
-        Medians over all steps but the first: seconds of a step and of its phases, trained tokens a second; peak memory in GiB.
+        Medians over all steps but the first: seconds of a step and of its phases, trained tokens a second; peak memory in GiB,
+        and what the plan had said of it.
     """
-    from benchmarks.system.device_trainers import STEPPERS  # noqa: PLC0415 (TRL takes seconds to import, and may be missing)
+    from benchmarks.system.device_trainers import STEPPERS, planned_gib  # noqa: PLC0415 (TRL takes seconds to import, and may be missing)
 
     warnings.simplefilter("ignore")
     directory, weights = model_directory(case.layout, models, smoke=smoke)
@@ -143,6 +144,7 @@ def run_trainer(case: StepCase, trainer: str, models: Path, *, smoke: bool) -> d
         **medians,
         "tokens_per_s": case.tokens / medians["step_s"],
         "peak_gib": _peak_gib(),
+        **({"planned_gib": planned_gib(case, directory)} if trainer == "grpo_fast" else {}),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", trainer.replace("_", "-"))},
     }
 

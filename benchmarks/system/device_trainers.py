@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from benchmarks.system.device_cases import StepCase
 from grpo_fast import Config, GRPOTrainer
 from grpo_fast.rollout.engine import SamplingParams
 from grpo_fast.tasks import Task
+from grpo_fast.train.plan_memory import MemoryInputs, MemoryPlanner, device_room
 from grpo_fast.types import Completion
 
 LORA_R, LORA_ALPHA = 16, 32
@@ -67,13 +68,13 @@ class GivenCompletions:
         """Holds nothing."""
 
 
-def grpo_fast_steps(case: StepCase, directory: Path, folder: Path) -> list[dict[str, float]]:
-    """This project's."""
+def configuration(case: StepCase, directory: Path, run: Path) -> Config:
+    """A case as this project's configuration."""
     length = case.prompt_tokens + case.completion_tokens
-    config = Config.parse(
+    return Config.parse(
         {
             "model": str(directory),
-            "output_dir": folder / "run",
+            "output_dir": run,
             "prompts_per_step": case.prompts,
             "num_generations": case.generations,
             "max_completion_length": case.completion_tokens,
@@ -93,6 +94,22 @@ def grpo_fast_steps(case: StepCase, directory: Path, folder: Path) -> list[dict[
             "sinks": (),
         }
     )
+
+
+def planned_gib(case: StepCase, directory: Path) -> float:
+    """What the memory plan says that a case allocates at most, before anything is loaded."""
+    config = configuration(case, directory, directory)
+    room, kind = device_room(config, None)
+    inputs = MemoryInputs(room, kind, prompt_tokens=case.prompt_tokens, num_devices=1)
+    plan = MemoryPlanner(AutoConfig.from_pretrained(directory), config, inputs).plan()
+    fullest = max(sum(phase.values()) for name, phase in plan.phases.items() if case.samples or name == "training")
+    libraries = plan.lasting["process and libraries"]  # torch does not count them as allocated
+    return (sum(plan.lasting.values()) - libraries + fullest) / 2**30
+
+
+def grpo_fast_steps(case: StepCase, directory: Path, folder: Path) -> list[dict[str, float]]:
+    """This project's."""
+    config = configuration(case, directory, folder / "run")
     tokenizer = AutoTokenizer.from_pretrained(directory)
     task = Task("given", _prompts(case, tokenizer), [], ("exact_match",), "exact_match")
     engine = {} if case.samples else {"engine": GivenCompletions(case, len(tokenizer))}

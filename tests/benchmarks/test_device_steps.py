@@ -48,6 +48,7 @@ def test_every_case_runs_in_miniature(smoke: tuple[int, dict[str, Any]]) -> None
             assert 0 < row["train_s"] <= row["step_s"]
             assert row["tokens_per_s"] == pytest.approx(record["tokens"] / row["step_s"])
             assert row["weights"] == "random"
+        assert 0 < record["rows"]["grpo_fast"]["planned_gib"] < 1
         assert record["rows"]["unsloth"]["status"] == "missing"
         assert record["rows"]["unsloth"]["reason"]
         assert all(target["met"] is None for target in record["targets"]), "miniatures say nothing of targets"
