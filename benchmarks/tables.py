@@ -128,7 +128,8 @@ def sync_table() -> str:
         times = {name: report.duration(row["p50_ms"]) for name, row in case["rows"].items()}
         ours = f"{times['grpo_fast']}, of it probe {report.duration(case['probe_ms'])}"
         rivals = [times.get(name, "") for name in ("reload_weights", "safetensors")]
-        rows.append([f"{case['layout']}{layers}, {case['engine']}", f"{case['num_bytes'] / 1e9:.2f} GB", ours, *rivals])
+        engine = case["engine"] + ", sparse" * (case["transport"] == "sparse")
+        rows.append([f"{case['layout']}{layers}, {engine}", f"{case['num_bytes'] / 1e9:.2f} GB", ours, *rivals])
     head = f"from the optimiser's step to the first token, {content['device']}, {content['cores']} busy cores"
     return _markdown([head, "weights", "sync", "vLLM's reload, unproven", "safetensors on a RAM disk"], rows)
 

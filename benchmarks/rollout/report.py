@@ -44,7 +44,10 @@ def _syncs(content: dict[str, Any]) -> str:
     for case in content["cases"]:
         whole = case["layers"] == case["layers_whole"]
         layers = "" if whole else f", {case['layers']} of {case['layers_whole']} layers"
-        cells = [case["layout"] + layers, f"{case['num_bytes'] / 1e9:.2f} GB", f"{case['engine']}, {case['transport']}"]
+        sent = case.get("sent_bytes", case["num_bytes"])
+        part = f", {sent / 1e6:.0f} MB sent" if sent < case["num_bytes"] else ""
+        size = f"{case['num_bytes'] / 1e9:.2f} GB{part}"
+        cells = [case["layout"] + layers, size, f"{case['engine']}, {case['transport']}"]
         cells += [duration(case["rows"]["grpo_fast"]["p50_ms"]), duration(case["probe_ms"])]
         for rival in ("reload_weights", "safetensors"):
             cells.append(duration(case["rows"][rival]["p50_ms"]) if rival in case["rows"] else "")

@@ -4,7 +4,8 @@ Weights are float32 in the trainer and bfloat16 in vLLM, as in training. Contend
 one sampled token:
 
 - ``grpo_fast``: the whole sync, with the reset of the prefix cache and the probe that proves it; directly from the policy where
-  the engine is in the trainer's process, through shared memory where it is a server (``--server``);
+  the engine is in the trainer's process, else through shared memory: in a process of its own (``--host own``) or as a server
+  (``--host server``); or what changed alone (``--transport sparse``), one value in a hundred;
 - ``reload_weights``: vLLM's own reload from an iterator, tensor by tensor, and the reset (in this process only);
 - ``safetensors``: the model saved to a RAM disk and reloaded from there, and the reset;
 - ``load_weights``: the model's bare loader, tensor by tensor, which fails where vLLM has repacked a weight.
@@ -38,6 +39,7 @@ from benchmarks.ops.store import commit, today
 from benchmarks.rollout.models import CONTEXT, LAYOUTS, any_tokenizer
 from grpo_fast.device import device_facts, versions
 from grpo_fast.rollout import SamplingParams
+from grpo_fast.rollout.transports import Transport
 from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMServerEngine, VLLMSettings
 from grpo_fast.rollout.vllm_server import server_command
 
@@ -45,6 +47,7 @@ OUTPUT = Path(__file__).parents[1] / "results" / "cpu" / "sync.json"
 RAM_DISK = Path("/dev/shm")
 DTYPE = torch.bfloat16
 WEIGHTS = "model.safetensors"
+ENGINES = {"in": "in process", "own": "own process", "server": "server"}
 Way = Callable[[], None]
 
 
@@ -79,6 +82,26 @@ def in_process_ways(model: PreTrainedModel, engine: VLLMEngine, directory: Path)
     return {"reload_weights": lambda: reload(tensors()), "safetensors": round_trip, "load_weights": bare}
 
 
+def own_process_ways(model: PreTrainedModel, engine: VLLMEngine, directory: Path) -> dict[str, Way]:
+    llm: Any = engine._vllm._llm
+    # It began with dummy weights, and would read no files.
+    llm.collective_rpc("update_config", args=({"load_config": {"load_format": "auto"}},))
+
+    def round_trip() -> None:
+        save_weights(model, directory)
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(directory)})
+        llm.reset_prefix_cache()
+
+    return {"safetensors": round_trip}
+
+
+@torch.no_grad()
+def change_some(model: PreTrainedModel, version: int) -> None:
+    """Another value of one weight in a hundred, as small updates of bfloat16 make; others keep theirs."""
+    for weight in model.parameters():
+        weight.view(-1)[version % 100 :: 100] *= 1.01
+
+
 def server_ways(model: PreTrainedModel, engine: VLLMServerEngine, directory: Path) -> dict[str, Way]:
     server: Any = engine._vllm.servers[0]
 
@@ -91,7 +114,7 @@ def server_ways(model: PreTrainedModel, engine: VLLMServerEngine, directory: Pat
 
 
 @contextmanager
-def served(model: PreTrainedModel) -> Iterator[str]:
+def served(model: PreTrainedModel, transport: Transport) -> Iterator[str]:
     """A server of the model's architecture; yields its address."""
     with tempfile.TemporaryDirectory() as directory, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -101,7 +124,8 @@ def served(model: PreTrainedModel) -> Iterator[str]:
         model.config.save_pretrained(directory)
         any_tokenizer().save_pretrained(directory)
         save_weights(model, Path(directory))
-        command = server_command(directory, port=port, on_cpu=True, dtype="bfloat16", max_model_len=CONTEXT)
+        settings: dict[str, Any] = {"dtype": "bfloat16", "max_model_len": CONTEXT, "transport": transport}
+        command = server_command(directory, port=port, on_cpu=True, **settings)
         # The rival reads files, which a server that began with dummy weights refuses.
         arguments = ["auto" if argument == "dummy" else argument for argument in command.arguments]
         process = subprocess.Popen(arguments, env=command.environment)
@@ -125,6 +149,7 @@ def take_turns(model: PreTrainedModel, engine: VLLMEngine, ways: dict[str, Way],
     failures: dict[str, str] = {}
     syncs = []
     for version in range(1, rounds + 2):  # the first round warms up
+        change_some(model, version)
         for name in list(readings):
             begin = time.perf_counter()
             try:
@@ -140,28 +165,31 @@ def take_turns(model: PreTrainedModel, engine: VLLMEngine, ways: dict[str, Way],
             readings[name].append(time.perf_counter() - begin)
     rows = {name: quantiles(values[1:]) for name, values in readings.items()}
     probe_s = statistics.median(sync["sync/probe_seconds"] for sync in syncs[1:])
-    num_bytes = syncs[0]["sync/bytes"]
+    num_bytes = sum(weight.numel() for weight in model.parameters()) * DTYPE.itemsize
     for row in rows.values():
         row["gb_per_s"] = num_bytes / row["p50_ms"] / 1e6
-    return {"num_bytes": num_bytes, "probe_ms": 1e3 * probe_s, "rows": rows, "failures": failures}
+    sent_bytes = statistics.median(sync["sync/bytes"] for sync in syncs[1:])
+    return {"num_bytes": num_bytes, "sent_bytes": sent_bytes, "probe_ms": 1e3 * probe_s, "rows": rows, "failures": failures}
 
 
-def measure(name: str, num_layers: int | None, *, server: bool, rounds: int) -> dict[str, Any]:
+def measure(name: str, num_layers: int | None, *, host: str, transport: Transport, rounds: int) -> dict[str, Any]:
     """One layout with one kind of engine."""
     layout = LAYOUTS[name]
     model = layout.build(num_layers or layout.num_layers)
     directory = Path(tempfile.mkdtemp(dir=RAM_DISK if RAM_DISK.is_dir() else None))
-    settings = VLLMSettings(max_length=CONTEXT, kv_cache_bytes=64 * 2**20)
+    own = host == "own"
+    settings = VLLMSettings(max_length=CONTEXT, kv_cache_bytes=64 * 2**20, own_process=own, transport=transport)
     try:
-        if server:
-            with served(model) as url:
+        if host == "server":
+            with served(model, transport) as url:
                 engine = VLLMServerEngine(model, any_tokenizer(), urls=[url], autocast_dtype=DTYPE, settings=settings)
                 found = take_turns(model, engine, server_ways(model, engine, directory), rounds)
                 engine.close()
         else:
             model.config.save_pretrained(directory)
             engine = VLLMEngine(model, any_tokenizer(), autocast_dtype=DTYPE, settings=settings)
-            found = take_turns(model, engine, in_process_ways(model, engine, directory), rounds)
+            ways = own_process_ways if own else in_process_ways
+            found = take_turns(model, engine, ways(model, engine, directory), rounds)
             engine.close()
     finally:
         shutil.rmtree(directory)
@@ -169,8 +197,8 @@ def measure(name: str, num_layers: int | None, *, server: bool, rounds: int) -> 
         "layout": layout.name,
         "layers": num_layers or layout.num_layers,
         "layers_whole": layout.num_layers,
-        "engine": "server" if server else "in process",
-        "transport": "shared memory" if server else "direct",
+        "engine": ENGINES[host],
+        "transport": engine._delivery.transport.replace("_", " "),
         **found,
         "rounds": rounds,
         "commit": commit(),
@@ -182,22 +210,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("layout", choices=LAYOUTS)
     parser.add_argument("--layers", type=int, help="build only as many, where memory holds no more")
-    parser.add_argument("--server", action="store_true")
+    parser.add_argument("--host", choices=ENGINES, default="in")
+    parser.add_argument("--transport", choices=["auto", "shared_memory", "sparse"], default="auto")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=OUTPUT)
     given = parser.parse_args()
-    found = measure(given.layout, given.layers, server=given.server, rounds=given.rounds)
+    found = measure(given.layout, given.layers, host=given.host, transport=given.transport, rounds=given.rounds)
     print(json.dumps(found, indent=1), file=sys.stderr)
     if given.layout == "miniature":
         return
     kept = json.loads(given.output.read_text(encoding="utf-8"))["cases"] if given.output.exists() else []
-    same = ("layout", "engine")
+    same = ("layout", "engine", "transport")
     cases = [case for case in kept if any(case[key] != found[key] for key in same)] + [found]
     content = {
         "device": device_facts().name,
         "cores": os.cpu_count(),
         "versions": versions(),
-        "cases": sorted(cases, key=lambda case: (case["engine"], case["num_bytes"])),
+        "cases": sorted(cases, key=lambda case: (case["engine"], case["num_bytes"], case["transport"])),
     }
     given.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

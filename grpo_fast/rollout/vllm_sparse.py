@@ -106,6 +106,7 @@ class SparseSender(SharedMemorySender):
     def _plan(self, bucket_bytes: int) -> None:
         super()._plan(bucket_bytes)
         self._sent: dict[int, torch.Tensor] = {}
+        self._next = torch.empty(max(bucket.num_bytes for bucket in self._buckets), dtype=torch.uint8)
         size = max(meta.dtype.itemsize for meta in self.source.metadata())
         for number, bucket in enumerate(self._buckets):
             bucket.number, bucket.element = number, {1: "uint8", 2: "int16"}.get(size, "int32")
@@ -120,7 +121,7 @@ class SparseSender(SharedMemorySender):
 
     def fill(self, bucket: SparseUpdate, place: torch.Tensor, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
         """Brings what changed of the next weights to the bucket's place in the file."""
-        data = torch.zeros(bucket.num_bytes, dtype=torch.uint8)
+        data = self._next[: bucket.num_bytes].zero_()  # between weights too, where other buckets had theirs
         self.write(bucket, data, weights)
         new = data.view(getattr(torch, bucket.element))
         old = self._sent.get(bucket.number)
@@ -131,5 +132,8 @@ class SparseSender(SharedMemorySender):
         there.values.copy_(new if whole else delta.values)
         if there.indices is not None and delta.indices is not None:
             there.indices.copy_(delta.indices)
-        self._sent[bucket.number] = new
+        if old is None:
+            self._sent[bucket.number] = new.clone()
+        else:
+            apply_delta(old, delta, verify=False)
         self.sent_bytes += there.num_bytes
