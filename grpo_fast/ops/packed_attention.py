@@ -211,9 +211,11 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores:
     if scores.softcap is not None:
         return _plain(query, key, value, _seen(queries, keys, scores.window if windowed else None, query.device), scores)
     mask: Any = None
-    if windowed:
-        mask = _seen(queries, keys, scores.window, query.device)
-    elif queries != keys:
+    if windowed or (queries != keys and not query.is_cuda):
+        mask = _seen(queries, keys, scores.window if windowed else None, query.device)
+    elif (
+        queries != keys
+    ):  # kernels of CUDA need no mask for it; elsewhere it would be one, of a kind that dispatch modes refuse
         mask = causal_lower_right(queries, keys)
     shared = query.shape[1] != key.shape[1]
     return scaled_dot_product_attention(

@@ -31,7 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.ops import Piece, packed_layout, token_logprob
 from grpo_fast.train.batch import TrainingSequence, build_batch
-from grpo_fast.train.packed_model import let_pack, let_pad
+from grpo_fast.train.packed_model import let_pack, let_pad, takes_shared_prompts
 from grpo_fast.train.policy import Policy, PolicySource
 from grpo_fast.types import TokenBatch
 
@@ -223,13 +223,22 @@ def test_other_attention_is_named(sizes: dict[str, Any]) -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("settings", [{"gradient_checkpointing": True}, {"dtype": "bfloat16"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_mode": "selective"},  # runs under a dispatch mode
+        {"dtype": "bfloat16"},
+    ],
+    ids=str,
+)
 def test_checkpointing_and_bfloat16_go_with_it(tiny_model: Path, settings: dict[str, Any]) -> None:
     config = Config.parse({"model": str(tiny_model), "max_completion_length": 8})
     sequences = ragged_sequences()
     gradients = []
     for changes in ({}, settings):
         policy = PolicySource(config.replace(padding_free=True, **changes)).load()
+        assert takes_shared_prompts(policy.model)  # which loading has tried
         logprobs(policy, batch_of(sequences, "packed")).sum().backward()
         gradients.append(torch.cat([weight.grad.flatten() for weight in policy.model.parameters() if weight.grad is not None]))
     exact, found = gradients
