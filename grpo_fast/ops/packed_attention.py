@@ -213,9 +213,7 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores:
     mask: Any = None
     if windowed or (queries != keys and not query.is_cuda):
         mask = _seen(queries, keys, scores.window if windowed else None, query.device)
-    elif (
-        queries != keys
-    ):  # kernels of CUDA need no mask for it; elsewhere it would be one, of a kind that dispatch modes refuse
+    elif queries != keys:  # CUDA's kernels need no mask for it; elsewhere it becomes one, and dispatch modes refuse its kind
         mask = causal_lower_right(queries, keys)
     shared = query.shape[1] != key.shape[1]
     return scaled_dot_product_attention(
