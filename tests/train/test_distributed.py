@@ -64,6 +64,7 @@ def torchrun(
 def cases(models: tuple[Path, Path], directory: Path) -> dict[str, dict[str, Any]]:
     """Runs in which every part of a step is at work, by name."""
     common = {
+        "share_prompts": False,  # who shares a prompt, and with it the FLOPs, depends on the number of ranks
         "model": str(models[0]),
         "prompts_per_step": 5,
         "num_generations": 4,
