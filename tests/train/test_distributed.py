@@ -338,7 +338,7 @@ def fatal(tiny_model: Path, tmp_path: Path) -> Callable[..., list[str]]:
             "output_dir": "run",
         } | changes
         flags = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-        return ["train", *flags, "--sinks", "console", "--no-report"]
+        return ["train", *flags, "--sinks", "console", "--no-report", "--no-share-prompts"]
 
     return make
 
