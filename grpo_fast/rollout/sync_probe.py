@@ -97,9 +97,12 @@ class SyncProbe:
         device = next(policy.parameters()).device
         ids = torch.tensor([self.prompt], device=device)
         forward = getattr(policy, "module", policy).forward
-        # The head is dear, and most positions need none.
-        kept = {"logits_to_keep": NUM_PLACES} if "logits_to_keep" in inspect.signature(forward).parameters else {}
-        with torch.autocast(device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
+        # The head is dear, and most positions need none. By index: a slice would lie in strides, for which the head is copied.
+        last = torch.arange(len(self.prompt) - NUM_PLACES, len(self.prompt), device=device)
+        kept = {"logits_to_keep": last} if "logits_to_keep" in inspect.signature(forward).parameters else {}
+        enabled = self.autocast_dtype is not None
+        # No cast is needed twice, and fresh memory for all would cost more than they do: 0.65 against 0.41 s (0.5B, AMD EPYC).
+        with torch.autocast(device.type, dtype=self.autocast_dtype, enabled=enabled, cache_enabled=False):
             logits: torch.Tensor = policy(input_ids=ids, use_cache=False, **kept).logits[0, -NUM_PLACES:]
         return logits.double().log_softmax(-1).flip(0).cpu()
 
