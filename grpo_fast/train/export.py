@@ -10,7 +10,8 @@ import torch
 
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.train.checkpoint import CheckpointError, check_checkpoint, list_checkpoints
-from grpo_fast.train.policy import Policy, PolicySource
+from grpo_fast.train.policy import Policy
+from grpo_fast.train.policy_source import PolicySource
 from grpo_fast.train.quantised import dequantised
 from grpo_fast.train.run_dir import CONFIG_FILE
 from grpo_fast.train.summary import SUMMARY_FILE

@@ -11,7 +11,7 @@ import torch
 
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.train.adamw import OffloadedAdamW, StochasticAdamW
-from grpo_fast.train.policy import pick_device
+from grpo_fast.train.policy_source import pick_device
 from grpo_fast.train.quantised import require_bitsandbytes
 
 _BITSANDBYTES = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit", "paged_adamw_32bit": "PagedAdamW32bit"}

@@ -26,7 +26,8 @@ from grpo_fast.tasks import PromptStream, Task, encode_prompts, load_task
 from grpo_fast.train.distributed import ALONE, World, note_launch
 from grpo_fast.train.optim import check_optimizer
 from grpo_fast.train.plan_memory import check_room
-from grpo_fast.train.policy import BasePolicy, Policy, PolicySource, Scorer, count_parameters, pick_device
+from grpo_fast.train.policy import BasePolicy, Policy, Scorer, count_parameters
+from grpo_fast.train.policy_source import PolicySource, pick_device
 from grpo_fast.train.run_dir import CONFIG_FILE, empty_run, is_cut_short, write_whole
 from grpo_fast.train.sharding import ShardedPolicy, check_sharding, spread
 from grpo_fast.train.shares import MainEngine, Rewards, SharedEngine, SharedRewards

@@ -28,7 +28,7 @@ from grpo_fast.train.parts import load_prior
 from grpo_fast.train.plan_facts import PlanFacts, PlanInputs, gather
 from grpo_fast.train.plan_memory import Change, MemoryInputs, MemoryPlanner, device_room
 from grpo_fast.train.plan_memory import to_dict as memory_to_dict
-from grpo_fast.train.policy import PolicySource
+from grpo_fast.train.policy_source import PolicySource
 
 SHARES = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 """Shares of the run at which its rewards are foretold."""

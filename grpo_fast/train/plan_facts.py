@@ -22,7 +22,8 @@ from grpo_fast.train.collect import Collector
 from grpo_fast.train.evaluate import evaluate, probe
 from grpo_fast.train.optim import build_optimizer
 from grpo_fast.train.parts import Parts, build_parts
-from grpo_fast.train.policy import PolicySource, count_parameters, pick_device
+from grpo_fast.train.policy import count_parameters
+from grpo_fast.train.policy_source import PolicySource, pick_device
 from grpo_fast.train.step import Learner
 
 ASSUMED_MFU = 0.1

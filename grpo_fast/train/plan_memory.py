@@ -22,7 +22,7 @@ from grpo_fast.rollout.transformers_engine import MAX_BATCH_TOKENS
 from grpo_fast.rollout.vllm_engine import cpu_cache_bytes
 from grpo_fast.sinks.quantities import binary
 from grpo_fast.train.activations import activation_bytes
-from grpo_fast.train.policy import computes_in_bfloat16, outline_of, pick_device
+from grpo_fast.train.policy_source import computes_in_bfloat16, outline_of, pick_device
 
 _CONTEXT_BYTES = {"cuda": 700 * 2**20, "cpu": 450 * 2**20}
 """What the process holds before the model: CUDA's context and libraries' workspaces; Python with its modules."""

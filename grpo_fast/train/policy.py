@@ -15,33 +15,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-from grpo_fast.assets import embedded_model_dir
-from grpo_fast.config import Config, ConfigError
+from grpo_fast.config import ConfigError
 from grpo_fast.ops import Layout, LMHead, token_logprob
-from grpo_fast.ops.products import use_products
 from grpo_fast.train.adapters import Adapters
 from grpo_fast.train.batch import TrainingSequence, build_batch
-from grpo_fast.train.checkpointing import checkpoint_layers
 from grpo_fast.train.head_part import Head
 from grpo_fast.train.packed_model import let_pack, let_pad, model_inputs, takes_shared_prompts
-from grpo_fast.train.quantised import keep_as_loaded, loading_arguments, refuse_ragged_blocks, require_bitsandbytes
 from grpo_fast.types import TokenBatch
 
 _PROBE_TOLERANCE = 1e-3
 _PROBE_TOLERANCE_BF16 = 0.2  # nats; the model rounds its logits to bfloat16, the head here does not
 _PROBE_TOKENS = 24
-_DEFAULT_CONTEXT = 4096
 
 _log = logging.getLogger(__name__)
 
@@ -224,144 +211,10 @@ class BasePolicy:
         return self._policy.whole_head(trains=trains)
 
 
-class PolicySource:
-    """Where a policy comes from: tokeniser and sizes at once, weights when they are asked for.
-
-    Raises:
-        ConfigError: the model cannot be found, or no device of the wanted kind is there.
-    """
-
-    def __init__(self, config: Config) -> None:
-        self._config = config
-        self._device = pick_device(config.device)
-        path = str(embedded_model_dir()) if config.model == "embedded" else config.model
-        self._arguments = {
-            "pretrained_model_name_or_path": path,
-            "revision": config.revision,
-            "trust_remote_code": config.trust_remote_code,
-        }
-        self.tokenizer: PreTrainedTokenizerBase = self._read(AutoTokenizer)
-        self.model_config: PreTrainedConfig = self._read(AutoConfig)
-        """Sizes and kind of the model, as transformers reads them."""
-        text_config = self.model_config.get_text_config()
-        self.context_length = int(getattr(text_config, "max_position_embeddings", None) or _DEFAULT_CONTEXT)
-        """Longest sequence the model was made for, in tokens."""
-        self.stored_dtype: torch.dtype = getattr(text_config, "dtype", None) or torch.float32
-        """Type of the weights in the model's own files."""
-        room = self.context_length - config.max_completion_length
-        if room < 1:
-            raise ConfigError(
-                f"max_completion_length={config.max_completion_length} leaves no room for a prompt in {config.model}'s "
-                f"context of {self.context_length} tokens; lower it"
-            )
-        self.max_prompt_length = min(room, config.max_prompt_length or room)
-        """Longest prompt that leaves room for a completion."""
-        if config.weights_dtype == "bfloat16" and not self._computes_in_bfloat16:
-            raise ConfigError("weights_dtype='bfloat16' on a CPU, where dtype='auto' is float32; set dtype='bfloat16' too")
-        if config.load_in_4bit:
-            require_bitsandbytes("load_in_4bit")
-        if config.use_peft:
-            outline = self.outline()
-            if config.load_in_4bit:
-                refuse_ragged_blocks(outline, self._device)
-
-    @property
-    def _computes_in_bfloat16(self) -> bool:
-        return computes_in_bfloat16(self._config, self._device.type)
-
-    @property
-    def chat(self) -> bool:
-        """Whether the tokeniser brings a chat template."""
-        return self.tokenizer.chat_template is not None
-
-    def outline(self) -> PreTrainedModel:
-        """The model without its weights: modules and sizes alone, adapters included, in no memory.
-
-        Raises:
-            ConfigError: the adapters do not fit it.
-        """
-        return outline_of(self.model_config, self._config)
-
-    def load(self) -> Policy:
-        """Reads the weights.
-
-        Raises:
-            ConfigError: they cannot be read, or the model computes its logits in a way the head does not describe.
-        """
-        config = self._config
-        wants_bf16 = self._computes_in_bfloat16
-        # a frozen weight has no update that bfloat16 could lose
-        short = config.use_peft or config.weights_dtype == "bfloat16"
-        dtype = torch.bfloat16 if wants_bf16 and short else torch.float32
-        quantised = loading_arguments(config, dtype=dtype, device=self._device) if config.load_in_4bit else {}
-        model: Any = self._read(AutoModelForCausalLM, dtype=dtype, attn_implementation=config.attn_implementation, **quantised)
-        if quantised:
-            keep_as_loaded(model)
-        _disable_dropout(model)
-        if self._device.type == "cpu":
-            use_products(model)
-        adapters = Adapters(model, config) if config.use_peft else None
-        if config.gradient_checkpointing:
-            checkpoint_layers(model, config.gradient_checkpointing_mode)
-        return Policy(
-            model.to(self._device),
-            self.tokenizer,
-            autocast_dtype=torch.bfloat16 if wants_bf16 else None,
-            checkpointing=config.gradient_checkpointing,
-            adapters=adapters,
-            padding_free=config.padding_free,
-        )
-
-    def _read(self, auto_class: Any, **arguments: Any) -> Any:
-        try:
-            return auto_class.from_pretrained(**self._arguments, **arguments)
-        except (OSError, ValueError, ImportError, SafetensorError) as error:
-            lines = str(error).strip().splitlines()
-            raise ConfigError(
-                f"cannot load model {self._config.model!r}: {lines[0] if lines else type(error).__name__} "
-                "Give a directory with config.json, safetensors and tokenizer, or a hub id that this machine can reach."
-            ) from error
-
-
-def outline_of(model_config: PreTrainedConfig, config: Config) -> PreTrainedModel:
-    """A model without weights: modules and sizes alone, adapters included, in no memory.
-
-    Args:
-        model_config: of the model.
-        config: of the run.
-
-    Raises:
-        ConfigError: the adapters do not fit it.
-    """
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
-        if config.use_peft:
-            Adapters(model, config)
-    return model
-
-
-def computes_in_bfloat16(config: Config, kind: str) -> bool:
-    """Whether forward and backward passes on a device ("cuda" or "cpu") are in bfloat16."""
-    return config.dtype == "bfloat16" or (config.dtype == "auto" and kind == "cuda")
-
-
 def count_parameters(model: torch.nn.Module) -> int:
     """Parameters of a model, adapters apart; one of four bits counts as one."""
     weights = (weight for name, weight in model.named_parameters() if ".lora_" not in name)
     return sum(torch.Size((getattr(weight, "quant_state", None) or weight).shape).numel() for weight in weights)
-
-
-def pick_device(wanted: str) -> torch.device:
-    """Turns ``auto``, ``cpu`` or ``cuda`` into a device.
-
-    Raises:
-        ConfigError: a GPU is asked for and torch sees none.
-    """
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device='cuda' but torch sees no GPU; run `grpo-fast doctor`, or set device='auto'")
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(wanted)
 
 
 @contextlib.contextmanager
@@ -388,12 +241,3 @@ def _find_head(model: PreTrainedModel) -> LMHead:
         logit_scale=scale,
         softcap=getattr(text_config, "final_logit_softcapping", None),
     )
-
-
-def _disable_dropout(model: torch.nn.Module) -> None:
-    """With dropout the ratio of an on-policy step would not be 1."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010 (a plain assignment is typed as a submodule)

@@ -39,7 +39,8 @@ from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.train.distributed import World
 from grpo_fast.train.head_part import Head, HeadPart, first_token_of
-from grpo_fast.train.policy import Policy, PolicySource, pick_device
+from grpo_fast.train.policy import Policy
+from grpo_fast.train.policy_source import PolicySource, pick_device
 from grpo_fast.train.quantised import make_shardable
 
 

@@ -30,7 +30,8 @@ from grpo_fast.train.interrupt import InterruptFlag
 from grpo_fast.train.optim import build_optimizer, learning_rate_at, progress_schedule
 from grpo_fast.train.oversight import Oversight, Verdict
 from grpo_fast.train.parts import Parts, Replacements, build_parts, check_resumable
-from grpo_fast.train.policy import Policy, pick_device
+from grpo_fast.train.policy import Policy
+from grpo_fast.train.policy_source import pick_device
 from grpo_fast.train.rng import load_rng_state, rng_state
 from grpo_fast.train.run_dir import CONFIG_FILE
 from grpo_fast.train.step import Learner, NonFiniteGradientError, UpdateResult

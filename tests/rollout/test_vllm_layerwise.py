@@ -62,7 +62,7 @@ def test_of_an_adapted_model_in_four_bits_the_base_comes_under_its_own_names() -
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     from grpo_fast.config import Config
     from grpo_fast.rollout.vllm_layerwise import PolicyWeights
-    from grpo_fast.train.policy import PolicySource
+    from grpo_fast.train.policy_source import PolicySource
 
     plain = PolicySource(Config(max_completion_length=16)).load().model
     for four_bits in (False, True):

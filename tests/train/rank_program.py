@@ -36,7 +36,7 @@ from grpo_fast.train import GRPOTrainer
 from grpo_fast.train.adamw import OffloadedAdamW, StochasticAdamW
 from grpo_fast.train.distributed import World
 from grpo_fast.train.optim import build_optimizer
-from grpo_fast.train.policy import PolicySource
+from grpo_fast.train.policy_source import PolicySource
 from grpo_fast.train.sharding import ShardedPolicy
 from grpo_fast.train.step import Learner
 from grpo_fast.types import Completion, Group, Prompt

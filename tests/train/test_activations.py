@@ -17,7 +17,7 @@ from grpo_fast.train.activations import activation_bytes
 from grpo_fast.train.adapters import Adapters
 from grpo_fast.train.checkpointing import checkpoint_layers
 from grpo_fast.train.packed_model import let_pack, model_inputs
-from grpo_fast.train.policy import outline_of
+from grpo_fast.train.policy_source import outline_of
 from grpo_fast.types import TokenBatch
 
 SIZES: dict[str, Any] = {

@@ -18,7 +18,8 @@ from grpo_fast.tasks.task import Task
 from grpo_fast.train import GRPOTrainer
 from grpo_fast.train.adapters import Adapters
 from grpo_fast.train.optim import build_optimizer
-from grpo_fast.train.policy import BasePolicy, Policy, PolicySource, count_parameters
+from grpo_fast.train.policy import BasePolicy, Policy, count_parameters
+from grpo_fast.train.policy_source import PolicySource
 from grpo_fast.train.step import Learner, TrainingSequence, build_batch
 from grpo_fast.types import Group, TokenBatch
 

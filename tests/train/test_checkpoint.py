@@ -214,7 +214,7 @@ import torch
 from grpo_fast.config import Config
 from grpo_fast.train.checkpoint import CheckpointError, check_checkpoint, save_checkpoint
 from grpo_fast.train.optim import build_optimizer
-from grpo_fast.train.policy import PolicySource
+from grpo_fast.train.policy_source import PolicySource
 
 model, run = sys.argv[1], Path(sys.argv[2])
 policy = PolicySource(Config(model=model, max_completion_length=8)).load()

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.train.batch import TrainingSequence, build_batch
-from grpo_fast.train.policy import Policy, PolicySource
+from grpo_fast.train.policy import Policy
+from grpo_fast.train.policy_source import PolicySource
 
 
 class CountedOps(TorchDispatchMode):

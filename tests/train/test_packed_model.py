@@ -32,7 +32,8 @@ from grpo_fast.config import Config, ConfigError
 from grpo_fast.ops import Piece, packed_layout, token_logprob
 from grpo_fast.train.batch import TrainingSequence, build_batch
 from grpo_fast.train.packed_model import let_pack, let_pad, takes_shared_prompts
-from grpo_fast.train.policy import Policy, PolicySource
+from grpo_fast.train.policy import Policy
+from grpo_fast.train.policy_source import PolicySource
 from grpo_fast.types import TokenBatch
 
 CPU = torch.device("cpu")

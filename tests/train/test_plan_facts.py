@@ -9,7 +9,7 @@ import pytest
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.recipes import recipe
 from grpo_fast.train.plan_facts import ASSUMED_MFU, PlanInputs, gather
-from grpo_fast.train.policy import PolicySource
+from grpo_fast.train.policy_source import PolicySource
 
 SMALL: dict[str, Any] = {"prompts_per_step": 4, "num_generations": 4, "dataset_size": 64, "eval_size": 8, "reward_workers": 0}
 

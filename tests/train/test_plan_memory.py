@@ -16,7 +16,7 @@ from grpo_fast.config import Config, ConfigError
 from grpo_fast.train import GRPOTrainer
 from grpo_fast.train.parts import build_parts
 from grpo_fast.train.plan_memory import MemoryInputs, MemoryPlanner, check_room, device_room, refusal, table, to_dict
-from grpo_fast.train.policy import PolicySource
+from grpo_fast.train.policy_source import PolicySource
 from grpo_fast.train.step import Learner
 
 GIB = 2**30
@@ -213,7 +213,7 @@ def test_training_refuses_before_anything_is_loaded(
     tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("grpo_fast.train.plan_memory.device_room", lambda config, gpu: (400 * 2**20, "cpu"))
-    monkeypatch.setattr("grpo_fast.train.policy.PolicySource.load", lambda self: pytest.fail("it was loaded"))
+    monkeypatch.setattr("grpo_fast.train.policy_source.PolicySource.load", lambda self: pytest.fail("it was loaded"))
     with pytest.raises(ConfigError, match=r"the run needs .* and the device has 400 MiB.*No change known here is enough"):
         build_parts(tiny_config(), {}, resume=False)
 

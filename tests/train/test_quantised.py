@@ -17,7 +17,8 @@ from grpo_fast.recipes import recipe
 from grpo_fast.tasks.task import Task
 from grpo_fast.train import GRPOTrainer
 from grpo_fast.train.export import export_merged
-from grpo_fast.train.policy import Policy, PolicySource, count_parameters
+from grpo_fast.train.policy import Policy, count_parameters
+from grpo_fast.train.policy_source import PolicySource
 from grpo_fast.train.quantised import dequantised, refuse_ragged_blocks
 
 FOUR_BIT: dict[str, Any] = {"use_peft": True, "load_in_4bit": True, "use_bnb_nested_quant": True}

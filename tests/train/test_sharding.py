@@ -16,7 +16,8 @@ from grpo_fast.config import Config, ConfigError
 from grpo_fast.metrics import PhaseTimer
 from grpo_fast.train.distributed import World
 from grpo_fast.train.optim import build_optimizer
-from grpo_fast.train.policy import Policy, PolicySource
+from grpo_fast.train.policy import Policy
+from grpo_fast.train.policy_source import PolicySource
 from grpo_fast.train.sharding import (
     ShardedPolicy,
     check_sharding,
