@@ -59,8 +59,9 @@ class Config(BaseModel):
     ``None`` does so in one process on a CPU, where ``sdpa`` or ``eager`` packs; on a GPU it has not been measured."""
     gradient_checkpointing: Annotated[bool, _MODEL] = False
     """Recompute activations in the backward pass: a third more compute for much less memory."""
-    gradient_checkpointing_mode: Annotated[Literal["full", "selective"], _MODEL] = "full"
-    """Recompute whole layers, or keep what their matrix products and attention gave: cheaper to recompute, more to keep."""
+    gradient_checkpointing_mode: Annotated[Literal["full", "selective", "offload"], _MODEL] = "full"
+    """Recompute whole layers, or keep what their matrix products and attention gave: cheaper to recompute, more to keep.
+    ``offload``: whole layers, with their inputs in the host's memory; for GPUs."""
 
     use_peft: Annotated[bool, _LORA] = False
     """Train LoRA adapters over frozen weights. The reference policy is then the model with its adapters off. They have no
@@ -323,7 +324,7 @@ class Config(BaseModel):
     @property
     def recomputes_products(self) -> bool:
         """Whether the backward pass runs a layer's matrix products once more."""
-        return self.gradient_checkpointing and self.gradient_checkpointing_mode == "full"
+        return self.gradient_checkpointing and self.gradient_checkpointing_mode != "selective"
 
     @property
     def scoring_passes(self) -> tuple[bool, ...]:

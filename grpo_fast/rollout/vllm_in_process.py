@@ -9,10 +9,11 @@ import contextlib
 import gc
 import itertools
 import multiprocessing
-import queue
 import threading
+import time
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import InvalidStateError
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -91,7 +92,7 @@ class InProcessVLLM:
         self._sleeper = Sleeper(lambda level: self._llm.sleep(level=level), lambda part: self._llm.wake_up(tags=[part]))
         self._processes = set(multiprocessing.active_children()) - others
         if self._processes:
-            watch = (self._processes, self._llm.llm_engine.engine_core.outputs_queue)
+            watch = (self._processes, self._llm.llm_engine.engine_core)
             threading.Thread(target=_tell_of_death, args=watch, name="vLLM process watch", daemon=True).start()
 
     @property
@@ -157,7 +158,8 @@ class InProcessVLLM:
 
     def _is_alive(self) -> bool:
         """Whether every process of the engine runs; vLLM (0.32) would wait for one that does not for ever."""
-        return all(process.is_alive() for process in self._processes)
+        # not by ``is_alive``, which errs where another thread asks for the exit code at that moment, as vLLM's does
+        return not wait([process.sentinel for process in self._processes], timeout=0)
 
     def _engine(self) -> Any:
         if self._llm is None:
@@ -297,10 +299,15 @@ class InProcessVLLM:
         return [[_choices(entry) for entry in output.prompt_logprobs[: len(prompt) - 2 : -1]]]
 
 
-def _tell_of_death(processes: Collection[BaseProcess], outputs: queue.Queue[Any]) -> None:
-    """Wakes who waits for outputs when a process of the engine has ended; vLLM (0.32) lets them wait for ever."""
+def _tell_of_death(processes: Collection[BaseProcess], core: Any) -> None:
+    """Wakes who waits for an answer of the engine when a process of it has ended; vLLM (0.32) lets them wait for ever."""
     wait([process.sentinel for process in processes])
-    outputs.put_nowait(EOFError("the engine's process has ended"))
+    core.outputs_queue.put_nowait(EOFError("the engine's process has ended"))
+    while not core.resources.engine_dead:  # until vLLM has seen it too, it lets more calls wait
+        time.sleep(0.01)
+    for call in list(core.utility_results.values()):
+        with contextlib.suppress(InvalidStateError):
+            call.set_exception(EOFError("the engine's process has ended"))
 
 
 class _Client:

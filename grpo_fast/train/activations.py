@@ -33,11 +33,13 @@ class ActivationBytes:
         recomputed: bytes that the backward pass makes anew for one layer while it is at that; 0 without checkpointing.
         gradients: bytes of gradients on their way through a layer, while those of its activations are freed: about half of
             what a layer keeps.
+        waiting: bytes that are kept in the host's memory meanwhile.
     """
 
     saved: int
     recomputed: int
     gradients: int
+    waiting: int = 0
 
     @property
     def peak(self) -> int:
@@ -70,7 +72,10 @@ def activation_bytes(outline: PreTrainedModel, config: Config, *, num_tokens: in
     kept = _bytes_saved(model, config, num_tokens=num_tokens, dtype=dtype, kept_ops=ops)
     head_dim = getattr(sizes, "head_dim", None) or sizes.hidden_size // sizes.num_attention_heads
     kept += 2 * num_tokens * head_dim * 4  # rotary tables: layers keep them as arguments, where autograd would keep them too
-    return ActivationBytes(kept, (whole - kept) // num_layers, whole // num_layers // 2)
+    recomputed, gradients = (whole - kept) // num_layers, whole // num_layers // 2
+    if config.gradient_checkpointing_mode == "offload":
+        return ActivationBytes(2 * kept // num_layers, recomputed, gradients, waiting=kept)
+    return ActivationBytes(kept, recomputed, gradients)
 
 
 def _bytes_saved(

@@ -1,7 +1,8 @@
 """Gradient checkpointing: which activations a layer keeps, and which it computes once more in the backward pass.
 
 ``full`` keeps a layer's input. ``selective`` also keeps what matrix products and attention gave, so that what is computed again
-is cheap: norms, rotary positions, the activation, sums. Neither changes a bit of a gradient.
+is cheap: norms, rotary positions, the activation, sums. ``offload`` is ``full`` with the inputs in the host's memory (see
+:mod:`~grpo_fast.train.offload`). None changes a bit of a gradient.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 
 from grpo_fast.ops.products import ONEDNN_OPS
 
-CheckpointingMode: TypeAlias = Literal["full", "selective"]
+CheckpointingMode: TypeAlias = Literal["full", "selective", "offload"]
 
 _aten = torch.ops.aten
 KEPT_OPS = frozenset(

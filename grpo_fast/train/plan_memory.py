@@ -21,7 +21,7 @@ from grpo_fast.ops.lm_head import chunk_bytes_of
 from grpo_fast.rollout.transformers_engine import MAX_BATCH_TOKENS
 from grpo_fast.rollout.vllm_engine import cpu_cache_bytes
 from grpo_fast.sinks.quantities import binary
-from grpo_fast.train.activations import activation_bytes
+from grpo_fast.train.activations import ActivationBytes, activation_bytes
 from grpo_fast.train.policy_source import computes_in_bfloat16, outline_of, pick_device
 
 _CONTEXT_BYTES = {"cuda": 700 * 2**20, "cpu": 450 * 2**20}
@@ -83,7 +83,7 @@ class MemoryPlanner:
         self._model_config = model_config
         self._config = config
         self._inputs = inputs
-        self._lines: dict[tuple[Any, ...], tuple[float, float]] = {}
+        self._counts: dict[tuple[Any, ...], list[ActivationBytes]] = {}
 
     def plan(self, config: Config | None = None) -> MemoryPlan:
         """The memory of the run, or of a changed one.
@@ -102,10 +102,13 @@ class MemoryPlanner:
         elif config.rollout == "vllm" or config.max_staleness:  # the engine stays awake, or samples while training goes on
             lasting |= sampling
             sampling = {}
+        on_device, waiting = self._activation_bytes(outline, config, dtype)
+        if waiting:
+            host["activations"] = waiting
         head_parts = self._num_parts(config) if config.fsdp_parallel_head else 1
         training = {
             "gradients": self._gradients(config, sizes),
-            "activations": self._activation_bytes(outline, config, dtype),
+            "activations": on_device,
             "head and loss": sizes.head_bytes(head_parts * self._tokens(config), self._chunk_bytes, parts=head_parts),
         }
         if self._num_parts(config) > 1:
@@ -192,15 +195,20 @@ class MemoryPlanner:
         whole = config.prompts_per_step * config.num_generations * self._longest(config)
         return max(self._longest(config), min(config.tokens_per_microbatch, whole))
 
-    def _activation_bytes(self, outline: PreTrainedModel, config: Config, dtype: torch.dtype) -> int:
-        """A straight line in the tokens, through two points that are counted once for each kind of forward pass."""
-        kind = (config.gradient_checkpointing, config.use_peft, config.lora_r, config.lora_target_modules, config.weights_dtype)
-        if kind not in self._lines:
-            near, far = (activation_bytes(outline, config, num_tokens=number, dtype=dtype).peak for number in _COUNTED_TOKENS)
-            slope = (far - near) / (_COUNTED_TOKENS[1] - _COUNTED_TOKENS[0])
-            self._lines[kind] = (near - slope * _COUNTED_TOKENS[0], slope)
-        fixed, slope = self._lines[kind]
-        return round(fixed + slope * self._tokens(config))
+    def _activation_bytes(self, outline: PreTrainedModel, config: Config, dtype: torch.dtype) -> tuple[int, int]:
+        """On the device and in the host's memory: lines in the tokens, through two points counted once a kind of pass."""
+        checkpointing = config.gradient_checkpointing and config.gradient_checkpointing_mode
+        kind = (checkpointing, config.use_peft, config.lora_r, config.lora_target_modules, config.weights_dtype)
+        if kind not in self._counts:
+            self._counts[kind] = [
+                activation_bytes(outline, config, num_tokens=number, dtype=dtype) for number in _COUNTED_TOKENS
+            ]
+        near, far = self._counts[kind]
+        share = (self._tokens(config) - _COUNTED_TOKENS[0]) / (_COUNTED_TOKENS[1] - _COUNTED_TOKENS[0])
+        return (
+            round(near.peak + share * (far.peak - near.peak)),
+            round(near.waiting + share * (far.waiting - near.waiting)),
+        )
 
     def _sampling(self, config: Config, sizes: _Sizes, dtype: torch.dtype) -> dict[str, int]:
         if config.rollout == "vllm-http":
@@ -296,6 +304,8 @@ def _candidates(config: Config, kind: str) -> Iterator[tuple[dict[str, Any], str
         yield {"tokens_per_microbatch": _FEWEST_TOKENS}, "the same results, in many small passes"
     if not config.gradient_checkpointing:
         yield {"gradient_checkpointing": True}, "the same results, a third more compute in training"
+    elif kind == "cuda" and config.gradient_checkpointing_mode == "full":
+        yield {"gradient_checkpointing_mode": "offload"}, "the same results, layers' inputs wait in the host's memory"
     if config.rollout == "vllm" and kind == "cuda":
         yield {"vllm_enable_sleep_mode": True}, "vLLM sleeps while the policy trains, and wakes for each step"
     if config.rollout == "vllm" and config.vllm_gpu_memory_utilization > _LEAST_SHARE:

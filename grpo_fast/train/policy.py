@@ -22,7 +22,9 @@ from grpo_fast.config import ConfigError
 from grpo_fast.ops import Layout, LMHead, token_logprob
 from grpo_fast.train.adapters import Adapters
 from grpo_fast.train.batch import TrainingSequence, build_batch
+from grpo_fast.train.checkpointing import CheckpointingMode
 from grpo_fast.train.head_part import Head
+from grpo_fast.train.offload import HostActivations
 from grpo_fast.train.packed_model import let_pack, let_pad, model_inputs, takes_shared_prompts
 from grpo_fast.types import TokenBatch
 
@@ -64,7 +66,7 @@ class Policy:
         tokenizer: PreTrainedTokenizerBase,
         *,
         autocast_dtype: torch.dtype | None = None,
-        checkpointing: bool = False,
+        checkpointing: CheckpointingMode | None = None,
         adapters: Adapters | None = None,
         padding_free: bool | None = False,
     ) -> None:
@@ -72,8 +74,9 @@ class Policy:
         self.tokenizer = tokenizer
         self.adapters = adapters
         self.autocast_dtype = autocast_dtype
-        self._checkpointing = checkpointing
+        self._checkpointing = checkpointing is not None
         self._head = _find_head(model)
+        self._waiting = HostActivations(self.device) if checkpointing == "offload" else None
         self._check_head()
         self.layout: Layout = "padded" if padding_free is False else self._try_packing(required=padding_free is True)
         """How micro-batches must be laid out."""
@@ -97,7 +100,8 @@ class Policy:
         """Hidden states [T, H] that predict the batch's targets; differentiable."""
         if self._checkpointing:
             self.model.train()  # transformers checkpoints in training mode only
-        return self._hidden_states(**model_inputs(self.model, batch)).flatten(0, 1)[batch.row_index]
+        with contextlib.nullcontext() if self._waiting is None else self._waiting.keep():
+            return self._hidden_states(**model_inputs(self.model, batch)).flatten(0, 1)[batch.row_index]
 
     def _hidden_states(self, **inputs: Any) -> torch.Tensor:
         with self.autocast():

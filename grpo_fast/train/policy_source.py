@@ -60,6 +60,10 @@ class PolicySource:
         """Longest prompt that leaves room for a completion."""
         if config.weights_dtype == "bfloat16" and not self._computes_in_bfloat16:
             raise ConfigError("weights_dtype='bfloat16' on a CPU, where dtype='auto' is float32; set dtype='bfloat16' too")
+        if config.gradient_checkpointing_mode == "offload" and self._device.type == "cpu":
+            raise ConfigError(
+                "gradient_checkpointing_mode='offload' on a CPU, whose activations are in the host's memory already; use 'full'"
+            )
         if config.load_in_4bit:
             require_bitsandbytes("load_in_4bit")
         if config.use_peft:
@@ -109,7 +113,7 @@ class PolicySource:
             model.to(self._device),
             self.tokenizer,
             autocast_dtype=torch.bfloat16 if wants_bf16 else None,
-            checkpointing=config.gradient_checkpointing,
+            checkpointing=config.gradient_checkpointing_mode if config.gradient_checkpointing else None,
             adapters=adapters,
             padding_free=config.padding_free,
         )

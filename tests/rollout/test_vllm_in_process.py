@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_fast.rollout import RolloutError, SamplingParams
+from grpo_fast.rollout import RolloutError, SamplingParams, WeightSyncError
 from grpo_fast.rollout.sync_probe import NUM_CHOICES, NUM_PLACES, SyncProbe, compare
 from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMSettings
 from grpo_fast.rollout.vllm_sample import PROBE_PARAMS, SCORE_PARAMS
@@ -121,6 +121,7 @@ def test_what_vllm_itself_refuses_leaves_no_request_behind(embedded: Any) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # vLLM leaves sockets of a dead process open
 def test_an_engine_in_a_process_of_its_own_takes_two_hundred_syncs_and_no_memory(
     embedded: Any, perturb: Callable[..., None], measure_errors: Callable[..., Any]
 ) -> None:
@@ -149,6 +150,12 @@ def test_an_engine_in_a_process_of_its_own_takes_two_hundred_syncs_and_no_memory
                 held = resident_mib()
         weights = sum(weight.nbytes for weight in model.parameters()) / 2**20
         assert all(now - then < 4 * weights for then, now in zip(held, resident_mib(), strict=True))
+        for process in started:
+            process.kill()
+        with pytest.raises(RolloutError, match=r"vLLM broke off with (EngineDeadError|EOFError|RolloutError): .*dropped"):
+            engine.generate(prompts, sampling, num_generations=2, seed=0)
+        with pytest.raises(WeightSyncError, match=r"the engine's process has ended|EngineDead"):
+            engine.sync_weights(model, 201)
     finally:
         engine.close()
     assert not psutil.wait_procs(started, timeout=20)[1]

@@ -186,6 +186,18 @@ def test_what_does_not_fit_is_told_with_the_cheapest_changes() -> None:
     assert table(plan)[-1] == ("the device has", "1.20 GiB")
 
 
+def test_inputs_of_layers_may_wait_in_the_hosts_memory() -> None:
+    config = Config(gradient_checkpointing=True, max_completion_length=1024, tokens_per_microbatch=16_384)
+    full = planner(LLAMA_8B, config, room_gib=300)
+    plan, offloaded = full.plan(), full.plan(config.replace(gradient_checkpointing_mode="offload"))
+    inputs = 16_384 * 4096 * 4 * (32 + 3)  # hidden states in float32: of 32 layers, and three of the last norm
+    assert offloaded.host["activations"] == pytest.approx(inputs, rel=0.01)
+    saved = plan.phases["training"]["activations"] - offloaded.phases["training"]["activations"]
+    assert saved == pytest.approx(inputs * 30 / 32, rel=0.01), "those of two layers lie on the device"
+    tight = planner(LLAMA_8B, config, room_gib=(plan.peak_bytes - inputs // 8) / GIB)
+    assert ("gradient_checkpointing_mode",) in [tuple(change.settings) for change in tight.changes()]
+
+
 @pytest.mark.slow
 def test_where_no_change_is_enough_alone_some_are_together() -> None:
     config = Config(rollout="vllm", max_completion_length=1024)

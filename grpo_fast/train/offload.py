@@ -1,0 +1,90 @@
+"""Activations that wait for the backward pass in the host's memory.
+
+With every layer checkpointed, what is left to keep is each layer's input. It is copied away while the next layers compute, on
+a stream of its own, and fetched while the backward pass is at the layer after it. On the device lie the inputs of two layers
+then, whatever their number. Nothing is rounded: the bits that come back are those that went.
+
+PyTorch's ``torch.autograd.graph.save_on_cpu`` does the same with copies that the device waits for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+_LEAST_BYTES = 2**16
+"""What is smaller stays: a copy would cost more than the memory is worth."""
+
+
+@dataclass(eq=False, slots=True)
+class _Waiting:
+    """A tensor that is away."""
+
+    host: torch.Tensor
+    before: _Waiting | None
+    """What left before it, and is needed after it."""
+    back: torch.Tensor | None = None
+    arrived: torch.cuda.Event | None = None
+
+
+class HostActivations:
+    """Keeps in the host's memory what autograd saves of forward passes that run in :meth:`keep`.
+
+    Args:
+        device: where the model computes. On a CPU everything is done at once, in plain copies.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._last: _Waiting | None = None
+
+    @contextlib.contextmanager
+    def keep(self) -> Iterator[None]:
+        """What autograd saves in here waits in the host's memory, but for leaves, such as weights, and small tensors."""
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(self._put, self._get):
+                yield
+        finally:
+            self._last = None
+
+    def _put(self, tensor: torch.Tensor) -> torch.Tensor | _Waiting:
+        if tensor.is_leaf or tensor.nbytes < _LEAST_BYTES or tensor.device.type != self._device.type:
+            return tensor
+        host = torch.empty_like(tensor, device="cpu", pin_memory=self._copies is not None)
+        if self._copies is None:
+            host.copy_(tensor)
+        else:
+            self._copies.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(self._copies):
+                host.copy_(tensor.detach(), non_blocking=True)
+            tensor.record_stream(self._copies)  # its memory is not given away before the copy is made
+        self._last = _Waiting(host, self._last)
+        return self._last
+
+    def _get(self, kept: torch.Tensor | _Waiting) -> torch.Tensor:
+        if isinstance(kept, torch.Tensor):
+            return kept
+        self._fetch(kept)
+        if kept.before is not None:
+            self._fetch(kept.before)
+        back, kept.back = kept.back, None
+        assert back is not None
+        if kept.arrived is not None:
+            here = torch.cuda.current_stream(self._device)
+            here.wait_event(kept.arrived)
+            back.record_stream(here)
+        return back
+
+    def _fetch(self, kept: _Waiting) -> None:
+        if kept.back is not None:
+            return
+        if self._copies is None:
+            kept.back = kept.host.to(self._device, copy=True)
+            return
+        with torch.cuda.stream(self._copies):
+            kept.back = kept.host.to(self._device, non_blocking=True)
+            kept.arrived = self._copies.record_event()
