@@ -37,7 +37,7 @@ test: env-dev native lint sanitize test-vllm
 # vLLM for CPUs wants an older transformers than the rest is tested with, so it has an environment of its own.
 test-vllm:
 	@$(MAKE) --no-print-directory $(VLLM)/ready || echo "vLLM cannot be installed here (see above): its tests are skipped"
-	@test ! -e $(VLLM)/ready || $(VLLM)/bin/python -m pytest -m vllm --timeout=300 tests/rollout tests/benchmarks/test_rollout.py
+	@test ! -e $(VLLM)/ready || $(VLLM)/bin/python -m pytest -m vllm --timeout=300 --durations=15 tests/rollout tests/benchmarks/test_rollout.py
 
 test-fast: env-dev native lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not vllm"

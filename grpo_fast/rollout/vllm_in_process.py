@@ -11,7 +11,6 @@ import itertools
 import multiprocessing
 import threading
 import time
-import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import InvalidStateError
 from multiprocessing.connection import wait
@@ -39,6 +38,7 @@ from grpo_fast.rollout.vllm_transport import register
 
 REQUEST_PARAMS: dict[str, Any] = {"logprobs": 0, "flat_logprobs": True}
 """What every request asks for: the log-probability of each sampled token alone, in one list, not in an object a token."""
+_SHUTDOWN_S = 10.0
 
 
 class InProcessVLLM:
@@ -195,15 +195,17 @@ class InProcessVLLM:
         """Ends the engine, between two steps, and frees its memory; requests that run fail."""
         self._go.clear()
         with self._turn:
-            self._llm.llm_engine.engine_core.shutdown()
+            core = self._llm.llm_engine.engine_core
+            core.shutdown()
+            if self._processes:  # vLLM leaves its sockets to the collector
+                core.output_queue_thread.join(_SHUTDOWN_S)
+                core.ctx.destroy(linger=0)
             self._llm = self._sender = None
         self._go.set()
         if self._owns_groups:
             destroy_model_parallel()
             destroy_distributed_environment()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ResourceWarning)  # vLLM leaves the context of its sockets to the collector
-            gc.collect()
+        gc.collect()
 
     def pause(self) -> None:
         """Checks that nothing runs, as nothing does between two calls of ``generate``; or lets no request take a step."""

@@ -36,7 +36,7 @@ def test_the_page_holds_each_case_with_its_rivals(tmp_path: Path, monkeypatch: p
 def test_a_sync_is_measured_beside_its_rivals_in_miniature() -> None:
     from benchmarks.rollout.sync import measure
 
-    found = measure("miniature", None, server=False, rounds=2)
+    found = measure("miniature", None, host="in", transport="auto", rounds=2)
     assert found["rows"].keys() == {"grpo_fast", "reload_weights", "safetensors"}
     assert found["failures"].keys() == {"load_weights"}
     assert found["probe_ms"] < found["rows"]["grpo_fast"]["p50_ms"]

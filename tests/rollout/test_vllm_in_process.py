@@ -121,7 +121,6 @@ def test_what_vllm_itself_refuses_leaves_no_request_behind(embedded: Any) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # vLLM leaves sockets of a dead process open
 def test_an_engine_in_a_process_of_its_own_takes_two_hundred_syncs_and_no_memory(
     embedded: Any, perturb: Callable[..., None], measure_errors: Callable[..., Any]
 ) -> None:
