@@ -63,6 +63,10 @@ class Config(BaseModel):
     """Recompute whole layers, or keep what their matrix products and attention gave: cheaper to recompute, more to keep.
     ``offload``: whole layers, with their inputs in the host's memory; for GPUs."""
 
+    use_liger_kernel: Annotated[bool, _MODEL] = False
+    """Liger's kernels for norms, rotary positions and gated activations; not for the loss, which is fused here. For GPUs, where
+    it has not been measured yet."""
+
     use_peft: Annotated[bool, _LORA] = False
     """Train LoRA adapters over frozen weights. The reference policy is then the model with its adapters off. They have no
     dropout: it would keep the ratio of an on-policy step from being 1."""

@@ -17,6 +17,8 @@ from grpo_fast.train.run_dir import CONFIG_FILE
 from grpo_fast.train.summary import SUMMARY_FILE
 
 ExportType = Literal["auto", "float32", "bfloat16", "float16"]
+_PLAIN = {"gradient_checkpointing": False, "gradient_checkpointing_mode": "full", "use_liger_kernel": False}
+"""Settings that save time or memory in training, and may need a GPU."""
 
 
 def export_merged(source: Path, output: Path, *, dtype: ExportType = "auto") -> Path:
@@ -48,7 +50,7 @@ def export_merged(source: Path, output: Path, *, dtype: ExportType = "auto") -> 
     check_checkpoint(checkpoint)
     if not config.use_peft:
         raise ConfigError(f"{run} trained no adapters: {checkpoint} holds the whole model already")
-    config = config.replace(device="cpu", dtype="float32", gradient_checkpointing=False)
+    config = config.replace(device="cpu", dtype="float32", **_PLAIN)
     whole = PolicySource(config.replace(load_in_4bit=False, bnb_4bit_quant_type="nf4", use_bnb_nested_quant=False))
     policy = whole.load()
     assert policy.adapters is not None

@@ -20,6 +20,7 @@ from grpo_fast.config import Config, ConfigError
 from grpo_fast.ops.products import use_products
 from grpo_fast.train.adapters import Adapters
 from grpo_fast.train.checkpointing import checkpoint_layers
+from grpo_fast.train.liger import require_liger, use_liger_kernels
 from grpo_fast.train.policy import Policy
 from grpo_fast.train.quantised import keep_as_loaded, loading_arguments, refuse_ragged_blocks, require_bitsandbytes
 
@@ -64,6 +65,8 @@ class PolicySource:
             raise ConfigError(
                 "gradient_checkpointing_mode='offload' on a CPU, whose activations are in the host's memory already; use 'full'"
             )
+        if config.use_liger_kernel:
+            require_liger(self.model_config.model_type, self._device)
         if config.load_in_4bit:
             require_bitsandbytes("load_in_4bit")
         if config.use_peft:
@@ -103,6 +106,8 @@ class PolicySource:
         model: Any = self._read(AutoModelForCausalLM, dtype=dtype, attn_implementation=config.attn_implementation, **quantised)
         if quantised:
             keep_as_loaded(model)
+        if config.use_liger_kernel:
+            use_liger_kernels(model)
         _disable_dropout(model)
         if self._device.type == "cpu":
             use_products(model)
