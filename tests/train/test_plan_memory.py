@@ -186,6 +186,7 @@ def test_what_does_not_fit_is_told_with_the_cheapest_changes() -> None:
     assert table(plan)[-1] == ("the device has", "1.20 GiB")
 
 
+@pytest.mark.slow
 def test_inputs_of_layers_may_wait_in_the_hosts_memory() -> None:
     config = Config(gradient_checkpointing=True, max_completion_length=1024, tokens_per_microbatch=16_384)
     full = planner(LLAMA_8B, config, room_gib=300)
