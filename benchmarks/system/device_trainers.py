@@ -64,6 +64,9 @@ class GivenCompletions:
         self._version = version
         return {}
 
+    def sleep(self) -> None:
+        """Has nothing to free."""
+
     def close(self) -> None:
         """Holds nothing."""
 
