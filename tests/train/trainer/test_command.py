@@ -17,7 +17,15 @@ from grpo_fast.train.checkpoint import list_checkpoints
 from tests.train.trainer.runs import ROWS, events, lines
 
 REWARD = """
+import time
+from pathlib import Path
+
+PAUSE = Path(__file__).with_name("pause")
+
 def vowels(completions, **columns):
+    if PAUSE.exists():
+        PAUSE.unlink()
+        time.sleep(1.0)
     return [sum(letter in "aei" for letter in text) / max(1, len(text)) for text in completions]
 """
 
@@ -62,6 +70,21 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(moment: str, command: tuple
     assert not list(run.glob(".checkpoint-*"))
 
 
+def in_the_middle_of_a_step_after(step: int, run: Path) -> Callable[[], bool]:
+    """A moment that lasts a second, so that several signals reach the same step: the reward makes a pause."""
+    pause = run.with_name("pause")
+    asked = False
+
+    def reached() -> bool:
+        nonlocal asked
+        if not asked and lines(run) >= step:
+            pause.touch()
+            asked = True
+        return asked and not pause.exists()
+
+    return reached
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("times", [1, 2])
 def test_ctrl_c_once_saves_and_twice_ends_at_once(times: int, command: tuple[CommandLine, Path]) -> None:
@@ -69,7 +92,7 @@ def test_ctrl_c_once_saves_and_twice_ends_at_once(times: int, command: tuple[Com
     run = undisturbed.with_name(f"interrupted-{times}")
     options = ("train", "--config", "run.toml", "--output-dir", str(run))
     signals = (signal.SIGINT, signal.SIGTERM)[:times]
-    code = shell.run(*options, until=lambda: lines(run) >= 13, signals=signals)
+    code = shell.run(*options, until=in_the_middle_of_a_step_after(13, run), signals=signals)
     told = shell.log()
     assert "Traceback" not in told
     if times == 1:
