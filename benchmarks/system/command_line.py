@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -76,8 +77,9 @@ class CommandLine:
             time.sleep(0.0005)
             if time.monotonic() > begun + deadline_s or not Path(f"/proc/{child}/fd/1").exists():
                 break
-        for number in signals if until is not None else ():
-            os.kill(child, number)
+        with contextlib.suppress(ProcessLookupError):  # the command has ended before the moment came
+            for number in signals if until is not None else ():
+                os.kill(child, number)
         return int(self._read())
 
     def left_over(self) -> list[int]:

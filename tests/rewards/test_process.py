@@ -11,6 +11,7 @@ from typing import Any
 import cloudpickle
 import pytest
 
+from grpo_fast.rewards import process as process_module
 from grpo_fast.rewards.process import WorkerDiedError, WorkerProcess
 from grpo_fast.rewards.worker import Reply
 
@@ -72,7 +73,9 @@ def test_close_lets_the_process_end_by_itself(by_length: WorkerProcess) -> None:
     by_length.kill()
 
 
-def test_close_kills_a_busy_worker_at_once() -> None:
+def test_close_kills_a_busy_worker_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_module, "_GRACE_S", 60.0)
+
     def hangs() -> None:
         time.sleep(600)
 
@@ -80,7 +83,7 @@ def test_close_kills_a_busy_worker_at_once() -> None:
     submit(worker)
     start = time.monotonic()
     worker.close()
-    assert time.monotonic() - start < 1.5
+    assert time.monotonic() - start < 30
     assert worker._process.returncode == -signal.SIGKILL
 
 
@@ -147,4 +150,4 @@ def test_a_worker_that_does_not_read_cannot_block_its_parent(by_length: WorkerPr
     start = time.monotonic()
     with pytest.raises(TimeoutError):
         submit(by_length, timeout_s=0.3, completions=["a" * 10_000_000])
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 20
