@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from grpo_fast.rollout.weight_sync import SyncTarget
+from grpo_fast.rollout.whole_weights import whole_weights
 
 _SHARED_MEMORY = Path("/dev/shm")
 _ADAPTER = "default"
@@ -84,10 +85,10 @@ class AdapterVersions:
         home = Path(self._directory.name)
         path = home / str(self._number)
         path.mkdir()
+        names = [name for name, _ in self._policy.named_parameters() if ".lora_" in name]
         tensors = {
-            f"base_model.model.{name.replace(f'.{_ADAPTER}.', '.')}": _whole(weight)
-            for name, weight in self._policy.named_parameters()
-            if ".lora_" in name
+            f"base_model.model.{name.replace(f'.{_ADAPTER}.', '.')}": weight.cpu().contiguous()
+            for name, weight in whole_weights(self._policy, names)
         }
         save_file(tensors, path / "adapter_model.safetensors")
         self._policy.peft_config[_ADAPTER].save_pretrained(str(path))
@@ -101,11 +102,6 @@ class AdapterVersions:
     def close(self) -> None:
         """Removes all."""
         self._directory.cleanup()
-
-
-def _whole(weight: torch.Tensor) -> torch.Tensor:
-    whole: Any = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-    return torch.as_tensor(whole.detach()).cpu().contiguous()
 
 
 class AdapterHost(SyncTarget, Protocol):

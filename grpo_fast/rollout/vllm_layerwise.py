@@ -20,6 +20,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
+from grpo_fast.rollout.whole_weights import whole_weights
+
 
 class PolicyWeights(WeightSource):  # type: ignore[misc]
     """The parameters of a model, one by one, in the type that the engine computes in.
@@ -27,8 +29,8 @@ class PolicyWeights(WeightSource):  # type: ignore[misc]
     Of a model with LoRA adapters they are the base's, under the names that they have without; of one in four bits, what those
     stand for.
 
-    A sharded parameter is gathered when its turn comes, so no second copy of the model exists; every rank then iterates, in
-    the same order, as gathering is a collective.
+    Sharded parameters are gathered when their turn comes, in the engine's type, so no second copy of the model exists; see
+    :func:`~grpo_fast.rollout.whole_weights.whole_weights`.
     """
 
     def __init__(self, model: torch.nn.Module, dtype: torch.dtype) -> None:
@@ -43,25 +45,31 @@ class PolicyWeights(WeightSource):  # type: ignore[misc]
     def metadata(self) -> list[ParamMeta]:
         """Name, type and whole shape of what iteration yields."""
         return [
-            ParamMeta(name, self._wire(weight), tuple((_four_bits(weight) or weight).shape)) for name, weight in self._base()
+            ParamMeta(without_adapters(name), self._wire(weight), tuple((_four_bits(weight) or weight).shape))
+            for name, weight in self._base()
         ]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return ((name, weight.to(self._wire(weight))) for name, weight in self.uncast())
+        def convert(named: tuple[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
+            return named[0], named[1].to(self._wire(named[1]))
+
+        return map(convert, self.uncast())
 
     def uncast(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The same in the policy's own type, for a transport that converts while it copies."""
-        for name, weight in self._base():
-            state = _four_bits(weight)
-            if state is not None:
-                yield name, import_module("bitsandbytes.functional").dequantize_4bit(weight.data, state)
-            else:
-                yield name, (weight.full_tensor() if hasattr(weight, "full_tensor") else weight).detach()
+        states = {name: _four_bits(weight) for name, weight in self._base()}
+
+        def read(named: tuple[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
+            name, weight = named
+            if states[name] is not None:
+                weight = import_module("bitsandbytes.functional").dequantize_4bit(weight, states[name])
+            return without_adapters(name), weight
+
+        # No loop, which would hold each weight until the next is gathered.
+        return map(read, whole_weights(self._model, states, self._dtype))
 
     def _base(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, weight in self._model.named_parameters():
-            if ".lora_" not in name:
-                yield without_adapters(name), weight
+        return ((name, weight) for name, weight in self._model.named_parameters() if ".lora_" not in name)
 
     def _wire(self, weight: torch.Tensor) -> torch.dtype:
         return self._dtype if weight.is_floating_point() or _four_bits(weight) is not None else weight.dtype

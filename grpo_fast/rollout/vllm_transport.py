@@ -218,6 +218,7 @@ class SharedMemorySender(TrainerWeightTransferEngine[SharedMemoryInit]):  # type
             if found != name:
                 raise RuntimeError(f"the policy gave {found} where {name} was announced; its parameters have changed")
             view.copy_(weight)
+            del weight  # before the next is gathered
 
 
 def _map(path: str, num_bytes: int) -> torch.Tensor:

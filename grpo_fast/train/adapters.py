@@ -85,9 +85,16 @@ class Adapters:
         finally:
             self._wrapped.base_model.enable_adapter_layers()
 
-    def save(self, directory: Path) -> None:
-        """Writes the adapters in peft's format, a file of weights and one of settings."""
-        self._wrapped.save_pretrained(str(directory), save_embedding_layers=False)  # "auto" would ask the hub
+    def save(self, directory: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+        """Writes the adapters in peft's format, a file of weights and one of settings.
+
+        Args:
+            directory: where to.
+            weights: in place of the model's own, under the model's names.
+        """
+        named = None if weights is None else {f"base_model.model.{name}": weight for name, weight in weights.items()}
+        # "auto" would ask the hub
+        self._wrapped.save_pretrained(str(directory), state_dict=named, save_embedding_layers=False)
 
     @torch.no_grad()
     def load(self, directory: Path, *, part: Callable[[Any, torch.Tensor], torch.Tensor] = lambda _, value: value) -> None:

@@ -65,7 +65,7 @@ def save_checkpoint(
         (partial / _STATE).write_text(json.dumps(state), encoding="utf-8")
 
     try:
-        world.once(begin)
+        policy.reading(world).once(begin)
         if isinstance(policy, ShardedPolicy):
             save_optimizer(policy, optimizer, partial / _SHARDS)
         world.once(lambda: _seal(partial, final, step=step))

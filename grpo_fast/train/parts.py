@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from grpo_fast.compute import Budget, ComputeMeter, ModelShape
 from grpo_fast.config import Config, ConfigError
@@ -31,7 +31,11 @@ from grpo_fast.train.policy_source import PolicySource, pick_device
 from grpo_fast.train.run_dir import CONFIG_FILE, empty_run, is_cut_short, write_whole
 from grpo_fast.train.sharding import ShardedPolicy, check_sharding, spread
 from grpo_fast.train.shares import MainEngine, Rewards, SharedEngine, SharedRewards
+from grpo_fast.train.streaming import streams_weights
 from grpo_fast.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _CHANGEABLE = {
     *(f"max_{name}" for name in ("steps", "tokens", "flops", "gpu_hours", "wall_hours", "money", "energy_kwh")),
@@ -171,9 +175,11 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
         on_error.callback(rewards.close)
         rewards.start()
         whole = source.load()
-        engine = _share_engine(config, whole, [*prompts, *eval_prompts], given=given.get("engine"), world=world)
+        streams = world.size > 1 and "engine" not in given and streams_weights(config)
+        policy = whole if world.size == 1 else spread(source, whole, config=config, world=world, streams=streams)
+        read = policy if streams else whole
+        engine = _share_engine(config, read, [*prompts, *eval_prompts], given=given.get("engine"), world=world)
         on_error.callback(engine.close)
-        policy = whole if world.size == 1 else spread(source, whole, config=config, world=world)
         facts = device_facts("cpu" if policy.device.type == "cpu" else "cuda")
         parts = Parts(
             config=config,
@@ -307,7 +313,7 @@ def _share_engine(
 ) -> RolloutEngine:
     """The engine, as all ranks use it together."""
     if given is None and config.rollout == "vllm-http" and world.size > 1:
-        return MainEngine(lambda: _build_engine(config, policy, prompts), world)
+        return MainEngine(lambda: _build_engine(config, policy, prompts), policy.reading(world))
     engine = given or _build_engine(config, policy, prompts)
     return engine if world.size == 1 else SharedEngine(engine, world)
 
@@ -330,7 +336,7 @@ def _build_engine(config: Config, policy: Policy, prompts: Sequence[Prompt]) -> 
     )
     if config.rollout == "vllm-http":
         return VLLMServerEngine(
-            policy.model,
+            cast("PreTrainedModel", policy.whole_model()),
             policy.tokenizer,
             urls=config.vllm_server_urls,
             autocast_dtype=policy.autocast_dtype,

@@ -2,7 +2,8 @@
 
 Weights, gradients and moments are counted from the model's outline, activations by
 :func:`~grpo_fast.train.activations.activation_bytes`, keys and values from the lengths that may occur. Not counted is what an
-allocator loses between blocks: a few percent, more where lengths vary much.
+allocator loses between blocks: a few percent, more where lengths vary much; nor what servers hold, but for copies that the
+transport ``sparse`` has them keep on this machine.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from grpo_fast.rollout.vllm_engine import cpu_cache_bytes
 from grpo_fast.sinks.quantities import binary
 from grpo_fast.train.activations import ActivationBytes, activation_bytes
 from grpo_fast.train.policy_source import computes_in_bfloat16, outline_of, pick_device
+from grpo_fast.train.streaming import streams_weights
 
 _CONTEXT_BYTES = {"cuda": 700 * 2**20, "cpu": 450 * 2**20}
 """What the process holds before the model: CUDA's context and libraries' workspaces; Python with its modules."""
@@ -96,6 +98,8 @@ class MemoryPlanner:
         sizes = _Sizes.of(outline, config, dtype=dtype)
         lasting, host = self._lasting(config, sizes)
         sampling = self._sampling(config, sizes, dtype)
+        on_host = lasting if self._inputs.kind == "cpu" else host
+        on_host |= _sparse_copies(config, sizes.base(config) * dtype.itemsize)
         if config.vllm_enable_sleep_mode:
             if config.rollout == "vllm" and config.use_peft:
                 host["vLLM's weights"] = sizes.total * dtype.itemsize
@@ -113,7 +117,8 @@ class MemoryPlanner:
         }
         if self._num_parts(config) > 1:
             whole = sizes.frozen_bytes + _weight_bytes(config) * sizes.trained
-            lasting["whole weights to sample from"] = whole
+            if not streams_weights(config):
+                lasting["whole weights to sample from"] = whole
             training["gathered weights"] = 2 * whole // sizes.layers + _weight_bytes(config) * sizes.head * (head_parts == 1)
         return MemoryPlan(lasting, {"sampling": sampling, "training": training}, self._inputs.room_bytes, host)
 
@@ -274,6 +279,10 @@ class _Sizes:
             cached_values=cached_values(model),
         )
 
+    def base(self, config: Config) -> int:
+        """Weights that go to vLLM as they are, not as adapters."""
+        return self.total - self.trained if config.use_peft else self.total
+
     def reference_bytes(self, config: Config) -> int:
         """A reference policy of its own: none without KL, nor where adapters are switched off for it."""
         return self.total * _weight_bytes(config) if config.beta > 0 and not config.use_peft else 0
@@ -294,6 +303,14 @@ def _moments(config: Config, trained: int) -> tuple[int, dict[str, int]]:
     if config.optim.startswith("paged_"):
         return 0, {"paged optimiser": (2 if "8bit" in config.optim else 8) * trained}
     return (2 if config.optim == "adamw_8bit" else 8) * trained, {}
+
+
+def _sparse_copies(config: Config, sent_bytes: int) -> dict[str, int]:
+    """Bytes of host memory in which both ends of the transport ``sparse`` keep the weights as they went over last."""
+    if config.rollout == "transformers" or config.vllm_transport != "sparse":
+        return {}
+    receivers = len(config.vllm_server_urls) if config.rollout == "vllm-http" else 1
+    return {"weights as last sent": sent_bytes, "weights as vLLM last got them": receivers * sent_bytes}
 
 
 def _candidates(config: Config, kind: str) -> Iterator[tuple[dict[str, Any], str]]:

@@ -23,9 +23,11 @@ from grpo_fast.ops import Layout, LMHead, token_logprob
 from grpo_fast.train.adapters import Adapters
 from grpo_fast.train.batch import TrainingSequence, build_batch
 from grpo_fast.train.checkpointing import CheckpointingMode
+from grpo_fast.train.distributed import World
 from grpo_fast.train.head_part import Head
 from grpo_fast.train.offload import HostActivations
 from grpo_fast.train.packed_model import let_pack, let_pad, model_inputs, takes_shared_prompts
+from grpo_fast.train.streaming import Once
 from grpo_fast.types import TokenBatch
 
 _PROBE_TOLERANCE = 1e-3
@@ -122,13 +124,25 @@ class Policy:
         """The model with whole weights, for engines."""
         return self.model
 
+    def reading(self, world: World) -> Once:
+        """Who has rank 0 do what reads :meth:`whole_model` or saves, so that ranks that hold parts take part in it.
+
+        Args:
+            world: the ranks, which do where every one of them has all.
+        """
+        return world
+
     def save(self, directory: Path) -> None:
         """Writes tokenizer and model (safetensors), or the adapters alone, in the layout that ``from_pretrained`` reads."""
+        self._write(directory, None)
+
+    def _write(self, directory: Path, weights: dict[str, torch.Tensor] | None) -> None:
+        """Writes ``weights`` in place of the model's own."""
         if self.adapters is not None:
-            self.adapters.save(directory)
+            self.adapters.save(directory, weights)
         else:
             with _without_progress_bar():
-                self.model.save_pretrained(directory)
+                self.model.save_pretrained(directory, state_dict=weights)
         self.tokenizer.save_pretrained(directory)
 
     def load_weights(self, directory: Path) -> None:

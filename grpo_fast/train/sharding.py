@@ -7,8 +7,10 @@ place. Where the head is also the embedding, both gradients meet in the shard.
 
 Gradients are sums over the ranks, not means: every normaliser is of the whole step already.
 
-What samples and what ``from_pretrained`` reads needs whole weights: a mirror of them is kept on the ranks that sample and on
-rank 0. After each update those weights of it that are trained are renewed, a tensor at a time.
+What samples and what ``from_pretrained`` reads needs whole weights. Servers get them from the shards, a layer at a time
+(:mod:`~grpo_fast.train.streaming`), and so do files then. For engines in the ranks' own processes, and of a base in four bits,
+a mirror is kept on the ranks that sample and on rank 0: after each update those weights of it that are trained are renewed, a
+tensor at a time.
 
 A frozen base is sharded as trained weights are, and neither has gradients nor is it sent again; of one in four bits the scales
 stay whole. Adapters are sharded with the layer that they belong to.
@@ -37,11 +39,13 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 from grpo_fast.config import Config, ConfigError
+from grpo_fast.rollout.whole_weights import gather, whole_weights
 from grpo_fast.train.distributed import World
 from grpo_fast.train.head_part import Head, HeadPart, first_token_of
 from grpo_fast.train.policy import Policy
 from grpo_fast.train.policy_source import PolicySource, pick_device
 from grpo_fast.train.quantised import make_shardable
+from grpo_fast.train.streaming import Once, StreamedModel
 
 
 def check_sharding(config: Config) -> None:
@@ -76,9 +80,10 @@ class ShardedPolicy(Policy):
         mirror: another one with the same weights, to be kept whole; ``None`` where this rank needs none.
         config: how to shard.
         world: over whom.
+        streams: whether whole weights are read from the shards; no rank has a mirror then.
     """
 
-    def __init__(self, policy: Policy, mirror: Policy | None, *, config: Config, world: World) -> None:
+    def __init__(self, policy: Policy, mirror: Policy | None, *, config: Config, world: World, streams: bool = False) -> None:
         vars(self).update(vars(policy))  # its checks are done, and would run the model
         self._mirror = mirror
         self._device = policy.device
@@ -91,6 +96,11 @@ class ShardedPolicy(Policy):
         head = self.model.get_output_embeddings()
         self._head = replace(self._head, weight=head.weight, bias=getattr(head, "bias", None))
         self._head_part = self._place_head() if config.fsdp_parallel_head else None
+        self._streamed = (
+            StreamedModel(self.model, units=cast("list[torch.nn.Module]", self._units), logits=self._logits, world=world)
+            if streams
+            else None
+        )
 
     @property
     def device(self) -> torch.device:
@@ -171,7 +181,12 @@ class ShardedPolicy(Policy):
         shard.grad = part if shard.grad is None else shard.grad + part
 
     def whole_model(self) -> torch.nn.Module:
-        """The mirror, renewed; every rank has to ask for it, and one without a mirror gets the sharded model."""
+        """The mirror, renewed; every rank has to ask for it, and one without a mirror gets the sharded model.
+
+        Where weights are streamed, it is the model that they are read from, inside :meth:`reading`.
+        """
+        if self._streamed is not None:
+            return self._streamed
         with torch.no_grad():
             mirrored = {} if self._mirror is None else dict(self._mirror.model.named_parameters())
             for name, shard in self._shards.items():
@@ -180,10 +195,30 @@ class ShardedPolicy(Policy):
                     mirrored[name].copy_(whole)
         return self.model if self._mirror is None else self._mirror.model
 
+    def reading(self, world: World) -> Once:
+        """Who has rank 0 read whole weights; see :meth:`Policy.reading`."""
+        return self._streamed or world
+
+    def _logits(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        self.reshard()
+        head, dtype = self._head, self.autocast_dtype
+        with self.autocast():
+            hidden = self._hidden_states(input_ids=input_ids.to(self._device))[:, positions.to(self._device)]
+            self.reshard()
+            weight, bias = (None if part is None else gather(part, dtype).to(self._device) for part in (head.weight, head.bias))
+            logits = torch.nn.functional.linear(hidden, cast(torch.Tensor, weight), bias) * head.logit_scale
+        return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
     def save(self, directory: Path) -> None:
-        """Writes the mirror; see :meth:`Policy.save`."""
-        assert self._mirror is not None
-        self._mirror.save(directory)
+        """Writes the mirror, or what rank 0 gathers in host memory; see :meth:`Policy.save`."""
+        if self._streamed is None:
+            assert self._mirror is not None
+            self._mirror.save(directory)
+            return
+        held = {name: value for name, value in self.model.state_dict().items() if not isinstance(value, DTensor)}
+        wanted = [name for name, _ in self._streamed.named_parameters() if self.adapters is None or ".lora_" in name]
+        held |= {name: weight.cpu() for name, weight in whole_weights(self._streamed, wanted)}
+        self._write(directory, held)
 
     def load_weights(self, directory: Path) -> None:
         """Takes over saved weights, each rank its own part of them."""
@@ -202,13 +237,21 @@ class ShardedPolicy(Policy):
             unit.reshard()
 
 
-def spread(source: PolicySource, whole: Policy, *, config: Config, world: World) -> Policy:
-    """The policy to train: ``whole`` itself, or a sharded one that keeps ``whole`` as its mirror where that is needed."""
+def spread(source: PolicySource, whole: Policy, *, config: Config, world: World, streams: bool = False) -> Policy:
+    """The policy to train: ``whole`` itself, or a sharded one that keeps ``whole`` as its mirror where that is needed.
+
+    Args:
+        source: of another one.
+        whole: as loaded.
+        config: of the run.
+        world: its ranks.
+        streams: whether whole weights are read from the shards alone.
+    """
     if config.fsdp == "no_shard":
         return whole
     whole.model.requires_grad_(False)
-    samples = config.rollout == "transformers"
-    return ShardedPolicy(source.load(), whole if samples or world.is_main else None, config=config, world=world)
+    mirrored = not streams and (config.rollout == "transformers" or world.is_main)
+    return ShardedPolicy(source.load(), whole if mirrored else None, config=config, world=world, streams=streams)
 
 
 def save_optimizer(policy: ShardedPolicy, optimizer: torch.optim.Optimizer, directory: Path) -> None:

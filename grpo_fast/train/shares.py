@@ -14,6 +14,7 @@ from grpo_fast.rewards import RewardPool, RewardReport
 from grpo_fast.rewards.report import Tally
 from grpo_fast.rollout.engine import RolloutEngine, SamplingParams
 from grpo_fast.train.distributed import World
+from grpo_fast.train.streaming import Once
 from grpo_fast.types import Completion, Group
 
 if TYPE_CHECKING:
@@ -87,10 +88,10 @@ class MainEngine:
 
     Args:
         build: makes rank 0's engine.
-        world: the ranks.
+        world: the ranks, or what has them gather the weights that the engine reads.
     """
 
-    def __init__(self, build: Callable[[], RolloutEngine], world: World) -> None:
+    def __init__(self, build: Callable[[], RolloutEngine], world: Once) -> None:
         self._engine: RolloutEngine | None = None
         self._world = world
 
@@ -120,7 +121,7 @@ class MainEngine:
         )
 
     def sync_weights(self, policy: torch.nn.Module, version: int) -> dict[str, float]:
-        """Sends rank 0's weights.
+        """Sends the policy's weights.
 
         Raises:
             WeightSyncError: the engine may hold other weights.

@@ -10,9 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from grpo_fast.assets import embedded_model_dir
+from grpo_fast.config import Config
 from grpo_fast.ops.weight_delta import apply_delta
 from grpo_fast.rollout import SamplingParams
 from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMSettings
+from grpo_fast.train.plan_memory import MemoryInputs, MemoryPlanner
 
 # vLLM and what it imports use deprecated parts of torch.
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
@@ -171,6 +173,13 @@ def test_twenty_syncs_and_the_logprobs_are_the_policys_after_each(
         assert sent == (8 * changed if version > 2 else whole)
         answers = engine.generate(PROMPTS, SAMPLING, num_generations=2, seed=version)
         assert measure_errors(policy, PROMPTS, answers, SAMPLING.temperature).agrees
+    receiver = engine._vllm._llm.llm_engine.model_executor.driver_worker.worker.weight_transfer_engine
+    plan = MemoryPlanner(policy.config, Config(rollout="vllm", vllm_transport="sparse"), MemoryInputs(2**30, "cpu", 8)).plan()
+    for name, copies in (
+        ("weights as last sent", engine._vllm._sender._engine._sent),
+        ("weights as vLLM last got them", receiver._held),
+    ):
+        assert sum(copy.nbytes for copy in copies.values()) == plan.lasting[name] == whole
 
 
 @pytest.mark.parametrize("loss", ["forgotten", "altered"])

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
+import threading
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,6 +35,10 @@ from grpo_fast.ops import (
     token_logprob,
 )
 from grpo_fast.ops.fused_grpo import fused_grpo_reference
+from grpo_fast.rollout import WeightSyncError
+from grpo_fast.rollout.sync_probe import SyncProbe
+from grpo_fast.rollout.weight_sync import WeightSync
+from grpo_fast.rollout.whole_weights import whole_weights
 from grpo_fast.tasks.task import Task
 from grpo_fast.train import GRPOTrainer
 from grpo_fast.train.adamw import OffloadedAdamW, StochasticAdamW
@@ -212,6 +220,124 @@ def head_traffic(world: World, values: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+class Wire:
+    """What a weight sync asks of an engine; its sending reads all weights, and breaks off or hangs where it is told to."""
+
+    def __init__(self, model: Any, names: list[str]) -> None:
+        self.model, self.names = model, names
+        self.fates: list[str] = []
+        self.freed, self.done = threading.Event(), threading.Event()
+        self.refusal = ""
+        self.arrived: dict[str, torch.Tensor] = {}
+
+    def send(self) -> int:
+        fate = self.fates.pop(0) if self.fates else ""
+        self.arrived = {}
+        weights = whole_weights(self.model, self.names, torch.bfloat16)
+        for name, weight in weights:
+            self.arrived[name] = weight.clone()
+            del weight  # as a sender does, before the next is gathered
+            if len(self.arrived) == 5 and fate == "breaks":
+                raise ConnectionError("the wire broke")
+            if len(self.arrived) == 5 and fate == "hangs":
+                self.freed.wait(20)
+                try:
+                    list(weights)
+                except RuntimeError as error:
+                    self.refusal = str(error)
+                self.done.set()
+        return 1
+
+    def finish(self, version: int) -> None:
+        self.version = version
+
+    def weight_version(self) -> int:
+        return self.version
+
+    def answer(self, prompts: Any) -> list[list[dict[int, float]]]:
+        return [self.choices]
+
+    def reset_prefix_cache(self) -> bool:
+        return True
+
+    def pause(self) -> None: ...
+
+    resume = undo = pause
+
+    def wake(self, part: str) -> None: ...
+
+
+class Gathered:
+    """Bytes of whole weights that live, where shards are gathered inside."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+
+    def __enter__(self) -> Gathered:
+        self._gather = DTensor.full_tensor
+
+        def counted(shard: DTensor) -> torch.Tensor:
+            whole = self._gather(shard)
+            self.now += whole.nbytes
+            self.most = max(self.most, self.now)
+            weakref.finalize(whole, self._free, whole.nbytes)
+            return whole
+
+        DTensor.full_tensor = counted  # type: ignore[method-assign]
+        return self
+
+    def _free(self, size: int) -> None:
+        self.now -= size
+
+    def __exit__(self, *_: object) -> None:
+        DTensor.full_tensor = self._gather  # type: ignore[method-assign]
+
+
+def streamed(world: World, values: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """What rank 0 reads of a sharded policy that has no mirror, through syncs that succeed, break off and hang."""
+    config = Config.parse(values | {"fsdp": "full_shard", "fsdp_parallel_head": True})
+    whole = PolicySource(config).load()
+    policy = ShardedPolicy(PolicySource(config).load(), None, config=config, world=world, streams=True)
+    true = {name: weight.detach() for name, weight in whole.model.named_parameters()}
+    units: Counter[str] = Counter()
+    for name, weight in true.items():
+        units[re.sub(r"(layers\.\d+)\..*", r"\1", name)] += 2 * weight.numel()
+    wire, probe = Wire(policy.whole_model(), list(true)), SyncProbe(tuple(range(4, 12)), 1e-9)
+    wire.choices = [dict(enumerate(row.tolist())) for row in probe.score(whole.model)]
+
+    def attempt(*fates: str, deadline_s: float = 30.0) -> str:
+        wire.fates = list(fates)
+        sync = WeightSync(wire, probe, deadline_s=deadline_s)
+        try:
+            return str(policy.reading(world).once(lambda: sync.run(wire.model, 1)["sync/version"]))
+        except WeightSyncError as error:
+            return str(error)
+
+    found: dict[str, Any] = {"largest unit": max(units.values())}
+    with Gathered() as gathered:
+        found["synced"] = attempt()
+    found["most"], found["left"] = gathered.most, gathered.now
+    found["arrived"] = [name for name, weight in wire.arrived.items() if torch.equal(weight, true[name].bfloat16())]
+    found["names"] = list(true)
+    found["again"], found["broken"] = attempt("breaks"), attempt("breaks", "breaks")
+    if not config.use_peft:
+        found["hung"] = attempt("hangs", deadline_s=2.0)
+        wire.freed.set()
+        found["refusal"] = world.once(lambda: wire.done.wait(20) and wire.refusal)
+    found["after"] = attempt()
+    policy.reading(world).once(lambda: policy.save(directory))
+    file = directory / ("adapter_model.safetensors" if config.use_peft else "model.safetensors")
+    found["saved"] = world.once(lambda: saved_like(load_file(file), true))
+    return found
+
+
+def saved_like(saved: dict[str, torch.Tensor], true: dict[str, torch.Tensor]) -> bool:
+    """Whether a file holds adapters under peft's names, or else all weights, bit for bit."""
+    adapters = {f"base_model.model.{n.replace('.default', '')}": w for n, w in true.items() if ".lora_" in n}
+    wanted = adapters or true
+    return saved.keys() == wanted.keys() and all(torch.equal(saved[name], weight) for name, weight in wanted.items())
+
+
 class StubbornError(Exception):
     """An error whose arguments are not what it keeps."""
 
@@ -229,6 +355,7 @@ def main(cases: Path, output: Path) -> None:
     found["optimizers"] = optimizers(init_device_mesh("cpu", (world.size,)))
     wanted = json.loads(cases.read_text(encoding="utf-8"))
     found["traffic"] = head_traffic(world, next(iter(wanted.values())))
+    found["streamed"] = {name: streamed(world, wanted[name], output / f"streamed {name}") for name in ("whole", "adapters")}
     for name, values in wanted.items():
         if values["fsdp"] == "hybrid_shard":
             os.environ["LOCAL_WORLD_SIZE"] = "2"  # as if on nodes of two

@@ -270,6 +270,22 @@ def test_a_head_is_gathered_once_an_iteration_or_never(launch: Launch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["whole", "adapters"])
+def test_an_engine_reads_shards_a_layer_at_a_time_and_no_rank_hangs_where_it_fails(name: str, launch: Launch) -> None:
+    for rank, findings in enumerate(launch.found):
+        told = findings["streamed"][name]
+        assert told["synced"] == told["again"] == told["after"] == "1.0"
+        assert told["arrived"] == (told["names"] if rank == 0 else []), "in order, bit for bit in the engine's type"
+        assert 0 < told["most"] <= told["largest unit"], "bytes of whole weights that live at once"
+        assert told["left"] == 0
+        assert "phase 'send': the wire broke; 2 attempts were made" in told["broken"]
+        assert told["saved"]
+        if name == "whole":
+            assert "the weight sync hung in its phase 'send'" in told["hung"]
+            assert "the other ranks do not gather any more" in told["refusal"]
+
+
+@pytest.mark.slow
 def test_what_ranks_tell_each_other(launch: Launch) -> None:
     size = len(launch.found)
     told = [found["exchanges"] for found in launch.found]

@@ -97,6 +97,9 @@ def test_shards_divide_what_lasts() -> None:
     assert "whole weights to sample from" not in whole.lasting
     assert shared.lasting["whole weights to sample from"] == 4 * num_weights(SMALL)
     assert planner(SMALL, Config(), num_devices=4).plan().lasting["optimiser"] == whole.lasting["optimiser"]
+    servers = {"rollout": "vllm-http", "vllm_server_urls": ("http://127.0.0.1:8000",)}
+    streamed = planner(SMALL, Config(fsdp="full_shard", **servers), num_devices=4).plan()
+    assert streamed.lasting == {name: size for name, size in shared.lasting.items() if name != "whole weights to sample from"}
 
 
 def test_a_head_in_parts_is_neither_gathered_nor_has_a_whole_gradient() -> None:
@@ -142,6 +145,24 @@ def test_a_sleeping_vllm_lies_beside_sampling_alone() -> None:
     assert "vLLM's weights" not in asleep.host
     adapters = planner(SMALL, Config(rollout="vllm", vllm_enable_sleep_mode=True, use_peft=True)).plan()
     assert adapters.host["vLLM's weights"] >= 2 * num_weights(SMALL)
+
+
+def test_both_ends_of_a_sparse_transport_keep_what_went_over() -> None:
+    urls = ("http://127.0.0.1:8000", "http://127.0.0.1:8001")
+    served = {"rollout": "vllm-http", "vllm_server_urls": urls}
+    copies = {"weights as last sent", "weights as vLLM last got them"}
+    count = num_weights(SMALL)
+
+    def found(kind: str, **changes: Any) -> list[dict[str, int]]:
+        plan = planner(SMALL, Config(**changes), kind=kind).plan()
+        return [{name: size for name, size in part.items() if name in copies} for part in (plan.lasting, plan.host)]
+
+    expected = {"weights as last sent": 2 * count, "weights as vLLM last got them": 2 * 2 * count}
+    assert found("cuda", **served, vllm_transport="sparse") == [{}, expected]
+    assert found("cuda", **served, vllm_transport="sparse", use_peft=True) == [{}, expected], "the base alone"
+    assert found("cpu", rollout="vllm", vllm_transport="sparse") == [dict.fromkeys(sorted(copies), 4 * count), {}]
+    for changes in (served, served | {"vllm_transport": "shared_memory"}, {"vllm_transport": "sparse"}):
+        assert found("cuda", **changes) == [{}, {}]
 
 
 def test_sleep_is_offered_where_vllm_can() -> None:
