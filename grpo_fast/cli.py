@@ -20,6 +20,7 @@ from rich.table import Table
 from grpo_fast import __version__
 from grpo_fast.config import Config, ConfigError, explain, read_toml
 from grpo_fast.recipes import recipe_values
+from grpo_fast.run_dir import CONFIG_FILE
 from grpo_fast.types import TrainingError
 
 _SOURCE = Group("Where the configuration comes from", sort_key=0)
@@ -41,7 +42,7 @@ def _fill(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) ->
     if resume is not None:
         if recipe is not None or file is not None:
             raise ConfigError("--resume uses the run's own configuration; leave out --recipe and --config")
-        values = read_toml(Path(resume) / "config.toml")
+        values = read_toml(Path(resume) / CONFIG_FILE)
     else:
         bare = file is None and given("--model") is None and (commands == ("train",) or given("--model-size") is None)
         values = recipe_values(recipe or "embedded") if recipe is not None or bare else {}

@@ -22,11 +22,12 @@ from grpo_fast.law import Prior, RewardCurve, RunFacts
 from grpo_fast.law.beliefs import rise_shares, shape_shares, typical, witnessed_shape
 from grpo_fast.law.fitting import Witness, fit_witnesses, level_errors, witness
 from grpo_fast.law.prior import SHARES
+from grpo_fast.run_dir import SUMMARY_FILE
 
 _FEWEST = 20
 _WHOLE = 0.8
 _FEWEST_SOURCES = 3
-_SUMMARY, _METRICS, _STATE = "summary.json", "metrics.jsonl", "trainer_state.json"
+_METRICS, _STATE = "metrics.jsonl", "trainer_state.json"
 _CUT_SHORT = {"interrupt": "it was interrupted", "user": "it was stopped by hand", "collapse": "it collapsed"}
 
 
@@ -227,13 +228,13 @@ def _read(path: Path, *, source: str, facts: RunFacts) -> PooledRun:
 
 def _cut_short(path: Path, share: float, *, known: bool) -> str:
     """Why a run is no finished one; empty where it is, or where nothing tells."""
-    summary = path / _SUMMARY
+    summary = path / SUMMARY_FILE
     if not summary.is_file():
         return f"it is unfinished: {share:.0%} of its steps are logged" if known and share < _WHOLE else ""
     try:
         ended = json.loads(summary.read_text(encoding="utf-8")).get("stopped_by")
     except (ValueError, AttributeError):
-        return f"{_SUMMARY} cannot be read"
+        return f"{SUMMARY_FILE} cannot be read"
     if ended == "collapse" or share < _WHOLE:
         return _CUT_SHORT.get(str(ended), "")
     return ""

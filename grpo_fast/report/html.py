@@ -16,6 +16,7 @@ from grpo_fast.config import Config
 from grpo_fast.report.plots import pictures_of
 from grpo_fast.report.run import Run
 from grpo_fast.report.theme import DARK, LIGHT, drawing, png
+from grpo_fast.run_dir import write_whole
 from grpo_fast.sinks.quantities import duration, percent, si, significant
 
 REPORT = "report.html"
@@ -108,9 +109,8 @@ def write_report(run_dir: str | Path) -> Path:
         events=run.events,
     )
     path = run.path / REPORT
-    partial = path.with_name(f".{REPORT}.partial")
-    partial.write_text(page, encoding="utf-8", errors="backslashreplace")
-    return partial.replace(path)
+    write_whole(path, page)
+    return path
 
 
 def headline(run: Run) -> str:

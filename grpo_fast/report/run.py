@@ -12,10 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from grpo_fast.run_dir import CONFIG_FILE, SUMMARY_FILE
 from grpo_fast.sinks.jsonl import COMPLETIONS, EVENTS, FORECASTS, METRICS
-
-CONFIG = "config.toml"
-SUMMARY = "summary.json"
 
 Array = npt.NDArray[np.float64]
 
@@ -71,7 +69,7 @@ class Run:
         rows = _latest(_rows(path / METRICS, problems))
         if not rows:
             raise RunError(f"{path / METRICS} holds no whole step yet; try again once the run has done one")
-        config, config_text = _config(path / CONFIG, problems)
+        config, config_text = _config(path / CONFIG_FILE, problems)
         return cls(
             path=path,
             steps=np.array([row["step"] for row in rows], dtype=np.int64),
@@ -81,7 +79,7 @@ class Run:
             completions=_rows(path / COMPLETIONS, problems),
             config=config,
             config_text=config_text,
-            summary=_summary(path / SUMMARY, problems, last_step=rows[-1]["step"]),
+            summary=_summary(path / SUMMARY_FILE, problems, last_step=rows[-1]["step"]),
             problems=tuple(problems),
         )
 

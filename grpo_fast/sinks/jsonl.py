@@ -6,14 +6,14 @@ writer cuts it off. Nothing is flushed to the disk before a checkpoint is, which
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from grpo_fast.run_dir import replaced
 from grpo_fast.sinks.sink import RunInfo
 
 METRICS = "metrics.jsonl"
@@ -82,17 +82,6 @@ def _whole_lines(content: bytes) -> int:
     return content.rfind(b"\n") + 1
 
 
-@contextlib.contextmanager
-def _replaced(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of another once it is whole and on the disk."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
 class JsonlSink:
     """Writes ``metrics``, ``forecasts``, ``events`` and ``completions`` as ``.jsonl`` files into the run's directory."""
 
@@ -144,7 +133,7 @@ class JsonlSink:
             content = stream.path.read_bytes()
             lines = content[: _whole_lines(content)].splitlines(keepends=True)
             kept = [line for number, line in enumerate(lines, 1) if _step_of(line, stream.path, number=number) <= after_step]
-            with _replaced(stream.path) as file:
+            with replaced(stream.path) as file:
                 file.writelines(kept)
 
     def save_state(
@@ -175,7 +164,7 @@ class JsonlSink:
         last: dict[str, Any] = {}
         comma = ""
         path = self.run_dir / TRAINER_STATE
-        with _replaced(path) as file:
+        with replaced(path) as file:
             file.write(b'{\n "log_history": [')
             for row in self._rows(METRICS):
                 if row["step"] > step:
@@ -198,7 +187,7 @@ class JsonlSink:
             The file.
         """
         path = self.run_dir / FACTS
-        with _replaced(path) as file:
+        with replaced(path) as file:
             file.write(json.dumps(facts, indent=1, allow_nan=False).encode())
         return path
 

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from grpo_fast.train.run_dir import write_whole
+from grpo_fast.run_dir import write_whole
 from grpo_fast.types import TrainingError
 
 _T = TypeVar("_T")

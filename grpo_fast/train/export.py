@@ -9,12 +9,11 @@ from typing import Any, Literal
 import torch
 
 from grpo_fast.config import Config, ConfigError
+from grpo_fast.run_dir import CONFIG_FILE, SUMMARY_FILE
 from grpo_fast.train.checkpoint import CheckpointError, check_checkpoint, list_checkpoints
 from grpo_fast.train.policy import Policy
 from grpo_fast.train.policy_source import PolicySource
 from grpo_fast.train.quantised import dequantised
-from grpo_fast.train.run_dir import CONFIG_FILE
-from grpo_fast.train.summary import SUMMARY_FILE
 
 ExportType = Literal["auto", "float32", "bfloat16", "float16"]
 _PLAIN = {"gradient_checkpointing": False, "gradient_checkpointing_mode": "full", "use_liger_kernel": False}

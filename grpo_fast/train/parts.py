@@ -20,6 +20,7 @@ from grpo_fast.rollout import RolloutEngine, RolloutError
 from grpo_fast.rollout.transformers_engine import TransformersEngine
 from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMServerEngine, VLLMSettings, require_vllm
 from grpo_fast.rollout.vllm_sleep import sleep_level
+from grpo_fast.run_dir import CONFIG_FILE, empty_run, is_cut_short, write_whole
 from grpo_fast.sinks import JsonlSink, RunInfo, Sink, SinkSet, build_sinks
 from grpo_fast.sinks.question import TIMEOUT_S
 from grpo_fast.tasks import PromptStream, Task, encode_prompts, load_task
@@ -28,7 +29,6 @@ from grpo_fast.train.optim import check_optimizer
 from grpo_fast.train.plan_memory import check_room
 from grpo_fast.train.policy import BasePolicy, Policy, Scorer, count_parameters
 from grpo_fast.train.policy_source import PolicySource, pick_device
-from grpo_fast.train.run_dir import CONFIG_FILE, empty_run, is_cut_short, write_whole
 from grpo_fast.train.sharding import ShardedPolicy, check_sharding, spread
 from grpo_fast.train.shares import MainEngine, Rewards, SharedEngine, SharedRewards
 from grpo_fast.train.streaming import streams_weights

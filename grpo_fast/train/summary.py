@@ -10,12 +10,10 @@ from typing import Any
 from grpo_fast.config import Config
 from grpo_fast.device import device_facts, versions
 from grpo_fast.law import Forecast
+from grpo_fast.run_dir import SUMMARY_FILE, write_whole
 from grpo_fast.sinks.jsonl import plain
 from grpo_fast.train.best import Saved
 from grpo_fast.train.parts import Parts
-from grpo_fast.train.run_dir import write_whole
-
-SUMMARY_FILE = "summary.json"
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from grpo_fast.law import AlarmState, Forecast, Spending, StopDecision
 from grpo_fast.metrics import PhaseTimer, mean_known
 from grpo_fast.rewards import RewardError
 from grpo_fast.rollout import RolloutError, WeightSyncError
+from grpo_fast.run_dir import CONFIG_FILE
 from grpo_fast.train.ahead import Rollouts
 from grpo_fast.train.best import BestCheckpoints, way_back
 from grpo_fast.train.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
@@ -33,7 +34,6 @@ from grpo_fast.train.parts import Parts, Replacements, build_parts, check_resuma
 from grpo_fast.train.policy import Policy
 from grpo_fast.train.policy_source import pick_device
 from grpo_fast.train.rng import load_rng_state, rng_state
-from grpo_fast.train.run_dir import CONFIG_FILE
 from grpo_fast.train.step import Learner, NonFiniteGradientError, UpdateResult
 from grpo_fast.train.summary import Ending, Outcome, write_summary
 from grpo_fast.types import Group

@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_fast.config import Config, ConfigError
+from grpo_fast.run_dir import CONFIG_FILE
 from grpo_fast.tasks.task import Task
 from grpo_fast.train import CheckpointError, GRPOTrainer
 from grpo_fast.train.export import export_merged
-from grpo_fast.train.run_dir import CONFIG_FILE
 
 IDS = torch.tensor([[4, 5, 6, 7]])
 

@@ -10,9 +10,9 @@ import pytest
 
 from grpo_fast.compute import Budget
 from grpo_fast.config import Config, ConfigError
+from grpo_fast.run_dir import CONFIG_FILE
 from grpo_fast.tasks.task import Task
 from grpo_fast.train.parts import Parts, _check_ranks, build_parts, check_resumable
-from grpo_fast.train.run_dir import CONFIG_FILE
 
 MakeConfig = Callable[..., Config]
 

@@ -16,10 +16,10 @@ from grpo_fast.integrations.logs.event_files import has_events, read_events
 from grpo_fast.integrations.logs.json_rows import read_json, read_json_lines
 from grpo_fast.integrations.logs.raw_log import LogError, Names, RawLog, RunSettings, counted
 from grpo_fast.integrations.logs.text_tables import is_header_alone, read_table
+from grpo_fast.run_dir import CONFIG_FILE
 
 _STATE = "trainer_state.json"
 _METRICS = "metrics.jsonl"
-_CONFIG = "config.toml"
 _FACTS = "facts.json"
 _CHECKPOINTS = "checkpoint-*"
 _HISTORY = "wandb-history.jsonl"
@@ -66,8 +66,8 @@ def read_rows(path: Path, names: Names) -> RawLog:
     if found is None:
         raise LogError(_unknown(path, text))
     found.notes[:0] = notes
-    if path.name == _METRICS and (path.parent / _CONFIG).is_file():
-        planned, settings = _configured(path.parent / _CONFIG, found.notes)
+    if path.name == _METRICS and (path.parent / CONFIG_FILE).is_file():
+        planned, settings = _configured(path.parent / CONFIG_FILE, found.notes)
         return replace(found, source=OWN_RUN, max_steps=planned, reward_column="reward", settings=settings)
     return found
 

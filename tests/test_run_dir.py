@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from grpo_fast.train.run_dir import CONFIG_FILE, empty_run, is_cut_short, write_whole
+from grpo_fast.run_dir import CONFIG_FILE, empty_run, is_cut_short, write_whole
 
 
 def test_no_reader_sees_half_a_file(tmp_path: Path) -> None:

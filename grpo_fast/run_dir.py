@@ -1,0 +1,49 @@
+"""A run's directory: files that are whole or absent, and a way to empty it that can be killed at any moment."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+CONFIG_FILE = "config.toml"
+"""What makes a directory that of a run."""
+SUMMARY_FILE = "summary.json"
+_PARTIAL = ".partial"
+
+
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of another once it is whole and on the disk.
+
+    A reader, also one after a crash, sees the file as it was or as it shall be, never cut short.
+    """
+    partial = path.with_name(f".{path.name}{_PARTIAL}")
+    with partial.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file as :func:`replaced` does, in UTF-8; lone surrogates, which a model may sample, as escapes."""
+    with replaced(path) as file:
+        file.write(text.encode("utf-8", "backslashreplace"))
+
+
+def is_cut_short(path: Path) -> bool:
+    """Whether a kill has left this while :func:`replaced` was at work."""
+    return path.name.startswith(".") and path.name.endswith(_PARTIAL)
+
+
+def empty_run(run_dir: Path) -> None:
+    """Deletes all of a run but its configuration, by which what is left after a kill is still known as a run."""
+    for path in run_dir.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != CONFIG_FILE:
+            path.unlink()
