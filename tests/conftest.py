@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import sys
@@ -38,6 +39,24 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a CUDA device")
 
 
+@contextlib.contextmanager
+def without_tracer() -> Iterator[None]:
+    """Coverage's tracer is called for each line of ours and for none of installed packages."""
+    tracer = sys.gettrace()
+    sys.settrace(None)
+    try:
+        yield
+    finally:
+        sys.settrace(tracer)
+
+
+@pytest.fixture
+def untraced() -> Iterator[None]:
+    """For what is timed."""
+    with without_tracer():
+        yield
+
+
 @pytest.fixture(scope="session", autouse=True)
 def interpreter_without_tracer() -> Iterator[None]:
     """Called for each line of Triton's interpreter, coverage's tracer makes kernels take more than twice as long."""
@@ -49,12 +68,8 @@ def interpreter_without_tracer() -> Iterator[None]:
     launch = GridExecutor.__call__
 
     def untraced(executor: Any, *arguments: Any, **options: Any) -> Any:
-        tracer = sys.gettrace()
-        sys.settrace(None)
-        try:
+        with without_tracer():
             return launch(executor, *arguments, **options)
-        finally:
-            sys.settrace(tracer)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GridExecutor, "__call__", untraced)
