@@ -67,6 +67,10 @@ class Config(BaseModel):
     """Liger's kernels for norms, rotary positions and gated activations; not for the loss, which is fused here. For GPUs, where
     it has not been measured yet."""
 
+    torch_compile: Annotated[bool, _MODEL] = False
+    """Compile the model's layers for training; sampling stays as it is. On a CPU it gains little: 0.97 of the time on the
+    embedded model, 1.00 on SmolLM2-135M, after half a minute of compilation. On a GPU it has not been measured."""
+
     use_peft: Annotated[bool, _LORA] = False
     """Train LoRA adapters over frozen weights. The reference policy is then the model with its adapters off. They have no
     dropout: it would keep the ratio of an on-policy step from being 1."""

@@ -23,6 +23,7 @@ def check_consistency(config: Config) -> None:
     """
     _check_adapters(config)
     _check_layout(config)
+    _check_compiler(config)
     _check_optimizer(config)
     _check_rollout(config)
     _check_objective_and_run(config)
@@ -42,6 +43,23 @@ def _check_adapters(config: Config) -> None:
 def _check_layout(config: Config) -> None:
     if config.share_prompts and config.padding_free is False:
         raise ValueError("share_prompts=True with padding_free=False: only packed sequences share a prompt; leave one out")
+
+
+def _check_compiler(config: Config) -> None:
+    if not config.torch_compile:
+        return
+    if config.gradient_checkpointing_mode == "selective":
+        raise ValueError(
+            "torch_compile=True with gradient_checkpointing_mode='selective': it sees no products inside compiled code, and "
+            "could not keep them; use 'full'"
+        )
+    if config.load_in_4bit:
+        raise ValueError("torch_compile=True with load_in_4bit: layers of bitsandbytes are not compiled here; leave one out")
+    if config.fsdp != "no_shard":
+        raise ValueError(
+            f"torch_compile=True with fsdp={config.fsdp!r}: layers that are gathered piece by piece are not compiled here; "
+            "leave one out"
+        )
 
 
 def _check_optimizer(config: Config) -> None:

@@ -15,6 +15,15 @@ from grpo_fast.config import Config, ConfigError
             {"use_peft": True, "lora_target_modules": ["all-linear", "q_proj"]},
             r"\['all-linear', 'q_proj'\]: give names",
         ),
+        (
+            {"torch_compile": True, "gradient_checkpointing": True, "gradient_checkpointing_mode": "selective"},
+            r"torch_compile=True with gradient_checkpointing_mode='selective'.*use 'full'",
+        ),
+        (
+            {"torch_compile": True, "use_peft": True, "load_in_4bit": True},
+            r"torch_compile=True with load_in_4bit.*leave",
+        ),
+        ({"torch_compile": True, "fsdp": "full_shard"}, r"torch_compile=True with fsdp='full_shard'.*leave one out"),
         ({"optim": "adamw_8bit", "offload_optimizer": True}, r"optim='adamw_8bit' with offload_optimizer"),
         ({"fsdp_parallel_head": True}, r"fsdp_parallel_head=True with fsdp='no_shard'.*choose fsdp='full_shard'"),
         ({"reward_funcs": ["accuracy"], "reward_weights": [1.0, 2.0]}, r"reward_weights has 2 values for 1 reward_funcs"),

@@ -55,10 +55,25 @@ def _goes_to_onednn(rows: torch.Tensor, weight: torch.Tensor, num_rows: int) -> 
     return USES_ONEDNN and plain and float32 and num_rows * weight.numel() >= _LEAST_WORK
 
 
+@torch.library.custom_op("grpo_fast::product", mutates_args=())
+def _product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """A product by oneDNN that torch's compiler takes; the operator itself it knows only with weights that never change."""
+    result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return result
+
+
+@_product.register_fake
+def _(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return rows.new_empty(*rows.shape[:-1], weight.shape[0])
+
+
 def _onednn(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
         weight = weight.contiguous()
-    result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    if torch.compiler.is_compiling():
+        result: torch.Tensor = _product(rows, weight, bias)
+    else:
+        result = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     return result
 
 

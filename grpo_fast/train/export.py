@@ -16,8 +16,13 @@ from grpo_fast.train.policy_source import PolicySource
 from grpo_fast.train.quantised import dequantised
 
 ExportType = Literal["auto", "float32", "bfloat16", "float16"]
-_PLAIN = {"gradient_checkpointing": False, "gradient_checkpointing_mode": "full", "use_liger_kernel": False}
-"""Settings that save time or memory in training, and may need a GPU."""
+_PLAIN = {
+    "gradient_checkpointing": False,
+    "gradient_checkpointing_mode": "full",
+    "use_liger_kernel": False,
+    "torch_compile": False,
+}
+"""Settings that save time or memory in training, and may need a GPU or a compiler."""
 
 
 def export_merged(source: Path, output: Path, *, dtype: ExportType = "auto") -> Path:

@@ -73,6 +73,12 @@ def let_pad(model: PreTrainedModel) -> None:
     model.set_attn_implementation(_implementation(model).removeprefix(_PREFIX))
 
 
+def let_compile() -> None:
+    """Keeps torch's compiler out of packed attention: a layout holds other lengths in every micro-batch."""
+    for name, function in _ATTENTION.items():
+        AttentionInterface.register(_PREFIX + name, torch.compiler.disable(function))
+
+
 def _implementation(model: PreTrainedModel) -> str:
     return str(model.config.get_text_config()._attn_implementation)
 

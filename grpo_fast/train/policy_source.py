@@ -20,6 +20,7 @@ from grpo_fast.config import Config, ConfigError
 from grpo_fast.ops.products import use_products
 from grpo_fast.train.adapters import Adapters
 from grpo_fast.train.checkpointing import checkpoint_layers
+from grpo_fast.train.compiled import compile_layers, require_compiler
 from grpo_fast.train.liger import require_liger, use_liger_kernels
 from grpo_fast.train.policy import Policy
 from grpo_fast.train.quantised import keep_as_loaded, loading_arguments, refuse_ragged_blocks, require_bitsandbytes
@@ -67,6 +68,8 @@ class PolicySource:
             )
         if config.use_liger_kernel:
             require_liger(self.model_config.model_type, self._device)
+        if config.torch_compile:
+            require_compiler(self._device)
         if config.load_in_4bit:
             require_bitsandbytes("load_in_4bit")
         if config.use_peft:
@@ -114,7 +117,7 @@ class PolicySource:
         adapters = Adapters(model, config) if config.use_peft else None
         if config.gradient_checkpointing:
             checkpoint_layers(model, config.gradient_checkpointing_mode)
-        return Policy(
+        policy = Policy(
             model.to(self._device),
             self.tokenizer,
             autocast_dtype=torch.bfloat16 if wants_bf16 else None,
@@ -122,6 +125,9 @@ class PolicySource:
             adapters=adapters,
             padding_free=config.padding_free,
         )
+        if config.torch_compile:
+            compile_layers(model)
+        return policy
 
     def _read(self, auto_class: Any, **arguments: Any) -> Any:
         try:

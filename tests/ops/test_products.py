@@ -150,3 +150,10 @@ def test_which_processors_are_meant(tmp_path: Path, vendor: str, flags: str, fas
     cpuinfo.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: fpu {flags} sse\n", encoding="utf-8")
     assert onednn_is_faster(cpuinfo) == (faster and torch.backends.mkl.is_available())
     assert not onednn_is_faster(tmp_path / "nothing")
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_the_compilers_product_is_the_operator() -> None:
+    rows, weight, bias = torch.randn(2, 3, 8), torch.randn(5, 8), torch.randn(5)
+    torch.library.opcheck(products._product, (rows, weight, bias), test_utils=("test_schema", "test_faketensor"))
+    assert torch.equal(products._product(rows, weight.contiguous(), bias), products._onednn(rows, weight, bias))

@@ -59,7 +59,7 @@ def test_the_exported_model_is_the_trained_one(trained: Callable[..., tuple[Path
 def test_what_a_gpu_trained_with_is_left_out(trained: Callable[..., tuple[Path, torch.Tensor]], tmp_path: Path) -> None:
     run, expected = trained(use_peft=True, gradient_checkpointing=True, gradient_checkpointing_mode="selective")
     config = Config.from_toml(run / CONFIG_FILE)
-    on_a_gpu = config.replace(gradient_checkpointing_mode="offload", use_liger_kernel=True)
+    on_a_gpu = config.replace(gradient_checkpointing_mode="offload", use_liger_kernel=True, torch_compile=True)
     for name, each in {"selective": config, "gpu": on_a_gpu}.items():
         (run / CONFIG_FILE).write_text(each.to_toml(), encoding="utf-8")
         export_merged(run, tmp_path / name)
