@@ -152,7 +152,8 @@ class Config(BaseModel):
     temperature: Annotated[float, _ROLLOUT] = Field(1.0, gt=0)
     """Sampling temperature; log-probabilities of the trainer are taken at the same one."""
     top_p: Annotated[float, _ROLLOUT] = Field(1.0, gt=0, le=1)
-    """Nucleus sampling. Where ``top_p``, ``top_k`` or ``min_p`` cut the support, the ratio is against what they leave."""
+    """Nucleus sampling. Where ``top_p``, ``top_k`` or ``min_p`` cut the support, policy and reference are taken over the tokens
+    they left too: in ratio, KL, entropy and gradient. vLLM needs ``top_k`` for it."""
     top_k: Annotated[int, _ROLLOUT] = Field(0, ge=0)
     """Keep the k most probable tokens; 0 keeps all."""
     min_p: Annotated[float, _ROLLOUT] = Field(0.0, ge=0, lt=1)
@@ -317,17 +318,12 @@ class Config(BaseModel):
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
     @property
-    def ratio_is_against_sampler(self) -> bool:
-        """Whether the sampler's log-probabilities are the old ones: asked for, or its cut support makes it another policy."""
-        return self.bypass_old_logprobs or self.truncates_support
-
-    @property
     def corrects_sampler(self) -> bool:
         """Whether importance weights correct for the sampler."""
         wanted = self.vllm_importance_sampling_correction
         if wanted is None:
             wanted = self.rollout != "transformers" or self.max_staleness > 0
-        return wanted and not self.ratio_is_against_sampler
+        return wanted and not self.bypass_old_logprobs
 
     @property
     def recomputes_products(self) -> bool:

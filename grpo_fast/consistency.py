@@ -93,20 +93,29 @@ def _check_rollout(config: Config) -> None:
             f"vllm_enable_sleep_mode=True with rollout={config.rollout!r} and max_staleness={config.max_staleness}: vLLM "
             "would sleep while the policy trains, so it must be what samples, and not then; set rollout='vllm', max_staleness=0"
         )
-    if config.rollout != "transformers" and config.truncates_support:
+    _check_support(config)
+    if config.vllm_importance_sampling_correction and config.bypass_old_logprobs:
         raise ValueError(
-            f"top_p={config.top_p:g}, top_k={config.top_k}, min_p={config.min_p:g} cut the support: the policy would have "
-            "to be normalised over what vLLM kept, which is not done; use top_p=1, top_k=0, min_p=0 or rollout='transformers'"
-        )
-    if config.vllm_importance_sampling_correction and config.ratio_is_against_sampler:
-        raise ValueError(
-            f"vllm_importance_sampling_correction=True with bypass_old_logprobs={config.bypass_old_logprobs}, top_p="
-            f"{config.top_p:g}, top_k={config.top_k}, min_p={config.min_p:g}: the ratio is against the sampler already, which "
-            "leaves nothing to correct; choose one of the two"
+            "vllm_importance_sampling_correction=True with bypass_old_logprobs=True: the ratio is against the sampler already, "
+            "which leaves nothing to correct; choose one of the two"
         )
     low, high = config.vllm_importance_sampling_clip_min, config.vllm_importance_sampling_clip_max
     if low is not None and high is not None and not low < high:
         raise ValueError(f"vllm_importance_sampling_clip_min={low:g} must lie under vllm_importance_sampling_clip_max={high:g}")
+
+
+def _check_support(config: Config) -> None:
+    told = f"top_p={config.top_p:g}, top_k={config.top_k}, min_p={config.min_p:g}"
+    if config.rollout != "transformers" and config.truncates_support:
+        raise ValueError(
+            f"{told} cut the support: the policy would have to be normalised over what vLLM kept, which is not done; use "
+            "top_p=1, top_k=0, min_p=0 or rollout='transformers'"
+        )
+    if config.fsdp_parallel_head and config.truncates_support:
+        raise ValueError(
+            f"{told} with fsdp_parallel_head=True: the policy's log-probabilities among kept tokens are made by a whole head; "
+            "set fsdp_parallel_head=False, or top_p=1, top_k=0, min_p=0"
+        )
 
 
 def _check_objective_and_run(config: Config) -> None:

@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 if TYPE_CHECKING:
     import torch
 
+    from grpo_fast.kept_tokens import KeptTokens
+    from grpo_fast.ops.kept_logprob import Kept
     from grpo_fast.ops.packed_attention import PackedLayout
 
 FinishReason: TypeAlias = Literal["stop", "length"]
@@ -71,6 +73,8 @@ class Completion:
     """Version of the policy weights that sampled its first token (the step whose weights were in force)."""
     weight_versions: tuple[int, ...] = ()
     """Version of each token, where weights changed within the completion; empty where ``weight_version`` holds for all."""
+    kept: KeptTokens | None = None
+    """What each token was drawn from, where ``top_k``, ``top_p`` or ``min_p`` cut the support: ``logprobs`` are over that."""
 
     @property
     def truncated(self) -> bool:
@@ -120,6 +124,8 @@ class TokenBatch:
     """Packed: int64 [1, tokens]; counts from 0 in each sequence."""
     packed_layout: PackedLayout | None = None
     """Packed: where each sequence lies."""
+    kept: Kept | None = None
+    """What each of the T tokens was drawn from; ``None``: the whole vocabulary."""
 
     @property
     def num_sequences(self) -> int:

@@ -119,7 +119,6 @@ def test_value_out_of_range_names_the_key(key: str, value: object) -> None:
             {"vllm_importance_sampling_correction": True, "bypass_old_logprobs": True},
             r"bypass_old_logprobs=True.* the ratio is against the sampler already",
         ),
-        ({"vllm_importance_sampling_correction": True, "top_k": 5}, r"top_k=5.* leaves nothing to correct"),
         ({"vllm_importance_sampling_clip_min": 3.0}, r"clip_min=3 must lie under vllm_importance_sampling_clip_max=3"),
         ({"rollout": "vllm", "top_k": 5}, r"top_p=1, top_k=5, min_p=0 cut the support: the policy would"),
         ({"lora_r": 8}, r"lora_r=8 without use_peft; set use_peft too"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from grpo_fast.ops.fused_grpo import FusedLoss, fused_grpo
 from grpo_fast.ops.group_advantage import GroupAdvantage, group_advantage
 from grpo_fast.ops.head_parallel import gathered_token_logprob, parallel_token_logprob
+from grpo_fast.ops.kept_logprob import Kept, kept_logprob
 from grpo_fast.ops.lm_head import LMHead
 from grpo_fast.ops.loss_spec import LossBatch, LossSpec, PolicyCoefficients, PolicyLoss, PolicyMetrics
 from grpo_fast.ops.packed_attention import PackedLayout, Piece, Scores, packed_attention, packed_layout
@@ -25,6 +26,7 @@ from grpo_fast.ops.weight_pack import LoraFactors, pack_weights, plan_buckets, s
 __all__ = [
     "FusedLoss",
     "GroupAdvantage",
+    "Kept",
     "LMHead",
     "Layout",
     "LoraFactors",
@@ -46,6 +48,7 @@ __all__ = [
     "fused_grpo",
     "gathered_token_logprob",
     "group_advantage",
+    "kept_logprob",
     "live_sequences",
     "pack_sequences",
     "pack_shared_prompts",

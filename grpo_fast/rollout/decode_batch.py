@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from grpo_fast.rollout.kv_cache import PreallocatedCache
 from grpo_fast.rollout.llama_step import LlamaStep
-from grpo_fast.rollout.sampling import sample
+from grpo_fast.rollout.sampling import Draw, sample
 from grpo_fast.rollout.shared_prefix import SharedPrefixCache
 
 if TYPE_CHECKING:
@@ -83,11 +83,11 @@ class DecodeBatch:
     def run(self, transcript: Transcript, check_every: int) -> None:
         """Samples until every sequence has ended or is as long as allowed."""
         cache, logits = self._prefill()
-        pending: list[tuple[torch.Tensor, torch.Tensor]] = []
+        pending: list[Draw] = []
         limit = self._sampling.max_tokens
         for step in range(1, limit + 1):
-            tokens, logprobs = sample(logits, self._sampling, self._draws[step - 1])
-            pending.append((tokens, logprobs))
+            pending.append(sample(logits, self._sampling, self._draws[step - 1]))
+            tokens = pending[-1].tokens
             if step % check_every == 0 or step == limit:
                 ended = self._report(transcript, pending, step)
                 if step == limit or ended.all():
@@ -97,9 +97,12 @@ class DecodeBatch:
                     tokens = self._compact(cache, tokens, ended)
             logits = self._step(cache, tokens)
 
-    def _report(self, transcript: Transcript, pending: list[tuple[torch.Tensor, torch.Tensor]], step: int) -> NDArray[np.bool_]:
-        tokens = torch.stack([token for token, _ in pending]).cpu().numpy()
-        logprobs = torch.stack([logprob for _, logprob in pending]).cpu().numpy()
+    def _report(self, transcript: Transcript, pending: list[Draw], step: int) -> NDArray[np.bool_]:
+        tokens = torch.stack([draw.tokens for draw in pending]).cpu().numpy()
+        logprobs = torch.stack([draw.logprobs for draw in pending]).cpu().numpy()
+        for draw in pending:
+            if draw.kept is not None:
+                transcript.record_kept(self._rows, draw.kept.to("cpu", torch.int32).numpy())
         return transcript.record(self._rows, step - len(pending), tokens, logprobs)
 
     def _prefill(self) -> tuple[PreallocatedCache | SharedPrefixCache, torch.Tensor]:

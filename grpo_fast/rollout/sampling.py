@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +30,17 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 _NUCLEUS_WIDTH = 512
 """Tokens a nucleus search on a CPU sorts first; sorting a whole large vocabulary costs more than the model's step."""
+
+
+class Draw(NamedTuple):
+    """What was drawn for n rows."""
+
+    tokens: torch.Tensor
+    """int64 [n]."""
+    logprobs: torch.Tensor
+    """float32 [n], nats."""
+    kept: torch.Tensor | None = None
+    """int64 [m, 2], rows ascending: row and token of everything that a cut support kept; ``None`` where it is whole."""
 
 
 def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -103,7 +114,7 @@ def _nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
     return cut.scatter_(-1, index, logits.gather(-1, index).masked_fill_(~kept, -math.inf))
 
 
-def sample(logits: torch.Tensor, sampling: SamplingParams, draws: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def sample(logits: torch.Tensor, sampling: SamplingParams, draws: torch.Tensor) -> Draw:
     """Draws one token a row.
 
     At temperature 0 it is the most probable token, and its log-probability is that of the plain softmax (temperature 1, no
@@ -116,12 +127,13 @@ def sample(logits: torch.Tensor, sampling: SamplingParams, draws: torch.Tensor) 
         draws: float64 [n], uniform in [0, 1); not read at temperature 0.
 
     Returns:
-        Tokens int64 [n] and log-probabilities float32 [n]. A row of non-finite logits gives a NaN log-probability.
+        Tokens, log-probabilities, and above temperature 0 what a cut support kept. A row of non-finite logits gives a NaN
+        log-probability.
     """
     scaled = logits.float()
     if sampling.temperature == 0:
         chosen = scaled.argmax(-1, keepdim=True)
-        return chosen[:, 0], scaled.log_softmax(-1).gather(-1, chosen)[:, 0]
+        return Draw(chosen[:, 0], scaled.log_softmax(-1).gather(-1, chosen)[:, 0])
     if sampling.temperature != 1:
         scaled = scaled / sampling.temperature
     logprobs = truncate(scaled, sampling).log_softmax(-1)
@@ -129,4 +141,5 @@ def sample(logits: torch.Tensor, sampling: SamplingParams, draws: torch.Tensor) 
     # The target stays strictly below the total, so the token found has a probability above 0. NaN rows find none: clamp.
     target = draws[:, None] * cumulative[:, -1:]
     chosen = torch.searchsorted(cumulative, target, right=True).clamp_(max=logits.shape[-1] - 1)
-    return chosen[:, 0], logprobs.gather(-1, chosen)[:, 0]
+    kept = (logprobs > -math.inf).nonzero() if sampling.truncates_support else None
+    return Draw(chosen[:, 0], logprobs.gather(-1, chosen)[:, 0], kept)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from grpo_fast.kept_tokens import KeptTokens
 from grpo_fast.rollout.stop_strings import StopScanner, cut_at_stop, decode
 from grpo_fast.types import Completion
 
@@ -33,6 +34,7 @@ class Transcript:
         self._logprobs = np.zeros((num_sequences, sampling.max_tokens), dtype=np.float32)
         self._lengths = np.zeros(num_sequences, dtype=np.int64)
         self._stopped = np.zeros(num_sequences, dtype=bool)
+        self._kept: list[list[NDArray[np.int32]]] = [[] for _ in range(num_sequences)]
         self._stop = sampling.stop
         self._is_end = is_end
         self._tokenizer = tokenizer
@@ -74,6 +76,18 @@ class Transcript:
             )
         return self._stopped[sequences]
 
+    def record_kept(self, sequences: NDArray[np.int64], kept: NDArray[np.int32]) -> None:
+        """Takes what the next position of some sequences was drawn from; comes before :meth:`record`.
+
+        Args:
+            sequences: [n], which sequences, none twice.
+            kept: [m, 2], row (of n, ascending) and token of each pair that was kept.
+        """
+        borders = np.searchsorted(kept[:, 0], np.arange(1, len(sequences)))
+        for sequence, tokens in zip(sequences, np.split(kept[:, 1], borders), strict=True):
+            if not self._stopped[sequence]:
+                self._kept[sequence].append(tokens)
+
     def _close(self, sequences: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
         self._lengths[sequences] = lengths
         self._stopped[sequences] = True
@@ -98,4 +112,5 @@ class Transcript:
             finish_reason="stop" if self._stopped[sequence] else "length",
             text=cut_at_stop(decode(self._tokenizer, tokens), self._stop),
             weight_version=weight_version,
+            kept=KeptTokens.of(tokens, self._kept[sequence][:length]) if self._kept[sequence] else None,
         )

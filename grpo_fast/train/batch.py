@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 
-from grpo_fast.ops import Layout, Piece, SharedPrompts, packed_layout, scored_rows
+from grpo_fast.kept_tokens import KeptTokens
+from grpo_fast.ops import Kept, Layout, Piece, SharedPrompts, packed_layout, scored_rows
 from grpo_fast.types import Group, TokenBatch
 
 
@@ -27,6 +29,8 @@ class TrainingSequence:
     advantage: float
     in_loss: bool
     """Whether its tokens count: false for a truncated completion when those are masked."""
+    kept: KeptTokens | None = None
+    """What each token was drawn from; ``None``: the whole vocabulary."""
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
@@ -48,6 +52,7 @@ def flatten_groups(groups: Sequence[Group], *, mask_truncated: bool) -> list[Tra
             sampling_logprobs=completion.logprobs,
             advantage=advantage,
             in_loss=not (mask_truncated and completion.truncated),
+            kept=completion.kept,
         )
         for group in groups
         for completion, advantage in zip(group.completions, group.advantages or [0.0] * len(group.completions), strict=True)
@@ -91,7 +96,20 @@ def build_batch(
         advantages=torch.tensor([s.advantage for s in sequences], dtype=torch.float32, device=device),
         loss_weights=torch.tensor(loss_weights, dtype=torch.float32, device=device),
         sampling_logprobs=torch.tensor(sampled, dtype=torch.float32, device=device),
+        kept=_kept(sequences, targets, device),
     )
+
+
+def _kept(sequences: Sequence[TrainingSequence], targets: list[int], device: torch.device) -> Kept | None:
+    found = [sequence.kept for sequence in sequences if sequence.kept is not None]
+    if not found:
+        return None
+    drawn = [token for kept in found for token in kept.drawn.tolist()]
+    if len(found) < len(sequences) or drawn != targets:
+        raise ValueError("kept tokens are those of other completions, or of some only; each completion must have its own")
+    token_ids = torch.from_numpy(np.concatenate([kept.token_ids for kept in found]).astype(np.int64))
+    sizes = torch.from_numpy(np.concatenate([kept.sizes for kept in found]).astype(np.int64))
+    return Kept(token_ids.to(device), sizes)
 
 
 def _padded_inputs(sequences: Sequence[TrainingSequence], device: torch.device) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from grpo_fast.config import Config
+from grpo_fast.kept_tokens import KeptTokens
 from grpo_fast.metrics import PhaseTimer
 from grpo_fast.rewards import RewardReport
 from grpo_fast.rollout.engine import RolloutEngine, SamplingParams
@@ -58,7 +59,7 @@ class Collected:
             {
                 "prompt": group.prompt.index,
                 "place": place.get(id(group)),
-                "completions": [asdict(completion) for completion in group.completions],
+                "completions": [_completion_to_dict(completion) for completion in group.completions],
                 "rewards": group.rewards,
                 "reward": group.reward,
             }
@@ -73,12 +74,7 @@ class Collected:
         sampled = [
             Group(
                 prompt=by_index[row["prompt"]],
-                completions=[
-                    Completion(
-                        **item | {name: tuple(item.get(name, ())) for name in ("token_ids", "logprobs", "weight_versions")}
-                    )
-                    for item in row["completions"]
-                ],
+                completions=[_completion_from_dict(item) for item in row["completions"]],
                 rewards=row["rewards"],
                 reward=row["reward"],
             )
@@ -89,6 +85,16 @@ class Collected:
         ]
         groups = [group for _, group in sorted(placed, key=lambda pair: pair[0])]
         return cls(groups, sampled, dict(state["metrics"]), list(state["problems"]), dict(state["stream"]))
+
+
+def _completion_to_dict(completion: Completion) -> dict[str, Any]:
+    return asdict(completion) | {"kept": None if completion.kept is None else completion.kept.to_lists()}
+
+
+def _completion_from_dict(item: Mapping[str, Any]) -> Completion:
+    tuples = {name: tuple(item.get(name, ())) for name in ("token_ids", "logprobs", "weight_versions")}
+    kept = item.get("kept")
+    return Completion(**{**item, **tuples, "kept": None if kept is None else KeptTokens.from_lists(kept)})
 
 
 class Collector:

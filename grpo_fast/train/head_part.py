@@ -1,7 +1,8 @@
 """The loss over a head that is whole on this rank, or of which it holds a part of the vocabulary.
 
 A whole head goes through the one pass of :func:`~grpo_fast.ops.fused_grpo`. Of one in parts, ranks bring their hidden rows
-together, and each makes the logits of its own part: what is exchanged grows with the tokens, not with the vocabulary.
+together, and each makes the logits of its own part: what is exchanged grows with the tokens, not with the vocabulary. Tokens of
+a cut support need a whole head, and few of its rows.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import torch.distributed as dist
 from grpo_fast.config import ConfigError
 from grpo_fast.ops import (
     FusedLoss,
+    Kept,
     LMHead,
     LossBatch,
     LossSpec,
     fused_grpo,
     gathered_token_logprob,
+    kept_logprob,
     policy_loss,
     token_logprob,
 )
@@ -59,17 +62,28 @@ def first_token_of(vocabulary: int, *, num_ranks: int, rank: int) -> int:
     return each * rank
 
 
-def head_loss(hidden: torch.Tensor, head: Head, *, targets: torch.Tensor, batch: LossBatch, spec: LossSpec) -> FusedLoss:
-    """Loss of this rank's rows; see :func:`~grpo_fast.ops.fused_grpo`."""
-    if isinstance(head, LMHead):
+def head_loss(
+    hidden: torch.Tensor, head: Head, *, targets: torch.Tensor, batch: LossBatch, spec: LossSpec, kept: Kept | None = None
+) -> FusedLoss:
+    """Loss of this rank's rows, over the tokens that were kept where some were not; see :func:`~grpo_fast.ops.fused_grpo`."""
+    if isinstance(head, LMHead) and kept is None:
         return fused_grpo(hidden, head, targets=targets, batch=batch, spec=spec)
-    logprobs, entropy = head.score(hidden, targets)
+    logprobs, entropy = _score(hidden, head, targets, kept)
     result = policy_loss(logprobs, batch, spec=spec, entropy=entropy)
     return FusedLoss(result.loss, result.metrics, logprobs.detach(), entropy.detach())
 
 
-def head_logprobs(hidden: torch.Tensor, head: Head, *, targets: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities [T] of this rank's rows."""
-    if isinstance(head, LMHead):
+def head_logprobs(hidden: torch.Tensor, head: Head, *, targets: torch.Tensor, kept: Kept | None = None) -> torch.Tensor:
+    """Log-probabilities [T] of this rank's rows, among the kept tokens where some were not."""
+    if isinstance(head, LMHead) and kept is None:
         return token_logprob(hidden, head, targets=targets, want_entropy=False)[0]
-    return head.score(hidden, targets)[0]
+    return _score(hidden, head, targets, kept)[0]
+
+
+def _score(hidden: torch.Tensor, head: Head, targets: torch.Tensor, kept: Kept | None) -> tuple[torch.Tensor, torch.Tensor]:
+    if kept is None:
+        assert isinstance(head, HeadPart)
+        return head.score(hidden, targets)
+    if isinstance(head, HeadPart):
+        raise ConfigError("a cut support needs a whole head; set fsdp_parallel_head=False")
+    return kept_logprob(hidden, head, kept=kept)

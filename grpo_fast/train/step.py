@@ -143,12 +143,13 @@ class Learner:
         with timer.phase("score"), self._whole_heads():
             self._assign_advantages(groups)
             sequences = flatten_groups(groups, mask_truncated=config.mask_truncated_completions)
+            _check_kept(sequences, config)
             plans = self._plan(sequences)
             parts = self._micro_batches(sequences, plans)
             sums = MetricSums()
             for part in parts:
                 part.reference = self._reference_logprobs(part.batch) if self._spec.beta else None
-                if config.ratio_is_against_sampler:
+                if config.bypass_old_logprobs:
                     part.old = part.batch.sampling_logprobs
                 elif config.corrects_sampler and part.carries_gradient:
                     part.importance = self._importance_weights(part.batch, MetricSums() if part.is_filler else sums)
@@ -295,6 +296,7 @@ class Learner:
                     num_items_in_batch=self._num_items_in_batch,
                 ),
                 spec=self._spec,
+                kept=batch.kept,
             )
         if part.carries_gradient:
             result.loss.backward()
@@ -320,7 +322,7 @@ class Learner:
     def _logprobs_of(self, policy: Scorer, batch: TokenBatch) -> torch.Tensor:
         hidden = policy.scored_hidden_states(batch)
         head = policy.head(self._config.temperature)
-        return head_logprobs(hidden, head, targets=batch.targets)
+        return head_logprobs(hidden, head, targets=batch.targets, kept=batch.kept)
 
     def _apply_gradient(self, sums: MetricSums) -> None:
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
@@ -340,6 +342,15 @@ class Learner:
         self._optimizer.step()
         self._optimizer.zero_grad()
         sums.add("grad_norm", norm, reduction="max")
+
+
+def _check_kept(sequences: Sequence[TrainingSequence], config: Config) -> None:
+    """Sees that the policy can be normalised over what tokens were drawn from."""
+    if config.truncates_support and any(sequence.kept is None for sequence in sequences):
+        raise ConfigError(
+            f"top_p={config.top_p:g}, top_k={config.top_k}, min_p={config.min_p:g} cut the support, but the engine did not say "
+            "what it kept (Completion.kept); use top_p=1, top_k=0, min_p=0, or an engine that does"
+        )
 
 
 def share_out(costs: Sequence[int], num_ranks: int) -> list[int]:

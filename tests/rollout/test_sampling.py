@@ -79,7 +79,7 @@ def test_frequencies_follow_the_reported_log_probabilities(settings: dict[str, f
     logits = torch.tensor([1.5, -0.5, 0.3, 0.9, -2.0, 0.0, 1.1])
     count = 40_000
     draws = torch.from_numpy(uniforms(11, range(count), [3] * count, 1)[0])
-    tokens, logprobs = sample(logits.expand(count, -1), params, draws)
+    tokens, logprobs, _ = sample(logits.expand(count, -1), params, draws)
     target = truncate(logits[None] / params.temperature, params).softmax(-1)[0].double()
     torch.testing.assert_close(logprobs, target.log()[tokens].float(), rtol=0, atol=1e-6)
     counts = torch.bincount(tokens, minlength=7)
@@ -93,13 +93,13 @@ def test_the_statistical_check_can_fail() -> None:
     count = 40_000
     draws = torch.from_numpy(uniforms(11, range(count), [3] * count, 1)[0])
     logits = torch.tensor([1.5, -0.5, 0.3, 0.9])
-    tokens, _ = sample(logits.expand(count, -1), SamplingParams(max_tokens=1, temperature=1.1), draws)
+    tokens, *_ = sample(logits.expand(count, -1), SamplingParams(max_tokens=1, temperature=1.1), draws)
     untempered = logits.double().softmax(-1) * count
     assert stats.chisquare(torch.bincount(tokens, minlength=4).numpy(), untempered.numpy()).pvalue < 1e-6
 
 
 def test_greedy_takes_the_top_token_with_its_plain_log_probability() -> None:
-    tokens, logprobs = sample(
+    tokens, logprobs, _ = sample(
         PROBS.log() + 3, SamplingParams(max_tokens=1, temperature=0.0, top_k=1), torch.tensor([0.999]).double()
     )
     assert tokens.tolist() == [0]
@@ -111,7 +111,7 @@ def test_extreme_draws_never_leave_the_support(draw: float) -> None:
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(64, 1000, generator=generator) * 4
     params = SamplingParams(max_tokens=1, top_k=17)
-    tokens, logprobs = sample(logits, params, torch.full((64,), draw, dtype=torch.float64))
+    tokens, logprobs, _ = sample(logits, params, torch.full((64,), draw, dtype=torch.float64))
     support = truncate(logits, params).isfinite()
     expected = [row.nonzero().flatten()[0 if draw == 0 else -1].item() for row in support]
     assert tokens.tolist() == expected
@@ -120,7 +120,7 @@ def test_extreme_draws_never_leave_the_support(draw: float) -> None:
 
 def test_half_precision_logits_are_normalised_in_float32() -> None:
     logits = torch.randn(3, 500, generator=torch.Generator().manual_seed(2)).bfloat16()
-    tokens, logprobs = sample(logits, SamplingParams(max_tokens=1), torch.tensor([0.1, 0.5, 0.9]).double())
+    tokens, logprobs, _ = sample(logits, SamplingParams(max_tokens=1), torch.tensor([0.1, 0.5, 0.9]).double())
     assert logprobs.dtype == torch.float32
     expected = logits.double().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
     torch.testing.assert_close(logprobs.double(), expected, rtol=0, atol=1e-6)
@@ -130,7 +130,7 @@ def test_non_finite_logits_show_as_a_non_finite_log_probability() -> None:
     logits = torch.zeros(3, 5)
     logits[0, 2], logits[2, 1] = math.nan, math.inf
     for temperature in (0.0, 1.0):
-        tokens, logprobs = sample(
+        tokens, logprobs, _ = sample(
             logits, SamplingParams(max_tokens=1, temperature=temperature), torch.tensor([0.5] * 3).double()
         )
         assert logprobs.isfinite().tolist() == [False, True, False]
@@ -159,3 +159,15 @@ def test_uniforms_are_uniform_and_uncorrelated_along_every_axis(axis: str) -> No
     assert stats.kstest(numbers, "uniform").pvalue > 1e-4
     for lag in (1, 2, 8):
         assert abs(np.corrcoef(numbers[:-lag], numbers[lag:])[0, 1]) < 4 / math.sqrt(count)
+
+
+def test_what_was_kept_is_told_of_a_cut_support_alone() -> None:
+    logits = torch.log(torch.tensor([[0.4, 0.05, 0.25, 0.2, 0.1], [0.1, 0.1, 0.1, 0.6, 0.1]]))
+    draws = torch.tensor([0.3, 0.9]).double()
+    for cut, expected in (({"top_k": 2, "min_p": 0.3}, [[0, 0], [0, 2], [1, 3]]), ({"top_p": 0.6}, [[0, 0], [0, 2], [1, 3]])):
+        found = sample(logits, SamplingParams(max_tokens=1, **cut), draws)
+        assert found.kept is not None
+        assert found.kept.tolist() == expected
+        greedy = sample(logits, SamplingParams(max_tokens=1, temperature=0.0, **cut), draws)
+        assert greedy.kept is None, "greedy log-probabilities are those of the whole softmax"
+    assert sample(logits, SamplingParams(max_tokens=1), draws).kept is None

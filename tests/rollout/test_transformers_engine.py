@@ -25,6 +25,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from grpo_fast.ops import Kept, LMHead, kept_logprob, token_logprob
 from grpo_fast.rollout import RolloutEngine, SamplingParams, decode_batch
 from grpo_fast.rollout.transformers_engine import TransformersEngine
 from grpo_fast.types import Completion
@@ -243,6 +244,37 @@ def test_filtered_logprobs_are_renormalised_over_the_kept_support(
     assert set(seen) == set(support)
     for token, logprob in seen.items():
         assert logprob == pytest.approx(math.log(probs[token] / probs[support].sum()), abs=1e-5)
+
+
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("filters", [{"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2}, {"top_k": 6, "top_p": 0.8, "min_p": 0.1}])
+def test_the_policy_over_what_was_kept_has_the_engines_log_probabilities(
+    filters: dict[str, float], every: int, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Rows end at different steps and change places; what was kept has to follow them."""
+    params = SamplingParams(max_tokens=12, temperature=1.4, **filters)
+    engine = TransformersEngine(llama, tokenizer, eos_token_ids=[2, 9, 17, 30], check_every=every)
+    answers = engine.generate(PROMPTS, params, num_generations=5, seed=1)
+    assert len({len(completion.token_ids) for completion in flat(answers)}) > 2
+    for prompt, group in zip(PROMPTS, answers, strict=True):
+        for completion in group:
+            assert completion.kept is not None
+            ids = torch.tensor([[*prompt, *completion.token_ids]])
+            with torch.no_grad():
+                hidden = llama.base_model(ids).last_hidden_state[0, len(prompt) - 1 : -1]
+            kept = Kept(torch.from_numpy(completion.kept.token_ids).long(), torch.from_numpy(completion.kept.sizes).long())
+            found, _ = kept_logprob(hidden, LMHead(llama.lm_head.weight.detach(), temperature=1.4), kept=kept)
+            assert found.tolist() == pytest.approx(completion.logprobs, abs=1e-5)
+            if "top_k" in filters:
+                assert max(completion.kept.sizes) <= filters["top_k"]
+            full, _ = token_logprob(
+                hidden, LMHead(llama.lm_head.weight.detach(), temperature=1.4), targets=torch.tensor(completion.token_ids)
+            )
+            assert (found >= full - 1e-6).all()
+    assert all(
+        completion.kept is None
+        for completion in flat(engine.generate(PROMPTS, SamplingParams(max_tokens=2), num_generations=1, seed=1))
+    )
 
 
 @pytest.mark.parametrize("every", [1, 4])

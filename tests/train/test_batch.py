@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
+from grpo_fast.kept_tokens import KeptTokens
+from grpo_fast.ops import Layout
 from grpo_fast.train.batch import TrainingSequence, build_batch, flatten_groups
 from grpo_fast.types import Group
 
@@ -59,3 +62,19 @@ def test_a_packed_batch_is_one_row_without_padding() -> None:
     assert batch.packed_layout is not None
     assert [(piece.start, piece.length) for piece in batch.packed_layout.pieces] == [(0, 3), (3, 4)]
     assert (batch.num_sequences, batch.num_scored_tokens) == (2, 4)
+
+
+@pytest.mark.parametrize(("layout", "shares"), [("padded", False), ("packed", False), ("packed", True)])
+def test_kept_tokens_stand_beside_their_targets(layout: Layout, shares: bool) -> None:
+    kept = [KeptTokens.of([6, 7], [[3, 6], [7]]), KeptTokens.of([11], [[4, 11, 2]])]
+    sequences = [
+        TrainingSequence((5,), (6, 7), (-0.1, -0.2), 1.5, in_loss=True, kept=kept[0]),
+        TrainingSequence((5,), (11,), (-0.4,), -0.5, in_loss=True, kept=kept[1]),
+    ]
+    batch = build_batch(sequences, [0.25, 0.75], torch.device("cpu"), layout=layout, shares_prompts=shares)
+    assert batch.kept is not None
+    assert batch.kept.token_ids.tolist() == [6, 3, 7, 11, 4, 2]
+    assert batch.kept.sizes.tolist() == [2, 1, 3]
+    for wrong in (replace(sequences[1], kept=None), replace(sequences[1], kept=kept[0])):
+        with pytest.raises(ValueError, match="each completion must have its own"):
+            build_batch([sequences[0], wrong], [0.25, 0.75], torch.device("cpu"), layout=layout, shares_prompts=shares)

@@ -120,9 +120,10 @@ def test_nothing_is_refilled_where_every_group_lives(build: Build) -> None:
     assert found.metrics["refilled_prompts"] == 0.0
 
 
-@pytest.mark.parametrize("dead", ["", "bd", "abdf"])
-def test_what_is_collected_survives_json_exactly(dead: str, build: Build) -> None:
-    found = build([dead_for(dead), nothing], refill_rounds=2).collect(1, PhaseTimer())
+@pytest.mark.parametrize(("dead", "top_k"), [("", 0), ("bd", 6), ("abdf", 0)])
+def test_what_is_collected_survives_json_exactly(dead: str, top_k: int, build: Build) -> None:
+    found = build([dead_for(dead), nothing], refill_rounds=2, top_k=top_k).collect(1, PhaseTimer())
+    assert all((completion.kept is not None) == bool(top_k) for group in found.sampled for completion in group.completions)
     found.problems.append("a call failed")
     again = Collected.from_dict(json.loads(json.dumps(found.to_dict())), PROMPTS)
     for one, other in ((again.groups, found.groups), (again.sampled, found.sampled)):

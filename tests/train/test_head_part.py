@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from grpo_fast.config import ConfigError
-from grpo_fast.ops import LMHead, LossBatch, LossSpec
+from grpo_fast.ops import Kept, LMHead, LossBatch, LossSpec, fused_grpo
 from grpo_fast.train.head_part import HeadPart, first_token_of, head_logprobs, head_loss
 
 VOCABULARY = 19
@@ -49,6 +49,47 @@ def test_the_loss_over_parts_is_that_over_the_whole_head(frozen: bool) -> None:
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     assert found[0][5].abs().max() > 1e-3
+
+
+def test_the_loss_over_kept_tokens_is_that_of_a_head_without_the_others() -> None:
+    """All rows keep the same tokens, so that a smaller vocabulary says the same."""
+    generator = torch.Generator().manual_seed(1)
+    vocabulary = torch.tensor([2, 3, 5, 7, 11])
+    targets = torch.randint(5, (30,), generator=generator)
+    rows, weight = torch.randn(30, 8, generator=generator), torch.randn(VOCABULARY, 8, generator=generator)
+    others = [vocabulary[vocabulary != vocabulary[target]] for target in targets]
+    token_ids = torch.cat([torch.cat([vocabulary[target, None], rest]) for target, rest in zip(targets, others, strict=True)])
+    kept = Kept(token_ids, torch.full((30,), 5))
+    batch = LossBatch(
+        torch.arange(30) // 10,
+        torch.tensor([1.0, -0.5, 0.2]),
+        torch.full((3,), 1 / 30),
+        old_logprobs=-1.5 + torch.rand(30, generator=generator),
+        ref_logprobs=-1.5 + torch.rand(30, generator=generator),
+        num_items_in_batch=30.0,
+    )
+    spec = LossSpec(beta=0.1, entropy_coef=0.02)
+    hidden, own = rows.clone().requires_grad_(), weight.clone().requires_grad_()
+    found = head_loss(hidden, LMHead(own, temperature=0.7), targets=vocabulary[targets], batch=batch, spec=spec, kept=kept)
+    small, less = rows.clone().requires_grad_(), weight[vocabulary].clone().requires_grad_()
+    expected = fused_grpo(small, LMHead(less, temperature=0.7), targets=targets, batch=batch, spec=spec)
+    for result in (found, expected):
+        result.loss.backward()
+    assert own.grad is not None
+    assert not found.logprobs.requires_grad
+    again = head_logprobs(hidden.detach(), LMHead(own.detach(), temperature=0.7), targets=vocabulary[targets], kept=kept)
+    for one, other in (
+        (found.loss, expected.loss),
+        (found.metrics.values, expected.metrics.values),
+        (found.logprobs, expected.logprobs),
+        (again, expected.logprobs),
+        (found.entropy, expected.entropy),
+        (hidden.grad, small.grad),
+        (own.grad[vocabulary], less.grad),
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ConfigError, match="a cut support needs a whole head; set fsdp_parallel_head=False"):
+        head_logprobs(hidden, HeadPart(LMHead(own), 0), targets=vocabulary[targets], kept=kept)
 
 
 def test_parts_are_cut_as_fsdp_cuts_rows() -> None:

@@ -14,6 +14,7 @@ import torch
 
 from grpo_fast import GRPOTrainer, recipe
 from grpo_fast.config import Config, ConfigError
+from grpo_fast.kept_tokens import KeptTokens
 from grpo_fast.metrics import PhaseTimer
 from grpo_fast.objective import OBJECTIVES
 from grpo_fast.ops import FusedLoss, LMHead, fused_grpo
@@ -88,7 +89,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def test_loss_and_gradient_are_those_of_full_logits_in_float64(tiny_policy: MakePolicy, groups: list[Group]) -> None:
-    bench = Bench(tiny_policy(), top_p=0.95, temperature=0.8, epsilon_high=0.3, tokens_per_microbatch=24)
+    bench = Bench(tiny_policy(), bypass_old_logprobs=True, temperature=0.8, epsilon_high=0.3, tokens_per_microbatch=24)
     loss, gradient = truth(tiny_policy(), groups, bench.config)
     result = bench.update(groups)
     assert result.metrics["loss"] == pytest.approx(loss, rel=1e-5)
@@ -241,7 +242,7 @@ def test_gradient_norm_is_clipped_and_told_unclipped(
 
 
 def test_a_gradient_that_is_not_finite_ends_it_before_the_weights_change(tiny_policy: MakePolicy, groups: list[Group]) -> None:
-    bench = Bench(tiny_policy(), top_k=5)
+    bench = Bench(tiny_policy(), bypass_old_logprobs=True)
     bench.update(groups)
     before, state = bench.weights(), [value["exp_avg"].clone() for value in bench.optimizer.state.values()]
     spoilt = groups[0].completions[1]  # its advantage is negative: no clip bounds the ratio
@@ -298,6 +299,74 @@ def test_mismatch_with_the_sampler_is_measured(tiny_policy: MakePolicy, groups: 
     for name in ("min", "mean", "max"):
         assert metrics[f"sampling/importance_sampling_ratio/{name}"] == pytest.approx(math.exp(0.5), rel=1e-5)
     assert metrics["clip_ratio/region_mean"] == 0.0, "with the whole softmax the ratio is against the policy itself"
+
+
+def cut_support(group: Group, policy: Policy, config: Config) -> Group:
+    """The group as the policy would have sampled it from its ``top_k`` likeliest tokens and the one that was drawn."""
+    completions = []
+    for completion in group.completions:
+        tokens = torch.tensor([*group.prompt.token_ids, *completion.token_ids])
+        with torch.no_grad():
+            logits = policy.model(input_ids=tokens[None], use_cache=False).logits[0] / config.temperature
+        logits, drawn = logits[len(group.prompt.token_ids) - 1 : -1], list(completion.token_ids)
+        supports = [
+            sorted({token, *row.topk(config.top_k - 1).indices.tolist()}) for token, row in zip(drawn, logits, strict=True)
+        ]
+        logprobs = [
+            (row[token] - row[support].logsumexp(0)).item() - 0.1
+            for token, row, support in zip(drawn, logits, supports, strict=True)
+        ]
+        completions.append(replace(completion, logprobs=tuple(logprobs), kept=KeptTokens.of(drawn, supports)))
+    return Group(group.prompt, completions, group.rewards, group.reward)
+
+
+@pytest.mark.parametrize("layout", [{}, {"padding_free": True, "share_prompts": True, "attn_implementation": "sdpa"}])
+def test_over_a_cut_support_all_is_that_of_masked_full_logits(
+    layout: dict[str, Any], tiny_policy: MakePolicy, groups: list[Group]
+) -> None:
+    """Loss, gradient, KL, entropy and mismatch, in float64, nothing left out."""
+    settings = {"top_k": 5, "temperature": 0.8, "beta": 0.3, "entropy_coef": 0.02, "loss_type": "dapo"}
+    policy, reference = (Policy(tiny_policy().model, tiny_policy().tokenizer, padding_free=bool(layout)) for _ in range(2))
+    with torch.no_grad():
+        reference.model.lm_head.weight.mul_(0.7)
+    bench = Bench(policy, reference, **settings, **layout, tokens_per_microbatch=24)
+    cut = [cut_support(group, policy, bench.config) for group in groups]
+    exact, other = (each.model.double() for each in (tiny_policy(), deepcopy(reference)))
+    total = sum(len(completion.token_ids) for group in cut for completion in group.completions)
+    loss, kls, entropies = torch.zeros((), dtype=torch.float64), 0.0, 0.0
+    for group in cut:
+        rewards = torch.tensor(group.reward, dtype=torch.float64)
+        known = rewards[~rewards.isnan()]
+        advantages = ((rewards - known.mean()) / (known.std() + 1e-4)).nan_to_num(0.0)
+        for completion, advantage in zip(group.completions, advantages, strict=True):
+            assert completion.kept is not None
+            tokens = torch.tensor([*group.prompt.token_ids, *completion.token_ids])
+            mask = torch.full((len(completion.token_ids), exact.config.vocab_size), -math.inf).double()
+            for row, support in zip(mask, completion.kept.to_lists(), strict=True):
+                row[support] = 0.0
+            first = len(group.prompt.token_ids)
+            ours, theirs = (
+                (model(input_ids=tokens[None], use_cache=False).logits[0, first - 1 : -1] / 0.8 + mask).log_softmax(-1)
+                for model in (exact, other)
+            )
+            logprobs, ref = (each.gather(1, tokens[first:, None])[:, 0] for each in (ours, theirs.detach()))
+            kl = (ref - logprobs).exp() - (ref - logprobs) - 1
+            entropy = -(ours.exp() * ours.masked_fill(mask < 0, 0.0)).sum(1)
+            ratio = (logprobs - logprobs.detach()).exp()
+            loss = loss + (-ratio * advantage + 0.3 * ratio * kl - 0.02 * entropy).sum() / total
+            kls, entropies = kls + kl.sum().item(), entropies + entropy.sum().item()
+    gradient = torch.cat([value.flatten() for value in torch.autograd.grad(loss, list(exact.parameters()))])
+    result = bench.update(cut)
+    assert result.metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert relative_error(bench.gradients[0], gradient) < 1e-5
+    assert result.metrics["kl"] == pytest.approx(kls / total, rel=1e-4)
+    assert result.metrics["entropy"] == pytest.approx(entropies / total, rel=1e-5)
+    assert result.metrics["sampling/sampling_logp_difference/mean"] == pytest.approx(0.1, abs=1e-5)
+
+
+def test_a_cut_support_that_the_engine_does_not_tell_is_refused(tiny_policy: MakePolicy, groups: list[Group]) -> None:
+    with pytest.raises(ConfigError, match=r"top_k=5.* the engine did not say what it kept"):
+        Bench(tiny_policy(), top_k=5).update(groups)
 
 
 def test_entropy_is_the_mean_over_trained_tokens(tiny_policy: MakePolicy, make_group: MakeGroup) -> None:

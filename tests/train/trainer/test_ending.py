@@ -124,7 +124,7 @@ def test_a_reward_that_raises_may_be_left_out(make: Make, tmp_path: Path) -> Non
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_with_what_was_trained(make: Make, tmp_path: Path) -> None:
-    trainer = make(top_k=5)
+    trainer = make(bypass_old_logprobs=True)
     take = trainer._collector.collect
 
     def spoilt(step: int, timer: Any) -> Any:

@@ -15,9 +15,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.system.soak import trace
 from grpo_fast.config import Config
 from grpo_fast.objective import OBJECTIVES
-from grpo_fast.train import GRPOTrainer, StepResult
+from grpo_fast.ops import Kept, token_logprob
+from grpo_fast.train import GRPOTrainer, StepResult, head_part
 from grpo_fast.train.checkpoint import list_checkpoints
 from tests.train.trainer.runs import LETTERS, Make, Straight, beliefs, events, rows, vowels, weights
+
+
+def first(kept: Kept) -> torch.Tensor:
+    """The drawn token of each row."""
+    return kept.token_ids[kept.sizes.cumsum(0) - kept.sizes]
 
 
 def test_iterating_gives_each_step(make: Make) -> None:
@@ -147,8 +153,22 @@ def test_settings_work_together(settings: dict[str, Any], make: Make, share_of_v
         assert math.isfinite(result.metrics["loss"])
         assert result.metrics["grad_norm"] > 0
         close = 0.1 if settings.get("dtype") == "bfloat16" else 1e-4
-        assert result.metrics["sampling/sampling_logp_difference/max"] < (3 if "top_k" in settings else close)
+        assert result.metrics["sampling/sampling_logp_difference/max"] < close
     assert not torch.equal(weights(trainer), before)
+
+
+@pytest.mark.parametrize("cut", [{"top_k": 4}, {"top_p": 0.6}, {"min_p": 0.3}], ids=str)
+def test_sampler_and_trainer_are_one_policy_over_a_cut_support(
+    cut: dict[str, float], make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which they are not where the policy is not normalised over what was kept."""
+    settings = {"temperature": 1.2, "num_iterations": 2, "max_steps": 2, **cut}
+    for result in make(**settings).steps():
+        assert abs(result.metrics["sampling/kl"]) < 1e-6
+        assert result.metrics["sampling/sampling_logp_difference/max"] < 1e-5
+        assert result.metrics["grad_norm"] > 0
+    monkeypatch.setattr(head_part, "kept_logprob", lambda hidden, head, kept: token_logprob(hidden, head, targets=first(kept)))
+    assert next(make(**settings, overwrite=True).steps()).metrics["sampling/kl"] > 1e-3
 
 
 @pytest.mark.parametrize("keep", [False, True])
