@@ -112,13 +112,22 @@ class VLLMServer:
 
     def sample(self, prompt: Sequence[int], params: dict[str, Any]) -> list[Sample]:
         """Runs one request to its end."""
-        choices = self._generate(list(prompt), params | {"logprobs": 0})["choices"]
+        try:
+            choices = self._generate(list(prompt), {"logprobs": 0} | params)["choices"]
+        except RolloutError as error:
+            if "sample logprobs" not in str(error):
+                raise
+            raise RolloutError(
+                f"vLLM's server {self.url} does not tell the {params['logprobs']} likeliest tokens that top_k needs; start it "
+                f"with `grpo-fast serve`, or with --max-logprobs {params['logprobs']}"
+            ) from error
         return [
             Sample(
                 tuple(choice["token_ids"]),
                 tuple(entry["logprob"] for entry in choice["logprobs"]["content"]),
                 str(choice["finish_reason"]),
                 token_versions((span["version"], span["start"], span["end"]) for span in choice["weight_versions"] or ()),
+                tuple(map(_likeliest, choice["logprobs"]["content"])) if params.get("logprobs") else (),
             )
             for choice in sorted(choices, key=lambda choice: int(choice["index"]))
         ]
@@ -311,6 +320,10 @@ class HTTPVLLM:
     def score(self, prompt: Sequence[int]) -> list[list[Choices]]:
         """The same of a prompt and of all of it but its last token, computed without the prefix cache."""
         return self.everywhere(lambda server: server.score(prompt))
+
+
+def _likeliest(entry: dict[str, Any]) -> dict[int, float]:
+    return {told["token_id"]: told["logprob"] for told in [entry, *entry["top_logprobs"]]}
 
 
 class _Client:

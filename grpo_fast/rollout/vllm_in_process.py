@@ -37,7 +37,8 @@ from grpo_fast.rollout.vllm_sleep import Part, Sleeper
 from grpo_fast.rollout.vllm_transport import register
 
 REQUEST_PARAMS: dict[str, Any] = {"logprobs": 0, "flat_logprobs": True}
-"""What every request asks for: the log-probability of each sampled token alone, in one list, not in an object a token."""
+"""What a request asks for where it says nothing else: the log-probability of each sampled token alone, in one list, not in an
+object a token."""
 _SHUTDOWN_S = 10.0
 
 
@@ -85,6 +86,7 @@ class InProcessVLLM:
             load_format="dummy",
             weight_transfer_config={"backend": BACKENDS[delivery.transport]},
             logprobs_mode="processed_logprobs",
+            max_logprobs=-1,  # what a cut support keeps is as much as top_k
             enable_prefix_caching=True,
             # A step that is still under way when the next is planned would read weights that change between the two.
             **({"async_scheduling": False} if delivery.pause_mode == "keep" else {}),
@@ -115,18 +117,19 @@ class InProcessVLLM:
         Raises:
             RolloutError: vLLM failed; none of its requests is left, and it can be asked anew.
         """
-        outputs = self._run(prompts, [VLLMSamplingParams(**REQUEST_PARAMS, **each) for each in params])
+        outputs = self._run(prompts, [VLLMSamplingParams(**REQUEST_PARAMS | each) for each in params])
         return [
             [
                 Sample(
                     tuple(answer.token_ids),
-                    tuple(answer.logprobs.logprobs),
+                    tuple(answer.logprobs.logprobs[place] for place in answer.logprobs.start_indices),
                     str(answer.finish_reason),
                     token_versions((span.version, span.start, span.end) for span in answer.weight_versions or ()),
+                    _likeliest(answer.logprobs) if each.get("logprobs") else (),
                 )
                 for answer in output.outputs
             ]
-            for output in outputs
+            for output, each in zip(outputs, params, strict=True)
         ]
 
     def _run(self, prompts: Sequence[Sequence[int]], params: Sequence[VLLMSamplingParams]) -> list[Any]:
@@ -329,6 +332,11 @@ class _Client:
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Does nothing: the sync finishes in a phase of its own, under the version's number."""
+
+
+def _likeliest(flat: Any) -> tuple[dict[int, float], ...]:
+    places = map(slice, flat.start_indices, flat.end_indices)
+    return tuple(dict(zip(flat.token_ids[place], flat.logprobs[place], strict=True)) for place in places)
 
 
 def _choices(entry: Mapping[int, Any]) -> Choices:

@@ -68,7 +68,7 @@ def server_command(  # noqa: PLR0913 (what the command line offers)
     arguments = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", HOST, "--port", str(port)]
     arguments += ["--model", model, "--load-format", "dummy", "--dtype", dtype or ("float32" if on_cpu else "bfloat16")]
     arguments += ["--weight-transfer-config", f'{{"backend": "{BACKENDS[way]}"}}', "--enable-scale-out"]
-    arguments += ["--logprobs-mode", "processed_logprobs", "--disable-uvicorn-access-log"]
+    arguments += ["--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1", "--disable-uvicorn-access-log"]
     if max_model_len is not None:
         arguments += ["--max-model-len", str(max_model_len)]
     if on_cpu:

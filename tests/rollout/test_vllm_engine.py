@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 from collections.abc import Callable
@@ -14,7 +15,9 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from grpo_fast import GRPOTrainer, recipe
+from grpo_fast.ops import Kept, LMHead, kept_logprob
 from grpo_fast.rollout import RolloutEngine, RolloutError, SamplingParams, WeightSyncError, vllm_engine
+from grpo_fast.rollout.sampling import truncate
 from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMSettings, require_vllm
 from grpo_fast.types import Completion
 
@@ -131,10 +134,45 @@ def test_completions_end_where_they_should(embedded: Any) -> None:
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("cut", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}])
-def test_a_cut_support_is_refused(embedded: Any, cut: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="cut the support: the policy would have to be normalised over what vLLM kept"):
+@pytest.mark.parametrize("cut", [{"top_p": 0.9}, {"min_p": 0.1}])
+def test_a_cut_support_without_bound_is_refused(embedded: Any, cut: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"top_k=0.* nothing bounds how many these are; set top_k too"):
         embedded.engine.generate(PROMPTS, SamplingParams(max_tokens=4, **cut), num_generations=1, seed=0)
+
+
+@torch.no_grad()
+def over_kept(model: Any, ids: torch.Tensor, kept: Kept) -> torch.Tensor:
+    """The policy's log-probabilities of the last tokens, as many as there are in ``kept``, at temperature 1.6."""
+    hidden = model.base_model(ids).last_hidden_state[0, -len(kept.sizes) - 1 : -1]
+    return kept_logprob(hidden, LMHead(model.lm_head.weight, temperature=1.6), kept=kept)[0]
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("cut", [{"top_k": 5}, {"top_k": 12, "top_p": 0.8}, {"top_k": 9, "min_p": 0.05}, {"top_k": 10_000}])
+def test_the_policy_over_what_vllm_kept_has_its_log_probabilities(embedded: Any, cut: dict[str, float]) -> None:
+    """Up to rounding: 1e-5, or four times what transformers' float32 makes, where that is more."""
+    model, exact = embedded.model, copy.deepcopy(embedded.model).double()
+    sampling = SamplingParams(max_tokens=12, temperature=1.6, **cut)
+    answers = embedded.engine.generate(PROMPTS, sampling, num_generations=4, seed=2)
+    errors: list[list[float]] = []
+    for prompt, group in zip(PROMPTS, answers, strict=True):
+        for completion in group:
+            assert completion.kept is not None
+            ids = torch.tensor([[*prompt, *completion.token_ids]])
+            kept = Kept(torch.from_numpy(completion.kept.token_ids).long(), torch.from_numpy(completion.kept.sizes).long())
+            own, true = (over_kept(each, ids, kept) for each in (model, exact))
+            told = torch.tensor(completion.logprobs).double()
+            errors += [[(each - true).abs().max().item() for each in (told, own.double())]]
+            with torch.no_grad():
+                logits = model(ids).logits[0, len(prompt) - 1 : -1] / 1.6
+            expected = truncate(logits, sampling) > -torch.inf
+            assert [set(support) for support in completion.kept.to_lists()] == [
+                set(row.nonzero()[:, 0].tolist()) for row in expected
+            ]
+    engine, rounding = map(max, zip(*errors, strict=True))
+    assert engine <= max(1e-5, 4 * rounding)
+    greedy = embedded.engine.generate(PROMPTS, SamplingParams(max_tokens=2, temperature=0.0, **cut), num_generations=1, seed=2)
+    assert all(completion.kept is None for completion in flat(greedy))
 
 
 @pytest.mark.vllm
@@ -230,6 +268,18 @@ def test_a_run_learns_as_much_as_with_the_embedded_engine(tmp_path: Path) -> Non
     assert weights == pytest.approx([1.0] * len(weights), abs=1e-3), "the sampler is corrected, and little is left to correct"
     assert [row["sync/version"] for row in rows] == list(range(1, 61))
     assert max(row["sync/probe_kl"] for row in rows) < 1e-8
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_sampler_and_trainer_are_one_policy_over_what_vllm_kept(tmp_path: Path) -> None:
+    config = recipe("embedded", output_dir=tmp_path, rollout="vllm", max_steps=3, forecast="off", sinks=(), report=False)
+    config = config.replace(top_k=8, temperature=1.3, eval_steps=0, baseline_probe=0, beta=0.01)
+    with GRPOTrainer(config) as trainer:
+        rows = [step.metrics for step in trainer.steps()]
+    assert max(abs(row["sampling/kl"]) for row in rows) < 1e-6
+    assert max(row["sampling/sampling_logp_difference/mean"] for row in rows) < 1e-6
+    assert min(row["grad_norm"] for row in rows) > 0
 
 
 @pytest.mark.vllm

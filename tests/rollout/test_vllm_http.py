@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from grpo_fast import GRPOTrainer, recipe
 from grpo_fast.assets import embedded_model_dir
 from grpo_fast.rollout import RolloutError, SamplingParams, WeightSyncError
+from grpo_fast.rollout.sampling import truncate
 from grpo_fast.rollout.vllm_adapters import AdapterVersion
 from grpo_fast.rollout.vllm_engine import VLLMServerEngine, VLLMSettings
 from grpo_fast.types import Completion
@@ -87,6 +88,27 @@ def test_the_same_call_gives_the_same_answer(served: Served) -> None:
         [c.token_ids for c in g] for g in first
     ]
     assert served.engine.generate(PROMPTS, SAMPLING, num_generations=3, seed=5) != first
+
+
+def test_the_policy_over_what_servers_kept_has_their_log_probabilities(served: Served) -> None:
+    sampling = SamplingParams(max_tokens=6, temperature=1.6, top_k=7, top_p=0.9)
+    answers = served.engine.generate(PROMPTS, sampling, num_generations=2, seed=3)
+    for prompt, group in zip(PROMPTS, answers, strict=True):
+        for completion in group:
+            assert completion.kept is not None
+            with torch.no_grad():
+                logits = served.model(torch.tensor([[*prompt, *completion.token_ids]])).logits[0, len(prompt) - 1 : -1] / 1.6
+            supports = completion.kept.to_lists()
+            kept = [set(row.isfinite().nonzero()[:, 0].tolist()) for row in truncate(logits, sampling)]
+            assert [set(support) for support in supports] == kept
+            expected = [
+                (row[support[0]] - row[support].logsumexp(0)).item() for row, support in zip(logits, supports, strict=True)
+            ]
+            assert completion.logprobs == pytest.approx(expected, abs=5e-5)
+    with pytest.raises(
+        RolloutError, match=r"does not tell the 1000000 likeliest tokens that top_k needs; start it with `grpo-fa"
+    ):
+        served.engine._vllm.sample([PROMPTS[3]], [{"max_tokens": 1, "logprobs": 10**6}])
 
 
 def test_servers_sleep_until_the_sync_wakes_them(

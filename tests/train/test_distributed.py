@@ -33,9 +33,9 @@ CASES = ("whole", "rloo", "gspo", "adapters", "quantised")
 SHARDED: dict[str, dict[str, Any]] = {  # with what changes no result beside it
     "whole": {"fsdp": "full_shard"},
     "rloo": {"fsdp": "shard_grad_op", "gradient_checkpointing": True, "fsdp_parallel_head": True},
-    "gspo": {"fsdp": "hybrid_shard", "offload_optimizer": True, "fsdp_parallel_head": True},
+    "gspo": {"fsdp": "hybrid_shard", "offload_optimizer": True},
     "adapters": {"fsdp": "full_shard", "gradient_checkpointing": True, "offload_optimizer": True, "fsdp_parallel_head": True},
-    "quantised": {"fsdp": "hybrid_shard"},
+    "quantised": {"fsdp": "hybrid_shard", "fsdp_parallel_head": True},
 }
 
 
@@ -85,7 +85,6 @@ def cases(models: tuple[Path, Path], directory: Path) -> dict[str, dict[str, Any
             "num_iterations": 2,
             "refill_rounds": 1,
             "beta": 0.01,
-            "top_k": 20,
             "weight_decay": 0.01,
             "eval_steps": 2,
             "eval_size": 5,
@@ -94,7 +93,7 @@ def cases(models: tuple[Path, Path], directory: Path) -> dict[str, dict[str, Any
             "max_steps": 6,
         },
         "rloo": {"loss_type": "rloo", "beta": 0.02, "keep_dead_rows_for_metrics": True},
-        "gspo": {"loss_type": "gspo", "scale_rewards": "batch", "mask_truncated_completions": True},
+        "gspo": {"loss_type": "gspo", "scale_rewards": "batch", "mask_truncated_completions": True, "top_k": 20},
         "adapters": {"use_peft": True, "lora_r": 4, "beta": 0.02, "learning_rate": 1e-2, "max_steps": 6},
         "quantised": {"use_peft": True, "lora_r": 4, "load_in_4bit": True, "use_bnb_nested_quant": True},
         "mixed": {"dtype": "bfloat16", "fsdp": "full_shard", "max_steps": 2},
