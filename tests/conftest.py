@@ -39,6 +39,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a CUDA device")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests go first: workers take whole files, and only after short ones do both end together."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @contextlib.contextmanager
 def without_tracer() -> Iterator[None]:
     """Coverage's tracer is called for each line of ours and for none of installed packages."""
@@ -52,8 +58,9 @@ def without_tracer() -> Iterator[None]:
 
 @pytest.fixture
 def untraced() -> Iterator[None]:
-    """For what is timed."""
-    with without_tracer():
+    """For what is timed, and for long runs; processes that are started have no tracer either."""
+    with pytest.MonkeyPatch.context() as patch, without_tracer():
+        patch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
         yield
 
 

@@ -56,6 +56,7 @@ def run(command: list[str], home: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize("page", [page for page in PAGES if any(block.runs for block in blocks(page))], ids=lambda p: p.stem)
 def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path) -> None:
     for block in blocks(page):
@@ -112,6 +113,7 @@ def test_every_name_in_the_text_exists(page: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("untraced")
 def test_the_reference_is_made_from_the_docstrings(tmp_path: Path) -> None:
     make = ["make", "--dry-run", "--no-print-directory", "--old-file=env-dev", "docs"]
     made = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.system.command_line import CommandLine
 from benchmarks.tables import rendered_readme
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +25,7 @@ def test_the_table_is_what_the_results_say() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("untraced")
 def test_the_python_example_runs(tmp_path: Path) -> None:
     assert len(PYTHON) == 1
     script = tmp_path / "example.py"
@@ -35,16 +37,14 @@ def test_the_python_example_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("untraced")
 def test_the_commands_of_the_embedded_model_run(tmp_path: Path) -> None:
-    program = shutil.which("grpo-fast", path=Path(sys.executable).parent)
-    assert program is not None
     local = [command for command in COMMANDS if "--model" not in command]  # those that need no hub
     assert len(local) == 9
-    for command in local:
-        done = subprocess.run(
-            [program, *command.split()[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    with contextlib.closing(CommandLine(tmp_path)) as shell:
+        for command in local:
+            assert shell.run(*command.split()[1:]) == 0, f"{command}\n{shell.log()}"
     assert (tmp_path / "runs/first/report.html").exists()
     assert (tmp_path / "runs/first/checkpoint-25/model.safetensors").exists()
 

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from benchmarks.system.embedded_run import full_budget_run
+from tests.conftest import without_tracer
 
 
 @pytest.fixture(scope="module", params=[0, 1, 2])
 def run(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return full_budget_run(request.param)
+    with without_tracer():
+        return full_budget_run(request.param)
 
 
 @pytest.mark.slow

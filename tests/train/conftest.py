@@ -134,7 +134,7 @@ def tiny_policy(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Policy]:
 
 
 @pytest.fixture
-def short_embedded_run(tmp_path: Path) -> Callable[..., float]:
+def short_embedded_run(tmp_path: Path, untraced: None) -> Callable[..., float]:
     """Trains the embedded model for 40 steps of its task, with changes; gives the held-out accuracy."""
 
     def train(**changes: Any) -> float:

@@ -508,6 +508,7 @@ def follow_each_other(one: list[dict[str, float]], two: list[dict[str, float]]) 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("untraced")
 def test_two_hundred_steps_learn_what_the_reference_learns(tmp_path: Path) -> None:
     """Errors too small to be seen in one step can drift; a run of another seed says how far apart equal runs may be."""
     found = embedded_curve(fused_grpo, tmp_path / "fused")
