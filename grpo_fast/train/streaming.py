@@ -44,7 +44,7 @@ class _Gather(NamedTuple):
 
 
 class _Score(NamedTuple):
-    """Tokens [B, S], and at which positions logits are wanted."""
+    """Tokens [B, S], and at which positions logits are wanted; in host memory, as they go to other ranks' devices."""
 
     input_ids: torch.Tensor
     positions: torch.Tensor
@@ -132,7 +132,7 @@ class StreamedModel(torch.nn.Module):
             RuntimeError: it is not inside :meth:`once`.
         """
         del use_cache
-        return SimpleNamespace(logits=self._ask(_Score(input_ids, logits_to_keep)))
+        return SimpleNamespace(logits=self._ask(_Score(input_ids.cpu(), logits_to_keep.cpu())))
 
     def _ask(self, what: _Gather | _Score) -> Any:
         with self._asking:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -315,3 +316,43 @@ def test_a_file_that_is_none_is_told(adapter_server: Any, tmp_path: Path) -> Non
     with pytest.raises(RolloutError, match=r"/v1/load_lora_adapter with status"):
         server.load_adapter(AdapterVersion("none", 1, tmp_path / "nowhere", 0))
     assert server.adapter is None
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_server_that_was_killed_and_started_again_gets_everything_and_one_that_dies_in_a_sync_is_named(
+    adapter_server: Any, measure_errors: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs last: the server is gone then."""
+    model = AutoModelForCausalLM.from_pretrained(embedded_model_dir(), dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model_dir())
+    settings = VLLMSettings(sync_deadline_s=60, request_deadline_s=60, transport="sparse", bucket_bytes=300_000)
+    engine = VLLMServerEngine(model, tokenizer, urls=[adapter_server.url], settings=settings)
+    assert engine.sync_weights(model, 1)["sync/bytes"] == 0
+    adapter_server.kill()
+    with pytest.raises(RolloutError, match=f"vLLM's server {adapter_server.url} is gone"):
+        engine.generate(PROMPTS, SAMPLING, num_generations=1, seed=0)
+
+    adapter_server.start()
+    adapter_server.wait_until_ready()
+    change_some(model, seed=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._vllm, "undo", lambda: None)  # what has the next attempt begin with everything
+        with pytest.raises(WeightSyncError, match=r"before the trainer's shared memory was opened.*2 attempts"):
+            engine.sync_weights(model, 2)
+    assert engine.sync_weights(model, 2)["sync/bytes"] == base_bytes(model)
+    check_logprobs(engine, model, measure_errors, 2)
+    changed = change_some(model, seed=4)
+    assert engine.sync_weights(model, 4)["sync/bytes"] == changed
+    check_logprobs(engine, model, measure_errors, 4)
+
+    client = engine._vllm._sender.client
+    update = client.update_weights
+    monkeypatch.setattr(client, "update_weights", lambda info: (update(info), adapter_server.kill()))
+    change_some(model, seed=5)
+    begin = time.monotonic()
+    with pytest.raises(WeightSyncError, match=r"vLLM's server .* is gone"):
+        engine.sync_weights(model, 5)
+    assert time.monotonic() < begin + 20
+    with pytest.raises(WeightSyncError, match="the last weight sync failed"):
+        engine.generate(PROMPTS, SAMPLING, num_generations=1, seed=0)

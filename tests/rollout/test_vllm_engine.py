@@ -6,7 +6,9 @@ import copy
 import os
 import random
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -196,10 +198,13 @@ def test_two_hundred_syncs_take_no_memory(embedded: Any, perturb: Callable[..., 
             engine.sync_weights(model, version)
 
     sync(100, 150)
-    before = resident_mib()
-    sync(150, 300)
+    held = [resident_mib()]
+    for first in (150, 200, 250):
+        sync(first, first + 50)
+        held.append(resident_mib())
     weights = sum(weight.nbytes for weight in model.parameters()) / 2**20
-    assert resident_mib() - before < 4 * weights  # a copy left behind by each would be 150 of them
+    # A leak grows with every sync; what the allocator keeps for threads comes in steps. A copy left by each would be fifty.
+    assert median(after - before for before, after in pairwise(held)) < weights
 
 
 @pytest.mark.vllm
@@ -248,8 +253,8 @@ def test_a_run_learns_as_much_as_with_the_embedded_engine(tmp_path: Path) -> Non
             output_dir=tmp_path / f"{rollout}-{max_staleness}",
             rollout=rollout,
             max_staleness=max_staleness,
-            max_steps=60,
-            eval_steps=60,
+            max_steps=40,
+            eval_steps=40,
             forecast="off",
             sinks=(),
             report=False,
@@ -264,9 +269,9 @@ def test_a_run_learns_as_much_as_with_the_embedded_engine(tmp_path: Path) -> Non
     assert found > reached - 0.02
     assert max(row["sampling/sampling_logp_difference/mean"] for row in rows) < 1e-6
     weights = [row["sampling/importance_weight/mean"] for row in rows if "sampling/importance_weight/mean" in row]
-    assert len(weights) > 50
+    assert len(weights) > 30
     assert weights == pytest.approx([1.0] * len(weights), abs=1e-3), "the sampler is corrected, and little is left to correct"
-    assert [row["sync/version"] for row in rows] == list(range(1, 61))
+    assert [row["sync/version"] for row in rows] == list(range(1, 41))
     assert max(row["sync/probe_kl"] for row in rows) < 1e-8
 
 
@@ -286,16 +291,16 @@ def test_sampler_and_trainer_are_one_policy_over_what_vllm_kept(tmp_path: Path) 
 @pytest.mark.slow
 @pytest.mark.parametrize("pause_mode", ["wait", "keep"])
 def test_a_run_whose_rollouts_run_beside_its_training(pause_mode: str, tmp_path: Path) -> None:
-    config = recipe("embedded", output_dir=tmp_path, rollout="vllm", max_staleness=1, max_steps=8, forecast="off", sinks=())
-    config = config.replace(eval_steps=4, report=False, vllm_pause_mode=pause_mode, save_steps=4)
+    config = recipe("embedded", output_dir=tmp_path, rollout="vllm", max_staleness=1, max_steps=5, forecast="off", sinks=())
+    config = config.replace(eval_steps=3, report=False, vllm_pause_mode=pause_mode, save_steps=3)
     with GRPOTrainer(config) as trainer:
         steps = list(trainer.steps())
     rows = [step.metrics for step in steps]
     if pause_mode == "wait":
-        assert [row["sample/staleness_mean"] for row in rows] == [0.0, *[1.0] * 7]
+        assert [row["sample/staleness_mean"] for row in rows] == [0.0, *[1.0] * 4]
     else:
-        assert [0 <= row["sample/staleness_mean"] <= row["sample/staleness_max"] <= 1 for row in rows] == [True] * 8
-    assert len({group.prompt.index for step in steps for group in step.groups}) == 8 * config.prompts_per_step
+        assert [0 <= row["sample/staleness_mean"] <= row["sample/staleness_max"] <= 1 for row in rows] == [True] * 5
+    assert len({group.prompt.index for step in steps for group in step.groups}) == 5 * config.prompts_per_step
     assert min(row["overlap/rollout_s"] for row in rows[1:]) > 0
     assert max(row["sampling/kl"] for row in rows) > 1e-6, "the sampler is another policy, and it is measured"
 

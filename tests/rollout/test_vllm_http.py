@@ -1,9 +1,13 @@
-"""Two real vLLM servers with worker processes of their own; the last test kills one."""
+"""Two real vLLM servers with worker processes of their own; the last tests kill one each. Started again: test_vllm_adapters."""
 
 from __future__ import annotations
 
 import copy
+import json
 import re
+import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -237,6 +241,39 @@ def test_servers_elsewhere_are_refused(url: str, message: str) -> None:
         VLLMServer(url, api_key=None, deadline_s=1)
 
 
+def test_ranks_that_hold_shards_send_them_to_servers(servers: Any, tmp_path: Path) -> None:
+    program = shutil.which("grpo-fast", path=Path(sys.executable).parent)
+    assert program is not None
+    run = tmp_path / "run"
+    settings = {
+        "recipe": "embedded",
+        "device": "cpu",
+        "fsdp": "full_shard",
+        "rollout": "vllm-http",
+        "vllm_server_urls": servers[0].url,
+        "prompts_per_step": 4,
+        "max_steps": 2,
+        "eval_steps": 0,
+        "baseline_probe": 0,
+        "forecast": "off",
+        "reward_workers": 0,
+        "output_dir": run,
+    }
+    flags = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    done = subprocess.run(
+        [*launcher, program, "train", *flags, "--no-report"], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["sync/version"] for row in rows] == [1, 2]
+    assert all(row["sync/probe_kl"] < 1e-8 for row in rows)
+    saved = AutoModelForCausalLM.from_pretrained(run / "checkpoint-2", dtype=torch.float32)
+    start = AutoModelForCausalLM.from_pretrained(embedded_model_dir(), dtype=torch.float32)
+    assert {row["sync/bytes"] for row in rows} == {sum(weight.nbytes for weight in start.parameters())}
+    assert not any(torch.equal(one, other) for one, other in zip(saved.parameters(), start.parameters(), strict=True))
+
+
 def test_a_run_over_servers_ends_with_a_checkpoint_where_one_dies(servers: Any, tmp_path: Path) -> None:
     config = recipe(
         "embedded",
@@ -260,22 +297,15 @@ def test_a_run_over_servers_ends_with_a_checkpoint_where_one_dies(servers: Any, 
         with pytest.raises(RolloutError, match=f"vLLM's server {servers[1].url} is gone"):
             next(steps)
     assert (tmp_path / "checkpoint-2" / "manifest.json").exists()
-    servers[1].start()
-    servers[1].wait_until_ready()
-    with GRPOTrainer.resume(tmp_path) as trainer:
+    with GRPOTrainer.resume(tmp_path, config=config.replace(vllm_server_urls=(servers[0].url,))) as trainer:
         third = next(trainer.steps())
         assert (third.step, third.metrics["sync/version"]) == (3, 3)
 
 
-def test_a_server_that_dies_in_a_rollout_or_in_a_sync_is_named_and_the_next_takes_its_place(
-    served: Served,
-    servers: Any,
-    perturb: Callable[..., None],
-    measure_errors: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    (model, engine), server = served, servers[1]
-    engine.sync_weights(model, 1)
+def test_a_server_that_dies_in_a_rollout_is_named_at_once(served: Served, servers: Any) -> None:
+    server = servers[0]
+    settings = VLLMSettings(sync_deadline_s=60, request_deadline_s=60)
+    engine = VLLMServerEngine(served.model, served.engine._tokenizer, urls=[server.url], settings=settings)
     prompts = [[1, 4 + number % 40, 5] for number in range(400)]
     killer = threading.Timer(0.5, server.kill)
     killer.start()
@@ -283,23 +313,7 @@ def test_a_server_that_dies_in_a_rollout_or_in_a_sync_is_named_and_the_next_take
     with pytest.raises(RolloutError, match=f"vLLM's server {server.url} is gone"):
         engine.generate(prompts, SamplingParams(max_tokens=100), num_generations=8, seed=0)
     with pytest.raises(WeightSyncError, match=r"failed in its phase 'pause': vLLM's server .* is gone"):
-        engine.sync_weights(model, 2)
+        engine.sync_weights(served.model, 1)
     assert time.monotonic() < begin + 20
     killer.join()
-
-    server.start()
-    server.wait_until_ready()
-    perturb(model, seed=70)
-    engine.sync_weights(model, 3)
-    answers = engine.generate(PROMPTS, SAMPLING, num_generations=2, seed=0)
-    assert measure_errors(model, PROMPTS, answers, SAMPLING.temperature).agrees
-
-    client = engine._vllm._sender.client
-    update = client.update_weights
-    monkeypatch.setattr(client, "update_weights", lambda info: (update(info), server.kill()))
-    begin = time.monotonic()
-    with pytest.raises(WeightSyncError, match=r"vLLM's server .* is gone"):
-        engine.sync_weights(model, 4)
-    assert time.monotonic() < begin + 20
-    with pytest.raises(WeightSyncError, match="the last weight sync failed"):
-        engine.generate(PROMPTS, SAMPLING, num_generations=1, seed=0)
+    engine.close()
