@@ -231,7 +231,7 @@ def _foretold(prior: Prior, one: Witness, place: int) -> Array:
     levels = levels + noise * np.roll(draws.normal, 1)
     told = quantiles(levels[:, None], draws.weight, np.array([0.05, 0.5, 0.95]))[:, 0]
     middle, width = (np.full(one.tail.size, value) for value in (told[1], told[2] - told[0]))
-    moved, wider = say.shift(one.tail, middle).mean(), say.widening(one.tail, middle, width).mean()
+    moved, wider = (part.mean() for part in say.correction(one.tail, middle, width))
     return np.asarray(np.clip(told[1] + moved + (told - told[1]) * wider, scale.low, scale.high))
 
 

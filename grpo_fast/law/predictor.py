@@ -353,8 +353,8 @@ class OnlinePredictor:
         """Samples (N, K) as the stack moves and widens them and the prior's spread stretches them; the past stays as it is."""
         low, middle, high = quantiles(values, weight, _LEVELS[[0, 2, 4]])
         say, factor = self.say(), np.where(x > self._last[1], self.prior.spread_at(self._last[1]), 1.0)
-        wider = say.widening(x, middle, high - low)
-        return self._within(middle + say.shift(x, middle) + (values - middle) * factor * wider)
+        moved, wider = say.correction(x, middle, high - low)
+        return self._within(middle + moved + (values - middle) * factor * wider)
 
     def _within(self, levels: Array) -> Array:
         return levels if self.reward_range is None else np.clip(levels, *self.reward_range)

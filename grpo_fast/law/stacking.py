@@ -57,20 +57,8 @@ class Say:
     curves: Array
     now: float
 
-    def shift(self, x: Array, median: Array) -> Array:
-        """What the posterior's median is to be moved by.
-
-        Args:
-            x: (K,) progress.
-            median: (K,) the posterior's.
-
-        Returns:
-            (K,) in reward units; 0 for what lies behind, and growing to its full size over the next twentieth of the budget.
-        """
-        return np.asarray(self.weights @ self._away(x, median))
-
-    def widening(self, x: Array, median: Array, width: Array) -> Array:
-        """What deviations from the median are to be multiplied by, as forecasters disagree.
+    def correction(self, x: Array, median: Array, width: Array) -> tuple[Array, Array]:
+        """What the posterior's median is to be moved by, and deviations from it multiplied by, as forecasters disagree.
 
         Args:
             x: (K,) progress.
@@ -78,15 +66,15 @@ class Say:
             width: (K,) of its 90 % interval.
 
         Returns:
-            (K,) of at least 1: the mixture's standard deviation over the posterior's, which the interval stands for.
+            The shift, (K,) in reward units: 0 for what lies behind, and growing to its full size over the next twentieth of the
+            budget. The widening, (K,) of at least 1: the mixture's standard deviation over the posterior's, which the interval
+            stands for.
         """
-        away = self._away(x, median)
-        between = np.maximum(self.weights @ away**2 - (self.weights @ away) ** 2, 0.0)
-        return np.asarray(np.sqrt(1.0 + between / np.maximum(width / _SDS_OF_WIDTH, _TINY) ** 2), dtype=np.float64)
-
-    def _away(self, x: Array, median: Array) -> Array:
         told = np.stack([np.interp(x, _PLACES, curve) for curve in self.curves])
-        return np.asarray((told - median) * np.clip((x - self.now) / _FADE, 0.0, 1.0))
+        away = (told - median) * np.clip((x - self.now) / _FADE, 0.0, 1.0)
+        shift = np.asarray(self.weights @ away)
+        between = np.maximum(self.weights @ away**2 - shift**2, 0.0)
+        return shift, np.asarray(np.sqrt(1.0 + between / np.maximum(width / _SDS_OF_WIDTH, _TINY) ** 2), dtype=np.float64)
 
 
 class Stack:

@@ -105,12 +105,13 @@ def test_the_say_is_made_from_what_was_foretold_and_what_came():
 def test_the_posterior_is_alone_at_first():
     say = said(exponential(4))
     assert not say.weights.any()
-    assert not say.shift(np.array([1.0]), np.array([0.3])).any()
+    moved, wider = say.correction(np.array([1.0]), np.array([0.3]), np.array([0.1]))
+    assert (moved[0], wider[0]) == (0.0, 1.0)
 
 
 def test_nothing_behind_is_moved_and_what_lies_ahead_is():
     say = Say(np.array([0.5, 0.0, 0.0]), np.full((3, 65), 0.8), now=0.5)
-    moved = say.shift(np.array([0.2, 0.5, 0.525, 0.55, 1.0]), np.full(5, 0.4))
+    moved, _ = say.correction(np.array([0.2, 0.5, 0.525, 0.55, 1.0]), np.full(5, 0.4), np.full(5, 0.329))
     np.testing.assert_allclose(moved, [0.0, 0.0, 0.1, 0.2, 0.2], atol=1e-12)
 
 
@@ -127,7 +128,8 @@ def test_forecasters_that_disagree_widen_what_lies_ahead():
     say = Say(np.array([0.5, 0.0, 0.0]), np.full((3, 65), 0.8), now=0.5)
     x, middle, width = np.array([0.4, 1.0]), np.full(2, 0.4), np.full(2, 0.329)
     # Half of the mixture lies 0.4 off: its variance is 0.01 + 0.25 * 0.16.
-    np.testing.assert_allclose(say.widening(x, middle, width), [1.0, np.sqrt(5.0)])
+    _, wider = say.correction(x, middle, width)
+    np.testing.assert_allclose(wider, [1.0, np.sqrt(5.0)])
 
 
 def test_a_constant_run_divides_by_nothing():
