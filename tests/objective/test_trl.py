@@ -1,0 +1,196 @@
+"""Every objective against TRL's own loss."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from grpo_fast.config import Config
+from grpo_fast.objective import OBJECTIVES
+from grpo_fast.ops.loss_spec import LossBatch
+from grpo_fast.ops.policy_loss import policy_loss
+from tests.objective.settings import LIMIT, settings
+
+TRL_CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    name: (name, {"loss_type": name}, {}) for name in ("grpo", "dr_grpo", "bnpo", "dapo", "cispo", "sapo")
+}
+TRL_CASES["gspo"] = ("gspo", {"loss_type": "grpo", "importance_sampling_level": "sequence"}, {})
+TRL_CASES["luspo"] = ("luspo", {"loss_type": "luspo", "importance_sampling_level": "sequence"}, {})
+TRL_CASES |= {
+    f"{key} with {what}": (name, trl, extra | more)
+    for key, (name, trl, extra) in list(TRL_CASES.items())
+    for what, more in {"kl": {"beta": 0.1}, "entropy": {"entropy_coef": 0.05}}.items()
+}
+TRL_CASES |= {f"{n} with delta": (n, TRL_CASES[n][1], {"delta": 1.5}) for n in ("grpo", "dapo", "gspo", "luspo")}
+
+
+class TrlRig:
+    """TRL's trainers around one tiny random Llama, and hand-made inputs for their loss."""
+
+    def __init__(self, directory: str) -> None:
+        import trl
+        from datasets import Dataset
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+        self.trl, self.directory = trl, directory
+        words = {f"w{i}": i for i in range(29)} | {"<pad>": 29, "<eos>": 30, "<unk>": 31}
+        splitter = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+        splitter.pre_tokenizer = pre_tokenizers.Whitespace()
+        self.tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=splitter, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+        )
+        self.dataset = Dataset.from_list([{"prompt": "w1 w2"}])
+        torch.manual_seed(3)
+        shape = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
+        special = {"pad_token_id": 29, "eos_token_id": 30, "bos_token_id": None, "initializer_range": 0.4}
+        # TRL loads the reference of beta > 0 from where the model came from.
+        LlamaForCausalLM(LlamaConfig(**shape, **heads, **special)).save_pretrained(directory)
+        self.model = LlamaForCausalLM.from_pretrained(directory).train()
+        self.lengths = torch.tensor([7, 1, 4, 5, 3, 6])
+        self.mask = (torch.arange(7)[None] < self.lengths[:, None]).long()
+        self.advantages = torch.tensor([1.2, -0.4, 0.7, -1.1, 0.3, -0.6])
+        self.prompt, self.completion = torch.randint(0, 29, (6, 3)), torch.randint(0, 29, (6, 7))
+        with torch.no_grad():
+            logprobs, _ = self.own_logprobs()
+            self.old = self._spread(logprobs + 0.25 * torch.randn_like(logprobs))
+            self.ref = self._spread(logprobs + 0.25 * torch.randn_like(logprobs))
+
+    def _spread(self, packed: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(6, 7).masked_scatter(self.mask.bool(), packed)
+
+    def own_logprobs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities and entropies of the scored tokens, packed, at temperature 0.8, from the model's plain logits."""
+        ids = torch.cat([self.prompt, self.completion], 1)
+        attention = torch.cat([torch.ones_like(self.prompt), self.mask], 1)
+        hidden = self.model.model(input_ids=ids, attention_mask=attention).last_hidden_state
+        log_softmax = torch.log_softmax(self.model.lm_head(hidden).float() / 0.8, -1)[:, 2:-1]
+        rows = log_softmax[self.mask.bool()]
+        targets = self.completion[self.mask.bool()]
+        return rows.gather(1, targets[:, None])[:, 0], -(rows.exp() * rows).sum(-1)
+
+    def batch(self, config: Config) -> LossBatch:
+        scored = self.mask.bool()
+        return LossBatch(
+            torch.repeat_interleave(torch.arange(6), self.lengths),
+            self.advantages,
+            OBJECTIVES[config.loss_type].loss_weights(self.lengths, max_completion_length=LIMIT),
+            old_logprobs=self.old[scored],
+            ref_logprobs=self.ref[scored],
+            num_items_in_batch=float(self.lengths.sum()),
+        )
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        return {
+            "prompt_ids": self.prompt,
+            "prompt_mask": torch.ones_like(self.prompt),
+            "completion_ids": self.completion,
+            "completion_mask": self.mask,
+            "advantages": self.advantages,
+            "old_per_token_logps": self.old,
+            "ref_per_token_logps": self.ref,
+            "old_logps": (self.old * self.mask).sum(1),
+            "num_items_in_batch": self.lengths.sum().float(),
+        }
+
+    def trainer(self, kind: str, **arguments: Any) -> Any:
+        config_type = getattr(self.trl, f"{kind}Config")
+        arguments = {"per_device_train_batch_size": 6, "num_generations": 3, "temperature": 0.8, "beta": 0.0} | arguments
+        trainer = getattr(self.trl, f"{kind}Trainer")(
+            model=self.model,
+            reward_funcs=lambda completions, **_: [0.0] * len(completions),
+            args=config_type(
+                output_dir=self.directory,
+                max_completion_length=LIMIT,
+                report_to=[],
+                use_cpu=True,
+                bf16=False,
+                activation_checkpointing=False,
+                **arguments,
+            ),
+            train_dataset=self.dataset,
+            processing_class=self.tokenizer,
+        )
+        trainer.current_gradient_accumulation_steps = 1
+        return trainer
+
+
+@pytest.fixture(scope="module")
+def trl_rig(tmp_path_factory: pytest.TempPathFactory) -> TrlRig:
+    if importlib.util.find_spec("trl") is None:
+        pytest.skip("TRL is not installed; pip install 'grpo-fast[trl]' compares the losses with it")
+    return TrlRig(str(tmp_path_factory.mktemp("trl")))
+
+
+def of_trl(test: Any) -> Any:
+    """Marks a test that builds TRL's trainers, whose own deprecation warnings are not ours."""
+    for category in ("FutureWarning", "DeprecationWarning", "UserWarning"):
+        test = pytest.mark.filterwarnings(f"ignore::{category}")(test)
+    return pytest.mark.slow(test)
+
+
+def gradient_of(model: torch.nn.Module, loss: torch.Tensor) -> torch.Tensor:
+    model.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@of_trl
+@pytest.mark.parametrize("case", sorted(TRL_CASES))
+def test_loss_gradient_and_metrics_equal_trl(trl_rig: TrlRig, case: str) -> None:
+    name, trl_arguments, extra = TRL_CASES[case]
+    config = settings(name, **extra)
+    clip = {"epsilon": config.epsilon, "epsilon_high": config.epsilon_high}
+    trainer = trl_rig.trainer("GRPO", **trl_arguments, **clip, **extra)
+    theirs = trainer.compute_loss(trainer.model, trl_rig.inputs())
+    their_gradient = gradient_of(trl_rig.model, theirs)
+    logprobs, entropy = trl_rig.own_logprobs()
+    ours = policy_loss(logprobs, trl_rig.batch(config), spec=OBJECTIVES[name].spec(config), entropy=entropy)
+    our_gradient = gradient_of(trl_rig.model, ours.loss)
+    assert ours.loss.item() == pytest.approx(theirs.item(), rel=1e-5, abs=1e-6)
+    torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-4, atol=1e-6)
+    assert their_gradient.abs().max() > 1e-3
+    reported = {key: values[-1] for key, values in trainer._metrics["train"].items()}
+    m = ours.metrics
+    assert float(m.entropy_sum / m.num_tokens) == pytest.approx(reported["entropy"], rel=1e-5)
+    assert ("kl" in reported) == ("beta" in extra)
+    if "kl" in reported:
+        assert float(m.kl_sum / m.num_tokens) == pytest.approx(reported["kl"], rel=1e-4)
+    if name == "cispo":
+        assert float(m.clip_high / m.num_ratios) == pytest.approx(reported["cispo_clip_ratio"])
+    elif name != "sapo":
+        for side in ("low", "high", "region"):
+            found = float(getattr(m, f"clip_{side}") / m.num_ratios)
+            assert found == pytest.approx(reported[f"clip_ratio/{side}_mean"])
+
+
+@of_trl
+def test_rloo_equals_trl(trl_rig: TrlRig) -> None:
+    config = settings("rloo")
+    trainer = trl_rig.trainer("RLOO", epsilon=config.epsilon, epsilon_high=config.epsilon_high)
+    theirs = trainer.compute_loss(trainer.model, trl_rig.inputs())
+    their_gradient = gradient_of(trl_rig.model, theirs)
+    logprobs, entropy = trl_rig.own_logprobs()
+    ours = policy_loss(logprobs, trl_rig.batch(config), spec=OBJECTIVES["rloo"].spec(config), entropy=entropy)
+    assert ours.loss.item() == pytest.approx(theirs.item(), rel=1e-5)
+    torch.testing.assert_close(gradient_of(trl_rig.model, ours.loss), their_gradient, rtol=1e-4, atol=1e-6)
+    assert ours.metrics.clip_region > 0
+
+
+@of_trl
+def test_kl_without_bias_correction_equals_trl(trl_rig: TrlRig) -> None:
+    config = settings("grpo", beta=0.3)
+    trainer = trl_rig.trainer("GRPO", loss_type="grpo", epsilon_high=0.28, beta=0.3, use_bias_correction_kl=False)
+    theirs = trainer.compute_loss(trainer.model, trl_rig.inputs())
+    logprobs, _ = trl_rig.own_logprobs()
+    spec = OBJECTIVES["grpo"].spec(config)
+    ours = policy_loss(logprobs, trl_rig.batch(config), spec=replace(spec, use_bias_correction_kl=False)).loss
+    corrected = policy_loss(logprobs, trl_rig.batch(config), spec=spec).loss
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+    assert not math.isclose(ours.item(), corrected.item(), rel_tol=1e-4)
