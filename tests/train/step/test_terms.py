@@ -1,0 +1,129 @@
+"""What an update adds to the loss, reports, and shares out among ranks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from grpo_fast.metrics import PhaseTimer
+from grpo_fast.ops import FusedLoss, fused_grpo
+from grpo_fast.train import head_part
+from grpo_fast.train.step import share_out
+from grpo_fast.types import Group
+from tests.train.step.bench import Bench, MakeGroup, MakePolicy, relative_error, with_logprobs
+
+
+def test_entropy_is_the_mean_over_trained_tokens(tiny_policy: MakePolicy, make_group: MakeGroup) -> None:
+    group = make_group(0, [1.0, 0.0, 0.5, 0.0])
+    metrics = Bench(tiny_policy(), tokens_per_microbatch=12).update([group]).metrics
+    policy, found = tiny_policy(), []
+    for completion in group.completions:
+        tokens = torch.tensor([*group.prompt.token_ids, *completion.token_ids])
+        with torch.no_grad():
+            logits = policy.model(input_ids=tokens[None], use_cache=False).logits[0].double()
+        found.append(torch.distributions.Categorical(logits=logits[2:-1]).entropy())
+    assert metrics["entropy"] == pytest.approx(torch.cat(found).mean().item(), rel=1e-5)
+
+
+def test_kl_to_the_reference_holds_the_policy_back(tiny_policy: MakePolicy, groups: list[Group]) -> None:
+    def far(learning_rate: float, **settings: Any) -> tuple[Bench, dict[str, float]]:
+        reference = tiny_policy() if settings else None
+        bench = Bench(tiny_policy(), reference, **settings)
+        with torch.no_grad():
+            torch.manual_seed(1)
+            for parameter in bench.policy.model.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        return bench, bench.update(groups, learning_rate=learning_rate).metrics
+
+    free, metrics = far(1e-3)
+    assert metrics["kl"] == 0.0
+    held, metrics = far(1e-3, beta=1.0)
+    assert metrics["kl"] > 0.01
+    assert relative_error(held.gradients[0], free.gradients[0]) > 0.05
+    assert held.update(groups).metrics["kl"] < metrics["kl"] * 1.5
+    start = Bench(tiny_policy(), tiny_policy(), beta=1.0).update(groups)
+    assert start.metrics["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert len(start.trained) == 12, "the KL term reaches groups without variance"
+
+
+@pytest.mark.parametrize(("beta", "given"), [(0.1, False), (0.0, True)])
+def test_a_reference_is_needed_exactly_with_a_kl_term(beta: float, given: bool, tiny_policy: MakePolicy) -> None:
+    with pytest.raises(ValueError, match=r"a reference policy is needed exactly when beta > 0"):
+        Bench(tiny_policy(), tiny_policy() if given else None, beta=beta)
+
+
+def test_rloo_takes_the_kl_from_the_rewards(tiny_policy: MakePolicy, make_group: MakeGroup) -> None:
+    group = with_logprobs(make_group(0, [1.0, 0.0, 0.5, 0.0]), tiny_policy(), temperature=1.0)
+    Bench(tiny_policy(), tiny_policy(), loss_type="rloo", beta=0.1).update([group])
+    same = list(group.advantages)
+    rewards = torch.tensor(group.reward)
+    expected = rewards - (rewards.sum() - rewards) / 3
+    assert same == pytest.approx(expected.tolist(), abs=1e-5)
+
+    lifted = [replace(c, logprobs=tuple(v + 1.0 for v in c.logprobs)) for c in group.completions]
+    moved = Group(group.prompt, lifted, group.rewards, group.reward)
+    Bench(tiny_policy(), tiny_policy(), loss_type="rloo", beta=0.1, tokens_per_microbatch=12).update([moved])
+    rewards = rewards - 0.1 * torch.tensor([float(len(c.token_ids)) for c in lifted])
+    expected = rewards - (rewards.sum() - rewards) / 3
+    assert moved.advantages == pytest.approx(expected.tolist(), abs=1e-5)
+    assert moved.advantages != pytest.approx(same, abs=0.05)
+
+
+def test_phases_are_charged(tiny_policy: MakePolicy, groups: list[Group]) -> None:
+    timer = PhaseTimer()
+    bench = Bench(tiny_policy(), tiny_policy(), beta=0.1)
+    bench.learner.update(groups, learning_rate=1e-3, timer=timer)
+    seconds = timer.lap()
+    assert min(seconds["train"], seconds["score"]) > 0
+    assert seconds["rollout"] == seconds["reward"] == 0
+
+
+def test_rows_without_gradient_can_be_kept_for_the_metrics(tiny_policy: MakePolicy, groups: list[Group]) -> None:
+    usual, kept = Bench(tiny_policy()), Bench(tiny_policy(), keep_dead_rows_for_metrics=True)
+    every = Bench(tiny_policy(), entropy_coef=1e-30)  # reaches every token and changes no gradient
+    results = [bench.update(groups) for bench in (usual, kept, every)]
+    assert torch.equal(usual.gradients[0], kept.gradients[0])
+    assert torch.equal(usual.weights(), kept.weights())
+    assert results[0].trained == results[1].trained
+    assert results[0].num_dropped_tokens == results[1].num_dropped_tokens > 0
+    assert results[0].measured == results[2].measured == ()
+    measured = sum(len(sequence.completion_ids) for sequence in results[1].measured)
+    assert measured == results[1].num_dropped_tokens
+    assert results[1].metrics["entropy"] == pytest.approx(results[2].metrics["entropy"], rel=1e-6)
+    assert results[1].metrics["entropy"] != pytest.approx(results[0].metrics["entropy"], rel=1e-4)
+    assert results[1].metrics["loss"] == pytest.approx(results[0].metrics["loss"], rel=1e-6)
+
+
+def test_the_loss_is_made_in_one_pass_by_default(
+    tiny_policy: MakePolicy, groups: list[Group], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def listening(*given: Any, **options: Any) -> FusedLoss:
+        calls.append(options)
+        return fused_grpo(*given, **options)
+
+    monkeypatch.setattr(head_part, "fused_grpo", listening)
+    bench = Bench(tiny_policy(), tokens_per_microbatch=24)
+    bench.update(groups)
+    assert len(calls) > 1
+    assert all("impl" not in options for options in calls)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
+def test_sequences_are_shared_out_evenly_and_in_order(num_ranks: int) -> None:
+    generator = torch.Generator().manual_seed(num_ranks)
+    costs = (torch.randint(0, 50, (40,), generator=generator) * (torch.rand(40, generator=generator) < 0.8)).tolist()
+    ranks = share_out(costs, num_ranks)
+    assert ranks == sorted(ranks)
+    loads = [sum(cost for cost, owner in zip(costs, ranks, strict=True) if owner == rank) for rank in range(num_ranks)]
+    assert sum(loads) == sum(costs)
+    assert all(abs(load - sum(costs) / num_ranks) <= max(costs) for load in loads)
+
+
+def test_a_step_without_work_is_shared_out_too() -> None:
+    assert share_out([0, 0, 0], 4) == [0, 0, 0]
+    assert share_out([], 2) == []
