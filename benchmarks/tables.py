@@ -50,14 +50,20 @@ def readme_table() -> str:
             f"{ours:.0f} ms / {theirs:.0f} ms ({steps['median_ratio_trl_over_ours']:.1f}x)",
         ),
         (
-            f"the same, SmolLM2-135M, {large['torch_threads']} thread, machine busy",
-            "{:.0f} s / {:.0f} s ({:.1f}x)".format(
+            "the same, SmolLM2-135M",
+            "{:.1f} s / {:.1f} s ({:.1f}x)".format(
                 large["grpo_fast_step_s"]["p50"], large["trl_step_s"]["p50"], large["median_ratio_trl_over_ours"]
             ),
         ),
         (
             "processor time of that, ours / TRL",
             "{:.1f} s / {:.1f} s ({:.1f}x)".format(*cpu_s, cpu_s[1] / cpu_s[0]),
+        ),
+        (
+            "peak memory, ours / TRL",
+            "{:.1f} GiB / {:.1f} GiB; SmolLM2-135M {:.1f} GiB / {:.1f} GiB".format(
+                *(result["peak_memory_mib"][name] / 1024 for result in (steps, large) for name in ("grpo_fast", "trl"))
+            ),
         ),
     ]
     head = f"| embedded model, {cores} CPU cores, torch {embedded['versions']['torch']} | seeds 0, 1, 2 |\n|---|---|\n"
