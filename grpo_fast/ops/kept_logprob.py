@@ -63,23 +63,13 @@ def kept_logprob_reference(hidden: torch.Tensor, head: LMHead, *, kept: Kept) ->
     work = working_dtype(hidden)
     with full_precision(hidden):
         every = hidden.to(work) @ head.weight.to(work).T
-        every = _shape(every if head.bias is None else every + head.bias.to(work), head)
+        every = head.logits_of(every if head.bias is None else every + head.bias.to(work))
         sizes = kept.sizes.to(hidden.device)
         inside = torch.zeros_like(every, dtype=torch.bool)
         inside[torch.repeat_interleave(torch.arange(len(sizes), device=hidden.device), sizes), kept.token_ids] = True
         logprobs = every.masked_fill(~inside, -torch.inf).log_softmax(1)
         entropy = -(logprobs.exp() * logprobs.masked_fill(~inside, 0.0)).sum(1)
         return logprobs.gather(1, kept.token_ids[sizes.cumsum(0) - sizes, None])[:, 0], entropy
-
-
-def _shape(products: torch.Tensor, head: LMHead) -> torch.Tensor:
-    """Logits of ``h W^T + b``; rounding lets gradients through."""
-    if head.rounds_logits:
-        products = products + (products.detach().to(head.logits_dtype).to(products.dtype) - products.detach())
-    products = products * head.logit_scale
-    if head.softcap is not None:
-        products = head.softcap * torch.tanh(products / head.softcap)
-    return products / head.temperature
 
 
 def _chunks(hidden: torch.Tensor, head: LMHead, kept: Kept) -> Iterator[_Chunk]:
@@ -101,7 +91,7 @@ def _chunks(hidden: torch.Tensor, head: LMHead, kept: Kept) -> Iterator[_Chunk]:
         logits = mm(inputs, weight.T).gather(1, place)
         if head.bias is not None:
             logits += head.bias.detach().to(work)[ids]
-        logits = _shape(logits, head).masked_fill_(missing.to(device), -torch.inf)
+        logits = head.logits_of(logits).masked_fill_(missing.to(device), -torch.inf)
         yield _Chunk(rows, inputs, chosen, weight, place, logits)
 
 

@@ -75,6 +75,15 @@ class LMHead:
         """Whether logits are made coarser than float32 on purpose."""
         return self.logits_dtype not in (None, torch.float32)
 
+    def logits_of(self, products: torch.Tensor) -> torch.Tensor:
+        """Logits z of ``h W^T + b``, in any shape and the type of ``products``; rounding lets gradients through."""
+        if self.rounds_logits:
+            products = products + (products.detach().to(self.logits_dtype).to(products.dtype) - products.detach())
+        products = products * self.logit_scale
+        if self.softcap is not None:
+            products = self.softcap * torch.tanh(products / self.softcap)
+        return products / self.temperature
+
 
 HeadOptions: TypeAlias = tuple[float, float | None, float, torch.dtype | None, int | None]
 

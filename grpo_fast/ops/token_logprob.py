@@ -46,12 +46,7 @@ def token_logprob_reference(
         if head.bias is not None:
             # A finite floor for -inf: 0·(-inf) in the entropy would be NaN.
             logits = logits + head.bias.to(work).clamp(min=torch.finfo(work).min / 1e6)
-        if head.rounds_logits:
-            logits = logits + (logits.detach().to(head.logits_dtype).to(work) - logits.detach())
-        logits = logits * head.logit_scale
-        if head.softcap is not None:
-            logits = head.softcap * torch.tanh(logits / head.softcap)
-        logits = logits / head.temperature
+        logits = head.logits_of(logits)
         target = logits.gather(1, targets[:, None])[:, 0]
         others = logits.scatter(1, targets[:, None], torch.finfo(work).min)
         odds = torch.logsumexp(others, dim=1) - target
