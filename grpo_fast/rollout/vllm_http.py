@@ -197,7 +197,9 @@ class HTTPVLLM:
             lambda level: self.everywhere(lambda server: server.post(f"/sleep?level={level}&mode=wait")),
             lambda part: self.everywhere(lambda server: server.post(f"/wake_up?tags={part}")),
         )
-        self._pool = ThreadPoolExecutor(_CONCURRENT_REQUESTS, thread_name_prefix="vLLM request")
+        self._requests = ThreadPoolExecutor(_CONCURRENT_REQUESTS, thread_name_prefix="vLLM request")
+        # Threads of their own: a sync that keeps requests would wait for ever behind those that it keeps.
+        self._control = ThreadPoolExecutor(len(self.servers), thread_name_prefix="vLLM control")
         self.context_length = min(self.everywhere(lambda server: server.context_length))
         """Longest sequence that every server takes, in tokens."""
         self.block_size = max(self.everywhere(lambda server: server.block_size))
@@ -205,7 +207,7 @@ class HTTPVLLM:
 
     def everywhere(self, ask: Callable[[VLLMServer], _T]) -> list[_T]:
         """Asks all servers at once; raises what the first that failed raised."""
-        return list(self._pool.map(ask, self.servers))
+        return list(self._control.map(ask, self.servers))
 
     def sample(self, prompts: Sequence[Sequence[int]], params: Sequence[dict[str, Any]]) -> list[list[Sample]]:
         """Runs requests to their end, up to 64 prompts at a time.
@@ -214,7 +216,7 @@ class HTTPVLLM:
             RolloutError: a server is gone, or did not answer in time; requests that had not begun are dropped.
         """
         requests = [
-            self._pool.submit(self.servers[number % len(self.servers)].sample, prompt, each)
+            self._requests.submit(self.servers[number % len(self.servers)].sample, prompt, each)
             for number, (prompt, each) in enumerate(zip(prompts, params, strict=True))
         ]
         try:
@@ -231,7 +233,8 @@ class HTTPVLLM:
                 with contextlib.suppress(RolloutError):
                     server.post("/pause?mode=abort&clear_cache=false")
                     server.post("/resume")
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._requests, self._control):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def pause(self) -> None:
         """Lets running requests end, or keeps them, and holds new ones up; the cache is reset in a phase of its own."""

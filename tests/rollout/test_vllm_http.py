@@ -182,7 +182,7 @@ def test_requests_that_are_kept_go_on_by_the_new_weights(
     urls = [server.url for server in served.engine._vllm.servers]
     engine = VLLMServerEngine(model, served.engine._tokenizer, urls=urls, settings=settings)
     before = copy.deepcopy(model)
-    prompts = [[1, 3 + number % 50, 5 + number % 7] for number in range(150)]  # seconds of work, so that both are met at it
+    prompts = [[1, 3 + number % 50, 5 + number % 7] for number in range(150)]  # more than are asked at once: all those are kept
     sampling = SamplingParams(max_tokens=110, temperature=2.0)
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(engine.generate, prompts, sampling, num_generations=4, seed=5)
