@@ -153,7 +153,7 @@ class Config(BaseModel):
     """Sampling temperature; log-probabilities of the trainer are taken at the same one."""
     top_p: Annotated[float, _ROLLOUT] = Field(1.0, gt=0, le=1)
     """Nucleus sampling. Where ``top_p``, ``top_k`` or ``min_p`` cut the support, policy and reference are taken over the tokens
-    they left too: in ratio, KL, entropy and gradient. vLLM needs ``top_k`` for it."""
+    they left too: in ratio, KL, entropy and gradient. With ``top_k`` vLLM has the least to tell of them."""
     top_k: Annotated[int, _ROLLOUT] = Field(0, ge=0)
     """Keep the k most probable tokens; 0 keeps all."""
     min_p: Annotated[float, _ROLLOUT] = Field(0.0, ge=0, lt=1)
@@ -316,6 +316,11 @@ class Config(BaseModel):
     def truncates_support(self) -> bool:
         """Whether sampling leaves out part of the softmax."""
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+    @property
+    def support_text(self) -> str:
+        """What cuts the support, in words for an error."""
+        return f"top_p={self.top_p:g}, top_k={self.top_k}, min_p={self.min_p:g}"
 
     @property
     def corrects_sampler(self) -> bool:

@@ -105,16 +105,10 @@ def _check_rollout(config: Config) -> None:
 
 
 def _check_support(config: Config) -> None:
-    told = f"top_p={config.top_p:g}, top_k={config.top_k}, min_p={config.min_p:g}"
-    if config.rollout != "transformers" and config.truncates_support and not config.top_k:
-        raise ValueError(
-            f"{told} with rollout={config.rollout!r}: vLLM tells which tokens it kept only of so many likeliest, and nothing "
-            "bounds how many these are; set top_k too (top_k=20), or rollout='transformers'"
-        )
     if config.fsdp_parallel_head and config.truncates_support:
         raise ValueError(
-            f"{told} with fsdp_parallel_head=True: the policy's log-probabilities among kept tokens are made by a whole head; "
-            "set fsdp_parallel_head=False, or top_p=1, top_k=0, min_p=0"
+            f"{config.support_text} with fsdp_parallel_head=True: the policy's log-probabilities among kept tokens are made by "
+            "a whole head; set fsdp_parallel_head=False, or top_p=1, top_k=0, min_p=0"
         )
 
 

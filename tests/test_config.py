@@ -120,7 +120,6 @@ def test_value_out_of_range_names_the_key(key: str, value: object) -> None:
             r"bypass_old_logprobs=True.* the ratio is against the sampler already",
         ),
         ({"vllm_importance_sampling_clip_min": 3.0}, r"clip_min=3 must lie under vllm_importance_sampling_clip_max=3"),
-        ({"rollout": "vllm", "min_p": 0.1}, r"top_p=1, top_k=0, min_p=0.1 with rollout='vllm'.*set top_k too"),
         ({"lora_r": 8}, r"lora_r=8 without use_peft; set use_peft too"),
         ({"lora_target_modules": ("q_proj",)}, r"lora_target_modules=\('q_proj',\) without use_peft"),
         ({"optim": "adamw_8bit", "offload_optimizer": True}, r"optim='adamw_8bit' with offload_optimizer: that is done by"),

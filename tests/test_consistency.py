@@ -34,7 +34,6 @@ from grpo_fast.config import Config, ConfigError
             {"vllm_enable_sleep_mode": True, "rollout": "vllm", "max_staleness": 1},
             r"sleep_mode=True .*max_staleness=1: vLLM",
         ),
-        ({"rollout": "vllm", "top_p": 0.9}, r"top_p=0.9.* with rollout='vllm'.*set top_k too"),
         ({"top_k": 5, "fsdp": "full_shard", "fsdp_parallel_head": True}, r"top_k=5.*made by a whole head; set fsdp_parallel_"),
         ({"reward_range": [1.0, 0.0]}, r"reward_range=\(1.0, 0.0\)"),
         ({"warmup_steps": 9, "max_steps": 8}, r"warmup_steps=9 exceeds max_steps=8"),

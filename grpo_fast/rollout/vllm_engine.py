@@ -5,7 +5,7 @@ The engine starts from the architecture alone and gets its weights from the poli
 after every update; of a policy with LoRA adapters only those, after the first (:mod:`~grpo_fast.rollout.vllm_adapters`).
 Nothing of vLLM is patched. Log-probabilities are those of the distribution that tokens were sampled from.
 
-Not covered: several GPUs, quantised engines, speculative decoding, models with code of their own, ``top_p`` without ``top_k``.
+Not covered: several GPUs, quantised engines, speculative decoding, models with code of their own.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from grpo_fast.rollout.stop_strings import cut_at_stop, decode
 from grpo_fast.rollout.sync_probe import SyncProbe
 from grpo_fast.rollout.transports import Delivery, Host, Transport, choose_transport, sync_attempts
 from grpo_fast.rollout.vllm_adapters import AdapterTarget, AdapterVersions, policy_options
-from grpo_fast.rollout.vllm_sample import Sample, kept_tokens, num_likeliest
+from grpo_fast.rollout.vllm_sample import Sample, num_likeliest, sample_whole
 from grpo_fast.rollout.vllm_sleep import check_segments, sleep_level
 from grpo_fast.rollout.weight_sync import WeightSync
 from grpo_fast.types import Completion
@@ -269,8 +269,7 @@ class VLLMEngine:
 
         Args:
             prompts: P token-id sequences, none empty.
-            sampling: how to sample; ``top_p`` and ``min_p`` with ``top_k`` only. At temperature 0 log-probabilities are those
-                of the plain softmax.
+            sampling: how to sample. At temperature 0 log-probabilities are those of the plain softmax.
             num_generations: G.
             seed: decides every random draw; no global random state is read or changed.
             first_prompt: place of the first prompt in a larger call of which this is a part.
@@ -279,11 +278,9 @@ class VLLMEngine:
             P lists of G completions, in the order of ``prompts``. An end token is part of its completion.
 
         Raises:
-            ValueError: no prompts, an empty or overlong prompt, an unknown token, or a cut support without bound. Raised before
-                anything is computed.
+            ValueError: no prompts, an empty or overlong prompt, or an unknown token. Raised before anything is computed.
             WeightSyncError: the last sync failed, or vLLM sleeps.
-            RolloutError: vLLM failed, ended a request without finishing it, or kept more tokens than it told; nothing of the
-                call is left there.
+            RolloutError: vLLM failed, or ended a request without finishing it; nothing of the call is left there.
             FloatingPointError: the model gave log-probabilities that are not finite.
         """
         if self._version is None:
@@ -294,7 +291,8 @@ class VLLMEngine:
             prompts, sampling, num_generations=num_generations, context_length=self._context, vocabulary=self._vocabulary
         )
         places = slice(first_prompt, first_prompt + len(prompts))
-        answers = self._vllm.sample(prompts, self._params(sampling, num_generations, seed, places))
+        params = self._params(sampling, num_generations, seed, places)
+        answers = sample_whole(self._vllm.sample, prompts, params, self._vocabulary)
         return [[self._completion(sample, sampling) for sample in samples] for samples in answers]
 
     def _params(self, sampling: SamplingParams, num_generations: int, seed: int, places: slice) -> list[dict[str, Any]]:
@@ -317,7 +315,6 @@ class VLLMEngine:
 
     def _completion(self, sample: Sample, sampling: SamplingParams) -> Completion:
         tokens, versions = sample.token_ids, sample.versions
-        likeliest = num_likeliest(sampling, self._vocabulary)
         if sample.finish_reason not in {"stop", "length"}:
             raise RolloutError(f"vLLM ended a request with {sample.finish_reason!r} after {len(tokens)} tokens")
         if not math.isfinite(sum(sample.logprobs)):
@@ -329,6 +326,8 @@ class VLLMEngine:
                 f"vLLM told the weight version of {len(versions)} and the log-probability of {len(sample.logprobs)} of "
                 f"{len(tokens)} tokens"
             )
+        if sample.kept is not None and len(sample.kept) != len(tokens):
+            raise RolloutError(f"vLLM told what it kept of {len(sample.kept)} of {len(tokens)} tokens")
         return Completion(
             token_ids=tokens,
             logprobs=sample.logprobs,
@@ -336,7 +335,7 @@ class VLLMEngine:
             text=cut_at_stop(decode(self._tokenizer, tokens), sampling.stop),
             weight_version=versions[0],
             weight_versions=versions if len(set(versions)) > 1 else (),
-            kept=kept_tokens(sample, asked=likeliest, vocabulary=self._vocabulary) if likeliest else None,
+            kept=sample.kept,
         )
 
     def close(self) -> None:

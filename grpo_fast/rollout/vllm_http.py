@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import json
 import os
 import re
@@ -21,12 +22,13 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from grpo_fast.kept_tokens import KeptTokens
 from grpo_fast.rollout.engine import RolloutError
 from grpo_fast.rollout.sync_probe import Choices
 from grpo_fast.rollout.transports import Delivery
 from grpo_fast.rollout.vllm_adapters import AdapterVersion
 from grpo_fast.rollout.vllm_layerwise import PolicyWeights
-from grpo_fast.rollout.vllm_sample import PROBE_PARAMS, SCORE_PARAMS, Sample, token_versions
+from grpo_fast.rollout.vllm_sample import PROBE_PARAMS, SCORE_PARAMS, Sample, kept_tokens, token_versions
 from grpo_fast.rollout.vllm_senders import WeightSender, json_safe
 from grpo_fast.rollout.vllm_sleep import Part, Sleeper
 
@@ -118,8 +120,8 @@ class VLLMServer:
             if "sample logprobs" not in str(error):
                 raise
             raise RolloutError(
-                f"vLLM's server {self.url} does not tell the {params['logprobs']} likeliest tokens that top_k needs; start it "
-                f"with `grpo-fast serve`, or with --max-logprobs {params['logprobs']}"
+                f"vLLM's server {self.url} does not tell the {params['logprobs']} likeliest tokens that a cut support needs; "
+                f"start it with `grpo-fast serve`, or with --max-logprobs {params['logprobs']}"
             ) from error
         return [
             Sample(
@@ -127,7 +129,7 @@ class VLLMServer:
                 tuple(entry["logprob"] for entry in choice["logprobs"]["content"]),
                 str(choice["finish_reason"]),
                 token_versions((span["version"], span["start"], span["end"]) for span in choice["weight_versions"] or ()),
-                tuple(map(_likeliest, choice["logprobs"]["content"])) if params.get("logprobs") else (),
+                *(_kept(choice["logprobs"]["content"]) if params.get("logprobs") else ()),
             )
             for choice in sorted(choices, key=lambda choice: int(choice["index"]))
         ]
@@ -325,8 +327,11 @@ class HTTPVLLM:
         return self.everywhere(lambda server: server.score(prompt))
 
 
-def _likeliest(entry: dict[str, Any]) -> dict[int, float]:
-    return {told["token_id"]: told["logprob"] for told in [entry, *entry["top_logprobs"]]}
+def _kept(content: list[dict[str, Any]]) -> tuple[KeptTokens, bool]:
+    sizes = [1 + len(entry["top_logprobs"]) for entry in content]
+    told = [each for entry in content for each in (entry, *entry["top_logprobs"])]
+    firsts = [0, *itertools.accumulate(sizes[:-1])] if sizes else []
+    return kept_tokens([each["token_id"] for each in told], [each["logprob"] for each in told], firsts, sizes)
 
 
 class _Client:

@@ -17,6 +17,7 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+import numpy as np
 import torch
 from vllm import LLM
 from vllm import SamplingParams as VLLMSamplingParams
@@ -26,12 +27,13 @@ from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
+from grpo_fast.kept_tokens import KeptTokens
 from grpo_fast.rollout.engine import RolloutError
 from grpo_fast.rollout.sync_probe import Choices
 from grpo_fast.rollout.transports import BACKENDS, Delivery
 from grpo_fast.rollout.vllm_adapters import AdapterVersion
 from grpo_fast.rollout.vllm_layerwise import PolicyWeights
-from grpo_fast.rollout.vllm_sample import PROBE_PARAMS, SCORE_PARAMS, Sample, token_versions
+from grpo_fast.rollout.vllm_sample import PROBE_PARAMS, SCORE_PARAMS, Sample, kept_tokens, token_versions
 from grpo_fast.rollout.vllm_senders import WeightSender, json_safe
 from grpo_fast.rollout.vllm_sleep import Part, Sleeper
 from grpo_fast.rollout.vllm_transport import register
@@ -86,7 +88,7 @@ class InProcessVLLM:
             load_format="dummy",
             weight_transfer_config={"backend": BACKENDS[delivery.transport]},
             logprobs_mode="processed_logprobs",
-            max_logprobs=-1,  # what a cut support keeps is as much as top_k
+            max_logprobs=-1,  # what a cut support keeps may be all
             enable_prefix_caching=True,
             # A step that is still under way when the next is planned would read weights that change between the two.
             **({"async_scheduling": False} if delivery.pause_mode == "keep" else {}),
@@ -125,7 +127,7 @@ class InProcessVLLM:
                     tuple(answer.logprobs.logprobs[place] for place in answer.logprobs.start_indices),
                     str(answer.finish_reason),
                     token_versions((span.version, span.start, span.end) for span in answer.weight_versions or ()),
-                    _likeliest(answer.logprobs) if each.get("logprobs") else (),
+                    *(_kept(answer.logprobs) if each.get("logprobs") else ()),
                 )
                 for answer in output.outputs
             ]
@@ -334,9 +336,9 @@ class _Client:
         """Does nothing: the sync finishes in a phase of its own, under the version's number."""
 
 
-def _likeliest(flat: Any) -> tuple[dict[int, float], ...]:
-    places = map(slice, flat.start_indices, flat.end_indices)
-    return tuple(dict(zip(flat.token_ids[place], flat.logprobs[place], strict=True)) for place in places)
+def _kept(flat: Any) -> tuple[KeptTokens, bool]:
+    sizes = np.subtract(flat.end_indices, flat.start_indices)
+    return kept_tokens(flat.token_ids, flat.logprobs, flat.start_indices, sizes.tolist())
 
 
 def _choices(entry: Mapping[int, Any]) -> Choices:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from grpo_fast.kept_tokens import KeptTokens
-from grpo_fast.rollout.engine import RolloutError
 from grpo_fast.rollout.sync_probe import NUM_CHOICES
 
 if TYPE_CHECKING:
@@ -21,6 +22,10 @@ PROBE_PARAMS: dict[str, Any] = {
     "detokenize": False,
 }
 """How a prompt of a sync's probe is answered."""
+NUM_TOLD = 256
+"""Likeliest tokens that are asked for first where ``top_k`` does not bound how many are kept."""
+_MORE = 8
+"""So many times as many are asked for where that was too few."""
 _OUTSIDE = -9999.0
 """What a server says for minus infinity, which JSON does not know."""
 SCORE_PARAMS: dict[str, Any] = {"temperature": 1.0, "max_tokens": 1, "prompt_logprobs": NUM_CHOICES, "detokenize": False}
@@ -35,52 +40,83 @@ class Sample(NamedTuple):
     finish_reason: str
     versions: tuple[int, ...]
     """Version of the weights that sampled each token; empty where vLLM names one that no sync gave."""
-    likeliest: tuple[dict[int, float], ...] = ()
-    """Of each token, the log-probabilities of as many likeliest as were asked for, and its own; empty where none were."""
+    kept: KeptTokens | None = None
+    """Of what vLLM told, what it kept; where likeliest tokens were asked for."""
+    kept_is_whole: bool = True
+    """Whether nothing that it kept was left untold."""
 
 
 def num_likeliest(sampling: SamplingParams, vocabulary: int) -> int:
-    """How many likeliest tokens to ask for, so that all that ``top_k`` keeps are among them; 0 for a whole support.
+    """How many likeliest tokens to ask for, so that all that is kept are most likely among them; 0 for a whole support.
 
-    Tokens that tie with the k-th are kept too, as neighbours in bfloat16 do: half of k and 16 more are asked for.
-
-    Raises:
-        ValueError: a support without bound.
+    Tokens that tie with the k-th of ``top_k`` are kept too, as neighbours in bfloat16 do: half of k and 16 more are asked for.
     """
     if not sampling.truncates_support or sampling.temperature == 0:
         return 0
-    if not sampling.top_k:
-        raise ValueError(
-            f"top_p={sampling.top_p:g}, top_k=0, min_p={sampling.min_p:g}: vLLM tells which tokens it kept only of so many "
-            "likeliest, and nothing bounds how many these are; set top_k too (top_k=20, or in a small vocabulary "
-            f"top_k={vocabulary})"
-        )
-    return min(vocabulary, sampling.top_k + sampling.top_k // 2 + 16)
+    return min(vocabulary, sampling.top_k + sampling.top_k // 2 + 16 if sampling.top_k else NUM_TOLD)
 
 
-def kept_tokens(sample: Sample, *, asked: int, vocabulary: int) -> KeptTokens:
+def kept_tokens(
+    token_ids: Sequence[int], logprobs: Sequence[float], firsts: Sequence[int], sizes: Sequence[int]
+) -> tuple[KeptTokens, bool]:
     """What the tokens of a completion were drawn from.
 
     Args:
-        sample: with its likeliest tokens.
-        asked: how many of them.
-        vocabulary: how many there are.
+        token_ids: [M], told of n positions; of each the drawn token, and the likeliest, which may be the drawn one again.
+        logprobs: [M], theirs; minus infinity for what was not kept.
+        firsts: [n], where each position begins.
+        sizes: [n], how many were told of it.
 
-    Raises:
-        RolloutError: vLLM kept more than were asked for, so that some are not known; or it did not tell of every token.
+    Returns:
+        What was kept, and whether it is all: of every position a token was told that was not kept.
     """
-    if len(sample.likeliest) != len(sample.token_ids):
-        raise RolloutError(f"vLLM told the likeliest of {len(sample.likeliest)} of {len(sample.token_ids)} tokens")
-    supports = []
-    for token, likeliest in zip(sample.token_ids, sample.likeliest, strict=True):
-        kept = [other for other, logprob in likeliest.items() if logprob > _OUTSIDE]
-        if len(kept) == len(likeliest) < vocabulary:
-            raise RolloutError(
-                f"vLLM kept more than {asked} tokens beside {token}, for ties with the last of top_k: which ones is not known; "
-                "take a larger top_k, or dtype='float32'"
-            )
-        supports.append(kept)
-    return KeptTokens.of(sample.token_ids, supports)
+    tokens, begins = np.array(token_ids, dtype=np.int32), np.array(firsts, dtype=np.int64)
+    kept = np.array(logprobs) > _OUTSIDE
+    is_first = np.zeros(len(tokens), dtype=bool)
+    is_first[begins] = True
+    owner = np.repeat(np.arange(len(begins)), sizes)
+    chosen = is_first | (kept & (tokens != tokens[begins][owner]))
+    counts = np.bincount(owner[chosen], minlength=len(begins)).astype(np.int32)
+    left_out = np.bincount(owner[~kept], minlength=len(begins))
+    return KeptTokens(tokens[chosen], counts), bool((left_out > 0).all())
+
+
+def sample_whole(
+    sample: Callable[[list[Sequence[int]], list[dict[str, Any]]], list[list[Sample]]],
+    prompts: Sequence[Sequence[int]],
+    params: Sequence[dict[str, Any]],
+    vocabulary: int,
+) -> list[list[Sample]]:
+    """Runs requests, and again those completions of which vLLM did not tell all that it kept, until it has.
+
+    They run again from the same seed, with more tokens told. So the same tokens are drawn, up to the rounding of another batch:
+    which completions are seen does not depend on how wide their supports are, and each has the support of its own draws.
+
+    Args:
+        sample: runs requests to their end.
+        prompts: token ids.
+        params: of vLLM's ``SamplingParams``, one each, with ``n`` and ``seed``.
+        vocabulary: how many tokens there are.
+    """
+    answers = sample(list(prompts), list(params))
+    told = max(each.get("logprobs", 0) for each in params)
+    while told < vocabulary:
+        partial = [
+            (prompt, place)
+            for prompt, group in enumerate(answers)
+            for place, completion in enumerate(group)
+            if not completion.kept_is_whole
+        ]
+        if not partial:
+            break
+        told = min(vocabulary, told * _MORE)
+        again = sample(
+            [prompts[prompt] for prompt, _ in partial],
+            [params[prompt] | {"n": 1, "seed": params[prompt]["seed"] + place, "logprobs": told} for prompt, place in partial],
+        )
+        for (prompt, place), [completion] in zip(partial, again, strict=True):
+            answers[prompt][place] = completion
+    return answers
 
 
 def token_versions(spans: Iterable[tuple[str, int, int]]) -> tuple[int, ...]:

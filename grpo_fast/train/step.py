@@ -348,7 +348,7 @@ def _check_kept(sequences: Sequence[TrainingSequence], config: Config) -> None:
     """Sees that the policy can be normalised over what tokens were drawn from."""
     if config.truncates_support and any(sequence.kept is None for sequence in sequences):
         raise ConfigError(
-            f"top_p={config.top_p:g}, top_k={config.top_k}, min_p={config.min_p:g} cut the support, but the engine did not say "
+            f"{config.support_text} cut the support, but the engine did not say "
             "what it kept (Completion.kept); use top_p=1, top_k=0, min_p=0, or an engine that does"
         )
 

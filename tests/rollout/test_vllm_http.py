@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from grpo_fast import GRPOTrainer, recipe
 from grpo_fast.assets import embedded_model_dir
-from grpo_fast.rollout import RolloutError, SamplingParams, WeightSyncError
+from grpo_fast.rollout import RolloutError, SamplingParams, WeightSyncError, vllm_sample
 from grpo_fast.rollout.sampling import truncate
 from grpo_fast.rollout.vllm_adapters import AdapterVersion
 from grpo_fast.rollout.vllm_engine import VLLMServerEngine, VLLMSettings
@@ -94,8 +94,12 @@ def test_the_same_call_gives_the_same_answer(served: Served) -> None:
     assert served.engine.generate(PROMPTS, SAMPLING, num_generations=3, seed=5) != first
 
 
-def test_the_policy_over_what_servers_kept_has_their_log_probabilities(served: Served) -> None:
-    sampling = SamplingParams(max_tokens=6, temperature=1.6, top_k=7, top_p=0.9)
+@pytest.mark.parametrize("cut", [{"top_k": 7, "top_p": 0.9}, {"top_p": 0.9}])
+def test_the_policy_over_what_servers_kept_has_their_log_probabilities(
+    served: Served, cut: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_sample, "NUM_TOLD", 2)  # so that most completions run again
+    sampling = SamplingParams(max_tokens=6, temperature=1.6, **cut)
     answers = served.engine.generate(PROMPTS, sampling, num_generations=2, seed=3)
     for prompt, group in zip(PROMPTS, answers, strict=True):
         for completion in group:
@@ -110,7 +114,7 @@ def test_the_policy_over_what_servers_kept_has_their_log_probabilities(served: S
             ]
             assert completion.logprobs == pytest.approx(expected, abs=5e-5)
     with pytest.raises(
-        RolloutError, match=r"does not tell the 1000000 likeliest tokens that top_k needs; start it with `grpo-fa"
+        RolloutError, match=r"does not tell the 1000000 likeliest tokens that a cut support needs; start it with"
     ):
         served.engine._vllm.sample([PROMPTS[3]], [{"max_tokens": 1, "logprobs": 10**6}])
 
