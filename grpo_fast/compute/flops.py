@@ -10,7 +10,8 @@ With N matmul parameters (body and head), L attention layers, d = query heads x 
 S = p + c, the leading terms are: prefill ``2 N p + 2 L d p^2`` (once a prompt where its cache is shared), decode
 ``2 N c + 2 L d (S^2 - p^2)``, reference ``2 N S + 2 L d S^2``, forward the same, backward twice the forward; with LoRA
 the frozen base gives back only the gradient of its inputs. The functions below keep the lower-order terms, which
-matter for short sequences, and charge the head only for the rows that pass it.
+matter for short sequences, and charge the head only for the rows that pass it, and where sampling cuts the support only for
+the kept tokens of these rows: the others' logits are not needed.
 
 Sources: Kaplan et al. 2020 (arXiv:2001.08361), section 2.1; Chowdhery et al. 2022 (arXiv:2204.02311), appendix B.
 Not covered: vision towers, and state updates of linear-attention layers (their projections are counted).
@@ -154,34 +155,41 @@ def _attention_flops(shape: ModelShape, lengths: Sequence[int]) -> int:
     return 4 * shape.attention_dim * pairs
 
 
-def forward_flops(shape: ModelShape, lengths: Sequence[int], head_rows: int) -> int:
+def _head_flops(shape: ModelShape, head_rows: int, num_kept: int | None) -> int:
+    return 2 * shape.head_params * head_rows if num_kept is None else 2 * shape.head_params * num_kept // shape.vocab_size
+
+
+def forward_flops(shape: ModelShape, lengths: Sequence[int], head_rows: int, num_kept: int | None = None) -> int:
     """The policy's forward pass, LoRA included.
 
     Args:
         shape: the model.
         lengths: tokens of each sequence, prompt and completion together.
         head_rows: positions that pass the head; the trainer sends only those whose next token is scored.
+        num_kept: tokens that sampling kept for these positions, all together; ``None``: the whole vocabulary for each.
     """
-    linear = 2 * (shape.body_params + shape.lora_params) * sum(lengths) + 2 * shape.head_params * head_rows
+    linear = 2 * (shape.body_params + shape.lora_params) * sum(lengths) + _head_flops(shape, head_rows, num_kept)
     return linear + _attention_flops(shape, lengths)
 
 
-def backward_flops(shape: ModelShape, lengths: Sequence[int], head_rows: int, *, checkpointing: bool = False) -> int:
+def backward_flops(
+    shape: ModelShape, lengths: Sequence[int], head_rows: int, num_kept: int | None = None, *, checkpointing: bool = False
+) -> int:
     """The backward pass: gradients of inputs and of weights; arguments as in :func:`forward_flops`.
 
     Of a LoRA model the frozen base, head included, gives back the gradient of its inputs only. Attention has four products in
     backward for two in forward. With ``checkpointing`` the body's forward runs once more (the head lies outside).
     """
-    tokens, rows = sum(lengths), head_rows
-    inputs = 2 * (shape.body_params + shape.lora_params) * tokens + 2 * shape.head_params * rows
+    tokens = sum(lengths)
+    inputs = 2 * (shape.body_params + shape.lora_params) * tokens + _head_flops(shape, head_rows, num_kept)
     weights = 2 * shape.lora_params * tokens if shape.lora_params else inputs
     recomputed = forward_flops(shape, lengths, 0) if checkpointing else 0
     return inputs + weights + 2 * _attention_flops(shape, lengths) + recomputed
 
 
-def reference_flops(shape: ModelShape, lengths: Sequence[int], head_rows: int) -> int:
+def reference_flops(shape: ModelShape, lengths: Sequence[int], head_rows: int, num_kept: int | None = None) -> int:
     """A scoring pass without gradient, by the reference or the old policy: a forward of the base, LoRA left out."""
-    return forward_flops(shape, lengths, head_rows) - 2 * shape.lora_params * sum(lengths)
+    return forward_flops(shape, lengths, head_rows, num_kept) - 2 * shape.lora_params * sum(lengths)
 
 
 def prefill_flops(shape: ModelShape, prompt_lengths: Sequence[int]) -> int:

@@ -103,6 +103,7 @@ class ComputeMeter:
         shape: ModelShape | None = None,
         adapters: bool = False,
         shared_prompts: Sequence[int] = (),
+        num_kept: int | None = None,
     ) -> None:
         """Charges a scoring pass without gradient, by the reference or the policy.
 
@@ -112,9 +113,10 @@ class ComputeMeter:
             shape: the scoring model where it is not the policy's.
             adapters: whether LoRA takes part, as it does where the policy itself scores.
             shared_prompts: tokens of each prompt in ``lengths`` that another sequence with the same one computed.
+            num_kept: tokens that sampling kept for the scored ones, all together, where it cut the support.
         """
         flops, scorer = forward_flops if adapters else reference_flops, shape or self.shape
-        self._flops["reference"] += flops(scorer, lengths, scored_tokens) - flops(scorer, shared_prompts, 0)
+        self._flops["reference"] += flops(scorer, lengths, scored_tokens, num_kept) - flops(scorer, shared_prompts, 0)
 
     def add_train(
         self,
@@ -124,6 +126,7 @@ class ComputeMeter:
         checkpointing: bool = False,
         num_iterations: int = 1,
         shared_prompts: Sequence[int] = (),
+        num_kept: int | None = None,
     ) -> None:
         """Charges forward and backward.
 
@@ -133,12 +136,11 @@ class ComputeMeter:
             checkpointing: whether activations are recomputed.
             num_iterations: passes over these sequences.
             shared_prompts: as in :meth:`add_reference`.
+            num_kept: as there.
         """
-        forward = forward_flops(self.shape, lengths, scored_tokens) - forward_flops(self.shape, shared_prompts, 0)
-        backward, saved = (
-            backward_flops(self.shape, tokens, rows, checkpointing=checkpointing)
-            for tokens, rows in ((lengths, scored_tokens), (shared_prompts, 0))
-        )
+        forward = forward_flops(self.shape, lengths, scored_tokens, num_kept) - forward_flops(self.shape, shared_prompts, 0)
+        backward = backward_flops(self.shape, lengths, scored_tokens, num_kept, checkpointing=checkpointing)
+        saved = backward_flops(self.shape, shared_prompts, 0, checkpointing=checkpointing)
         self._flops["forward"] += num_iterations * forward
         self._flops["backward"] += num_iterations * (backward - saved)
         self._tokens["trained"] += scored_tokens

@@ -71,6 +71,7 @@ class StepWork:
         checkpointing: whether activations are recomputed.
         scoring_passes: passes without gradient over what is trained on, by a reference policy or against the sampler; of each,
             whether adapters take part.
+        top_k: tokens that are kept of each position at most; 0 where nothing bounds them.
     """
 
     shape: ModelShape
@@ -80,6 +81,7 @@ class StepWork:
     num_iterations: int = 1
     checkpointing: bool = False
     scoring_passes: tuple[bool, ...] = ()
+    top_k: int = 0
 
     def tokens(self, completion_tokens: Array) -> Array:
         """Tokens of a step, as a budget counts them, for mean completion lengths of any shape."""
@@ -97,9 +99,11 @@ class StepWork:
         meter = ComputeMeter(self.shape, power=_NoPower())
         meter.add_rollout([prompt] * self.num_prompts, [[completion] * self.num_generations] * self.num_prompts)
         lengths, scored = [prompt + completion] * num_trained, completion * num_trained
-        meter.add_train(lengths, scored, checkpointing=self.checkpointing, num_iterations=self.num_iterations)
+        kept = scored * min(self.top_k, self.shape.vocab_size) if self.top_k else None
+        iterations = self.num_iterations
+        meter.add_train(lengths, scored, checkpointing=self.checkpointing, num_iterations=iterations, num_kept=kept)
         for adapters in self.scoring_passes:
-            meter.add_reference(lengths, scored, adapters=adapters)
+            meter.add_reference(lengths, scored, adapters=adapters, num_kept=kept)
         return float(meter.usage(0).flops)
 
 

@@ -41,6 +41,27 @@ class Kept(NamedTuple):
     """int64 [T], on the CPU: how many each row has, at least 1 and M together."""
 
 
+def kept_chunk_bytes(vocabulary: int, hidden: int, *, num_kept: int, kind: str, copied: bool, trained: bool) -> int:
+    """Memory that a chunk takes at most in backward, beside the gradients of all rows and of the head, in bytes.
+
+    That is logits of its rows for the U head rows that they name, with their gradient; these head rows, while those of the next
+    chunk are read; and a part of the head's gradient.
+
+    Args:
+        vocabulary: V.
+        hidden: H.
+        num_kept: the widest support.
+        kind: "cuda" or "cpu".
+        copied: whether the head is of another type than float32.
+        trained: whether it has a gradient.
+    """
+    rows = _ROWS.get(kind, _ROWS["cpu"])
+    named, copies = rows * num_kept, 2 + trained
+    if named * _DENSE_SHARE > vocabulary:
+        named, copies = vocabulary, 2 * copied or int(trained)
+    return 4 * named * (copies * hidden + 2 * rows)
+
+
 class _Chunk(NamedTuple):
     """C rows against the head rows that they name."""
 
@@ -154,8 +175,10 @@ class _KeptLogprob(torch.autograd.Function):
                     dhidden[chunk.rows] = mm(dense, chunk.weight)
                 for gradient, inputs in ((dweight, chunk.hidden), (dbias, None)):
                     if gradient is not None:
-                        part = dense.sum(0) if inputs is None else mm(dense.T, inputs)
-                        gradient[... if chunk.tokens is None else chunk.tokens] += part
+                        # the part has no name, under which it would stay while the next one is made
+                        gradient[... if chunk.tokens is None else chunk.tokens] += (
+                            dense.sum(0) if inputs is None else mm(dense.T, inputs)
+                        )
         found = zip((dhidden, dweight, dbias), (hidden, weight, bias), strict=True)
         return (*(None if value is None else value.to(own.dtype) for value, own in found), None, None, None)
 

@@ -343,4 +343,5 @@ def _work(config: Config, shape: ModelShape, prompt_tokens: float) -> StepWork:
         num_iterations=config.num_iterations,
         checkpointing=config.recomputes_products,
         scoring_passes=config.scoring_passes,
+        top_k=config.top_k,
     )

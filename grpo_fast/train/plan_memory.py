@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from grpo_fast.compute.memory import MemoryPlan, cached_values
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.device import device_facts, gpu_spec
+from grpo_fast.ops.kept_logprob import kept_chunk_bytes
 from grpo_fast.ops.lm_head import chunk_bytes_of
 from grpo_fast.rollout.transformers_engine import MAX_BATCH_TOKENS
 from grpo_fast.rollout.vllm_engine import cpu_cache_bytes
@@ -113,7 +114,9 @@ class MemoryPlanner:
         training = {
             "gradients": self._gradients(config, sizes),
             "activations": on_device,
-            "head and loss": sizes.head_bytes(head_parts * self._tokens(config), self._chunk_bytes, parts=head_parts),
+            "head and loss": sizes.head_bytes(
+                head_parts * self._tokens(config), self._chunk_bytes(config, sizes), parts=head_parts
+            ),
         }
         if self._num_parts(config) > 1:
             whole = sizes.frozen_bytes + _weight_bytes(config) * sizes.trained
@@ -188,9 +191,17 @@ class MemoryPlanner:
             return None
         return Change(settings, price, peak)
 
-    @property
-    def _chunk_bytes(self) -> int:
-        return chunk_bytes_of(self._inputs.kind, self._inputs.room_bytes)
+    def _chunk_bytes(self, config: Config, sizes: _Sizes) -> int:
+        if not config.truncates_support:
+            return chunk_bytes_of(self._inputs.kind, self._inputs.room_bytes)
+        return kept_chunk_bytes(
+            sizes.vocab,
+            sizes.hidden,
+            num_kept=config.top_k or sizes.vocab,
+            kind=self._inputs.kind,
+            copied=self._dtype(config).itemsize != 4,
+            trained=sizes.head_trained,
+        )
 
     def _longest(self, config: Config) -> int:
         return int(self._inputs.prompt_tokens) + config.max_completion_length

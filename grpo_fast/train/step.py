@@ -61,14 +61,16 @@ class UpdateResult:
         """Meters what was computed."""
         lengths = [len(sequence) for sequence in self.trained]
         scored = sum(len(sequence.completion_ids) for sequence in self.trained)
+        kept = _num_kept(self.trained)
         for adapters in config.scoring_passes:
-            meter.add_reference(lengths, scored, adapters=adapters, shared_prompts=self.shared_prompts)
+            meter.add_reference(lengths, scored, adapters=adapters, shared_prompts=self.shared_prompts, num_kept=kept)
         meter.add_train(
             lengths,
             scored,
             checkpointing=config.recomputes_products,
             num_iterations=config.num_iterations,
             shared_prompts=self.shared_prompts,
+            num_kept=kept,
         )
         if self.measured:
             again = config.num_iterations * self.measured
@@ -77,6 +79,7 @@ class UpdateResult:
                 sum(len(s.completion_ids) for s in again),
                 adapters=True,
                 shared_prompts=config.num_iterations * self.measured_shared_prompts,
+                num_kept=_num_kept(again),
             )
         meter.add_dropped(self.num_dropped_tokens)
 
@@ -342,6 +345,12 @@ class Learner:
         self._optimizer.step()
         self._optimizer.zero_grad()
         sums.add("grad_norm", norm, reduction="max")
+
+
+def _num_kept(sequences: Sequence[TrainingSequence]) -> int | None:
+    """Tokens that were kept for the completions' tokens, all together; ``None`` where no support was cut."""
+    sizes = [int(sequence.kept.sizes.sum()) for sequence in sequences if sequence.kept is not None]
+    return sum(sizes) if sizes else None
 
 
 def _check_kept(sequences: Sequence[TrainingSequence], config: Config) -> None:

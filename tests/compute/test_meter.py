@@ -106,6 +106,20 @@ def test_a_shared_prompt_is_charged_once() -> None:
     assert m.metrics()["tokens/trained"] == 6
 
 
+def test_the_head_is_charged_for_kept_tokens_where_the_support_is_cut() -> None:
+    """Of 6 rows 18 logits in 72, a quarter; all of them are the whole head."""
+    m, whole = meter(), meter()
+    for each, kept in ((m, 18), (whole, 72)):
+        each.add_reference([5, 7], 6, shared_prompts=[3], num_kept=kept)
+        each.add_train([5, 7], 6, shared_prompts=[3], num_iterations=2, num_kept=kept)
+    head = 2 * 100 * 6
+    assert m.metrics()["flops/reference"] == whole.metrics()["flops/reference"] - head * 3 // 4
+    assert m.metrics()["flops/forward"] == whole.metrics()["flops/forward"] - 2 * head * 3 // 4
+    assert m.metrics()["flops/backward"] == whole.metrics()["flops/backward"] - 4 * head * 3 // 4
+    assert whole.metrics()["flops/reference"] == forward_flops(TINY, [5, 7], 6) - forward_flops(TINY, [3], 0)
+    assert m.metrics()["tokens/trained"] == 6
+
+
 def test_the_reference_of_a_lora_model_is_its_base() -> None:
     lora = ModelShape(1000, 100, 2, 8, 8, 12, lora_params=50)
     assert reference_flops(lora, [3, 5], 4) == forward_flops(TINY, [3, 5], 4)

@@ -35,6 +35,10 @@ def test_a_step_costs_what_the_meter_will_charge() -> None:
     used = meter.usage(1)
     assert work.flops(20.0, 0.5) == used.flops
     assert work.tokens(np.array(20.0)) == used.tokens == 4 * 8 * 30
+    cut = ComputeMeter(SHAPE, power=EstimatedEnergy(0.0))
+    cut.add_rollout([10] * 4, [[20] * 8] * 4)
+    cut.add_train([30] * 16, 20 * 16, num_kept=5 * 20 * 16)
+    assert replace(WORK, top_k=5).flops(20.0, 0.5) == cut.usage(1).flops < WORK.flops(20.0, 0.5)
     assert WORK.flops(20.0, 0.0) < WORK.flops(20.0, 0.5) < work.flops(20.0, 0.5)
 
 

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from grpo_fast.ops import LMHead, token_logprob
-from grpo_fast.ops.kept_logprob import Kept, kept_logprob, kept_logprob_reference
+from grpo_fast.ops.kept_logprob import Kept, kept_chunk_bytes, kept_logprob, kept_logprob_reference
 
 T, H, V = 150, 12, 400
 HEADS: dict[str, dict[str, Any]] = {
@@ -121,3 +123,23 @@ def test_what_does_not_fit_is_refused(sizes: list[int], message: str) -> None:
     hidden, weight = torch.zeros(2, 4), torch.zeros(9, 4)
     with pytest.raises(ValueError, match=message):
         kept_logprob(hidden, LMHead(weight), kept=Kept(torch.tensor([1, 2, 3]), torch.tensor(sizes)))
+
+
+@pytest.mark.parametrize(("num_kept", "trained"), [(10, True), (10, False), (300, True)])
+def test_a_chunk_takes_the_memory_that_is_foretold(num_kept: int, trained: bool) -> None:
+    """Beside the gradients of rows and head; supports that share no token, and one too wide to copy the head's rows."""
+    rows, hidden_size, vocabulary = 96, 128, 6000
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, hidden_size, generator=generator, requires_grad=True)
+    head = LMHead(torch.randn(vocabulary, hidden_size, generator=generator, requires_grad=trained))
+    ids = torch.cat([torch.randperm(vocabulary, generator=generator) for _ in range(1 + rows * num_kept // vocabulary)])
+    first = torch.arange(rows)[:, None] * num_kept + torch.arange(num_kept)
+    kept = Kept(ids[:vocabulary][first % vocabulary].flatten(), torch.full((rows,), num_kept))
+    loss = kept_logprob(hidden, head, kept=kept)[0].sum()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        loss.backward()
+    found = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    peak = max(accumulate(event.nbytes() for event in sorted(found, key=lambda event: event.start_ns())))
+    gradients = 4 * hidden_size * (rows + vocabulary * trained)
+    foretold = kept_chunk_bytes(vocabulary, hidden_size, num_kept=num_kept, kind="cpu", copied=False, trained=trained)
+    assert peak - gradients == pytest.approx(foretold, rel=0.15)

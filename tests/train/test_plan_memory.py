@@ -72,6 +72,19 @@ def test_bytes_of_a_weight(changes: dict[str, Any], weights: int, optimiser: int
     assert plan.lasting["reference policy"] == reference * count
 
 
+def test_a_cut_support_takes_the_head_rows_of_its_tokens() -> None:
+    """Where nothing bounds how many are kept, it may take all."""
+    of_top_k, of_top_p, whole = (
+        planner(LLAMA_8B, Config(**changes)).plan().phases["training"]["head and loss"]
+        for changes in ({"top_k": 20}, {"top_p": 0.9}, {})
+    )
+    hidden_size, vocabulary, rows = LLAMA_8B.hidden_size, LLAMA_8B.vocab_size, 512
+    foretold = 4 * rows * 20 * (3 * hidden_size + 2 * rows)
+    everything = 4 * vocabulary * (2 * hidden_size + 2 * rows)  # in float32, of a head in bfloat16
+    assert of_top_p - of_top_k == everything - foretold
+    assert of_top_k < whole
+
+
 def test_adapters_leave_a_frozen_base() -> None:
     plain, nf4 = (
         planner(LLAMA_8B, Config(use_peft=True, beta=0.1, **more)).plan()

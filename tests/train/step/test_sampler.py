@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from grpo_fast.compute import ComputeMeter, ModelShape
 from grpo_fast.config import Config, ConfigError
+from grpo_fast.device import EstimatedEnergy
 from grpo_fast.kept_tokens import KeptTokens
 from grpo_fast.train.batch import TrainingSequence, build_batch
 from grpo_fast.train.policy import Policy
@@ -97,6 +99,14 @@ def test_over_a_cut_support_all_is_that_of_masked_full_logits(
     gradient = torch.cat([value.flatten() for value in torch.autograd.grad(loss, list(exact.parameters()))])
     result = bench.update(cut)
     assert result.metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    cut_meter, whole_meter = (ComputeMeter(ModelShape.from_model(exact), power=EstimatedEnergy(0.0)) for _ in range(2))
+    result.charge(cut_meter, bench.config)
+    replace(result, trained=tuple(replace(each, kept=None) for each in result.trained)).charge(whole_meter, bench.config)
+    rows = sum(len(each.completion_ids) for each in result.trained)
+    num_kept = sum(int(each.kept.sizes.sum()) for each in result.trained if each.kept is not None)
+    saved = (rows * exact.config.vocab_size - num_kept) * exact.config.hidden_size
+    passes = len(bench.config.scoring_passes) + 3
+    assert whole_meter.usage(0).flops - cut_meter.usage(0).flops == 2 * passes * saved > 0
     assert relative_error(bench.gradients[0], gradient) < 1e-5
     assert result.metrics["kl"] == pytest.approx(kls / total, rel=1e-4)
     assert result.metrics["entropy"] == pytest.approx(entropies / total, rel=1e-5)
