@@ -29,6 +29,12 @@ def pytest_configure(config: pytest.Config) -> None:
         from grpo_fast.ops import native
 
         assert native.load(path) == ""
+    if importlib.util.find_spec("hypothesis") is not None:
+        from hypothesis import HealthCheck, settings
+
+        # By default an example of 200 ms and values that are slow to draw are failures; on a busy machine they are not.
+        settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+        settings.load_profile("any machine")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -74,26 +74,28 @@ def test_phases_are_charged_and_the_rest_is_other() -> None:
 
 
 def test_phases_sum_to_wall_time() -> None:
-    begin = time.perf_counter()
+    outer = time.perf_counter()
     timer = PhaseTimer()
+    inner = time.perf_counter()
     for _ in range(3):
         with timer.phase("score"):
             time.sleep(0.005)
         time.sleep(0.005)
-    seconds = timer.lap()
-    wall = time.perf_counter() - begin
-    assert sum(seconds.values()) <= wall
-    assert sum(seconds.values()) == pytest.approx(wall, abs=0.005)
+    least = time.perf_counter() - inner
+    total = sum(timer.lap().values())
+    most = time.perf_counter() - outer
+    assert least - 1e-9 <= total <= most + 1e-9
 
 
 def test_lap_starts_anew() -> None:
     timer = PhaseTimer()
     with timer.phase("reward"):
         time.sleep(0.02)
+    begin = time.perf_counter()
     assert timer.lap()["reward"] >= 0.02
     second = timer.lap()
     assert second["reward"] == 0.0
-    assert 0.0 <= second["other"] < 0.02
+    assert 0.0 <= second["other"] <= time.perf_counter() - begin
 
 
 def test_a_phase_that_fails_is_charged_too() -> None:

@@ -19,9 +19,11 @@ def test_no_reader_sees_half_a_file(tmp_path: Path) -> None:
     done = threading.Event()
 
     def write() -> None:
-        for turn in range(100):
-            write_whole(path, "ab"[turn % 2] * 2**20)
-        done.set()
+        try:
+            for turn in range(100):
+                write_whole(path, "ab"[turn % 2] * 2**20)
+        finally:
+            done.set()
 
     writer = threading.Thread(target=write)
     writer.start()

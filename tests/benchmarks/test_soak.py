@@ -79,13 +79,16 @@ def test_what_a_command_leaves_behind_is_found(tmp_path: Path) -> None:
     options = ("--recipe", "embedded", "--reward-funcs", "leaver:reward", "--max-steps", "500")
     run = tmp_path / "run" / "metrics.jsonl"
     assert shell.run("train", *options, "--output-dir", "run", until=run.exists) == -signal.SIGKILL
-    left = {int(line) for line in (tmp_path / "children").read_text().split()}
+
+    def started() -> set[int]:
+        return {int(line) for line in (tmp_path / "children").read_text().split()}
+
     try:
-        deadline = time.monotonic() + 10  # a reward worker sees a moment later that its trainer is gone
-        while set(shell.left_over()) != left and time.monotonic() < deadline:
+        deadline = time.monotonic() + 60  # a reward worker sees a moment later that its trainer is gone
+        while set(shell.left_over()) != started() and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert set(shell.left_over()) == left
+        assert set(shell.left_over()) == started()
     finally:
-        for child in left:
+        for child in started():
             os.kill(child, signal.SIGKILL)
         shell.close()

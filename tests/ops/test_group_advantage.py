@@ -113,7 +113,7 @@ def test_a_large_offset_costs_no_precision() -> None:
     st.sampled_from(["group", "batch", "none"]),
     st.booleans(),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_advantages_are_always_finite_and_centred(rewards: list[list[float]], scale: str, leave_one_out: bool) -> None:
     result = group_advantage(torch.tensor(rewards, dtype=torch.float64), scale_rewards=scale, leave_one_out=leave_one_out)
     assert result.advantages.isfinite().all()

@@ -24,7 +24,7 @@ def impl(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(lengths=st.lists(st.integers(1, 60), max_size=120), budget=st.integers(1, 80))
 def test_the_compiled_plan_is_the_references(native_library: None, lengths: list[int], budget: int) -> None:
     ours, truth = (pack_sequences(lengths, budget, impl=name) for name in IMPLS)
@@ -32,7 +32,7 @@ def test_the_compiled_plan_is_the_references(native_library: None, lengths: list
     assert torch.equal(ours.order, truth.order)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(lengths=st.lists(st.integers(150, 500), max_size=150), budget=st.sampled_from([640, 1000, 4097]))
 def test_plans_agree_where_best_fit_matters_most(native_library: None, lengths: list[int], budget: int) -> None:
     """Few sequences a bin, so that first-fit is seldom known to be optimal, with rooms of several words of bits."""
@@ -40,7 +40,7 @@ def test_plans_agree_where_best_fit_matters_most(native_library: None, lengths: 
     assert ours.bins() == truth.bins()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(lengths=st.lists(st.integers(1, 2**31 - 1), min_size=1, max_size=30), budget=st.integers(1, 2**33))
 def test_lengths_of_any_size_are_packed_alike(native_library: None, lengths: list[int], budget: int) -> None:
     ours, truth = (pack_sequences(lengths, budget, impl=name) for name in IMPLS)
@@ -72,7 +72,7 @@ def test_a_million_sequences_take_a_moment(native_library: None, low: int) -> No
     lengths = torch.randint(low, 8192, (1_000_000,), generator=torch.Generator().manual_seed(0))
     begun = time.process_time()
     packed = pack_sequences(lengths, 16_384, impl="native")
-    assert time.process_time() - begun < 2.0
+    assert time.process_time() - begun < 4.0
     assert torch.equal(packed.order.sort().values, torch.arange(1_000_000))
     totals = torch.zeros(1_000_001, dtype=torch.int64)
     totals[1:] = lengths[packed.order].cumsum(0)
@@ -100,7 +100,7 @@ def check_groups(groups: PackedGroups, prompts: list[int], sizes: list[int], own
     return len(bounds) - 1
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data(), budget=st.integers(1, 90))
 def test_shared_prompts_never_need_more_bins(native_library: None, data: st.DataObject, budget: int) -> None:
     prompts = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=8))
@@ -178,7 +178,7 @@ def test_what_does_not_fit_is_named(impl: str) -> None:
         packed_index(groups, [3], [1, 1], bin_index=0, impl=impl)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_the_ops_themselves_refuse_what_they_cannot_do_safely(native_library: None, data: st.DataObject) -> None:
     def vector() -> torch.Tensor:

@@ -172,7 +172,7 @@ LOSSES = st.sampled_from(
 
 
 @given(STEPS, LOSSES, st.integers(1, 40), LAYOUTS, st.booleans())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_gradients_are_equal_with_and_without_what_is_dropped(
     step: list[tuple[int, list[bool], float, bool]], spec: LossSpec, budget: int, layout: Layout, keep: bool
 ) -> None:

@@ -58,7 +58,7 @@ def test_native_finds_what_the_reference_finds(native_library: None, size: int, 
         assert same_bits(ours.values, truth.values)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     size=st.sampled_from([1, 2, 4]),
     flips=st.lists(st.tuples(st.integers(0, 40_000), st.integers(1, 255)), max_size=40),
@@ -200,7 +200,7 @@ def test_what_does_not_fit_is_named(impl: str) -> None:
         apply_delta(bucket[:4].clone(), weight_delta(bucket, new, impl=impl))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_the_op_itself_refuses_what_it_cannot_do_safely(native_library: None, data: st.DataObject) -> None:
     def bucket() -> torch.Tensor:

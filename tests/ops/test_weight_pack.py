@@ -213,7 +213,7 @@ def test_more_than_two_to_the_31_elements_are_refused() -> None:
         pack_weights([huge], bucket, impl="torch")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_the_op_itself_refuses_what_it_cannot_do_safely(native_library: None, data: st.DataObject) -> None:
     """Straight at the compiled op, around the Python checks: it packs rightly or raises, and writes nowhere else."""

@@ -134,7 +134,7 @@ def test_as_many_answers_as_completions() -> None:
 def test_an_expression_that_never_ends_counts_as_wrong() -> None:
     start = time.monotonic()
     assert accuracy(["\\boxed{9^{9^{9^9}}}"], ["18"]) == [0.0]
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60
 
 
 def test_accuracy_outside_the_main_thread() -> None:

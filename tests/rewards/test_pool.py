@@ -4,6 +4,7 @@ import asyncio
 import functools
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -156,7 +157,7 @@ def test_a_call_that_hangs_is_killed_and_the_pool_goes_on(make_pool: Factory, ho
 
 def test_a_call_that_hangs_can_be_counted(make_pool: Factory) -> None:
     groups = [group("hang", "x"), group("fine", "y")]
-    pool = make_pool(hang_on("hang"), by_length(), timeout_s=1.0, workers=2, on_error="none")
+    pool = make_pool(hang_on("hang"), by_length(), timeout_s=2.0, workers=2, on_error="none")
     report = pool.score(groups)
     assert report.timeouts == {"hangs": 1, "<lambda>": 0}
     assert report.restarts == 1
@@ -184,7 +185,7 @@ def test_a_worker_that_dies_is_noticed_at_once(make_pool: Factory, end: Any, mes
     begin = time.monotonic()
     with pytest.raises(RewardError, match=message):
         pool.score([group("die")])
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 50
     counted = make_pool(dies, timeout_s=60.0, on_error="none").score([group("die")])
     assert (counted.errors["dies"], counted.restarts, counted.nones["dies"]) == (1, 1, 1)
     scored = group("live")
@@ -361,17 +362,30 @@ def test_close_ends_every_worker_and_can_be_repeated() -> None:
             use()
 
 
-def test_an_interrupt_leaves_a_usable_pool(make_pool: Factory, request: pytest.FixtureRequest) -> None:
+def test_an_interrupt_leaves_a_usable_pool(make_pool: Factory, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     # A test run that was started in the background ignores SIGINT.
     request.addfinalizer(functools.partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    pool = make_pool(hang_on("hang"), timeout_s=60.0)
+    called = tmp_path / "called"
+
+    def hangs(completions: list[str]) -> list[float]:
+        if "hang" in completions:
+            called.touch()
+            time.sleep(600)
+        return [1.0]
+
+    def interrupt() -> None:
+        while not called.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    pool = make_pool(hangs, timeout_s=60.0)
     pool.start()
-    timer = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT))
-    timer.start()
+    person = threading.Thread(target=interrupt, daemon=True)
+    person.start()
     with pytest.raises(KeyboardInterrupt):
         pool.score([group("hang")])
-    timer.join()
+    person.join()
     scored = group("fine")
     pool.score([scored])
     assert scored.reward == [1.0]
@@ -420,9 +434,11 @@ def test_a_thousand_completions_of_mathematics(make_pool: Factory) -> None:
         for index in range(125)
     ]
     pool = make_pool("accuracy", "exact_match")
-    begin = time.monotonic()
+    begin = resource.getrusage(resource.RUSAGE_CHILDREN)
     report = pool.score(groups)
-    assert time.monotonic() - begin < 20
+    pool.close()
+    end = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert end.ru_utime + end.ru_stime - begin.ru_utime - begin.ru_stime < 20, "seconds of its worker's core"
     assert report.mean == {"accuracy": 1 / 8, "exact_match": 1 / 8}
 
 

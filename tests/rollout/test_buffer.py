@@ -71,13 +71,28 @@ def test_holding_waits_for_all_that_may_be_made_and_lets_nothing_begin() -> None
 
 
 def test_the_seconds_nobody_waited_are_told() -> None:
-    buffer = RolloutBuffer(lambda step: time.sleep(0.6), max_staleness=1, last_step=3)
+    spans: dict[int, tuple[float, float]] = {}
+    begun = threading.Event()
+
+    def produce(step: int) -> int:
+        begin = time.perf_counter()
+        if step == 2:
+            begun.set()
+        time.sleep(0.2)
+        spans[step] = (begin, time.perf_counter())
+        return step
+
+    buffer = RolloutBuffer(produce, max_staleness=1, last_step=2)
     _, overlapped = buffer.take(1)
-    assert overlapped == pytest.approx(0, abs=0.2)
-    time.sleep(0.4)  # as a trainer works
+    assert overlapped == pytest.approx(0, abs=1e-6)
+    taken = time.perf_counter()
+    assert begun.wait(60)
+    time.sleep(0.1)  # as a trainer works
+    held = time.perf_counter()
     buffer.hold()
     _, overlapped = buffer.take(2)
-    assert 0.2 < overlapped < 0.6
+    begin, end = spans[2]
+    assert min(held, end) - max(taken, begin) <= overlapped + 1e-6
     buffer.close()
 
 

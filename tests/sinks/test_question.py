@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pty
+import select
 import threading
 import time
 from collections.abc import Iterator
@@ -50,7 +51,7 @@ def test_anything_else_is_asked_again(terminal: tuple[int, TextIO]) -> None:
 
 def test_what_was_typed_before_is_no_answer(terminal: tuple[int, TextIO]) -> None:
     os.write(terminal[0], b"stop\n")
-    time.sleep(0.05)
+    assert select.select([terminal[1]], [], [], 60)[0], "what is typed takes its time to arrive"
     forget_typed(terminal[1])
     soon(terminal[0], "never")
     assert read_answer(terminal[1], ANSWERS, say=pytest.fail) == "never"
@@ -59,7 +60,7 @@ def test_what_was_typed_before_is_no_answer(terminal: tuple[int, TextIO]) -> Non
 def test_waiting_ends(terminal: tuple[int, TextIO]) -> None:
     begin = time.monotonic()
     assert read_answer(terminal[1], ANSWERS, say=pytest.fail, timeout_s=0.3) == ""
-    assert 0.2 < time.monotonic() - begin < 5
+    assert 0.2 < time.monotonic() - begin < 60
     asked = iter([False, True])
     assert read_answer(terminal[1], ANSWERS, say=pytest.fail, give_up=lambda: next(asked)) == ""
 

@@ -118,4 +118,4 @@ def test_finds_the_expression(completion: str, expression: str) -> None:
 def test_any_text_is_scored(text: str) -> None:
     begun = time.process_time()
     assert countdown_reward([text, f"<answer>{text}</answer>"], numbers=[[3, 5, 20]] * 2, target=[-1000] * 2) == [0.0, 0.0]
-    assert time.process_time() - begun < 1
+    assert time.process_time() - begun < 10

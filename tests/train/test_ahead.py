@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import time
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,40 +62,42 @@ def drawn(steps: Sequence[Any]) -> list[int]:
 
 
 class Watched(TransformersEngine):
-    """Notes when rollouts ran, and by which weights."""
+    """Notes by which weights each rollout was made; ``begun`` is called with its number, from 1."""
 
-    def __init__(self, trainer: GRPOTrainer) -> None:
+    def __init__(self, trainer: GRPOTrainer, begun: Callable[[int], None] = lambda number: None) -> None:
         super().__init__(trainer.policy.model, trainer.policy.tokenizer, own_weights=True)
-        self.rollouts: list[tuple[float, float, int]] = []
+        self.rollouts: list[int] = []
+        self._begun = begun
         trainer._collector._engine = trainer._parts.engine = self
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, num_generations: int, seed: int
     ) -> list[list[Completion]]:
-        begin, version = time.perf_counter(), self.weight_version
+        version = self.weight_version
+        if num_generations > 1:
+            self._begun(len(self.rollouts) + 1)
         answers = super().generate(prompts, sampling, num_generations=num_generations, seed=seed)
         if num_generations > 1:
-            self.rollouts.append((begin, time.perf_counter(), version))
+            self.rollouts.append(version)
             assert version == self.weight_version, "weights changed within a rollout"
         return answers
 
 
 def test_rollouts_run_beside_the_training_and_are_one_update_old(ahead: Callable[..., Config]) -> None:
+    """Each rollout waits for the update before it to begin, and that update for the rollout: one after the other they hang."""
     trainer = start(ahead(refill_rounds=0))
-    engine, update, updates = Watched(trainer), trainer._learner.update, []
+    meetings = [threading.Barrier(2, timeout=60) for _ in range(1, STEPS)]
+    update, numbers = trainer._learner.update, iter(range(1, STEPS + 1))
+    engine = Watched(trainer, lambda number: meetings[number - 2].wait() if number > 1 else None)
 
-    def timed(*given: Any, **named: Any) -> Any:
-        begin = time.perf_counter()
-        result = update(*given, **named)
-        updates.append((begin, time.perf_counter()))
-        return result
+    def meets(*given: Any, **named: Any) -> Any:
+        if (number := next(numbers)) < STEPS:
+            meetings[number - 1].wait()
+        return update(*given, **named)
 
-    trainer._learner.update = timed  # type: ignore[method-assign]
+    trainer._learner.update = meets  # type: ignore[method-assign]
     steps = train(trainer)
-    assert [version for *_, version in engine.rollouts] == [max(0, step - 2) for step in range(1, STEPS + 1)]
-    for (begin, end, _), (train_begin, train_end) in zip(engine.rollouts[1:], updates, strict=False):
-        assert begin < train_end
-        assert end > train_begin
+    assert engine.rollouts == [max(0, step - 2) for step in range(1, STEPS + 1)]
     assert [step.metrics["sample/staleness_max"] for step in steps] == [0, *[1] * (STEPS - 1)]
     assert sum(step.metrics["overlap/rollout_s"] for step in steps) > 0
     assert all("sampling/importance_weight/mean" in step.metrics for step in steps[1:]), "older weights are corrected for"

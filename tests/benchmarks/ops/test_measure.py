@@ -37,14 +37,20 @@ def test_short_calls_are_repeated_and_their_first_reading_is_not_kept() -> None:
         nonlocal count
         count += 1
 
-    found, _ = take_turns(Clock(CPU), {"short": run}, allowance_s=0.0, min_rounds=3)
+    for _attempt in range(5):  # on a busy machine the first reading may be a long one
+        count = 0
+        found, _ = take_turns(Clock(CPU), {"short": run}, allowance_s=0.0, min_rounds=3)
+        if count == 1 + 2 * 50:
+            break
     assert count == 1 + 2 * 50
     assert len(found["short"]) == 2
 
 
 def test_turns_end_with_the_allowance() -> None:
+    begun = time.perf_counter()
     found, _ = take_turns(Clock(CPU), {"a": lambda: time.sleep(0.02)}, allowance_s=0.1, min_rounds=2, max_rounds=100)
-    assert 3 <= len(found["a"]) <= 7
+    assert time.perf_counter() - begun > 0.1
+    assert len(found["a"]) == 2 or sum(found["a"][:-1]) <= 0.1
 
 
 def test_a_call_that_breaks_in_the_turns_leaves_them_and_the_others_go_on() -> None:

@@ -200,7 +200,7 @@ def test_a_million_lines(tmp_path: Path, kind: str) -> None:
     took = time.process_time() - begun
     assert log.steps.size == 1_000_000
     assert log.rewards[-1] == float(pairs[-1][1])
-    assert took < 20, "seconds of one core; about 4, 6 and 8 on a quiet one"
+    assert took < 60, "seconds of one core; about 4, 6 and 8 on a quiet one"
 
 
 def test_other_columns_are_told(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ PAUSE = Path(__file__).with_name("pause")
 def vowels(completions, **columns):
     if PAUSE.exists():
         PAUSE.unlink()
-        time.sleep(1.0)
+        time.sleep(2.0)
     return [sum(letter in "aei" for letter in text) / max(1, len(text)) for text in completions]
 """
 
@@ -75,7 +75,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(moment: str, command: tuple
 
 
 def in_the_middle_of_a_step_after(step: int, run: Path) -> Callable[[], bool]:
-    """A moment that lasts a second, so that several signals reach the same step: the reward makes a pause."""
+    """A moment that lasts two seconds, so that several signals reach the same step: the reward makes a pause."""
     pause = run.with_name("pause")
     asked = False
 
