@@ -81,16 +81,19 @@ def json_safe(update_info: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def plain_segments() -> Iterator[None]:
-    """Has CUDA's allocator make no expandable segments inside: CUDA IPC cannot share their memory as it shares other."""
-    settings = os.environ.get("PYTORCH_ALLOC_CONF", "") + os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    """Has CUDA's allocator make no expandable segments inside: CUDA IPC cannot share their memory as it shares other.
+
+    The allocator forgets what it is not told again, so the environment's other settings are told with it.
+    """
+    settings = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
     if "expandable_segments:True" not in settings:
         yield
         return
-    torch.cuda.memory._set_allocator_settings("expandable_segments:False")
+    torch.cuda.memory._set_allocator_settings(settings.replace("expandable_segments:True", "expandable_segments:False"))
     try:
         yield
     finally:
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        torch.cuda.memory._set_allocator_settings(settings)
 
 
 def _free_port() -> int:

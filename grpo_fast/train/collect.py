@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -88,7 +88,8 @@ class Collected:
 
 
 def _completion_to_dict(completion: Completion) -> dict[str, Any]:
-    return asdict(completion) | {"kept": None if completion.kept is None else completion.kept.to_lists()}
+    kept = None if completion.kept is None else completion.kept.to_lists()
+    return {each.name: getattr(completion, each.name) for each in fields(completion)} | {"kept": kept}
 
 
 def _completion_from_dict(item: Mapping[str, Any]) -> Completion:

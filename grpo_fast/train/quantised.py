@@ -89,6 +89,12 @@ def make_shardable(model: torch.nn.Module) -> None:
         layer.register_forward_pre_hook(_give_scales)
 
 
+def give_shards_scales(model: torch.nn.Module) -> None:
+    """Puts the scales at the shards of four-bit weights too, so that who gathers one can tell what it stands for."""
+    for layer in _layers(model):
+        layer.weight.quant_state = layer.quant_state
+
+
 def _give_scales(layer: Any, _: Any) -> None:
     layer.weight.quant_state = layer.quant_state
 

@@ -8,12 +8,12 @@ place. Where the head is also the embedding, both gradients meet in the shard.
 Gradients are sums over the ranks, not means: every normaliser is of the whole step already.
 
 What samples and what ``from_pretrained`` reads needs whole weights. Servers get them from the shards, a layer at a time
-(:mod:`~grpo_fast.train.streaming`), and so do files then. For engines in the ranks' own processes, and of a base in four bits,
-a mirror is kept on the ranks that sample and on rank 0: after each update those weights of it that are trained are renewed, a
+(:mod:`~grpo_fast.train.streaming`), and so do files then. For engines in the ranks' own processes a
+mirror is kept on the ranks that sample and on rank 0: after each update those weights of it that are trained are renewed, a
 tensor at a time.
 
 A frozen base is sharded as trained weights are, and neither has gradients nor is it sent again; of one in four bits the scales
-stay whole. Adapters are sharded with the layer that they belong to.
+stay whole, and it goes to servers in its bytes until it is read. Adapters are sharded with the layer that they belong to.
 
 Not covered: models that one device cannot hold even once (every rank reads all weights before it keeps its part), the
 optimisers of bitsandbytes, tensor parallelism but for the head.
@@ -44,7 +44,7 @@ from grpo_fast.train.distributed import World
 from grpo_fast.train.head_part import Head, HeadPart, first_token_of
 from grpo_fast.train.policy import Policy
 from grpo_fast.train.policy_source import PolicySource, pick_device
-from grpo_fast.train.quantised import make_shardable
+from grpo_fast.train.quantised import give_shards_scales, make_shardable
 from grpo_fast.train.streaming import Once, StreamedModel
 
 
@@ -96,6 +96,8 @@ class ShardedPolicy(Policy):
         head = self.model.get_output_embeddings()
         self._head = replace(self._head, weight=head.weight, bias=getattr(head, "bias", None))
         self._head_part = self._place_head() if config.fsdp_parallel_head else None
+        if config.load_in_4bit and streams:
+            give_shards_scales(self.model)
         self._streamed = (
             StreamedModel(self.model, units=cast("list[torch.nn.Module]", self._units), logits=self._logits, world=world)
             if streams

@@ -24,8 +24,8 @@ _T = TypeVar("_T")
 
 
 def streams_weights(config: Config) -> bool:
-    """Whether several ranks that shard give an engine its weights without a mirror: servers, of all but a base in four bits."""
-    return config.fsdp != "no_shard" and config.rollout == "vllm-http" and not config.load_in_4bit
+    """Whether several ranks that shard give an engine its weights without a mirror: servers."""
+    return config.fsdp != "no_shard" and config.rollout == "vllm-http"
 
 
 class Once(Protocol):

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -70,7 +70,12 @@ class Errors(NamedTuple):
 
     @property
     def agrees(self) -> bool:
-        """Whether the engine errs by rounding only: up to 1e-5, or four times transformers' where that is more."""
+        """Whether the engine errs by rounding only: up to 1e-5, or four times transformers' where that is more.
+
+        Over 1,139 tokens of the embedded model at temperature 0.7 vLLM was off by up to 9.7e-5 and 7e-7 on average,
+        transformers by 7.7e-5 and 7e-7, at the same tokens. All of it is in the hidden states: exact head and softmax over
+        vLLM's were off by 9.7e-5, its own product for the head added up to 4e-6, its softmax 6e-7. So no setting removes it.
+        """
         return self.engine <= max(1e-5, 4 * self.transformers)
 
 
@@ -99,6 +104,14 @@ def measure_errors() -> Callable[..., Errors]:
         return worst
 
     return measure
+
+
+def _kill_group(group: int) -> None:
+    """At once, but for Python's own process that removes what killed ones leave in shared memory, and ends after them."""
+    for process in psutil.process_iter(["cmdline"]):
+        with contextlib.suppress(ProcessLookupError, PermissionError, psutil.Error):
+            if os.getpgid(process.pid) == group and "resource_tracker" not in " ".join(process.info["cmdline"] or ()):
+                process.kill()
 
 
 class ServerProcess:
@@ -139,14 +152,13 @@ class ServerProcess:
             self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(20)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+            _kill_group(self._process.pid)
             self._process = None
 
     def kill(self) -> None:
         """At once, the engine's own process too."""
         if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            _kill_group(self._process.pid)
             self._process.wait()
             self._process = None
 

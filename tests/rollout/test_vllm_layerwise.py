@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 # vLLM and what it imports use deprecated parts of torch.
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
@@ -78,3 +79,36 @@ def test_of_an_adapted_model_in_four_bits_the_base_comes_under_its_own_names() -
             {name for name in off if name.endswith("proj.weight")} if four_bits else set()
         )
         assert max(off.values()) < 0.16  # half the widest gap between two of the sixteen numbers
+
+
+@pytest.fixture
+def world() -> Iterator[Any]:
+    from grpo_fast.train.distributed import World
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield World.join(torch.device("cpu"), timeout_s=10)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_shards_in_four_bits_come_as_what_the_whole_base_stands_for(nested: bool, world: Any) -> None:
+    """A forward pass between two readings leaves nothing behind that the second would read."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    from grpo_fast.config import Config
+    from grpo_fast.rollout.vllm_layerwise import PolicyWeights
+    from grpo_fast.train.policy_source import PolicySource
+    from grpo_fast.train.sharding import ShardedPolicy
+
+    config = Config(
+        use_peft=True, load_in_4bit=True, use_bnb_nested_quant=nested, max_completion_length=16, fsdp="full_shard", device="cpu"
+    )
+    source = PolicySource(config)
+    whole = PolicyWeights(source.load().model, torch.float32)
+    policy = ShardedPolicy(source.load(), None, config=config, world=world, streams=True)
+    shards = PolicyWeights(policy.whole_model(), torch.float32)
+    for _ in range(2):
+        found = policy.reading(world).once(lambda: dict(shards))
+        assert {name: weight.tolist() for name, weight in found.items()} == {n: w.tolist() for n, w in whole}
+        assert shards.metadata() == whole.metadata()
+        assert shards.num_bytes == whole.num_bytes
+        policy.reading(world).once(lambda: policy.whole_model()(torch.tensor([[4, 5, 6]]), logits_to_keep=torch.tensor([2])))

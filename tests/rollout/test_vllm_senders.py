@@ -76,9 +76,19 @@ def test_handles_of_cuda_go_over_http_as_vllms_server_reads_them(monkeypatch: py
     assert json_safe({"names": []}) == {"names": []}
 
 
-@pytest.mark.parametrize(("variable", "set_off"), [("expandable_segments:True", True), ("max_split_size_mb:64", False)])
-def test_expandable_segments_are_off_while_handles_are_made(
-    variable: str, set_off: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("variable", "expected"),
+    [
+        ("max_split_size_mb:64", []),
+        ("expandable_segments:True", ["expandable_segments:False", "expandable_segments:True"]),
+        (
+            "max_split_size_mb:64,expandable_segments:True",
+            ["max_split_size_mb:64,expandable_segments:False", "max_split_size_mb:64,expandable_segments:True"],
+        ),
+    ],
+)
+def test_expandable_segments_alone_are_off_while_handles_are_made(
+    variable: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from grpo_fast.rollout.vllm_senders import plain_segments
 
@@ -87,8 +97,8 @@ def test_expandable_segments_are_off_while_handles_are_made(
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", variable)
     with plain_segments():
-        assert said == ["expandable_segments:False"] * set_off
-    assert said == ["expandable_segments:False", "expandable_segments:True"] * set_off
+        assert said == expected[:1]
+    assert said == expected
 
 
 @pytest.mark.gpu

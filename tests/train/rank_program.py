@@ -317,7 +317,7 @@ def streamed(world: World, values: dict[str, Any], directory: Path) -> dict[str,
     with Gathered() as gathered:
         found["synced"] = attempt()
     found["most"], found["left"] = gathered.most, gathered.now
-    found["arrived"] = [name for name, weight in wire.arrived.items() if torch.equal(weight, true[name].bfloat16())]
+    found["arrived"] = [name for name, weight in wire.arrived.items() if torch.equal(weight, on_the_way(true[name]))]
     found["names"] = list(true)
     found["again"], found["broken"] = attempt("breaks"), attempt("breaks", "breaks")
     if not config.use_peft:
@@ -329,6 +329,11 @@ def streamed(world: World, values: dict[str, Any], directory: Path) -> dict[str,
     file = directory / ("adapter_model.safetensors" if config.use_peft else "model.safetensors")
     found["saved"] = world.once(lambda: saved_like(load_file(file), true))
     return found
+
+
+def on_the_way(weight: torch.Tensor) -> torch.Tensor:
+    """A weight as it is gathered: in bfloat16, or in the bytes that stand for four bits."""
+    return weight.bfloat16() if weight.is_floating_point() else weight.data
 
 
 def saved_like(saved: dict[str, torch.Tensor], true: dict[str, torch.Tensor]) -> bool:
@@ -355,7 +360,9 @@ def main(cases: Path, output: Path) -> None:
     found["optimizers"] = optimizers(init_device_mesh("cpu", (world.size,)))
     wanted = json.loads(cases.read_text(encoding="utf-8"))
     found["traffic"] = head_traffic(world, next(iter(wanted.values())))
-    found["streamed"] = {name: streamed(world, wanted[name], output / f"streamed {name}") for name in ("whole", "adapters")}
+    found["streamed"] = {
+        name: streamed(world, wanted[name], output / f"streamed {name}") for name in ("whole", "adapters", "quantised")
+    }
     for name, values in wanted.items():
         if values["fsdp"] == "hybrid_shard":
             os.environ["LOCAL_WORLD_SIZE"] = "2"  # as if on nodes of two

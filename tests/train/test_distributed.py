@@ -270,7 +270,7 @@ def test_a_head_is_gathered_once_an_iteration_or_never(launch: Launch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["whole", "adapters"])
+@pytest.mark.parametrize("name", ["whole", "adapters", "quantised"])
 def test_an_engine_reads_shards_a_layer_at_a_time_and_no_rank_hangs_where_it_fails(name: str, launch: Launch) -> None:
     for rank, findings in enumerate(launch.found):
         told = findings["streamed"][name]
