@@ -124,7 +124,7 @@ class InProcessVLLM:
             [
                 Sample(
                     tuple(answer.token_ids),
-                    tuple(answer.logprobs.logprobs[place] for place in answer.logprobs.start_indices),
+                    tuple(map(answer.logprobs.logprobs.__getitem__, answer.logprobs.start_indices)),
                     str(answer.finish_reason),
                     token_versions((span.version, span.start, span.end) for span in answer.weight_versions or ()),
                     *(_kept(answer.logprobs) if each.get("logprobs") else ()),
@@ -164,7 +164,7 @@ class InProcessVLLM:
     def _is_alive(self) -> bool:
         """Whether every process of the engine runs; vLLM (0.32) would wait for one that does not for ever."""
         # not by ``is_alive``, which errs where another thread asks for the exit code at that moment, as vLLM's does
-        return not wait([process.sentinel for process in self._processes], timeout=0)
+        return not self._processes or not wait([process.sentinel for process in self._processes], timeout=0)
 
     def _engine(self) -> Any:
         if self._llm is None:

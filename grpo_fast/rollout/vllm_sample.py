@@ -100,7 +100,7 @@ def sample_whole(
     """
     answers = sample(list(prompts), list(params))
     told = max(each.get("logprobs", 0) for each in params)
-    while told < vocabulary:
+    while 0 < told < vocabulary:
         partial = [
             (prompt, place)
             for prompt, group in enumerate(answers)
@@ -124,4 +124,7 @@ def token_versions(spans: Iterable[tuple[str, int, int]]) -> tuple[int, ...]:
     listed = list(spans)
     if not all(version.isdecimal() for version, _, _ in listed):
         return ()
+    if len(listed) == 1:
+        [(version, start, end)] = listed
+        return (int(version),) * (end - start)
     return tuple(chain.from_iterable(repeat(int(version), end - start) for version, start, end in listed))
