@@ -56,7 +56,7 @@ class Config(BaseModel):
     """Train on sequences in one row, none padded; ``None`` does so where the model's attention can be told their borders."""
     share_prompts: Annotated[bool | None, _MODEL] = None
     """Compute a prompt once for its packed completions: 1.7 to 3.7 times as fast as padded, prompts of 30 to 300 tokens.
-    ``None`` does so in one process on a CPU, where ``sdpa`` or ``eager`` packs; on a GPU it has not been measured."""
+    ``None`` does so on a CPU, where ``sdpa`` or ``eager`` packs; on a GPU it has not been measured."""
     gradient_checkpointing: Annotated[bool, _MODEL] = False
     """Recompute activations in the backward pass: a third more compute for much less memory."""
     gradient_checkpointing_mode: Annotated[Literal["full", "selective", "offload"], _MODEL] = "full"

@@ -123,8 +123,7 @@ class Learner:
                 f"share_prompts=True needs sequences packed by attn_implementation='sdpa' or 'eager'; here they are "
                 f"{policy.layout} by attn_implementation={config.attn_implementation!r}; set share_prompts=False"
             )
-        # several ranks would share less, or more, than one, and meter other FLOPs
-        self._shares_prompts = can_share and policy.device.type == "cpu" and world.size == 1
+        self._shares_prompts = can_share and policy.device.type == "cpu"
         if config.share_prompts is not None:
             self._shares_prompts = config.share_prompts
         self._config = config

@@ -5,6 +5,7 @@ The test calls :func:`play` too, for what one process makes of the same case.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -69,6 +70,7 @@ def play(values: dict[str, Any], reward: Any = vowels, *, resume: bool = False, 
     try:
         with GRPOTrainer(Config.parse(values), task=LETTERS, reward_funcs=[reward], resume=resume) as trainer:
             found["is_main_process"] = trainer.is_main_process
+            found["at first"] = digest(trainer)
             for step in trainer.steps():
                 found["steps"].append([step.step, step.metrics["reward"], step.metrics["loss"]])
                 if step.step == until:
@@ -76,10 +78,26 @@ def play(values: dict[str, Any], reward: Any = vowels, *, resume: bool = False, 
             found["stopped_by"] = trainer.summary["stopped_by"]
             whole = trainer.policy.whole_model()
             found["weights"] = torch.cat([p.detach().flatten() for p in whole.parameters()]).tolist()
+            found["at last"] = digest(trainer)
             found["numbers held"] = sum(local(p).numel() for p in trainer.policy.model.parameters())
     except Exception as error:
         found["error"] = f"{type(error).__name__}: {error}"
     return found
+
+
+def digest(trainer: GRPOTrainer) -> dict[str, str]:
+    """What identifies, bit for bit, weights that are trained and the optimiser's state, whoever holds which part of them."""
+    digests = {}
+    for name, weight in trainer.policy.model.named_parameters():
+        state = {"weight": weight} | trainer._optimizer.state.get(weight, {})
+        for key, value in state.items() if weight.requires_grad else ():
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            if key == "step":  # a number or a tensor of one
+                digests[f"{name} {key}"] = f"number {float(whole)}"
+                continue
+            content = whole.detach().contiguous().view(torch.uint8).numpy().tobytes()
+            digests[f"{name} {key}"] = f"{whole.dtype} {hashlib.sha256(content).hexdigest()}"
+    return digests
 
 
 def local(parameter: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,8 @@ PROGRAM = Path(__file__).with_name("rank_program.py")
 TIMED = ("time/", "budget/", "step_time", "gpu_seconds", "energy_kwh", "money", "mfu")
 DEADLINE_S = 60.0
 RESUMED = ("whole", "adapters")
+SHARING = ("rloo", "gspo")
+ROUNDED = "short"  # of RESUMED's kind, with weights in bfloat16
 SHORT = ("mixed", "short", "qlora")
 CASES = ("whole", "rloo", "gspo", "adapters", "quantised")
 SHARDED: dict[str, dict[str, Any]] = {  # with what changes no result beside it
@@ -64,7 +66,7 @@ def torchrun(
 def cases(models: tuple[Path, Path], directory: Path) -> dict[str, dict[str, Any]]:
     """Runs in which every part of a step is at work, by name."""
     common = {
-        "share_prompts": False,  # who shares a prompt, and with it the FLOPs, depends on the number of ranks
+        "share_prompts": False,  # which ranks have to compute a prompt, and with it the FLOPs, depends on their number
         "model": str(models[0]),
         "prompts_per_step": 5,
         "num_generations": 4,
@@ -99,11 +101,13 @@ def cases(models: tuple[Path, Path], directory: Path) -> dict[str, dict[str, Any
         "mixed": {"dtype": "bfloat16", "fsdp": "full_shard", "max_steps": 2},
         "failing": {},
     }
+    changes |= {name: changes[name] | {"share_prompts": True} for name in SHARING}
     changes["quantised"] |= {"model": str(models[1]), "learning_rate": 1e-2}
     changes["short"] = changes["mixed"] | {"weights_dtype": "bfloat16"}
     changes["qlora"] = changes["mixed"] | changes["quantised"]  # bytes, bfloat16 and float32 in one layer
     changes |= {f"{more['fsdp']} {name}": changes[name] | more for name, more in SHARDED.items()}
     changes |= {f"{half} {name}": changes[f"full_shard {name}"] for half in ("begun", "resumed") for name in RESUMED}
+    changes |= {f"{half} {ROUNDED}": changes[ROUNDED] | {"max_steps": 6} for half in ("begun", "resumed")}
     return {name: common | change | {"output_dir": str(directory / name)} for name, change in changes.items()}
 
 
@@ -116,9 +120,9 @@ def without(rows: list[dict[str, Any]], names: tuple[str, ...]) -> list[dict[str
     return [{key: value for key, value in row.items() if not key.startswith(names)} for row in rows] if names else rows
 
 
-def recomputed(case: str) -> tuple[str, ...]:
-    """What gradient checkpointing changes beside memory."""
-    return ("flops",) if SHARDED[case].get("gradient_checkpointing") else ()
+def uncounted(case: str) -> tuple[str, ...]:
+    """What gradient checkpointing changes beside memory, and sharing prompts among other ranks."""
+    return ("flops",) if case in SHARING or SHARDED[case].get("gradient_checkpointing") else ()
 
 
 class Launch:
@@ -144,7 +148,7 @@ def launches(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
     """Two ranks; then four, which also go on with a sharded run that the two began."""
     two, four = (tmp_path_factory.mktemp(f"ranks-{count}") for count in (2, 4))
     first = Launch(2, models, two, leave_out="resumed")
-    for name in RESUMED:
+    for name in (*RESUMED, ROUNDED):
         shutil.copytree(two / f"begun {name}", four / f"resumed {name}")
     return {2: first, 4: Launch(4, models, four, leave_out="begun")}
 
@@ -170,7 +174,7 @@ def test_any_number_of_ranks_makes_the_run_of_one_process(name: str, launch: Lau
     found = trace(launch.directory / name)
     assert [row["step"] for row in found] == [row["step"] for row in expected["trace"]]
     # completions that are the same have a KL that differs by its rounding: an advantage of 0 then, or one of 1e-9
-    unsure = ("flops", "tokens/trained", "tokens/dropped") if case == "rloo" else recomputed(case)
+    unsure = ("flops", "tokens/trained", "tokens/dropped") if case == "rloo" else uncounted(case)
     for row, true in zip(without(found, unsure), without(expected["trace"], unsure), strict=True):
         assert row == pytest.approx(true, rel=1e-5, abs=1e-6, nan_ok=True)
         assert row.get("reward") == true.get("reward"), "other completions were sampled"
@@ -214,9 +218,31 @@ def test_a_sharded_checkpoint_is_gone_on_with_by_any_number_of_ranks(
     last = program.play(cases(models, tmp_path)[f"resumed {name}"], resume=True)
     assert [step for step, *_ in last["steps"]] == [5, 6]
     assert (torch.tensor(last["weights"]) - torch.tensor(alone[name]["weights"])).abs().max() < 1e-6
-    traces = (without(rows, recomputed(name)) for rows in (trace(tmp_path / f"resumed {name}"), alone[name]["trace"]))
+    traces = (without(rows, uncounted(name)) for rows in (trace(tmp_path / f"resumed {name}"), alone[name]["trace"]))
     for row, true in zip(*traces, strict=True):
         assert row == pytest.approx(true, rel=1e-5, abs=1e-6, nan_ok=True)
+
+
+@pytest.mark.slow
+def test_bfloat16_weights_and_moments_come_back_bit_by_bit_to_any_number_of_ranks(
+    launches: dict[int, Launch], program: ModuleType, models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    saved = {half: launches[count].found for count, half in ((2, "begun"), (4, "resumed"))}
+    begun, resumed = ([rank[f"{half} {ROUNDED}"] for rank in saved[half]] for half in ("begun", "resumed"))
+    assert [rank["error"] for rank in begun + resumed] == [None] * 6
+    assert [step for step, *_ in begun[0]["steps"] + resumed[0]["steps"]] == [1, 2, 3, 4]
+    kinds = {(name.rsplit(maxsplit=1)[-1], found.split()[0]) for name, found in begun[0]["at last"].items()}
+    assert {("weight", "torch.bfloat16"), ("exp_avg", "torch.float32"), ("exp_avg_sq", "torch.float32")} <= kinds
+    assert begun[0]["at first"] != begun[0]["at last"], "nothing was trained"
+    for rank in resumed:
+        assert rank["at first"] == begun[0]["at last"]
+        assert rank["at last"] == resumed[0]["at last"] != begun[0]["at last"]
+    for count, half, steps in ((2, "begun", [3, 4]), (4, "resumed", [5, 6])):
+        shutil.copytree(launches[count].directory / f"{half} {ROUNDED}", tmp_path / f"{half} {ROUNDED}")
+        values = cases(models, tmp_path)[f"{half} {ROUNDED}"]
+        alone = program.play(values, resume=True, until=steps[-1])
+        assert [step for step, *_ in alone["steps"]] == steps
+        assert alone["at first"] == saved[half][0][f"{half} {ROUNDED}"]["at last"]
 
 
 @pytest.mark.slow
