@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -14,6 +15,7 @@ from typing import get_args
 
 import pytest
 
+from benchmarks.system.command_line import CommandLine
 from grpo_fast import Forecast, ops
 from grpo_fast.config import Config
 from grpo_fast.objective import OBJECTIVES
@@ -44,6 +46,37 @@ def blocks(page: Path) -> list[Block]:
     return [Block(*found) for found in BLOCK.findall(page.read_text(encoding="utf-8"))]
 
 
+def plain_commands(code: str) -> list[list[str]]:
+    """The words of a block of ``grpo-fast`` commands alone; empty where anything in it is left to a shell."""
+    lines = [line for line in code.replace("\\\n", " ").splitlines() if line.strip()]
+    if any(character in code.replace("\\\n", " ") for character in "<>|&;$`*?~#(){}[]!\\"):
+        return []
+    commands = [shlex.split(line) for line in lines]
+    return commands if all(words[0] == "grpo-fast" for words in commands) else []
+
+
+class Shell:
+    """Runs a page's shell blocks: commands that need no shell in forks of one process, which imports torch once."""
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        self._forks: CommandLine | None = None
+
+    def run(self, code: str) -> None:
+        commands = plain_commands(code)
+        if not commands:
+            run(["bash", "-euo", "pipefail", "-c", code], self._home)
+            return
+        if self._forks is None:
+            self._forks = CommandLine(self._home)
+        for words in commands:
+            assert self._forks.run(*words[1:]) == 0, f"{shlex.join(words)}\n{self._forks.log()[-3000:]}"
+
+    def close(self) -> None:
+        if self._forks is not None:
+            self._forks.close()
+
+
 def run(command: list[str], home: Path) -> None:
     environment = os.environ | {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
@@ -59,15 +92,25 @@ def run(command: list[str], home: Path) -> None:
 @pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize("page", [page for page in PAGES if any(block.runs for block in blocks(page))], ids=lambda p: p.stem)
 def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path) -> None:
-    for block in blocks(page):
-        if not block.runs:
-            continue
-        if block.word:
-            (tmp_path / block.word).write_text(block.code, encoding="utf-8")
-        if block.language == "sh":
-            run(["bash", "-euo", "pipefail", "-c", block.code], tmp_path)
-        elif block.language == "python":
-            run([sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", block.code], tmp_path)
+    with contextlib.closing(Shell(tmp_path)) as shell:
+        for block in blocks(page):
+            if not block.runs:
+                continue
+            if block.word:
+                (tmp_path / block.word).write_text(block.code, encoding="utf-8")
+            if block.language == "sh":
+                shell.run(block.code)
+            elif block.language == "python":
+                run([sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", block.code], tmp_path)
+
+
+def test_what_a_shell_must_do_is_left_to_it() -> None:
+    assert plain_commands('grpo-fast plan \\\n  --gpu "H100 80GB"\ngrpo-fast doctor\n') == [
+        ["grpo-fast", "plan", "--gpu", "H100 80GB"],
+        ["grpo-fast", "doctor"],
+    ]
+    for code in ("grpo-fast plan --json > plan.json", "grpo-fast plan $HOME", "OMP_NUM_THREADS=1 grpo-fast doctor", "ls"):
+        assert plain_commands(code) == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
