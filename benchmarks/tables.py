@@ -84,6 +84,10 @@ def law_table() -> str:
         best = [f"{errors[row['best']][at][0]:.3f} ({row['best']})" for at, row in enumerate(rivals)]
         rows += [("best rival at that point", best), ("ratio, 90 % interval", [_interval(row["ratio"]) for row in rivals])]
         rows.append(("ratio to the rival that is best elsewhere", [_interval(row["chosen"]) for row in rivals]))
+    bounds = found["limits"]
+    rows.append(("error of this law if it knew that the run will rise", [f"{value:.3f}" for value in bounds["told"][: len(shares)]]))
+    mixed = [f"{row['error']:.3f}" for row in bounds["mixture"][: len(shares)]]
+    rows.append(("error of the best fixed mixture of all these forecasters, chosen on these very curves", mixed))
     inside = found["forecasts"]["all"]["level"]["inside90"][law][: len(shares)]
     rows.append(("90 % intervals that held what came", [f"{value[0]:.0%}" for value in inside]))
     head = [f"{about['repositories']} repositories, each counted once", *(f"{share} seen" for share in shares)]

@@ -20,6 +20,7 @@ from benchmarks.law.baselines import BASELINES
 from benchmarks.law.cost import cost_ms
 from benchmarks.law.curves import Curve, load_curves
 from benchmarks.law.evaluate import FINAL, LEVEL, SHARES, evaluate
+from benchmarks.law.limits import limits
 from benchmarks.law.models import Law
 from benchmarks.law.residuals import Residual
 from benchmarks.law.simulator import STORIES, simulate
@@ -63,6 +64,7 @@ def judged(curves: Sequence[Curve], law: Law, *, only: str = "", stopping: bool 
     if not only:
         out["against_best"] = {measure: results.against_best(records, law.name, measure) for measure in ("error", "crps")}
         out |= {"floor": results.floor(curves), "by_rise_seen": results.by_rise_seen(records)}
+        out["limits"] = limits(records, curves, law)
         out["by_repository"] = results.by_repository(records, ("mean of last 20 % seen", "exponential + R0", law.name))
     if stopping:
         rules = [rule for rule in stoppers(law) if only in rule.name or isinstance(rule, Oracle)]
@@ -82,6 +84,7 @@ def printed(found: dict[str, Any]) -> None:
             for name, figures in found["forecasts"]["all"][target][measure].items():
                 print(f"  {name:46s}" + " ".join(f"{value[0]:.3f}" if value[0] is not None else "  -  " for value in figures))
     print("\nerror of one who knows the mean curve:", found.get("floor"))
+    print("on runs that rise, told so, and the best mixture in hindsight:", found.get("limits"))
     for row in found.get("by_rise_seen", {}).get("rows", ()):
         print("  rise seen", " ".join(f"{name} {value}" for name, value in row.items()))
     for row in found.get("targets", ()):

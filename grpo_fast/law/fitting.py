@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import minimize
@@ -28,6 +30,9 @@ MAX_POINTS = 200
 _TAIL = 0.2
 _RIDGE = 3.0
 _FEWEST_SOURCES = 10
+_Z90 = 1.645
+_TINY = 1e-12
+_LEAST_SPREAD = 1e-3
 _NEUTRAL = Prior(np.zeros((len(PARTS), len(FEATURES))), np.zeros((len(CLASSES), len(FEATURES))))
 
 
@@ -80,6 +85,14 @@ class RewardCurve:
         )
 
 
+class Seen(NamedTuple):
+    """What was known of a run at a time: the posterior's sums, the units, and what plain forecasts said."""
+
+    posterior: Posterior
+    scale: RunScale
+    say: Say
+
+
 @dataclass(frozen=True)
 class Witness:
     """What a curve says, whatever the prior.
@@ -90,8 +103,7 @@ class Witness:
         horizon: of the run.
         scale: its units.
         evidence: (P, C) log evidence of part and class.
-        seen: at each share of :data:`~grpo_fast.law.prior.SHARES`, the posterior's sums, the units and what plain
-            forecasts said then.
+        seen: at each share of :data:`~grpo_fast.law.prior.SHARES`.
         level: mean reward over the last 20 %.
         tail: (J,) progress at those points.
     """
@@ -101,33 +113,48 @@ class Witness:
     horizon: int
     scale: RunScale
     evidence: Array
-    seen: tuple[tuple[Posterior, RunScale, Say], ...]
+    seen: tuple[Seen, ...]
     level: float
     tail: Array
 
 
 def witness(curve: RewardCurve) -> Witness:
-    """Lets a curve bear witness; about 20 ms."""
-    few = curve.thinned()
-    size = few.rewards.size
-    predictor = OnlinePredictor(max(size, few.horizon), reward_range=few.reward_range, facts=few.facts, prior=_NEUTRAL)
-    stops = {max(2, round(share * size)) for share in SHARES}
-    seen: dict[int, tuple[Posterior, RunScale, Say]] = {}
-    for k, (x, reward) in enumerate(zip(few.progress, few.rewards, strict=True), start=1):
-        predictor.absorb(k, float(x), float(reward), num_prompts=few.num_prompts, num_generations=few.num_generations)
-        if k in stops:
-            seen[k] = (copy.deepcopy(predictor.posterior), predictor.scale, predictor.say())
-    tail = max(1, round(_TAIL * size))
+    """Lets a curve bear witness; about 0.3 ms a point.
+
+    Its evidence is that of at most 200 points, so that how often a run was logged matters little; forecasts are what they would
+    have been on the way.
+    """
+    few, size = curve.thinned(), curve.rewards.size
+    whole, tail = _followed(few), max(1, round(_TAIL * size))
+    last = whole[few.rewards.size]
+    seen = whole if few is curve else _followed(curve)
     return Witness(
         source=curve.source,
         facts=curve.facts,
         horizon=curve.horizon,
-        scale=predictor.scale,
-        evidence=_evidence(predictor.posterior, _NEUTRAL, predictor.scale),
-        seen=tuple(seen[max(2, round(share * size))] for share in SHARES),
-        level=float(few.rewards[-tail:].mean()),
-        tail=few.progress[-tail:],
+        scale=last.scale,
+        evidence=_evidence(last.posterior, _NEUTRAL, last.scale),
+        seen=tuple(seen[_num_seen(size, share)] for share in SHARES),
+        level=float(curve.rewards[-tail:].mean()),
+        tail=curve.progress[-tail:],
     )
+
+
+def _followed(curve: RewardCurve) -> dict[int, Seen]:
+    """What was known at the shares of a curve and at its end, by the number of rewards."""
+    size = curve.rewards.size
+    predictor = OnlinePredictor(max(size, curve.horizon), reward_range=curve.reward_range, facts=curve.facts, prior=_NEUTRAL)
+    stops = {size, *(_num_seen(size, share) for share in SHARES)}
+    known: dict[int, Seen] = {}
+    for k, (x, reward) in enumerate(zip(curve.progress, curve.rewards, strict=True), start=1):
+        predictor.absorb(k, float(x), float(reward), num_prompts=curve.num_prompts, num_generations=curve.num_generations)
+        if k in stops:
+            known[k] = Seen(copy.deepcopy(predictor.posterior), predictor.scale, predictor.say())
+    return known
+
+
+def _num_seen(size: int, share: float) -> int:
+    return max(2, round(share * size))
 
 
 def fit_prior(curves: Sequence[RewardCurve], *, base: Prior | None = None) -> Prior:
@@ -192,18 +219,37 @@ def _fit_tables(known: Array, evidence: Array, weight: Array, base: Prior) -> tu
 
 
 def _spread(prior: Prior, witnesses: Sequence[Witness], weight: Array) -> tuple[float, ...]:
-    """What intervals of the level must be stretched by to hold nine in ten, source by source, at each share."""
-    return tuple(
-        _weighted_quantile(np.array([_misses(prior, one, place) for one in witnesses]), weight, 0.9)
-        for place in range(len(SHARES))
-    )
+    """What intervals of the level must be stretched by, at each share, to hold nine in ten of the runs of a source that is new.
+
+    Every source counts as one, the new one among them, which may need more than any: split conformal prediction over sources.
+    """
+    num_sources = len({one.source for one in witnesses})
+    probability = (0.9 * (num_sources + 1) - 0.5) / num_sources  # a rank among one more, at the middle of its mass
+    needed = np.array([[_foretold(prior, one, place).needed(one) for place in range(len(SHARES))] for one in witnesses])
+    return tuple(max(_weighted_quantile(column, weight, probability), _LEAST_SPREAD) for column in needed.T)
 
 
-def _misses(prior: Prior, one: Witness, place: int) -> float:
-    """How far the level lay from the median, in half-widths of the 90 % interval on its side."""
-    low, middle, high = _foretold(prior, one, place)
-    side = high - middle if one.level > middle else middle - low
-    return float(abs(one.level - middle) / max(side, 1e-12))
+@dataclass(frozen=True)
+class _Foretold:
+    """The level of a run's last fifth as it was foretold.
+
+    Attributes:
+        low: 5 % quantile of the mean curve's level, not stretched.
+        middle: median.
+        high: 95 % quantile.
+        noise: half-width of the 90 % interval of the rewards' mean about that curve, which no prior can stretch.
+    """
+
+    low: float
+    middle: float
+    high: float
+    noise: float
+
+    def needed(self, one: Witness) -> float:
+        """The least stretch with which the interval, noise and all, holds what came; 0 where noise alone explains it."""
+        away = one.level - self.middle
+        side = self.high - self.middle if away > 0 else self.middle - self.low
+        return math.sqrt(max(away**2 - self.noise**2, 0.0)) / max(side, _TINY)
 
 
 def level_errors(prior: Prior, one: Witness) -> Array:
@@ -211,28 +257,28 @@ def level_errors(prior: Prior, one: Witness) -> Array:
 
     Returns:
         (4, 2): for each of :data:`~grpo_fast.law.prior.SHARES` the distance of the median, in units of the range, and whether
-        the 90 % interval, stretched as the prior says, holds it (0 or 1).
+        the 90 % interval, stretched as the prior says and with the rewards' noise, holds it (0 or 1).
     """
-    rows = []
-    for place, stretch in enumerate(prior.spread):
-        low, middle, high = _foretold(prior, one, place)
-        low, high = (middle + stretch * (edge - middle) for edge in (low, high))
-        rows.append([abs(one.level - middle) / one.scale.unit, float(low <= one.level <= high)])
-    return np.array(rows)
+    told = [_foretold(prior, one, place) for place in range(len(SHARES))]
+    return np.array(
+        [
+            [abs(one.level - each.middle) / one.scale.unit, float(each.needed(one) <= stretch)]
+            for each, stretch in zip(told, prior.spread, strict=True)
+        ]
+    )
 
 
-def _foretold(prior: Prior, one: Witness, place: int) -> Array:
-    """(3,) 5, 50 and 95 % quantiles, not stretched, of the level of a run's last fifth, after a share of it."""
+def _foretold(prior: Prior, one: Witness, place: int) -> _Foretold:
+    """The level, after a share of the run."""
     posterior, scale, say = one.seen[place]
     draws = posterior.draws(prior.believed(one.facts, scale, horizon=one.horizon))
     curves = draws.curve(GRID.rise(one.tail), one.tail, posterior.progress)
     levels = np.clip(curves, scale.low, scale.high).mean(axis=1)
-    noise = scale.noise_sd / np.sqrt(one.tail.size)
-    levels = levels + noise * np.roll(draws.normal, 1)
     told = quantiles(levels[:, None], draws.weight, np.array([0.05, 0.5, 0.95]))[:, 0]
     middle, width = (np.full(one.tail.size, value) for value in (told[1], told[2] - told[0]))
     moved, wider = (part.mean() for part in say.correction(one.tail, middle, width))
-    return np.asarray(np.clip(told[1] + moved + (told - told[1]) * wider, scale.low, scale.high))
+    low, middle_moved, high = np.clip(told[1] + moved + (told - told[1]) * wider, scale.low, scale.high)
+    return _Foretold(float(low), float(middle_moved), float(high), _Z90 * scale.noise_sd / math.sqrt(one.tail.size))
 
 
 def _weighted_quantile(values: Array, weight: Array, probability: float) -> float:

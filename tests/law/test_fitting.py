@@ -154,7 +154,7 @@ def test_the_spread_makes_intervals_hold_nine_in_ten_ends(mixed, place):
             predictor.absorb(step, step / SIZE, float(run.rewards[step - 1]), num_prompts=32, num_generations=8)
         values, weight = predictor.levels(X[-20:])
         noise = NOISE / np.sqrt(20) * np.random.default_rng(0).standard_normal(weight.size)
-        low, high = quantiles((values.mean(axis=1) + prior.spread[place] * noise)[:, None], weight, np.array([0.05, 0.95]))
+        low, high = quantiles((values.mean(axis=1) + noise)[:, None], weight, np.array([0.05, 0.95]))
         held.append(low[0] <= run.rewards[-20:].mean() <= high[0])
     assert 0.8 <= np.mean(held) <= 0.97
 
@@ -166,32 +166,33 @@ def mixed() -> tuple[list[RewardCurve], Prior]:
 
 
 def test_long_curves_are_thinned_to_means_of_neighbours():
-    rng = np.random.default_rng(0)
-    rewards, place = rng.uniform(0, 1, 1000), np.arange(1, 1001) / 1000
-    long = RewardCurve(rewards, place, 1000, num_prompts=8)
+    size = 5 * MAX_POINTS
+    rewards, place = np.random.default_rng(0).uniform(0, 1, size), np.arange(1, size + 1) / size
+    long = RewardCurve(rewards, place, size, num_prompts=8)
     few = long.thinned()
     assert few.rewards.size == few.progress.size == MAX_POINTS
     np.testing.assert_allclose(few.rewards, rewards.reshape(MAX_POINTS, 5).mean(axis=1))
     np.testing.assert_array_equal(few.progress, place[4::5])
-    assert (few.num_prompts, few.horizon) == (40, 1000)
-    odd = RewardCurve(rewards[:333], place[:333] / place[332], 333).thinned()
+    assert (few.num_prompts, few.horizon) == (40, size)
+    some = 5 * MAX_POINTS // 3
+    odd = RewardCurve(rewards[:some], place[:some] / place[some - 1], some).thinned()
     assert odd.rewards.size == MAX_POINTS
     assert odd.progress[-1] == 1.0
-    sizes = np.diff(np.concatenate([[0.0], odd.progress])) * 333
-    assert odd.rewards @ sizes == pytest.approx(rewards[:333].sum())
-    short = RewardCurve(rewards[:MAX_POINTS], place[:MAX_POINTS], 1000)
+    sizes = np.diff(np.concatenate([[0.0], odd.progress])) * some
+    assert odd.rewards @ sizes == pytest.approx(rewards[:some].sum())
+    short = RewardCurve(rewards[:MAX_POINTS], place[:MAX_POINTS], size)
     assert short.thinned() is short
 
 
 def test_thinning_changes_little_of_what_a_curve_says():
-    place = np.arange(1, 2001) / 2000
+    place = np.arange(1, 20001) / 20000
     mean = 0.2 + 0.5 * (1 - np.exp(-place / 0.3))
-    noise = 0.05 * np.random.default_rng(3).standard_normal(2000)
+    noise = 0.05 * np.random.default_rng(3).standard_normal(20000)
     rewards = np.clip(mean + noise, 0, 1)
-    long = RewardCurve(rewards, place, 2000, reward_range=UNIT, num_prompts=8, num_generations=8)
+    long = RewardCurve(rewards, place, 20000, reward_range=UNIT, num_prompts=8, num_generations=8)
     said_of = witness(long)
-    assert said_of.horizon == 2000
-    assert said_of.level == pytest.approx(rewards[-400:].mean(), abs=1e-3)
+    assert said_of.horizon == 20000
+    assert said_of.level == pytest.approx(rewards[-4000:].mean(), abs=1e-3)
     best = np.unravel_index(np.argmax(said_of.evidence), said_of.evidence.shape)
     assert PARTS[best[0]][0] > 0.1
     assert CLASSES[best[1]].startswith(("exponential", "stretched"))

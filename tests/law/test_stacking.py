@@ -99,7 +99,21 @@ def test_the_say_is_made_from_what_was_foretold_and_what_came():
         errors.append(missed)
     fourths = rewards.reshape(4, 5).mean(axis=1)
     trust = fit * 20 / 30 * (0.015 / (0.015 + np.sqrt(np.mean(np.square(errors), axis=0)) / np.ptp(fourths))) ** 2
+    trust[ANY] *= 4  # all is seen: nothing is left to be carried on
     np.testing.assert_allclose(stack.say(posterior, UNIT, 1.0).weights, trust / (0.01 + trust.sum()), rtol=1e-9)
+
+
+def test_any_shape_says_the_more_the_less_is_to_be_carried_on():
+    curve = exponential(100)
+    odds = {}
+    for seen in (0.2, 0.5, 0.6, 0.9):
+        stack, posterior = run(curve, seen=seen)
+        plain, _ = run(curve, seen=seen)
+        told = stack.say(posterior, UNIT, 1.0).weights
+        posterior.progress = 0.5  # as far to go as it has come: a factor of 1
+        level = plain.say(posterior, UNIT, 1.0).weights
+        odds[seen] = told[ANY] / told[RECENT] * level[RECENT] / level[ANY]
+    assert odds == pytest.approx({0.2: 0.25, 0.5: 1.0, 0.6: 3.375, 0.9: 4.0})
 
 
 def test_the_posterior_is_alone_at_first():

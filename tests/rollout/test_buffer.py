@@ -70,7 +70,8 @@ def test_holding_waits_for_all_that_may_be_made_and_lets_nothing_begin() -> None
     buffer.close()
 
 
-def test_the_seconds_nobody_waited_are_told() -> None:
+def overlap_and_production() -> tuple[float, float, float]:
+    """The overlap that a buffer tells of a second product; the overlap there was at least; how long the product took."""
     spans: dict[int, tuple[float, float]] = {}
     begun = threading.Event()
 
@@ -91,9 +92,16 @@ def test_the_seconds_nobody_waited_are_told() -> None:
     held = time.perf_counter()
     buffer.hold()
     _, overlapped = buffer.take(2)
-    begin, end = spans[2]
-    assert min(held, end) - max(taken, begin) <= overlapped + 1e-6
     buffer.close()
+    begin, end = spans[2]
+    return overlapped, min(held, end) - max(taken, begin), end - begin
+
+
+def test_the_seconds_nobody_waited_are_told() -> None:
+    tries = [overlap_and_production() for _ in range(5)]
+    assert all(least <= overlapped + 1e-6 for overlapped, least, _ in tries)
+    # Half of each is waited for, and counted as no overlap; a busy machine may put that off now and then.
+    assert min(overlapped / whole for overlapped, _, whole in tries) < 0.8
 
 
 def test_what_fails_is_raised_when_its_step_comes_and_tried_again() -> None:
