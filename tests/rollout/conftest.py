@@ -11,7 +11,8 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,6 +22,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_fast.assets import embedded_model_dir
+from grpo_fast.rollout.engine import SamplingParams
+from grpo_fast.rollout.sampling import truncate
 from grpo_fast.types import Completion
 
 if TYPE_CHECKING:
@@ -77,6 +80,30 @@ class Errors(NamedTuple):
         vLLM's were off by 9.7e-5, its own product for the head added up to 4e-6, its softmax 6e-7. So no setting removes it.
         """
         return self.engine <= max(1e-5, 4 * self.transformers)
+
+
+@pytest.fixture
+def misses_support() -> Callable[..., list[int]]:
+    """Says at which positions an engine kept other tokens than the filters keep of these logits (n, V).
+
+    A token whose probability lies within 1e-4 of a filter's edge may be on either side: rounding decides.
+    """
+
+    def misses(supports: Sequence[Sequence[int]], logits: torch.Tensor, sampling: SamplingParams) -> list[int]:
+        edge = 1e-4
+        mass = sampling.top_p if sampling.top_p == 1 else sampling.top_p - edge
+        least = replace(sampling, top_p=mass, min_p=sampling.min_p * (1 + edge))
+        most = replace(sampling, top_p=min(1.0, sampling.top_p + edge), min_p=sampling.min_p * (1 - edge))
+        inner, outer = (
+            [set(row.isfinite().nonzero()[:, 0].tolist()) for row in truncate(logits, bounds)] for bounds in (least, most)
+        )
+        return [
+            place
+            for place, (support, sure, possible) in enumerate(zip(supports, inner, outer, strict=True))
+            if not sure <= set(support) <= possible
+        ]
+
+    return misses
 
 
 @pytest.fixture
