@@ -85,7 +85,9 @@ def law_table() -> str:
         rows += [("best rival at that point", best), ("ratio, 90 % interval", [_interval(row["ratio"]) for row in rivals])]
         rows.append(("ratio to the rival that is best elsewhere", [_interval(row["chosen"]) for row in rivals]))
     bounds = found["limits"]
-    rows.append(("error of this law if it knew that the run will rise", [f"{value:.3f}" for value in bounds["told"][: len(shares)]]))
+    rows.append(
+        ("error of this law if it knew that the run will rise", [f"{value:.3f}" for value in bounds["told"][: len(shares)]])
+    )
     mixed = [f"{row['error']:.3f}" for row in bounds["mixture"][: len(shares)]]
     rows.append(("error of the best fixed mixture of all these forecasters, chosen on these very curves", mixed))
     inside = found["forecasts"]["all"]["level"]["inside90"][law][: len(shares)]

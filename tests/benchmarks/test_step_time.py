@@ -12,6 +12,6 @@ pytest.importorskip("trl", reason="TRL is not installed; the comparison needs it
 def test_a_step_costs_at_most_half_of_trls(untraced: None) -> None:
     from benchmarks.system.step_time import measure
 
-    result = measure(60)
+    result = measure(100)  # in the first, nearly every group is alive for both
     print(result)
     assert result["median_ratio_trl_over_ours"] >= 2.0
