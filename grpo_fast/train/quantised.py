@@ -92,7 +92,7 @@ def make_shardable(model: torch.nn.Module) -> None:
 def give_shards_scales(model: torch.nn.Module) -> None:
     """Puts the scales at the shards of four-bit weights too, so that who gathers one can tell what it stands for."""
     for layer in _layers(model):
-        layer.weight.quant_state = layer.quant_state
+        _give_scales(layer, None)
 
 
 def _give_scales(layer: Any, _: Any) -> None:
