@@ -1,4 +1,4 @@
-"""The op over a group of one rank; over several it is held against the whole head in ``tests/train/test_distributed.py``."""
+"""The op over a group of one rank; over several it is held against the whole head in ``tests/train/distributed``."""
 
 from __future__ import annotations
 

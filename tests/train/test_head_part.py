@@ -1,4 +1,4 @@
-"""A head in one part. In several: ``test_distributed.py``."""
+"""A head in one part. In several: ``tests/train/distributed``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sharding over a group of one rank: everything but the number of shards is at work. Several ranks: ``test_distributed.py``."""
+"""Sharding over a group of one rank: all but the number of shards is at work. Several ranks: ``tests/train/distributed``."""
 
 from __future__ import annotations
 

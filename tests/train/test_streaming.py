@@ -1,4 +1,4 @@
-"""Over a group of one rank: what is asked for, and when; several ranks that follow: ``test_distributed.py``."""
+"""Over a group of one rank: what is asked for, and when; several ranks that follow: ``tests/train/distributed``."""
 
 from __future__ import annotations
 

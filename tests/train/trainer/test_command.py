@@ -17,15 +17,25 @@ from grpo_fast.train.checkpoint import list_checkpoints
 from tests.train.trainer.runs import ROWS, events, lines
 
 REWARD = """
-import time
+import os
+import signal
 from pathlib import Path
 
 PAUSE = Path(__file__).with_name("pause")
 
+def wait_for_signals(metrics, step, count):
+    if not Path(metrics).exists() or Path(metrics).read_bytes().count(b"\\n") < int(step):
+        return
+    told, tell = os.pipe2(os.O_NONBLOCK)
+    os.set_blocking(told, True)
+    signal.set_wakeup_fd(tell)  # each signal writes a byte
+    PAUSE.unlink()
+    for _ in range(int(count)):
+        os.read(told, 1)
+
 def vowels(completions, **columns):
     if PAUSE.exists():
-        PAUSE.unlink()
-        time.sleep(2.0)
+        wait_for_signals(*PAUSE.read_text(encoding="utf-8").splitlines())
     return [sum(letter in "aei" for letter in text) / max(1, len(text)) for text in completions]
 """
 
@@ -74,21 +84,6 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(moment: str, command: tuple
     assert not list(run.glob(".checkpoint-*"))
 
 
-def in_the_middle_of_a_step_after(step: int, run: Path) -> Callable[[], bool]:
-    """A moment that lasts two seconds, so that several signals reach the same step: the reward makes a pause."""
-    pause = run.with_name("pause")
-    asked = False
-
-    def reached() -> bool:
-        nonlocal asked
-        if not asked and lines(run) >= step:
-            pause.touch()
-            asked = True
-        return asked and not pause.exists()
-
-    return reached
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("times", [1, 2])
 def test_ctrl_c_once_saves_and_twice_ends_at_once(times: int, command: tuple[CommandLine, Path]) -> None:
@@ -96,13 +91,15 @@ def test_ctrl_c_once_saves_and_twice_ends_at_once(times: int, command: tuple[Com
     run = undisturbed.with_name(f"interrupted-{times}")
     options = ("train", "--config", "run.toml", "--output-dir", str(run))
     signals = (signal.SIGINT, signal.SIGTERM)[:times]
-    code = shell.run(*options, until=in_the_middle_of_a_step_after(13, run), signals=signals)
+    pause = run.with_name("pause")
+    pause.write_text(f"{run / 'metrics.jsonl'}\n13\n{times}", encoding="utf-8")  # in step 13: there is a row of step 0
+    code = shell.run(*options, until=lambda: not pause.exists(), signals=signals)
     told = shell.log()
     assert "Traceback" not in told
     if times == 1:
         assert code == 0
         assert events(run)[-1] == "interrupt"
-        assert list_checkpoints(run)[-1].name not in {"checkpoint-10", "checkpoint-40"}
+        assert list_checkpoints(run)[-1].name == "checkpoint-13"
     else:
         assert code == 128 + signal.SIGINT
         assert "error: stopped at once" in told

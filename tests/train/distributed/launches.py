@@ -1,0 +1,115 @@
+"""Runs of several processes: which they are, how ``torchrun`` starts them, and eyes for what they left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+PROGRAM = Path(__file__).with_name("rank_program.py")
+TIMED = ("time/", "budget/", "step_time", "gpu_seconds", "energy_kwh", "money", "mfu")
+RESUMED = ("whole", "adapters")
+SHARING = ("rloo", "gspo")
+ROUNDED = "short"  # of RESUMED's kind, with weights in bfloat16
+SHORT = ("mixed", "short", "qlora")
+CASES = ("whole", "rloo", "gspo", "adapters", "quantised")
+SHARDED: dict[str, dict[str, Any]] = {  # with what changes no result beside it
+    "whole": {"fsdp": "full_shard"},
+    "rloo": {"fsdp": "shard_grad_op", "gradient_checkpointing": True, "fsdp_parallel_head": True},
+    "gspo": {"fsdp": "hybrid_shard", "offload_optimizer": True},
+    "adapters": {"fsdp": "full_shard", "gradient_checkpointing": True, "offload_optimizer": True, "fsdp_parallel_head": True},
+    "quantised": {"fsdp": "hybrid_shard", "fsdp_parallel_head": True},
+}
+
+
+def search_path(directory: Path) -> str:
+    """Where a process finds the package, and modules of ``directory``."""
+    return os.pathsep.join([str(Path(__file__).parents[3]), str(directory), os.environ.get("PYTHONPATH", "")])
+
+
+def torchrun(
+    num_ranks: int, *arguments: str | Path, cwd: Path, options: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": search_path(cwd), "PYTHONWARNINGS": ""}
+    return subprocess.run(
+        [*launcher, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def cases(models: tuple[Path, Path], directory: Path) -> dict[str, dict[str, Any]]:
+    """Runs in which every part of a step is at work, by name."""
+    common = {
+        "share_prompts": False,  # which ranks have to compute a prompt, and with it the FLOPs, depends on their number
+        "model": str(models[0]),
+        "prompts_per_step": 5,
+        "num_generations": 4,
+        "max_completion_length": 6,
+        "tokens_per_microbatch": 40,
+        "learning_rate": 3e-3,
+        "adam_epsilon": 1e-4,  # an Adam step is a quotient: with the usual epsilon it shows the last bit of a gradient near 0
+        "max_steps": 4,
+        "save_steps": 100,
+        "reward_workers": 0,
+        "forecast": "off",
+        "sinks": (),
+        "report": False,
+        "fsdp": "no_shard",
+    }
+    changes: dict[str, dict[str, Any]] = {
+        "whole": {
+            "num_iterations": 2,
+            "refill_rounds": 1,
+            "beta": 0.01,
+            "weight_decay": 0.01,
+            "eval_steps": 2,
+            "eval_size": 5,
+            "forecast": "warn",
+            "baseline_probe": 5,
+            "max_steps": 6,
+        },
+        "rloo": {"loss_type": "rloo", "beta": 0.02, "keep_dead_rows_for_metrics": True},
+        "gspo": {"loss_type": "gspo", "scale_rewards": "batch", "mask_truncated_completions": True, "top_k": 20},
+        "adapters": {"use_peft": True, "lora_r": 4, "beta": 0.02, "learning_rate": 1e-2, "max_steps": 6},
+        "quantised": {"use_peft": True, "lora_r": 4, "load_in_4bit": True, "use_bnb_nested_quant": True},
+        "mixed": {"dtype": "bfloat16", "fsdp": "full_shard", "max_steps": 2},
+        "failing": {},
+    }
+    changes |= {name: changes[name] | {"share_prompts": True} for name in SHARING}
+    changes["quantised"] |= {"model": str(models[1]), "learning_rate": 1e-2}
+    changes["short"] = changes["mixed"] | {"weights_dtype": "bfloat16"}
+    changes["qlora"] = changes["mixed"] | changes["quantised"]  # bytes, bfloat16 and float32 in one layer
+    changes |= {f"{more['fsdp']} {name}": changes[name] | more for name, more in SHARDED.items()}
+    changes |= {f"{half} {name}": changes[f"full_shard {name}"] for half in ("begun", "resumed") for name in RESUMED}
+    changes |= {f"{half} {ROUNDED}": changes[ROUNDED] | {"max_steps": 6} for half in ("begun", "resumed")}
+    return {name: common | change | {"output_dir": str(directory / name)} for name, change in changes.items()}
+
+
+def trace(run: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith(TIMED)} for row in rows]
+
+
+def without(rows: list[dict[str, Any]], names: tuple[str, ...]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if not key.startswith(names)} for row in rows] if names else rows
+
+
+def uncounted(case: str) -> tuple[str, ...]:
+    """What gradient checkpointing changes beside memory, and sharing prompts among other ranks."""
+    return ("flops",) if case in SHARING or SHARDED[case].get("gradient_checkpointing") else ()
+
+
+class Launch:
+    """What the ranks of one launch found, and the runs that they left."""
+
+    def __init__(self, num_ranks: int, models: tuple[Path, Path], directory: Path, *, leave_out: str) -> None:
+        self.directory = directory
+        file = directory / "cases.json"
+        wanted = {name: values for name, values in cases(models, directory).items() if not name.startswith(leave_out)}
+        file.write_text(json.dumps(wanted), encoding="utf-8")
+        done = torchrun(num_ranks, PROGRAM, file, directory, cwd=directory)
+        assert done.returncode == 0, done.stderr
+        self.found = [json.loads((directory / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(num_ranks)]
