@@ -12,7 +12,6 @@ from importlib.util import find_spec
 
 import torch
 from transformers import PreTrainedModel
-from transformers.integrations.liger import apply_liger_kernel
 
 from grpo_fast.config import ConfigError
 
@@ -51,4 +50,6 @@ def require_liger(model_type: str, device: torch.device) -> None:
 
 def use_liger_kernels(model: PreTrainedModel) -> None:
     """Replaces a model's norms, rotary positions and activations, in place; weights and names stay."""
+    from transformers.integrations.liger import apply_liger_kernel  # noqa: PLC0415 (it imports transformers' trainer, and peft)
+
     apply_liger_kernel(model, KERNELS)
