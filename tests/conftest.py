@@ -4,7 +4,7 @@ import contextlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,27 @@ def interpreter_without_tracer() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GridExecutor, "__call__", untraced)
         yield
+
+
+@pytest.fixture
+def shell(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command line, in an empty folder and without a process of its own: exit code, output, errors."""
+    from grpo_fast.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "150")
+
+    def call(line: str, *more: str) -> tuple[int, str, str]:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([*line.split(), *more])
+        out, err = capfd.readouterr()
+        code = ended.value.code
+        return (0 if code is None else int(code)), out, err
+
+    return call
 
 
 @pytest.fixture

@@ -14,32 +14,15 @@ import tomli_w
 from cyclopts import Parameter
 
 from grpo_fast import __version__
-from grpo_fast.cli import app, main
+from grpo_fast.cli import app
 from grpo_fast.config import Config
 from grpo_fast.recipes import recipe, recipe_names
 
-Run = Callable[..., tuple[int, str, str]]
+Shell = Callable[..., tuple[int, str, str]]
 SMALL = (  # with the model named, the recipe's own settings stay out
     "--model embedded --max-steps 2 --prompts-per-step 2 --num-generations 2 --max-completion-length 4 --dataset-size 16 "
     "--eval-size 4 --reward-workers 0"
 )
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs the command line in an empty folder: exit code, output, errors."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "150")
-
-    def call(line: str, *more: str) -> tuple[int, str, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([*line.split(), *more])
-        out, err = capfd.readouterr()
-        code = ended.value.code
-        return (0 if code is None else int(code)), out, err
-
-    return call
 
 
 def settings(*arguments: str) -> Config:
@@ -53,8 +36,8 @@ def in_words(message: str) -> str:
     return " ".join(message.split())
 
 
-def test_help_of_train_shows_every_setting_in_its_group(run: Run) -> None:
-    code, out, err = run("train --help")
+def test_help_of_train_shows_every_setting_in_its_group(shell: Shell) -> None:
+    code, out, err = shell("train --help")
     assert (code, err) == (0, "")
     shown = out.replace("\n", " ")
     for name, field in Config.model_fields.items():
@@ -77,10 +60,10 @@ def test_help_needs_no_torch(command: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False, stdout=subprocess.DEVNULL).returncode == 0
 
 
-def test_commands_and_version(run: Run) -> None:
-    _, out, _ = run("--help")
+def test_commands_and_version(shell: Shell) -> None:
+    _, out, _ = shell("--help")
     assert all(command in out for command in ("train", "plan", "forecast", "law", "report", "doctor"))
-    assert run("--version")[1].strip() == __version__
+    assert shell("--version")[1].strip() == __version__
 
 
 @pytest.mark.parametrize(
@@ -104,8 +87,8 @@ def test_commands_and_version(run: Run) -> None:
         ("report none", "none"),
     ],
 )
-def test_a_mistake_is_one_message_without_a_traceback(line: str, message: str, run: Run) -> None:
-    code, out, err = run(line)
+def test_a_mistake_is_one_message_without_a_traceback(line: str, message: str, shell: Shell) -> None:
+    code, out, err = shell(line)
     assert code == 1
     assert out == ""
     assert message in in_words(err)
@@ -113,15 +96,15 @@ def test_a_mistake_is_one_message_without_a_traceback(line: str, message: str, r
     assert len(err.strip().splitlines()) <= 5
 
 
-def test_a_wrong_key_in_a_file_is_told(run: Run, tmp_path: Path) -> None:
+def test_a_wrong_key_in_a_file_is_told(shell: Shell, tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text("learning_rte = 1e-3\n", encoding="utf-8")
-    code, _, err = run("train --config mine.toml")
+    code, _, err = shell("train --config mine.toml")
     assert code == 1
     assert "unknown configuration key 'learning_rte'; did you mean 'learning_rate'?" in in_words(err)
     (tmp_path / "mine.toml").write_text("learning_rate = \n", encoding="utf-8")
-    assert "mine.toml is not valid TOML" in run("train --config mine.toml")[2]
+    assert "mine.toml is not valid TOML" in shell("train --config mine.toml")[2]
     (tmp_path / "mine.toml").write_text("num_generations = 1\n", encoding="utf-8")
-    assert "num_generations: Input should be greater than or equal to 2 (got 1)" in run("train --config mine.toml")[2]
+    assert "num_generations: Input should be greater than or equal to 2 (got 1)" in shell("train --config mine.toml")[2]
 
 
 def test_where_settings_come_from_and_who_wins(tmp_path: Path) -> None:
@@ -166,7 +149,7 @@ def test_lists_and_switches_on_the_command_line() -> None:
     assert found == recipe("embedded", stop=("a", "b"), shuffle=False, reward_range=(0.0, 1.0), sinks=("tensorboard",))
 
 
-def test_every_recipe_is_a_configuration(run: Run) -> None:
+def test_every_recipe_is_a_configuration(shell: Shell) -> None:
     assert "embedded" in recipe_names()
     for name in recipe_names():
         assert settings("--recipe", name) == recipe(name)
@@ -175,8 +158,10 @@ def test_every_recipe_is_a_configuration(run: Run) -> None:
 PLAN = "plan --recipe embedded --prompts-per-step 4 --num-generations 4 --dataset-size 64 --eval-size 8 --reward-workers 0"
 
 
-def test_a_plan_takes_the_settings_of_train(run: Run, tmp_path: Path) -> None:
-    code, out, err = run(f"{PLAN} --max-steps 40 --start-reward 0.2 --seconds-per-step 90 --price-per-gpu-hour 4 --plot p.png")
+def test_a_plan_takes_the_settings_of_train(shell: Shell, tmp_path: Path) -> None:
+    code, out, err = shell(
+        f"{PLAN} --max-steps 40 --start-reward 0.2 --seconds-per-step 90 --price-per-gpu-hour 4 --plot p.png"
+    )
     assert (code, err) == (0, "")
     words = in_words(out)
     assert "start reward 0.2 (given)" in words
@@ -186,16 +171,16 @@ def test_a_plan_takes_the_settings_of_train(run: Run, tmp_path: Path) -> None:
     assert in_words(out).endswith("wrote p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "mine.toml").write_text("max_steps = 30\n", encoding="utf-8")
-    _, out, _ = run(f"{PLAN} --config mine.toml --json")
+    _, out, _ = shell(f"{PLAN} --config mine.toml --json")
     assert json.loads(out)["budget"]["max_steps"] == 30
     assert json.loads(out)["unknown"] == ["start_reward", "seconds_per_step"]
 
 
-def test_a_plan_without_a_model(run: Run) -> None:
-    code, out, err = run("plan --model-size 7 --prompt-tokens 90 --data-size 7000")
+def test_a_plan_without_a_model(shell: Shell) -> None:
+    code, out, err = shell("plan --model-size 7 --prompt-tokens 90 --data-size 7000")
     assert (code, err) == (0, "")
     assert "a model of 7 B parameters" in out
-    code, out, _ = run("plan --model-size 7 --prompt-tokens 90 --data-size 7000 --json", "--gpu", "H100 80GB HBM3")
+    code, out, _ = shell("plan --model-size 7 --prompt-tokens 90 --data-size 7000 --json", "--gpu", "H100 80GB HBM3")
     found = json.loads(out)
     assert found["known"]["peak_flops"] == 989.4e12
     assert sum(found["outcomes"].values()) == pytest.approx(1)
@@ -216,34 +201,34 @@ def test_a_plan_without_a_model(run: Run) -> None:
         ("law fit none.csv --output mine.json", "none.csv does not exist"),
     ],
 )
-def test_mistakes_in_a_plan_are_told(line: str, message: str, run: Run) -> None:
-    code, out, err = run(line)
+def test_mistakes_in_a_plan_are_told(line: str, message: str, shell: Shell) -> None:
+    code, out, err = shell(line)
     assert (code, out) == (1, "")
     assert message in in_words(err)
     assert "Traceback" not in err
 
 
-def test_a_prior_of_ones_own_is_fitted_and_used(run: Run, tmp_path: Path) -> None:
+def test_a_prior_of_ones_own_is_fitted_and_used(shell: Shell, tmp_path: Path) -> None:
     for seed in range(3):
         x = [step / 60 for step in range(1, 61)]
         rows = [f"{step},{0.1 + 0.8 * min(1.0, at / 0.3) + 0.001 * ((step * 7 + seed) % 5)}" for step, at in enumerate(x, 1)]
         (tmp_path / f"{seed}.csv").write_text("\n".join(["step,reward", *rows]), encoding="utf-8")
-    code, out, err = run("law fit 0.csv 1.csv 2.csv --output mine.json --plot mine.png")
+    code, out, err = shell("law fit 0.csv 1.csv 2.csv --output mine.json --plot mine.png")
     assert (code, err) == (0, "")
     assert all(
         words in in_words(out) for words in ("0.csv alone from 0.1", "by more than 0.6", "20% of a run", "wrote mine.json")
     )
     assert (tmp_path / "mine.png").read_bytes().startswith(b"\x89PNG")
-    code, out, _ = run("law fit 0.csv 1.csv 2.csv --output again.json --json")
+    code, out, _ = shell("law fit 0.csv 1.csv 2.csv --output again.json --json")
     assert json.loads(out)["num_sources"] == 3
     assert (tmp_path / "again.json").read_text() == (tmp_path / "mine.json").read_text()
     ends = []
     for prior in ("", " --prior mine.json"):
-        code, out, err = run(f"forecast 0.csv --max-steps 600 --json{prior}")
+        code, out, err = shell(f"forecast 0.csv --max-steps 600 --json{prior}")
         assert (code, err) == (0, "")
         ends.append(json.loads(out)["forecast"]["median"])
     assert ends[0] != ends[1]
-    planned = [run(f"{PLAN} --json{flag}")[1] for flag in ("", " --forecast-prior mine.json")]
+    planned = [shell(f"{PLAN} --json{flag}")[1] for flag in ("", " --forecast-prior mine.json")]
     assert json.loads(planned[1])["prior"].endswith("mine.json")
     assert json.loads(planned[0])["outcomes"] != json.loads(planned[1])["outcomes"]
 
@@ -269,56 +254,56 @@ def test_training_leaves_a_run_with_its_report(trained: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_moved_goes_on_where_it_is(trained: Path, run: Run) -> None:
+def test_a_run_that_moved_goes_on_where_it_is(trained: Path, shell: Shell) -> None:
     moved = trained / "moved"
     shutil.copytree(trained / "run", moved)
-    code, out, err = run(f"train --resume {moved} --max-steps 3")
+    code, out, err = shell(f"train --resume {moved} --max-steps 3")
     assert (code, out.count("max_steps is reached: 3 of 3 steps")) == (0, 2), err
     assert json.loads((moved / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])["step"] == 3
     assert in_words(out).endswith(f"wrote {moved / 'report.html'}")
-    code, _, err = run(f"train --resume {moved} --seed 5")
+    code, _, err = shell(f"train --resume {moved} --seed 5")
     assert (code, "a resumed run cannot change seed (0 -> 5)" in in_words(err)) == (1, True)
 
 
 @pytest.mark.slow
-def test_a_run_is_not_written_over_by_accident(trained: Path, run: Run) -> None:
-    code, _, err = run(f"train {SMALL} --output-dir {trained / 'run'}")
+def test_a_run_is_not_written_over_by_accident(trained: Path, shell: Shell) -> None:
+    code, _, err = shell(f"train {SMALL} --output-dir {trained / 'run'}")
     assert code == 1
     assert "already holds a run" in in_words(err)
     assert "--overwrite" in err
 
 
 @pytest.mark.slow
-def test_report_of_a_run(trained: Path, run: Run) -> None:
+def test_report_of_a_run(trained: Path, shell: Shell) -> None:
     (trained / "run" / "report.html").unlink(missing_ok=True)
-    code, out, _ = run(f"report {trained / 'run'}")
+    code, out, _ = shell(f"report {trained / 'run'}")
     assert code == 0
     assert (trained / "run" / "report.html").exists()
     assert out.startswith("wrote ")
 
 
-def test_a_failing_reward_is_told_without_a_traceback(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_reward_is_told_without_a_traceback(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken_reward.py").write_text("def score(completions):\n    raise KeyError('[answer]')\n", encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
-    code, _, err = run(f"train {SMALL} --reward-funcs broken_reward:score --output-dir run --no-report")
+    code, _, err = shell(f"train {SMALL} --reward-funcs broken_reward:score --output-dir run --no-report")
     assert code == 1
     assert "error: reward function 'score' raised KeyError: '[answer]'" in in_words(err)
     assert "Traceback" not in err
     assert (tmp_path / "run" / "checkpoint-0").is_dir()
 
 
-def test_doctor_speaks(run: Run) -> None:
-    code, out, _ = run("doctor")
+def test_doctor_speaks(shell: Shell) -> None:
+    code, out, _ = shell("doctor")
     assert code in {0, 1}
     assert "torch" in out
 
 
-def test_a_lora_run_is_exported_as_a_plain_model(run: Run) -> None:
-    assert run(f"train {SMALL} --use-peft --lora-r 4 --lora-target-modules q_proj --output-dir adapted")[0] == 0
-    code, out, _ = run("export adapted --output whole")
+def test_a_lora_run_is_exported_as_a_plain_model(shell: Shell) -> None:
+    assert shell(f"train {SMALL} --use-peft --lora-r 4 --lora-target-modules q_proj --output-dir adapted")[0] == 0
+    code, out, _ = shell("export adapted --output whole")
     assert code == 0
     assert "wrote whole, merged from adapted/checkpoint-2" in out
     assert Path("whole/model.safetensors").is_file()
-    code, _, err = run("export adapted --output whole")
+    code, _, err = shell("export adapted --output whole")
     assert code == 1
     assert "whole is in use; name a new or empty directory" in err

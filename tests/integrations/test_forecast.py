@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,14 @@ from grpo_fast.recipes import recipe
 from grpo_fast.train import GRPOTrainer
 
 COMMAND = str(Path(sys.executable).with_name("grpo-fast"))
+Shell = Callable[..., tuple[int, str, str]]
 
 
-def s_curve(num_steps: int = 150, *, seed: int = 0, scale: float = 1.0) -> np.ndarray:
-    """Rises around step 30 and rests at 0.85."""
+def s_curve(num_steps: int = 75, *, rise: int = 15, scale: float = 1.0) -> np.ndarray:
+    """Rises around the step ``rise`` and rests at 0.85."""
     steps = np.arange(1, num_steps + 1)
-    clean = 0.1 + 0.75 / (1 + np.exp(-(steps - 30) / 7))
-    return scale * np.clip(clean + np.random.default_rng(seed).normal(0, 0.02, num_steps), 0, 1)
+    clean = 0.1 + 0.75 / (1 + np.exp(-(steps - rise) * 30 / (7 * rise)))
+    return scale * np.clip(clean + np.random.default_rng(0).normal(0, 0.02, num_steps), 0, 1)
 
 
 def log_of(rewards: np.ndarray, **values: Any) -> RewardLog:
@@ -46,34 +48,34 @@ def log_of(rewards: np.ndarray, **values: Any) -> RewardLog:
 
 def test_numbers_are_those_of_the_law_online() -> None:
     rewards = s_curve()
-    law, rule = OnlinePredictor(200, reward_range=(0.0, 1.0)), StoppingRule()
+    law, rule = OnlinePredictor(100, reward_range=(0.0, 1.0)), StoppingRule()
     decisions = []
     for step, reward in enumerate(rewards, 1):
-        belief = law.observe(step, step / 200, reward, num_prompts=8, num_generations=4)
+        belief = law.observe(step, step / 100, reward, num_prompts=8, num_generations=4)
         decisions.append((rule.update(belief), belief))
-    found = forecast_log(log_of(rewards), max_steps=200, num_prompts=8, num_generations=4)
+    found = forecast_log(log_of(rewards), max_steps=100, num_prompts=8, num_generations=4)
     assert found.forecast == belief
     decision, then = next(item for item in decisions if item[0].stop)
     assert (found.stop_step, found.stop_reason, found.stop_forecast) == (then.step, decision.reason, then)
-    assert 40 < then.step < 150
+    assert 20 < then.step < 75
     assert belief.low < 0.85 < belief.high
 
 
 def test_what_is_assumed_is_told() -> None:
-    found = forecast_log(log_of(s_curve(60)))
-    assert found.horizon == 60
+    found = forecast_log(log_of(s_curve(20)))
+    assert found.horizon == 20
     assert found.reward_range == (0.0, 1.0)
     assert [note.split(";")[0].split(",")[0] for note in found.notes] == [
         "the log does not tell how many steps were planned",
         "all rewards lie in 0 to 1",
     ]
-    told = forecast_log(log_of(s_curve(60), max_steps=90), reward_range=(-1, 1), epsilon=0.02)
-    assert (told.horizon, told.reward_range, told.epsilon, told.notes) == (90, (-1, 1), 0.02, [])
+    told = forecast_log(log_of(s_curve(20), max_steps=30), reward_range=(-1, 1), epsilon=0.02)
+    assert (told.horizon, told.reward_range, told.epsilon, told.notes) == (30, (-1, 1), 0.02, [])
 
 
 def test_rewards_in_percent() -> None:
-    whole = forecast_log(log_of(s_curve(100), max_steps=150), epsilon=0.01, reward_range=None)
-    percent = forecast_log(log_of(s_curve(100, scale=100.0), max_steps=150))
+    whole = forecast_log(log_of(s_curve(50), max_steps=75), epsilon=0.01, reward_range=None)
+    percent = forecast_log(log_of(s_curve(50, scale=100.0), max_steps=75))
     assert percent.reward_range is None
     assert percent.epsilon == pytest.approx(0.8, abs=0.2)
     assert "epsilon is" in percent.notes[0]
@@ -128,9 +130,9 @@ def test_missing_rewards_and_long_logs() -> None:
 
 
 def test_our_own_spread_is_used_and_others_are_not() -> None:
-    values: dict[str, Any] = {"reward_std": np.full(60, 0.02), "max_steps": 100}
-    plain, ours = (forecast_log(log_of(s_curve(60), source=name, **values)) for name in ("CSV", "grpo_fast run"))
-    without = forecast_log(log_of(s_curve(60), max_steps=100))
+    values: dict[str, Any] = {"reward_std": np.full(30, 0.02), "max_steps": 50}
+    plain, ours = (forecast_log(log_of(s_curve(30), source=name, **values)) for name in ("CSV", "grpo_fast run"))
+    without = forecast_log(log_of(s_curve(30), max_steps=50))
     assert plain.forecast == without.forecast
     assert ours.forecast != without.forecast
 
@@ -144,19 +146,19 @@ def a_prior(path: Path) -> Prior:
 def test_a_run_of_our_own_gets_its_own_numbers(tmp_path: Path) -> None:
     facts = RunFacts(size_b=0.5, start=0.1, start_error=0.02)
     prior = a_prior(tmp_path / "mine.json")
-    law = OnlinePredictor(100, epsilon=0.02, reward_range=(0.0, 1.0), facts=facts, prior=prior)
-    rule = StoppingRule(0.02, confidence=0.7, patience=3, min_steps=20, warmup_steps=10)
+    law = OnlinePredictor(60, epsilon=0.02, reward_range=(0.0, 1.0), facts=facts, prior=prior)
+    rule = StoppingRule(0.02, confidence=0.7, patience=3, min_steps=20, warmup_steps=6)
     rows, beliefs, decisions = [], [], []
-    for step, reward in enumerate(s_curve(80).tolist(), 1):
-        progress = 1 - (1 - step / 100) ** 2
+    for step, reward in enumerate(s_curve(50, rise=8).tolist(), 1):
+        progress = 1 - (1 - step / 60) ** 2
         row = {"step": step, "progress": progress, "learning_rate": 1e-6, "reward": reward, "reward_std": 0.2}
         cost = {"num_tokens": 1000.0 * step, "gpu_seconds": 1800.0 * step, "money": 0.25 * step}
-        rows.append(row | cost | {"frac_reward_all_wrong": 0.9 if step < 75 else 0.0})
+        rows.append(row | cost | {"frac_reward_all_wrong": 0.9 if step < 40 else 0.0})
         spent = Spending(1000.0 * step, 0.5 * step, 0.25 * step)
         beliefs.append(law.observe(step, progress, reward, num_prompts=8, num_generations=4, reward_std=0.2, spent=spent))
         decisions.append(rule.update(beliefs[-1], all_wrong=rows[-1]["frac_reward_all_wrong"]))
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    config = "max_steps = 100\nprompts_per_step = 8\nnum_generations = 4\nreward_range = [0.0, 1.0]\nwarmup_steps = 0.1\n"
+    config = "max_steps = 60\nprompts_per_step = 8\nnum_generations = 4\nreward_range = [0.0, 1.0]\nwarmup_steps = 0.1\n"
     law_settings = "forecast_epsilon = 0.02\nforecast_confidence = 0.7\nforecast_patience = 3\nforecast_min_steps = 20\n"
     origin = f'forecast_prior = "{(tmp_path / "mine.json").as_posix()}"\n'
     (tmp_path / "config.toml").write_text(config + law_settings + origin, encoding="utf-8")
@@ -169,7 +171,7 @@ def test_a_run_of_our_own_gets_its_own_numbers(tmp_path: Path) -> None:
     assert found.notes == []
     assert found.prior_origin == f"{(tmp_path / 'mine.json').as_posix()}; curves 3"
     assert forecast_log(read_log(tmp_path), num_prompts=1).forecast != beliefs[-1], "what is given wins"
-    assert forecast_log(read_log(tmp_path), max_steps=120).horizon == 120
+    assert forecast_log(read_log(tmp_path), max_steps=70).horizon == 70
     shipped = forecast_log(read_log(tmp_path), prior=Prior.default(), facts=RunFacts(lora=True))
     assert shipped.prior_origin is None
     assert shipped.facts == replace(facts, lora=True), "what is not told is taken from the run"
@@ -206,7 +208,7 @@ def test_a_real_run_gets_the_forecasts_that_it_wrote(tmp_path: Path) -> None:
 
 
 def test_a_value_of_reward_stops_a_run_that_costs_too_much() -> None:
-    rewards = s_curve(60)
+    rewards = s_curve(60, rise=30)
     log = log_of(rewards, max_steps=100, source="grpo_fast run", money=5.0 * np.arange(1, 61))
     settings: dict[str, Any] = {"reward_range": (0.0, 1.0), "confidence": 0.999, "patience": 3}
     dear, cheap = (forecast_log(log, reward_value=value, **settings) for value in (0.01, 1e9))
@@ -216,14 +218,14 @@ def test_a_value_of_reward_stops_a_run_that_costs_too_much() -> None:
 
 
 def test_a_trainer_state_tells_its_rise_in_tokens(tmp_path: Path) -> None:
-    history = [{"reward": reward, "num_tokens": 5000.0 * step, "step": step} for step, reward in enumerate(s_curve(120), 1)]
-    (tmp_path / "trainer_state.json").write_text(json.dumps({"max_steps": 160, "log_history": history}), encoding="utf-8")
+    history = [{"reward": reward, "num_tokens": 5000.0 * step, "step": step} for step, reward in enumerate(s_curve(60), 1)]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"max_steps": 80, "log_history": history}), encoding="utf-8")
     found = forecast_log(read_log(tmp_path))
     now = found.forecast
     assert now.x80 is not None
-    assert 30 < now.x80 < 50, "at step 40 it has come to 0.71 of 0.85"
+    assert 15 < now.x80 < 25, "at step 20 it has come to 0.71 of 0.85"
     assert now.x80_spending == Spending(tokens=pytest.approx(5000 * now.x80))
-    assert now.end_spending == Spending(tokens=pytest.approx(5000 * 160))
+    assert now.end_spending == Spending(tokens=pytest.approx(5000 * 80))
     assert f"step {now.x80} (90 % interval" in found.to_words()["80 % of the rise"]
     assert found.to_words()["80 % of the rise"].endswith(f"for {5000 * now.x80} tokens")
 
@@ -306,17 +308,17 @@ def curve(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def command(*arguments: str, columns: int = 80) -> subprocess.CompletedProcess[str]:
-    """The installed command, as a user runs it."""
-    environment = os.environ | {"COLUMNS": str(columns)}
-    return subprocess.run([COMMAND, "forecast", *arguments], capture_output=True, text=True, check=False, env=environment)
-
-
-def test_the_command_prints_a_table(curve: Path) -> None:
-    done = command(str(curve), "--max-steps", "200")
+def test_the_installed_command_prints_a_table(curve: Path) -> None:
+    done = subprocess.run(
+        [COMMAND, "forecast", str(curve), "--max-steps", "100"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"COLUMNS": "80"},
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert max(map(len, done.stdout.splitlines())) <= 80
-    found = forecast_log(read_log(curve), max_steps=200)
+    found = forecast_log(read_log(curve), max_steps=100)
     printed = " ".join(done.stdout.split())
     for name, words in found.to_words().items():
         assert " ".join(f"{name} {words}".split()[:4]) in printed
@@ -324,19 +326,16 @@ def test_the_command_prints_a_table(curve: Path) -> None:
     assert printed.count("note:") == len(found.notes) == 1
 
 
-def test_the_command_prints_json_and_draws(curve: Path, tmp_path: Path) -> None:
-    picture = tmp_path / "forecast.png"
-    done = command(
-        str(curve), "--max-steps", "200", "--json", "--plot", str(picture), "--num-prompts", "8", "--epsilon", "0.02"
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    expected = forecast_log(read_log(curve), max_steps=200, num_prompts=8, epsilon=0.02).to_dict()
+def test_the_command_prints_json_and_draws(curve: Path, shell: Shell, tmp_path: Path) -> None:
+    code, out, err = shell(f"forecast {curve} --max-steps 100 --json --plot forecast.png --num-prompts 8 --epsilon 0.02")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    expected = forecast_log(read_log(curve), max_steps=100, num_prompts=8, epsilon=0.02).to_dict()
     assert found == json.loads(json.dumps(expected))
     assert found["stop"]["would_stop"]
-    assert found["stop"]["saved"] == pytest.approx(1 - found["stop"]["step"] / 200)
+    assert found["stop"]["saved"] == pytest.approx(1 - found["stop"]["step"] / 100)
     assert len(found["forecast"]["band"]["step"]) == 25
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "forecast.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -344,26 +343,25 @@ def test_the_command_prints_json_and_draws(curve: Path, tmp_path: Path) -> None:
     [
         (["none.csv"], "none.csv does not exist"),
         (["{curve}", "--reward-column", "rewards"], "no column 'rewards'; did you mean 'reward'?"),
-        (["{curve}", "--max-steps", "10"], "max_steps=10 lies before the log's last step, 150"),
+        (["{curve}", "--max-steps", "10"], "max_steps=10 lies before the log's last step, 75"),
         (["{curve}", "--max-steps", "0"], "Must be >= 1"),
         (["{curve}", "--num-prompts", "0"], "Must be >= 1"),
         (["{curve}", "--plot", "picture.jpg"], "picture.jpg must end in .png"),
         ([], "requires an argument"),
     ],
 )
-def test_a_mistake_is_one_message(curve: Path, arguments: list[str], message: str) -> None:
-    done = command(*(argument.format(curve=curve) for argument in arguments), columns=200)
-    assert done.returncode == 1
-    assert message in " ".join(done.stderr.split())
-    assert "Traceback" not in done.stderr
+def test_a_mistake_is_one_message(curve: Path, shell: Shell, arguments: list[str], message: str) -> None:
+    code, _, err = shell("forecast", *(argument.format(curve=curve) for argument in arguments))
+    assert code == 1
+    assert message in " ".join(err.split())
+    assert "Traceback" not in err
 
 
-def test_json_has_no_nan(tmp_path: Path) -> None:
-    path = tmp_path / "log.csv"
-    path.write_text("step,reward\n1,0.5\n2,nan\n", encoding="utf-8")
-    done = command(str(path), "--json")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+def test_json_has_no_nan(shell: Shell, tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("step,reward\n1,0.5\n2,nan\n", encoding="utf-8")
+    code, out, err = shell("forecast log.csv --json")
+    assert (code, err) == (0, "")
+    found = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert found["last_reward"] == 0.5
     assert math.isfinite(found["forecast"]["median"])
 
