@@ -40,7 +40,7 @@ test-vllm:
 	@test ! -e $(VLLM)/ready || OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -n 2 --dist loadfile -m vllm --timeout=300 --durations=15 tests/rollout tests/benchmarks/test_rollout.py
 
 test-fast: env-dev native lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not vllm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not vllm"
 
 # The modules that import vLLM are left out: it is not in this environment.
 docs: env-dev

@@ -32,6 +32,7 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_every_case_runs_in_miniature_and_nothing_is_wrong(smoke) -> None:
     code, path = smoke
     content = read(path)
@@ -45,6 +46,7 @@ def test_every_case_runs_in_miniature_and_nothing_is_wrong(smoke) -> None:
     assert {row["package"] for row in content["contenders"]} >= {"trl", "liger-kernel", "quack-kernels"}
 
 
+@pytest.mark.slow
 def test_results_say_where_they_come_from(smoke) -> None:
     content = read(smoke[1])
     assert content["device"]["kind"] == "cpu"
@@ -53,6 +55,7 @@ def test_results_say_where_they_come_from(smoke) -> None:
     assert content["versions"]["torch"] == torch.__version__
 
 
+@pytest.mark.slow
 def test_results_become_a_picture(smoke) -> None:
     picture = draw(smoke[1])
     assert picture.name == "ops.png"
@@ -128,6 +131,7 @@ def test_a_banned_contender_is_listed_with_the_reason(tmp_path) -> None:
     assert not path.with_suffix(".trying").exists()
 
 
+@pytest.mark.slow
 def test_the_whole_command_with_its_worker(tmp_path, monkeypatch, capfd) -> None:
     path = tmp_path / "ops.json"
     monkeypatch.setenv("PYTHONPATH", str(Path(device.__file__).parents[1]))

@@ -45,6 +45,7 @@ def test_what_needs_a_gpu_refuses_a_cpu_in_words() -> None:
     assert reasons["trl chunked_logprob"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # the rivals' own
 @pytest.mark.parametrize("objective", ["token", "sequence", "cross_entropy", "forward"])
 def test_rivals_that_are_installed_are_right(objective) -> None:
@@ -74,6 +75,7 @@ def test_a_module_is_imported_without_its_package(tmp_path, monkeypatch) -> None
         sys.modules.pop(name)
 
 
+@pytest.mark.slow
 def test_the_cases_run_under_pytest_benchmark(tmp_path) -> None:
     pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
     report = tmp_path / "benchmark.json"

@@ -59,6 +59,7 @@ def run_with(monkeypatch, bench: suite.Bench, *contenders: Contender, case: Any 
     return {row["contender"]: row for row in record["rows"]}
 
 
+@pytest.mark.slow
 def test_every_outcome_is_told_and_only_what_is_right_gets_a_time(monkeypatch, bench) -> None:
     bench.tidy = True
     rows = run_with(

@@ -68,19 +68,19 @@ def test_a_collapse_ends_the_run_and_leads_back_to_before(make: Make, tmp_path: 
     assert state["best_model_checkpoint"] == use["checkpoint"]
 
 
-@pytest.mark.parametrize("moment", [20, 32, 34])
-def test_a_collapse_is_the_same_over_a_resume(moment: int, make: Make, resume: Make, tmp_path: Path) -> None:
+def test_a_collapse_is_the_same_over_a_resume(make: Make, resume: Make, tmp_path: Path) -> None:
     whole = make({"reward_funcs": [Failing(31)]}, **FAILING).train()
     straight = trace(tmp_path / "run")
-    run = tmp_path / "again"
-    for result in make({"reward_funcs": [Failing(31)]}, **FAILING, output_dir=run).steps():
-        if result.step == moment:
-            break
-    summary = resume(run, {"reward_funcs": [Failing(31, calls=moment)]}).train()
-    same = ("stopped_by", "reason", "step", "use", "best_reward", "final_reward")
-    assert {key: summary[key] for key in same} == {key: whole[key] for key in same}
-    assert trace(run) == straight
-    assert (run / summary["use"]["checkpoint"]).is_dir()
+    for moment in (20, 32, 34):
+        run = tmp_path / f"left after {moment}"
+        for result in make({"reward_funcs": [Failing(31)]}, **FAILING, output_dir=run).steps():
+            if result.step == moment:
+                break
+        summary = resume(run, {"reward_funcs": [Failing(31, calls=moment)]}).train()
+        same = ("stopped_by", "reason", "step", "use", "best_reward", "final_reward")
+        assert {key: summary[key] for key in same} == {key: whole[key] for key in same}, moment
+        assert trace(run) == straight, moment
+        assert (run / summary["use"]["checkpoint"]).is_dir()
 
 
 def test_a_collapse_that_is_only_told_of_lets_the_run_go_on(make: Make, tmp_path: Path) -> None:
