@@ -18,16 +18,17 @@ import numpy as np
 
 from grpo_fast.integrations.forecast import facts_of, progress_of, reward_bounds
 from grpo_fast.integrations.logs import LogError, RewardLog, read_log
+from grpo_fast.integrations.logs.log_rows import LOGS
 from grpo_fast.law import Prior, RewardCurve, RunFacts
 from grpo_fast.law.beliefs import rise_shares, shape_shares, typical, witnessed_shape
 from grpo_fast.law.fitting import Witness, fit_witnesses, level_errors, witness
 from grpo_fast.law.prior import SHARES
 from grpo_fast.run_dir import SUMMARY_FILE
+from grpo_fast.sinks.jsonl import TRAINER_STATE
 
 _FEWEST = 20
 _WHOLE = 0.8
 _FEWEST_SOURCES = 3
-_METRICS, _STATE = "metrics.jsonl", "trainer_state.json"
 _CUT_SHORT = {"interrupt": "it was interrupted", "user": "it was stopped by hand", "collapse": "it collapsed"}
 
 
@@ -199,8 +200,8 @@ def _expanded(paths: Sequence[str | Path]) -> list[tuple[str, Path]]:
     for given in map(Path, paths):
         if not given.exists():
             raise LogError(f"{given} does not exist; give runs, logs, or directories of them")
-        whole = not given.is_dir() or any((given / name).is_file() for name in (_METRICS, _STATE)) or _has_files(given)
-        inner = [] if whole else sorted({file.parent for name in (_METRICS, _STATE) for file in given.glob(f"**/{name}")})
+        whole = not given.is_dir() or any((given / name).is_file() for name in LOGS) or _has_files(given)
+        inner = [] if whole else sorted({file.parent for name in LOGS for file in given.glob(f"**/{name}")})
         inner = [path for path in inner if not path.name.startswith("checkpoint-")]
         tables = [] if whole or inner else sorted(given.glob("*.csv"))
         found += [(str(given), path) for path in inner or tables or [given]]
@@ -208,7 +209,7 @@ def _expanded(paths: Sequence[str | Path]) -> list[tuple[str, Path]]:
 
 
 def _has_files(directory: Path) -> bool:
-    return any(directory.glob("*.tfevents.*")) or any(directory.glob("checkpoint-*/trainer_state.json"))
+    return any(directory.glob("*.tfevents.*")) or any(directory.glob(f"checkpoint-*/{TRAINER_STATE}"))
 
 
 def _read(path: Path, *, source: str, facts: RunFacts) -> PooledRun:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-import torch
 from transformers import PreTrainedModel
 
 from grpo_fast.config import ConfigError
@@ -26,18 +25,15 @@ KERNELS = {
 """Which of Liger's replacements are made, where a model has their place."""
 
 
-def require_liger(model_type: str, device: torch.device) -> None:
+def require_liger(model_type: str) -> None:
     """Checks that Liger can work on a model.
 
     Args:
         model_type: of its configuration, such as ``llama``.
-        device: where it will be.
 
     Raises:
-        ConfigError: there is no GPU, Liger is not installed, or does not know the model.
+        ConfigError: Liger is not installed, or does not know the model.
     """
-    if device.type == "cpu":
-        raise ConfigError("use_liger_kernel=True on a CPU: Liger's kernels are for GPUs; leave it out")
     if find_spec("liger_kernel") is None:
         raise ConfigError("use_liger_kernel needs liger-kernel; `pip install 'grpo-fast[liger]'`")
     from liger_kernel.transformers.monkey_patch import (  # noqa: PLC0415 (an optional package)

@@ -26,13 +26,18 @@ from grpo_fast.train.policy import Policy
 from grpo_fast.train.quantised import keep_as_loaded, loading_arguments, refuse_ragged_blocks, require_bitsandbytes
 
 _DEFAULT_CONTEXT = 4096
+_NOT_ON_A_CPU = (
+    ("gradient_checkpointing_mode", "offload", ", whose activations are in the host's memory already; use 'full'"),
+    ("use_liger_kernel", True, ": Liger's kernels are for GPUs; leave it out"),
+)
+"""Fields, the values of them that only a GPU can take, and why, with what to do."""
 
 
 class PolicySource:
     """Where a policy comes from: tokeniser and sizes at once, weights when they are asked for.
 
     Raises:
-        ConfigError: the model cannot be found, or no device of the wanted kind is there.
+        ConfigError: the model cannot be found, no device of the wanted kind is there, or a setting cannot work with them.
     """
 
     def __init__(self, config: Config) -> None:
@@ -60,22 +65,26 @@ class PolicySource:
             )
         self.max_prompt_length = min(room, config.max_prompt_length or room)
         """Longest prompt that leaves room for a completion."""
+        self._refuse_what_cannot_work()
+
+    def _refuse_what_cannot_work(self) -> None:
+        """Names settings that this device, what is installed, or the model's kind and sizes rule out."""
+        config, device = self._config, self._device
+        for field, value, reason in _NOT_ON_A_CPU if device.type == "cpu" else ():
+            if getattr(config, field) == value:
+                raise ConfigError(f"{field}={value!r} on a CPU{reason}")
         if config.weights_dtype == "bfloat16" and not self._computes_in_bfloat16:
             raise ConfigError("weights_dtype='bfloat16' on a CPU, where dtype='auto' is float32; set dtype='bfloat16' too")
-        if config.gradient_checkpointing_mode == "offload" and self._device.type == "cpu":
-            raise ConfigError(
-                "gradient_checkpointing_mode='offload' on a CPU, whose activations are in the host's memory already; use 'full'"
-            )
         if config.use_liger_kernel:
-            require_liger(self.model_config.model_type, self._device)
+            require_liger(self.model_config.model_type)
         if config.torch_compile:
-            require_compiler(self._device)
+            require_compiler(device)
         if config.load_in_4bit:
             require_bitsandbytes("load_in_4bit")
         if config.use_peft:
             outline = self.outline()
             if config.load_in_4bit:
-                refuse_ragged_blocks(outline, self._device)
+                refuse_ragged_blocks(outline, device)
 
     @property
     def _computes_in_bfloat16(self) -> bool:

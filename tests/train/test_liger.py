@@ -39,14 +39,14 @@ def test_on_a_cpu_it_is_refused_before_anything_is_read(tiny_config: Callable[..
 @pytest.mark.skipif(INSTALLED, reason="liger-kernel is installed")
 def test_where_it_is_missing_it_is_named() -> None:
     with pytest.raises(ConfigError, match=r"use_liger_kernel needs liger-kernel; `pip install 'grpo-fast\[liger\]'`"):
-        require_liger("llama", torch.device("cuda"))
+        require_liger("llama")
 
 
 @needs_liger
 def test_a_model_that_liger_does_not_know_is_refused() -> None:
-    require_liger("llama", torch.device("cuda"))
+    require_liger("llama")
     with pytest.raises(ConfigError, match="Liger does not know models of type 'gpt2'"):
-        require_liger("gpt2", torch.device("cuda"))
+        require_liger("gpt2")
 
 
 @needs_liger

@@ -17,10 +17,10 @@ from grpo_fast.integrations.logs.json_rows import read_json, read_json_lines
 from grpo_fast.integrations.logs.raw_log import LogError, Names, RawLog, RunSettings, counted
 from grpo_fast.integrations.logs.text_tables import is_header_alone, read_table
 from grpo_fast.run_dir import CONFIG_FILE
+from grpo_fast.sinks.jsonl import FACTS, METRICS, TRAINER_STATE
 
-_STATE = "trainer_state.json"
-_METRICS = "metrics.jsonl"
-_FACTS = "facts.json"
+LOGS = (METRICS, TRAINER_STATE)
+"""Files that make a directory a run, the better one first."""
 _CHECKPOINTS = "checkpoint-*"
 _HISTORY = "wandb-history.jsonl"
 _OUTPUT = "output.log"
@@ -66,7 +66,7 @@ def read_rows(path: Path, names: Names) -> RawLog:
     if found is None:
         raise LogError(_unknown(path, text))
     found.notes[:0] = notes
-    if path.name == _METRICS and (path.parent / CONFIG_FILE).is_file():
+    if path.name == METRICS and (path.parent / CONFIG_FILE).is_file():
         planned, settings = _configured(path.parent / CONFIG_FILE, found.notes)
         return replace(found, source=OWN_RUN, max_steps=planned, reward_column="reward", settings=settings)
     return found
@@ -106,20 +106,20 @@ def _unknown(path: Path, text: str) -> str:
 
 
 def _directory(path: Path, names: Names) -> RawLog:
-    for name in (_METRICS, _STATE):
+    for name in LOGS:
         if (path / name).is_file():
             return read_rows(path / name, names)
     if has_events(path):
         return _events(path, names)
-    states = [place for place in path.glob(f"{_CHECKPOINTS}/{_STATE}") if place.parent.name.split("-")[-1].isdigit()]
+    states = [place for place in path.glob(f"{_CHECKPOINTS}/{TRAINER_STATE}") if place.parent.name.split("-")[-1].isdigit()]
     if states:
         return read_rows(max(states, key=lambda place: int(place.parent.name.split("-")[-1])), names)
     for name in (_HISTORY, _OUTPUT):
         if (path / name).is_file():
             return read_rows(path / name, names)
-    inner = sorted({str(found.parent) for name in (_METRICS, _STATE, _HISTORY, "*.tfevents.*") for found in path.rglob(name)})
+    inner = sorted({str(found.parent) for name in (*LOGS, _HISTORY, "*.tfevents.*") for found in path.rglob(name)})
     if not inner:
-        raise LogError(f"{path} holds no log: no {_METRICS}, no {_STATE}, no TensorBoard events; name the file itself")
+        raise LogError(f"{path} holds no log: no {METRICS}, no {TRAINER_STATE}, no TensorBoard events; name the file itself")
     if len(inner) == 1:
         return read_rows(Path(inner[0]), names)
     raise LogError(f"{path} holds {len(inner)} runs; name one of them: {', '.join(inner[:8])}{', ...' if inner[8:] else ''}")
@@ -145,7 +145,7 @@ def _configured(path: Path, notes: list[str]) -> tuple[int | None, RunSettings]:
     values = {name: config[key] for name, key in _SETTINGS.items() if key in config}
     if "reward_range" in values:
         values["reward_range"] = tuple(values["reward_range"])
-    facts = _facts(path.parent / _FACTS, notes)
+    facts = _facts(path.parent / FACTS, notes)
     return config.get("max_steps"), RunSettings(warmup_steps=_warmup(config), facts=facts, **values)
 
 
