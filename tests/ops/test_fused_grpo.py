@@ -31,6 +31,18 @@ SPECS = {
 
 CPU = torch.device("cpu")
 both = pytest.mark.parametrize("impl", ["torch", "triton"])
+FEW = ("two-sided kl", "gspo kl entropy")
+"""Objectives for kernels, which know none of them; through the interpreter all would take too long for every day."""
+
+
+def marked(*values: Any, slow: bool) -> Any:
+    return pytest.param(*values, marks=[pytest.mark.slow] * slow)
+
+
+each_by_both = pytest.mark.parametrize(
+    ("name", "impl"),
+    [marked(name, impl, slow=impl == "triton" and name not in FEW) for impl in ("torch", "triton") for name in SPECS],
+)
 
 
 def case(
@@ -101,10 +113,9 @@ def test_one_pass_equals_the_two_ops(name: str, options: str, on_policy: bool, c
 
 TYPES = [("torch", torch.float32), ("torch", torch.bfloat16), ("triton", torch.float32), ("triton", torch.float16)]
 BUDGETED = [
-    (name, impl, dtype)
+    marked(name, impl, dtype, slow=impl == "triton" and (name, dtype) != (FEW[0], torch.float32))
     for impl, dtype in TYPES
-    for name in SPECS
-    if impl == "torch" or name in ("two-sided kl", "gspo kl entropy")  # the kernels know no objective
+    for name in (SPECS if impl == "torch" else FEW)
 ]
 
 
@@ -175,8 +186,7 @@ def test_backward_twice_gives_the_same_again() -> None:
         torch.testing.assert_close(two, -2 * one)
 
 
-@both
-@pytest.mark.parametrize("name", SPECS)
+@each_by_both
 def test_logprobs_serve_as_the_old_ones_of_the_next_iteration(name: str, impl: str, device: torch.device) -> None:
     hidden, head, targets, batch = case(dtype=torch.float32, device=device, chunk_bytes=8 * V * 4)
     first = fused_grpo(hidden, head, targets=targets, batch=batch._replace(old_logprobs=None), spec=SPECS[name], impl=impl)
@@ -189,9 +199,8 @@ def test_logprobs_serve_as_the_old_ones_of_the_next_iteration(name: str, impl: s
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-@both
+@each_by_both
 @pytest.mark.parametrize("chunk_rows", [8, 1000])
-@pytest.mark.parametrize("name", SPECS)
 def test_logprobs_are_bitwise_those_of_token_logprob(name: str, chunk_rows: int, impl: str, device: torch.device) -> None:
     hidden, head, targets, batch = case(dtype=torch.float32, device=device, chunk_bytes=chunk_rows * V * 4)
     found = fused_grpo(hidden, head, targets=targets, batch=batch, spec=SPECS[name], impl=impl)
@@ -214,8 +223,7 @@ def test_many_logits_in_one_block_equal_the_two_ops() -> None:
         torch.testing.assert_close(value, wanted, rtol=1e-10, atol=1e-12)
 
 
-@both
-@pytest.mark.parametrize("name", SPECS)
+@each_by_both
 def test_no_rows_give_a_differentiable_zero(name: str, impl: str, device: torch.device) -> None:
     hidden, head, targets, batch = case(dtype=torch.float32, device=device)
     result = fused_grpo(hidden[:0], head, targets=targets[:0], batch=batch.tokens(0, 0), spec=SPECS[name], impl=impl)
@@ -228,8 +236,7 @@ def test_no_rows_give_a_differentiable_zero(name: str, impl: str, device: torch.
     assert result.metrics.num_tokens == 0
 
 
-@both
-@pytest.mark.parametrize("name", SPECS)
+@each_by_both
 def test_rows_without_weight_give_zero_gradients(name: str, impl: str, device: torch.device) -> None:
     hidden, head, targets, batch = case(dtype=torch.float32, device=device, chunk_bytes=8 * V * 4)
     dead = batch._replace(advantages=batch.advantages * 0, loss_weights=batch.loss_weights * 0)
@@ -240,9 +247,8 @@ def test_rows_without_weight_give_zero_gradients(name: str, impl: str, device: t
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
-@both
+@each_by_both
 @pytest.mark.parametrize("chunk_rows", [8, 1000])
-@pytest.mark.parametrize("name", SPECS)
 def test_a_nan_row_is_seen_in_the_loss(name: str, chunk_rows: int, impl: str, device: torch.device) -> None:
     hidden, head, targets, batch = case(dtype=torch.float32, device=device, chunk_bytes=chunk_rows * V * 4)
     row = LENGTHS[0] + LENGTHS[1]
@@ -301,16 +307,32 @@ def operator_arguments(name: str, impl: str, device: torch.device, wanted: list[
     return *leaves, targets, *head_options(head), tensors, batch.num_items_in_batch, *loss, wanted, impl
 
 
-@both
-@pytest.mark.parametrize("wanted", [[True, True, True], [True, False, False], [False, False, False]], ids=str)
-@pytest.mark.parametrize("name", ["clip", "gspo kl entropy"])
+ALL = [True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted", "impl"),
+    [
+        marked(name, wanted, impl, slow=impl == "triton" and (name, wanted) != (FEW[1], ALL))
+        for name in ("clip", FEW[1])
+        for wanted in (ALL, [True, False, False], [False, False, False])
+        for impl in ("torch", "triton")
+    ],
+    ids=str,
+)
 def test_the_operator_is_well_registered(name: str, wanted: list[bool], impl: str, device: torch.device) -> None:
     torch.library.opcheck(_fused_grpo_fwd, operator_arguments(name, impl, device, wanted))
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch's own tracing
-@pytest.mark.parametrize("impl", ["torch", "triton", "auto"])
-@pytest.mark.parametrize("name", ["clip", "gspo kl entropy"])
+@pytest.mark.parametrize(
+    ("name", "impl"),
+    [
+        marked(name, impl, slow=(name, impl) == ("clip", "triton"))
+        for name in ("clip", FEW[1])
+        for impl in ("torch", "triton", "auto")
+    ],
+)
 def test_it_compiles_without_a_graph_break(name: str, impl: str, device: torch.device) -> None:
     hidden, head, targets, batch = case(dtype=torch.float32, device=device, chunk_bytes=8 * V * 4)
 
@@ -329,7 +351,7 @@ def test_it_compiles_without_a_graph_break(name: str, impl: str, device: torch.d
         torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", [marked(name, slow=name not in FEW) for name in SPECS])
 def test_a_frozen_head_gives_the_same_hidden_gradient(name: str, device: torch.device) -> None:
     hidden, head, targets, batch = case(dtype=torch.float32, device=device, chunk_bytes=8 * V * 4)
     given = {"targets": targets, "batch": batch, "spec": SPECS[name], "impl": "triton"}
@@ -339,17 +361,16 @@ def test_a_frozen_head_gives_the_same_hidden_gradient(name: str, device: torch.d
     assert torch.equal(alone, whole)
 
 
-@both
-def test_a_masked_batch_gives_zeros_whatever_it_holds(impl: str, device: torch.device) -> None:
+@each_by_both
+def test_a_masked_batch_gives_zeros_whatever_it_holds(name: str, impl: str, device: torch.device) -> None:
     hidden, head, targets, batch = case(dtype=torch.float32, device=device, chunk_bytes=8 * V * 4)
     with torch.no_grad():
         hidden[3] = math.nan
     masked = batch._replace(token_mask=torch.zeros(T, dtype=torch.bool, device=device))
-    for spec in SPECS.values():
-        result = fused_grpo(hidden, head, targets=targets, batch=masked, spec=spec, impl=impl)
-        loss, _, _, *gradients = outcome(result, hidden, head)
-        assert loss == 0
-        assert all((gradient == 0).all() for gradient in gradients)
+    result = fused_grpo(hidden, head, targets=targets, batch=masked, spec=SPECS[name], impl=impl)
+    loss, _, _, *gradients = outcome(result, hidden, head)
+    assert loss == 0
+    assert all((gradient == 0).all() for gradient in gradients)
 
 
 @pytest.mark.gpu

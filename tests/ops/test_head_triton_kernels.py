@@ -24,8 +24,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 CASES = [
     *(((5, 24, 131), name) for name in OPTIONS),
-    *(((9, 16, 2100), name) for name in OPTIONS),
-    *((size, "plain") for size in ((1, 8, 17), (11, 33, 2048), (4, 8, 4200))),
+    *(pytest.param((9, 16, 2100), name, marks=[pytest.mark.slow] * (name != "softcap")) for name in OPTIONS),
+    *(pytest.param(size, "plain", marks=pytest.mark.slow) for size in ((1, 8, 17), (11, 33, 2048))),
+    ((4, 8, 4200), "plain"),
 ]
 """Under one tile of columns, whole tiles, and tiles with some columns more."""
 
@@ -134,6 +135,7 @@ def test_errors_of_tier_2_keep_to_the_same_budget(
     assert_within_budget(draws, entropy=entropy, choice=TIER_2)
 
 
+@pytest.mark.slow
 def test_a_large_odd_vocabulary(device: torch.device) -> None:
     assert_within_budget([case(device, (4, 6, 151_936 + 3))], entropy=True)
 

@@ -250,9 +250,13 @@ def arguments(impl: str, device: torch.device, *, want_entropy: bool = True, bia
     return hidden, head.weight, head.bias, targets, *head_options(head), want_entropy, impl
 
 
-@both
-@pytest.mark.parametrize("want_entropy", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("impl", "want_entropy", "bias"),
+    [("torch", want_entropy, bias) for want_entropy in (False, True) for bias in (False, True)]
+    # traced through the interpreter one after another: all but one are not for every day
+    + [pytest.param("triton", *flags, marks=pytest.mark.slow) for flags in ((False, False), (False, True), (True, False))]
+    + [("triton", True, True)],
+)
 def test_the_operators_are_well_registered(impl: str, want_entropy: bool, bias: bool, device: torch.device) -> None:
     given = arguments(impl, device, want_entropy=want_entropy, bias=bias)
     torch.library.opcheck(_token_logprob_fwd, given)
