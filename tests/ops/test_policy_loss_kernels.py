@@ -14,6 +14,7 @@ from grpo_fast.ops.loss_spec import LossBatch, LossSpec, PolicyCoefficients, Pol
 from grpo_fast.ops.policy_loss import policy_coefficients
 from tests.ops.loss_cases import EXTRAS, SPECS, case, extended
 
+EVERYTHING = "weighted and masked"
 LENGTHS = (700, 1, 0, 1024, 37, 300, 0, 2)
 """2,064 tokens: two whole tiles and a third of one sixteen; sequences under, at and over one tile."""
 
@@ -48,7 +49,9 @@ def exactly(batch: LossBatch) -> LossBatch:
     return LossBatch(*raised)
 
 
-@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize(
+    "extra", [pytest.param(extra, marks=[pytest.mark.slow] * (extra not in ("plain", EVERYTHING))) for extra in EXTRAS]
+)
 @pytest.mark.parametrize("name", SPECS)
 def test_errors_keep_to_the_budget(name: str, extra: str, device: torch.device) -> None:
     spec = SPECS[name]

@@ -103,6 +103,7 @@ def test_corpus_labels_are_the_solutions_and_nothing_held_out_is_in_it():
     assert 0.35 < right / 400 < 0.55
 
 
+@pytest.mark.slow
 def test_pretraining_lowers_the_loss_and_repeats_exactly():
     config = PretrainConfig(textbook_steps=30, web_steps=2, batch_size=16, warmup_steps=5)
     state = torch.random.get_rng_state()
