@@ -105,7 +105,7 @@ def planned_gib(case: StepCase, directory: Path) -> float:
     room, kind = device_room(config, None)
     inputs = MemoryInputs(room, kind, prompt_tokens=case.prompt_tokens, num_devices=1)
     plan = MemoryPlanner(AutoConfig.from_pretrained(directory), config, inputs).plan()
-    fullest = max(sum(phase.values()) for name, phase in plan.phases.items() if case.samples or name == "training")
+    fullest = max(sum(phase.values()) for name, phase in plan.phases.items() if case.samples or name != "sampling")
     libraries = plan.lasting["process and libraries"]  # torch does not count them as allocated
     return (sum(plan.lasting.values()) - libraries + fullest) / 2**30
 

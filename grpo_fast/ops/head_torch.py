@@ -20,7 +20,7 @@ from grpo_fast.ops.head_pass import Block, RowGradient, RowStatistics, row_scale
 from grpo_fast.ops.lm_head import LMHead, pad_rows, padded, rows_per_chunk, working_dtype
 from grpo_fast.ops.products import add_outer, linear_into, mm
 
-_CACHE_BYTES = 2**22
+CACHE_BYTES = 2**22
 """Blocks of a quarter of it are no faster, and threads wait for each other four times as often."""
 _LIVE_SHARE = 0.85
 """Share of live rows from which it no longer pays to copy them together before the gradient's products."""
@@ -56,7 +56,7 @@ class TorchHeadPass:
             self._bias = head.bias.detach().to(work).clamp(min=torch.finfo(work).min / 1e6)
         rows = min(self.max_rows, padded(hidden.shape[0]))
         self._exp = torch.empty(rows, head.weight.shape[0], dtype=work, device=hidden.device)
-        self._cache_rows = max(2, _CACHE_BYTES // max(1, self._exp[:1].nbytes) // 2 * 2)
+        self._cache_rows = max(2, CACHE_BYTES // max(1, self._exp[:1].nbytes) // 2 * 2)
         self._scratch = [torch.empty_like(self._exp[: self._cache_rows])]
         if head.softcap is not None:
             self._scratch.append(torch.empty_like(self._scratch[0]))

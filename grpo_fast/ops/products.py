@@ -175,6 +175,16 @@ def mm(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return _onednn(rows, weight.t()) if _goes_to_onednn(rows, weight, _ANY) else torch.mm(rows, weight)
 
 
+def rows_at_once(rows: int, work: int) -> int:
+    """How many rows of a head, or of its gradient, are multiplied at a time on this machine's CPU; 0 for all without a copy.
+
+    Args:
+        rows: V.
+        work: multiplications that decide: one row's, or for a gradient those of all.
+    """
+    return min(rows, _SLICE) if USES_ONEDNN and work >= _LEAST_WORK else 0
+
+
 def linear_into(rows: torch.Tensor, weight: torch.Tensor, *, out: torch.Tensor) -> None:
     """Writes ``rows`` [M, K] times the transpose of ``weight`` [N, K] into ``out`` [M, N]."""
     if not _goes_to_onednn(rows, weight, _ANY):

@@ -275,7 +275,13 @@ def _memory(config: Config, inputs: PlanInputs, known: PlanFacts) -> tuple[Memor
     if inputs.model_size is not None:
         return None, []
     room, kind = device_room(config, inputs.gpu)
-    place = MemoryInputs(room, kind, prompt_tokens=known.work.prompt_tokens, num_devices=inputs.num_devices)
+    place = MemoryInputs(
+        room,
+        kind,
+        prompt_tokens=known.work.prompt_tokens,
+        num_devices=inputs.num_devices,
+        completion_tokens=known.sampled_lengths,
+    )
     planner = MemoryPlanner(PolicySource(config).model_config, config, place)
     plan = planner.plan()
     return plan, [] if plan.fits else planner.changes()

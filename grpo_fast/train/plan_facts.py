@@ -109,6 +109,7 @@ class PlanFacts:
         sources: how each fact is known, by name: "read", "measured", "given", "assumed" or "unknown".
         notes: what was assumed, in sentences.
         held_out: held-out reward of the untrained policy, where it was measured.
+        sampled_lengths: tokens of the completions of a probe's step, group after group.
     """
 
     facts: RunFacts
@@ -123,6 +124,7 @@ class PlanFacts:
     sources: Mapping[str, str]
     notes: list[str] = field(default_factory=list)
     held_out: float | None = None
+    sampled_lengths: tuple[int, ...] = ()
 
 
 def gather(config: Config, inputs: PlanInputs) -> PlanFacts:
@@ -272,6 +274,7 @@ def _measured(config: Config, inputs: PlanInputs, parts: Parts) -> PlanFacts:
     collector = Collector(config, engine=parts.engine, stream=parts.stream, rewards=parts.rewards)
     num_trained = num_sampled = num_tokens = 0
     seconds = 0.0
+    sampled: list[int] = []
     for step in (1, 2):
         timer.lap()
         collected = collector.collect(step, timer)
@@ -279,8 +282,9 @@ def _measured(config: Config, inputs: PlanInputs, parts: Parts) -> PlanFacts:
         parts.engine.sync_weights(parts.policy.model, step)
         seconds = sum(timer.lap().values())
         num_trained += len(update.trained)
-        num_sampled += sum(len(group.completions) for group in collected.groups)
-        num_tokens += sum(len(one.token_ids) for group in collected.groups for one in group.completions)
+        sampled = [len(one.token_ids) for group in collected.groups for one in group.completions]
+        num_sampled += len(sampled)
+        num_tokens += sum(sampled)
     prompt_tokens = sum(len(prompt.token_ids) for prompt in parts.prompts) / len(parts.prompts)
     length = max(1.0, num_tokens / num_sampled)
     work = _work(config, parts.meter.shape, prompt_tokens)
@@ -288,7 +292,10 @@ def _measured(config: Config, inputs: PlanInputs, parts: Parts) -> PlanFacts:
         f"{baseline.num_prompts} prompts were asked once each; then two steps were done at a learning rate of 0, and the "
         f"second took {seconds:.3g} s" + (f", with {evaluation_s:.2g} s a step for evaluations" if evaluation_s else "")
     )
-    lengths = f"lengths are those of the untrained policy ({length:.1f} tokens); training may change them ({_DRIFT:g} times)"
+    lengths = (
+        f"lengths are those of the untrained policy ({length:.1f} tokens in the mean), and memory is foretold for them; "
+        f"training may change them ({_DRIFT:g} times)"
+    )
     notes = [timed_steps, lengths]
     if math.isnan(baseline.reward):
         notes.append("no answer of the probe has a reward: where the run starts stays unknown")
@@ -326,6 +333,7 @@ def _measured(config: Config, inputs: PlanInputs, parts: Parts) -> PlanFacts:
         },
         notes=notes,
         held_out=None if math.isnan(held_out) else held_out,
+        sampled_lengths=tuple(sampled),
     )
 
 

@@ -1,9 +1,10 @@
 """Will it fit? Peak memory of a run by part, before anything is loaded, and what to change where it does not.
 
-Weights, gradients and moments are counted from the model's outline, activations by
-:func:`~grpo_fast.train.activations.activation_bytes`, keys and values from the lengths that may occur. Not counted is what an
-allocator loses between blocks: a few percent, more where lengths vary much; nor what servers hold, but for copies that the
-transport ``sparse`` has them keep on this machine.
+Weights, gradients and moments are counted from the model's outline, what the passes of the largest micro-batch hold by
+:func:`~grpo_fast.train.activations.pass_bytes`, keys and values from the lengths that may occur. Phases of a step follow one
+another: the fullest is the peak. Not counted is what an allocator loses between blocks: a few percent, more where lengths vary
+much; what Liger's kernels and ``torch_compile`` save; nor what servers hold, but for copies that the transport ``sparse`` has
+them keep on this machine.
 """
 
 from __future__ import annotations
@@ -15,23 +16,29 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from grpo_fast.compute.memory import MemoryPlan, cached_values
+from grpo_fast.compute.memory import MemoryPlan
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.device import device_facts, gpu_spec
-from grpo_fast.ops.kept_logprob import kept_chunk_bytes
-from grpo_fast.ops.lm_head import chunk_bytes_of
 from grpo_fast.rollout.transformers_engine import MAX_BATCH_TOKENS
 from grpo_fast.rollout.vllm_engine import cpu_cache_bytes
 from grpo_fast.sinks.quantities import binary
-from grpo_fast.train.activations import ActivationBytes, activation_bytes
+from grpo_fast.train.activations import DryPass, HeadBytes, HeldBytes, PassBytes, pass_bytes
+from grpo_fast.train.plan_pass import StepLengths, largest_pass
+from grpo_fast.train.plan_sizes import (
+    DeviceMemory,
+    ModelSizes,
+    head_bytes,
+    moments,
+    sparse_copies,
+    update_bytes,
+    weight_bytes,
+)
 from grpo_fast.train.policy_source import computes_in_bfloat16, outline_of, pick_device
 from grpo_fast.train.streaming import streams_weights
 
 _CONTEXT_BYTES = {"cuda": 700 * 2**20, "cpu": 450 * 2**20}
 """What the process holds before the model: CUDA's context and libraries' workspaces; Python with its modules."""
-_NF4_BYTES, _NESTED_NF4_BYTES = 0.5 + 4 / 64, 0.5 + 1 / 64 + 4 / (64 * 256)
 _NUM_CHANGES = 3
-_COUNTED_TOKENS = (128, 256)
 _FEWEST_TOKENS = 1024
 _LEAST_SHARE = 0.2
 
@@ -64,13 +71,16 @@ class MemoryInputs:
         room_bytes: memory of the device.
         kind: "cuda" or "cpu".
         prompt_tokens: length of a prompt; the mean, or better the longest.
-        num_devices: processes that share what ``fsdp`` divides.
+        num_devices: processes that share a step's sequences, and what ``fsdp`` divides.
+        completion_tokens: lengths of completions as they were sampled, group after group; without any, all are as long as
+            may be.
     """
 
     room_bytes: int
     kind: str
     prompt_tokens: float
     num_devices: int = 1
+    completion_tokens: tuple[int, ...] = ()
 
 
 class MemoryPlanner:
@@ -86,7 +96,8 @@ class MemoryPlanner:
         self._model_config = model_config
         self._config = config
         self._inputs = inputs
-        self._counts: dict[tuple[Any, ...], list[ActivationBytes]] = {}
+        self._outlines: dict[tuple[Any, ...], PreTrainedModel] = {}
+        self._passes: dict[tuple[Any, ...], PassBytes] = {}
 
     def plan(self, config: Config | None = None) -> MemoryPlan:
         """The memory of the run, or of a changed one.
@@ -95,39 +106,82 @@ class MemoryPlanner:
             ConfigError: the adapters do not fit the model.
         """
         config = config or self._config
-        dtype, outline = self._dtype(config), outline_of(self._model_config, config)
-        sizes = _Sizes.of(outline, config, dtype=dtype)
+        dtype, outline = self._dtype(config), self._outline(config)
+        sizes = ModelSizes.of(outline, config, dtype=dtype)
         lasting, host = self._lasting(config, sizes)
         sampling = self._sampling(config, sizes, dtype)
-        on_host = lasting if self._inputs.kind == "cpu" else host
-        on_host |= _sparse_copies(config, sizes.base(config) * dtype.itemsize)
+        host |= sparse_copies(config, sizes.base(config) * dtype.itemsize)
+        if self._inputs.kind == "cpu":  # the host is the device
+            lasting, host = lasting | host, {}
         if config.vllm_enable_sleep_mode:
             if config.rollout == "vllm" and config.use_peft:
                 host["vLLM's weights"] = sizes.total * dtype.itemsize
         elif config.rollout == "vllm" or config.max_staleness:  # the engine stays awake, or samples while training goes on
             lasting |= sampling
             sampling = {}
-        on_device, waiting = self._activation_bytes(outline, config, dtype)
+        training, waiting = self._training(outline, config, sizes)
         if waiting:
             host["activations"] = waiting
-        head_parts = self._num_parts(config) if config.fsdp_parallel_head else 1
-        training = {
-            "gradients": self._gradients(config, sizes),
-            "activations": on_device,
-            "head and loss": sizes.head_bytes(
-                head_parts * self._tokens(config), self._chunk_bytes(config, sizes), parts=head_parts
-            ),
-        }
+        if self._num_parts(config) > 1 and not streams_weights(config):
+            lasting["whole weights to sample from"] = sizes.whole_bytes(config)
+        return MemoryPlan(lasting, {"sampling": sampling, **training}, self._inputs.room_bytes, host)
+
+    def _training(self, outline: PreTrainedModel, config: Config, sizes: ModelSizes) -> tuple[dict[str, dict[str, int]], int]:
+        """Bytes by part of each phase of an update, and what waits in the host's memory."""
+        work = largest_pass(outline, config, self._lengths(config), dtype=self._dtype(config), kind=self._inputs.kind)
+        found = self._pass(outline, config, work, self._head(config, sizes, work))
+        gradients = self._gradients(config, sizes)
+
+        def of_pass(held: HeldBytes) -> dict[str, int]:
+            return {
+                "gradients": gradients if work.accumulates else held.gradients // self._num_parts(config),
+                "activations": held.activations,
+                "head and loss": held.head,
+                **self._on_the_way(config, sizes),
+            }
+
+        phases = {"computing losses": of_pass(found.losses), "computing gradients": of_pass(found.gradients)}
+        copies = update_bytes(config, sizes) // self._num_parts(config)
+        phases["updating weights"] = {"gradients": gradients, "numbers of one update": copies}
+        return phases, found.waiting
+
+    def _on_the_way(self, config: Config, sizes: ModelSizes) -> dict[str, int]:
+        """Weights that are there while a layer needs them."""
+        parts = {}
         if self._num_parts(config) > 1:
-            whole = sizes.frozen_bytes + _weight_bytes(config) * sizes.trained
-            if not streams_weights(config):
-                lasting["whole weights to sample from"] = whole
-            training["gathered weights"] = 2 * whole // sizes.layers + _weight_bytes(config) * sizes.head * (head_parts == 1)
-        return MemoryPlan(lasting, {"sampling": sampling, "training": training}, self._inputs.room_bytes, host)
+            head = 0 if config.fsdp_parallel_head else weight_bytes(config) * sizes.head
+            parts["gathered weights"] = 2 * sizes.whole_bytes(config) // sizes.layers + head
+        if config.load_in_4bit:
+            parts["weights out of four bits"] = sizes.widest * self._dtype(config).itemsize
+        return parts
+
+    def _pass(self, outline: PreTrainedModel, config: Config, work: DryPass, head: HeadBytes) -> PassBytes:
+        """Counted once a kind of pass."""
+        checkpointing = config.gradient_checkpointing and config.gradient_checkpointing_mode
+        key = (checkpointing, *_adapters(config), config.weights_dtype, config.tokens_per_microbatch, head)
+        if key not in self._passes:
+            self._passes[key] = pass_bytes(outline, config, work, head)
+        return self._passes[key]
+
+    def _outline(self, config: Config) -> PreTrainedModel:
+        """Made once a kind of adapters."""
+        key = _adapters(config)
+        if key not in self._outlines:
+            self._outlines[key] = outline_of(self._model_config, config)
+        return self._outlines[key]
+
+    def _head(self, config: Config, sizes: ModelSizes, work: DryPass) -> HeadBytes:
+        return head_bytes(
+            config,
+            sizes,
+            DeviceMemory(self._inputs.kind, self._inputs.room_bytes),
+            num_rows=sum(len(sequence.completion_ids) for sequence in work.sequences),
+            parts=self._num_parts(config) if config.fsdp_parallel_head else 1,
+        )
 
     def least_bytes(self) -> int:
         """What the run needs whatever its lengths are: weights, moments and gradients."""
-        sizes = _Sizes.of(outline_of(self._model_config, self._config), self._config, dtype=self._dtype(self._config))
+        sizes = ModelSizes.of(self._outline(self._config), self._config, dtype=self._dtype(self._config))
         return sum(self._lasting(self._config, sizes)[0].values()) + self._gradients(self._config, sizes)
 
     def _dtype(self, config: Config) -> torch.dtype:
@@ -137,20 +191,20 @@ class MemoryPlanner:
         """Devices that share weights, gradients and moments."""
         return 1 if config.fsdp == "no_shard" else self._inputs.num_devices
 
-    def _lasting(self, config: Config, sizes: _Sizes) -> tuple[dict[str, int], dict[str, int]]:
+    def _lasting(self, config: Config, sizes: ModelSizes) -> tuple[dict[str, int], dict[str, int]]:
         """Bytes by part that stay on the device, and in the host's memory."""
         parts = self._num_parts(config)
-        moments, host = _moments(config, sizes.trained // parts)
+        of_optimiser, host = moments(config, sizes.trained // parts)
         return {
             "process and libraries": _CONTEXT_BYTES[self._inputs.kind],
-            "weights that are trained": sizes.trained * _weight_bytes(config) // parts,
+            "weights that are trained": sizes.trained * weight_bytes(config) // parts,
             "frozen weights": sizes.frozen_bytes // parts,
             "reference policy": sizes.reference_bytes(config) // parts,
-            "optimiser": moments,
+            "optimiser": of_optimiser,
         }, host
 
-    def _gradients(self, config: Config, sizes: _Sizes) -> int:
-        return sizes.trained * _weight_bytes(config) // self._num_parts(config)
+    def _gradients(self, config: Config, sizes: ModelSizes) -> int:
+        return sizes.trained * weight_bytes(config) // self._num_parts(config)
 
     def changes(self) -> list[Change]:
         """The cheapest changes that make it fit: up to three that do so alone, or else one of several settings together.
@@ -158,9 +212,15 @@ class MemoryPlanner:
         Empty where nothing known is enough.
         """
         tried = (self._tried(*candidate) for candidate in _candidates(self._config, self._inputs.kind))
-        found = [change for change in tried if change is not None]
-        alone = [change for change in found if self._is_enough(change)]
-        return alone[:_NUM_CHANGES] or self._together([change.settings for change in found])
+        found: list[Change] = []
+        alone: list[Change] = []
+        for change in tried:
+            if change is not None:
+                found.append(change)
+                alone += [change] * self._is_enough(change)
+            if len(alone) == _NUM_CHANGES:
+                break
+        return alone or self._together([change.settings for change in found])
 
     def _together(self, candidates: list[Mapping[str, Any]]) -> list[Change]:
         """Takes one after the other until they are enough, then leaves out what is not needed, the dearest first."""
@@ -191,42 +251,14 @@ class MemoryPlanner:
             return None
         return Change(settings, price, peak)
 
-    def _chunk_bytes(self, config: Config, sizes: _Sizes) -> int:
-        if not config.truncates_support:
-            return chunk_bytes_of(self._inputs.kind, self._inputs.room_bytes)
-        return kept_chunk_bytes(
-            sizes.vocab,
-            sizes.hidden,
-            num_kept=config.top_k or sizes.vocab,
-            kind=self._inputs.kind,
-            copied=self._dtype(config).itemsize != 4,
-            trained=sizes.head_trained,
-        )
-
     def _longest(self, config: Config) -> int:
         return int(self._inputs.prompt_tokens) + config.max_completion_length
 
-    def _tokens(self, config: Config) -> int:
-        """Tokens of the largest micro-batch."""
-        whole = config.prompts_per_step * config.num_generations * self._longest(config)
-        return max(self._longest(config), min(config.tokens_per_microbatch, whole))
+    def _lengths(self, config: Config) -> StepLengths:
+        completions = self._inputs.completion_tokens or (config.max_completion_length,)
+        return StepLengths(max(1, round(self._inputs.prompt_tokens)), completions, self._inputs.num_devices)
 
-    def _activation_bytes(self, outline: PreTrainedModel, config: Config, dtype: torch.dtype) -> tuple[int, int]:
-        """On the device and in the host's memory: lines in the tokens, through two points counted once a kind of pass."""
-        checkpointing = config.gradient_checkpointing and config.gradient_checkpointing_mode
-        kind = (checkpointing, config.use_peft, config.lora_r, config.lora_target_modules, config.weights_dtype)
-        if kind not in self._counts:
-            self._counts[kind] = [
-                activation_bytes(outline, config, num_tokens=number, dtype=dtype) for number in _COUNTED_TOKENS
-            ]
-        near, far = self._counts[kind]
-        share = (self._tokens(config) - _COUNTED_TOKENS[0]) / (_COUNTED_TOKENS[1] - _COUNTED_TOKENS[0])
-        return (
-            round(near.peak + share * (far.peak - near.peak)),
-            round(near.waiting + share * (far.waiting - near.waiting)),
-        )
-
-    def _sampling(self, config: Config, sizes: _Sizes, dtype: torch.dtype) -> dict[str, int]:
+    def _sampling(self, config: Config, sizes: ModelSizes, dtype: torch.dtype) -> dict[str, int]:
         if config.rollout == "vllm-http":
             return {}
         if config.rollout == "vllm":
@@ -238,7 +270,7 @@ class MemoryPlanner:
             return {"vLLM's weights": sizes.total * dtype.itemsize, "vLLM's keys and values": cache}
         width = self._longest(config)
         rows = min(config.prompts_per_step * config.num_generations, max(1, MAX_BATCH_TOKENS // width))
-        copied = sizes.trained * _weight_bytes(config) if config.max_staleness else 0
+        copied = sizes.trained * weight_bytes(config) if config.max_staleness else 0
         return {
             "copy of trained weights": copied,
             "keys and values": rows * width * sizes.cached_values * dtype.itemsize,
@@ -246,82 +278,8 @@ class MemoryPlanner:
         }
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """Numbers of weights, and bytes of those that no optimiser sees."""
-
-    trained: int
-    total: int
-    frozen_bytes: int
-    head: int
-    head_trained: bool
-    layers: int
-    hidden: int
-    vocab: int
-    cached_values: int
-
-    @classmethod
-    def of(cls, outline: Any, config: Config, *, dtype: torch.dtype) -> _Sizes:
-        layer = outline.get_output_embeddings()
-        if layer is None:
-            raise ConfigError(f"{type(outline).__name__} has no output embeddings; a causal language model is needed")
-        head = layer.weight
-        trained = total = 0
-        frozen = 0.0
-        linear = {id(module.weight) for module in outline.modules() if isinstance(module, torch.nn.Linear)} - {id(head)}
-        nf4 = _NESTED_NF4_BYTES if config.use_bnb_nested_quant else _NF4_BYTES
-        for weight in outline.parameters():
-            total += weight.numel()
-            if weight.requires_grad:
-                trained += weight.numel()
-            else:
-                frozen += weight.numel() * (nf4 if config.load_in_4bit and id(weight) in linear else dtype.itemsize)
-        model = outline.config.get_text_config()
-        layers = int(model.num_hidden_layers)
-        return cls(
-            trained=trained,
-            total=total,
-            frozen_bytes=round(frozen),
-            head=head.numel(),
-            head_trained=head.requires_grad,
-            layers=layers,
-            hidden=int(model.hidden_size),
-            vocab=head.shape[0],
-            cached_values=cached_values(model),
-        )
-
-    def base(self, config: Config) -> int:
-        """Weights that go to vLLM as they are, not as adapters."""
-        return self.total - self.trained if config.use_peft else self.total
-
-    def reference_bytes(self, config: Config) -> int:
-        """A reference policy of its own: none without KL, nor where adapters are switched off for it."""
-        return self.total * _weight_bytes(config) if config.beta > 0 and not config.use_peft else 0
-
-    def head_bytes(self, tokens: int, chunk_bytes: int, *, parts: int) -> int:
-        """A chunk of logits, hidden states with their gradient, and the head's gradient in float32 where it has one."""
-        return chunk_bytes + 2 * tokens * self.hidden * 4 + self.head * 4 * self.head_trained // parts
-
-
-def _weight_bytes(config: Config) -> int:
-    return 2 if config.weights_dtype == "bfloat16" else 4
-
-
-def _moments(config: Config, trained: int) -> tuple[int, dict[str, int]]:
-    """Bytes of the optimiser on the device, and in the host's memory."""
-    if config.offload_optimizer:
-        return 0, {"optimiser and float32 weights": 16 * trained}
-    if config.optim.startswith("paged_"):
-        return 0, {"paged optimiser": (2 if "8bit" in config.optim else 8) * trained}
-    return (2 if config.optim == "adamw_8bit" else 8) * trained, {}
-
-
-def _sparse_copies(config: Config, sent_bytes: int) -> dict[str, int]:
-    """Bytes of host memory in which both ends of the transport ``sparse`` keep the weights as they went over last."""
-    if config.rollout == "transformers" or config.vllm_transport != "sparse":
-        return {}
-    receivers = len(config.vllm_server_urls) if config.rollout == "vllm-http" else 1
-    return {"weights as last sent": sent_bytes, "weights as vLLM last got them": receivers * sent_bytes}
+def _adapters(config: Config) -> tuple[Any, ...]:
+    return config.use_peft, config.lora_r, config.lora_target_modules
 
 
 def _candidates(config: Config, kind: str) -> Iterator[tuple[dict[str, Any], str]]:

@@ -1,0 +1,102 @@
+"""The largest micro-batch of a step that nobody has sampled yet: how long its sequences are and how they are laid out."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from grpo_fast.config import Config
+from grpo_fast.ops import Layout, plan_rows
+from grpo_fast.train.activations import DryPass
+from grpo_fast.train.batch import TrainingSequence, shared_prompts
+from grpo_fast.train.packed_model import let_pack, let_pad
+
+_VARLEN_HEAD_SIZE = 256
+"""What torch's variable-length kernel takes at most."""
+
+
+@dataclass(frozen=True)
+class StepLengths:
+    """Lengths of a step, in tokens.
+
+    Attributes:
+        prompt: of each prompt.
+        completions: of completions, group after group; taken again from the start where there are fewer than the step has.
+        num_devices: devices that share the sequences.
+    """
+
+    prompt: int
+    completions: Sequence[int]
+    num_devices: int
+
+
+def largest_pass(outline: PreTrainedModel, config: Config, lengths: StepLengths, *, dtype: torch.dtype, kind: str) -> DryPass:
+    """Cuts a step as the update would, every sequence being live, and takes the largest micro-batch.
+
+    Args:
+        outline: the model, whose attention is torch's own.
+        config: of the run.
+        lengths: of the step's sequences.
+        dtype: type of computation.
+        kind: "cuda" or "cpu".
+    """
+    layout, shares = _layout(outline, config, kind)
+    sequences = _sequences(config, lengths)
+    plan = plan_rows(
+        [len(sequence) for sequence in sequences],
+        [len(sequence.completion_ids) for sequence in sequences],
+        live=[True] * len(sequences),
+        token_budget=config.tokens_per_microbatch,
+        layout=shared_prompts(sequences) if shares else layout,
+    )
+    largest = max(plan.micro_batches, key=lambda batch: (batch.num_tokens, batch.num_rows))
+    return DryPass(
+        sequences=[sequences[number] for number in largest.sequences],
+        layout=layout,
+        shares_prompts=shares,
+        one_kernel=layout == "packed" and not shares and _is_one_kernel(outline, config, dtype=dtype, kind=kind),
+        accumulates=len(plan.micro_batches) > 1,
+        dtype=dtype,
+    )
+
+
+def _sequences(config: Config, lengths: StepLengths) -> list[TrainingSequence]:
+    """Those of one device. Tokens are of no meaning, but that those of unlike prompts differ."""
+    count = -(-config.prompts_per_step * config.num_generations // lengths.num_devices)
+    completions = itertools.islice(itertools.cycle(lengths.completions), count)
+    return [
+        TrainingSequence(
+            prompt_ids=(number // config.num_generations,) * lengths.prompt,
+            completion_ids=(0,) * length,
+            sampling_logprobs=(0.0,) * length,
+            advantage=1.0,
+            in_loss=True,
+        )
+        for number, length in enumerate(completions)
+    ]
+
+
+def _layout(outline: PreTrainedModel, config: Config, kind: str) -> tuple[Layout, bool]:
+    """How the model gets its sequences, and whether they share prompts: as :class:`Policy` and :class:`Learner` choose."""
+    if config.padding_free is False:
+        return "padded", False
+    if config.attn_implementation.startswith("flash_attention"):
+        return "packed", False
+    if config.attn_implementation not in {"sdpa", "eager"} or let_pack(outline) is not None:
+        return "padded", False
+    let_pad(outline)
+    return "packed", kind == "cpu" if config.share_prompts is None else config.share_prompts
+
+
+def _is_one_kernel(outline: PreTrainedModel, config: Config, *, dtype: torch.dtype, kind: str) -> bool:
+    """Whether a packed row goes to one attention kernel as it is, whatever lengths lie in it."""
+    if config.attn_implementation.startswith("flash_attention"):
+        return True
+    text = outline.config.get_text_config()
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    capped = getattr(text, "attn_logit_softcapping", None) is not None
+    return kind == "cuda" and dtype == torch.bfloat16 and not capped and size <= _VARLEN_HEAD_SIZE

@@ -1,0 +1,178 @@
+"""Bytes of what a run keeps of a model: weights, the optimiser's numbers, copies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from grpo_fast.compute.memory import cached_values
+from grpo_fast.config import Config, ConfigError
+from grpo_fast.ops.head_torch import CACHE_BYTES
+from grpo_fast.ops.kept_logprob import kept_chunk_bytes
+from grpo_fast.ops.lm_head import LMHead, chunk_bytes_of, padded, rows_per_chunk
+from grpo_fast.ops.products import rows_at_once
+from grpo_fast.train.activations import HeadBytes
+
+_NF4_BYTES, _NESTED_NF4_BYTES = 0.5 + 4 / 64, 0.5 + 1 / 64 + 4 / (64 * 256)
+
+
+class DeviceMemory(NamedTuple):
+    """A device that need not be here."""
+
+    kind: str
+    """"cuda" or "cpu"."""
+    memory_bytes: int
+    """What it has."""
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Numbers of weights, and bytes of those that no optimiser sees.
+
+    Attributes:
+        trained: numbers that are trained.
+        total: all numbers, adapters included.
+        frozen_bytes: of weights that are not trained.
+        largest: numbers of the largest trained weight.
+        widest: numbers of the largest frozen linear layer.
+        head_itemsize: bytes of a number of the head.
+        layers: how many.
+        hidden: H.
+        vocab: V.
+        cached_values: numbers that an engine keeps of a token.
+    """
+
+    trained: int
+    total: int
+    frozen_bytes: int
+    largest: int
+    widest: int
+    head_trained: bool
+    head_itemsize: int
+    layers: int
+    hidden: int
+    vocab: int
+    cached_values: int
+
+    @classmethod
+    def of(cls, outline: PreTrainedModel, config: Config, *, dtype: torch.dtype) -> ModelSizes:
+        """Those of a model.
+
+        Args:
+            outline: its modules, adapters included.
+            config: the run's; read are the types of weights.
+            dtype: type of computation.
+
+        Raises:
+            ConfigError: it has no head.
+        """
+        layer = outline.get_output_embeddings()
+        if layer is None:
+            raise ConfigError(f"{type(outline).__name__} has no output embeddings; a causal language model is needed")
+        head: torch.Tensor = layer.weight
+        weights = list(outline.parameters())
+        trained = [weight.numel() for weight in weights if weight.requires_grad]
+        linear = {id(module.weight) for module in outline.modules() if isinstance(module, torch.nn.Linear)} - {id(head)}
+        nf4 = _NESTED_NF4_BYTES if config.use_bnb_nested_quant else _NF4_BYTES
+        short = {id(weight) for weight in weights if config.load_in_4bit and id(weight) in linear}
+        frozen = [(weight.numel(), id(weight) in short) for weight in weights if not weight.requires_grad]
+        model = outline.config.get_text_config()
+        return cls(
+            trained=sum(trained),
+            total=sum(weight.numel() for weight in weights),
+            frozen_bytes=round(sum(count * (nf4 if packed else dtype.itemsize) for count, packed in frozen)),
+            largest=max(trained, default=0),
+            widest=max((count for count, packed in frozen if packed), default=0),
+            head_trained=head.requires_grad,
+            head_itemsize=weight_bytes(config) if head.requires_grad else dtype.itemsize,
+            layers=int(model.num_hidden_layers),
+            hidden=int(model.hidden_size),
+            vocab=head.shape[0],
+            cached_values=cached_values(model),
+        )
+
+    def base(self, config: Config) -> int:
+        """Weights that go to vLLM as they are, not as adapters."""
+        return self.total - self.trained if config.use_peft else self.total
+
+    def reference_bytes(self, config: Config) -> int:
+        """A reference policy of its own: none without KL, nor where adapters are switched off for it."""
+        return self.total * weight_bytes(config) if config.beta > 0 and not config.use_peft else 0
+
+    @property
+    def head(self) -> int:
+        """Numbers of the head."""
+        return self.vocab * self.hidden
+
+    def whole_bytes(self, config: Config) -> int:
+        """All weights, of the types that they are kept in."""
+        return self.frozen_bytes + weight_bytes(config) * self.trained
+
+
+def weight_bytes(config: Config) -> int:
+    """Bytes of a number that is trained."""
+    return 2 if config.weights_dtype == "bfloat16" else 4
+
+
+def moments(config: Config, trained: int) -> tuple[int, dict[str, int]]:
+    """Bytes of the optimiser on the device, and in the host's memory."""
+    if config.offload_optimizer:
+        return 0, {"optimiser and float32 weights": 16 * trained}
+    if config.optim.startswith("paged_"):
+        return 0, {"paged optimiser": (2 if "8bit" in config.optim else 8) * trained}
+    return (2 if config.optim == "adamw_8bit" else 8) * trained, {}
+
+
+def update_bytes(config: Config, sizes: ModelSizes) -> int:
+    """Bytes that the optimiser makes while it updates a weight: torch's fused one none, stochastic rounding float32 copies."""
+    rounds = config.weights_dtype == "bfloat16" and not config.offload_optimizer
+    return 3 * 4 * sizes.largest if rounds else 0
+
+
+def head_bytes(config: Config, sizes: ModelSizes, device: DeviceMemory, *, num_rows: int, parts: int) -> HeadBytes:
+    """What the loss takes of a device, beside gradients: a block of exponentials with what is made of it, and copies.
+
+    Args:
+        config: the run's; read is how the support is cut.
+        sizes: of the model.
+        device: where it runs.
+        num_rows: T, scored tokens of the micro-batch.
+        parts: devices that share the head.
+    """
+    gathered = 2 * parts * num_rows * sizes.hidden * 4 if parts > 1 else 0
+    vocab = -(-sizes.vocab // parts)
+    if config.truncates_support:
+        chunk = kept_chunk_bytes(
+            sizes.vocab,
+            sizes.hidden,
+            num_kept=config.top_k or sizes.vocab,
+            kind=device.kind,
+            copied=sizes.head_itemsize != 4,
+            trained=sizes.head_trained,
+        )
+        return HeadBytes(vocab, gathered + chunk)
+    on_cpu = device.kind == "cpu"
+    itemsize = 4.0 if on_cpu else sizes.head_itemsize + 4 / 8  # beside exponentials, an eighth as many float32 logits
+    head = LMHead(torch.empty(vocab, 0, device="meta"), chunk_bytes=chunk_bytes_of(device.kind, device.memory_bytes))
+    rows = min(rows_per_chunk(head, torch.device(device.kind), bytes_per_logit=itemsize), padded(parts * num_rows))
+    block = round(rows * vocab * itemsize)
+    if not on_cpu:
+        return HeadBytes(vocab, gathered + block + 2 * rows * sizes.hidden * 4)
+    copied = vocab * sizes.hidden * 4 if sizes.head_itemsize != 4 else 0
+    products = rows_at_once(vocab, vocab * sizes.hidden) * rows * 4
+    if sizes.head_trained:
+        part = rows_at_once(vocab, rows * vocab * sizes.hidden)
+        products = max(products, part * (2 * rows + sizes.hidden) * 4)  # a slice of exponentials twice, and what comes of it
+    scratch = min(CACHE_BYTES, rows * vocab * 4)
+    return HeadBytes(vocab, gathered + block + scratch + copied + products + rows * sizes.hidden * 4)
+
+
+def sparse_copies(config: Config, sent_bytes: int) -> dict[str, int]:
+    """Bytes of host memory in which both ends of the transport ``sparse`` keep the weights as they went over last."""
+    if config.rollout == "transformers" or config.vllm_transport != "sparse":
+        return {}
+    receivers = len(config.vllm_server_urls) if config.rollout == "vllm-http" else 1
+    return {"weights as last sent": sent_bytes, "weights as vLLM last got them": receivers * sent_bytes}

@@ -1,0 +1,77 @@
+"""A step that nobody has sampled is cut as the update would cut it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import Gemma2Config, LlamaConfig, MambaConfig
+
+from grpo_fast.config import Config
+from grpo_fast.train.activations import DryPass
+from grpo_fast.train.plan_pass import StepLengths, largest_pass
+from grpo_fast.train.policy_source import outline_of
+
+SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
+HEADS: dict[str, Any] = {"intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+LLAMA = LlamaConfig(**SIZES, **HEADS)
+
+
+def found(
+    completions: tuple[int, ...] = (10,), *, model: Any = LLAMA, kind: str = "cpu", num_devices: int = 1, **changes: Any
+) -> DryPass:
+    config = Config.parse({"prompts_per_step": 2, "num_generations": 4, **changes})
+    dtype = torch.bfloat16 if kind == "cuda" else torch.float32
+    lengths = StepLengths(5, completions, num_devices)
+    return largest_pass(outline_of(model, config), config, lengths, dtype=dtype, kind=kind)
+
+
+def test_lengths_are_taken_again_from_the_start() -> None:
+    work = found((3, 4, 5))
+    assert sorted(len(one.completion_ids) for one in work.sequences) == [3, 3, 3, 4, 4, 4, 5, 5]
+    assert len({one.prompt_ids for one in work.sequences}) == 2
+    assert all(len(one.prompt_ids) == 5 for one in work.sequences)
+    assert not work.accumulates
+
+
+def test_the_largest_of_several_is_taken() -> None:
+    work = found((20, 1, 1, 1, 1, 1, 1, 1), tokens_per_microbatch=30, share_prompts=False)
+    assert work.accumulates
+    assert [len(one) for one in work.sequences] == [6] * 5, "30 tokens, beside 25 and 12"
+    alone = found((20, 20), tokens_per_microbatch=10)
+    assert len(alone.sequences) == 1, "one longer than the budget stands alone"
+
+
+def test_shared_prompts_let_more_in() -> None:
+    shared = found(tokens_per_microbatch=45)
+    assert shared.shares_prompts
+    assert len(shared.sequences) == 4, "5 + 4 * 10"
+    assert len(found(tokens_per_microbatch=45, share_prompts=False).sequences) == 3
+    assert not found(kind="cuda").shares_prompts
+    assert found(kind="cuda", share_prompts=True).shares_prompts
+
+
+def test_devices_share_a_step() -> None:
+    assert len(found(num_devices=2).sequences) == 4
+    assert len(found(num_devices=3).sequences) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "model", "layout", "one_kernel"),
+    [
+        ({}, LLAMA, "packed", True),
+        ({"share_prompts": True}, LLAMA, "packed", False),
+        ({"padding_free": False}, LLAMA, "padded", False),
+        ({"attn_implementation": "eager"}, LLAMA, "packed", True),
+        ({"attn_implementation": "flash_attention_2"}, LLAMA, "packed", True),
+        ({"attn_implementation": "flex_attention"}, LLAMA, "padded", False),
+        ({}, Gemma2Config(**SIZES, **HEADS), "packed", False),
+        ({}, MambaConfig(**SIZES), "padded", False),
+    ],
+    ids=["sdpa", "shared", "padded", "eager", "flash", "flex", "capped", "no attention"],
+)
+def test_sequences_are_laid_as_the_policy_lays_them(changes: dict[str, Any], model: Any, layout: str, one_kernel: bool) -> None:
+    work = found(kind="cuda", model=model, **changes)
+    assert (work.layout, work.one_kernel) == (layout, one_kernel)
+    assert not found(model=model, **changes | {"attn_implementation": "sdpa"}).one_kernel, "buckets, on a CPU"
