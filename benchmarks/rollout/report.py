@@ -22,7 +22,17 @@ TOKENS_HEAD = """## Rollouts by vLLM
 By `python -m benchmarks.rollout.tokens`: tokens a second of processor time, medians of turns on one engine; plain vLLM answers
 the very same requests, seeds included, TRL's engine asks once for each completion and without seeds. Shares of plain vLLM's
 rate are medians over rounds with 95 % intervals, which other jobs on the machine widen. The last column is free of that noise:
-the processor time outside vLLM's own steps, beyond what plain vLLM has of it.
+the processor time outside vLLM's own steps, or outside the server, beyond what plain vLLM has of it. On a server plain vLLM is
+asked by the client library of vLLM's own benchmark, TRL's by TRL's client, and the server's processor time counts.
+"""
+
+
+SUPPORTS_HEAD = """## What `top_p` and `min_p` keep
+
+By `python -m benchmarks.rollout.supports`: how many tokens vLLM keeps of a position on questions of GSM8K, and of which share
+of the positions the 64, 256, 1,024 or 4,096 likeliest, told at first, are not all, so that those positions are asked for again;
+in brackets the share of the completions that have one. Then processor time a token, medians, for cuts at temperature 1, with as
+many told at first, what is asked for again included.
 """
 
 
@@ -30,7 +40,8 @@ def section() -> str:
     """Everything that was measured, as Markdown."""
     syncs = [_syncs(_read(path)) for path in sorted(store.RESULTS.glob("*/sync.json"))]
     tokens = [_tokens(_read(path)) for path in sorted(store.RESULTS.glob("*/rollout_tokens.json"))]
-    return "\n".join([SYNC_HEAD, *syncs, *([TOKENS_HEAD, *tokens] if tokens else [])])
+    cut = [_supports(_read(path)) for path in sorted(store.RESULTS.glob("*/cut_supports.json"))]
+    return "\n".join([SYNC_HEAD, *syncs, *([TOKENS_HEAD, *tokens] if tokens else []), *([SUPPORTS_HEAD, *cut] if cut else [])])
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -57,7 +68,7 @@ def _syncs(content: dict[str, Any]) -> str:
 
 def _tokens(content: dict[str, Any]) -> str:
     rivals = list(content["cases"][0]["tokens_per_cpu_s"])
-    head = ["model", "requests", *rivals, "of plain vLLM, processor", "wall", "added"]
+    head = ["model, engine", "requests", *rivals, "of plain vLLM, processor", "wall", "added"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for case in content["cases"]:
         requests = f"{case['prompts']} prompts x {case['generations']}, up to {case['max_tokens']} tokens, "
@@ -66,5 +77,44 @@ def _tokens(content: dict[str, Any]) -> str:
         shares = ["{:.3f} ({:.3f} to {:.3f})".format(*case["share_of_plain"][name]) for name in ("processor", "wall")]
         outside = case["processor_share_outside_vllm"]
         added = f"{100 * (outside['grpo_fast'] - outside['plain vLLM']):.1f} %"
-        lines.append("| " + " | ".join([case["model"], requests, *rates, *shares, added]) + " |")
+        lines.append("| " + " | ".join([f"{case['model']}, {case['engine']}", requests, *rates, *shares, added]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _supports(content: dict[str, Any]) -> str:
+    told = list(content["cases"][0]["tokens_short"])
+    lines = [f"### {content['model']}, bfloat16, {content['device']}, up to {content['max_tokens']} tokens\n"]
+    head = [
+        "temperature",
+        "cut",
+        "positions",
+        "kept: mean",
+        "median",
+        "99 %",
+        "most",
+        *(f"not in {int(each):,}" for each in told),
+    ]
+    lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for case in content["cases"]:
+        cells = [f"{case['temperature']:g}", _cut(case), f"{case['tokens']:,}"]
+        cells += [f"{case['mean']:,.1f}", *(f"{case[name]:,.0f}" for name in ("median", "p99", "widest"))]
+        cells += [f"{case['tokens_short'][each]:.1%} ({case['completions_short'][each]:.0%})" for each in told]
+        lines.append("| " + " | ".join(cells) + " |")
+    for host in ("in process", "server"):
+        if host in content:
+            lines += ["", *_costs(host, content[host])]
+    return "\n".join(lines) + "\n"
+
+
+def _costs(host: str, cases: list[dict[str, Any]]) -> list[str]:
+    columns = list(cases[0]["cpu_us_per_token"])
+    head = [f"{host}, temperature {cases[0]['temperature']:g}", *(f"{int(c):,} told" if c.isdigit() else c for c in columns)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for case in cases:
+        times = [duration(case["cpu_us_per_token"][column] / 1e3) for column in columns]
+        lines.append("| " + " | ".join([_cut(case), *times]) + " |")
+    return lines
+
+
+def _cut(case: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {case[name]:g}" for name in ("top_p", "min_p") if name in case)

@@ -19,44 +19,36 @@ import argparse
 import json
 import os
 import shutil
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from benchmarks.ops.measure import quantiles
 from benchmarks.ops.store import commit, today
 from benchmarks.rollout.models import CONTEXT, LAYOUTS, any_tokenizer
+from benchmarks.rollout.served import WEIGHTS, save_weights, served
 from grpo_fast.device import device_facts, versions
 from grpo_fast.rollout import SamplingParams
 from grpo_fast.rollout.transports import Transport
 from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMServerEngine, VLLMSettings
-from grpo_fast.rollout.vllm_server import server_command
 
 OUTPUT = Path(__file__).parents[1] / "results" / "cpu" / "sync.json"
 RAM_DISK = Path("/dev/shm")
 DTYPE = torch.bfloat16
-WEIGHTS = "model.safetensors"
 ENGINES = {"in": "in process", "own": "own process", "server": "server"}
 Way = Callable[[], None]
 
 
 def first_token(engine: VLLMEngine) -> None:
     engine.generate([[1, 5, 6]], SamplingParams(max_tokens=1), num_generations=1, seed=0)
-
-
-def save_weights(model: PreTrainedModel, directory: Path) -> None:
-    save_file({name: weight.detach().to(DTYPE) for name, weight in model.named_parameters()}, directory / WEIGHTS)
 
 
 def in_process_ways(model: PreTrainedModel, engine: VLLMEngine, directory: Path) -> dict[str, Way]:
@@ -72,7 +64,7 @@ def in_process_ways(model: PreTrainedModel, engine: VLLMEngine, directory: Path)
         llm.reset_prefix_cache()
 
     def round_trip() -> None:
-        save_weights(model, directory)
+        save_weights(model, directory, DTYPE)
         reload(load_file(directory / WEIGHTS).items())
 
     def bare() -> None:
@@ -88,7 +80,7 @@ def own_process_ways(model: PreTrainedModel, engine: VLLMEngine, directory: Path
     llm.collective_rpc("update_config", args=({"load_config": {"load_format": "auto"}},))
 
     def round_trip() -> None:
-        save_weights(model, directory)
+        save_weights(model, directory, DTYPE)
         llm.collective_rpc("reload_weights", kwargs={"weights_path": str(directory)})
         llm.reset_prefix_cache()
 
@@ -106,41 +98,11 @@ def server_ways(model: PreTrainedModel, engine: VLLMServerEngine, directory: Pat
     server: Any = engine._vllm.servers[0]
 
     def round_trip() -> None:
-        save_weights(model, directory)
+        save_weights(model, directory, DTYPE)
         server.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(directory)}})
         server.post("/reset_prefix_cache")
 
     return {"safetensors": round_trip}
-
-
-@contextmanager
-def served(model: PreTrainedModel, transport: Transport) -> Iterator[str]:
-    """A server of the model's architecture; yields its address."""
-    with tempfile.TemporaryDirectory() as directory, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = int(free.getsockname()[1])
-        free.close()
-        model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(directory)
-        any_tokenizer().save_pretrained(directory)
-        save_weights(model, Path(directory))
-        settings: dict[str, Any] = {"dtype": "bfloat16", "max_model_len": CONTEXT, "transport": transport}
-        command = server_command(directory, port=port, on_cpu=True, **settings)
-        # The rival reads files, which a server that began with dummy weights refuses.
-        arguments = ["auto" if argument == "dummy" else argument for argument in command.arguments]
-        process = subprocess.Popen(arguments, env=command.environment)
-        try:
-            for _ in range(600):
-                if process.poll() is not None:
-                    raise SystemExit("the server ended")
-                with socket.socket() as knock:
-                    if knock.connect_ex(("127.0.0.1", port)) == 0:
-                        break
-                time.sleep(0.5)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            process.wait(30)
 
 
 def take_turns(model: PreTrainedModel, engine: VLLMEngine, ways: dict[str, Way], rounds: int) -> dict[str, Any]:
@@ -181,7 +143,7 @@ def measure(name: str, num_layers: int | None, *, host: str, transport: Transpor
     settings = VLLMSettings(max_length=CONTEXT, kv_cache_bytes=64 * 2**20, own_process=own, transport=transport)
     try:
         if host == "server":
-            with served(model, transport) as url:
+            with served(model, dtype=DTYPE, transport=transport) as (url, _):
                 engine = VLLMServerEngine(model, any_tokenizer(), urls=[url], autocast_dtype=DTYPE, settings=settings)
                 found = take_turns(model, engine, server_ways(model, engine, directory), rounds)
                 engine.close()

@@ -1,12 +1,15 @@
-"""Tokens per second of rollouts by vLLM: this engine, plain vLLM and TRL's engine on the same ``LLM``, round by round in turns.
+"""Tokens per second of rollouts by vLLM: this engine, plain vLLM and TRL's engine on the same vLLM, round by round in turns.
 
 ``python -m benchmarks.rollout.tokens``; TRL's takes part where TRL is importable. "plain vLLM" is ``LLM.generate`` with the
 very requests that the engine makes, seeds and log-probabilities included, so that both sample the same tokens in the same
 steps; what the engine adds are completions with text, versions and finish reasons. TRL asks once for each completion, without a
-seed; its code runs unchanged on this ``LLM``. Who begins a round changes from round to round. Processor time is taken beside
-wall time: the fairer number where other jobs share the cores. Shares of plain vLLM's rate are medians over rounds, with an
-interval that holds the true median with 95 %. What is spent outside vLLM's own steps and its taking of requests is counted
-apart, which no noise hides.
+seed; its code runs unchanged on this ``LLM``. With ``--host server`` all ask one server: plain vLLM's requests are the engine's
+again, sent by the client library of vLLM's own benchmark, TRL's are its client's, and the server's processor time counts.
+
+Who begins a round changes from round to round. Processor time is taken beside wall time: the fairer number where other jobs
+share the cores. Shares of plain vLLM's rate are medians over rounds, with an interval that holds the true median with 95 %.
+What is spent outside vLLM's own steps and its taking of requests, or outside the server, is counted apart, which no noise
+hides.
 """
 
 from __future__ import annotations
@@ -24,20 +27,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from vllm import SamplingParams as VLLMSamplingParams
 
 from benchmarks.ops.store import commit, today
-from benchmarks.rollout.models import LAYOUTS, any_tokenizer
+from benchmarks.rollout.models import CONTEXT, LAYOUTS, any_tokenizer
+from benchmarks.rollout.served import Rival, processor_clock, served
+from benchmarks.rollout.served import plain_rival as http_rival
+from benchmarks.rollout.served import trl_rival as trl_client_rival
 from grpo_fast.assets import embedded_model_dir
 from grpo_fast.device import device_facts, versions
 from grpo_fast.rollout import SamplingParams
-from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMSettings
+from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMServerEngine, VLLMSettings
 from grpo_fast.rollout.vllm_in_process import REQUEST_PARAMS
 
 OUTPUT = Path(__file__).parents[1] / "results" / "cpu" / "rollout_tokens.json"
-Rival = Callable[[int], int]
-"""Samples with a seed and returns how many tokens it sampled."""
+TRL = f"TRL {metadata.version('trl')}" if util.find_spec("trl") is not None else ""
+Asked = tuple[list[list[int]], SamplingParams, int]
+"""Prompts, how to sample, and how many completions of each."""
+Rates = dict[str, list[tuple[float, float]]]
+Found = tuple[Rates, dict[str, float]]
+"""Rates of all, and the share of processor time outside vLLM of two."""
 
 
 def engine_rival(engine: VLLMEngine, prompts: list[list[int]], sampling: SamplingParams, generations: int) -> Rival:
@@ -88,17 +98,17 @@ def trl_rival(engine: VLLMEngine, prompts: list[list[int]], sampling: SamplingPa
     return run
 
 
-def take_turns(calls: Mapping[str, Rival], rounds: int) -> dict[str, list[tuple[float, float]]]:
+def take_turns(calls: Mapping[str, Rival], rounds: int, clock: Callable[[], float]) -> Rates:
     """Tokens per second of wall and of processor time, of every rival and round, after one round that warms up."""
-    rates: dict[str, list[tuple[float, float]]] = {label: [] for label in calls}
+    rates: Rates = {label: [] for label in calls}
     labels = list(calls)
     for seed in range(rounds + 1):
         first = seed % len(labels)
         counts = {}
         for label in labels[first:] + labels[:first]:
-            wall, cpu = time.perf_counter(), time.process_time()
+            wall, cpu = time.perf_counter(), clock()
             counts[label] = calls[label](seed)
-            seconds = time.perf_counter() - wall, time.process_time() - cpu
+            seconds = time.perf_counter() - wall, clock() - cpu
             if seed:
                 rates[label].append((counts[label] / seconds[0], counts[label] / seconds[1]))
         if counts["grpo_fast"] != counts["plain vLLM"]:
@@ -146,29 +156,62 @@ def outside_vllm(engine: VLLMEngine, call: Rival, rounds: int = 30) -> float:
     return statistics.median(found)
 
 
+def client_share(clock: Callable[[], float], call: Rival, rounds: int = 30) -> float:
+    """Median share of the processor time of a call, with the server's, that is this process's."""
+    found = []
+    for seed in range(1, rounds + 1):
+        begin, own = clock(), time.process_time()
+        call(seed)
+        own, whole = time.process_time() - own, clock() - begin
+        found.append(own / whole)
+    return statistics.median(found)
+
+
+def in_process(model: PreTrainedModel, asked: Asked, dtype: torch.dtype | None, rounds: int) -> Found:
+    """Every rival on the ``LLM`` of the engine, once a round."""
+    settings = VLLMSettings(max_length=CONTEXT)
+    engine = VLLMEngine(model, any_tokenizer(), autocast_dtype=dtype, settings=settings)
+    rivals = {"grpo_fast": engine_rival, "plain vLLM": plain_rival} | ({TRL: trl_rival} if TRL else {})
+    calls = {label: make(engine, *asked) for label, make in rivals.items()}
+    try:
+        rates = take_turns(calls, rounds, time.process_time)
+        return rates, {label: outside_vllm(engine, calls[label]) for label in ("grpo_fast", "plain vLLM")}
+    finally:
+        engine.close()
+
+
+def on_a_server(model: PreTrainedModel, asked: Asked, dtype: torch.dtype | None, rounds: int) -> Found:
+    """Every rival over one server, once a round."""
+    with served(model, dtype=dtype or torch.float32) as (url, process):
+        engine = VLLMServerEngine(model, any_tokenizer(), urls=[url], autocast_dtype=dtype)
+        rivals = {"grpo_fast": engine_rival, "plain vLLM": http_rival} | ({TRL: trl_client_rival} if TRL else {})
+        calls = {label: make(engine, *asked) for label, make in rivals.items()}
+        clock = processor_clock(process)
+        try:
+            rates = take_turns(calls, rounds, clock)
+            return rates, {label: client_share(clock, calls[label]) for label in ("grpo_fast", "plain vLLM")}
+        finally:
+            engine.close()
+
+
+HOSTS = {"in": ("in process", in_process), "server": ("server", on_a_server)}
+
+
 def measure(name: str, num_layers: int | None, given: argparse.Namespace) -> dict[str, Any]:
-    """One model: every rival once a round."""
+    """One model with one kind of engine: every rival once a round."""
     if name == "embedded":
         model = AutoModelForCausalLM.from_pretrained(embedded_model_dir(), dtype=torch.float32)
     else:
         model = LAYOUTS[name].build(num_layers or LAYOUTS[name].num_layers)
     draw = random.Random(0)
     prompts = [[draw.randrange(3, 60) for _ in range(draw.randint(16, 24))] for _ in range(given.prompts)]
-    sampling = SamplingParams(max_tokens=given.max_tokens)
-    dtype = None if name == "embedded" else torch.bfloat16
-    engine = VLLMEngine(model, any_tokenizer(), autocast_dtype=dtype, settings=VLLMSettings(max_length=512))
-    rivals = {"grpo_fast": engine_rival, "plain vLLM": plain_rival}
-    if util.find_spec("trl") is not None:
-        rivals[f"TRL {metadata.version('trl')}"] = trl_rival
-    calls = {label: make(engine, prompts, sampling, given.generations) for label, make in rivals.items()}
-    try:
-        rates = take_turns(calls, given.rounds)
-        outside = {label: outside_vllm(engine, calls[label]) for label in ("grpo_fast", "plain vLLM")}
-    finally:
-        engine.close()
+    host, take = HOSTS[given.host]
+    asked = prompts, SamplingParams(max_tokens=given.max_tokens), given.generations
+    rates, outside = take(model, asked, None if name == "embedded" else torch.bfloat16, given.rounds)
     medians = {label: [statistics.median(values) for values in zip(*rows, strict=True)] for label, rows in rates.items()}
     return {
         "model": name if name == "embedded" else f"{LAYOUTS[name].name}, {num_layers or LAYOUTS[name].num_layers} layers",
+        "engine": host,
         "prompts": given.prompts,
         "generations": given.generations,
         "max_tokens": given.max_tokens,
@@ -186,6 +229,7 @@ def measure(name: str, num_layers: int | None, given: argparse.Namespace) -> dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded", choices=["embedded", *LAYOUTS])
+    parser.add_argument("--host", choices=HOSTS, default="in")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--generations", type=int, default=8)
@@ -196,7 +240,7 @@ def main() -> None:
     found = measure(given.model, given.layers, given)
     print(json.dumps(found, indent=1))
     kept = json.loads(given.output.read_text(encoding="utf-8"))["cases"] if given.output.exists() else []
-    cases = [case for case in kept if case["model"] != found["model"]] + [found]
+    cases = [case for case in kept if any(case[key] != found[key] for key in ("model", "engine"))] + [found]
     content = {"device": device_facts().name, "cores": os.cpu_count(), "versions": versions(), "cases": cases}
     given.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

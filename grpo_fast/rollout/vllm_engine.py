@@ -306,7 +306,8 @@ class VLLMEngine:
             "ignore_eos": True,
             "stop_token_ids": self._end_tokens,
         }
-        if likeliest := num_likeliest(sampling, self._vocabulary):
+        num_completions = (places.stop - places.start) * num_generations
+        if likeliest := num_likeliest(sampling, self._vocabulary, self._vllm.telling, num_completions):
             filters = {"top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": sampling.min_p}
             common |= filters | {"logprobs": likeliest}
         seeds = np.random.SeedSequence(seed).generate_state(places.stop, np.uint32).tolist()[places]

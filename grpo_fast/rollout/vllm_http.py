@@ -28,7 +28,7 @@ from grpo_fast.rollout.sync_probe import Choices
 from grpo_fast.rollout.transports import Delivery
 from grpo_fast.rollout.vllm_adapters import AdapterVersion
 from grpo_fast.rollout.vllm_layerwise import PolicyWeights
-from grpo_fast.rollout.vllm_sample import PROBE_PARAMS, SCORE_PARAMS, Sample, kept_tokens, token_versions
+from grpo_fast.rollout.vllm_sample import OVER_HTTP, PROBE_PARAMS, SCORE_PARAMS, Sample, kept_tokens, token_versions
 from grpo_fast.rollout.vllm_senders import WeightSender, json_safe
 from grpo_fast.rollout.vllm_sleep import Part, Sleeper
 
@@ -181,6 +181,8 @@ class HTTPVLLM:
         RolloutError: a server cannot be reached.
     """
 
+    telling = OVER_HTTP
+
     def __init__(
         self,
         policy: torch.nn.Module,
@@ -327,7 +329,7 @@ class HTTPVLLM:
         return self.everywhere(lambda server: server.score(prompt))
 
 
-def _kept(content: list[dict[str, Any]]) -> tuple[KeptTokens, bool]:
+def _kept(content: list[dict[str, Any]]) -> tuple[KeptTokens, tuple[int, ...]]:
     sizes = [1 + len(entry["top_logprobs"]) for entry in content]
     told = [each for entry in content for each in (entry, *entry["top_logprobs"])]
     firsts = [0, *itertools.accumulate(sizes[:-1])] if sizes else []

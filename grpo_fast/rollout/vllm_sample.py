@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain, repeat
+from itertools import chain, groupby, repeat
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -22,14 +23,32 @@ PROBE_PARAMS: dict[str, Any] = {
     "detokenize": False,
 }
 """How a prompt of a sync's probe is answered."""
-NUM_TOLD = 256
-"""Likeliest tokens that are asked for first where ``top_k`` does not bound how many are kept."""
 _MORE = 8
 """So many times as many are asked for where that was too few."""
+_AT_ONCE = 1024
+"""Positions that are asked for again at a time: what is told of one may be the whole vocabulary."""
+_FLATTEST = 0.25
+"""Of ``min_p`` as many are asked for as are kept where the likeliest token has no less than this probability."""
+_TOLD_BYTES = 4 * 2**30
+_FEWEST_TOLD = 64
 _OUTSIDE = -9999.0
 """What a server says for minus infinity, which JSON does not know."""
 SCORE_PARAMS: dict[str, Any] = {"temperature": 1.0, "max_tokens": 1, "prompt_logprobs": NUM_CHOICES, "detokenize": False}
 """The same without the prefix cache, which a request for its prompt's log-probabilities does not read."""
+
+
+class Telling(NamedTuple):
+    """What it takes that vLLM tells of likeliest tokens."""
+
+    num_first: int
+    """How many are asked for first under ``top_p``, which bounds in no way how many are kept: the cheapest that was measured
+    (``benchmarks/rollout/supports.py``)."""
+    entry_bytes: int
+    """Host memory of one, until its completion is whole."""
+
+
+IN_PROCESS = Telling(1024, 96)
+OVER_HTTP = Telling(256, 512)
 
 
 class Sample(NamedTuple):
@@ -42,23 +61,35 @@ class Sample(NamedTuple):
     """Version of the weights that sampled each token; empty where vLLM names one that no sync gave."""
     kept: KeptTokens | None = None
     """Of what vLLM told, what it kept; where likeliest tokens were asked for."""
-    kept_is_whole: bool = True
-    """Whether nothing that it kept was left untold."""
+    short: tuple[int, ...] = ()
+    """Positions of which it may have kept more than it told."""
 
 
-def num_likeliest(sampling: SamplingParams, vocabulary: int) -> int:
-    """How many likeliest tokens to ask for, so that all that is kept are most likely among them; 0 for a whole support.
+def num_likeliest(sampling: SamplingParams, vocabulary: int, telling: Telling, num_completions: int = 1) -> int:
+    """How many likeliest tokens to ask for first; 0 for a whole support.
 
     Tokens that tie with the k-th of ``top_k`` are kept too, as neighbours in bfloat16 do: half of k and 16 more are asked for.
+    ``min_p`` keeps no more than 1 / (min_p p) where the likeliest token has the probability p. Without ``top_k`` they take no
+    more than 4 GiB together, or are 64: what is kept of other tokens is asked for again.
+
+    Args:
+        sampling: how to sample.
+        vocabulary: how many tokens there are.
+        telling: what one takes.
+        num_completions: how many there will be at once.
     """
     if not sampling.truncates_support or sampling.temperature == 0:
         return 0
-    return min(vocabulary, sampling.top_k + sampling.top_k // 2 + 16 if sampling.top_k else NUM_TOLD)
+    if sampling.top_k:
+        return min(vocabulary, sampling.top_k + sampling.top_k // 2 + 16)
+    most = math.ceil(1 / (sampling.min_p * _FLATTEST)) if sampling.min_p else vocabulary
+    room = _TOLD_BYTES // (telling.entry_bytes * num_completions * sampling.max_tokens)
+    return min(vocabulary, telling.num_first, most, max(_FEWEST_TOLD, room))
 
 
 def kept_tokens(
     token_ids: Sequence[int], logprobs: Sequence[float], firsts: Sequence[int], sizes: Sequence[int]
-) -> tuple[KeptTokens, bool]:
+) -> tuple[KeptTokens, tuple[int, ...]]:
     """What the tokens of a completion were drawn from.
 
     Args:
@@ -68,7 +99,7 @@ def kept_tokens(
         sizes: [n], how many were told of it.
 
     Returns:
-        What was kept, and whether it is all: of every position a token was told that was not kept.
+        What was kept, and the positions of which it may not be all: every token that was told of them was kept.
     """
     tokens, begins = np.array(token_ids, dtype=np.int32), np.array(firsts, dtype=np.int64)
     kept = np.array(logprobs) > _OUTSIDE
@@ -78,7 +109,7 @@ def kept_tokens(
     chosen = is_first | (kept & (tokens != tokens[begins][owner]))
     counts = np.bincount(owner[chosen], minlength=len(begins)).astype(np.int32)
     left_out = np.bincount(owner[~kept], minlength=len(begins))
-    return KeptTokens(tokens[chosen], counts), bool((left_out > 0).all())
+    return KeptTokens(tokens[chosen], counts), tuple(np.flatnonzero(left_out == 0).tolist())
 
 
 def sample_whole(
@@ -87,10 +118,12 @@ def sample_whole(
     params: Sequence[dict[str, Any]],
     vocabulary: int,
 ) -> list[list[Sample]]:
-    """Runs requests, and again those completions of which vLLM did not tell all that it kept, until it has.
+    """Runs requests, and asks again for those positions of which vLLM did not tell all that it kept, until it has.
 
-    They run again from the same seed, with more tokens told. So the same tokens are drawn, up to the rounding of another batch:
-    which completions are seen does not depend on how wide their supports are, and each has the support of its own draws.
+    What comes before such a position is a prompt then, most of it in vLLM's prefix cache, and one more token is drawn, for the
+    sake of the support that is told with it. That support is up to rounding the one that the completion's token was drawn from:
+    where two batches are rounded differently, a token at a filter's very edge may be on either side. Completions themselves do
+    not depend on how much is told. Where other weights are in force meanwhile, they run again from the same seed.
 
     Args:
         sample: runs requests to their end.
@@ -100,23 +133,57 @@ def sample_whole(
     """
     answers = sample(list(prompts), list(params))
     told = max(each.get("logprobs", 0) for each in params)
-    while 0 < told < vocabulary:
-        partial = [
-            (prompt, place)
-            for prompt, group in enumerate(answers)
-            for place, completion in enumerate(group)
-            if not completion.kept_is_whole
-        ]
-        if not partial:
-            break
+    if told >= vocabulary:
+        return answers
+    while places := _short_places(answers):
         told = min(vocabulary, told * _MORE)
-        again = sample(
-            [prompts[prompt] for prompt, _ in partial],
-            [params[prompt] | {"n": 1, "seed": params[prompt]["seed"] + place, "logprobs": told} for prompt, place in partial],
-        )
-        for (prompt, place), [completion] in zip(partial, again, strict=True):
-            answers[prompt][place] = completion
+        outdated: set[_Completion] = set()
+        for first in range(0, len(places), _AT_ONCE):
+            part = places[first : first + _AT_ONCE]
+            before: list[Sequence[int]] = [
+                [*prompts[prompt], *answers[prompt][place].token_ids[:position]] for (prompt, place), position in part
+            ]
+            one_more = {"n": 1, "max_tokens": 1, "logprobs": told}
+            again = sample(before, [params[prompt] | one_more for (prompt, _), _ in part])
+            for (prompt, place), of_one in groupby(zip(part, again, strict=True), key=lambda pair: pair[0][0]):
+                group, found = answers[prompt], {position: one for (_, position), [one] in of_one}
+                group[place] = _with_supports(group[place], found, is_all=told == vocabulary)
+                if any(one.versions != group[place].versions[at : at + 1] for at, one in found.items()):
+                    outdated.add((prompt, place))
+        if outdated:
+            runs = sorted(outdated)
+            seeded = [params[prompt] | {"n": 1, "seed": params[prompt]["seed"] + place} for prompt, place in runs]
+            for (prompt, place), [whole] in zip(runs, sample([prompts[prompt] for prompt, _ in runs], seeded), strict=True):
+                answers[prompt][place] = whole
     return answers
+
+
+_Completion = tuple[int, int]
+"""Its prompt, and its place among those of the prompt."""
+
+
+def _short_places(answers: Sequence[Sequence[Sample]]) -> list[tuple[_Completion, int]]:
+    return [
+        ((prompt, place), position)
+        for prompt, group in enumerate(answers)
+        for place, completion in enumerate(group)
+        for position in completion.short
+    ]
+
+
+def _with_supports(completion: Sample, found: dict[int, Sample], *, is_all: bool) -> Sample:
+    """Puts what was told of single positions in place of what had been told of them."""
+    assert completion.kept is not None
+    supports = np.split(completion.kept.token_ids, np.cumsum(completion.kept.sizes)[:-1])
+    for position, one in found.items():
+        assert one.kept is not None
+        drawn = completion.token_ids[position]
+        rest = one.kept.token_ids[one.kept.token_ids != drawn]
+        supports[position] = np.concatenate([np.array([drawn], dtype=np.int32), rest])
+    sizes = np.array([len(support) for support in supports], dtype=np.int32)
+    untold = set() if is_all else {position for position, one in found.items() if one.short}
+    short = tuple(position for position in completion.short if position in untold or position not in found)
+    return completion._replace(kept=KeptTokens(np.concatenate(supports), sizes), short=short)
 
 
 def token_versions(spans: Iterable[tuple[str, int, int]]) -> tuple[int, ...]:

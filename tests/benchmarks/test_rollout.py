@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -16,18 +17,33 @@ def test_the_page_holds_each_case_with_its_rivals(tmp_path: Path, monkeypatch: p
     case = {"layout": "Qwen2.5-7B", "layers": 1, "layers_whole": 28, "num_bytes": 2.6e9, "engine": "server", "probe_ms": 900.0}
     case |= {"transport": "shared memory", "rows": {"grpo_fast": {"p50_ms": 2500.0}, "safetensors": {"p50_ms": 3100.0}}}
     content = {"device": "a CPU", "cores": 2, "versions": {"torch": "2.13.0"}, "cases": [case]}
-    tokens = {"model": "embedded", "prompts": 16, "generations": 8, "max_tokens": 32, "torch_threads": 1, "rounds": 9}
+    tokens = {
+        "model": "embedded",
+        "engine": "server",
+        "prompts": 16,
+        "generations": 8,
+        "max_tokens": 32,
+        "torch_threads": 1,
+        "rounds": 9,
+    }
     tokens |= {"tokens_per_cpu_s": {"grpo_fast": 970.4, "plain vLLM": 1000.0}}
     tokens |= {"share_of_plain": {"wall": [0.98, 0.95, 1.01], "processor": [0.97, 0.96, 0.99]}}
     tokens |= {"processor_share_outside_vllm": {"grpo_fast": 0.014, "plain vLLM": 0.006}}
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu" / "sync.json").write_text(json.dumps(content), encoding="utf-8")
     (tmp_path / "cpu" / "rollout_tokens.json").write_text(json.dumps({"cases": [tokens]}), encoding="utf-8")
+    short = {"tokens_short": {"64": 0.25, "1024": 0.0}, "completions_short": {"64": 0.5, "1024": 0.0}}
+    support = {"temperature": 0.7, "top_p": 0.9, "tokens": 4000, "mean": 20.6, "median": 4.0, "p99": 254.9, "widest": 1491}
+    cost = {"temperature": 1.0, "min_p": 0.05, "cpu_us_per_token": {"cut alone": 2000.0, "64": 2100.0}}
+    cut = {"model": "a model", "device": "a CPU", "max_tokens": 64, "cases": [support | short], "in process": [cost]}
+    (tmp_path / "cpu" / "cut_supports.json").write_text(json.dumps(cut), encoding="utf-8")
     monkeypatch.setattr(store, "RESULTS", tmp_path)
     page = report.section()
+    assert "| 0.7 | top_p 0.9 | 4,000 | 20.6 | 4 | 255 | 1,491 | 25.0% (50%) | 0.0% (0%) |" in page
+    assert "| in process, temperature 1 | cut alone | 64 told |\n|---|---|---|\n| min_p 0.05 | 2 ms | 2.1 ms |" in page
     assert "| Qwen2.5-7B, 1 of 28 layers | 2.60 GB | server, shared memory | 2.5 s | 900 ms |  | 3.1 s |" in page
     rates = "970 | 1,000 | 0.970 (0.960 to 0.990) | 0.980 (0.950 to 1.010) | 0.8 % |"
-    assert f"| embedded | 16 prompts x 8, up to 32 tokens, threads: 1, rounds: 9 | {rates}" in page
+    assert f"| embedded, server | 16 prompts x 8, up to 32 tokens, threads: 1, rounds: 9 | {rates}" in page
 
 
 @pytest.mark.vllm
@@ -44,10 +60,35 @@ def test_a_sync_is_measured_beside_its_rivals_in_miniature() -> None:
 
 @pytest.mark.vllm
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_tokens_are_measured_beside_plain_vllm_on_the_same_requests() -> None:
+@pytest.mark.parametrize("host", ["in", "server"])
+def test_tokens_are_measured_beside_plain_vllm_on_the_same_requests(host: str) -> None:
     from benchmarks.rollout.tokens import measure
 
-    found = measure("miniature", None, Namespace(prompts=2, generations=2, max_tokens=4, rounds=3))
+    found = measure("miniature", None, Namespace(host=host, prompts=2, generations=2, max_tokens=4, rounds=3))
     median, low, high = found["share_of_plain"]["processor"]
     assert low <= median <= high
     assert 0 < found["processor_share_outside_vllm"]["plain vLLM"] < found["processor_share_outside_vllm"]["grpo_fast"] < 1
+
+
+@pytest.mark.vllm
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_supports_are_measured_whole_however_many_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.rollout import supports
+    from benchmarks.rollout.models import LAYOUTS, any_tokenizer
+    from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMSettings
+    from grpo_fast.rollout.vllm_sample import Telling
+
+    engine = VLLMEngine(LAYOUTS["miniature"].build(1), any_tokenizer(), settings=VLLMSettings(max_length=512))
+    given = Namespace(temperatures=[1.0], max_tokens=3, generations=2, timed_prompts=1, rounds=1)
+    try:
+        found = []
+        for told in (2, 300):
+            monkeypatch.setattr(engine._vllm, "telling", Telling(told, 1))
+            found.append(supports.widths(engine, [[1, 5], [7]], given))
+        costs = supports.timed(engine, [[1, 5], [7]], given, time.process_time)
+    finally:
+        engine.close()
+    assert found[0] == found[1]
+    assert {case["tokens"] for case in found[0]} == {12}
+    assert max(case["widest"] for case in found[0]) > 200
+    assert all(min(case["cpu_us_per_token"].values()) > 0 for case in costs)

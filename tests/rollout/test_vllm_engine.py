@@ -18,8 +18,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from grpo_fast import GRPOTrainer, recipe
 from grpo_fast.ops import Kept, LMHead, kept_logprob
-from grpo_fast.rollout import RolloutEngine, RolloutError, SamplingParams, WeightSyncError, vllm_engine, vllm_sample
+from grpo_fast.rollout import RolloutEngine, RolloutError, SamplingParams, WeightSyncError, vllm_engine
 from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMSettings, require_vllm
+from grpo_fast.rollout.vllm_sample import Telling
 from grpo_fast.types import Completion
 
 SHARED = [1] + [3 + (7 * position) % 50 for position in range(75)]
@@ -159,9 +160,9 @@ def test_the_policy_over_what_vllm_kept_has_its_log_probabilities(
 ) -> None:
     """Up to rounding: 1e-5, or four times what transformers' float32 makes, where that is more.
 
-    Without ``top_k`` two tokens are told at first, so that most completions run again.
+    Without ``top_k`` two tokens are told at first, so that most positions are asked for again.
     """
-    monkeypatch.setattr(vllm_sample, "NUM_TOLD", 2)
+    monkeypatch.setattr(embedded.engine._vllm, "telling", Telling(2, 1))
     model, exact = embedded.model, copy.deepcopy(embedded.model).double()
     sampling = SamplingParams(max_tokens=12, temperature=1.6, **cut)
     answers = embedded.engine.generate(PROMPTS, sampling, num_generations=4, seed=2)

@@ -22,9 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from grpo_fast import GRPOTrainer, recipe
 from grpo_fast.assets import embedded_model_dir
-from grpo_fast.rollout import RolloutError, SamplingParams, WeightSyncError, vllm_sample
+from grpo_fast.rollout import RolloutError, SamplingParams, WeightSyncError
 from grpo_fast.rollout.vllm_adapters import AdapterVersion
 from grpo_fast.rollout.vllm_engine import VLLMServerEngine, VLLMSettings
+from grpo_fast.rollout.vllm_sample import Telling
 from grpo_fast.types import Completion
 
 pytestmark = [
@@ -97,7 +98,7 @@ def test_the_same_call_gives_the_same_answer(served: Served) -> None:
 def test_the_policy_over_what_servers_kept_has_their_log_probabilities(
     served: Served, cut: dict[str, float], misses_support: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vllm_sample, "NUM_TOLD", 2)  # so that most completions run again
+    monkeypatch.setattr(served.engine._vllm, "telling", Telling(2, 1))  # so that most positions are asked for again
     sampling = SamplingParams(max_tokens=6, temperature=1.6, **cut)
     answers = served.engine.generate(PROMPTS, sampling, num_generations=2, seed=3)
     for prompt, group in zip(PROMPTS, answers, strict=True):
