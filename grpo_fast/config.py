@@ -233,7 +233,8 @@ class Config(BaseModel):
     max_grad_norm: Annotated[float, _OPTIM] = Field(1.0, ge=0)
     """Clip the global gradient norm to this; 0 never clips."""
     tokens_per_microbatch: Annotated[int, _OPTIM] = Field(16384, ge=1)
-    """Largest size, in tokens, padding included, of one forward and backward pass; changes memory, not results."""
+    """Largest size, in tokens, padding included, of one forward and backward pass; changes memory, not results. On a CPU
+    2,048 is also faster for small models."""
 
     max_steps: Annotated[int, _BUDGET] = Field(500, ge=1)
     """Steps at most; also the horizon of schedules and forecasts."""

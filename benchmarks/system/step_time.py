@@ -5,7 +5,8 @@ step, which a busy machine changes less than the time that it took (functions th
 it). Each rollout is the trainer's own (TRL's through ``model.generate``, its default without vLLM). Run ``python
 benchmarks/system/step_time.py``; it prints JSON and, with ``--output``, writes it. ``--model DIRECTORY`` (such as what
 ``smollm2.py`` writes) takes another model on the same prompts, with a reward that differs between any two answers, so that no
-group is left out and both train on every token. Peak memory is that of each trainer alone, in a process of its own.
+group is left out and both train on every token. Peak memory is that of each trainer alone, in a process of its own, over
+enough steps for the heap to stop growing.
 """
 
 from __future__ import annotations
@@ -230,7 +231,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--model", default="embedded")
-    parser.add_argument("--memory-steps", type=int, default=3, help="steps of each trainer alone; 0 leaves peak memory out")
+    parser.add_argument("--memory-steps", type=int, default=20, help="steps of each trainer alone; 0 leaves peak memory out")
     parser.add_argument("--machine", default="", help="what else to say of the machine: shared, clocks locked, ...")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 import torch
 
 from grpo_fast.ops.head_pass import Block, RowGradient, RowStatistics, row_scales
-from grpo_fast.ops.lm_head import LMHead, pad_rows, padded, rows_per_chunk, working_dtype
-from grpo_fast.ops.products import add_outer, linear_into, mm
+from grpo_fast.ops.lm_head import LMHead, padded, rows_per_chunk, working_dtype
+from grpo_fast.ops.products import add_outer, linear_into, mm, rounded_rows
 
 CACHE_BYTES = 2**22
 """Blocks of a quarter of it are no faster, and threads wait for each other four times as often."""
@@ -54,7 +54,7 @@ class TorchHeadPass:
         if head.bias is not None:
             # A finite floor for -inf: 0·(-inf) in the entropy would be NaN. Scaling keeps it finite.
             self._bias = head.bias.detach().to(work).clamp(min=torch.finfo(work).min / 1e6)
-        rows = min(self.max_rows, padded(hidden.shape[0]))
+        rows = self._height(hidden.shape[0])
         self._exp = torch.empty(rows, head.weight.shape[0], dtype=work, device=hidden.device)
         self._cache_rows = max(2, CACHE_BYTES // max(1, self._exp[:1].nbytes) // 2 * 2)
         self._scratch = [torch.empty_like(self._exp[: self._cache_rows])]
@@ -67,8 +67,8 @@ class TorchHeadPass:
     def block(self, rows: slice, *, want_entropy: bool, want_exp: bool) -> Block:
         """See :class:`~grpo_fast.ops.head_pass.HeadPass`."""
         count = rows.stop - rows.start
-        inputs = pad_rows(self._hidden[rows].to(self._weight.dtype))
-        targets = pad_rows(self._targets[rows])
+        inputs = self._padded(self._hidden[rows].to(self._weight.dtype))
+        targets = self._padded(self._targets[rows])
         exp = self._exp[: inputs.shape[0]]
         linear_into(inputs, self._weight, out=exp)
         per_row = torch.empty(4, inputs.shape[0], dtype=exp.dtype, device=exp.device)
@@ -117,7 +117,7 @@ class TorchHeadPass:
         # A dead row that is not finite (a masked one, say) must not come in as 0·NaN.
         if num_live < _LIVE_SHARE * count or not bool(block.others[~live].isfinite().all()):
             index = live.nonzero()[:, 0]
-            self._add_products(block.rows, pad_rows(exp[index]), rows[index], negative[index], index=index)
+            self._add_products(block.rows, self._padded(exp[index]), rows[index], negative[index], index=index)
         else:
             self._add_products(block.rows, exp, rows, negative)
 
@@ -137,9 +137,20 @@ class TorchHeadPass:
             part = mm(exp, self._weight)[:count].mul_(scales[:, None]).to(found.dtype)
             _ = found.copy_(part) if index is None else found.zero_().index_copy_(0, index, part)
         if self._wanted[1] and count:
-            self._dweight = add_outer(self._dweight, exp[:count], inputs.to(exp.dtype) * scales[:, None])
+            scaled = self._padded(inputs.to(exp.dtype) * scales[:, None])
+            self._dweight = add_outer(self._dweight, exp[: len(scaled)], scaled)
         if self._wanted[2] and count:
-            self._dbias = add_outer(self._dbias, exp[:count], scales[:, None])
+            scaled = self._padded(scales[:, None])
+            self._dbias = add_outer(self._dbias, exp[: len(scaled)], scaled)
+
+    def _height(self, count: int) -> int:
+        """Rows that are multiplied for so many."""
+        return min(self.max_rows, rounded_rows(padded(count), self._hidden.device))
+
+    def _padded(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of a block, or a value for each, with zeros below."""
+        missing = self._height(len(rows)) - len(rows)
+        return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
 
     def _add_entropy(self, exp: torch.Tensor, block: Block, statistics: RowStatistics, gradient: RowGradient) -> None:
         assert gradient.entropy is not None

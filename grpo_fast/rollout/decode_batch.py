@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
+from grpo_fast.ops.products import rounded_rows
 from grpo_fast.rollout.kv_cache import PreallocatedCache
 from grpo_fast.rollout.llama_step import LlamaStep
 from grpo_fast.rollout.sampling import Draw, sample
@@ -27,7 +28,7 @@ _PREFILL_TOKENS = 8192
 """Padded prompt tokens of one prefill forward; bounds its activations."""
 
 _COMPACT_SHARE = 16
-"""Rows are moved once one in so many has ended: each move costs a few small copies a layer."""
+"""Rows are moved once one in so many can be dropped: each move costs a few small copies a layer."""
 
 
 class DecodeBatch:
@@ -93,8 +94,9 @@ class DecodeBatch:
                 if step == limit or ended.all():
                     return
                 pending = []
-                if ended.sum() * _COMPACT_SHARE >= len(ended):
-                    tokens = self._compact(cache, tokens, ended)
+                count = rounded_rows(int((~ended).sum()), self._device)
+                if (len(ended) - count) * _COMPACT_SHARE >= len(ended):
+                    tokens = self._compact(cache, tokens, ended, count)
             logits = self._step(cache, tokens)
 
     def _report(self, transcript: Transcript, pending: list[Draw], step: int) -> NDArray[np.bool_]:
@@ -173,12 +175,11 @@ class DecodeBatch:
         return logits
 
     def _compact(
-        self, cache: PreallocatedCache | SharedPrefixCache, tokens: torch.Tensor, ended: NDArray[np.bool_]
+        self, cache: PreallocatedCache | SharedPrefixCache, tokens: torch.Tensor, ended: NDArray[np.bool_], count: int
     ) -> torch.Tensor:
-        """Moves open rows from the end of the batch into the places of ended ones and drops the rest."""
-        count = int((~ended).sum())
-        holes = np.flatnonzero(ended[:count])
+        """Moves open rows from the end of the batch into the places of ended ones and drops all but ``count``."""
         movers = count + np.flatnonzero(~ended[count:])
+        holes = np.flatnonzero(ended[:count])[: len(movers)]
         self._rows = self._rows.copy()
         self._rows[holes] = self._rows[movers]
         self._rows = self._rows[:count]

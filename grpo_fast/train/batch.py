@@ -1,7 +1,8 @@
 """Micro-batches: a step's sequences as the model and the loss read them.
 
 Padded, every sequence stands in a row of its own, as long as the longest. Packed, they lie one after the other in a single row,
-their positions begin anew at each border, and no sequence sees another; nothing is computed for padding.
+their positions begin anew at each border, and no sequence sees another; nothing is computed for padding, but for the few
+tokens behind the last sequence that make the length one of :func:`~grpo_fast.ops.products.rounded_rows`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 
 from grpo_fast.kept_tokens import KeptTokens
 from grpo_fast.ops import Kept, Layout, Piece, SharedPrompts, packed_layout, scored_rows
+from grpo_fast.ops.products import rounded_rows
 from grpo_fast.types import Group, TokenBatch
 
 
@@ -132,11 +134,7 @@ def _packed_inputs(sequences: Sequence[TrainingSequence], device: torch.device) 
         pieces.append(Piece(len(ids), len(sequence)))
         ids.extend((*sequence.prompt_ids, *sequence.completion_ids))
         positions.extend(range(len(sequence)))
-    return {
-        "input_ids": torch.tensor([ids], device=device),
-        "position_ids": torch.tensor([positions], device=device),
-        "packed_layout": packed_layout(pieces, device=device),
-    }
+    return _one_row(ids, positions, pieces, device)
 
 
 def _shared_inputs(sequences: Sequence[TrainingSequence], device: torch.device) -> tuple[dict[str, Any], list[int]]:
@@ -156,9 +154,15 @@ def _shared_inputs(sequences: Sequence[TrainingSequence], device: torch.device) 
             pieces.append(Piece(start, length, prompt.start, prompt.length))
             ids.extend(completion_ids)
             positions.extend(range(prompt.length, prompt.length + length))
-    inputs = {
-        "input_ids": torch.tensor([ids], device=device),
-        "position_ids": torch.tensor([positions], device=device),
-        "packed_layout": packed_layout(pieces, device=device),
+    return _one_row(ids, positions, pieces, device), row_index
+
+
+def _one_row(ids: list[int], positions: list[int], pieces: list[Piece], device: torch.device) -> dict[str, Any]:
+    """Inputs of one row; what fills it up is a sequence of its own, which nobody reads."""
+    missing = rounded_rows(len(ids), device) - len(ids)
+    filler = [Piece(len(ids), missing)] if missing else []
+    return {
+        "input_ids": torch.tensor([ids + [0] * missing], device=device),
+        "position_ids": torch.tensor([positions + [0] * missing], device=device),
+        "packed_layout": packed_layout(pieces + filler, device=device),
     }
-    return inputs, row_index

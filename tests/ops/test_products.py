@@ -16,6 +16,7 @@ from grpo_fast.ops.products import (
     mm,
     onednn_is_faster,
     pays_to_pack,
+    rounded_rows,
     use_products,
 )
 
@@ -118,6 +119,19 @@ def test_layers_stay_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     other = torch.nn.Sequential(torch.nn.Linear(24, 40))
     use_products(other)
     assert type(other[0]) is torch.nn.Linear
+
+
+def test_rows_are_rounded_to_few_numbers_and_little_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    found = [rounded_rows(number, cpu) for number in range(4097)]
+    assert found[:17] == list(range(17))
+    assert all(0 <= rounded - number <= number / 8 for number, rounded in enumerate(found))
+    assert found == sorted(found)
+    assert found == [rounded_rows(number, cpu) for number in found]
+    assert len(set(found[2049:])) == 8
+    assert rounded_rows(4095, torch.device("cuda")) == 4095
+    monkeypatch.setattr(products, "USES_ONEDNN", False)
+    assert rounded_rows(4095, cpu) == 4095
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from grpo_fast.kept_tokens import KeptTokens
-from grpo_fast.ops import Layout
+from grpo_fast.ops import Layout, Piece, products
+from grpo_fast.ops.products import rounded_rows
 from grpo_fast.train.batch import TrainingSequence, build_batch, flatten_groups
 from grpo_fast.types import Group
 
@@ -62,6 +63,26 @@ def test_a_packed_batch_is_one_row_without_padding() -> None:
     assert batch.packed_layout is not None
     assert [(piece.start, piece.length) for piece in batch.packed_layout.pieces] == [(0, 3), (3, 4)]
     assert (batch.num_sequences, batch.num_scored_tokens) == (2, 4)
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_a_long_row_is_filled_up_by_a_sequence_that_nobody_reads(shares: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    sequences = [TrainingSequence((5, 6), tuple(range(length)), (-0.1,) * length, 1.0, in_loss=True) for length in (90, 60, 45)]
+    batches = []
+    for uses_onednn in (False, True):
+        monkeypatch.setattr(products, "USES_ONEDNN", uses_onednn)
+        batches.append(build_batch(sequences, [1.0] * 3, torch.device("cpu"), layout="packed", shares_prompts=shares))
+    exact, filled = batches
+    num_tokens = 195 + (2 if shares else 6)
+    assert exact.input_ids.shape == exact.position_ids.shape == (1, num_tokens)
+    width = rounded_rows(num_tokens, torch.device("cpu"))
+    assert width > num_tokens
+    assert filled.input_ids.shape == filled.position_ids.shape == (1, width)
+    assert torch.equal(filled.input_ids[:, :num_tokens], exact.input_ids)
+    assert torch.equal(filled.position_ids[:, :num_tokens], exact.position_ids)
+    assert filled.packed_layout.pieces == (*exact.packed_layout.pieces, Piece(num_tokens, width - num_tokens))
+    for name in ("row_index", "targets", "sequence_index", "sampling_logprobs"):
+        assert torch.equal(getattr(filled, name), getattr(exact, name)), name
 
 
 @pytest.mark.parametrize(("layout", "shares"), [("padded", False), ("packed", False), ("packed", True)])
