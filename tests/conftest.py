@@ -90,6 +90,15 @@ def interpreter_without_tracer() -> Iterator[None]:
 
 
 @pytest.fixture
+def embedded_config(tmp_path: Path) -> Callable[..., Any]:
+    """Makes configurations of the embedded recipe that keep their records and nothing else, with changes."""
+    from grpo_fast.recipes import recipe
+
+    quiet = {"output_dir": tmp_path / "run", "forecast": "off", "sinks": (), "report": False}
+    return lambda **changes: recipe("embedded", **quiet | changes)
+
+
+@pytest.fixture
 def shell(
     capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[int, str, str]]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from grpo_fast import GRPOTrainer, recipe
+from grpo_fast import Config, GRPOTrainer
 from grpo_fast.assets import embedded_model_dir
 from grpo_fast.rollout import RolloutError, SamplingParams, WeightSyncError
 from grpo_fast.rollout.sync_probe import compare
@@ -184,12 +184,10 @@ def test_a_sync_that_breaks_off_brings_the_base_too_when_it_is_done_again(
 @pytest.mark.vllm
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [32, 4])
-def test_a_run_over_vllm_trains_and_samples_the_same_adapters(bits: int, tmp_path: Path) -> None:
+def test_a_run_over_vllm_trains_and_samples_the_same_adapters(bits: int, embedded_config: Callable[..., Config]) -> None:
     if bits == 4 and find_spec("bitsandbytes") is None:
         pytest.skip("bitsandbytes is not installed")
-    config = recipe(
-        "embedded",
-        output_dir=tmp_path,
+    config = embedded_config(
         rollout="vllm",
         use_peft=True,
         load_in_4bit=bits == 4,
@@ -199,10 +197,7 @@ def test_a_run_over_vllm_trains_and_samples_the_same_adapters(bits: int, tmp_pat
         max_steps=3,
         eval_steps=0,
         baseline_probe=0,
-        forecast="off",
         reward_workers=0,
-        sinks=(),
-        report=False,
     )
     with GRPOTrainer(config) as trainer:
         steps = list(trainer.steps())

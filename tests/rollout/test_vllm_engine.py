@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from grpo_fast import GRPOTrainer, recipe
+from grpo_fast import Config, GRPOTrainer
 from grpo_fast.ops import Kept, LMHead, kept_logprob
 from grpo_fast.rollout import RolloutEngine, RolloutError, SamplingParams, WeightSyncError, vllm_engine
 from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMSettings, require_vllm
@@ -254,18 +254,14 @@ def test_a_tied_head_moves_with_its_embedding(
 
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_a_run_learns_as_much_as_with_the_embedded_engine(tmp_path: Path) -> None:
+def test_a_run_learns_as_much_as_with_the_embedded_engine(tmp_path: Path, embedded_config: Callable[..., Config]) -> None:
     def run(rollout: str, max_staleness: int = 0) -> tuple[float, list[dict[str, float]]]:
-        config = recipe(
-            "embedded",
+        config = embedded_config(
             output_dir=tmp_path / f"{rollout}-{max_staleness}",
             rollout=rollout,
             max_staleness=max_staleness,
             max_steps=40,
             eval_steps=40,
-            forecast="off",
-            sinks=(),
-            report=False,
         )
         with GRPOTrainer(config) as trainer:
             rows = [step.metrics for step in trainer.steps()]
@@ -286,9 +282,10 @@ def test_a_run_learns_as_much_as_with_the_embedded_engine(tmp_path: Path) -> Non
 @pytest.mark.vllm
 @pytest.mark.slow
 @pytest.mark.parametrize("cut", [{"top_k": 8}, {"top_p": 0.9}])
-def test_sampler_and_trainer_are_one_policy_over_what_vllm_kept(cut: dict[str, float], tmp_path: Path) -> None:
-    config = recipe("embedded", output_dir=tmp_path, rollout="vllm", max_steps=3, forecast="off", sinks=(), report=False)
-    config = config.replace(**cut, temperature=1.3, eval_steps=0, baseline_probe=0, beta=0.01)
+def test_sampler_and_trainer_are_one_policy_over_what_vllm_kept(
+    cut: dict[str, float], embedded_config: Callable[..., Config]
+) -> None:
+    config = embedded_config(rollout="vllm", max_steps=3, **cut, temperature=1.3, eval_steps=0, baseline_probe=0, beta=0.01)
     with GRPOTrainer(config) as trainer:
         rows = [step.metrics for step in trainer.steps()]
     assert max(abs(row["sampling/kl"]) for row in rows) < 1e-6
@@ -299,9 +296,10 @@ def test_sampler_and_trainer_are_one_policy_over_what_vllm_kept(cut: dict[str, f
 @pytest.mark.vllm
 @pytest.mark.slow
 @pytest.mark.parametrize("pause_mode", ["wait", "keep"])
-def test_a_run_whose_rollouts_run_beside_its_training(pause_mode: str, tmp_path: Path) -> None:
-    config = recipe("embedded", output_dir=tmp_path, rollout="vllm", max_staleness=1, max_steps=5, forecast="off", sinks=())
-    config = config.replace(eval_steps=3, report=False, vllm_pause_mode=pause_mode, save_steps=3)
+def test_a_run_whose_rollouts_run_beside_its_training(pause_mode: str, embedded_config: Callable[..., Config]) -> None:
+    config = embedded_config(
+        rollout="vllm", max_staleness=1, max_steps=5, eval_steps=3, vllm_pause_mode=pause_mode, save_steps=3
+    )
     with GRPOTrainer(config) as trainer:
         steps = list(trainer.steps())
     rows = [step.metrics for step in steps]

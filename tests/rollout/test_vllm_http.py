@@ -20,7 +20,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from grpo_fast import GRPOTrainer, recipe
+from grpo_fast import Config, GRPOTrainer
 from grpo_fast.assets import embedded_model_dir
 from grpo_fast.rollout import RolloutError, SamplingParams, WeightSyncError
 from grpo_fast.rollout.vllm_adapters import AdapterVersion
@@ -277,9 +277,10 @@ def test_ranks_that_hold_shards_send_them_to_servers(servers: Any, tmp_path: Pat
     assert not any(torch.equal(one, other) for one, other in zip(saved.parameters(), start.parameters(), strict=True))
 
 
-def test_a_run_over_servers_ends_with_a_checkpoint_where_one_dies(servers: Any, tmp_path: Path) -> None:
-    config = recipe(
-        "embedded",
+def test_a_run_over_servers_ends_with_a_checkpoint_where_one_dies(
+    servers: Any, tmp_path: Path, embedded_config: Callable[..., Config]
+) -> None:
+    config = embedded_config(
         output_dir=tmp_path,
         rollout="vllm-http",
         vllm_server_urls=[server.url for server in servers],
@@ -287,9 +288,6 @@ def test_a_run_over_servers_ends_with_a_checkpoint_where_one_dies(servers: Any, 
         max_steps=10,
         eval_steps=0,
         baseline_probe=0,
-        forecast="off",
-        sinks=(),
-        report=False,
     )
     with GRPOTrainer(config) as trainer:
         steps = trainer.steps()

@@ -12,7 +12,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from grpo_fast.config import Config
-from grpo_fast.recipes import recipe
 from grpo_fast.tasks.task import Task
 from grpo_fast.train import GRPOTrainer
 from grpo_fast.train.policy import Policy
@@ -134,23 +133,18 @@ def tiny_policy(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Policy]:
 
 
 @pytest.fixture
-def short_embedded_run(tmp_path: Path, untraced: None) -> Callable[..., float]:
+def short_embedded_run(embedded_config: Callable[..., Config], untraced: None) -> Callable[..., float]:
     """Trains the embedded model for 40 steps of its task, with changes; gives the held-out accuracy."""
 
     def train(**changes: Any) -> float:
-        config = recipe(
-            "embedded",
-            output_dir=tmp_path / "run",
+        config = embedded_config(
             prompts_per_step=16,
             warmup_steps=0.1,
             max_steps=40,
             eval_steps=40,
             eval_size=128,
             baseline_probe=0,
-            forecast="off",
             reward_workers=0,
-            sinks=(),
-            report=False,
             **changes,
         )
         with GRPOTrainer(config) as trainer:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_fast import Config, GRPOTrainer, recipe
+from grpo_fast import Config, GRPOTrainer
 from grpo_fast.metrics import PhaseTimer
 from grpo_fast.rollout import RolloutError, SamplingParams
 from grpo_fast.rollout.transformers_engine import TransformersEngine
@@ -184,9 +184,8 @@ def test_each_token_has_a_version() -> None:
 
 
 @pytest.mark.slow
-def test_the_embedded_task_is_learnt_as_well_one_update_late(tmp_path: Path) -> None:
-    config = recipe("embedded", output_dir=tmp_path, max_staleness=1, max_steps=60, eval_steps=60, forecast="off", sinks=())
-    with GRPOTrainer(config.replace(report=False)) as trainer:
+def test_the_embedded_task_is_learnt_as_well_one_update_late(embedded_config: Callable[..., Config]) -> None:
+    with GRPOTrainer(embedded_config(max_staleness=1, max_steps=60, eval_steps=60)) as trainer:
         metrics = [step.metrics for step in trainer.steps()]
     assert trainer.summary["eval_reward"] > 0.95
     assert max(row["sample/staleness_max"] for row in metrics) == 1

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import pytest
 
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.law import OnlinePredictor, Prior, RunFacts
-from grpo_fast.recipes import recipe
 from grpo_fast.train import GRPOTrainer
 from grpo_fast.train.plan import SHARES, Plan, make_plan
 from grpo_fast.train.plan_facts import PlanInputs
@@ -109,19 +109,15 @@ def test_the_schedule_is_minded() -> None:
 
 
 @pytest.mark.slow
-def test_a_run_goes_as_planned(tmp_path: Path) -> None:
+def test_a_run_goes_as_planned(embedded_config: Callable[..., Config]) -> None:
     """The plan is made before, the run is done after; nine of ten intervals may be asked to hold, not each."""
-    config = recipe(
-        "embedded",
+    config = embedded_config(
         max_steps=12,
         prompts_per_step=8,
         num_generations=4,
         dataset_size=128,
         eval_steps=0,
         reward_workers=0,
-        output_dir=tmp_path / "run",
-        sinks=(),
-        report=False,
         forecast="warn",
     )
     foretold = make_plan(config, PlanInputs(probe=64))

@@ -12,21 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_fast import GRPOTrainer, recipe
+from grpo_fast import Config, GRPOTrainer
 from grpo_fast.ops import FusedLoss, LMHead, fused_grpo
 from grpo_fast.ops.fused_grpo import fused_grpo_reference
 from grpo_fast.train import head_part
 
 
-def embedded_curve(
-    loss: Callable[..., FusedLoss], folder: Path, *, seed: int = 0, num_steps: int = 200
-) -> list[dict[str, float]]:
-    """Metrics of the first steps of 200 of the embedded recipe with some loss."""
-    settings = {"output_dir": folder, "sinks": (), "forecast": "off", "report": False, "eval_steps": 1000}
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        GRPOTrainer(recipe("embedded", seed=seed, max_steps=200, **settings)) as trainer,
-    ):
+def curve(loss: Callable[..., FusedLoss], config: Config, *, num_steps: int = 200) -> list[dict[str, float]]:
+    """Metrics of the first steps of a run with some loss."""
+    with pytest.MonkeyPatch.context() as patch, GRPOTrainer(config) as trainer:
         patch.setattr(head_part, "fused_grpo", loss)
         return [dict(step.metrics) for step in islice(trainer.steps(), num_steps)]
 
@@ -39,8 +33,8 @@ def in_bfloat16(hidden: torch.Tensor, head: LMHead, **options: Any) -> FusedLoss
 def largest_gap(one: list[dict[str, float]], two: list[dict[str, float]], name: str) -> float:
     """Between the means of twenty steps of two curves; a step whose groups all agree trains on nothing and has no entropy."""
     known = [
-        [[step[name] for step in curve[start : start + 20] if name in step] for start in range(0, len(one), 20)]
-        for curve in (one, two)
+        [[step[name] for step in run[start : start + 20] if name in step] for start in range(0, len(one), 20)]
+        for run in (one, two)
     ]
     means = [
         (statistics.mean(first), statistics.mean(second)) for first, second in zip(*known, strict=True) if first and second
@@ -61,15 +55,19 @@ def follow_each_other(one: list[dict[str, float]], two: list[dict[str, float]]) 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("untraced")
-def test_two_hundred_steps_learn_what_the_reference_learns(tmp_path: Path) -> None:
+def test_two_hundred_steps_learn_what_the_reference_learns(tmp_path: Path, embedded_config: Callable[..., Config]) -> None:
     """Errors too small to be seen in one step can drift; a run of another seed says how far apart equal runs may be."""
-    found = embedded_curve(fused_grpo, tmp_path / "fused")
-    expected = embedded_curve(fused_grpo_reference, tmp_path / "reference")
-    other = embedded_curve(fused_grpo_reference, tmp_path / "other", seed=1)
+
+    def config(name: str, seed: int = 0) -> Config:
+        return embedded_config(output_dir=tmp_path / name, seed=seed, max_steps=200, eval_steps=1000)
+
+    found = curve(fused_grpo, config("fused"))
+    expected = curve(fused_grpo_reference, config("reference"))
+    other = curve(fused_grpo_reference, config("other", seed=1))
     assert follow_each_other(found[:20], expected[:20])
     for name in ("reward", "entropy"):
         assert largest_gap(found, expected, name) <= largest_gap(other, expected, name)
     assert statistics.mean(step["reward"] for step in expected[-20:]) > 0.9
     # the guard: rounded logits, an error of the size that public kernels have, would have been told
-    rounded = embedded_curve(in_bfloat16, tmp_path / "rounded", num_steps=20)
+    rounded = curve(in_bfloat16, config("rounded"), num_steps=20)
     assert not follow_each_other(rounded, expected[:20])
