@@ -15,9 +15,11 @@ import itertools
 import json
 import os
 import re
+import socket
+import time
 import urllib.parse
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -34,6 +36,7 @@ from grpo_fast.rollout.vllm_sleep import Part, Sleeper
 
 _T = TypeVar("_T")
 _CONCURRENT_REQUESTS = 64
+_HANG_UP_S = 10.0
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
@@ -62,11 +65,13 @@ class VLLMServer:
         self._host, self._port = parts.hostname, parts.port
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
         self._deadline_s = deadline_s
+        self._sampling: set[http.client.HTTPConnection] = set()
+        """Connections of requests for completions that run."""
         self.adapter: str | None = None
         """Name of the LoRA adapter that answers requests; ``None`` for the model as it is."""
 
-    def call(self, method: Literal["GET", "POST"], path: str, body: Any = None) -> str:
-        """Sends one request.
+    def call(self, method: Literal["GET", "POST"], path: str, body: Any = None, *, may_hang_up: bool = False) -> str:
+        """Sends one request, which :meth:`hang_up` may end.
 
         Returns:
             The body of the answer.
@@ -76,6 +81,8 @@ class VLLMServer:
         """
         connection = http.client.HTTPConnection(self._host, self._port, timeout=self._deadline_s)
         try:
+            if may_hang_up:
+                self._sampling.add(connection)
             connection.request(method, path, None if body is None else json.dumps(body), self._headers)
             answer = connection.getresponse()
             text = answer.read().decode()
@@ -86,10 +93,18 @@ class VLLMServer:
                 f"vLLM's server {self.url} is gone ({type(error).__name__} at {path}); start it again with `grpo-fast serve`"
             ) from error
         finally:
+            self._sampling.discard(connection)
             connection.close()
         if answer.status != http.client.OK:
             raise RolloutError(f"vLLM's server {self.url} refused {path} with status {answer.status}: {text[:300]}")
         return text
+
+    def hang_up(self) -> None:
+        """Ends all requests for completions: vLLM drops those whose client is gone, and whoever waits for one is told so."""
+        for connection in list(self._sampling):
+            if connection.sock is not None:
+                with contextlib.suppress(OSError):  # it has just ended by itself
+                    connection.sock.shutdown(socket.SHUT_RDWR)
 
     def post(self, path: str, body: Any = None) -> Any:
         """Posts ``body`` as JSON and returns what the answer's JSON holds."""
@@ -147,7 +162,8 @@ class VLLMServer:
 
     def _generate(self, token_ids: list[int], params: dict[str, Any]) -> Any:
         answered_by = {} if self.adapter is None else {"model": self.adapter}
-        return self.post("/inference/v1/generate", {"token_ids": token_ids, "sampling_params": params} | answered_by)
+        body = {"token_ids": token_ids, "sampling_params": params} | answered_by
+        return json.loads(self.call("POST", "/inference/v1/generate", body, may_hang_up=True))
 
     def load_adapter(self, adapter: AdapterVersion) -> None:
         """Has the server read a LoRA adapter; requests are answered with it from then on.
@@ -217,21 +233,31 @@ class HTTPVLLM:
         """Runs requests to their end, up to 64 prompts at a time.
 
         Raises:
-            RolloutError: a server is gone, or did not answer in time; requests that had not begun are dropped.
+            RolloutError: a server is gone, or did not answer in time; all requests that run on any are ended.
         """
         requests = [
             self._requests.submit(self.servers[number % len(self.servers)].sample, prompt, each)
             for number, (prompt, each) in enumerate(zip(prompts, params, strict=True))
         ]
         try:
+            done, _ = wait(requests, return_when=FIRST_EXCEPTION)
+            for request in done:
+                request.result()
             return [request.result() for request in requests]
-        finally:
+        except BaseException:
             for request in requests:
                 request.cancel()
+            end = time.monotonic() + _HANG_UP_S
+            while wait(requests, timeout=0.05).not_done and time.monotonic() < end:  # some may only be about to connect
+                for server in self.servers:
+                    server.hang_up()
+            raise
 
     def close(self) -> None:
-        """Lets go of the servers, which run on; requests that a sync kept are ended."""
+        """Lets go of the servers, which run on; requests that run are ended, and those that a sync kept."""
         self._sender = None
+        for server in self.servers:
+            server.hang_up()
         if self._delivery.pause_mode == "keep":
             for server in self.servers:
                 with contextlib.suppress(RolloutError):

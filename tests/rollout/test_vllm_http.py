@@ -175,6 +175,21 @@ def until_running(engine: VLLMServerEngine) -> None:
     raise TimeoutError
 
 
+def test_where_one_request_fails_it_is_told_at_once_and_no_other_runs_on(served: Served) -> None:
+    """Neither on a server, where the next sync would wait for it, nor in a thread, for which Python would wait at its end."""
+    target = served.engine._vllm
+    endless = {"max_tokens": 100, "n": 64, "seed": 0, "ignore_eos": True, "temperature": 1.0}
+    prompts = [[1, 3 + number % 50] for number in range(60)]
+    begin = time.monotonic()
+    with pytest.raises(RolloutError, match="does not tell the 1000000 likeliest"):
+        target.sample([*prompts, [1, 9]], [*[endless] * len(prompts), {"max_tokens": 1, "logprobs": 10**6}])
+    assert not any(server._sampling for server in target.servers)
+    served.engine.sync_weights(served.model, 32)
+    assert time.monotonic() < begin + 30  # all of it would take minutes
+    answers = served.engine.generate(PROMPTS, SAMPLING, num_generations=1, seed=0)
+    assert {completion.weight_version for completion in flat(answers)} == {32}
+
+
 def test_requests_that_are_kept_go_on_by_the_new_weights(
     served: Served, perturb: Callable[..., None], measure_errors: Callable[..., Any]
 ) -> None:
