@@ -140,13 +140,7 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
         ValueError: numbers that the loss, a reward or a sink cannot work with, likewise.
     """
     replaces_run = world.once(lambda: not resume and _holds_run(config))
-    OBJECTIVES[config.loss_type].spec(config)
-    if config.rollout != "transformers" and "engine" not in given:
-        _check_vllm(config)
-    if world.size > 1:
-        _check_ranks(config, world.size)
-    check_sharding(config)
-    check_optimizer(config)
+    _check(config, given, world)
     budget = _build_budget(config, given.get("budget"))
     prior = load_prior(config)
     source = PolicySource(config)
@@ -154,23 +148,8 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
     task = given.get("task") or load_task(config, chat=source.chat, needs_reward="reward_funcs" not in given)
     functions = given.get("reward_funcs") or config.reward_funcs or task.reward_funcs
     rewards = _build_pool(config, functions, config.reward_weights, world=world)
-    prompts, eval_prompts = (
-        encode_prompts(
-            rows,
-            source.tokenizer,
-            system_prompt=config.system_prompt,
-            max_prompt_length=source.max_prompt_length,
-            overlong=config.overlong_prompts,
-        )
-        for rows in (task.train, task.eval)
-    )
-    if config.eval_steps and not eval_prompts:
-        raise ConfigError(f"eval_steps={config.eval_steps} and {task.name} holds no rows out; set eval_split, or eval_steps=0")
-    record, sinks = build_sinks(() if "sinks" in given else config.sinks, config.output_dir)
-    if "sinks" in given:
-        sinks = SinkSet([record, *given["sinks"]])
-    if not world.is_main:
-        sinks = SinkSet([])
+    prompts, eval_prompts = _encoded(config, task, source)
+    record, sinks = _build_sinks(config, given, world)
     with contextlib.ExitStack() as on_error:
         on_error.callback(rewards.close)
         rewards.start()
@@ -192,21 +171,8 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
             engine=engine,
             rewards=rewards,
             eval_rewards=_build_pool(config, (task.eval_reward or functions[0],), (), world=world),
-            predictor=given.get("predictor")
-            or OnlinePredictor(
-                config.max_steps,
-                epsilon=config.forecast_epsilon,
-                reward_range=config.reward_range,
-                facts=RunFacts(size_b=count_parameters(whole.model) / 1e9, lora=config.use_peft),
-                prior=prior,
-            ),
-            meter=ComputeMeter(
-                ModelShape.from_model(whole.model),
-                power=energy_source(facts, num_devices=world.size),
-                price_per_gpu_hour=config.price_per_gpu_hour,
-                num_devices=world.size,
-                peak_flops=facts.peak_bf16_flops if policy.autocast_dtype is not None else None,
-            ),
+            predictor=given.get("predictor") or _build_predictor(config, prior, num_parameters=count_parameters(whole.model)),
+            meter=_build_meter(config, whole, facts=facts, num_devices=world.size),
             budget=budget,
             record=record,
             sinks=sinks,
@@ -215,6 +181,62 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
         )
         on_error.pop_all()
     return parts
+
+
+def _check(config: Config, given: Replacements, world: World) -> None:
+    """What can be said without tokeniser, data or weights."""
+    OBJECTIVES[config.loss_type].spec(config)
+    if config.rollout != "transformers" and "engine" not in given:
+        _check_vllm(config)
+    if world.size > 1:
+        _check_ranks(config, world.size)
+    check_sharding(config)
+    check_optimizer(config)
+
+
+def _encoded(config: Config, task: Task, source: PolicySource) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to train on, and those held out."""
+    prompts, eval_prompts = (
+        encode_prompts(
+            rows,
+            source.tokenizer,
+            system_prompt=config.system_prompt,
+            max_prompt_length=source.max_prompt_length,
+            overlong=config.overlong_prompts,
+        )
+        for rows in (task.train, task.eval)
+    )
+    if config.eval_steps and not eval_prompts:
+        raise ConfigError(f"eval_steps={config.eval_steps} and {task.name} holds no rows out; set eval_split, or eval_steps=0")
+    return prompts, eval_prompts
+
+
+def _build_sinks(config: Config, given: Replacements, world: World) -> tuple[JsonlSink, SinkSet]:
+    """The run's own files, and all sinks, which only the main process has."""
+    record, sinks = build_sinks(() if "sinks" in given else config.sinks, config.output_dir)
+    if "sinks" in given:
+        sinks = SinkSet([record, *given["sinks"]])
+    return record, sinks if world.is_main else SinkSet([])
+
+
+def _build_predictor(config: Config, prior: Prior, *, num_parameters: int) -> OnlinePredictor:
+    return OnlinePredictor(
+        config.max_steps,
+        epsilon=config.forecast_epsilon,
+        reward_range=config.reward_range,
+        facts=RunFacts(size_b=num_parameters / 1e9, lora=config.use_peft),
+        prior=prior,
+    )
+
+
+def _build_meter(config: Config, whole: Policy, *, facts: DeviceFacts, num_devices: int) -> ComputeMeter:
+    return ComputeMeter(
+        ModelShape.from_model(whole.model),
+        power=energy_source(facts, num_devices=num_devices),
+        price_per_gpu_hour=config.price_per_gpu_hour,
+        num_devices=num_devices,
+        peak_flops=facts.peak_bf16_flops if whole.autocast_dtype is not None else None,
+    )
 
 
 def _reference(source: PolicySource, policy: Policy, *, config: Config, world: World) -> Scorer:
