@@ -88,8 +88,11 @@ def law_table() -> str:
     rows.append(
         ("error of this law if it knew that the run will rise", [f"{value:.3f}" for value in bounds["told"][: len(shares)]])
     )
-    mixed = [f"{row['error']:.3f}" for row in bounds["mixture"][: len(shares)]]
-    rows.append(("error of the best fixed mixture of all these forecasters, chosen on these very curves", mixed))
+    mixtures = (
+        ("error", "error of the best fixed mixture of all these forecasters, chosen on these very curves"),
+        ("elsewhere", "the same, chosen on all repositories but the one judged"),
+    )
+    rows += [(label, [f"{row[part]:.3f}" for row in bounds["mixture"][: len(shares)]]) for part, label in mixtures]
     inside = found["forecasts"]["all"]["level"]["inside90"][law][: len(shares)]
     rows.append(("90 % intervals that held what came", [f"{value[0]:.0%}" for value in inside]))
     head = [f"{about['repositories']} repositories, each counted once", *(f"{share} seen" for share in shares)]

@@ -6,7 +6,6 @@ runs. It makes a strong rival of the plainest guess, and nothing of the tested r
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from benchmarks.law.curves import Array, Curve
 from benchmarks.law.evaluate import SHARES, TARGETS, Forecaster, Prediction, Seen, num_seen, seen_of, tail_of
+from grpo_fast.law.fitting import weight_by_source
 
 _FLOOR = 0.02
 
@@ -34,8 +34,7 @@ class Residual:
 
     def fit(self, curves: Sequence[Curve]) -> Spread:
         """Errors of each target at each share, every repository with the same weight."""
-        counts = Counter(curve.repository for curve in curves)
-        weights = np.array([1.0 / counts[curve.repository] for curve in curves])
+        weights = weight_by_source([curve.repository for curve in curves])
         errors = np.stack([self._errors_of(curve) for curve in curves])
         return Spread(self.inner, errors, weights / weights.sum())
 

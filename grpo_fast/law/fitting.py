@@ -175,16 +175,21 @@ def fit_witnesses(witnesses: Sequence[Witness], *, base: Prior | None = None) ->
     if not witnesses:
         raise ValueError("a prior needs at least one finished run")
     start = base or _NEUTRAL
-    count = Counter(one.source for one in witnesses)
-    weight = np.array([1.0 / count[one.source] for one in witnesses])
+    weight = weight_by_source([one.source for one in witnesses])
     known = np.stack([features(one.facts, one.scale, horizon=one.horizon) for one in witnesses])
     evidence = np.stack([one.evidence for one in witnesses])
     tables = _fit_tables(known, evidence - evidence.max(axis=(1, 2), keepdims=True), weight, start)
     parts, classes = (np.round(table, 4) for table in tables)  # as a file keeps them
     fitted = dataclasses.replace(start, part_logits=parts, class_logits=classes, spread=(1.0,) * len(SHARES))
-    if len(count) < _FEWEST_SOURCES:
+    if len({one.source for one in witnesses}) < _FEWEST_SOURCES:
         return dataclasses.replace(fitted, spread=start.spread)
     return dataclasses.replace(fitted, spread=tuple(round(value, 3) for value in _spread(fitted, witnesses, weight)))
+
+
+def weight_by_source(sources: Sequence[str]) -> Array:
+    """(n,) weights under which every source counts as one, whatever the number of its runs."""
+    count = Counter(sources)
+    return np.array([1.0 / count[source] for source in sources])
 
 
 def _evidence(posterior: Posterior, prior: Prior, scale: RunScale) -> Array:

@@ -1,23 +1,31 @@
 """Plain forecasts beside the posterior's, and how much each has a say: prequential stacking.
 
-The posterior weighs what runs in general do; a plain fit knows this run alone. Three of the plainest are made from the same
-running sums: a bounded least-squares exponential, least squares over every rising shape, each as likely as it fits, and the
-mean of what came last. Each is asked, as it stood when 40 and 60 % of the rewards were known, for the mean of the newest fifth.
-One that was right then, in units of how far the run has moved, and fits what is known now, gets a say,
+The posterior weighs what runs in general do; a plain forecast knows this run alone. Three are made from the same running sums.
 
-    w_i ~ n / (n + 10) (S_best / S_i) (d / (d + error_i))^2    after n rewards, beside the posterior's constant share,
+Two are asked, as they stood when 40 and 60 % of the rewards were known, for the mean of the newest fifth: a bounded
+least-squares exponential, and the mean of what came last. One that was right then, in units of how far the run has moved, and
+fits what is known now, shares with the posterior's constant part what has a say,
 
-with S the sum of squares that a fit leaves. A fit of free shapes is the better the less it has to carry on: at progress x the
-say of any shape is multiplied by (x / (1 - x))^3, from 1/4 to 4. So a run that no shape follows falls back on the best simple
-predictor, and one that none foretold, or that has hardly begun, on the posterior.
+    w_i ~ n / (n + 10) (S_best / S_i) (d / (d + error_i))^2    after n rewards,
 
-Source: prequential weights are Dawid's (1984); the two-fifths and the constants were chosen on published curves, repository
-by repository left out (``benchmarks/law``).
+with S the sum of squares that a fit leaves. So a run that no shape follows falls back on the best simple predictor, and one
+that none foretold, or that has hardly begun, on the posterior.
+
+The third is the mean over every rising shape by bounded least squares and over no rise at all, each as likely as it fits less
+Schwarz's price of its rise, and each class of shapes as likely as another. Where it misses the mean of what came last by more
+than noise, it is moved by what it misses. It carries the noise of a young run on, but the less is left to be carried on, the
+less a prior knows that the run itself does not tell: from the middle on it takes over, with odds of
+
+    2 (x / (1 - x))^4 n / (n + 10)    at progress x.
+
+Source: prequential weights are Dawid's (1984), the price is that of Schwarz (1978); the two-fifths and the constants were
+chosen on published curves, repository by repository left out (``benchmarks/law``).
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from bisect import bisect_right
 from dataclasses import dataclass
 
@@ -26,12 +34,13 @@ import numpy as np
 from grpo_fast.law.forms import Array
 from grpo_fast.law.posterior import EVIDENCE_STEPS, GRID, Posterior
 
-EXPERTS = ("exponential", "any shape", "recent mean")
+EXPERTS = ("exponential", "recent mean", "any shape")
 
 _PLACES = np.linspace(0.0, 1.0, 65)
 _RISING = np.arange(GRID.num_rising)
 _ASYMPTOTE = GRID.asymptote[: GRID.num_rising]
 _TABLE: Array = GRID.rise(_PLACES)[: GRID.num_rising] / _ASYMPTOTE[:, None]
+_LOG_CLASS: Array = -np.log(GRID.num_in_class[GRID.classes[: GRID.num_rising]])
 _HALF_SPAN = 0.5  # beyond what was seen, where the range is unknown; as the rivals' fits have it
 _RECENT, _MIN_RECENT = 0.2, 3
 _ASKED = (0.4, 0.6)
@@ -39,7 +48,9 @@ _BLOCKS = 4
 _FEWEST = 5
 _FULL_RECORD, _STRIDE = 20, 1.05
 _TRUST, _NEAR, _DOUBT = 0.01, 0.015, 10.0
-_LEAST_REACH, _MOST_REACH = 0.25, 4.0
+_ODDS, _STEEPNESS = 2.0, 4
+_DOUBT_OF_SHIFT = 16.0
+_SD_OF_JUMP = 0.5 * math.sqrt(math.pi)  # of a normal, over the mean distance of two
 _FADE = 0.05
 _SDS_OF_WIDTH = 3.29
 _TINY = 1e-12
@@ -85,6 +96,7 @@ class Stack:
     def __init__(self) -> None:
         self._places: list[float] = []
         self._sums = [0.0]
+        self._jumps = 0.0
         self._records: list[tuple[int, Array]] = []
 
     def add(self, posterior: Posterior, reward: float, bounds: tuple[float, float]) -> None:
@@ -95,28 +107,33 @@ class Stack:
             reward: the reward.
             bounds: least and greatest level that a fit may have.
         """
+        if self._places:
+            self._jumps += abs(reward - self._mean(len(self._places) - 1, len(self._places)))
         self._places.append(posterior.progress)
         self._sums.append(self._sums[-1] + reward)
         size = len(self._places)
         if size > 1 and (size <= _FULL_RECORD or size >= self._records[-1][0] * _STRIDE):
-            self._records.append((size, self._curves(posterior, bounds)[0]))
+            self._records.append((size, self._plain(*least_squares(posterior, bounds))[0]))
 
     def say(self, posterior: Posterior, bounds: tuple[float, float], unit: float) -> Say:
         """What plain forecasts say now; ``unit`` is the range of rewards."""
         size = len(self._places)
         if size < _FEWEST:
             return Say(np.zeros(len(EXPERTS)), np.zeros((len(EXPERTS), _PLACES.size)), posterior.progress)
-        curves, fit = self._curves(posterior, bounds)
+        fits = least_squares(posterior, bounds)
+        plain, fit = self._plain(*fits)
+        curves = np.vstack([plain, np.clip(self._any_shape(posterior, *fits), *bounds)])
         edges = np.linspace(0, size, _BLOCKS + 1).round().astype(int)
         blocks = [self._mean(start, end) for start, end in itertools.pairwise(np.unique(edges))]
         moved = max(max(blocks) - min(blocks), 1e-3 * unit)
-        trust = fit * size / (size + _DOUBT) * (_NEAR / (_NEAR + self._errors() / moved)) ** 2
-        come = posterior.progress / max(1.0 - posterior.progress, _TINY)
-        trust[EXPERTS.index("any shape")] *= min(max(come**3, _LEAST_REACH), _MOST_REACH)
-        return Say(trust / (_TRUST + trust.sum()), curves, posterior.progress)
+        known = size / (size + _DOUBT)
+        trust = known * fit * (_NEAR / (_NEAR + self._errors() / moved)) ** 2
+        odds = _ODDS * (posterior.progress / max(1.0 - posterior.progress, _TINY)) ** _STEEPNESS * known
+        weights = np.append(trust / (_TRUST + trust.sum()), odds) / (1.0 + odds)
+        return Say(weights, curves, posterior.progress)
 
     def _errors(self) -> Array:
-        """(3,) root mean square of what each missed when it was asked."""
+        """(2,) root mean square of what the exponential and the recent mean missed when they were asked."""
         size = len(self._places)
         recent = round((1.0 - _RECENT) * size)
         asked = []
@@ -127,26 +144,39 @@ class Stack:
         return np.asarray(np.sqrt(np.mean(np.square(asked), axis=0)))
 
     def _missed(self, curves: Array, start: int) -> Array:
-        """(3,) by how much curves miss the mean of the rewards from a place on."""
+        """(F,) by how much F curves miss the mean of the rewards from a place on."""
         told = [np.interp(self._places[start:], _PLACES, curve).mean() for curve in curves]
         return np.array(told) - self._mean(start, len(self._places))
 
     def _mean(self, start: int, end: int) -> float:
         return (self._sums[end] - self._sums[start]) / (end - start)
 
-    def _curves(self, posterior: Posterior, bounds: tuple[float, float]) -> tuple[Array, Array]:
-        """(3, 65) forecasts as they stand, and (3,) S_best / S_i; 1 where nothing is fitted."""
+    def _num_recent(self) -> int:
         size = len(self._places)
-        start, end, loss = least_squares(posterior, bounds)
+        return min(size, max(_MIN_RECENT, round(_RECENT * size)))
+
+    def _plain(self, start: Array, end: Array, loss: Array) -> tuple[Array, Array]:
+        """(2, 65) exponential and recent mean, and (2,) S_best / S_i; 1 where nothing is fitted."""
         best = GRID.exponentials[np.argmin(loss[GRID.exponentials])]
-        discounted = size / (1.0 + size / EVIDENCE_STEPS)
-        fits = np.maximum(loss, _TINY) / max(float(loss.min()), _TINY)
-        weight = fits ** (-0.5 * discounted)
+        size = len(self._places)
+        recent = self._mean(size - self._num_recent(), size)
+        curves = np.stack([start[best] + (end[best] - start[best]) * _TABLE[best], np.full(_PLACES.size, recent)])
+        return curves, np.array([max(float(loss.min()), _TINY) / max(float(loss[best]), _TINY), 1.0])
+
+    def _any_shape(self, posterior: Posterior, start: Array, end: Array, loss: Array) -> Array:
+        """(65,) mean over all rising shapes and over none, moved to where the run is now."""
+        size, count = len(self._places), self._num_recent()
+        evidence = size / (1.0 + size / EVIDENCE_STEPS)
+        one, y, yy = posterior.sums()[0]
+        level = y / one
+        log_fit = -0.5 * evidence * np.log(np.maximum(np.append(loss, yy - y * level), _TINY))
+        log_fit[:-1] += _LOG_CLASS - 0.5 * np.log(evidence)
+        weight = np.exp(log_fit - log_fit.max())
         weight /= weight.sum()
-        shapes = start[:, None] + (end - start)[:, None] * _TABLE
-        recent = self._mean(size - min(size, max(_MIN_RECENT, round(_RECENT * size))), size)
-        curves = np.stack([shapes[best], weight @ shapes, np.full(_PLACES.size, recent)])
-        return curves, np.array([1.0 / fits[best], 1.0, 1.0])
+        curve = weight[:-1] @ (start[:, None] + (end - start)[:, None] * _TABLE) + weight[-1] * (level + posterior.centre)
+        away = -float(self._missed(curve[None], size - count)[0])
+        noise = (_SD_OF_JUMP * self._jumps / (size - 1)) ** 2 / count  # one jump of the run itself hardly shows in it
+        return np.asarray(curve + away**3 / max(away**2 + _DOUBT_OF_SHIFT * noise, _TINY))
 
 
 def bounds_of(reward_range: tuple[float, float] | None, seen: tuple[float, float]) -> tuple[float, float]:

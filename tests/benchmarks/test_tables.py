@@ -42,7 +42,7 @@ def results(tmp_path, monkeypatch):
         "stop_rule": rules[0],
         "forecasts": {group: {"level": level} for group in ("all", "learning")},
         "against_best": {"error": {"all": ratio, "learning": ratio}},
-        "limits": {"told": [0.2] * 4, "mixture": [{"error": 0.1, "weights": {}}] * 4},
+        "limits": {"told": [0.2] * 4, "mixture": [{"error": 0.1, "weights": {}, "elsewhere": 0.15}] * 4},
         "stopping": {"all": stops},
     }
     (tmp_path / "law").mkdir()

@@ -36,6 +36,14 @@ def test_every_repository_counts_once():
     assert found["error"] == pytest.approx(0.25)
 
 
+def test_a_mixture_that_was_chosen_elsewhere_is_judged_where_it_was_not():
+    found = best_mixture(records_of({"one": [0.0, 0.0, 0.0, 1.0], "other": [1.0, 1.0, 1.0, 0.0]}, list("abcd")))
+    assert (found["error"], found["elsewhere"]) == pytest.approx((0.25, 0.25))
+    found = best_mixture(records_of({"one": [0.0, 1.0], "other": [1.0, 0.0]}, ["a", "b"]))
+    assert (found["error"], found["elsewhere"]) == pytest.approx((0.5, 1.0))
+    assert best_mixture(records_of({"one": [0.0, 1.0]}, ["a", "a"]))["elsewhere"] is None
+
+
 def test_no_mixture_of_a_grid_is_better():
     signed = np.random.default_rng(0).normal(size=(3, 9))
     records = records_of(dict(zip("xyz", signed.tolist(), strict=True)), [str(run // 2) for run in range(9)])
