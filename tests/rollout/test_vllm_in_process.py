@@ -43,7 +43,7 @@ def test_the_probe_reads_the_prefix_cache_and_the_other_scoring_does_not(embedde
     target = embedded.engine._vllm
     assert target.reset_prefix_cache()
     cached = [
-        target._run([prompt], [SamplingParams(**params)])[0].num_cached_tokens
+        target._run([prompt], [SamplingParams(**params)], lambda output: output.num_cached_tokens)[0]
         for prompt, params in (*((prompt, PROBE_PARAMS) for prompt in probe.prompts), (probe.prompt, SCORE_PARAMS))
     ]
     assert cached == [0, len(probe.prompts[1]) - 1, 0]
