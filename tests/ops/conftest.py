@@ -11,6 +11,8 @@ in processes of their own without the variable: ``benchmarks/aot.py``, which ``t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -24,6 +26,15 @@ def device() -> torch.device:
         return torch.device("cuda")
     pytest.importorskip("triton", reason="neither a GPU nor Triton's interpreter is here")
     return torch.device("cpu")
+
+
+@pytest.fixture
+def poisoned_outputs() -> Iterator[None]:
+    """Fills what a launcher allocates with NaN, so that what no kernel writes is seen."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,18 +13,11 @@ from grpo_fast.ops.loss_spec import LossBatch, LossSpec, PolicyCoefficients, Pol
 from grpo_fast.ops.policy_loss import policy_coefficients
 from tests.ops.loss_cases import EXTRAS, SPECS, case, extended
 
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
+
 EVERYTHING = "weighted and masked"
 LENGTHS = (700, 1, 0, 1024, 37, 300, 0, 2)
 """2,064 tokens: two whole tiles and a third of one sixteen; sequences under, at and over one tile."""
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_outputs() -> Iterator[None]:
-    """Fills what a launcher allocates with NaN, so that what no kernel writes is seen."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def moved(values: Any, device: torch.device) -> Any:
