@@ -238,6 +238,7 @@ if __name__ == "__main__":
     result = measure(options.steps, model=options.model) | {"machine": options.machine}
     if options.memory_steps:
         trainers: tuple[Literal["grpo_fast", "trl"], ...] = ("grpo_fast", "trl")
+        result["peak_memory_steps"] = options.memory_steps
         result["peak_memory_mib"] = {name: peak_memory(name, options.model, options.memory_steps) for name in trainers}
     text = json.dumps(result, indent=1)
     print(text)
