@@ -108,6 +108,10 @@ class PassBytes:
     waiting: int
 
 
+class UncountableError(RuntimeError):
+    """A model's passes need numbers, or operators, that tensors without memory do not have."""
+
+
 def pass_bytes(outline: PreTrainedModel, config: Config, work: DryPass, head: HeadBytes) -> PassBytes:
     """Counts what a micro-batch takes.
 
@@ -116,6 +120,9 @@ def pass_bytes(outline: PreTrainedModel, config: Config, work: DryPass, head: He
         config: the run's; read are adapters, checkpointing, attention and the type of trained weights.
         work: the micro-batch.
         head: what the loss takes.
+
+    Raises:
+        UncountableError: the passes fail; packed, as they would in a run, which then pads.
     """
     model_config: PreTrainedConfig = outline.config
     count = int(model_config.get_text_config().num_hidden_layers)
@@ -123,7 +130,7 @@ def pass_bytes(outline: PreTrainedModel, config: Config, work: DryPass, head: He
     fewest = (4 if _waits_on_host(config) else 2) * period  # there, inputs are fetched while the layer before is at work
     most = fewest + 2 * period
     if count <= most:
-        found = _windows(model_config, config, work, head)
+        found = _windows(copy.deepcopy(model_config), config, work, head)
     else:
         near, far = (_windows(_shallow(model_config, number), config, work, head) for number in (fewest, most))
         found = np.rint(near + (far - near) * (count - fewest) / (most - fewest)).astype(np.int64)
@@ -135,7 +142,10 @@ def pass_bytes(outline: PreTrainedModel, config: Config, work: DryPass, head: He
 def _windows(model_config: PreTrainedConfig, config: Config, work: DryPass, head: HeadBytes) -> npt.NDArray[np.int64]:
     """[4, kinds] bytes at the peak of the forward pass, of the loss, and of both halves of the backward pass."""
     ledger = Ledger()
-    loss, backward = _run(ledger, model_config, config, work, head)
+    try:
+        loss, backward = _run(ledger, model_config, config, work, head)
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise UncountableError(f"passes of {model_config.model_type} cannot be run without memory ({error})") from error
     held = ledger.held(_KINDS)
     on_device = held[:3].sum(axis=0)
     half = (backward + ledger.now) // 2

@@ -23,6 +23,7 @@ from grpo_fast.law import Forecast, OnlinePredictor
 from grpo_fast.law.posterior import quantiles
 from grpo_fast.law.prospect import Prospect
 from grpo_fast.sinks.quantities import duration, percent, si, significant
+from grpo_fast.train.activations import UncountableError
 from grpo_fast.train.optim import progress_schedule
 from grpo_fast.train.parts import load_prior
 from grpo_fast.train.plan_facts import PlanFacts, PlanInputs, gather
@@ -232,7 +233,11 @@ def make_plan(config: Config, inputs: PlanInputs | None = None) -> Plan:
     prior = load_prior(config)
     inputs = inputs or PlanInputs()
     known = gather(config, inputs)
-    memory, changes = _memory(config, inputs, known)
+    try:
+        memory, changes = _memory(config, inputs, known)
+    except UncountableError as error:
+        memory, changes = None, []
+        known.notes.append(f"what memory the run needs is unknown: {error}")
     predictor = OnlinePredictor(
         config.max_steps, epsilon=config.forecast_epsilon, reward_range=config.reward_range, facts=known.facts, prior=prior
     )

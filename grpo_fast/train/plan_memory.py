@@ -9,6 +9,7 @@ them keep on this machine.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from grpo_fast.device import device_facts, gpu_spec
 from grpo_fast.rollout.transformers_engine import MAX_BATCH_TOKENS
 from grpo_fast.rollout.vllm_engine import cpu_cache_bytes
 from grpo_fast.sinks.quantities import binary
-from grpo_fast.train.activations import DryPass, HeadBytes, HeldBytes, PassBytes, pass_bytes
+from grpo_fast.train.activations import DryPass, HeadBytes, HeldBytes, PassBytes, UncountableError, pass_bytes
 from grpo_fast.train.plan_pass import StepLengths, largest_pass
 from grpo_fast.train.plan_sizes import (
     DeviceMemory,
@@ -104,6 +105,7 @@ class MemoryPlanner:
 
         Raises:
             ConfigError: the adapters do not fit the model.
+            UncountableError: it has layers whose memory cannot be counted, such as experts that tokens choose.
         """
         config = config or self._config
         dtype, outline = self._dtype(config), self._outline(config)
@@ -128,8 +130,7 @@ class MemoryPlanner:
 
     def _training(self, outline: PreTrainedModel, config: Config, sizes: ModelSizes) -> tuple[dict[str, dict[str, int]], int]:
         """Bytes by part of each phase of an update, and what waits in the host's memory."""
-        work = largest_pass(outline, config, self._lengths(config), dtype=self._dtype(config), kind=self._inputs.kind)
-        found = self._pass(outline, config, work, self._head(config, sizes, work))
+        work, found = self._largest(outline, config, sizes)
         gradients = self._gradients(config, sizes)
 
         def of_pass(held: HeldBytes) -> dict[str, int]:
@@ -144,6 +145,16 @@ class MemoryPlanner:
         copies = update_bytes(config, sizes) // self._num_parts(config)
         phases["updating weights"] = {"gradients": gradients, "numbers of one update": copies}
         return phases, found.waiting
+
+    def _largest(self, outline: PreTrainedModel, config: Config, sizes: ModelSizes) -> tuple[DryPass, PassBytes]:
+        """The largest micro-batch and what it takes; padded where the policy would find that the model takes no packed ones."""
+        work = largest_pass(outline, config, self._lengths(config), dtype=self._dtype(config), kind=self._inputs.kind)
+        try:
+            return work, self._pass(outline, config, work, self._head(config, sizes, work))
+        except UncountableError:
+            if work.layout == "padded" or config.padding_free:
+                raise
+            return self._largest(outline, config.replace(padding_free=False, share_prompts=None), sizes)
 
     def _on_the_way(self, config: Config, sizes: ModelSizes) -> dict[str, int]:
         """Weights that are there while a layer needs them."""
@@ -167,7 +178,7 @@ class MemoryPlanner:
         """Made once a kind of adapters."""
         key = _adapters(config)
         if key not in self._outlines:
-            self._outlines[key] = outline_of(self._model_config, config)
+            self._outlines[key] = outline_of(copy.deepcopy(self._model_config), config)  # a model keeps the very object
         return self._outlines[key]
 
     def _head(self, config: Config, sizes: ModelSizes, work: DryPass) -> HeadBytes:
@@ -337,7 +348,12 @@ def check_room(model_config: PreTrainedConfig, config: Config, *, num_devices: i
     room, kind = device_room(config, None)
     planner = MemoryPlanner(model_config, config, MemoryInputs(room, kind, prompt_tokens=1, num_devices=num_devices))
     if planner.least_bytes() > room:
-        raise ConfigError(refusal(planner.plan(), planner.changes()))
+        try:
+            told = refusal(planner.plan(), planner.changes())
+        except UncountableError as error:
+            least = binary(planner.least_bytes())
+            told = f"weights, gradients and moments need {least}, and the device has {binary(room)}; {error}"
+        raise ConfigError(told)
 
 
 def refusal(plan: MemoryPlan, changes: list[Change]) -> str:

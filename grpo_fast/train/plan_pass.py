@@ -13,7 +13,7 @@ from grpo_fast.config import Config
 from grpo_fast.ops import Layout, plan_rows
 from grpo_fast.train.activations import DryPass
 from grpo_fast.train.batch import TrainingSequence, shared_prompts
-from grpo_fast.train.packed_model import let_pack, let_pad
+from grpo_fast.train.packed_model import let_pack, let_pad, takes_shared_prompts
 
 _VARLEN_HEAD_SIZE = 256
 """What torch's variable-length kernel takes at most."""
@@ -86,9 +86,10 @@ def _layout(outline: PreTrainedModel, config: Config, kind: str) -> tuple[Layout
         return "padded", False
     if config.attn_implementation.startswith("flash_attention"):
         return "packed", False
-    if config.attn_implementation not in {"sdpa", "eager"} or let_pack(outline) is not None:
-        return "padded", False
+    takes = config.attn_implementation in {"sdpa", "eager"} and let_pack(outline) is None and takes_shared_prompts(outline)
     let_pad(outline)
+    if not takes:
+        return "padded", False
     return "packed", kind == "cpu" if config.share_prompts is None else config.share_prompts
 
 

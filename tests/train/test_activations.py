@@ -105,9 +105,10 @@ def test_a_padded_mask_and_padding_cost_memory() -> None:
     assert packed < even < ragged
 
 
-def test_the_outline_stays_as_it_is() -> None:
+@pytest.mark.parametrize("num_layers", [2, 6])
+def test_the_outline_stays_as_it_is(num_layers: int) -> None:
     config = Config(gradient_checkpointing=True)
-    outline = outline_of(LlamaConfig(**SIZES), config)
+    outline = outline_of(LlamaConfig(**SIZES | {"num_hidden_layers": num_layers}), config)
     before = copy.deepcopy(outline.config.to_dict())
     pass_bytes(outline, config, dry([8]), HeadBytes(512, 0))
     assert outline.config.to_dict() == before

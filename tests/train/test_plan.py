@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from transformers import Qwen3MoeConfig
 
+from grpo_fast.assets import embedded_model_dir
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.law import OnlinePredictor, Prior, RunFacts
 from grpo_fast.train import GRPOTrainer
@@ -135,3 +138,16 @@ def test_a_run_goes_as_planned(embedded_config: Callable[..., Config]) -> None:
         run = foretold.costs[name]
         assert run is not None
         assert run["run"]["low"] / 1.3 < compute[name] < run["run"]["high"] * 1.3, name
+
+
+def test_a_model_whose_memory_cannot_be_counted_is_planned_without(tmp_path: Path) -> None:
+    shutil.copytree(
+        embedded_model_dir(), tmp_path, ignore=shutil.ignore_patterns("config.json", "*.safetensors"), dirs_exist_ok=True
+    )
+    Qwen3MoeConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+    ).save_pretrained(tmp_path)
+    found = make_plan(big(model=str(tmp_path)), PlanInputs(**vars(BARE) | {"model_size": None}))
+    assert found.memory is None
+    assert found.to_dict()["memory"] is None
+    assert any(note.startswith("what memory the run needs is unknown: passes of qwen3_moe") for note in found.notes)

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, LlamaConfig, MambaConfig, Qwen2Config
+from transformers import BertConfig, BertModel, LlamaConfig, MambaConfig, Qwen2Config, Qwen3MoeConfig, StableLmConfig
 
 from grpo_fast.compute.memory import MemoryPlan
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.train import GRPOTrainer
+from grpo_fast.train.activations import UncountableError
 from grpo_fast.train.parts import build_parts
 from grpo_fast.train.plan_memory import MemoryInputs, MemoryPlanner, check_room, device_room, refusal, table, to_dict
 from grpo_fast.train.policy_source import PolicySource
@@ -30,15 +31,16 @@ LLAMA_8B = LlamaConfig(
     num_key_value_heads=8,
 )
 TWO_LAYERS = LlamaConfig(**LLAMA_8B.to_dict() | {"num_hidden_layers": 2})
-SMALL = Qwen2Config(
-    vocab_size=1000,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    tie_word_embeddings=False,
-)
+SIZES: dict[str, Any] = {
+    "vocab_size": 1000,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+}
+SMALL = Qwen2Config(**SIZES)
 
 
 def planner(model: Any, config: Config, *, room_gib: float = 80.0, kind: str = "cuda", num_devices: int = 1) -> MemoryPlanner:
@@ -205,6 +207,16 @@ def test_activations_follow_the_micro_batch_and_no_more_than_the_step() -> None:
     assert sizes[512] == sizes[100_000] > 1.9 * sizes[256]
 
 
+def test_a_plan_changes_neither_the_model_nor_the_next_plan() -> None:
+    model = Qwen2Config(**SIZES)
+    one = planner(model, Config(), kind="cpu")
+    first = one.plan()
+    one.plan(Config(padding_free=False))
+    assert model.to_dict() == Qwen2Config(**SIZES).to_dict()
+    assert model._attn_implementation == Qwen2Config(**SIZES)._attn_implementation
+    assert one.plan() == planner(model, Config(), kind="cpu").plan() == first
+
+
 def test_what_does_not_fit_is_told_with_the_cheapest_changes() -> None:
     config = Config(tokens_per_microbatch=65_536, max_completion_length=1024)
     tight = planner(SMALL, config, room_gib=1.2)
@@ -285,6 +297,25 @@ def test_models_of_other_kinds() -> None:
         patch.setattr("grpo_fast.train.plan_memory.outline_of", lambda model_config, config: BertModel(model_config))
         with pytest.raises(ConfigError, match="BertModel has no output embeddings"):
             check_room(bert, Config(), num_devices=1)
+
+
+def test_a_model_that_takes_no_packed_sequences_is_padded() -> None:
+    """Its attention would refuse them; and a policy then pads."""
+    model = StableLmConfig(**SIZES)
+    found, padded = (planner(model, Config(padding_free=value), kind="cpu").plan() for value in (None, False))
+    assert found == padded
+    with pytest.raises(UncountableError, match="passes of stablelm cannot be run without memory"):
+        planner(model, Config(padding_free=True), kind="cpu").plan()
+
+
+def test_of_experts_that_tokens_choose_weights_alone_are_counted() -> None:
+    model = Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+    with pytest.raises(UncountableError, match="passes of qwen3_moe"):
+        planner(model, Config()).plan()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("grpo_fast.train.plan_memory.device_room", lambda config, gpu: (2**20, "cuda"))
+        with pytest.raises(ConfigError, match=r"moments need 7.* MiB, and the device has 1 MiB; passes"):
+            check_room(model, Config(), num_devices=1)
 
 
 EVEN = (48,) * 64
