@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Sequence
+import dataclasses
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import flash_attention_mask
 
 from grpo_fast.config import Config
-from grpo_fast.ops import Layout
+from grpo_fast.ops import Layout, PackedLayout
 from grpo_fast.train.batch import TrainingSequence, build_batch
 from grpo_fast.train.checkpointing import checkpoint_layers
 from grpo_fast.train.ledger import OTHER, Ledger
@@ -37,6 +39,7 @@ from grpo_fast.types import TokenBatch
 _CAUSAL = "causal_only"
 _KINDS = (OTHER, "gradients", "head", "waiting")
 _CPU = torch.device("cpu")
+_Data = TypeVar("_Data", TokenBatch, PackedLayout)
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class DryPass:
         one_kernel: whether attention takes a packed row as it is, as torch's variable-length kernel does.
         accumulates: whether gradients of other micro-batches are there already; then those of this one are freed at once.
         dtype: type of computation.
+        kind: "cuda" or "cpu", which rounds the tokens of a row up.
     """
 
     sequences: Sequence[TrainingSequence]
@@ -71,6 +75,7 @@ class DryPass:
     one_kernel: bool
     accumulates: bool
     dtype: torch.dtype
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,8 @@ def _windows(model_config: PreTrainedConfig, config: Config, work: DryPass, head
     """[4, kinds] bytes at the peak of the forward pass, of the loss, and of both halves of the backward pass."""
     ledger = Ledger()
     try:
-        loss, backward = _run(ledger, model_config, config, work, head)
+        with _quiet():
+            loss, backward = _run(ledger, model_config, config, work, head)
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise UncountableError(f"passes of {model_config.model_type} cannot be run without memory ({error})") from error
     held = ledger.held(_KINDS)
@@ -156,16 +162,29 @@ def _windows(model_config: PreTrainedConfig, config: Config, work: DryPass, head
     return np.array(result)
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """PyTorch would log a traceback of what is raised."""
+    log = logging.getLogger(FakeTensorMode.__module__)
+    before = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
 def _run(ledger: Ledger, model_config: PreTrainedConfig, config: Config, work: DryPass, head: HeadBytes) -> tuple[int, int]:
     """Runs the passes; returns at which of the ledger's changes the loss and the backward pass begin."""
     model: Any = outline_of(model_config, config)
     if config.gradient_checkpointing:
         checkpoint_layers(model, config.gradient_checkpointing_mode)
     model.train(config.gradient_checkpointing)  # transformers checkpoints in training mode only
-    batch = build_batch(
-        work.sequences, [1.0] * len(work.sequences), _CPU, layout=work.layout, shares_prompts=work.shares_prompts
-    )
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    device = torch.device("cpu" if work.kind == "cpu" else "meta")
+    ones = [1.0] * len(work.sequences)
+    made = build_batch(work.sequences, ones, device, layout=work.layout, shares_prompts=work.shares_prompts)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # scalars that models make on their way
+        batch = _without_memory(made)
         _give_weights(model, config, work.dtype)
         known = model.get_output_embeddings().weight
         # of its own also where it is the embedding: autograd adds to a gradient in place, but not to one that pretends
@@ -187,6 +206,18 @@ def _run(ledger: Ledger, model_config: PreTrainedConfig, config: Config, work: D
 
 def _drop(weight: torch.Tensor) -> None:
     weight.grad = None
+
+
+def _without_memory(value: _Data) -> _Data:
+    """The same with tensors of the mode that this is called in."""
+    changed: dict[str, Any] = {}
+    for field in dataclasses.fields(value):
+        own = getattr(value, field.name)
+        if isinstance(own, torch.Tensor):
+            changed[field.name] = torch.empty_like(own, device=_CPU)
+        elif isinstance(own, PackedLayout):
+            changed[field.name] = _without_memory(own)
+    return dataclasses.replace(value, **changed)
 
 
 def _give_weights(model: torch.nn.Module, config: Config, dtype: torch.dtype) -> None:

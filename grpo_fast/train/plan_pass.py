@@ -61,6 +61,7 @@ def largest_pass(outline: PreTrainedModel, config: Config, lengths: StepLengths,
         one_kernel=layout == "packed" and not shares and _is_one_kernel(outline, config, dtype=dtype, kind=kind),
         accumulates=len(plan.micro_batches) > 1,
         dtype=dtype,
+        kind=kind,
     )
 
 

@@ -35,7 +35,15 @@ UNEVEN = tuple(8 + 23 * number % 57 for number in range(32))
 
 def dry(lengths: list[int], **changes: Any) -> DryPass:
     sequences = [TrainingSequence((0,), (0,) * (length - 1), (0.0,) * (length - 1), 1.0, in_loss=True) for length in lengths]
-    plain = DryPass(sequences, "packed", shares_prompts=False, one_kernel=True, accumulates=False, dtype=torch.bfloat16)
+    plain = DryPass(
+        sequences,
+        layout="packed",
+        shares_prompts=False,
+        one_kernel=True,
+        accumulates=False,
+        dtype=torch.bfloat16,
+        kind="cuda",
+    )
     return dataclasses.replace(plain, **changes)
 
 

@@ -308,7 +308,7 @@ def test_a_model_that_takes_no_packed_sequences_is_padded() -> None:
         planner(model, Config(padding_free=True), kind="cpu").plan()
 
 
-def test_of_experts_that_tokens_choose_weights_alone_are_counted() -> None:
+def test_of_experts_that_tokens_choose_weights_alone_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     model = Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
     with pytest.raises(UncountableError, match="passes of qwen3_moe"):
         planner(model, Config()).plan()
@@ -316,6 +316,7 @@ def test_of_experts_that_tokens_choose_weights_alone_are_counted() -> None:
         patch.setattr("grpo_fast.train.plan_memory.device_room", lambda config, gpu: (2**20, "cuda"))
         with pytest.raises(ConfigError, match=r"moments need 7.* MiB, and the device has 1 MiB; passes"):
             check_room(model, Config(), num_devices=1)
+    assert caplog.text == ""
 
 
 EVEN = (48,) * 64
