@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 
 from grpo_fast.ops.head_pass import Block, RowGradient, RowStatistics, row_scales
-from grpo_fast.ops.lm_head import LMHead, padded, rows_per_chunk, working_dtype
+from grpo_fast.ops.lm_head import LMHead, pad_rows, padded, rows_per_chunk, working_dtype
 from grpo_fast.ops.products import add_outer, linear_into, mm, rounded_rows
 
 CACHE_BYTES = 2**22
@@ -149,8 +149,7 @@ class TorchHeadPass:
 
     def _padded(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows of a block, or a value for each, with zeros below."""
-        missing = self._height(len(rows)) - len(rows)
-        return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
+        return pad_rows(rows, self._height(len(rows)))
 
     def _add_entropy(self, exp: torch.Tensor, block: Block, statistics: RowStatistics, gradient: RowGradient) -> None:
         assert gradient.entropy is not None

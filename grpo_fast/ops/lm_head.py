@@ -160,7 +160,7 @@ def padded(num_rows: int) -> int:
     return -(-num_rows // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
-def pad_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Rows [C, ...] with zeros below, up to a multiple of ``ROW_MULTIPLE``."""
-    missing = padded(rows.shape[0]) - rows.shape[0]
+def pad_rows(rows: torch.Tensor, num_rows: int | None = None) -> torch.Tensor:
+    """Rows [C, ...] with zeros below, up to so many; by default to a multiple of ``ROW_MULTIPLE``."""
+    missing = (padded(len(rows)) if num_rows is None else num_rows) - len(rows)
     return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows

@@ -38,6 +38,7 @@ class ModelSizes:
         frozen_bytes: of weights that are not trained.
         largest: numbers of the largest trained weight.
         widest: numbers of the largest frozen linear layer.
+        head_trained: whether the head is trained.
         head_itemsize: bytes of a number of the head.
         layers: how many.
         hidden: H.
