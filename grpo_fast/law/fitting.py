@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import minimize
 from scipy.special import log_softmax, logsumexp
 
 from grpo_fast.law.forms import Array
@@ -203,6 +202,8 @@ def _evidence(posterior: Posterior, prior: Prior, scale: RunScale) -> Array:
 
 def _fit_tables(known: Array, evidence: Array, weight: Array, base: Prior) -> tuple[Array, Array]:
     """The two tables, by L-BFGS on the concave-enough penalised mean log evidence."""
+    from scipy.optimize import minimize  # noqa: PLC0415 (slow to import, and no forecast needs it)
+
     num_parts = len(PARTS)
     origin = np.concatenate([base.part_logits, base.class_logits])
 

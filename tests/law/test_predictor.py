@@ -390,7 +390,10 @@ def test_a_step_costs_at_most_10_ms_after_ten_thousand(long_run, untraced):
     assert milliseconds(take, repeats=50) < 10.0
 
 
-def test_the_law_needs_no_torch():
-    code = "import sys, grpo_fast.law; print([m for m in ('torch', 'transformers', 'pydantic') if m in sys.modules])"
+def test_the_law_needs_no_torch_and_a_forecast_no_optimiser():
+    code = (
+        "import sys, grpo_fast.law\n"
+        "print([m for m in ('torch', 'transformers', 'pydantic', 'scipy.optimize') if m in sys.modules])"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert out.stdout.strip() == "[]"

@@ -7,10 +7,12 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from grpo_fast.integrations.logs.raw_log import RUN_COLUMNS, Names, RawLog, counted
+from grpo_fast.integrations.logs.raw_log import RUN_COLUMNS, SPLIT_COLUMNS, Names, RawLog, counted
 
 _NOT_NUMBERS = ("nan", "null", "none", "-nan")
 _POINT = 3
+_STEP_OF_ALL = "global_step/max_steps"
+"""ms-swift's column of both: "5/400"."""
 
 
 def read_json(text: str, names: Names) -> RawLog | None:
@@ -34,14 +36,25 @@ def _state(found: dict[str, Any], names: Names) -> RawLog | None:
     if not columns or len(columns) < len(found) or len({len(column) for column in columns.values()}) > 1:
         return None
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    return RawLog(numbers_of(rows, names), "JSON columns", runs=_runs(rows))
+    return _with_words(numbers_of(rows, names), "JSON columns", rows)
 
 
 def _list(found: list[Any], names: Names) -> RawLog:
     if found and all(isinstance(row, list) and len(row) == _POINT for row in found):
         points = [dict(zip(("wall_time", "step", "value"), row, strict=True)) for row in found]
         return RawLog(numbers_of(points, names), "TensorBoard JSON export", reward_column="value")
-    return RawLog(numbers_of(found, names), "JSON list of rows", runs=_runs(found))
+    return _with_words(numbers_of(found, names), "JSON list of rows", found)
+
+
+def _with_words(rows: list[dict[str, float]], source: str, found: list[Any]) -> RawLog:
+    """Rows with the words that tell them apart, where the first has such columns."""
+    mappings = [row for row in found if isinstance(row, dict)]
+    first = mappings[0] if mappings else {}
+    runs, splits = (
+        None if name is None else [str(row.get(name, "")) for row in mappings]
+        for name in (_column(first, RUN_COLUMNS), _column(first, SPLIT_COLUMNS))
+    )
+    return RawLog(rows, source, _planned(rows), runs=runs, splits=splits)
 
 
 def read_json_lines(text: str, names: Names) -> RawLog | None:
@@ -51,41 +64,46 @@ def read_json_lines(text: str, names: Names) -> RawLog | None:
         return None
     rows: list[dict[str, float]] = []
     runs: list[str] = []
-    bad, verl, run = 0, True, None
+    splits: list[str] = []
+    bad, verl, run, split = 0, True, None, None
     for number, line in enumerate(lines, 1):
         try:
             found = json.loads(line)
         except ValueError:
             found = None
         if isinstance(found, dict):
-            run = _run_column(found) if not rows else run
+            if not rows:
+                run, split = _column(found, RUN_COLUMNS), _column(found, SPLIT_COLUMNS)
             row: dict[str, float] = {}
             _flatten(found, "", row, names=names)
             rows.append(row)
             if run is not None:
                 runs.append(str(found.get(run, runs[-1] if runs else "")))
+            if split is not None:
+                splits.append(str(found.get(split, "")))
             verl = verl and isinstance(found.get("data"), dict)
         elif number < len(lines):
             bad += 1
     if len(rows) <= bad:
         return None
     notes = [f"{bad} of {counted(len(lines), 'line', 'is|are')} no JSON objects and were left out"] if bad else []
-    return RawLog(rows, "verl JSON lines" if verl else "JSON lines", notes=notes, runs=runs if run is not None else None)
+    source = "verl JSON lines" if verl else "JSON lines"
+    return RawLog(rows, source, _planned(rows), notes=notes, runs=runs or None, splits=splits or None)
 
 
 def _values(column: Any) -> Iterable[Any]:
     return column.values() if isinstance(column, dict) else column
 
 
-def _run_column(row: dict[str, Any]) -> str | None:
-    return next((name for name in row if name.lower() in RUN_COLUMNS), None)
+def _column(row: dict[str, Any], known: tuple[str, ...]) -> str | None:
+    """The first column of those names whose value is a word."""
+    return next((name for name, value in row.items() if name.lower() in known and isinstance(value, str)), None)
 
 
-def _runs(rows: list[Any]) -> list[str] | None:
-    """Names of the runs of the rows, where the first row has one."""
-    mappings = [row for row in rows if isinstance(row, dict)]
-    name = _run_column(mappings[0]) if mappings else None
-    return None if name is None else [str(row.get(name, "")) for row in mappings]
+def _planned(rows: list[dict[str, float]]) -> int | None:
+    """Planned steps, where the rows tell them beside their own; taken out of them."""
+    told = [row.pop(_STEP_OF_ALL) for row in rows if _STEP_OF_ALL in row]
+    return int(told[-1]) if told and told[-1] > 0 else None
 
 
 def number(value: Any) -> float:
@@ -120,6 +138,10 @@ def _flatten(item: dict[str, Any], prefix: str, row: dict[str, float], *, names:
                 row[whole] = value
         elif isinstance(value, dict):
             _flatten(value, "" if whole == "data" else f"{whole}/", row, names=names)
+        elif whole == _STEP_OF_ALL and isinstance(value, str):
+            step, _, planned = value.partition("/")
+            row["global_step"], row[_STEP_OF_ALL] = number(step), number(planned)
+            names.keeps("global_step")
         elif not (isinstance(value, (list, bool)) or (isinstance(value, str) and _is_text(value))) and names.keeps(whole):
             row[whole] = number(value)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 REWARDS: tuple[str, ...] = (
     *("reward", "reward/mean", "reward_mean", "mean_reward", "avg_reward", "average_reward", "reward_avg", "rewards/mean"),
     *("critic/rewards/mean", "rollout/reward", "rollout/rewards", "rollout/reward_mean", "env/reward/total", "reward/total"),
+    *("env/all/reward/total", "reward/avg_raw_reward", "reward/all/mean"),
     *("objective/rlhf_reward", "rewards", "total_reward"),
     *("critic/score/mean", "rollout/raw_reward", "objective/scores", "score/mean", "mean_score", "score"),
     *("accuracy", "correctness", "accuracy/mean", "acc", "success_rate", "pass_rate", "pass@1"),

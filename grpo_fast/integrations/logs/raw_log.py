@@ -78,6 +78,7 @@ class RawLog:
         notes: what could not be read.
         settings: what the run's configuration says.
         runs: name of the run that each row belongs to, where the log has such a column.
+        splits: what each row was measured on, likewise: "train", "eval" and the like.
     """
 
     rows: list[dict[str, float]]
@@ -87,10 +88,13 @@ class RawLog:
     notes: list[str] = field(default_factory=list)
     settings: RunSettings = field(default_factory=RunSettings)
     runs: list[str] | None = None
+    splits: list[str] | None = None
 
 
 RUN_COLUMNS = ("run", "run_id", "run_name", "runid", "experiment", "exp_name", "trial", "trial_id")
 """Columns that tell several runs in one file apart, in small letters."""
+SPLIT_COLUMNS = ("split", "mode", "phase", "stage", "partition", "subset")
+"""Columns that tell rows of training from those of an evaluation, in small letters."""
 
 
 def counted(count: int, noun: str, rest: str) -> str:

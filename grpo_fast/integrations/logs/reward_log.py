@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ _FAR = 100.0
 _LONG_BEFORE = 0.5
 _UNCLEAR = TOKEN_SUMS[-2:]
 _LEAST_GROWTH = 0.1
+_HELD_OUT = re.compile(r"(?:eval(?:uation)?|val(?:id(?:ation)?)?|test|dev|held[-_ ]?out)(?:$|[\W_\d])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,10 @@ def read_log(path: str | Path, *, reward_column: str | None = None, run: str | N
         columns = choose_columns(listed, reward_column=wanted)
     except ValueError as error:
         raise LogError(f"{path} ({found.source}): {error}") from error
+    if not any(columns.step in row for row in found.rows if columns.reward in row):  # other rows' steps place no reward
+        beside = {name for row in found.rows if columns.reward in row for name in row}
+        near = choose_columns([name for name in listed if name in beside], reward_column=columns.reward)
+        columns = replace(near, others=columns.others)
     notes = list(found.notes)
     if columns.others:
         notes.append(f"other columns that could be meant: {', '.join(columns.others[:6])}")
@@ -105,18 +112,30 @@ def read_log(path: str | Path, *, reward_column: str | None = None, run: str | N
 
 
 def _rows_of(found: RawLog, run: str | None, notes: list[str]) -> list[dict[str, float]]:
-    """The rows of one run, where a column names the run of each."""
+    """The rows of one run, where a column names the run of each, without those of evaluations, where one tells them."""
     names = list(dict.fromkeys(found.runs or ()))
     if run is not None and run not in names:
         known = f"it holds {', '.join(names[:8])}" if names else "no column tells runs apart"
         raise LogError(f"the log has no run {run!r}; {known}")
-    if found.runs is None or len(names) < 2:
-        return found.rows
-    chosen = found.runs[-1] if run is None else run
-    if run is None:
-        listed = ", ".join(names[:6]) + (", ..." if names[6:] else "")
-        notes.append(f"the file holds {len(names)} runs ({listed}); {chosen}, the last one, is used. Choose with --run")
-    return [row for row, name in zip(found.rows, found.runs, strict=True) if name == chosen]
+    rows, splits = found.rows, found.splits
+    if found.runs is not None and len(names) > 1:
+        chosen = found.runs[-1] if run is None else run
+        if run is None:
+            listed = ", ".join(names[:6]) + (", ..." if names[6:] else "")
+            notes.append(f"the file holds {len(names)} runs ({listed}); {chosen}, the last one, is used. Choose with --run")
+        mine = [name == chosen for name in found.runs]
+        rows, splits = list(compress(rows, mine)), None if splits is None else list(compress(splits, mine))
+    return rows if splits is None else _of_training(rows, splits, notes)
+
+
+def _of_training(rows: list[dict[str, float]], splits: list[str], notes: list[str]) -> list[dict[str, float]]:
+    """Rows without those of evaluations; all of them where there are no others."""
+    trained = [_HELD_OUT.match(split) is None for split in splits]
+    left_out = len(rows) - sum(trained)
+    if left_out in {0, len(rows)}:
+        return rows
+    notes.append(counted(left_out, "row", "of an evaluation was|were left out"))
+    return list(compress(rows, trained))
 
 
 def _placed(rows: list[dict[str, float]], columns: Columns, notes: list[str]) -> Rows:

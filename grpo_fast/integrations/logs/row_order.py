@@ -44,7 +44,7 @@ def one_run(rows: Rows, notes: list[str]) -> Rows:
     if not rows.steps.size:
         return rows
     if not (np.diff(rows.steps) > 0).all():
-        rows = _in_order(rows, notes)
+        rows = _in_order(_without_blanks(rows), notes)
     if rows.steps[0] == 0:
         notes.append("steps count from 0 in this log; 1 is added to each")
         rows = Rows(rows.steps + 1, rows.rewards, rows.others)
@@ -61,6 +61,14 @@ def _in_order(rows: Rows, notes: list[str]) -> Rows:
             notes.append("the rows were not in the order of their steps and were sorted")
         return rows.at(order)
     return rows.at(_newest(rows.steps, notes))
+
+
+def _without_blanks(rows: Rows) -> Rows:
+    """Rows but for those without a reward beside others of their step that have one: what evaluations leave in exports."""
+    begins = np.flatnonzero(np.concatenate([[True], np.diff(rows.steps) != 0]))
+    known = np.isfinite(rows.rewards)
+    sizes = np.diff(np.append(begins, rows.steps.size))
+    return rows.at(known | ~np.repeat(np.logical_or.reduceat(known, begins), sizes))
 
 
 def _averaged(rows: Rows, begins: Whole, notes: list[str]) -> Rows:

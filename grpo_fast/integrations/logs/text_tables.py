@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from grpo_fast.integrations.logs.raw_log import RUN_COLUMNS, Names, RawLog, counted
+from grpo_fast.integrations.logs.raw_log import RUN_COLUMNS, SPLIT_COLUMNS, Names, RawLog, counted
 
 _SAMPLE = 500
 _THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2}(?:,\d{3})+(?:\.\d*)?")
@@ -71,7 +71,7 @@ def read_table(text: str, names: Names) -> RawLog | None:
     if not header or not any(math.isfinite(cells.number(cell)) for row in sample for cell in row):
         return None
     header = _told_apart(header, notes)
-    rows, runs = _rows(itertools.chain(sample, table), header, cells, names=names)
+    rows, runs, splits = _rows(itertools.chain(sample, table), header, cells, names=names)
     if cells.percent:
         notes.append("values with a per cent sign are read as hundredths: 50 % is 0.5")
     if cells.decimal_comma:
@@ -79,7 +79,7 @@ def read_table(text: str, names: Names) -> RawLog | None:
     if cells.thousands:
         notes.append("marks between thousands were taken out of numbers")
     reward = next((name for name in header if name.lower() == "value"), None) if _is_tensorboard(header) else None
-    return RawLog(rows, _source(header), reward_column=reward, notes=notes, runs=runs)
+    return RawLog(rows, _source(header), reward_column=reward, notes=notes, runs=runs, splits=splits)
 
 
 def is_header_alone(text: str) -> bool:
@@ -90,11 +90,16 @@ def is_header_alone(text: str) -> bool:
 
 def _rows(
     table: Iterator[list[str]], header: list[str], cells: _Cells, *, names: Names
-) -> tuple[list[dict[str, float]], list[str] | None]:
+) -> tuple[list[dict[str, float]], list[str] | None, list[str] | None]:
+    """Rows of numbers, and the words of the columns that tell runs and splits apart, where there are such columns."""
     read = [(place, name) for place, name in enumerate(header) if names.keeps(name)]
-    run = next((place for place, name in enumerate(header) if name.lower() in RUN_COLUMNS), None)
+    run, split = (
+        next((place for place, name in enumerate(header) if name.lower() in known), None)
+        for known in (RUN_COLUMNS, SPLIT_COLUMNS)
+    )
     rows: list[dict[str, float]] = []
     runs: list[str] = []
+    splits: list[str] = []
     for line in table:
         row: dict[str, float] = {}
         for place, name in read:
@@ -104,9 +109,10 @@ def _rows(
                 if value == value or cell.strip().lower() in _MISSING:  # noqa: PLR0124 (not NaN, and fast)
                     row[name] = value
         rows.append(row)
-        if run is not None:
-            runs.append(line[run].strip() if run < len(line) else "")
-    return rows, runs if run is not None else None
+        for words, column in ((runs, run), (splits, split)):
+            if column is not None:
+                words.append(line[column].strip() if column < len(line) else "")
+    return rows, runs or None, splits or None
 
 
 def _splitter(sample: list[str]) -> Callable[[list[str]], Iterator[list[str]]] | None:

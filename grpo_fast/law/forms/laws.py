@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.optimize import brentq
 from scipy.special import expit
 
 from grpo_fast.law.forms.protocol import check_positive, checked_share
@@ -201,6 +200,8 @@ class InertialSaturation:
         share = checked_share(share)
         first, second = self._rates()
         if self.oscillates:  # rises all the way to its first peak, half a turn after the start
+            from scipy.optimize import brentq  # noqa: PLC0415 (slow to import, and no forecast needs it)
+
             return float(brentq(lambda t: float(self._rise(t)) - share, 0.0, math.pi / second, xtol=1e-12))
         if second == 0:
             return float(exponential_rise_inverse(share, 1.0 / first))

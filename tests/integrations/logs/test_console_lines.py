@@ -83,6 +83,45 @@ def test_progress_bars() -> None:
     assert better.rows == [{"reward": 0.3}], "a bar's three digits are the last resort"
 
 
+def trl(reward: float) -> str:
+    return f"{{'loss': '0.01', 'reward': '{reward}', 'epoch': '0.1'}}"
+
+
+def bare_bar(count: int, total: int = 200) -> str:
+    return f"  {100 * count // total}%|##   | {count}/{total} [00:45<10:11,  8.31s/it]"
+
+
+def test_a_bar_beside_rows_without_steps() -> None:
+    named = "Map: 100%|####| 7473/7473 [00:01<00:00, 900 examples/s]"
+    found = read(named, bare_bar(10), trl(0.1), bare_bar(3, 5), bare_bar(5, 5), f"{bare_bar(11)}{bare_bar(20)}{trl(0.2)}")
+    assert [row["step"] for row in found.rows] == [10, 20]
+    assert found.max_steps == 200
+    assert found.notes == ["the rows tell no step; those of the progress bar beside them, of 200, are used"]
+    own = read(bare_bar(10), "{'reward': 0.1, 'step': 7}")
+    assert (own.rows, own.max_steps, own.notes) == ([{"reward": 0.1, "step": 7}], None, []), "rows that tell a step keep it"
+
+
+def test_a_bar_before_rows_that_were_written_at_once() -> None:
+    bars = [bare_bar(count) for count in range(41)]
+    found = read(*bars[:31], trl(0.1), trl(0.2), *bars[31:], trl(0.3), trl(0.4))
+    assert [row["step"] for row in found.rows] == [10, 20, 30, 40]
+    assert found.max_steps == 200
+    assert found.notes == ["the rows tell no step; 4 of them on 40 steps of a progress bar: one every 10"]
+    for unclear in (
+        read(*bars, *map(trl, range(27))),  # 40 steps for 27 rows
+        read("  0%| | 0/9 [0<0, 1s/it]", trl(0.1), trl(0.2)),
+        read(bare_bar(40), trl(0.1), trl(0.2)),  # one bar drawn, at its end
+    ):
+        assert all("step" not in row for row in unclear.rows)
+        assert (unclear.max_steps, unclear.notes) == (None, [])
+
+
+def test_a_step_beside_all_that_are_planned() -> None:
+    found = read("{'reward': 0.5, 'global_step/max_steps': '5/3766', 'percentage': '0.13%'}")
+    assert (found.rows[0]["step"], found.rows[0]["reward"], found.max_steps) == (5, 0.5, 3766)
+    assert read("***** Running training *****", "  Total optimization steps = 1,250", trl(0.1)).max_steps == 1250
+
+
 def test_what_is_no_log() -> None:
     assert read_console("step: 3 of the recipe - stir:well\na { b } c\n\n", Names()) is None
     assert read("total_training_steps: 0", "step:1 - reward:1").max_steps is None

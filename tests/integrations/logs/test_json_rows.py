@@ -63,6 +63,23 @@ def test_runs_are_told_apart() -> None:
     assert read(lines(*ROWS)).runs is None
 
 
+def test_rows_of_an_evaluation_are_told_apart() -> None:
+    rows = [{"mode": "train", **ROWS[0]}, {"mode": "eval", **ROWS[0]}]
+    assert read(lines(*rows)).splits == ["train", "eval"]
+    assert read(json.dumps(rows)).splits == ["train", "eval"]
+    assert read(lines({"phase": 2, **ROWS[0]})).splits is None, "a number is no word"
+
+
+def test_a_step_beside_all_that_are_planned() -> None:
+    rows = [
+        {"reward": value, "global_step/max_steps": f"{step}/400", "percentage": "1%"} for step, value in ((5, 0.1), (10, 0.2))
+    ]
+    for text in (lines(*rows), json.dumps(rows)):
+        found = read(text)
+        assert found.rows == [{"reward": 0.1, "global_step": 5}, {"reward": 0.2, "global_step": 10}]
+        assert found.max_steps == 400
+
+
 def test_numbers() -> None:
     assert number("1e-3") == 0.001
     assert all(math.isnan(number(value)) for value in (None, True, "x", [1], 10**400))

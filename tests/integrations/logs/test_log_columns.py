@@ -17,6 +17,12 @@ from grpo_fast.integrations.logs.log_columns import choose_columns, plain
         (["Reward", "Iteration"], "Reward", "Iteration"),
         (["reward"], "reward", None),
         (["training/global_step", "training/reward", "validation/reward"], "training/reward", "training/global_step"),
+        (["step", "progress/batch", "env/all/correct", "env/all/reward/total"], "env/all/reward/total", "step"),
+        (
+            ["_step", "reward/avg_raw_reward", "reward/avg_pass_at_5", "trainer/global_step"],
+            "reward/avg_raw_reward",
+            "trainer/global_step",
+        ),
     ],
 )
 def test_guesses(names: list[str], reward: str, step: str | None) -> None:

@@ -178,6 +178,40 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
         read_log(csv(tmp_path / "one.csv", *rising(range(1, 5))), run="a")
 
 
+def test_evaluations_in_rows_of_their_own(tmp_path: Path) -> None:
+    rows: list[tuple[object, ...]] = []
+    for step in range(1, 21):
+        rows.append((step, "train", step / 100))
+        if step % 5 == 0:
+            rows.append((step, "validation", 0.9))
+    log = read_log(csv(tmp_path / "log.csv", *rows, header="step,split,reward"))
+    assert log.rewards.tolist() == [step / 100 for step in range(1, 21)]
+    assert log.notes == ["4 rows of an evaluation were left out"]
+    alone = read_log(
+        csv(tmp_path / "eval.csv", *((step, "test", step / 50) for step in range(1, 21)), header="step,split,reward")
+    )
+    assert (alone.steps.size, alone.notes) == (20, []), "evaluations are all there is"
+
+
+def test_exports_leave_blanks_for_evaluations(tmp_path: Path) -> None:
+    rows: list[dict[str, float | None]] = []
+    for step in range(1, 21):
+        rows.append({"train/global_step": step, "train/reward": step / 100, "eval/reward": None})
+        if step % 5 == 0:
+            rows.append({"train/global_step": step, "train/reward": None, "eval/reward": 0.9})
+    (tmp_path / "history.json").write_text(json.dumps(rows), encoding="utf-8")
+    log = read_log(tmp_path / "history.json")
+    assert log.rewards.tolist() == [step / 100 for step in range(1, 21)]
+    assert log.notes == []
+
+
+def test_steps_of_other_rows_place_no_reward(tmp_path: Path) -> None:
+    rows = [line for step in range(1, 13) for line in ({"reward": step / 20}, {"step": step, "train/loss": 0.1})]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    log = read_log(tmp_path / "log.jsonl")
+    assert (log.step_column, log.steps.size, log.last_reward) == (None, 12, 0.6)
+
+
 def test_a_log_that_begins_late(tmp_path: Path) -> None:
     log = read_log(csv(tmp_path / "log.csv", *rising(range(5001, 5101))))
     assert "the log begins at step 5001; what came before is unknown" in log.notes
@@ -280,6 +314,14 @@ LINES = {
     "W&B export": '"{0}","{1}","{1}","{1}"',
     "TensorBoard export": "1.7e9,{0},{1}",
     "TRL console": "{{'loss': '0.01', 'reward': '{1}', 'reward_std': '0.3', 'epoch': '0.{0:02d}'}}",
+    "TRL console and bar": (
+        "  9%|#     | {0}/90 [01:10<9:11,  8.3s/it]\r          \r{{'loss': '0.01', 'reward': '{1}', 'epoch': '0.1'}}"
+    ),
+    "ms-swift": '{{"loss": 0.0, "reward": {1}, "epoch": 0.1, "global_step/max_steps": "{0}/90", "percentage": "9%"}}',
+    "slime": (
+        "(RolloutManager pid=1) [2026-08-01 10:00:00] rollout.py:321 - rollout {0}: {{'rollout/raw_reward': {1}}}\n"
+        "(TrainActor pid=3) [2026-08-01 10:00:09] model.py:500 - step {0}: {{'train/loss': 0.01, 'train/step': {0}}}"
+    ),
 }
 HEADS = {
     "verl console": "(TaskRunner pid=7) {'actor': {'clip_ratio': 0.2}}\n(TaskRunner pid=7) Total training steps: 90\n",
@@ -311,6 +353,9 @@ def as_written_by(tool: str) -> str:
         ("W&B export", "wandb_export.csv", "cat-7 - train/reward", None),
         ("TensorBoard export", "run-.-tag-reward.csv", "Value", None),
         ("TRL console", "stdout.txt", "reward", None),
+        ("TRL console and bar", "both.txt", "reward", 90),
+        ("ms-swift", "logging.jsonl", "reward", 90),
+        ("slime", "ray.log", "rollout/raw_reward", None),
     ],
 )
 def test_logs_as_tools_write_them(tmp_path: Path, tool: str, name: str, column: str, max_steps: int | None) -> None:

@@ -28,7 +28,16 @@ def test_rows_that_share_steps_are_averaged() -> None:
     assert found.rewards[:2].tolist() == [0.2, 0.5]
     assert np.isnan(found.rewards[2])
     assert found.others["lr"].tolist() == [0.1, 0.2, 0.3]
-    assert notes == ["6 rows share 3 steps and were averaged"]
+    assert notes == ["5 rows share 3 steps and were averaged"]
+
+
+def test_rows_without_a_reward_beside_those_of_their_step_that_have_one() -> None:
+    notes: list[str] = []
+    found = one_run(rows((1, 0.1), (1, NAN), (2, NAN), (2, 0.2), (2, NAN), (3, NAN), (4, 0.4)), notes)
+    assert found.steps.tolist() == [1, 2, 3, 4]
+    assert found.rewards[[0, 1, 3]].tolist() == [0.1, 0.2, 0.4]
+    assert np.isnan(found.rewards[2]), "the only row of its step"
+    assert notes == []
 
 
 def test_a_step_that_was_written_again() -> None:

@@ -79,6 +79,7 @@ def test_a_name_that_stands_twice() -> None:
 
 def test_runs_are_told_apart() -> None:
     assert read("run,step,reward\na,1,0.1\nb,1,0.2\n").runs == ["a", "b"]
+    assert read("step,Split,reward\n1,train,0.1\n1,eval,0.2\n").splits == ["train", "eval"]
 
 
 def test_what_is_no_table() -> None:
