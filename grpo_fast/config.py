@@ -50,8 +50,9 @@ class Config(BaseModel):
     float32 on a CPU, bfloat16 on a GPU."""
     device: Annotated[Literal["auto", "cpu", "cuda"], _MODEL] = "auto"
     """Where the policy lives; ``auto`` takes the GPU where there is one."""
-    attn_implementation: Annotated[str, _MODEL] = "sdpa"
-    """Attention of transformers: ``sdpa``, ``eager``, ``flash_attention_2``, ..."""
+    attn_implementation: Annotated[str, _MODEL] = "auto"
+    """Attention of transformers: ``sdpa``, ``eager``, ``flash_attention_2``, ...; ``auto`` is ``sdpa`` where the model has it
+    (Gemma 2 has not), else ``eager``."""
     padding_free: Annotated[bool | None, _MODEL] = None
     """Train on sequences in one row, none padded; ``None`` does so where the model's attention can be told their borders."""
     share_prompts: Annotated[bool | None, _MODEL] = None

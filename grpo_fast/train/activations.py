@@ -29,10 +29,10 @@ from transformers.masking_utils import flash_attention_mask
 from grpo_fast.config import Config
 from grpo_fast.ops import Layout, PackedLayout
 from grpo_fast.train.batch import TrainingSequence, build_batch
-from grpo_fast.train.checkpointing import checkpoint_layers
+from grpo_fast.train.checkpointing import checkpoint_layers, let_checkpoint
 from grpo_fast.train.ledger import OTHER, Ledger
 from grpo_fast.train.offload import HostActivations
-from grpo_fast.train.packed_model import let_pack, model_inputs
+from grpo_fast.train.packed_model import attention_of, let_pack, model_inputs
 from grpo_fast.train.policy_source import outline_of
 from grpo_fast.types import TokenBatch
 
@@ -177,9 +177,10 @@ def _quiet() -> Iterator[None]:
 def _run(ledger: Ledger, model_config: PreTrainedConfig, config: Config, work: DryPass, head: HeadBytes) -> tuple[int, int]:
     """Runs the passes; returns at which of the ledger's changes the loss and the backward pass begin."""
     model: Any = outline_of(model_config, config)
+    model.eval()
     if config.gradient_checkpointing:
         checkpoint_layers(model, config.gradient_checkpointing_mode)
-    model.train(config.gradient_checkpointing)  # transformers checkpoints in training mode only
+        let_checkpoint(model)
     device = torch.device("cpu" if work.kind == "cpu" else "meta")
     ones = [1.0] * len(work.sequences)
     made = build_batch(work.sequences, ones, device, layout=work.layout, shares_prompts=work.shares_prompts)
@@ -264,6 +265,7 @@ class _Host(HostActivations):
 def _inputs(model: Any, batch: TokenBatch, config: Config, work: DryPass) -> dict[str, Any]:
     """Keywords of the body, once its attention is the one that the run's would be."""
     mask = batch.attention_mask
+    is_eager = attention_of(model, config.attn_implementation) == "eager"
     if work.layout == "packed" and not work.one_kernel:
         let_pack(model)
         return model_inputs(model, batch)
@@ -271,12 +273,12 @@ def _inputs(model: Any, batch: TokenBatch, config: Config, work: DryPass) -> dic
     if batch.position_ids is not None:
         inputs["position_ids"] = batch.position_ids
     ragged = len({len(sequence) for sequence in work.sequences}) > 1
-    if mask is None or work.one_kernel or not (ragged or config.attn_implementation == "eager"):
+    if mask is None or work.one_kernel or not (ragged or is_eager):
         model.set_attn_implementation(_CAUSAL)
         return inputs
     # four dimensions pass as finished: what transformers asks of a mask's values, this one cannot answer
     kind = torch.bool
-    if config.attn_implementation == "eager":
+    if is_eager:
         model.set_attn_implementation("eager")
         kind = torch.float32
     return inputs | {"attention_mask": torch.empty(mask.shape[0], 1, mask.shape[1], mask.shape[1], dtype=kind)}

@@ -92,9 +92,9 @@ def build_batch(
     sampled = [logprob for sequence in sequences for logprob in sequence.sampling_logprobs]
     return TokenBatch(
         **inputs,
-        row_index=torch.tensor(row_index, device=device),
-        targets=torch.tensor(targets, device=device),
-        sequence_index=torch.tensor(rows.sequence_index, device=device),
+        row_index=torch.tensor(row_index, dtype=torch.int64, device=device),
+        targets=torch.tensor(targets, dtype=torch.int64, device=device),
+        sequence_index=torch.tensor(rows.sequence_index, dtype=torch.int64, device=device),
         advantages=torch.tensor([s.advantage for s in sequences], dtype=torch.float32, device=device),
         loss_weights=torch.tensor(loss_weights, dtype=torch.float32, device=device),
         sampling_logprobs=torch.tensor(sampled, dtype=torch.float32, device=device),
@@ -148,7 +148,7 @@ def _shared_inputs(sequences: Sequence[TrainingSequence], device: torch.device) 
         pieces.append(prompt)
         ids.extend(prompt_ids)
         positions.extend(range(prompt.length))
-        for completion_ids in (sequence.completion_ids for sequence in group):
+        for completion_ids in (sequence.completion_ids for sequence in group if sequence.completion_ids):
             start, length = len(ids), len(completion_ids)
             row_index.extend([prompt.start + prompt.length - 1, *range(start, start + length - 1)])
             pieces.append(Piece(start, length, prompt.start, prompt.length))

@@ -7,13 +7,16 @@ is cheap: norms, rotary positions, the activation, sums. ``offload`` is ``full``
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from grpo_fast.config import ConfigError
 from grpo_fast.ops.products import ONEDNN_OPS
 
 CheckpointingMode: TypeAlias = Literal["full", "selective", "offload"]
@@ -35,13 +38,44 @@ KEPT_OPS = frozenset(
 
 
 def checkpoint_layers(model: PreTrainedModel, mode: CheckpointingMode) -> None:
-    """Makes every layer of a model checkpointed; transformers does so in training mode only."""
+    """Makes every layer of a model checkpointed, once :func:`let_checkpoint` has been called.
+
+    Raises:
+        ConfigError: transformers can checkpoint none of its layers.
+    """
     arguments: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":
         arguments["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     # transformers renamed it; the old name warns where the new one exists
     enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable(arguments)
+    try:
+        enable(arguments)
+    except ValueError as error:
+        raise ConfigError(f"gradient_checkpointing=True: {error}; leave it out") from error
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            known: Any = layer
+            known._gradient_checkpointing_func = partial(_checkpointed, layer, known._gradient_checkpointing_func)
+
+
+def let_checkpoint(model: PreTrainedModel) -> None:
+    """Puts what checkpoints in training mode, without which transformers checkpoints nothing."""
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
+
+
+def _checkpointed(layer: torch.nn.Module, checkpoint: Any, run: Callable[..., Any], *given: Any) -> Any:
+    return checkpoint(partial(_evaluated, layer, run), *given)
+
+
+def _evaluated(layer: torch.nn.Module, run: Callable[..., Any], *given: Any) -> Any:
+    """Runs a layer in evaluation mode: dropout, or a router that draws in training, would make another policy of it."""
+    layer.training = False
+    try:
+        return run(*given)
+    finally:
+        layer.training = True
 
 
 def _policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -43,6 +43,11 @@ def model_inputs(model: PreTrainedModel, batch: TokenBatch) -> dict[str, Any]:
     return inputs | borders | {f"max_length_{side}": layout.max_seqlen for side in "qk"}
 
 
+def attention_of(model: PreTrainedModel, wanted: str) -> str:
+    """Name of the attention that a model computes by: the wanted one, or for ``auto`` the one that transformers chose."""
+    return _implementation(model).removeprefix(_PREFIX) if wanted == "auto" else wanted
+
+
 def let_pack(model: PreTrainedModel) -> str | None:
     """Makes a model take packed sequences.
 

@@ -13,7 +13,7 @@ from grpo_fast.config import Config
 from grpo_fast.ops import Layout, plan_rows
 from grpo_fast.train.activations import DryPass
 from grpo_fast.train.batch import TrainingSequence, shared_prompts
-from grpo_fast.train.packed_model import let_pack, let_pad, takes_shared_prompts
+from grpo_fast.train.packed_model import attention_of, let_pack, let_pad, takes_shared_prompts
 
 _VARLEN_HEAD_SIZE = 256
 """What torch's variable-length kernel takes at most."""
@@ -85,9 +85,10 @@ def _layout(outline: PreTrainedModel, config: Config, kind: str) -> tuple[Layout
     """How the model gets its sequences, and whether they share prompts: as :class:`Policy` and :class:`Learner` choose."""
     if config.padding_free is False:
         return "padded", False
-    if config.attn_implementation.startswith("flash_attention"):
+    attention = attention_of(outline, config.attn_implementation)
+    if attention.startswith("flash_attention"):
         return "packed", False
-    takes = config.attn_implementation in {"sdpa", "eager"} and let_pack(outline) is None and takes_shared_prompts(outline)
+    takes = attention in {"sdpa", "eager"} and let_pack(outline) is None and takes_shared_prompts(outline)
     let_pad(outline)
     if not takes:
         return "padded", False
@@ -96,7 +97,7 @@ def _layout(outline: PreTrainedModel, config: Config, kind: str) -> tuple[Layout
 
 def _is_one_kernel(outline: PreTrainedModel, config: Config, *, dtype: torch.dtype, kind: str) -> bool:
     """Whether a packed row goes to one attention kernel as it is, whatever lengths lie in it."""
-    if config.attn_implementation.startswith("flash_attention"):
+    if attention_of(outline, config.attn_implementation).startswith("flash_attention"):
         return True
     text = outline.config.get_text_config()
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

@@ -22,7 +22,7 @@ from grpo_fast.config import ConfigError
 from grpo_fast.ops import Layout, LMHead, token_logprob
 from grpo_fast.train.adapters import Adapters
 from grpo_fast.train.batch import TrainingSequence, build_batch
-from grpo_fast.train.checkpointing import CheckpointingMode
+from grpo_fast.train.checkpointing import CheckpointingMode, let_checkpoint
 from grpo_fast.train.distributed import World
 from grpo_fast.train.head_part import Head
 from grpo_fast.train.offload import HostActivations
@@ -101,7 +101,7 @@ class Policy:
     def scored_hidden_states(self, batch: TokenBatch) -> torch.Tensor:
         """Hidden states [T, H] that predict the batch's targets; differentiable."""
         if self._checkpointing:
-            self.model.train()  # transformers checkpoints in training mode only
+            let_checkpoint(self.model)
         with contextlib.nullcontext() if self._waiting is None else self._waiting.keep():
             return self._hidden_states(**model_inputs(self.model, batch)).flatten(0, 1)[batch.row_index]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -26,6 +27,8 @@ from grpo_fast.train.policy import Policy
 from grpo_fast.train.quantised import keep_as_loaded, loading_arguments, refuse_ragged_blocks, require_bitsandbytes
 
 _DEFAULT_CONTEXT = 4096
+_RANDOM = ("dropout", "pdrop", "layerdrop")
+"""Parts of the names under which modules keep rates of what is random in training mode."""
 _NOT_ON_A_CPU = (
     ("gradient_checkpointing_mode", "offload", ", whose activations are in the host's memory already; use 'full'"),
     ("use_liger_kernel", True, ": Liger's kernels are for GPUs; leave it out"),
@@ -99,7 +102,7 @@ class PolicySource:
         """The model without its weights: modules and sizes alone, adapters included, in no memory.
 
         Raises:
-            ConfigError: the adapters do not fit it.
+            ConfigError: see :func:`outline_of`.
         """
         return outline_of(self.model_config, self._config)
 
@@ -115,7 +118,8 @@ class PolicySource:
         short = config.use_peft or config.weights_dtype == "bfloat16"
         dtype = torch.bfloat16 if wants_bf16 and short else torch.float32
         quantised = loading_arguments(config, dtype=dtype, device=self._device) if config.load_in_4bit else {}
-        model: Any = self._read(AutoModelForCausalLM, dtype=dtype, attn_implementation=config.attn_implementation, **quantised)
+        attention = {} if config.attn_implementation == "auto" else {"attn_implementation": config.attn_implementation}
+        model: Any = self._read(AutoModelForCausalLM, dtype=dtype, **attention, **quantised)
         if quantised:
             keep_as_loaded(model)
         if config.use_liger_kernel:
@@ -141,10 +145,10 @@ class PolicySource:
     def _read(self, auto_class: Any, **arguments: Any) -> Any:
         try:
             return auto_class.from_pretrained(**self._arguments, **arguments)
-        except (OSError, ValueError, ImportError, SafetensorError) as error:
-            lines = str(error).strip().splitlines()
+        except (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError) as error:
+            told = str(error.__cause__ if isinstance(error, StrictDataclassError) else error).strip().splitlines()
             raise ConfigError(
-                f"cannot load model {self._config.model!r}: {lines[0] if lines else type(error).__name__} "
+                f"cannot load model {self._config.model!r}: {told[0] if told else type(error).__name__} "
                 "Give a directory with config.json, safetensors and tokenizer, or a hub id that this machine can reach."
             ) from error
 
@@ -157,10 +161,25 @@ def outline_of(model_config: PreTrainedConfig, config: Config) -> PreTrainedMode
         config: of the run.
 
     Raises:
-        ConfigError: the adapters do not fit it.
+        ConfigError: it is no causal language model, has another attention than is wanted, or the adapters do not fit it.
     """
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+        try:
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise ConfigError(f"model {config.model!r} cannot be made: {error}") from error
+            raise ConfigError(  # transformers' own message names every model that there is
+                f"model {config.model!r} is of type {model_config.model_type!r}, for which transformers has no causal language "
+                "model: encoders, and most models that see or hear, cannot be trained here; name one that continues text"
+            ) from error
+        if model.base_model is model:
+            raise ConfigError(
+                f"{type(model).__name__} does not say which part of it makes the hidden states (its base_model is the whole of "
+                "it); it cannot be trained here"
+            )
+        if config.attn_implementation == "sdpa" and not model._supports_sdpa:
+            raise ConfigError(f"attn_implementation='sdpa': {type(model).__name__} has no such attention; leave it at 'auto'")
         if config.use_peft:
             Adapters(model, config)
     return model
@@ -185,9 +204,10 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def _disable_dropout(model: torch.nn.Module) -> None:
-    """With dropout the ratio of an on-policy step would not be 1."""
+    """With dropout the ratio of an on-policy step would not be 1; many models keep its rates as plain numbers."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010 (a plain assignment is typed as a submodule)
+        for name, value in vars(module).items():
+            if isinstance(value, float) and any(word in name for word in _RANDOM):
+                setattr(module, name, 0.0)

@@ -32,7 +32,7 @@ from grpo_fast.train.distributed import ALONE, World
 from grpo_fast.train.head_part import head_logprobs, head_loss
 from grpo_fast.train.mismatch import add_mismatch, add_weights, effective_sample_size, importance_weights
 from grpo_fast.train.optim import set_learning_rate
-from grpo_fast.train.packed_model import takes_shared_prompts
+from grpo_fast.train.packed_model import attention_of, takes_shared_prompts
 from grpo_fast.train.policy import Policy, Scorer
 from grpo_fast.types import Group, TokenBatch, TrainingError
 
@@ -121,7 +121,7 @@ class Learner:
         if config.share_prompts and not can_share:
             raise ConfigError(
                 f"share_prompts=True needs sequences packed by attn_implementation='sdpa' or 'eager'; here they are "
-                f"{policy.layout} by attn_implementation={config.attn_implementation!r}; set share_prompts=False"
+                f"{policy.layout} by {attention_of(policy.model, config.attn_implementation)!r}; set share_prompts=False"
             )
         self._shares_prompts = can_share and policy.device.type == "cpu"
         if config.share_prompts is not None:

@@ -99,3 +99,16 @@ def test_kept_tokens_stand_beside_their_targets(layout: Layout, shares: bool) ->
     for wrong in (replace(sequences[1], kept=None), replace(sequences[1], kept=kept[0])):
         with pytest.raises(ValueError, match="each completion must have its own"):
             build_batch([sequences[0], wrong], [0.25, 0.75], torch.device("cpu"), layout=layout, shares_prompts=shares)
+
+
+@pytest.mark.parametrize(("layout", "shares"), [("padded", False), ("packed", False), ("packed", True)])
+def test_a_completion_of_no_token_scores_nothing(layout: Layout, shares: bool) -> None:
+    empty = TrainingSequence((5, 6), (), (), 1.0, in_loss=True)
+    alone = build_batch([empty], [1.0], torch.device("cpu"), layout=layout, shares_prompts=shares)
+    for name in ("row_index", "targets", "sequence_index"):
+        assert (getattr(alone, name).dtype, len(getattr(alone, name))) == (torch.int64, 0), name
+    other = TrainingSequence((5, 6), (7, 8), (-0.1, -0.2), 1.0, in_loss=True)
+    both = build_batch([empty, other], [1.0, 1.0], torch.device("cpu"), layout=layout, shares_prompts=shares)
+    assert both.targets.tolist() == [7, 8]
+    assert both.sequence_index.tolist() == [1, 1]
+    assert both.input_ids.flatten()[both.row_index].tolist() == [6, 7], "each target is predicted at the token before it"

@@ -1,13 +1,25 @@
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    Llama4TextConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+)
 
 from grpo_fast.config import Config, ConfigError
-from grpo_fast.train.policy_source import PolicySource, pick_device
+from grpo_fast.train.policy_source import PolicySource, outline_of, pick_device
 
 
 def test_the_embedded_model_loads() -> None:
@@ -43,6 +55,14 @@ def test_damaged_weights_are_named(tiny_model: Path, tmp_path: Path) -> None:
         source.load()
 
 
+def test_sizes_that_do_not_go_together_are_named(tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path, dirs_exist_ok=True)
+    sizes = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(sizes | {"hidden_size": 33}), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"cannot load model .* \(33\) is not a multiple of"):
+        PolicySource(Config(model=str(tmp_path), max_completion_length=8))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_that_is_not_there_is_told() -> None:
     with pytest.raises(ConfigError, match=r"device='cuda' but torch sees no GPU; run `grpo-fast doctor`"):
@@ -65,3 +85,32 @@ def test_an_outline_has_the_model_s_sizes_and_no_weights(tiny_config: Callable[.
         name: weight.shape for name, weight in model.named_parameters()
     }
     assert all(weight.is_meta for weight in outline.parameters())
+
+
+def test_attention_is_torchs_own_where_the_model_has_it(
+    tiny_model: Path, tmp_path: Path, sizes: dict[str, Any], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    Gemma2ForCausalLM(Gemma2Config(**sizes)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    found = [
+        PolicySource(Config(model=str(model), max_completion_length=8, padding_free=False)).load().model
+        for model in (tiny_model, tmp_path)
+    ]
+    assert [model.config._attn_implementation for model in found] == ["sdpa", "eager"]
+    with pytest.raises(ConfigError, match=r"'sdpa': Gemma2ForCausalLM has no such attention; leave it at 'auto'"):
+        PolicySource(Config(model=str(tmp_path), max_completion_length=8, attn_implementation="sdpa")).outline()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Qwen2_5_VLConfig(), r"model 'seen' is of type 'qwen2_5_vl', for which transformers has no causal language model: enc"),
+        (GPT2Config(n_embd=33, n_head=2), "model 'seen' cannot be made: .*33"),
+        (Llama4TextConfig(num_hidden_layers=1), r"Llama4ForCausalLM does not say which part of it makes the hidden states"),
+    ],
+    ids=["sees", "no such sizes", "no body"],
+)
+def test_a_model_that_is_no_plain_decoder_is_refused(kind: PreTrainedConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as refusal:
+        outline_of(kind, Config(model="seen"))
+    assert len(str(refusal.value)) < 250, "not the names of all models that there are"

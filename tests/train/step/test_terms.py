@@ -72,6 +72,15 @@ def test_rloo_takes_the_kl_from_the_rewards(tiny_policy: MakePolicy, make_group:
     assert moved.advantages != pytest.approx(same, abs=0.05)
 
 
+def test_completions_of_no_token_leave_the_weights(tiny_policy: MakePolicy, make_group: MakeGroup) -> None:
+    bench = Bench(tiny_policy(), tiny_policy(), loss_type="rloo", beta=0.1)
+    before = [weight.detach().clone() for weight in bench.policy.model.parameters()]
+    result = bench.update([make_group(0, [1.0, 0.0, 0.5, 0.0], lengths=[0] * 4)])
+    assert result.trained == ()
+    assert result.metrics["grad_norm"] == 0.0
+    assert all(torch.equal(one, other) for one, other in zip(before, bench.policy.model.parameters(), strict=True))
+
+
 def test_phases_are_charged(tiny_policy: MakePolicy, groups: list[Group]) -> None:
     timer = PhaseTimer()
     bench = Bench(tiny_policy(), tiny_policy(), beta=0.1)
