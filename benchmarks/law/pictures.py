@@ -17,6 +17,8 @@ mpl.use("Agg")
 
 _OURS, _MEAN, _TRUTH = "#c1272d", "#555555", "#111111"
 _MARKS = "ovs^D<P>Xph"
+_PAIRS = mpl.colormaps["tab20"].colors  # type: ignore[attr-defined]
+_COLOURS = (*_PAIRS[::2], *_PAIRS[1::2])  # the pale ones last
 _DPI = 120
 _LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -32,7 +34,8 @@ def errors(tables: dict[str, Any], shares: Sequence[float], ours: str, path: Pat
         rows = tables[group][LEVEL]["error"]
         for index, name in enumerate(rivals):
             values = [value[0] for value in rows[name]]
-            axis.plot(shares, values, _MARKS[index % len(_MARKS)], ls="-", ms=4, lw=1, color=f"C{index % 10}", label=name)
+            mark, colour = _MARKS[index % len(_MARKS)], _COLOURS[index % len(_COLOURS)]
+            axis.plot(shares, values, mark, ls="-", ms=4, lw=1, color=colour, label=name)
         middle, low, high = np.array(rows[ours], dtype=float).T
         axis.fill_between(shares, low, high, color=_OURS, alpha=0.12, lw=0)
         axis.plot(shares, middle, marker="o", lw=2.6, color=_OURS, label=f"{ours}, 90 % interval\nover repositories")

@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,8 @@ from grpo_fast.law.prospect import Prospect
 _T = TypeVar("_T")
 _NARROW_SPAN = 3.0
 _MAX_POINTS = 2000
+_MAX_FORECASTS = 500
+_RULE = ("patience", "min_steps", "warmup_steps", "reward_value")
 _SCHEDULE_TOLERANCE = 0.02
 _MAX_GRID = 1_000_000
 _A_SHARE = re.compile(r"acc|pass|success|solve|correct|percent|rate|%")
@@ -65,8 +67,8 @@ def forecast_log(  # noqa: PLR0913 (keywords, each of them the law's own)
         ValueError: another value out of range.
     """
     notes = list(log.notes)
-    horizon = _horizon(log, max_steps, notes)
     own = log.settings
+    horizon = _horizon(log, max_steps, notes)
     epsilon = own.epsilon if epsilon is None else epsilon
     epsilon = _epsilon(log, notes) if epsilon is None else epsilon
     facts = facts_of(facts, own)
@@ -74,19 +76,19 @@ def forecast_log(  # noqa: PLR0913 (keywords, each of them the law's own)
     bounds = reward_bounds(log, facts.start, notes) if bounds is None and own == RunSettings() else _checked(log, bounds)
     prior, origin = _prior(prior, own)
     predictor = OnlinePredictor(horizon, epsilon=epsilon, reward_range=bounds, facts=facts, prior=prior)
-    settings: dict[str, float | None] = {
-        "confidence": _or(confidence, own.confidence),
-        "patience": _or(patience, own.patience),
-        "min_steps": _or(min_steps, own.min_steps),
-        "warmup_steps": own.warmup_steps,
-        "reward_value": _or(reward_value, own.reward_value),
-    }
-    rule = StoppingRule(epsilon, **{name: value for name, value in settings.items() if value is not None})  # type: ignore[arg-type]
+    rule = _rule(
+        own,
+        epsilon,
+        confidence=confidence,
+        patience=patience,
+        min_steps=min_steps,
+        warmup_steps=None,
+        reward_value=reward_value,
+    )
     counts = _or(num_prompts, own.num_prompts), _or(num_generations, own.num_generations)
     first, shapes = predictor.forecast(), Prospect.of(predictor).classes()
     history, decisions = _replayed(log, predictor, rule, counts=counts, notes=notes)
     stop = next((place for place, decision in enumerate(decisions) if decision.stop), None)
-    decision = decisions[-1 if stop is None else stop]
     return LogForecast(
         log,
         history[-1],
@@ -96,9 +98,9 @@ def forecast_log(  # noqa: PLR0913 (keywords, each of them the law's own)
         rule.confidence,
         bounds,
         None if stop is None else history[stop].step,
-        decision.reason,
+        decisions[-1 if stop is None else stop].reason,
         None if stop is None else history[stop],
-        rule={name: getattr(rule, name) for name in settings if name != "confidence"},
+        rule={name: getattr(rule, name) for name in _RULE},
         facts=facts,
         shapes=(shapes, Prospect.of(predictor).classes()),
         prior_origin=origin,
@@ -106,6 +108,12 @@ def forecast_log(  # noqa: PLR0913 (keywords, each of them the law's own)
         history=history,
         vetoes=[decision.veto for decision in decisions],
     )
+
+
+def _rule(own: RunSettings, epsilon: float, **asked: float | None) -> StoppingRule:
+    """The rule as it is asked for, completed by what the run itself had, and then by the rule's own defaults."""
+    settings: dict[str, Any] = {name: _or(value, getattr(own, name)) for name, value in asked.items()}
+    return StoppingRule(epsilon, **{name: value for name, value in settings.items() if value is not None})
 
 
 def _replayed(
@@ -116,9 +124,11 @@ def _replayed(
     progress = progress_of(log, predictor.horizon, notes)
     history: list[Forecast] = []
     decisions: list[StopDecision] = []
-    for group in _groups(log, notes):
+    groups = _groups(log, notes)
+    stride = _stride(len(groups), log, rule, notes)
+    for left, group in zip(reversed(range(len(groups))), groups, strict=True):
         last = group[-1]
-        forecast = predictor.observe(
+        predictor.absorb(
             int(log.steps[last]),
             float(progress[last]),
             _mean(log.rewards[group]),
@@ -127,9 +137,25 @@ def _replayed(
             reward_std=None if spread is None else _mean(spread[group]),
             spent=_spending(log, int(last)),
         )
-        history.append(forecast)
-        decisions.append(rule.update(forecast, all_wrong=None if log.all_wrong is None else _mean(log.all_wrong[group])))
+        if left % stride:
+            continue
+        history.append(predictor.forecast())
+        all_wrong = None if log.all_wrong is None else _mean(log.all_wrong[group])
+        decisions.append(rule.update(history[-1], all_wrong=all_wrong))
     return history, decisions
+
+
+def _stride(count: int, log: RewardLog, rule: StoppingRule, notes: list[str]) -> int:
+    """After every how many rewards a forecast is made: after each, but where a log has many more than a picture can show.
+
+    A run of grpo_fast gets each forecast that it made, and a patience that counts forecasts gets each to count.
+    """
+    if log.source == OWN_RUN or rule.patience >= 1:
+        return 1
+    stride = math.ceil(count / _MAX_FORECASTS)
+    if stride > 1:
+        notes.append(f"the law sees {count} rewards and says something after every {stride}")
+    return stride
 
 
 def _spending(log: RewardLog, place: int) -> Spending | None:

@@ -8,6 +8,9 @@ import numpy as np
 
 from grpo_fast.law.forms import Array
 
+RECENT = 0.2
+"""Share of what a run has shown that is its present: what is said of late is said of that."""
+
 
 @dataclass(frozen=True)
 class StepClock:

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from grpo_fast.law.clock import StepClock
+from grpo_fast.law.clock import RECENT, StepClock
 from grpo_fast.law.forecast import PHASES, Band, Forecast, GainPath, Spending
 from grpo_fast.law.forms import Array
 from grpo_fast.law.posterior import GRID, Believed, Draws, Posterior, quantiles
@@ -27,7 +27,7 @@ _NUM_AHEAD = 8
 _MIN_OBSERVATIONS = 5
 _LEVELS = np.array([0.05, 0.25, 0.5, 0.75, 0.95])
 _IDENTIFIABLE_WIDTH = 0.6
-_RECENT, _MIN_RECENT = 0.2, 10
+_MIN_RECENT = 10
 _START_ERROR = 0.05
 _RECENCY, _RECENCY_OFFSET = 0.4, 0.02  # no shape is true all along: what lies far back says less of the end
 _FIRST = 3
@@ -209,39 +209,21 @@ class OnlinePredictor:
     def forecast(self) -> Forecast:
         """The forecast from what has been observed; before the first reward it is the prior's."""
         step, progress = self._last
-        draws = self.posterior.draws(self.believed())
-        clock = self._clock()
+        draws, clock = self.posterior.draws(self.believed()), self._clock()
         marks = np.linspace(0.0, self.horizon, NUM_BAND)
         ahead = np.linspace(step, self.horizon, _NUM_AHEAD + 1)[1:]
-        x = np.concatenate([[progress, 1.0], clock.progress_at(marks), clock.progress_at(ahead)])
-        curves = self._curves(draws, x)
-        plateau = self._within(draws.start + draws.rise * GRID.asymptote[draws.shape] + draws.drift + draws.drift_ahead)
-        columns = np.concatenate([curves[:, 1 : 2 + NUM_BAND], plateau[:, None]], axis=1)
-        where = np.concatenate([x[1 : 2 + NUM_BAND], [1.0]])
-        q = self._within(quantiles(self._stretched(columns, draws.weight, where), draws.weight, _LEVELS))
+        levels, expected = self._along(draws, clock.progress_at(marks), clock.progress_at(ahead))
         reached, whole = GRID.rise(np.array([progress, 1.0]))[draws.shape].T
         gain = draws.rise * (whole - reached)
         phases = self._phases(draws, reached, gain)
-        identifiable, reason = self._identifiable(q[0, 0], q[4, 0])
-        timed = identifiable and q[4, -1] - q[0, -1] <= _IDENTIFIABLE_WIDTH * self._width_before * self._unit
-        when = {share: self._time_to(share, draws, clock) if timed else (None, None) for share in (0.8, 0.95)}
+        identifiable, reason = self._identifiable(levels[0, 0], levels[4, 0])
+        timed = identifiable and levels[4, -1] - levels[0, -1] <= _IDENTIFIABLE_WIDTH * self._width_before * self._unit
         trend = self._trend()
-        expected = draws.weight @ (curves[:, 2 + NUM_BAND :] - curves[:, :1])
         return Forecast(
             step=step,
             horizon=self.horizon,
-            low=float(q[0, 0]),
-            median=float(q[2, 0]),
-            high=float(q[4, 0]),
-            interval50=(float(q[1, 0]), float(q[3, 0])),
-            plateau=float(q[2, -1]),
-            plateau_low=float(q[0, -1]),
-            plateau_high=float(q[4, -1]),
-            plateau_interval50=(float(q[1, -1]), float(q[3, -1])),
-            x80=when[0.8][0],
-            x95=when[0.95][0],
-            x80_interval=when[0.8][1],
-            x95_interval=when[0.95][1],
+            **_levels_told(levels, marks),
+            **self._times_told(draws, clock, known=timed),
             p_gain_below_eps=min(1.0, float(draws.weight @ (gain < self.epsilon))),
             expected_gain=float(expected[-1]),
             epsilon=self.epsilon,
@@ -255,10 +237,7 @@ class OnlinePredictor:
             reason=reason,
             num_observations=self.num_observations,
             num_skipped=self._num_skipped,
-            band=Band(*(tuple(row.tolist()) for row in (marks, q[0, 1:-1], q[2, 1:-1], q[4, 1:-1]))),
             spent=self._spent.at(step),
-            x80_spending=self._spent.at(when[0.8][0]),
-            x95_spending=self._spent.at(when[0.95][0]),
             end_spending=self._spent.at(self.horizon),
         )
 
@@ -349,6 +328,28 @@ class OnlinePredictor:
     def _curves(self, draws: Draws, x: Array) -> Array:
         return self._within(draws.curve(GRID.rise(x), x, self._last[1]))
 
+    def _along(self, draws: Draws, marks: Array, ahead: Array) -> tuple[Array, Array]:
+        """What is believed of levels at the end, at progress ``marks`` (K,) and of the plateau, and of gains by ``ahead`` (J,).
+
+        Returns:
+            (5, 1 + K + 1) quantiles at :data:`_LEVELS`, and (J,) expected gains from now on.
+        """
+        x = np.concatenate([[self._last[1], 1.0], marks, ahead])
+        curves = self._curves(draws, x)
+        plateau = self._within(draws.start + draws.rise * GRID.asymptote[draws.shape] + draws.drift + draws.drift_ahead)
+        told = slice(1, 2 + marks.size)
+        columns, where = np.concatenate([curves[:, told], plateau[:, None]], axis=1), np.concatenate([x[told], [1.0]])
+        levels = self._within(quantiles(self._stretched(columns, draws.weight, where), draws.weight, _LEVELS))
+        return levels, np.asarray(draws.weight @ (curves[:, told.stop :] - curves[:, :1]))
+
+    def _times_told(self, draws: Draws, clock: StepClock, *, known: bool) -> dict[str, Any]:
+        """A forecast's fields of when 80 and 95 % of the rise are done, and at which cost; nothing where that is not known."""
+        told: dict[str, Any] = {}
+        for name, share in (("x80", 0.8), ("x95", 0.95)):
+            middle, interval = self._time_to(share, draws, clock) if known else (None, None)
+            told |= {name: middle, f"{name}_interval": interval, f"{name}_spending": self._spent.at(middle)}
+        return told
+
     def _stretched(self, values: Array, weight: Array, x: Array) -> Array:
         """Samples (N, K) as the stack moves and widens them and the prior's spread stretches them; the past stays as it is."""
         low, middle, high = quantiles(values, weight, _LEVELS[[0, 2, 4]])
@@ -391,7 +392,7 @@ class OnlinePredictor:
 
     def _trend(self) -> tuple[float, float, float]:
         """Least squares over the latest rewards, carried to the budget's end: value and 90 % interval."""
-        size = max(_MIN_RECENT, math.ceil(_RECENT * len(self.rows)))
+        size = max(_MIN_RECENT, math.ceil(RECENT * len(self.rows)))
         if len(self.rows) < _MIN_RECENT:
             return 0.0, -self._unit, self._unit
         x, y = np.array([(row.progress, row.reward) for row in self.rows[-size:]]).T
@@ -403,3 +404,19 @@ class OnlinePredictor:
         noise = y - y.mean() - slope * away
         error = math.sqrt(float(noise @ noise) / (size - 2) / inertia)
         return slope * left, (slope - 1.645 * error) * left, (slope + 1.645 * error) * left
+
+
+def _levels_told(levels: Array, marks: Array) -> dict[str, Any]:
+    """A forecast's fields of reward, from (5, 1 + K + 1) quantiles at the end, at steps ``marks`` (K,) and of the plateau."""
+    low, low50, median, high50, high = levels.tolist()
+    return {
+        "low": low[0],
+        "median": median[0],
+        "high": high[0],
+        "interval50": (low50[0], high50[0]),
+        "plateau": median[-1],
+        "plateau_low": low[-1],
+        "plateau_high": high[-1],
+        "plateau_interval50": (low50[-1], high50[-1]),
+        "band": Band(*(tuple(row) for row in (marks.tolist(), low[1:-1], median[1:-1], high[1:-1]))),
+    }

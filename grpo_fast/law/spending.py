@@ -5,9 +5,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import fields
 
+from grpo_fast.law.clock import RECENT
 from grpo_fast.law.forecast import Spending
-
-_RECENT = 0.2
 
 
 class SpendingCurve:
@@ -34,7 +33,7 @@ def _at(step: int, steps: list[int], values: list[float]) -> float | None:
     if len(steps) == 1:
         return None
     if step > steps[-1]:
-        back = max(0, min(len(steps) - 2, int((1.0 - _RECENT) * len(steps))))
+        back = max(0, min(len(steps) - 2, int((1.0 - RECENT) * len(steps))))
         pace = (values[-1] - values[back]) / (steps[-1] - steps[back])
         return values[-1] + pace * (step - steps[-1])
     after = bisect_left(steps, step)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from grpo_fast import integrations
+from grpo_fast.integrations import forecast
 from grpo_fast.integrations.forecast import forecast_log, progress_of
 from grpo_fast.integrations.logs import LogError, RewardLog, read_log
 from grpo_fast.law import OnlinePredictor, Prior, RunFacts, Spending, StoppingRule
@@ -115,6 +116,25 @@ def test_a_constant_reward_and_hardly_any() -> None:
     assert few.to_words()["identifiable"].startswith("no: only 2 rewards so far")
     assert few.stop_step is None
     assert "unknown" in few.to_words()["80 % of the rise"]
+
+
+def test_a_long_log_is_told_something_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    rewards = s_curve(50)
+    whole = forecast_log(log_of(rewards, max_steps=75))
+    monkeypatch.setattr(forecast, "_MAX_FORECASTS", 20)
+    thinned = forecast_log(log_of(rewards, max_steps=75))
+    assert [row["step"] for row in thinned.rows()] == list(range(2, 51, 3)), "the last reward always"
+    assert thinned.forecast == whole.forecast
+    assert list(thinned.history) == list(whole.history)[1::3]
+    assert thinned.stop_step is not None
+    assert whole.stop_step is not None
+    assert 0 <= thinned.stop_step - whole.stop_step < 6
+    assert "the law sees 50 rewards and says something after every 3" in thinned.notes
+    for each in (
+        forecast_log(log_of(rewards, max_steps=75, source="grpo_fast run")),
+        forecast_log(log_of(rewards), patience=4),
+    ):
+        assert len(each.history) == 50, "its own run's forecasts, and those that a patience counts, are all there"
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ _FAR = 100.0
 _LONG_BEFORE = 0.5
 _UNCLEAR = TOKEN_SUMS[-2:]
 _LEAST_GROWTH = 0.1
+_SMOOTH, _MANY = {1: -0.2, 2: -0.6}, 60
 _HELD_OUT = re.compile(r"(?:eval(?:uation)?|val(?:id(?:ation)?)?|test|dev|held[-_ ]?out)(?:$|[\W_\d])", re.IGNORECASE)
 
 
@@ -243,8 +244,21 @@ def _oddities(log: RewardLog) -> list[str]:
         notes.append(f"the log begins at step {first}; what came before is unknown")
     if finite.size < _FEW:
         notes.append(f"only {counted(finite.size, 'reward', '')}: too few to say much".replace(" :", ":"))
+    if _look_smoothed(finite):
+        notes.append("neighbouring rewards move together, as in a smoothed log; give raw rewards, or intervals are too narrow")
     if finite.size > 1 and np.ptp(finite) == 0:
         notes.append(f"the reward is {finite[0]:g} throughout")
     if np.ptp(finite) > _WIDE_SPAN:
         notes.append(f"rewards run from {finite.min():g} to {finite.max():g}: no range is taken for granted")
     return notes
+
+
+def _look_smoothed(rewards: Floats) -> bool:
+    """Whether one difference of neighbours tells the next.
+
+    Where rewards scatter on their own, first differences correlate by -1/2, second ones, which see no trend, by -2/3.
+    """
+    if rewards.size < _MANY or np.ptp(rewards) == 0:
+        return False
+    jumps = {order: np.diff(rewards, order) for order in _SMOOTH}
+    return all(float(each[1:] @ each[:-1]) > _SMOOTH[order] * float(each @ each) for order, each in jumps.items())

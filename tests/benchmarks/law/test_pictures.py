@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from PIL import Image
@@ -43,6 +44,18 @@ def test_tables_become_pictures(judged, tmp_path):
     pictures.stops(results.stopping_tables(stops), law.name, tmp_path / "stops.png")
     for name in ("error", "coverage", "stops"):
         assert 0.005 < inked(tmp_path / f"{name}.png") < 0.5
+
+
+def test_no_two_rivals_share_a_colour(judged, tmp_path, monkeypatch):
+    _, law, tables, _ = judged
+    errors = tables["all"]["level"]["error"]
+    crowd = {f"rival {index}": next(iter(errors.values())) for index in range(12)} | {law.name: errors[law.name]}
+    drawn = []
+    monkeypatch.setattr(pictures, "_saved", lambda figure, path: drawn.append(figure))
+    pictures.errors({"all": {"curves": 6, "level": {"error": crowd}}}, SHARES, law.name, tmp_path / "error.png")
+    colours = [line.get_color() for line in drawn[0].axes[0].get_lines()]
+    assert len(set(colours)) == len(colours) == 13
+    plt.close(drawn[0])
 
 
 def test_examples_need_samples(judged, tmp_path):

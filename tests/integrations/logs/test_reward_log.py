@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
@@ -210,6 +211,18 @@ def test_steps_of_other_rows_place_no_reward(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     log = read_log(tmp_path / "log.jsonl")
     assert (log.step_column, log.steps.size, log.last_reward) == (None, 12, 0.6)
+
+
+@pytest.mark.parametrize(("memory", "few", "many"), [(0.0, 0, 1), (0.9, 8, 10)])
+def test_a_smoothed_log_is_told(tmp_path: Path, memory: float, few: int, many: int) -> None:
+    told = "neighbouring rewards move together, as in a smoothed log; give raw rewards, or intervals are too narrow"
+    steps = np.arange(1, 121)
+    count = 0
+    for seed in range(10):
+        rewards = 0.7 - 0.5 * np.exp(-steps / 30) + np.random.default_rng(seed).normal(0, 0.05, steps.size)
+        levels = itertools.accumulate(rewards, lambda level, reward: memory * level + (1 - memory) * reward)
+        count += told in read_log(csv(tmp_path / "log.csv", *zip(steps, levels, strict=True))).notes
+    assert few <= count <= many
 
 
 def test_a_log_that_begins_late(tmp_path: Path) -> None:
