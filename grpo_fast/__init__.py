@@ -5,8 +5,9 @@ The library API; each name is imported when it is first used, so that ``import g
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from grpo_fast.lazy import lazy_names
 
 if TYPE_CHECKING:
     from grpo_fast.compute import Budget as Budget
@@ -23,29 +24,19 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "Budget": "compute",
-    "Config": "config",
-    "ConfigError": "config",
-    "Forecast": "law",
-    "GRPOTrainer": "train",
-    "OnlinePredictor": "law",
-    "RolloutEngine": "rollout",
-    "SamplingParams": "rollout",
-    "StoppingRule": "law",
-    "recipe": "recipes",
-    "write_report": "report",
-}
-__all__ = [*sorted(_HOMES), "__version__"]  # noqa: PLE0604 (the names are strings)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'grpo_fast' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"grpo_fast.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "Budget": "compute",
+        "Config": "config",
+        "ConfigError": "config",
+        "Forecast": "law",
+        "GRPOTrainer": "train",
+        "OnlinePredictor": "law",
+        "RolloutEngine": "rollout",
+        "SamplingParams": "rollout",
+        "StoppingRule": "law",
+        "recipe": "recipes",
+        "write_report": "report",
+    },
+)

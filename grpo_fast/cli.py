@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from json import dumps as to_json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, ArgumentCollection, CycloptsError, Group, Parameter, validators
 from cyclopts import config as cyclopts_config
@@ -22,6 +22,9 @@ from grpo_fast.config import Config, ConfigError, explain, read_toml
 from grpo_fast.recipes import recipe_values
 from grpo_fast.run_dir import CONFIG_FILE
 from grpo_fast.types import TrainingError
+
+if TYPE_CHECKING:
+    from grpo_fast.train.plan import Plan
 
 _SOURCE = Group("Where the configuration comes from", sort_key=0)
 _PLAN = Group("Plan", sort_key=0.5)
@@ -142,7 +145,6 @@ def plan(  # noqa: PLR0913 (flags)
     del recipe, config  # already in the settings
     from grpo_fast.train.plan import make_plan  # noqa: PLC0415 (--help must not wait for torch)
     from grpo_fast.train.plan_facts import PlanInputs  # noqa: PLC0415 (as above)
-    from grpo_fast.train.plan_memory import refusal, table  # noqa: PLC0415 (as above)
 
     inputs = PlanInputs(
         probe=probe,
@@ -166,6 +168,13 @@ def plan(  # noqa: PLR0913 (flags)
     if json:
         print(to_json(found.to_dict(), allow_nan=False))
         return 0 if fits else 1
+    _print_plan(found, plot)
+    return 0 if fits else 1
+
+
+def _print_plan(found: Plan, plot: Path | None) -> None:
+    from grpo_fast.train.plan_memory import refusal, table  # noqa: PLC0415 (as above)
+
     console = Console()
     _print_words(console, found.to_words())
     _print_table(console, ("", "step", "reward", "50 % interval", "90 % interval"), found.trajectory_words())
@@ -173,9 +182,8 @@ def plan(  # noqa: PLR0913 (flags)
     if found.memory is not None:
         _print_table(console, ("memory of a device", ""), table(found.memory))
     _print_notes(console, found.notes, plot=plot)
-    if found.memory is not None and not fits:
+    if found.memory is not None and not found.memory.fits:
         console.print(f"\n[bold red]It does not fit:[/] {escape(refusal(found.memory, found.changes))}", highlight=False)
-    return 0 if fits else 1
 
 
 @app.command

@@ -5,8 +5,9 @@ Each name is imported when it is first used: the trainer needs TRL, the callback
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from grpo_fast.lazy import lazy_names
 
 if TYPE_CHECKING:
     from grpo_fast.integrations.forecast import forecast_log as forecast_log
@@ -17,25 +18,15 @@ if TYPE_CHECKING:
     from grpo_fast.integrations.transformers_callback import PlateauStopCallback as PlateauStopCallback
     from grpo_fast.integrations.trl import FusedGRPOTrainer as FusedGRPOTrainer
 
-_HOMES = {
-    "FusedGRPOTrainer": "trl",
-    "LogError": "logs",
-    "LogForecast": "log_forecast",
-    "PlateauStopCallback": "transformers_callback",
-    "RewardLog": "logs",
-    "forecast_log": "forecast",
-    "read_log": "logs",
-}
-__all__ = sorted(_HOMES)  # noqa: PLE0605 (the names are strings)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'grpo_fast.integrations' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"grpo_fast.integrations.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "FusedGRPOTrainer": "trl",
+        "LogError": "logs",
+        "LogForecast": "log_forecast",
+        "PlateauStopCallback": "transformers_callback",
+        "RewardLog": "logs",
+        "forecast_log": "forecast",
+        "read_log": "logs",
+    },
+)

@@ -26,6 +26,17 @@ _LIVE_SHARE = 0.85
 """Share of live rows from which it no longer pays to copy them together before the gradient's products."""
 
 
+def block_rows(num_rows: int, *, max_rows: int, device: torch.device) -> int:
+    """How many rows a block holds and multiplies, with zeros below.
+
+    Args:
+        num_rows: of them real, or more than fit into one block.
+        max_rows: what :func:`~grpo_fast.ops.lm_head.rows_per_chunk` says.
+        device: where they lie.
+    """
+    return min(max_rows, rounded_rows(padded(num_rows), device))
+
+
 class TorchHeadPass:
     """See :class:`~grpo_fast.ops.head_pass.HeadPass`.
 
@@ -145,7 +156,7 @@ class TorchHeadPass:
 
     def _height(self, count: int) -> int:
         """Rows that are multiplied for so many."""
-        return min(self.max_rows, rounded_rows(padded(count), self._hidden.device))
+        return block_rows(count, max_rows=self.max_rows, device=self._hidden.device)
 
     def _padded(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows of a block, or a value for each, with zeros below."""

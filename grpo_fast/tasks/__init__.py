@@ -5,8 +5,9 @@ Each name is imported when it is first used, so that a reward worker that import
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from grpo_fast.lazy import lazy_names
 
 if TYPE_CHECKING:
     from grpo_fast.tasks.load import load_task as load_task
@@ -15,17 +16,6 @@ if TYPE_CHECKING:
     from grpo_fast.tasks.task import Rows as Rows
     from grpo_fast.tasks.task import Task as Task
 
-_HOMES = {"PromptStream": "stream", "Rows": "task", "Task": "task", "encode_prompts": "prompts", "load_task": "load"}
-__all__ = sorted(_HOMES)  # noqa: PLE0605 (a list of strings)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'grpo_fast.tasks' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"grpo_fast.tasks.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__, {"PromptStream": "stream", "Rows": "task", "Task": "task", "encode_prompts": "prompts", "load_task": "load"}
+)

@@ -263,18 +263,73 @@ def _probed(config: Config, inputs: PlanInputs) -> PlanFacts:
             parts.close()
 
 
+@dataclass(frozen=True)
+class _Steps:
+    """What two steps of an untrained policy came to."""
+
+    seconds: float
+    """Of the second."""
+    lengths: tuple[int, ...]
+    """Tokens of the second's completions, group after group."""
+    mean_length: float
+    trained_share: float
+
+
 def _measured(config: Config, inputs: PlanInputs, parts: Parts) -> PlanFacts:
     timer = PhaseTimer()
     baseline = probe(config, parts, timer)
     timer.lap()
     held_out = evaluate(config, parts) if config.eval_steps else math.nan
     evaluation_s = sum(timer.lap().values()) / config.eval_steps if config.eval_steps else 0.0
-    optimizer = build_optimizer(parts.policy.model, config)
-    learner = Learner(config, parts.policy, optimizer, reference=parts.reference)
+    steps = _two_steps(config, parts, timer)
+    work = _work(config, parts.meter.shape, sum(len(prompt.token_ids) for prompt in parts.prompts) / len(parts.prompts))
+    timed_steps = (
+        f"{baseline.num_prompts} prompts were asked once each; then two steps were done at a learning rate of 0, and the "
+        f"second took {steps.seconds:.3g} s" + (f", with {evaluation_s:.2g} s a step for evaluations" if evaluation_s else "")
+    )
+    lengths = (
+        f"lengths are those of the untrained policy ({steps.mean_length:.1f} tokens in the mean), and memory is foretold for "
+        f"them; training may change them ({_DRIFT:g} times)"
+    )
+    notes = [timed_steps, lengths]
+    start = None if math.isnan(baseline.reward) else baseline.reward
+    if start is None:
+        notes.append("no answer of the probe has a reward: where the run starts stays unknown")
+    sources = {"start_reward": "unknown" if start is None else "measured", "model_size": "read"}
+    sources |= {"completion_tokens": "measured", "num_prompts": "read", "seconds_per_step": "measured"}
+    if inputs.seconds_per_step is None and inputs.mfu is None:
+        pace = Pace(
+            seconds=Guess(steps.seconds + evaluation_s, _GIVEN_FACTOR, "measured"),
+            at_tokens=float(work.tokens(np.array(steps.mean_length))),
+            price_per_gpu_hour=config.price_per_gpu_hour,
+            watts=parts.facts.power_watts,
+        )
+    else:
+        pace, _ = _pace(config, inputs, sources, notes)
+    error = baseline.error if start is not None and baseline.error > 0 else None
+    return PlanFacts(
+        facts=RunFacts(size_b=_size(parts.policy.model), start=start, start_error=error, lora=inputs.lora or config.use_peft),
+        work=work,
+        pace=pace,
+        completion_tokens=Guess(steps.mean_length, _DRIFT, "measured", most=config.max_completion_length),
+        trained_share=Guess(steps.trained_share, _MEASURED_SHARE_FACTOR, "measured", most=1.0),
+        num_prompts=inputs.data_size or len(parts.prompts),
+        device=parts.facts.name,
+        model=config.model,
+        dataset=parts.task.name,
+        sources=sources,
+        notes=notes,
+        held_out=None if math.isnan(held_out) else held_out,
+        sampled_lengths=steps.lengths,
+    )
+
+
+def _two_steps(config: Config, parts: Parts, timer: PhaseTimer) -> _Steps:
+    learner = Learner(config, parts.policy, build_optimizer(parts.policy.model, config), reference=parts.reference)
     collector = Collector(config, engine=parts.engine, stream=parts.stream, rewards=parts.rewards)
-    num_trained = num_sampled = num_tokens = 0
+    num_trained = 0
+    sampled: list[list[int]] = []
     seconds = 0.0
-    sampled: list[int] = []
     for step in (1, 2):
         timer.lap()
         collected = collector.collect(step, timer)
@@ -282,58 +337,13 @@ def _measured(config: Config, inputs: PlanInputs, parts: Parts) -> PlanFacts:
         parts.engine.sync_weights(parts.policy.model, step)
         seconds = sum(timer.lap().values())
         num_trained += len(update.trained)
-        sampled = [len(one.token_ids) for group in collected.groups for one in group.completions]
-        num_sampled += len(sampled)
-        num_tokens += sum(sampled)
-    prompt_tokens = sum(len(prompt.token_ids) for prompt in parts.prompts) / len(parts.prompts)
-    length = max(1.0, num_tokens / num_sampled)
-    work = _work(config, parts.meter.shape, prompt_tokens)
-    timed_steps = (
-        f"{baseline.num_prompts} prompts were asked once each; then two steps were done at a learning rate of 0, and the "
-        f"second took {seconds:.3g} s" + (f", with {evaluation_s:.2g} s a step for evaluations" if evaluation_s else "")
-    )
-    lengths = (
-        f"lengths are those of the untrained policy ({length:.1f} tokens in the mean), and memory is foretold for them; "
-        f"training may change them ({_DRIFT:g} times)"
-    )
-    notes = [timed_steps, lengths]
-    if math.isnan(baseline.reward):
-        notes.append("no answer of the probe has a reward: where the run starts stays unknown")
-    start = None if math.isnan(baseline.reward) else baseline.reward
-    error = baseline.error if start is not None and baseline.error > 0 else None
-    reading = "unknown" if start is None else "measured"
-    if inputs.seconds_per_step is None and inputs.mfu is None:
-        pace = Pace(
-            seconds=Guess(seconds + evaluation_s, _GIVEN_FACTOR, "measured"),
-            at_tokens=float(work.tokens(np.array(length))),
-            price_per_gpu_hour=config.price_per_gpu_hour,
-            watts=parts.facts.power_watts,
-        )
-        timed = "measured"
-    else:
-        sources: dict[str, str] = {}
-        pace, _ = _pace(config, inputs, sources, notes)
-        timed = sources["seconds_per_step"]
-    return PlanFacts(
-        facts=RunFacts(size_b=_size(parts.policy.model), start=start, start_error=error, lora=inputs.lora or config.use_peft),
-        work=work,
-        pace=pace,
-        completion_tokens=Guess(length, _DRIFT, "measured", most=config.max_completion_length),
-        trained_share=Guess(max(num_trained, 1) / num_sampled, _MEASURED_SHARE_FACTOR, "measured", most=1.0),
-        num_prompts=inputs.data_size or len(parts.prompts),
-        device=parts.facts.name,
-        model=config.model,
-        dataset=parts.task.name,
-        sources={
-            "start_reward": reading,
-            "model_size": "read",
-            "completion_tokens": "measured",
-            "num_prompts": "read",
-            "seconds_per_step": timed,
-        },
-        notes=notes,
-        held_out=None if math.isnan(held_out) else held_out,
-        sampled_lengths=tuple(sampled),
+        sampled.append([len(one.token_ids) for group in collected.groups for one in group.completions])
+    lengths = [length for of_step in sampled for length in of_step]
+    return _Steps(
+        seconds,
+        tuple(sampled[-1]),
+        mean_length=max(1.0, sum(lengths) / len(lengths)),
+        trained_share=max(num_trained, 1) / len(lengths),
     )
 
 

@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 
 from grpo_fast.compute.memory import cached_values
 from grpo_fast.config import Config, ConfigError
-from grpo_fast.ops.head_torch import CACHE_BYTES
+from grpo_fast.ops.head_torch import CACHE_BYTES, block_rows
 from grpo_fast.ops.kept_logprob import kept_chunk_bytes
-from grpo_fast.ops.lm_head import LMHead, chunk_bytes_of, padded, rows_per_chunk
-from grpo_fast.ops.products import rounded_rows, rows_at_once
+from grpo_fast.ops.lm_head import LMHead, chunk_bytes_of, rows_per_chunk
+from grpo_fast.ops.products import rows_at_once
 from grpo_fast.train.activations import HeadBytes
 
 _NF4_BYTES, _NESTED_NF4_BYTES = 0.5 + 4 / 64, 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -159,7 +159,7 @@ def head_bytes(config: Config, sizes: ModelSizes, device: DeviceMemory, *, num_r
     itemsize = 4.0 if on_cpu else sizes.head_itemsize + 4 / 8  # beside exponentials, an eighth as many float32 logits
     head = LMHead(torch.empty(vocab, 0, device="meta"), chunk_bytes=chunk_bytes_of(device.kind, device.memory_bytes))
     place = torch.device(device.kind)
-    rows = min(rows_per_chunk(head, place, bytes_per_logit=itemsize), rounded_rows(padded(parts * num_rows), place))
+    rows = block_rows(parts * num_rows, max_rows=rows_per_chunk(head, place, bytes_per_logit=itemsize), device=place)
     block = round(rows * vocab * itemsize)
     if not on_cpu:
         return HeadBytes(vocab, gathered + block + 2 * rows * sizes.hidden * 4)
