@@ -217,8 +217,8 @@ def forecast(  # noqa: PLR0913 (flags)
 ) -> int:
     """Say where the rewards of a log will end, and when the law would have stopped the run.
 
-    Read are transformers' ``trainer_state.json``, runs of grpo_fast, JSON lines, console logs of verl, OpenRLHF and TRL,
-    exports of W&B and TensorBoard, TensorBoard's event directories, and plain CSV, gzipped or not.
+    Read are transformers' ``trainer_state.json``, runs of grpo_fast, JSON lines, console logs of verl, OpenRLHF, TRL, ms-swift
+    and slime, exports of W&B and TensorBoard, TensorBoard's event directories, and plain CSV, gzipped or not.
 
     Args:
         log: The file, or the directory of a run.

@@ -11,15 +11,15 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from grpo_fast.integrations.log_forecast import LogForecast
+from grpo_fast.integrations.log_forecast import Collapse, LogForecast
 from grpo_fast.integrations.logs import LogError, RewardLog, RunSettings
 from grpo_fast.integrations.logs.log_rows import OWN_RUN
-from grpo_fast.law import Forecast, OnlinePredictor, Prior, RunFacts, Spending, StopDecision, StoppingRule
+from grpo_fast.law import CollapseAlarm, Forecast, OnlinePredictor, Prior, RunFacts, Spending, StopDecision, StoppingRule
 from grpo_fast.law.forms import Array
 from grpo_fast.law.prospect import Prospect
 
 _T = TypeVar("_T")
-_NARROW_SPAN = 3.0
+_NARROW_SPAN, _NARROWEST = 3.0, 0.03
 _MAX_POINTS = 2000
 _MAX_FORECASTS = 500
 _RULE = ("patience", "min_steps", "warmup_steps", "reward_value")
@@ -107,6 +107,7 @@ def forecast_log(  # noqa: PLR0913 (keywords, each of them the law's own)
         notes=notes,
         history=history,
         vetoes=[decision.veto for decision in decisions],
+        collapses=_collapses(log, CollapseAlarm(epsilon, least_reward=None if bounds is None else bounds[0])),
     )
 
 
@@ -124,7 +125,9 @@ def _replayed(
     progress = progress_of(log, predictor.horizon, notes)
     history: list[Forecast] = []
     decisions: list[StopDecision] = []
-    groups = _groups(log, notes)
+    groups = _groups(log)
+    if len(groups) < log.steps.size:
+        notes.append(f"{log.steps.size} rows: the law sees means of {groups[0].size} neighbours")
     stride = _stride(len(groups), log, rule, notes)
     for left, group in zip(reversed(range(len(groups))), groups, strict=True):
         last = group[-1]
@@ -143,6 +146,17 @@ def _replayed(
         all_wrong = None if log.all_wrong is None else _mean(log.all_wrong[group])
         decisions.append(rule.update(history[-1], all_wrong=all_wrong))
     return history, decisions
+
+
+def _collapses(log: RewardLog, alarm: CollapseAlarm) -> list[Collapse]:
+    """What the alarm would have told, by the rewards that the law sees and nothing beside them."""
+    told = []
+    for group in _groups(log):
+        step = int(log.steps[group[-1]])
+        state = alarm.update(step, _mean(log.rewards[group]))
+        if state.confirmed:
+            told.append(Collapse(step, state.onset, state.reason))
+    return told
 
 
 def _stride(count: int, log: RewardLog, rule: StoppingRule, notes: list[str]) -> int:
@@ -279,6 +293,10 @@ def _horizon(log: RewardLog, asked: int | None, notes: list[str]) -> int:
 def _epsilon(log: RewardLog, notes: list[str]) -> float:
     span = float(np.nanmax(log.rewards) - np.nanmin(log.rewards))
     if span <= _NARROW_SPAN:
+        if 0 < span < _NARROWEST:
+            notes.append(
+                f"the rewards span {span:.2g}: a gain of less than 0.01 counts as none; choose otherwise with --epsilon"
+            )
         return 0.01
     epsilon = float(f"{span / 100:.1g}")
     notes.append(f"epsilon is {epsilon:g}, a hundredth of the rewards' span; choose another with --epsilon")
@@ -306,12 +324,10 @@ def reward_bounds(log: RewardLog, start: float | None, notes: list[str]) -> tupl
     return None
 
 
-def _groups(log: RewardLog, notes: list[str]) -> list[npt.NDArray[np.int64]]:
+def _groups(log: RewardLog) -> list[npt.NDArray[np.int64]]:
     """Rows that are shown to the law together: one by one, or means of neighbours where a log has thousands."""
     count = log.steps.size
     size = math.ceil(count / _MAX_POINTS)
-    if size > 1:
-        notes.append(f"{count} rows: the law sees means of {size} neighbours")
     return [np.arange(begin, min(begin + size, count)) for begin in range(0, count, size)]
 
 

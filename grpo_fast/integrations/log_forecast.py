@@ -9,7 +9,23 @@ from typing import Any
 from grpo_fast.integrations.logs import RewardLog
 from grpo_fast.law import Forecast, RunFacts, Spending
 
+_TOLD = 2
 _SIZES = ((1e12, "T"), (1e9, "G"), (1e6, "M"))
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """A fall that noise does not explain, by the rewards alone.
+
+    Attributes:
+        step: at which it was sure.
+        onset: first step of the fall; None where that is unknown.
+        reason: one sentence with numbers.
+    """
+
+    step: int
+    onset: int | None
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -34,6 +50,7 @@ class LogForecast:
         notes: the log's, and what was assumed here.
         history: forecasts in the order of their steps.
         vetoes: what alone kept the rule from counting each of them; empty where nothing did.
+        collapses: what the alarm would have told, one after another.
     """
 
     log: RewardLog
@@ -53,6 +70,7 @@ class LogForecast:
     notes: list[str] = field(default_factory=list)
     history: Sequence[Forecast] = ()
     vetoes: Sequence[str] = ()
+    collapses: Sequence[Collapse] = ()
 
     def rows(self) -> list[dict[str, Any]]:
         """The history as rows of ``forecasts.jsonl``, with the phases' probabilities and vetoes."""
@@ -89,12 +107,14 @@ class LogForecast:
                 "reason": self.stop_reason,
                 "forecast": None if self.stop_forecast is None else self.stop_forecast.to_dict(),
             },
+            "collapses": [asdict(collapse) for collapse in self.collapses],
             "notes": self.notes,
         }
 
     def to_words(self) -> dict[str, str]:
         """The forecast as words beside words, for a table."""
         now, log = self.forecast, self.log
+        way = "fall" if now.band.median[-1] < now.band.median[0] else "rise"
         seen = f"{now.num_observations} rewards, steps {log.steps[0]} to {log.steps[-1]} of {self.horizon}"
         words = {
             "source": log.source,
@@ -104,13 +124,16 @@ class LogForecast:
             "last reward": f"{log.last_reward:.4g}",
             f"forecast for step {self.horizon}": _interval(now.median, now.low, now.high),
             "plateau": _interval(now.plateau, now.plateau_low, now.plateau_high),
-            "80 % of the rise": _when(now.x80, now.x80_interval, now.x80_spending),
-            "95 % of the rise": _when(now.x95, now.x95_interval, now.x95_spending),
+            f"80 % of the {way}": _when(now.x80, now.x80_interval, now.x80_spending),
+            f"95 % of the {way}": _when(now.x95, now.x95_interval, now.x95_spending),
             "phase": f"{now.phase} (probability {now.phase_probability:.0%})",
             f"P(gain left < {self.epsilon:g})": f"{now.p_gain_below_eps:.1%}",
             "identifiable": "yes" if now.identifiable else f"no: {now.reason}",
             "would have stopped": self._stop_words(),
         }
+        if self.collapses:
+            words["collapse"] = " ".join(f"{collapse.reason}." for collapse in self.collapses[:_TOLD])
+            words["collapse"] += f" {len(self.collapses) - _TOLD} more." if self.collapses[_TOLD:] else ""
         if self.prior_origin is not None:
             words["prior"] = self.prior_origin
         if spent := _costs(now.spent):

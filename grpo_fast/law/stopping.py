@@ -162,7 +162,9 @@ class StoppingRule:
         )
         if forecast.p_gain_below_eps < self.confidence:
             return False, f"{said}; {self.confidence:.0%} would be enough"
-        return forecast.expected_gain < self.epsilon, said
+        if forecast.expected_gain >= self.epsilon:
+            return False, f"{said}; that too must be below {self.epsilon:g}"
+        return True, said
 
     def _best_value(self, forecast: Forecast) -> tuple[float, float, float] | None:
         """Greatest (worth of the expected gain less cost, gain, cost) over where the run could end; None without prices."""

@@ -83,6 +83,13 @@ def test_rewards_in_percent() -> None:
     assert percent.forecast.median == pytest.approx(100 * whole.forecast.median, abs=3)
 
 
+def test_an_epsilon_that_most_of_a_curve_hides_in_is_told() -> None:
+    tiny = forecast_log(log_of(s_curve(40, scale=0.02), max_steps=60))
+    assert tiny.epsilon == 0.01
+    assert "the rewards span 0.015: a gain of less than 0.01 counts as none; choose otherwise with --epsilon" in tiny.notes
+    assert not any("--epsilon" in note for note in forecast_log(log_of(s_curve(40, scale=0.02)), epsilon=0.001).notes)
+
+
 def test_a_share_in_percent_has_its_range() -> None:
     found = forecast_log(log_of(s_curve(40, scale=100.0), max_steps=50, reward_column="train/accuracy"))
     assert found.reward_range == (0.0, 100.0)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -78,3 +78,24 @@ def test_what_the_forecast_began_from() -> None:
     assert (told["prior"], told["facts"]["size_b"], told["facts"]["lora"]) == ("curves 12", 7.0, True)
     settings = {"patience": 4, "min_steps": 20, "warmup_steps": 0, "reward_value": 3.0}
     assert {name: told[name] for name in settings} == settings
+
+
+def test_a_collapse_is_told() -> None:
+    steps = np.arange(1, 81)
+    rewards = np.where(steps < 50, 0.7, 0.7 * np.exp(-(steps - 49) / 6)) + np.random.default_rng(1).normal(0, 0.02, 80)
+    settings: dict[str, Any] = {"reward_std": None, "learning_rate": None, "max_steps": 120, "source": "CSV"}
+    found = forecast_log(RewardLog(steps, np.clip(rewards, 0, 1), reward_column="reward", step_column="step", **settings))
+    first = found.collapses[0]
+    assert 50 <= first.step <= 62
+    assert first.onset is not None
+    assert 48 <= first.onset <= 54
+    assert found.to_words()["collapse"].startswith(f"The policy collapses: by step {first.step} the reward fell from 0.695 to ")
+    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["collapses"][0] == asdict(first)
+    assert {"80 % of the fall", "95 % of the fall"} <= set(found.to_words()), "what falls does not rise"
+    many = replace(found, collapses=[first] * 5).to_words()["collapse"]
+    assert many == f"{first.reason}. {first.reason}. 3 more."
+
+
+def test_a_run_that_does_not_collapse_says_nothing_of_it(metered: LogForecast) -> None:
+    assert (metered.collapses, metered.to_dict()["collapses"]) == ([], [])
+    assert "collapse" not in metered.to_words()

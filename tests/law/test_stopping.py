@@ -92,7 +92,7 @@ def test_a_count_does_not_look_at_the_steps_between():
     ("values", "words"),
     [
         ({"p_gain_below_eps": 0.77}, "77.0%"),
-        ({"expected_gain": 0.01}, "0.010 in expectation"),
+        ({"expected_gain": 0.01}, "0.010 in expectation; that too must be below 0.01"),
         ({"p_gain_below_eps": 0.99, "expected_gain": 0.05}, "0.050 in expectation"),
     ],
 )
