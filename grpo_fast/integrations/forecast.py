@@ -14,12 +14,14 @@ import numpy.typing as npt
 from grpo_fast.integrations.log_forecast import Collapse, LogForecast
 from grpo_fast.integrations.logs import LogError, RewardLog, RunSettings
 from grpo_fast.integrations.logs.log_rows import OWN_RUN
+from grpo_fast.integrations.logs.raw_log import counted
 from grpo_fast.law import CollapseAlarm, Forecast, OnlinePredictor, Prior, RunFacts, Spending, StopDecision, StoppingRule
 from grpo_fast.law.forms import Array
 from grpo_fast.law.prospect import Prospect
 
 _T = TypeVar("_T")
 _NARROW_SPAN, _NARROWEST = 3.0, 0.03
+_TAIL, _FAR = 0.025, 2.0
 _MAX_POINTS = 2000
 _MAX_FORECASTS = 500
 _RULE = ("patience", "min_steps", "warmup_steps", "reward_value")
@@ -291,7 +293,13 @@ def _horizon(log: RewardLog, asked: int | None, notes: list[str]) -> int:
 
 
 def _epsilon(log: RewardLog, notes: list[str]) -> float:
-    span = float(np.nanmax(log.rewards) - np.nanmin(log.rewards))
+    rewards = log.rewards[np.isfinite(log.rewards)]
+    alone = _alone(rewards)
+    if alone.any():
+        worst = rewards[alone][np.argmax(np.abs(rewards[alone] - np.median(rewards)))]
+        told = counted(int(alone.sum()), "reward", "stands|stand alone, far from all others")
+        notes.append(f"{told}: {worst:.4g}. Intervals are wider for that; leave out what is an error")
+    span = float(np.ptp(rewards[~alone]))
     if span <= _NARROW_SPAN:
         if 0 < span < _NARROWEST:
             notes.append(
@@ -301,6 +309,14 @@ def _epsilon(log: RewardLog, notes: list[str]) -> float:
     epsilon = float(f"{span / 100:.1g}")
     notes.append(f"epsilon is {epsilon:g}, a hundredth of the rewards' span; choose another with --epsilon")
     return epsilon
+
+
+def _alone(rewards: Array) -> npt.NDArray[np.bool_]:
+    """(n,) which rewards lie far outside the range of nearly all others, and those before and after do not."""
+    low, high = np.quantile(rewards, (_TAIL, 1.0 - _TAIL))
+    reach = _FAR * (high - low)
+    far = (reach > 0) & ((rewards < low - reach) | (rewards > high + reach))
+    return np.asarray(far & ~np.append(far[1:], True) & ~np.append(True, far[:-1]))
 
 
 def _checked(log: RewardLog, asked: tuple[float, float] | None) -> tuple[float, float] | None:

@@ -90,6 +90,18 @@ def test_an_epsilon_that_most_of_a_curve_hides_in_is_told() -> None:
     assert not any("--epsilon" in note for note in forecast_log(log_of(s_curve(40, scale=0.02)), epsilon=0.001).notes)
 
 
+@pytest.mark.parametrize("spike", [-60.0, 40.0])
+def test_a_spike_is_told_and_no_measure_of_a_gain(spike: float) -> None:
+    rewards = 2 * s_curve(60)
+    rewards[40] = spike
+    found = forecast_log(log_of(rewards, max_steps=80))
+    assert found.epsilon == 0.01, "the others span less than 3"
+    told = f"1 reward stands alone, far from all others: {spike:g}. Intervals are wider for that; leave out what is an error"
+    assert found.notes[0] == told
+    sparse, steep = (forecast_log(log_of(curve, max_steps=80)) for curve in (np.eye(60)[50], s_curve(60, rise=1)))
+    assert not any("alone" in note for note in (*sparse.notes, *steep.notes)), "a success after many failures is none"
+
+
 def test_a_share_in_percent_has_its_range() -> None:
     found = forecast_log(log_of(s_curve(40, scale=100.0), max_steps=50, reward_column="train/accuracy"))
     assert found.reward_range == (0.0, 100.0)
