@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, ArgumentCollection, CycloptsError, Group, Parameter, validators
 from cyclopts import config as cyclopts_config
-from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from grpo_fast import __version__
-from grpo_fast.config import Config, ConfigError, explain, read_toml
+from grpo_fast.config import Config, ConfigError, read_toml
+from grpo_fast.mistakes import in_words
 from grpo_fast.recipes import recipe_values
 from grpo_fast.run_dir import CONFIG_FILE
 from grpo_fast.types import TrainingError
@@ -45,6 +45,8 @@ def _fill(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) ->
     if resume is not None:
         if recipe is not None or file is not None:
             raise ConfigError("--resume uses the run's own configuration; leave out --recipe and --config")
+        if not (Path(resume) / CONFIG_FILE).exists():
+            raise ConfigError(f"there is no run in {resume}: no {CONFIG_FILE} is there; give the output_dir of a run")
         values = read_toml(Path(resume) / CONFIG_FILE)
     else:
         bare = file is None and given("--model") is None and (commands == ("train",) or given("--model-size") is None)
@@ -60,7 +62,7 @@ app = App(
     version=__version__,
     help="Train reasoning models with GRPO, meter the compute, and stop when the law sees the plateau.",
     help_format="restructuredtext",
-    default_parameter=Parameter(negative_iterable=()),
+    default_parameter=Parameter(negative_iterable=(), consume_multiple=True),
     config=(_fill,),
     result_action="return_value",
     suppress_keyboard_interrupt=False,
@@ -421,9 +423,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         sys.exit(app(arguments, exit_on_error=False, print_error=False))
     except CycloptsError as error:
-        cause = error.__cause__
-        found = "\n".join(map(explain, cause.errors())) if isinstance(cause, ValidationError) else str(error)
-        _fail(found)
+        _fail(in_words(error))
     except (ValueError, OSError, TrainingError) as error:
         _fail(str(error))
     except KeyboardInterrupt:

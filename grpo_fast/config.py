@@ -93,14 +93,18 @@ class Config(BaseModel):
     """Quantise the scales too, to 8 bits: 0.4 bits a weight less."""
 
     dataset: Annotated[str, _DATA] = "arithmetic"
-    """``arithmetic``, ``gsm8k``, ``countdown``, ``reasoning_gym:TASK``, a hub id, or a directory, parquet or JSONL file with a
-    ``prompt`` column."""
+    """``arithmetic``, ``gsm8k``, ``countdown``, ``reasoning_gym:TASK``, a hub id, or a directory, parquet, JSONL or
+    CSV file with a ``prompt`` column."""
     dataset_config: Annotated[str | None, _DATA] = None
     """Named configuration of a hub dataset."""
     dataset_split: Annotated[str, _DATA] = "train"
     """Split that is trained on."""
     eval_split: Annotated[str | None, _DATA] = None
     """Split that evaluation reads; without one, ``eval_size`` rows are held out of the training split."""
+    prompt_column: Annotated[str, _DATA] = "prompt"
+    """Column of the prompts in a dataset of one's own; it becomes ``prompt``."""
+    answer_column: Annotated[str, _DATA] = "answer"
+    """Column of the right answers, which the built-in rewards compare with; it becomes ``answer``."""
     dataset_size: Annotated[int, _DATA] = Field(2048, ge=1)
     """Rows made by generated tasks (``arithmetic``, ``countdown``, ``reasoning_gym``)."""
     system_prompt: Annotated[str | None, _DATA] = None
@@ -396,4 +400,24 @@ def explain(item: Any) -> str:
         near = difflib.get_close_matches(key, Config.model_fields, n=1)
         return f"unknown configuration key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
     message = item["msg"].removeprefix("Value error, ")
-    return f"{key}: {message} (got {item['input']!r})" if key else message
+    return f"{key}: {message} (got {item['input']!r}){_hint(item)}" if key else message
+
+
+_UNITS = {"_hours": "hours", "_s": "seconds", "_kwh": "kWh", "_gib": "GiB"}
+
+
+def _hint(item: Any) -> str:
+    """What may have been meant by a value of the wrong form."""
+    given, field = item["input"], str(item["loc"][0])
+    if not isinstance(given, str):
+        return ""
+    if item["type"] == "literal_error":
+        near = difflib.get_close_matches(
+            given.lower(), item["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        )
+        if near:
+            return f"; did you mean {near[0]!r}?"
+    if len(item["loc"]) > 1 and "," in given:
+        return "; several values stand one after another, with spaces between"
+    unit = next((unit for ending, unit in _UNITS.items() if field.endswith(ending)), None)
+    return f"; it is a plain number of {unit}" if unit is not None and item["type"] == "float_parsing" else ""

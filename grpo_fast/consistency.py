@@ -121,5 +121,10 @@ def _check_objective_and_run(config: Config) -> None:
         raise ValueError("loss_type='cispo' needs epsilon_high, the absolute cap of the ratio (MiniMax-M1 and ScaleRL use 5.0)")
     if config.reward_range is not None and not config.reward_range[0] < config.reward_range[1]:
         raise ValueError(f"reward_range={config.reward_range} must be (least, greatest)")
+    if config.forecast_reward_value is not None and config.price_per_gpu_hour == 0:
+        raise ValueError(
+            f"forecast_reward_value={config.forecast_reward_value:g} with price_per_gpu_hour=0: a gain is held against what it "
+            "costs; set price_per_gpu_hour too"
+        )
     if config.warmup_steps > config.max_steps:
         raise ValueError(f"warmup_steps={config.warmup_steps:g} exceeds max_steps={config.max_steps}")

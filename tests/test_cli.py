@@ -87,7 +87,20 @@ def test_commands_and_version(shell: Shell) -> None:
         ("train --warmup-steps 9 --max-steps 3", "warmup_steps=9 exceeds max_steps=3"),
         ("train --recipe embeded", "no recipe 'embeded'; did you mean 'embedded'?"),
         ("train --config none.toml", "cannot read the configuration none.toml: No such file or directory"),
-        ("train --resume none", "cannot read the configuration none/config.toml: No such file or directory"),
+        ("train --resume none", "there is no run in none: no config.toml is there; give the output_dir of a run"),
+        ("train --use-peft true", "'true' belongs to no option: a switch takes no value; write --NAME, or --no-NAME"),
+        ("train --seed 1 two words", "'two', 'words' belong to no option; quote a value that has spaces in it"),
+        (
+            "train --reward-range 0,1",
+            "--reward-range requires 2 positional arguments. Only got 1. Values stand one after another",
+        ),
+        ("train --reward-weights 1,2", "(got '1,2'); several values stand one after another, with spaces between"),
+        ("train --max-wall-hours 30m", "(got '30m'); it is a plain number of hours"),
+        ("train --loss-type GRPO", "(got 'GRPO'); did you mean 'grpo'?"),
+        ("train --reward-funcs accuracy,format", "unknown reward 'accuracy,format'; several are given one by one"),
+        ("train --reward-funcs mine.py", "unknown reward 'mine.py'; a function of that file is 'mine:FUNCTION'"),
+        ("train --model ./none", "cannot load model './none': there is no such directory"),
+        ("train --recipe embedded --revision v1", "revision='v1' with model='embedded': only models of the hub have revisions"),
         ("train --resume none --recipe embedded", "--resume uses the run's own configuration; leave out --recipe and --config"),
         ("train --resume none --config some.toml", "--resume uses the run's own configuration"),
         ("train --model nowhere/[at]/all", "cannot load model 'nowhere/[at]/all'"),
@@ -102,6 +115,14 @@ def test_a_mistake_is_one_message_without_a_traceback(line: str, message: str, s
     assert message in in_words(err)
     assert "Traceback" not in err
     assert len(err.strip().splitlines()) <= 5
+
+
+@pytest.mark.parametrize(
+    "line", ["--reward-funcs accuracy format --seed 3", "--reward-funcs accuracy --seed 3 --reward-funcs format"]
+)
+def test_several_values_stand_behind_one_flag_or_behind_one_each(line: str) -> None:
+    found = settings(*line.split())
+    assert (found.reward_funcs, found.seed) == (("accuracy", "format"), 3)
 
 
 def test_a_wrong_key_in_a_file_is_told(shell: Shell, tmp_path: Path) -> None:

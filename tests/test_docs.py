@@ -27,7 +27,15 @@ BLOCK = re.compile(r"^```(\w+)(?: ([\w.]+))?\n(.*?)^```$", re.DOTALL | re.MULTIL
 LANGUAGES = {"sh", "python", "toml", "text", "yaml"}
 NOT_RUN = {"gpu", "hub", "server", "cluster"}
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)[^)]*\)")
-OTHER_NAMES = {"expandable_segments", "from_pretrained", "stopped_by", "frac_reward_zero_std", "grad_norm", "num_tokens"}
+OTHER_NAMES = {
+    "expandable_segments",
+    "from_pretrained",
+    "save_to_disk",
+    "stopped_by",
+    "frac_reward_zero_std",
+    "grad_norm",
+    "num_tokens",
+}
 COMMANDS = {"train", "plan", "forecast", "law", "export", "report", "doctor", "serve"}
 
 

@@ -10,7 +10,7 @@ import inspect
 import math
 import threading
 import traceback
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,10 @@ def reward_name(spec: str | Callable[..., Any]) -> str:
             return attribute.rpartition(".")[2]
         near = difflib.get_close_matches(spec, BUILT_IN, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""
+        if "," in spec:
+            hint = "several are given one by one, not in one text. "
+        elif spec.endswith(".py"):
+            hint = f"a function of that file is '{spec.removesuffix('.py')}:FUNCTION'. "
         raise ValueError(f"unknown reward {spec!r}; {hint}Built-in: {', '.join(sorted(BUILT_IN))}; your own: 'module:function'")
     if isinstance(spec, type) or not callable(spec):
         raise TypeError(f"a reward is a name, 'module:function' or a function, not {spec!r}")
@@ -91,6 +95,22 @@ def resolve_reward(spec: str | Callable[..., Any]) -> RewardFunction:
     if isinstance(found, type) or not callable(found):
         raise TypeError(f"reward {spec!r} is {found!r}, which is not a function")
     return RewardFunction(name, found)
+
+
+def check_columns(reward: RewardFunction, columns: Sequence[str]) -> None:
+    """Holds a function's parameters against the columns that it will be given, before it is called.
+
+    Args:
+        reward: the function.
+        columns: of the dataset, the prompt's left out.
+
+    Raises:
+        InvalidRewardError: it needs a column that is not there; the message names the function.
+    """
+    try:
+        _accepted(reward, dict.fromkeys((*BATCH_ARGUMENTS, *columns)))
+    except InvalidRewardError as error:
+        raise InvalidRewardError(f"reward function {reward.name!r} {error}") from None
 
 
 def call_reward(reward: RewardFunction, arguments: Mapping[str, Any]) -> list[float | None]:
@@ -137,8 +157,10 @@ def _accepted(reward: RewardFunction, arguments: Mapping[str, Any]) -> dict[str,
     for parameter in parameters:
         if parameter.kind in named and parameter.default is parameter.empty and parameter.name not in arguments:
             columns = [name for name in arguments if name not in BATCH_ARGUMENTS]
+            near = difflib.get_close_matches(parameter.name, arguments, n=1)
             raise InvalidRewardError(
                 f"needs a dataset column {parameter.name!r}; the dataset has {', '.join(columns) or 'no column but the prompt'}"
+                + (f"; did you mean {near[0]!r}?" if near else "")
             )
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return dict(arguments)

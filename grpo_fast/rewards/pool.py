@@ -16,7 +16,7 @@ from typing import Any, Literal, Self, TypeAlias
 import cloudpickle  # type: ignore[import-untyped]
 
 from grpo_fast.rewards.batch import call_arguments, column_names, pickled
-from grpo_fast.rewards.call import RewardFunction, call_reward, describe_failure, resolve_reward, reward_name
+from grpo_fast.rewards.call import RewardFunction, call_reward, check_columns, describe_failure, resolve_reward, reward_name
 from grpo_fast.rewards.process import WorkerDiedError, WorkerProcess
 from grpo_fast.rewards.report import RewardReport, Tally
 from grpo_fast.types import Group, TrainingError
@@ -103,20 +103,27 @@ class RewardPool:
         self._frozen = [_freeze(name, spec) for name, spec in zip(self.names, self._specs, strict=True)] if workers else []
         self._local: list[RewardFunction] | None = None
         self._slots: list[WorkerProcess | None] = [None] * workers
+        self._columns: Sequence[str] | None = None
         self._closed = False
         self._lock = threading.Lock()
 
-    def start(self) -> None:
+    def start(self, columns: Sequence[str] | None = None) -> None:
         """Resolves the functions and starts every worker now, so that a wrong name is known before the first step.
 
+        Args:
+            columns: of the dataset, the prompt's left out; a function that needs another one is refused.
+
         Raises:
-            ValueError: a function cannot be found, imported or loaded; the pool is closed.
+            ValueError: a function cannot be found, imported or loaded, or needs a column that is not there; the pool is closed.
             RewardError: a worker ends or hangs while it loads the functions.
         """
         with self._lock:
             self._require_open()
+            self._columns = columns
             if not self.workers:
-                self._resolve_here()
+                for reward in self._resolve_here():
+                    if columns is not None:
+                        check_columns(reward, columns)
                 return
             self._drive([], Tally(self.names, 0), start=self.workers)
 
@@ -230,7 +237,7 @@ class RewardPool:
         alive = sum(worker is not None for worker in self._slots)
         for slot, worker in enumerate(self._slots):
             if worker is None and alive < wanted:
-                self._slots[slot] = WorkerProcess(self._frozen)
+                self._slots[slot] = WorkerProcess(self._frozen, self._columns)
                 alive += 1
 
     def _hand_out(self, waiting: deque[_Call], running: dict[int, _Call], tally: Tally) -> None:

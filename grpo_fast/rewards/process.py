@@ -38,9 +38,10 @@ class WorkerProcess:
 
     Args:
         specs: the reward functions, names as they are and callables pickled.
+        columns: of the dataset, the prompt's left out, to hold the functions against; ``None`` holds them against none.
     """
 
-    def __init__(self, specs: Sequence[str | bytes]) -> None:
+    def __init__(self, specs: Sequence[str | bytes], columns: Sequence[str] | None = None) -> None:
         self.channel, theirs = socket.socketpair()
         path = [entry for entry in sys.path if isinstance(entry, str)]
         with theirs:
@@ -57,7 +58,7 @@ class WorkerProcess:
         self._open = True
         self.channel.settimeout(START_TIMEOUT_S)
         with contextlib.suppress(OSError):  # a worker that is dead already is noticed where its answer is read
-            self.channel.sendall(pack(pickle.dumps(list(specs))))
+            self.channel.sendall(pack(pickle.dumps((list(specs), columns))))
 
     @property
     def process_id(self) -> int:

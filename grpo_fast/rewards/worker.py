@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-from grpo_fast.rewards.call import RewardFunction, call_reward, describe_failure, resolve_reward
+from grpo_fast.rewards.call import RewardFunction, call_reward, check_columns, describe_failure, resolve_reward
 
 Reply: TypeAlias = tuple[str, Any, str]
 """``("ok", value, "")`` or ``("error", one line, traceback)``."""
@@ -42,7 +42,8 @@ def pack(payload: bytes) -> bytes:
 def serve(descriptor: int, parent_id: int) -> None:
     """Answers requests until the socket ends.
 
-    The first request holds the reward functions, names as they are and callables pickled; each later one a function's
+    The first request holds the reward functions, names as they are and callables pickled, and the dataset's columns, ``None``
+    where they are not known yet; each later one a function's
     index, its deadline in seconds and its pickled arguments.
 
     Args:
@@ -53,18 +54,21 @@ def serve(descriptor: int, parent_id: int) -> None:
     faulthandler.enable(file=_STDERR)
     threading.Thread(target=_end_with_parent, args=(parent_id,), daemon=True).start()
     with socket.socket(fileno=descriptor) as channel:
-        specs = _read(channel)
-        if specs is None:
+        order = _read(channel)
+        if order is None:
             return
-        reply, rewards = _loaded(pickle.loads(specs))
+        reply, rewards = _loaded(*pickle.loads(order))
         _send(channel, reply)
         while (request := _read(channel)) is not None:
             _send(channel, _answer(rewards, request))
 
 
-def _loaded(specs: Sequence[str | bytes]) -> tuple[Reply, list[RewardFunction]]:
+def _loaded(specs: Sequence[str | bytes], columns: Sequence[str] | None) -> tuple[Reply, list[RewardFunction]]:
     try:
         rewards = [resolve_reward(spec if isinstance(spec, str) else pickle.loads(spec)) for spec in specs]
+        if columns is not None:
+            for reward in rewards:
+                check_columns(reward, columns)
     except (ValueError, TypeError) as error:
         return ("error", str(error), traceback.format_exc()), []
     except BaseException as error:

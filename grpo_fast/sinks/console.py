@@ -222,7 +222,7 @@ class ConsoleSink:
         if self._forecast is not None:
             low, high = _number(self._forecast, "plateau_low"), _number(self._forecast, "plateau_high")
             parts.append(f"plateau {_number(self._forecast, 'plateau'):.3f} [{low:.3f}, {high:.3f}]")
-            parts.append(f"{self._forecast['phase']} {percent(_number(self._forecast, 'phase_probability'))}")
+            parts.append(f"phase: {self._forecast['phase']} {percent(_number(self._forecast, 'phase_probability'))}")
             gain = percent(_number(self._forecast, "p_gain_below_eps"))
             parts.append(f"P(gain<{self._info.forecast_epsilon:g}) {gain}")
             if math.isfinite(_number(self._forecast, "value")):

@@ -19,8 +19,8 @@ BUILT_IN = ("arithmetic", "countdown", "gsm8k", "reasoning_gym")
 """Names that stand for a task of ours; a local directory of that name is given as ``./NAME``."""
 
 _ACCEPTED = (
-    "A dataset is arithmetic, countdown, gsm8k, gsm8k:DIRECTORY, reasoning_gym:TASK, a directory, a .parquet, .jsonl or .json "
-    "file, or a hub id written OWNER/NAME"
+    "A dataset is arithmetic, countdown, gsm8k, gsm8k:DIRECTORY, reasoning_gym:TASK, a directory, a .parquet, .jsonl, "
+    ".json, .csv or .tsv file, or a hub id written OWNER/NAME"
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -51,18 +51,24 @@ def load_task(config: Config, *, chat: bool, needs_reward: bool = True) -> Task:
 
 
 def _built_in(config: Config, kind: str, *, argument: str, chat: bool) -> Task:
+    _refuse_idle(config, ("prompt_column", "answer_column"), task="the built-in task")
     if kind == "gsm8k":
+        _refuse_idle(config, ("dataset_size",), task="the dataset")
         return gsm8k_task(config, chat=chat, directory=_directory(argument) if argument else None)
-    for field, default in (("dataset_config", None), ("dataset_split", "train"), ("eval_split", None)):
-        value = getattr(config, field)
-        if value != default:
-            raise ConfigError(f"{field}={value!r} means nothing to the generated task {config.dataset!r}; leave it out")
+    _refuse_idle(config, ("dataset_config", "dataset_split", "eval_split"), task="the generated task")
     size, eval_size, seed = config.dataset_size, config.eval_size, config.seed
     if kind == "arithmetic":
         return arithmetic_task(size=size, eval_size=eval_size, seed=seed)
     if kind == "countdown":
         return countdown_task(size=size, eval_size=eval_size, seed=seed, chat=chat)
     return reasoning_gym_task(argument, size=size, eval_size=eval_size, seed=seed, chat=chat)
+
+
+def _refuse_idle(config: Config, fields: tuple[str, ...], *, task: str) -> None:
+    for field in fields:
+        value = getattr(config, field)
+        if value != Config.model_fields[field].default:
+            raise ConfigError(f"{field}={value!r} means nothing to {task} {config.dataset!r}; leave it out")
 
 
 def _find(dataset: str) -> Path | None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import csv
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from datasets import (
     Dataset,
     DatasetDict,
+    Features,
+    Value,
     are_progress_bars_disabled,
     disable_progress_bars,
     enable_progress_bars,
@@ -18,8 +22,9 @@ from datasets import (
 
 from grpo_fast.config import ConfigError
 
-FILE_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
+FILE_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
 """Reader of ``datasets`` by the ending of a file's name."""
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
 def read_hub(repository: str, *, name: str | None, split: str, instead: str) -> Dataset:
@@ -47,7 +52,7 @@ def read_files(files: Mapping[str, Path], *, split: str) -> Dataset:
     """Reads a split of local files, all of one kind.
 
     Args:
-        files: one ``.parquet``, ``.jsonl`` or ``.json`` file by the name of its split.
+        files: one ``.parquet``, ``.jsonl``, ``.json``, ``.csv`` or ``.tsv`` file by the name of its split.
         split: one of them, or a part of one.
 
     Raises:
@@ -61,12 +66,23 @@ def read_files(files: Mapping[str, Path], *, split: str) -> Dataset:
         if path.stat().st_size == 0:
             raise ConfigError(f"the dataset file {path} is empty; give one with rows")
     shown = ", ".join(str(path) for path in files.values())
-    builder = FILE_BUILDERS[next(iter(files.values())).suffix]
+    suffix = next(iter(files.values())).suffix
+    paths = {name: str(path) for name, path in files.items()}
     try:
         with _quiet():
-            return load_dataset(builder, data_files={name: str(path) for name, path in files.items()}, split=split)
+            return load_dataset(FILE_BUILDERS[suffix], data_files=paths, split=split, **_text_options(list(files.values())))
     except Exception as error:
         raise ConfigError(f"cannot read split {split!r} of {shown}: {_reason(error)}") from error
+
+
+def _text_options(paths: Sequence[Path]) -> dict[str, Any]:
+    """How tables of text are read: every cell as it stands, since a guessed type would make 7 of an answer 007."""
+    separator = _SEPARATORS.get(paths[0].suffix)
+    if separator is None:
+        return {}
+    with paths[0].open(encoding="utf-8-sig", newline="") as file:
+        heads = next(csv.reader(file, delimiter=separator), [])
+    return {"sep": separator, "keep_default_na": False, "features": Features({head: Value("string") for head in heads})}
 
 
 def read_directory(directory: Path, *, name: str | None, split: str) -> Dataset:
@@ -84,7 +100,7 @@ def read_directory(directory: Path, *, name: str | None, split: str) -> Dataset:
         with _quiet():
             if (directory / "dataset_dict.json").exists() or (directory / "state.json").exists():
                 saved = load_from_disk(str(directory))
-                return saved[split] if isinstance(saved, DatasetDict) else _only_split(saved, split)
+                return _chosen(saved if isinstance(saved, DatasetDict) else {str(saved.split or "train"): saved}, split)
             return load_dataset(str(directory.resolve()), name=name, split=split)
     except Exception as error:
         raise ConfigError(f"cannot read split {split!r} of the directory {directory}: {_reason(error)}") from error
@@ -96,20 +112,22 @@ def evenly(table: Dataset, count: int) -> Dataset:
     return table if size <= count else table.select([row * size // count for row in range(count)])
 
 
-def _only_split(saved: Dataset, split: str) -> Dataset:
-    own = str(saved.split or "train")
-    if split not in {own, "train"}:
-        raise ValueError(f'Unknown split "{split}". Should be one of {[own]}')
-    return saved
+def _chosen(saved: Mapping[str, Dataset], split: str) -> Dataset:
+    """A split of what was saved; a single table is the training split, whatever it was called."""
+    if split in saved:
+        return saved[split]
+    if len(saved) == 1 and split == "train" and not isinstance(saved, DatasetDict):
+        return next(iter(saved.values()))
+    raise ValueError(f"there is no split {split!r}; it has {', '.join(saved)}")
 
 
 def _reason(error: Exception) -> str:
     """The first line of the exception that says most."""
     if isinstance(error, IndexError):  # what `load_from_disk` makes of a saved table without shards
         return f"it seems to have no rows ({error})"
-    if isinstance(error, KeyError):
-        return f"there is no {error}"
     told = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
+    if "corresponds to no data" in str(told):  # what `datasets` makes of a file of blank lines
+        return "it has no rows"
     lines = str(told).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(told).__name__
 

@@ -59,7 +59,12 @@ class Adapters:
             try:
                 self._wrapped: Any = peft.get_peft_model(model, settings)
             except ValueError as error:
-                raise ConfigError(f"lora_target_modules={list(targets)}: {error}") from error
+                linear = {
+                    name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
+                }
+                raise ConfigError(
+                    f"lora_target_modules={list(targets)}: {error} Linear layers are {', '.join(sorted(linear))}."
+                ) from error
         self._adapted = model
         self._refuse_ends()
 

@@ -24,6 +24,7 @@ from grpo_fast.run_dir import CONFIG_FILE, empty_run, is_cut_short, write_whole
 from grpo_fast.sinks import JsonlSink, RunInfo, Sink, SinkSet, build_sinks
 from grpo_fast.sinks.question import TIMEOUT_S
 from grpo_fast.tasks import PromptStream, Task, encode_prompts, load_task
+from grpo_fast.tasks.repeats import repeats
 from grpo_fast.train.distributed import ALONE, World, note_launch
 from grpo_fast.train.optim import check_optimizer
 from grpo_fast.train.plan_memory import check_room
@@ -72,6 +73,8 @@ class Parts:
     """The run's own files; also one of ``sinks``."""
     sinks: SinkSet
     facts: DeviceFacts
+    remarks: Sequence[str]
+    """What is odd about the data, to be told where a run begins."""
     replaces_run: bool
     """Whether an older run in the same directory is deleted when this one opens."""
 
@@ -97,6 +100,8 @@ class Parts:
                 config=config.model_dump(mode="json"),
             )
         )
+        for remark in self.remarks if start_step == 0 else ():
+            self.sinks.log_event(0, "warn", remark)
 
     def describe(self, step: int) -> str:
         """One line on what begins."""
@@ -141,6 +146,7 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
     """
     replaces_run = world.once(lambda: not resume and _holds_run(config))
     _check(config, given, world)
+    record, sinks = _build_sinks(config, given, world)
     budget = _build_budget(config, given.get("budget"))
     prior = load_prior(config)
     source = PolicySource(config)
@@ -149,10 +155,9 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
     functions = given.get("reward_funcs") or config.reward_funcs or task.reward_funcs
     rewards = _build_pool(config, functions, config.reward_weights, world=world)
     prompts, eval_prompts = _encoded(config, task, source)
-    record, sinks = _build_sinks(config, given, world)
     with contextlib.ExitStack() as on_error:
         on_error.callback(rewards.close)
-        rewards.start()
+        rewards.start(list(dict.fromkeys(name for prompt in prompts for name in prompt.columns)))
         whole = source.load()
         streams = world.size > 1 and "engine" not in given and streams_weights(config)
         policy = whole if world.size == 1 else spread(source, whole, config=config, world=world, streams=streams)
@@ -177,6 +182,7 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
             record=record,
             sinks=sinks,
             facts=facts,
+            remarks=repeats(prompts, eval_prompts[: config.eval_size], prompts_per_step=config.prompts_per_step),
             replaces_run=replaces_run,
         )
         on_error.pop_all()
@@ -213,7 +219,10 @@ def _encoded(config: Config, task: Task, source: PolicySource) -> tuple[list[Pro
 
 def _build_sinks(config: Config, given: Replacements, world: World) -> tuple[JsonlSink, SinkSet]:
     """The run's own files, and all sinks, which only the main process has."""
-    record, sinks = build_sinks(() if "sinks" in given else config.sinks, config.output_dir)
+    try:
+        record, sinks = build_sinks(() if "sinks" in given else config.sinks, config.output_dir)
+    except ImportError as error:
+        raise ConfigError(f"sinks={list(config.sinks)}: {error}") from error
     if "sinks" in given:
         sinks = SinkSet([record, *given["sinks"]])
     return record, sinks if world.is_main else SinkSet([])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from grpo_fast.train.policy import Policy
 from grpo_fast.train.quantised import keep_as_loaded, loading_arguments, refuse_ragged_blocks, require_bitsandbytes
 
 _DEFAULT_CONTEXT = 4096
+_HUB_ID = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?")
 _RANDOM = ("dropout", "pdrop", "layerdrop")
 """Parts of the names under which modules keep rates of what is random in training mode."""
 _NOT_ON_A_CPU = (
@@ -46,7 +49,7 @@ class PolicySource:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._device = pick_device(config.device)
-        path = str(embedded_model_dir()) if config.model == "embedded" else config.model
+        path = _find(config)
         self._arguments = {
             "pretrained_model_name_or_path": path,
             "revision": config.revision,
@@ -147,10 +150,28 @@ class PolicySource:
             return auto_class.from_pretrained(**self._arguments, **arguments)
         except (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError) as error:
             told = str(error.__cause__ if isinstance(error, StrictDataclassError) else error).strip().splitlines()
+            reason = told[0] if told else type(error).__name__
+            fix = "Give a directory with config.json, safetensors and tokenizer, or a hub id that this machine can reach."
+            if "attn_implementation" in arguments and re.search("attn|attention", reason, re.IGNORECASE):
+                fix = f"That is attn_implementation={arguments['attn_implementation']!r}; 'auto' takes what is there."
+            raise ConfigError(f"cannot load model {self._config.model!r}: {reason} {fix}") from error
+
+
+def _find(config: Config) -> str:
+    """The directory or hub id that a configuration means."""
+    path = embedded_model_dir() if config.model == "embedded" else Path(config.model).expanduser()
+    if path.is_dir():
+        if config.revision is not None:
             raise ConfigError(
-                f"cannot load model {self._config.model!r}: {told[0] if told else type(error).__name__} "
-                "Give a directory with config.json, safetensors and tokenizer, or a hub id that this machine can reach."
-            ) from error
+                f"revision={config.revision!r} with model={config.model!r}: only models of the hub have revisions; leave it out"
+            )
+        return str(path)
+    if _HUB_ID.fullmatch(config.model) is None:
+        raise ConfigError(
+            f"cannot load model {config.model!r}: there is no such directory. Give a directory with config.json, safetensors "
+            "and tokenizer, or a hub id, which is NAME or OWNER/NAME"
+        )
+    return config.model
 
 
 def outline_of(model_config: PreTrainedConfig, config: Config) -> PreTrainedModel:

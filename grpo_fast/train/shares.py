@@ -158,14 +158,14 @@ class SharedRewards:
         self._pool = pool
         self._world = world
 
-    def start(self) -> None:
+    def start(self, columns: Sequence[str] | None = None) -> None:
         """Starts every rank's workers; see :meth:`~grpo_fast.rewards.RewardPool.start`.
 
         Raises:
             ValueError: a function cannot be found, imported or loaded.
             RewardError: a worker ends or hangs while it loads the functions.
         """
-        self._world.gather(self._pool.start)
+        self._world.gather(lambda: self._pool.start(columns))
 
     def score(self, groups: Sequence[Group]) -> RewardReport:
         """Fills ``rewards`` and ``reward`` of every group; see :meth:`~grpo_fast.rewards.RewardPool.score`.

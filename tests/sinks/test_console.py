@@ -75,7 +75,7 @@ def test_lines_of_a_pipe_are_plain_and_few() -> None:
     assert lines[1] == "[resume] step 3: from checkpoint-3"
     assert [line.split(" | ")[0] for line in lines[2:]] == ["step 4/100", "step 14/100", "step 24/100", "step 29/100"]
     assert "reward 0.095" in lines[3]
-    assert "plateau 0.913 [0.874, 0.941] | rapid improvement 83 % | P(gain<0.01) 12 %" in lines[3]
+    assert "plateau 0.913 [0.874, 0.941] | phase: rapid improvement 83 % | P(gain<0.01) 12 %" in lines[3]
     assert "2.50 k tokens/s | 2 s/step | 89.6 GFLOP | device hours left 50 %" in lines[3]
     assert "held-out 0.200" in lines[4]
     assert "plateau" not in lines[2]

@@ -34,7 +34,7 @@ def test_messages_pass_through(tmp_path: Path) -> None:
 
 def test_rewards_without_an_answer_come_from_the_configuration(tmp_path: Path) -> None:
     config = Config(dataset=write(tmp_path, level="easy"))
-    with pytest.raises(ConfigError, match=r"no 'answer' column .*\(it has prompt, level\); set reward_funcs"):
+    with pytest.raises(ConfigError, match=r"no 'answer' column .*\(it has prompt, level\); name the column by answer"):
         load_task(config, chat=True)
     assert load_task(config.replace(reward_funcs=("boxed_format", "format")), chat=True).eval_reward == "boxed_format"
     task = load_task(config, chat=True, needs_reward=False)
@@ -48,8 +48,28 @@ def test_the_rewards_of_the_configuration_evaluate_too(tmp_path: Path) -> None:
 
 def test_a_table_without_prompts_names_its_columns(tmp_path: Path) -> None:
     Dataset.from_list([{"question": "q", "answer": "a"}]).to_json(tmp_path / "data.jsonl")
-    with pytest.raises(ConfigError, match=r"no 'prompt' column; it has question, answer. Rename"):
+    with pytest.raises(ConfigError, match=r"no 'prompt' column; it has question, answer. Name .* by prompt_column"):
         load_task(Config(dataset=str(tmp_path / "data.jsonl")), chat=True)
+
+
+def test_columns_may_have_other_names(tmp_path: Path) -> None:
+    row = {"question": "q", "solution": "7", "prompt": "an older one", "level": "easy"}
+    Dataset.from_list([row] * 3).to_json(tmp_path / "data.jsonl")
+    config = Config(dataset=str(tmp_path / "data.jsonl"), prompt_column="question", answer_column="solution")
+    task = load_task(config, chat=True)
+    assert dict(task.train[0]) == {"prompt": "q", "answer": "7", "level": "easy"}
+    assert task.reward_funcs == ("accuracy",)
+    with pytest.raises(
+        ConfigError, match=r"no 'solutoin' column; it has .*Name the one that holds the answers by answer_column"
+    ):
+        load_task(config.replace(answer_column="solutoin"), chat=True)
+
+
+def test_the_size_of_generated_tasks_cuts_no_table(tmp_path: Path) -> None:
+    config = Config(dataset=write(tmp_path, answer="1"), dataset_size=8)
+    with pytest.raises(ConfigError, match=r"dataset_size=8 is for generated tasks.*dataset_split='train\[:8\]'"):
+        load_task(config, chat=True)
+    assert len(load_task(Config(dataset=config.dataset, dataset_split="train[:8]", eval_size=1), chat=True).train) == 7
 
 
 def test_an_eval_split_is_read_instead_of_rows_held_out(tmp_path: Path) -> None:
@@ -62,7 +82,7 @@ def test_an_eval_split_is_read_instead_of_rows_held_out(tmp_path: Path) -> None:
 
 def test_a_hub_dataset_that_cannot_be_fetched_says_what_to_give(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError, match=r"'nobody/nothing-at-all'.* local directory, .parquet or .jsonl file"):
+    with pytest.raises(ConfigError, match=r"'nobody/nothing-at-all'.* local directory, .parquet, .jsonl or .csv file"):
         load_task(Config(dataset="nobody/nothing-at-all"), chat=True)
 
 

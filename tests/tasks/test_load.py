@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,6 +47,15 @@ def test_a_name_that_stands_for_nothing_is_explained(dataset: str, message: str)
 def test_generated_tasks_have_no_splits(option: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match=f"{next(iter(option))}='.*' means nothing to the generated task 'countdown'"):
         load_task(Config(dataset="countdown", **option), chat=True)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "option"),
+    [("arithmetic", {"prompt_column": "question"}), ("gsm8k", {"answer_column": "solution"}), ("gsm8k", {"dataset_size": 8})],
+)
+def test_what_is_for_other_data_is_refused(dataset: str, option: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(option))}=.* means nothing to .*{dataset!r}; leave it out"):
+        load_task(Config.parse({"dataset": dataset} | option), chat=True)
 
 
 def test_a_directory_may_be_named_like_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

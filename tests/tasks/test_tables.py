@@ -24,6 +24,21 @@ def test_reads_a_file(tmp_path: Path, suffix: str) -> None:
         read_files({"train": path}, split="test")
 
 
+@pytest.mark.parametrize(("suffix", "separator"), [(".csv", ","), (".tsv", "\t")])
+def test_cells_of_a_text_table_are_what_stands_there(tmp_path: Path, suffix: str, separator: str) -> None:
+    path = tmp_path / f"data{suffix}"
+    rows = [("prompt", "answer", "level"), ('"Which\n""one""?"', "007", "1.50"), ("NA", "", "null"), ("1e3", "True", "-0")]
+    path.write_text("".join(separator.join(row) + "\n" for row in rows), encoding="utf-8")
+    assert read_files({"train": path}, split="train").to_list() == [
+        {"prompt": 'Which\n"one"?', "answer": "007", "level": "1.50"},
+        {"prompt": "NA", "answer": "", "level": "null"},
+        {"prompt": "1e3", "answer": "True", "level": "-0"},
+    ]
+    path.write_text("prompt\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=rf"data{suffix}: .*no rows"):
+        read_files({"train": path}, split="train")
+
+
 def test_a_file_that_changes_is_read_anew(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     for text in ("one", "two"):
@@ -37,9 +52,9 @@ def test_a_file_that_changes_is_read_anew(tmp_path: Path) -> None:
         ("broken.jsonl", '{"prompt": "a"}\n{oops\n', "broken.jsonl: .*JSON parse error"),
         ("broken.parquet", "no parquet", "broken.parquet: .*Parquet"),
         ("empty.jsonl", "", "empty.jsonl is empty"),
-        ("blank.jsonl", "\n\n", "blank.jsonl"),
+        ("blank.jsonl", "\n\n", "blank.jsonl: it has no rows"),
         ("list.json", "[]", "list.json"),
-        ("data.txt", "a", r"data.txt is none of .parquet, .jsonl, .json"),
+        ("data.txt", "a", r"data.txt is none of .parquet, .jsonl, .json, .csv, .tsv"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, name: str, content: str, message: str) -> None:
@@ -79,10 +94,10 @@ def test_a_directory_without_data_is_named(tmp_path: Path) -> None:
 
 def test_a_table_without_rows_is_named(tmp_path: Path) -> None:
     TABLE.select([]).to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(ConfigError, match=r"train.parquet.* no data"):
+    with pytest.raises(ConfigError, match=r"train.parquet: it has no rows"):
         read_files({"train": tmp_path / "train.parquet"}, split="train")
     DatasetDict(train=TABLE).save_to_disk(tmp_path / "saved")
-    with pytest.raises(ConfigError, match=r"there is no 'train\[:0\]'"):
+    with pytest.raises(ConfigError, match=r"there is no split 'train\[:0\]'; it has train"):
         read_directory(tmp_path / "saved", name=None, split="train[:0]")
 
 

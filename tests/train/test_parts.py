@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,6 +146,36 @@ def test_closing_ends_the_workers_and_may_be_done_twice(build: Any) -> None:
     parts.close()
     assert children() == before
     parts.close()
+
+
+def test_a_sink_that_is_not_installed_is_told_before_anything_is_read(
+    build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"sinks=\['wandb'\]: the sink 'wandb' needs .*pip install 'grpo-fast\[tracking\]'"):
+        build(sinks=("wandb",), model=str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_column_that_a_reward_needs_is_missed_before_the_weights_are_read(build: Any, workers: int) -> None:
+    def close(completions: Any, anwser: Any) -> list[float]:
+        return [0.0 for _ in completions]
+
+    with pytest.raises(ValueError, match=r"'close' needs a dataset column 'anwser'; .*did you mean 'answer'\?"):
+        build({"reward_funcs": [close]}, reward_workers=workers)
+
+
+def test_what_is_odd_about_the_data_is_told_where_a_run_begins(tmp_path: Path) -> None:
+    rows = [{"prompt": "1+1=", "answer": "2"}]
+    task = Task("own", rows, rows, reward_funcs=("exact_match",), eval_reward="exact_match")
+    config = Config(output_dir=tmp_path / "run", max_completion_length=8, sinks=(), prompts_per_step=3)
+    parts = build_parts(config, {"task": task}, resume=False)
+    parts.open(0)
+    parts.close()
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [event["event"] for event in events] == ["warn", "warn"]
+    assert "1 of 1 held-out prompts are trained on too" in events[0]["message"]
+    assert "prompts_per_step=3 is more than the 1 prompts" in events[1]["message"]
 
 
 def test_money_needs_a_price(build: Any) -> None:

@@ -1,0 +1,35 @@
+"""What is wrong with a command line, in one sentence that names the value and the fix."""
+
+from __future__ import annotations
+
+from cyclopts import CycloptsError
+from cyclopts.exceptions import MissingArgumentError, UnusedCliTokensError
+from pydantic import ValidationError
+
+from grpo_fast.config import explain
+
+_SWITCH_VALUES = {"true", "false", "yes", "no", "on", "off", "1", "0"}
+
+
+def in_words(error: CycloptsError) -> str:
+    """The message for a command line that could not be read.
+
+    Args:
+        error: what cyclopts found.
+    """
+    cause = error.__cause__
+    if isinstance(cause, ValidationError):
+        return "\n".join(map(explain, cause.errors()))
+    if isinstance(error, UnusedCliTokensError):
+        return _unused(error.unused_tokens or [])
+    if isinstance(error, MissingArgumentError) and error.tokens_so_far:
+        return f"{error} Values stand one after another, with spaces between; given was {' '.join(error.tokens_so_far)!r}."
+    return str(error)
+
+
+def _unused(tokens: list[str]) -> str:
+    first = tokens[0] if tokens else ""
+    if first.lower() in _SWITCH_VALUES:
+        return f"{first!r} belongs to no option: a switch takes no value; write --NAME, or --no-NAME for the opposite"
+    listed = ", ".join(map(repr, tokens))
+    return f"{listed} {'belongs' if len(tokens) == 1 else 'belong'} to no option; quote a value that has spaces in it"

@@ -1,0 +1,47 @@
+"""What makes a data set smaller than its number of rows says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from grpo_fast.types import Prompt
+
+_MANY = 0.1
+_SHOWN_CHARACTERS = 60
+
+
+def repeats(prompts: Sequence[Prompt], eval_prompts: Sequence[Prompt], *, prompts_per_step: int) -> list[str]:
+    """Remarks on prompts that come more than once.
+
+    Two prompts are the same where their tokens are.
+
+    Args:
+        prompts: to train on.
+        eval_prompts: held out.
+        prompts_per_step: drawn for a step.
+
+    Returns:
+        A sentence each for: over a tenth of the prompts being repetitions, held-out prompts that are trained on too, and a step
+        that goes through all prompts more than once. Empty where nothing is to be said.
+    """
+    known = {prompt.token_ids for prompt in prompts}
+    found = []
+    if len(prompts) - len(known) > _MANY * len(prompts):
+        found.append(f"only {len(known)} of {len(prompts)} prompts are different ones")
+    seen = [prompt for prompt in eval_prompts if prompt.token_ids in known]
+    if seen:
+        found.append(
+            f"{len(seen)} of {len(eval_prompts)} held-out prompts are trained on too, such as {_shown(seen[0])}: the held-out "
+            "reward does not tell of new prompts then; give another eval_split, or leave repetitions out"
+        )
+    if prompts_per_step > len(prompts):
+        found.append(
+            f"prompts_per_step={prompts_per_step} is more than the {len(prompts)} prompts there are: a step takes some of them "
+            "more than once"
+        )
+    return found
+
+
+def _shown(prompt: Prompt) -> str:
+    text = repr(prompt.prompt)
+    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."

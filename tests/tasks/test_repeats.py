@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+from grpo_fast.tasks.repeats import repeats
+from grpo_fast.types import Prompt
+
+
+def prompts(*texts: str) -> list[Prompt]:
+    return [Prompt(index, text, tuple(map(ord, text))) for index, text in enumerate(texts)]
+
+
+def test_different_prompts_are_nothing_to_speak_of() -> None:
+    assert repeats(prompts(*"abcdefgh"), prompts(*"xy"), prompts_per_step=8) == []
+    assert repeats(prompts(*"abcdefghijj"), [], prompts_per_step=8) == [], "one in eleven"
+
+
+def test_what_comes_again_is_told() -> None:
+    (told,) = repeats(prompts(*"aabbccdd"), [], prompts_per_step=4)
+    assert told == "only 4 of 8 prompts are different ones"
+    (told,) = repeats(prompts(*"abc"), prompts("x", "b", "c"), prompts_per_step=3)
+    assert told.startswith("2 of 3 held-out prompts are trained on too, such as 'b'")
+    (told,) = repeats(prompts(*"abc"), [], prompts_per_step=4)
+    assert told.startswith("prompts_per_step=4 is more than the 3 prompts there are")
+
+
+def test_a_long_prompt_is_not_shown_whole() -> None:
+    (told,) = repeats(prompts("a" * 500), prompts("a" * 500), prompts_per_step=1)
+    assert len(told) < 300

@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+import pytest
+from cyclopts import CycloptsError
+
+from grpo_fast.cli import app
+from grpo_fast.mistakes import in_words
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("train --report false", "'false' belongs to no option: a switch takes no value"),
+        ("train stray", "'stray' belongs to no option; quote a value that has spaces in it"),
+        ("train --reward-range 1", "given was '1'."),
+        ("train --output-dir", "requires an argument"),
+        ("train --sync-deadline-s 5min", "sync_deadline_s: Input should be a valid number, unable to parse string as a number"),
+        ("train --sync-deadline-s 5min", "(got '5min'); it is a plain number of seconds"),
+    ],
+)
+def test_the_value_and_the_fix_are_named(line: str, message: str) -> None:
+    with pytest.raises(CycloptsError) as caught:
+        app(line.split(), exit_on_error=False, print_error=False)
+    assert message in in_words(caught.value)
