@@ -31,6 +31,7 @@ from grpo_fast.report.theme import (
 from grpo_fast.sinks.quantities import percent
 
 Row = Mapping[str, Any]
+_LOW = 0.3
 
 
 def series(rows: Sequence[Row], name: str) -> Array:
@@ -125,7 +126,9 @@ def draw_gain(axis: Axes, rows: Sequence[Row], theme: Theme, *, epsilon: float, 
     told = ["grey: not identifiable"] * (not known.all()) + ["crosses: vetoed"] * bool(vetoed.any())
     told += ["green: counts for a stop"] * bool(counted.any())
     box = {"facecolor": theme.paper, "alpha": 0.85, "lw": 0, "pad": 1.5}
-    note(axis, (0.99, 0.04), "\n".join(told), color=theme.muted, ha="right", va="bottom", bbox=box, zorder=9)
+    hides = bool((sure[-max(1, sure.size // 2) :] < _LOW).any())  # the line, were it told at the foot
+    height, side = (0.68, "top") if hides else (0.04, "bottom")
+    note(axis, (0.99, height), "\n".join(told), color=theme.muted, ha="right", va=side, bbox=box, zorder=9)
     axis.plot(steps[-1:], sure[-1:], "o", ms=6, color=theme.forecast, mec=theme.paper, mew=1.2, zorder=8)
     words = f"P(gain left < {epsilon:g}) is {percent(float(sure[-1]))}; {percent(confidence)} stops"
     title(axis, words, theme)

@@ -92,6 +92,13 @@ def test_the_reason_to_stop(axis: Axes) -> None:
     assert np.asarray(bar.get_xdata())[marked].tolist() == [36, 37, 38, 39]
 
 
+@pytest.mark.parametrize(("sure", "foot"), [(0.9, True), (0.1, False)])
+def test_what_colours_mean_is_told_where_no_line_runs(axis: Axes, sure: float, foot: bool) -> None:
+    draw_gain(axis, [row(step, p_gain_below_eps=sure) for step in range(1, 41)], LIGHT, epsilon=0.02, confidence=0.95)
+    told = next(text for text in axis.texts if text.get_text() == "grey: not identifiable")
+    assert (told.get_position()[1] < 0.3) == foot
+
+
 def test_what_counts_for_a_stop() -> None:
     sure = {"p_gain_below_eps": 0.9, "expected_gain": 0.004}
     rows = [
