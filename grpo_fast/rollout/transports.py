@@ -23,6 +23,10 @@ Transport: TypeAlias = Literal["auto", "direct", "shared_memory", "sparse", "ipc
 Host: TypeAlias = Literal["in process", "own process", "server"]
 
 
+OLDEST_VLLM = "0.28"
+"""The first version whose weight transfer keeps a trainer's side open over many updates."""
+
+
 class Delivery(NamedTuple):
     """How new weights come to an engine."""
 

@@ -10,15 +10,12 @@ Not covered: several GPUs, quantised engines, speculative decoding, models with 
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-import random
 import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module, metadata, util
+from importlib import metadata, util
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -31,8 +28,10 @@ from grpo_fast.rollout.engine import RolloutError, SamplingParams, WeightSyncErr
 from grpo_fast.rollout.request import check_request
 from grpo_fast.rollout.stop_strings import cut_at_stop, decode
 from grpo_fast.rollout.sync_probe import SyncProbe
-from grpo_fast.rollout.transports import Delivery, Host, Transport, choose_transport, sync_attempts
+from grpo_fast.rollout.transports import OLDEST_VLLM, Delivery, Host, Transport, choose_transport, sync_attempts
 from grpo_fast.rollout.vllm_adapters import AdapterTarget, AdapterVersions, policy_options
+from grpo_fast.rollout.vllm_client import Needs
+from grpo_fast.rollout.vllm_environment import load_beside_vllm, undisturbed, vllm_environment
 from grpo_fast.rollout.vllm_sample import Sample, num_likeliest, sample_whole
 from grpo_fast.rollout.vllm_sleep import check_segments, sleep_level
 from grpo_fast.rollout.weight_sync import WeightSync
@@ -41,12 +40,10 @@ from grpo_fast.types import Completion
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-OLDEST_VLLM = "0.28"
-"""The first version whose weight transfer keeps a trainer's side open over many updates."""
-
 _CPU_BLOCK_SIZE = 32
 _CPU_CACHE_BYTES = 2 * 2**30
 _CONCURRENT_ON_CPU = 256
+_COMPARED_TOKENS = 256
 _SHORTEST_CONTEXT = 512
 """Room for the proof of a sync, whatever the block size."""
 
@@ -198,9 +195,9 @@ class VLLMEngine:
             arguments["enable_chunked_prefill"] = False
         if cache_bytes is not None:
             arguments["kv_cache_memory_bytes"] = cache_bytes
-        environment = _environment(own_process=settings.own_process, transport=self._delivery.transport)
-        with tempfile.TemporaryDirectory(prefix="grpo_fast-") as directory, _undisturbed(), environment:
-            inside = import_module("grpo_fast.rollout.vllm_in_process")
+        environment = vllm_environment(own_process=settings.own_process, transport=self._delivery.transport)
+        with tempfile.TemporaryDirectory(prefix="grpo_fast-") as directory, undisturbed(), environment:
+            inside = load_beside_vllm("grpo_fast.rollout.vllm_in_process")
             self._describe_model(directory)
             return inside.InProcessVLLM(
                 self._model,
@@ -376,6 +373,7 @@ class VLLMServerEngine(VLLMEngine):
         if not urls:
             raise ValueError("urls is empty; give at least one server")
         self._urls = tuple(urls)
+        self._decodes_alike = False
         super().__init__(model, tokenizer, autocast_dtype=autocast_dtype, settings=settings)
 
     def _host(self, settings: VLLMSettings) -> tuple[Host, int]:
@@ -383,49 +381,41 @@ class VLLMServerEngine(VLLMEngine):
 
     def _build(self, settings: VLLMSettings, dtype: torch.dtype, options: dict[str, Any]) -> Any:
         del options  # the server's own affair: it refuses adapters that it was not started for
-        with _undisturbed(), _environment():
-            inside = import_module("grpo_fast.rollout.vllm_http")
+        with undisturbed(), vllm_environment():
+            inside = load_beside_vllm("grpo_fast.rollout.vllm_http")
         target = inside.HTTPVLLM(
             self._model,
             dtype=dtype,
             delivery=self._delivery,
             urls=self._urls,
             deadline_s=settings.request_deadline_s,
+            sync_deadline_s=settings.sync_deadline_s,
         )
-        if self._level:
-            target.require_sleep_mode()
+        length = min(self._context, settings.max_length or 1)
+        needs = Needs(dtype, self._delivery.transport, context_length=length, sleeps=self._level > 0)
+        try:
+            target.check(needs)
+        except BaseException:
+            target.close()
+            raise
         return target
 
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        num_generations: int,
+        seed: int,
+        first_prompt: int = 0,
+    ) -> list[list[Completion]]:
+        """As :meth:`VLLMEngine.generate`; the first time that there are stop strings, servers must decode as the policy does.
 
-@contextlib.contextmanager
-def _environment(*, own_process: bool = False, transport: str = "") -> Iterator[None]:
-    """The environment that vLLM reads while it builds an engine; it has no other switch for these."""
-    pickles = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if transport == "ipc" else {}
-    wanted = pickles | {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(own_process)),
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
-    }
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Keeps the caller's random state, which vLLM seeds, and lets deprecations inside vLLM be its own affair."""
-    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 (that is what vLLM seeds)
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(legacy)  # noqa: NPY002 (as above)
+        Raises:
+            RolloutError: also where one does not.
+        """
+        if sampling.stop and not self._decodes_alike:
+            ids = range(0, self._vocabulary, max(1, self._vocabulary // _COMPARED_TOKENS))
+            self._vllm.check_decoding(ids, self._tokenizer.decode(list(ids)))
+            self._decodes_alike = True
+        return super().generate(prompts, sampling, num_generations=num_generations, seed=seed, first_prompt=first_prompt)

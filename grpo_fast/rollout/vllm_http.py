@@ -1,4 +1,4 @@
-"""vLLM servers on this machine: how requests reach them, and what the weight sync asks of them.
+"""vLLM servers on this machine: how a step's requests are dealt out, and what the weight sync asks of all of them.
 
 All servers get the same weights, through one shared file. Prompts are dealt out in turn, each with all its completions, so that
 a server's prefix cache serves them. The routes that change weights are vLLM's own for training; they know no API key, which is
@@ -10,176 +10,29 @@ Importing this imports vLLM; :mod:`~grpo_fast.rollout.vllm_engine` does so when 
 from __future__ import annotations
 
 import contextlib
-import http.client
-import itertools
-import json
 import os
-import re
-import socket
-import time
-import urllib.parse
+import uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from typing import Any, Literal, TypeVar
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from typing import Any, TypeVar
 
 import torch
 
-from grpo_fast.kept_tokens import KeptTokens
 from grpo_fast.rollout.engine import RolloutError
 from grpo_fast.rollout.sync_probe import Choices
 from grpo_fast.rollout.transports import Delivery
 from grpo_fast.rollout.vllm_adapters import AdapterVersion
+from grpo_fast.rollout.vllm_client import Calls, Needs, VLLMServer
 from grpo_fast.rollout.vllm_layerwise import PolicyWeights
-from grpo_fast.rollout.vllm_sample import OVER_HTTP, PROBE_PARAMS, SCORE_PARAMS, Sample, kept_tokens, token_versions
+from grpo_fast.rollout.vllm_sample import OVER_HTTP, Sample, version_name, version_number
 from grpo_fast.rollout.vllm_senders import WeightSender, json_safe
 from grpo_fast.rollout.vllm_sleep import Part, Sleeper
 
 _T = TypeVar("_T")
 _CONCURRENT_REQUESTS = 64
 _HANG_UP_S = 10.0
-_LOOPBACK = {"127.0.0.1", "localhost", "::1"}
-
-
-class VLLMServer:
-    """One server.
-
-    Args:
-        url: where it listens, on this machine.
-        api_key: what it demands of requests; ``None`` where it demands nothing.
-        deadline_s: longest time of one request.
-
-    Raises:
-        ValueError: the server is on another machine, or the URL is none.
-    """
-
-    def __init__(self, url: str, *, api_key: str | None, deadline_s: float) -> None:
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme != "http" or parts.hostname is None or parts.port is None:
-            raise ValueError(f"{url!r} is no server's address; give one such as http://127.0.0.1:8000")
-        if parts.hostname not in _LOOPBACK:
-            raise ValueError(
-                f"{url} is on another machine: weights go through shared memory, and the routes that change them know no API "
-                "key; give a server on 127.0.0.1"
-            )
-        self.url = url
-        self._host, self._port = parts.hostname, parts.port
-        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
-        self._deadline_s = deadline_s
-        self._sampling: set[http.client.HTTPConnection] = set()
-        """Connections of requests for completions that run."""
-        self.adapter: str | None = None
-        """Name of the LoRA adapter that answers requests; ``None`` for the model as it is."""
-
-    def call(self, method: Literal["GET", "POST"], path: str, body: Any = None, *, may_hang_up: bool = False) -> str:
-        """Sends one request, which :meth:`hang_up` may end.
-
-        Returns:
-            The body of the answer.
-
-        Raises:
-            RolloutError: the server cannot be reached, does not answer in time, or answers with an error.
-        """
-        connection = http.client.HTTPConnection(self._host, self._port, timeout=self._deadline_s)
-        try:
-            if may_hang_up:
-                self._sampling.add(connection)
-            connection.request(method, path, None if body is None else json.dumps(body), self._headers)
-            answer = connection.getresponse()
-            text = answer.read().decode()
-        except TimeoutError:
-            raise RolloutError(f"vLLM's server {self.url} did not answer {path} within {self._deadline_s:g} s") from None
-        except (OSError, http.client.HTTPException) as error:
-            raise RolloutError(
-                f"vLLM's server {self.url} is gone ({type(error).__name__} at {path}); start it again with `grpo-fast serve`"
-            ) from error
-        finally:
-            self._sampling.discard(connection)
-            connection.close()
-        if answer.status != http.client.OK:
-            raise RolloutError(f"vLLM's server {self.url} refused {path} with status {answer.status}: {text[:300]}")
-        return text
-
-    def hang_up(self) -> None:
-        """Ends all requests for completions: vLLM drops those whose client is gone, and whoever waits for one is told so."""
-        for connection in list(self._sampling):
-            if connection.sock is not None:
-                with contextlib.suppress(OSError):  # it has just ended by itself
-                    connection.sock.shutdown(socket.SHUT_RDWR)
-
-    def post(self, path: str, body: Any = None) -> Any:
-        """Posts ``body`` as JSON and returns what the answer's JSON holds."""
-        return json.loads(self.call("POST", path, body))
-
-    def get(self, path: str) -> Any:
-        """Gets a path and returns what its JSON holds."""
-        return json.loads(self.call("GET", path))
-
-    @property
-    def context_length(self) -> int:
-        """Longest sequence, in tokens."""
-        return int(self.get("/v1/models")["data"][0]["max_model_len"])
-
-    @property
-    def block_size(self) -> int:
-        """Tokens of a block of the prefix cache."""
-        found = re.search(r'vllm:cache_config_info\{[^}]*\bblock_size="(\d+)"', self.call("GET", "/metrics"))
-        if found is None:
-            raise RolloutError(f"vLLM's server {self.url} does not tell its cache's block size under /metrics")
-        return int(found[1])
-
-    def sample(self, prompt: Sequence[int], params: dict[str, Any]) -> list[Sample]:
-        """Runs one request to its end."""
-        try:
-            choices = self._generate(list(prompt), {"logprobs": 0} | params)["choices"]
-        except RolloutError as error:
-            if "sample logprobs" not in str(error):
-                raise
-            raise RolloutError(
-                f"vLLM's server {self.url} does not tell the {params['logprobs']} likeliest tokens that a cut support needs; "
-                f"start it with `grpo-fast serve`, or with --max-logprobs {params['logprobs']}"
-            ) from error
-        return [
-            Sample(
-                tuple(choice["token_ids"]),
-                tuple(entry["logprob"] for entry in choice["logprobs"]["content"]),
-                str(choice["finish_reason"]),
-                token_versions((span["version"], span["start"], span["end"]) for span in choice["weight_versions"] or ()),
-                *(_kept(choice["logprobs"]["content"]) if params.get("logprobs") else ()),
-            )
-            for choice in sorted(choices, key=lambda choice: int(choice["index"]))
-        ]
-
-    def answer(self, prompt: Sequence[int]) -> Choices:
-        """Log-probabilities of what comes after a prompt of the probe."""
-        [choice] = self._generate(list(prompt), PROBE_PARAMS)["choices"]
-        [entry] = choice["logprobs"]["content"]
-        return {told["token_id"]: told["logprob"] for told in entry["top_logprobs"]}
-
-    def score(self, prompt: Sequence[int]) -> list[Choices]:
-        """The same of a prompt and of all of it but its last token, computed without the prefix cache."""
-        entries = self._generate([*prompt, prompt[0]], SCORE_PARAMS)["prompt_logprobs"][: len(prompt) - 2 : -1]
-        return [{int(token): told["logprob"] for token, told in entry.items()} for entry in entries]
-
-    def _generate(self, token_ids: list[int], params: dict[str, Any]) -> Any:
-        answered_by = {} if self.adapter is None else {"model": self.adapter}
-        body = {"token_ids": token_ids, "sampling_params": params} | answered_by
-        return json.loads(self.call("POST", "/inference/v1/generate", body, may_hang_up=True))
-
-    def load_adapter(self, adapter: AdapterVersion) -> None:
-        """Has the server read a LoRA adapter; requests are answered with it from then on.
-
-        Raises:
-            RolloutError: it cannot, for want of room, or because it was not started to.
-        """
-        try:
-            self.call("POST", "/v1/load_lora_adapter", {"lora_name": adapter.name, "lora_path": str(adapter.path)})
-        except RolloutError as error:
-            if '"Not Found"' not in str(error):  # there is no such route; a file that is not there is told in other words
-                raise
-            raise RolloutError(
-                f"vLLM's server {self.url} takes no adapters; start it with `grpo-fast serve --max-lora-rank`, at least lora_r"
-            ) from error
-        self.adapter = adapter.name
+_LATER = 1.1
+"""Times a sync's deadline is that of its requests: the sync's own, which names the phase, comes first."""
 
 
 class HTTPVLLM:
@@ -190,7 +43,9 @@ class HTTPVLLM:
         dtype: what the servers compute in.
         delivery: how weights come; the servers must have been started for its transport.
         urls: of the servers.
-        deadline_s: longest time of one request. ``VLLM_API_KEY`` is read from the environment, as vLLM's server does.
+        deadline_s: longest time of one prompt's completions. ``VLLM_API_KEY`` is read from the environment, as vLLM's server
+            does.
+        sync_deadline_s: longest time of a phase of the sync.
 
     Raises:
         ValueError: a server that is not on this machine.
@@ -207,9 +62,11 @@ class HTTPVLLM:
         delivery: Delivery,
         urls: Sequence[str],
         deadline_s: float,
+        sync_deadline_s: float,
     ) -> None:
-        key = os.environ.get("VLLM_API_KEY")
-        self.servers = [VLLMServer(url, api_key=key, deadline_s=deadline_s) for url in urls]
+        key, self._run_name = os.environ.get("VLLM_API_KEY"), uuid.uuid4().hex
+        deadlines = {"deadline_s": deadline_s, "control_deadline_s": _LATER * sync_deadline_s}
+        self.servers = [VLLMServer(url, api_key=key, run=self._run_name, **deadlines) for url in urls]
         self._weights = PolicyWeights(policy, dtype)
         self._delivery = delivery
         self._sender: WeightSender | None = None
@@ -217,6 +74,7 @@ class HTTPVLLM:
             lambda level: self.everywhere(lambda server: server.post(f"/sleep?level={level}&mode=wait")),
             lambda part: self.everywhere(lambda server: server.post(f"/wake_up?tags={part}")),
         )
+        self._running: set[Calls] = set()
         self._requests = ThreadPoolExecutor(_CONCURRENT_REQUESTS, thread_name_prefix="vLLM request")
         # Threads of their own: a sync that keeps requests would wait for ever behind those that it keeps.
         self._control = ThreadPoolExecutor(len(self.servers), thread_name_prefix="vLLM control")
@@ -235,34 +93,37 @@ class HTTPVLLM:
         Raises:
             RolloutError: a server is gone, or did not answer in time; all requests that run on any are ended.
         """
+        calls = Calls()
+        self._running.add(calls)
         requests = [
-            self._requests.submit(self.servers[number % len(self.servers)].sample, prompt, each)
+            self._requests.submit(self.servers[number % len(self.servers)].sample, prompt, each, calls)
             for number, (prompt, each) in enumerate(zip(prompts, params, strict=True))
         ]
         try:
-            done, _ = wait(requests, return_when=FIRST_EXCEPTION)
-            for request in done:
-                request.result()
-            return [request.result() for request in requests]
+            for request in as_completed(requests):
+                request.result()  # the first that failed says so at once
         except BaseException:
             for request in requests:
                 request.cancel()
-            end = time.monotonic() + _HANG_UP_S
-            while wait(requests, timeout=0.05).not_done and time.monotonic() < end:  # some may only be about to connect
-                for server in self.servers:
-                    server.hang_up()
+            calls.end()
+            wait(requests, timeout=_HANG_UP_S)
             raise
+        finally:
+            self._running.discard(calls)
+        return [request.result() for request in requests]
 
     def close(self) -> None:
         """Lets go of the servers, which run on; requests that run are ended, and those that a sync kept."""
         self._sender = None
-        for server in self.servers:
-            server.hang_up()
+        for calls in list(self._running):
+            calls.end()
         if self._delivery.pause_mode == "keep":
             for server in self.servers:
                 with contextlib.suppress(RolloutError):
                     server.post("/pause?mode=abort&clear_cache=false")
                     server.post("/resume")
+        for server in self.servers:
+            server.close()
         for pool in (self._requests, self._control):
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -274,16 +135,29 @@ class HTTPVLLM:
         """Lets requests run again."""
         self.everywhere(lambda server: server.post("/resume"))
 
-    def require_sleep_mode(self) -> None:
-        """Checks that every server was started so that its memory can be taken back.
+    def check(self, needs: Needs) -> None:
+        """Checks that every server was started as the trainer needs it.
+
+        One that another trainer left asleep is woken by the next sync.
 
         Raises:
-            RolloutError: one was not; told to sleep it would keep all.
+            RolloutError: one was not.
         """
-        for server in self.servers:
-            if not server.get("/server_info?config_format=json")["vllm_config"]["model_config"]["enable_sleep_mode"]:
+        self.everywhere(lambda server: server.check(needs))
+        if any(self.everywhere(lambda server: bool(server.get("/is_sleeping")["is_sleeping"]))):
+            self._sleeper.found_asleep()
+
+    def check_decoding(self, token_ids: Sequence[int], text: str) -> None:
+        """Checks that every server's tokeniser makes this text of tokens: it is what finds stop strings.
+
+        Raises:
+            RolloutError: one makes another.
+        """
+        for server, found in zip(self.servers, self.everywhere(lambda server: server.decode(token_ids)), strict=True):
+            if found != text:
                 raise RolloutError(
-                    f"vLLM's server {server.url} cannot sleep; start it with `grpo-fast serve --enable-sleep-mode`"
+                    f"vLLM's server {server.url} has another tokeniser than the policy, and would look for stop strings in "
+                    f"other text ({found[:40]!r} for {text[:40]!r}); start it with the policy's model, or with --tokenizer"
                 )
 
     def sleep(self, level: int) -> None:
@@ -308,17 +182,19 @@ class HTTPVLLM:
 
     def finish(self, version: int) -> None:
         """Puts them in force."""
-        self.everywhere(lambda server: server.post("/finish_weight_update", {"weight_version": str(version)}))
+        name = version_name(version, self._run_name)
+        self.everywhere(lambda server: server.post("/finish_weight_update", {"weight_version": name}))
 
     def weight_version(self) -> int | None:
-        """The version in force on every server; ``None`` where they differ, or before the first."""
-        versions = set(self.everywhere(lambda server: str(server.get("/weight_info")["weight_version"])))
-        version = versions.pop()
-        return None if versions or not version.isdecimal() else int(version)
+        """The version in force on every server; ``None`` where they differ, or hold no weights of this run."""
+        names = set(self.everywhere(lambda server: str(server.get("/weight_info")["weight_version"])))
+        name = names.pop()
+        return None if names else version_number(name, self._run_name)
 
     def announce(self, version: int) -> None:
         """Gives what is in force a version's number."""
-        self.everywhere(lambda server: server.call("POST", "/update_weight_version", {"new_version": str(version)}))
+        name = version_name(version, self._run_name)
+        self.everywhere(lambda server: server.call("POST", "/update_weight_version", {"new_version": name}))
 
     def load_adapter(self, adapter: AdapterVersion) -> None:
         """Has every server read a LoRA adapter."""
@@ -353,13 +229,6 @@ class HTTPVLLM:
     def score(self, prompt: Sequence[int]) -> list[list[Choices]]:
         """The same of a prompt and of all of it but its last token, computed without the prefix cache."""
         return self.everywhere(lambda server: server.score(prompt))
-
-
-def _kept(content: list[dict[str, Any]]) -> tuple[KeptTokens, tuple[int, ...]]:
-    sizes = [1 + len(entry["top_logprobs"]) for entry in content]
-    told = [each for entry in content for each in (entry, *entry["top_logprobs"])]
-    firsts = [0, *itertools.accumulate(sizes[:-1])] if sizes else []
-    return kept_tokens([each["token_id"] for each in told], [each["logprob"] for each in told], firsts, sizes)
 
 
 class _Client:

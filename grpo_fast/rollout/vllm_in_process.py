@@ -11,6 +11,7 @@ import itertools
 import multiprocessing
 import threading
 import time
+import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import InvalidStateError
 from multiprocessing.connection import wait
@@ -33,7 +34,16 @@ from grpo_fast.rollout.sync_probe import Choices
 from grpo_fast.rollout.transports import BACKENDS, Delivery
 from grpo_fast.rollout.vllm_adapters import AdapterVersion
 from grpo_fast.rollout.vllm_layerwise import PolicyWeights
-from grpo_fast.rollout.vllm_sample import IN_PROCESS, PROBE_PARAMS, SCORE_PARAMS, Sample, kept_tokens, token_versions
+from grpo_fast.rollout.vllm_sample import (
+    IN_PROCESS,
+    PROBE_PARAMS,
+    SCORE_PARAMS,
+    Sample,
+    kept_tokens,
+    token_versions,
+    version_name,
+    version_number,
+)
 from grpo_fast.rollout.vllm_senders import WeightSender, json_safe
 from grpo_fast.rollout.vllm_sleep import Part, Sleeper
 from grpo_fast.rollout.vllm_transport import register
@@ -71,6 +81,7 @@ class InProcessVLLM:
         self._owns_groups = not own_process and not torch.distributed.is_initialized()
         self._weights = PolicyWeights(policy, dtype)
         self._delivery = delivery
+        self._run_name = uuid.uuid4().hex
         self._turn = threading.Lock()
         """Held while the engine takes one step."""
         self._go = threading.Event()
@@ -123,7 +134,7 @@ class InProcessVLLM:
         Raises:
             RolloutError: vLLM failed; none of its requests is left, and it can be asked anew.
         """
-        return self._run(prompts, [VLLMSamplingParams(**REQUEST_PARAMS | each) for each in params], _samples)
+        return self._run(prompts, [VLLMSamplingParams(**REQUEST_PARAMS | each) for each in params], self._samples)
 
     def _run(
         self, prompts: Sequence[Sequence[int]], params: Sequence[VLLMSamplingParams], read: Callable[[Any], _T]
@@ -155,6 +166,19 @@ class InProcessVLLM:
             if isinstance(answer, RolloutError):
                 raise RolloutError(str(answer)) from answer.__cause__
         return answers
+
+    def _samples(self, output: Any) -> list[Sample]:
+        """The completions of one request."""
+        return [
+            Sample(
+                tuple(answer.token_ids),
+                tuple(map(answer.logprobs.logprobs.__getitem__, answer.logprobs.start_indices)),
+                str(answer.finish_reason),
+                token_versions(((span.version, span.start, span.end) for span in answer.weight_versions or ()), self._run_name),
+                *(_kept(answer.logprobs) if len(answer.logprobs.logprobs) > len(answer.token_ids) else ()),
+            )
+            for answer in output.outputs
+        ]
 
     def _is_alive(self) -> bool:
         """Whether every process of the engine runs; vLLM (0.32) would wait for one that does not for ever."""
@@ -254,16 +278,15 @@ class InProcessVLLM:
 
     def finish(self, version: int) -> None:
         """Puts them in force."""
-        self._llm.finish_weight_update(str(version))
+        self._llm.finish_weight_update(version_name(version, self._run_name))
 
     def weight_version(self) -> int | None:
         """The version in force; ``None`` before the first."""
-        version = self._llm.get_weight_version()
-        return int(version) if version.isdecimal() else None
+        return version_number(self._llm.get_weight_version(), self._run_name)
 
     def announce(self, version: int) -> None:
         """Gives what is in force a version's number."""
-        self._llm.update_weight_version(str(version))
+        self._llm.update_weight_version(version_name(version, self._run_name))
 
     def load_adapter(self, adapter: AdapterVersion) -> None:
         """Reads a LoRA adapter; requests are answered with it from then on."""
@@ -332,20 +355,6 @@ class _Client:
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Does nothing: the sync finishes in a phase of its own, under the version's number."""
-
-
-def _samples(output: Any) -> list[Sample]:
-    """The completions of one request."""
-    return [
-        Sample(
-            tuple(answer.token_ids),
-            tuple(map(answer.logprobs.logprobs.__getitem__, answer.logprobs.start_indices)),
-            str(answer.finish_reason),
-            token_versions((span.version, span.start, span.end) for span in answer.weight_versions or ()),
-            *(_kept(answer.logprobs) if len(answer.logprobs.logprobs) > len(answer.token_ids) else ()),
-        )
-        for answer in output.outputs
-    ]
 
 
 def _kept(flat: Any) -> tuple[KeptTokens, tuple[int, ...]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain, groupby, repeat
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -58,7 +58,7 @@ class Sample(NamedTuple):
     logprobs: tuple[float, ...]
     finish_reason: str
     versions: tuple[int, ...]
-    """Version of the weights that sampled each token; empty where vLLM names one that no sync gave."""
+    """Version of the weights that sampled each token; empty where vLLM names one that no sync of the run gave."""
     kept: KeptTokens | None = None
     """Of what vLLM told, what it kept; where likeliest tokens were asked for."""
     short: tuple[int, ...] = ()
@@ -186,12 +186,28 @@ def _with_supports(completion: Sample, found: dict[int, Sample], *, is_all: bool
     return completion._replace(kept=KeptTokens(np.concatenate(supports), sizes), short=short)
 
 
-def token_versions(spans: Iterable[tuple[str, int, int]]) -> tuple[int, ...]:
-    """The version of each token from vLLM's spans (version, start, end)."""
-    listed = list(spans)
-    if not all(version.isdecimal() for version, _, _ in listed):
-        return ()
-    if len(listed) == 1:
-        [(version, start, end)] = listed
-        return (int(version),) * (end - start)
-    return tuple(chain.from_iterable(repeat(int(version), end - start) for version, start, end in listed))
+def version_name(version: int, run: str) -> str:
+    """What vLLM is told that weights are called: numbers alone would be the same of two runs that share a server.
+
+    Args:
+        version: counts a run's updates.
+        run: a name that no other has.
+    """
+    return f"{version}@{run}"
+
+
+def version_number(name: str, run: str) -> int | None:
+    """The version that :func:`version_name` made a name of; ``None`` for weights of another run, or of none."""
+    number, _, owner = name.partition("@")
+    return int(number) if owner == run and number.isdecimal() else None
+
+
+def token_versions(spans: Iterable[tuple[str, int, int]], run: str) -> tuple[int, ...]:
+    """The version of each token from vLLM's spans (name of the weights, start, end); empty where any are not this run's."""
+    found: list[int] = []
+    for name, start, end in spans:
+        version = version_number(name, run)
+        if version is None:
+            return ()
+        found += [version] * (end - start)
+    return tuple(found)

@@ -70,6 +70,10 @@ class Sleeper:
             self._asleep = {"weights", "kv_cache"}  # also where it fails: a part that is awake is woken without harm
             self._sleep(level)
 
+    def found_asleep(self) -> None:
+        """Takes all of it for asleep: someone else put it to sleep, and did not wake it."""
+        self._asleep = {"weights", "kv_cache"}
+
     def wake(self, part: Part) -> None:
         """Wakes a part that sleeps; what torch holds of the GPU without need makes room for it."""
         if part not in self._asleep:

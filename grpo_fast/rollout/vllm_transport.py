@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -28,17 +31,23 @@ from vllm.distributed.weight_transfer import (
 from vllm.distributed.weight_transfer.base import TrainerInitInfo, WeightTransferInitInfo, WeightTransferUpdateInfo
 
 from grpo_fast.rollout import vllm_direct
+from grpo_fast.rollout.vllm_environment import OWNER
 from grpo_fast.rollout.vllm_layerwise import LayerwiseReceiver, PolicyWeights
 
 BACKEND = "grpo_fast_shm"
 SPARSE_BACKEND = "grpo_fast_sparse"
 _ALIGNMENT = 64
 _SHARED_MEMORY = Path("/dev/shm")
+_LOOK_S = 1.0
 
 
 @functools.cache
 def register() -> None:
-    """Makes this package's backends known to vLLM in this process; the entry point of ``vllm.general_plugins``."""
+    """Makes this package's backends known to vLLM in this process; the entry point of ``vllm.general_plugins``.
+
+    A process that vLLM started for a trainer ends with it from then on, however that ends: vLLM's own would stay.
+    """
+    _end_with_owner()
     WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryReceiver)
     WeightTransferTrainerFactory.register_engine(BACKEND, SharedMemorySender)
     WeightTransferEngineFactory.register_engine(vllm_direct.BACKEND, vllm_direct.DirectReceiver)
@@ -46,6 +55,19 @@ def register() -> None:
     module = "grpo_fast.rollout.vllm_sparse"
     WeightTransferEngineFactory.register_engine(SPARSE_BACKEND, module, "SparseReceiver")
     WeightTransferTrainerFactory.register_engine(SPARSE_BACKEND, module, "SparseSender")
+
+
+def _end_with_owner() -> None:
+    parent = os.getppid()
+    if os.environ.get(OWNER) != str(parent):
+        return
+
+    def watch() -> None:
+        while os.getppid() == parent:  # a pipe between the two would stay open in whatever the trainer forked since
+            time.sleep(_LOOK_S)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="owner watch", daemon=True).start()
 
 
 @dataclass

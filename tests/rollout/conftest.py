@@ -141,14 +141,21 @@ def _kill_group(group: int) -> None:
                 process.kill()
 
 
+def hold_port() -> socket.socket:
+    """A port that the kernel gives nobody else: bound, and not listened to, so that a server which shares it may listen."""
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    return held
+
+
 class ServerProcess:
     """``grpo-fast serve`` on the embedded model, with all that it starts, in a process group of its own."""
 
     def __init__(self, log: Path, *options: str) -> None:
         self._options = options
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = int(free.getsockname()[1])
+        self._held = hold_port()
+        self.port = int(self._held.getsockname()[1])
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None

@@ -19,6 +19,7 @@ from grpo_fast.assets import embedded_model_dir
 from grpo_fast.rollout import RolloutError, SamplingParams, WeightSyncError
 from grpo_fast.rollout.sync_probe import compare
 from grpo_fast.rollout.vllm_adapters import AdapterVersion, AdapterVersions, lora_options, policy_options
+from grpo_fast.rollout.vllm_client import VLLMServer
 from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMServerEngine, VLLMSettings
 
 # vLLM and what it imports use deprecated parts of torch; peft asks transformers under a name that is going.
@@ -224,7 +225,7 @@ def test_versions_over_a_server_which_then_forgets_them(adapter_server: Any, mea
 
     for version in (1, 2, 3):
         check(version, adapter_bytes(model))
-    server = engine._vllm.servers[0]
+    server = VLLMServer(adapter_server.url, api_key=None, deadline_s=30)
     assert len(server.get("/v1/models")["data"]) == 2, "the base and the last version"
     server.call("POST", "/update_weight_version", {"new_version": "default"})  # as one says that was started again
     check(4, adapter_bytes(model))  # of the base nothing changed, and the worker says that it has it
@@ -305,8 +306,6 @@ def check_logprobs(engine: VLLMEngine, model: PreTrainedModel, measure_errors: C
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_a_file_that_is_none_is_told(adapter_server: Any, tmp_path: Path) -> None:
-    from grpo_fast.rollout.vllm_http import VLLMServer
-
     server = VLLMServer(adapter_server.url, api_key=None, deadline_s=30)
     with pytest.raises(RolloutError, match=r"/v1/load_lora_adapter with status"):
         server.load_adapter(AdapterVersion("none", 1, tmp_path / "nowhere", 0))

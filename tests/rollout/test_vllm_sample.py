@@ -16,17 +16,21 @@ from grpo_fast.rollout.vllm_sample import (
     num_likeliest,
     sample_whole,
     token_versions,
+    version_name,
+    version_number,
 )
 
 
 def test_spans_become_one_version_a_token() -> None:
-    assert token_versions([("3", 0, 2), ("11", 2, 3)]) == (3, 3, 11)
-    assert token_versions([]) == ()
+    assert token_versions([(version_name(3, "a"), 0, 2), (version_name(11, "a"), 2, 3)], "a") == (3, 3, 11)
+    assert token_versions([], "a") == ()
 
 
-def test_a_version_that_no_sync_gave_is_none() -> None:
-    assert token_versions([("default", 0, 2)]) == ()
-    assert token_versions([("3", 0, 1), ("default", 1, 2)]) == ()
+@pytest.mark.parametrize("other", ["default", "3", "@a", "x@a", "-1@a", version_name(3, "b")])
+def test_a_version_that_no_sync_of_the_run_gave_is_none(other: str) -> None:
+    assert version_number(other, "a") is None
+    assert token_versions([(other, 0, 2)], "a") == ()
+    assert token_versions([(version_name(3, "a"), 0, 1), (other, 1, 2)], "a") == ()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -161,6 +163,37 @@ def test_an_engine_that_another_trainer_took_since_is_taken_back_and_never_read_
     prompts = [[1, 4, 5, 6], [1, 9]]
     answers = engine.generate(prompts, SamplingParams(max_tokens=8), num_generations=2, seed=0)
     assert measure_errors(model, prompts, answers, 1.0).agrees
+
+
+OWNING = """
+import multiprocessing, os, time
+from grpo_fast.rollout.vllm_transport import register
+
+def engine(owner):
+    os.environ["GRPO_FAST_VLLM_OWNER"] = str(owner)
+    register()
+    print(os.getpid(), flush=True)
+    time.sleep(300)
+
+context = multiprocessing.get_context("fork")
+for owner in (os.getpid(), 1):
+    context.Process(target=engine, args=(owner,)).start()
+time.sleep(300)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_of_vllms_ends_with_the_trainer_that_is_killed_and_no_other_does() -> None:
+    """As vLLM starts its engine; without it the engine would stay, with its memory."""
+    psutil = pytest.importorskip("psutil")
+    with subprocess.Popen([sys.executable, "-c", OWNING], stdout=subprocess.PIPE, text=True) as trainer:
+        assert trainer.stdout is not None
+        engines = {int(trainer.stdout.readline()) for _ in range(2)}
+        trainer.kill()
+    ended, alive = psutil.wait_procs(map(psutil.Process, engines), timeout=5)
+    for process in alive:
+        process.kill()
+    assert (len(ended), len(alive)) == (1, 1)
 
 
 def test_registering_twice_is_harmless() -> None:

@@ -1,0 +1,303 @@
+"""One vLLM server as the trainer speaks to it: requests with deadlines that can be ended, and how it must be started.
+
+Nothing here imports vLLM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import itertools
+import json
+import re
+import socket
+import urllib.parse
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from packaging.version import Version
+
+from grpo_fast.kept_tokens import KeptTokens
+from grpo_fast.rollout.engine import RolloutError
+from grpo_fast.rollout.sync_probe import Choices
+from grpo_fast.rollout.transports import BACKENDS, OLDEST_VLLM
+from grpo_fast.rollout.vllm_adapters import AdapterVersion
+from grpo_fast.rollout.vllm_sample import PROBE_PARAMS, SCORE_PARAMS, Sample, kept_tokens, token_versions
+
+_LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+_GENERATE = "/inference/v1/generate"
+_HINTS = {
+    401: "set VLLM_API_KEY to the key that it was started with",
+    403: "start it with `grpo-fast serve`, or with --enable-scale-out",
+}
+
+
+class Calls:
+    """Requests that run and can be ended together; one that begins afterwards ends at once."""
+
+    def __init__(self) -> None:
+        self._connections: set[http.client.HTTPConnection] = set()
+        self._ended = False
+
+    def open(self, connection: http.client.HTTPConnection) -> None:
+        """Connects, so that :meth:`end` reaches it.
+
+        Raises:
+            ConnectionAbortedError: all were ended.
+            OSError: nothing listens there.
+        """
+        self._connections.add(connection)
+        connection.connect()
+        if self._ended:  # asked after the socket is there: whoever ended them since has seen it
+            raise ConnectionAbortedError
+
+    def drop(self, connection: http.client.HTTPConnection) -> None:
+        """Forgets a connection and closes it."""
+        self._connections.discard(connection)
+        connection.close()
+
+    def end(self) -> None:
+        """Ends all: vLLM drops requests whose client is gone, and whoever waits for one is told so."""
+        self._ended = True
+        for connection in list(self._connections):
+            with contextlib.suppress(OSError, AttributeError):  # it has just ended by itself, or has no socket yet
+                connection.sock.shutdown(socket.SHUT_RDWR)
+
+
+class Needs(NamedTuple):
+    """What a server must have been started with."""
+
+    dtype: torch.dtype
+    """What the trainer takes it to compute in."""
+    transport: str
+    """How weights come."""
+    context_length: int
+    """Longest sequence, in tokens."""
+    sleeps: bool
+    """Whether its memory is to be taken back while the policy trains."""
+
+
+class VLLMServer:
+    """One server.
+
+    Args:
+        url: where it listens, on this machine.
+        api_key: what it demands of requests; ``None`` where it demands nothing.
+        deadline_s: longest time of one request for completions.
+        control_deadline_s: longest time of any other; ``None`` is the same.
+        run: name of the run whose weights it is given; see :func:`~grpo_fast.rollout.vllm_sample.version_name`.
+
+    Raises:
+        ValueError: the server is on another machine, or the URL is none.
+    """
+
+    def __init__(
+        self, url: str, *, api_key: str | None, deadline_s: float, control_deadline_s: float | None = None, run: str = ""
+    ) -> None:
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme != "http" or parts.hostname is None or parts.port is None:
+            raise ValueError(f"{url!r} is no server's address; give one such as http://127.0.0.1:8000")
+        if parts.hostname not in _LOOPBACK:
+            raise ValueError(
+                f"{url} is on another machine: weights go through shared memory, and the routes that change them know no API "
+                "key; give a server on 127.0.0.1"
+            )
+        self.url = url
+        self._host, self._port = parts.hostname, parts.port
+        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+        self._deadline_s = deadline_s
+        self._control_deadline_s = deadline_s if control_deadline_s is None else control_deadline_s
+        self._run = run
+        self._control = Calls()
+        self.adapter: str | None = None
+        """Name of the LoRA adapter that answers requests; ``None`` for the model as it is."""
+
+    def call(self, method: Literal["GET", "POST"], path: str, body: Any = None, *, calls: Calls | None = None) -> str:
+        """Sends one request.
+
+        Args:
+            method: of HTTP.
+            path: with its query.
+            body: sent as JSON.
+            calls: with which the request for completions may be ended; without it, :meth:`close` may.
+
+        Returns:
+            The body of the answer.
+
+        Raises:
+            RolloutError: the server cannot be reached, does not answer in time, or answers with an error.
+        """
+        deadline_s = self._control_deadline_s if calls is None else self._deadline_s
+        connection = http.client.HTTPConnection(self._host, self._port, timeout=deadline_s)
+        calls = calls or self._control
+        try:
+            calls.open(connection)
+            connection.request(method, path, None if body is None else json.dumps(body), self._headers)
+            answer = connection.getresponse()
+            text = answer.read().decode()
+        except TimeoutError:
+            raise RolloutError(f"vLLM's server {self.url} did not answer {path} within {deadline_s:g} s") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise RolloutError(
+                f"vLLM's server {self.url} is gone ({type(error).__name__} at {path}); start it again with `grpo-fast serve`"
+            ) from error
+        finally:
+            calls.drop(connection)
+        if answer.status != http.client.OK:
+            hint = f"; {_HINTS[answer.status]}" if answer.status in _HINTS else ""
+            raise RolloutError(f"vLLM's server {self.url} refused {path} with status {answer.status}: {text[:300]}{hint}")
+        return text
+
+    def close(self) -> None:
+        """Ends whatever request still runs but those for completions; no further one is sent."""
+        self._control.end()
+
+    def post(self, path: str, body: Any = None) -> Any:
+        """Posts ``body`` as JSON and returns what the answer's JSON holds."""
+        return json.loads(self.call("POST", path, body))
+
+    def get(self, path: str) -> Any:
+        """Gets a path and returns what its JSON holds."""
+        return json.loads(self.call("GET", path))
+
+    @property
+    def context_length(self) -> int:
+        """Longest sequence, in tokens."""
+        return int(self.get("/v1/models")["data"][0]["max_model_len"])
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block of the prefix cache."""
+        found = re.search(r'vllm:cache_config_info\{[^}]*\bblock_size="(\d+)"', self.call("GET", "/metrics"))
+        if found is None:
+            raise RolloutError(f"vLLM's server {self.url} does not tell its cache's block size under /metrics")
+        return int(found[1])
+
+    def check(self, needs: Needs) -> None:
+        """Checks that the server was started as the trainer needs it.
+
+        Raises:
+            RolloutError: it was not; every difference is named, with the option that mends it.
+        """
+        try:
+            settings = self.get("/server_info?config_format=json")["vllm_config"]
+        except RolloutError as error:
+            if '"Not Found"' not in str(error):
+                raise
+            raise RolloutError(
+                f"vLLM's server {self.url} has no routes that take weights; start it with `grpo-fast serve`, or with "
+                "VLLM_SERVER_DEV_MODE=1"
+            ) from error
+        problems = misfits(settings, self.get("/version")["version"], needs)
+        if problems:
+            raise RolloutError(f"vLLM's server {self.url} cannot be trained with: {'; '.join(problems)}")
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text that the server's tokeniser makes of tokens."""
+        return str(self.post("/detokenize", {"tokens": list(token_ids)})["prompt"])
+
+    def sample(self, prompt: Sequence[int], params: dict[str, Any], calls: Calls) -> list[Sample]:
+        """Runs one request to its end.
+
+        Raises:
+            RolloutError: also where other weights sampled than this run's.
+        """
+        try:
+            choices = self._generate(list(prompt), {"logprobs": 0} | params, calls)["choices"]
+        except RolloutError as error:
+            if "sample logprobs" not in str(error):
+                raise
+            raise RolloutError(
+                f"vLLM's server {self.url} does not tell the {params['logprobs']} likeliest tokens that a cut support needs; "
+                f"start it with `grpo-fast serve`, or with --max-logprobs {params['logprobs']}"
+            ) from error
+        return [
+            Sample(
+                tuple(choice["token_ids"]),
+                tuple(entry["logprob"] for entry in choice["logprobs"]["content"]),
+                str(choice["finish_reason"]),
+                self._versions(choice["weight_versions"] or ()),
+                *(_kept(choice["logprobs"]["content"]) if params.get("logprobs") else ()),
+            )
+            for choice in sorted(choices, key=lambda choice: int(choice["index"]))
+        ]
+
+    def _versions(self, spans: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+        found = token_versions(((span["version"], span["start"], span["end"]) for span in spans), self._run)
+        if spans and not found:
+            raise RolloutError(
+                f"vLLM's server {self.url} sampled from weights that this run did not send: it was started again since the "
+                "last sync, or another run uses it too; give each run servers of its own"
+            )
+        return found
+
+    def answer(self, prompt: Sequence[int]) -> Choices:
+        """Log-probabilities of what comes after a prompt of the probe."""
+        [choice] = self._generate(list(prompt), PROBE_PARAMS)["choices"]
+        [entry] = choice["logprobs"]["content"]
+        return {told["token_id"]: told["logprob"] for told in entry["top_logprobs"]}
+
+    def score(self, prompt: Sequence[int]) -> list[Choices]:
+        """The same of a prompt and of all of it but its last token, computed without the prefix cache."""
+        entries = self._generate([*prompt, prompt[0]], SCORE_PARAMS)["prompt_logprobs"][: len(prompt) - 2 : -1]
+        return [{int(token): told["logprob"] for token, told in entry.items()} for entry in entries]
+
+    def _generate(self, token_ids: list[int], params: dict[str, Any], calls: Calls | None = None) -> Any:
+        answered_by = {} if self.adapter is None else {"model": self.adapter}
+        body = {"token_ids": token_ids, "sampling_params": params} | answered_by
+        return json.loads(self.call("POST", _GENERATE, body, calls=calls))
+
+    def load_adapter(self, adapter: AdapterVersion) -> None:
+        """Has the server read a LoRA adapter; requests are answered with it from then on.
+
+        Raises:
+            RolloutError: it cannot, for want of room, or because it was not started to.
+        """
+        try:
+            self.call("POST", "/v1/load_lora_adapter", {"lora_name": adapter.name, "lora_path": str(adapter.path)})
+        except RolloutError as error:
+            if '"Not Found"' not in str(error):  # there is no such route; a file that is not there is told in other words
+                raise
+            raise RolloutError(
+                f"vLLM's server {self.url} takes no adapters; start it with `grpo-fast serve --max-lora-rank`, at least lora_r"
+            ) from error
+        self.adapter = adapter.name
+
+
+def misfits(settings: Mapping[str, Any], version: str, needs: Needs) -> list[str]:
+    """What of a server's settings a trainer cannot work with, one line each with its remedy.
+
+    Args:
+        settings: vLLM's, as its server tells them.
+        version: vLLM's.
+        needs: the trainer's.
+    """
+    model, needed = settings["model_config"], str(needs.dtype).removeprefix("torch.")
+    dtype, length, sleeps = str(model["dtype"]).removeprefix("torch."), model["max_model_len"], model["enable_sleep_mode"]
+    backend, wanted = (settings["weight_transfer_config"] or {}).get("backend"), BACKENDS[needs.transport]
+    checks = {
+        f"its vLLM {version} is too old, {OLDEST_VLLM} or newer is needed": (
+            Version(version).release >= Version(OLDEST_VLLM).release
+        ),
+        f"it computes in {dtype}, the trainer in {needed}; start it with --dtype {needed}": dtype == needed,
+        f"its log-probabilities are {model['logprobs_mode']}, not those that tokens are sampled by; start it with "
+        "--logprobs-mode processed_logprobs": model["logprobs_mode"] == "processed_logprobs",
+        f"its weights are quantised ({model['quantization']}), and those that come are not; start it without --quantization": (
+            model["quantization"] is None
+        ),
+        f"it takes weights by {backend!r}, not by {wanted!r}; start it with `grpo-fast serve --transport {needs.transport}`": (
+            backend == wanted
+        ),
+        f"it takes {length} tokens, and prompt and completion may have {needs.context_length}; start it with --max-model-len "
+        f"{needs.context_length}": length >= needs.context_length,
+        "it cannot sleep; start it with `grpo-fast serve --enable-sleep-mode`": sleeps or not needs.sleeps,
+    }
+    return [problem for problem, holds in checks.items() if not holds]
+
+
+def _kept(content: list[dict[str, Any]]) -> tuple[KeptTokens, tuple[int, ...]]:
+    sizes = [1 + len(entry["top_logprobs"]) for entry in content]
+    told = [each for entry in content for each in (entry, *entry["top_logprobs"])]
+    firsts = [0, *itertools.accumulate(sizes[:-1])] if sizes else []
+    return kept_tokens([each["token_id"] for each in told], [each["logprob"] for each in told], firsts, sizes)

@@ -1,0 +1,73 @@
+"""What stands around vLLM while the trainer's process loads and builds it: its environment, and what it must leave alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import warnings
+from collections.abc import Iterator
+from importlib import import_module, metadata
+from types import ModuleType
+
+import numpy as np
+import torch
+
+from grpo_fast.rollout.engine import RolloutError
+from grpo_fast.rollout.transports import OLDEST_VLLM
+
+NEWEST_TESTED = "0.32"
+OWNER = "GRPO_FAST_VLLM_OWNER"
+"""Tells vLLM's processes which process they belong to, so that they end with it; see
+:func:`~grpo_fast.rollout.vllm_transport.register`."""
+
+
+def load_beside_vllm(module: str) -> ModuleType:
+    """Imports a module of this package that imports vLLM.
+
+    Raises:
+        RolloutError: this vLLM lacks what the module needs of it, as a later one may.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        [package, *_] = metadata.packages_distributions().get("vllm", ["vllm"])
+        raise RolloutError(
+            f"vLLM {metadata.version(package)} lacks what a weight sync needs of it ({error}); install one that was tested, "
+            f"{OLDEST_VLLM} to {NEWEST_TESTED}"
+        ) from error
+
+
+@contextlib.contextmanager
+def vllm_environment(*, own_process: bool = False, transport: str = "") -> Iterator[None]:
+    """The environment that vLLM reads while it builds an engine; it has no other switch for these."""
+    pickles = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if transport == "ipc" else {}
+    wanted = pickles | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(own_process)),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+        OWNER: str(os.getpid()),
+    }
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Keeps the caller's random state, which vLLM seeds, and lets deprecations inside vLLM be its own affair."""
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 (that is what vLLM seeds)
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)  # noqa: NPY002 (as above)

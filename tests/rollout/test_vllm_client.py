@@ -1,0 +1,143 @@
+"""Requests to a server that is slow, and what servers are refused for; vLLM's own server is in the tests of ``vllm_http``."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from grpo_fast.rollout import RolloutError
+from grpo_fast.rollout.vllm_client import Calls, Needs, VLLMServer, misfits
+
+SETTINGS: dict[str, Any] = {
+    "model_config": {
+        "dtype": "torch.float32",
+        "max_model_len": 128,
+        "enable_sleep_mode": False,
+        "logprobs_mode": "processed_logprobs",
+        "quantization": None,
+    },
+    "weight_transfer_config": {"backend": "grpo_fast_shm"},
+}
+NEEDS = Needs(torch.float32, "shared_memory", context_length=100, sleeps=False)
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """Takes connections, as the kernel does for a process that is stopped, and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://192.0.2.1:8000", "is on another machine: weights go through shared memory"),
+        ("127.0.0.1:8000", "is no server's address"),
+        ("http://127.0.0.1", "is no server's address"),
+    ],
+)
+def test_servers_elsewhere_are_refused(url: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        VLLMServer(url, api_key=None, deadline_s=1)
+
+
+def test_a_server_that_does_not_answer_is_named_after_the_deadline_of_the_request(silent: str) -> None:
+    server = VLLMServer(silent, api_key=None, deadline_s=0.4, control_deadline_s=0.2)
+    with pytest.raises(RolloutError, match=rf"{silent} did not answer /pause within 0\.2 s"):
+        server.post("/pause")
+    with pytest.raises(RolloutError, match=r"did not answer /inference/v1/generate within 0\.4 s"):
+        server.sample([1], {}, Calls())
+
+
+def test_what_is_ended_ends_at_once_and_nothing_else_does(silent: str) -> None:
+    """Python waits for a pool's threads when it exits: one that waited for a server would hold it up."""
+    server, calls, others = VLLMServer(silent, api_key=None, deadline_s=60), Calls(), Calls()
+    with ThreadPoolExecutor(3) as pool:
+        ended, kept = (pool.submit(server.sample, [1], {}, each) for each in (calls, others))
+        control = pool.submit(server.post, "/pause")
+        while not (calls._connections and others._connections and server._control._connections):
+            time.sleep(0.01)
+        begin = time.monotonic()
+        calls.end()
+        assert isinstance(ended.exception(20), RolloutError)
+        assert not kept.done()
+        assert not control.done()
+        server.close()
+        assert "is gone" in str(control.exception(20))
+        others.end()
+        assert isinstance(kept.exception(20), RolloutError)
+        assert time.monotonic() < begin + 20
+        for work in (lambda: server.post("/resume"), lambda: server.sample([1], {}, calls)):
+            with pytest.raises(RolloutError, match="ConnectionAbortedError"):
+                work()
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_refusal_says_what_mends_it(status: int) -> None:
+    hints = {401: "; set VLLM_API_KEY", 403: "; start it with `grpo-fast serve`, or with --enable-scale-out", 404: ""}
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(2**16)
+                body = json.dumps({"detail": "Not Found" if status == 404 else "Forbidden"}).encode()
+                connection.sendall(b"HTTP/1.1 %d No\r\nContent-Length: %d\r\n\r\n%b" % (status, len(body), body))
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        server = VLLMServer(f"http://127.0.0.1:{listening.getsockname()[1]}", api_key=None, deadline_s=20)
+        message = "has no routes that take weights" if status == 404 else f"refused .* with status {status}.*{hints[status]}"
+        with pytest.raises(RolloutError, match=message):
+            server.check(NEEDS)
+        thread.join()
+
+
+def test_a_server_as_it_should_be_has_no_misfit() -> None:
+    assert misfits(SETTINGS, "0.32.0", NEEDS) == []
+    assert misfits(SETTINGS, "0.28.1.dev3", NEEDS._replace(context_length=128)) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (
+            ("model_config", "dtype"),
+            "torch.bfloat16",
+            "in bfloat16, the trainer in float32; start it with --dtype float32",
+        ),
+        (("model_config", "logprobs_mode"), "raw_logprobs", "are raw_logprobs, .*--logprobs-mode processed_logprobs"),
+        (("model_config", "quantization"), "fp8", r"quantised \(fp8\)"),
+        (("model_config", "max_model_len"), 64, "takes 64 tokens, and prompt and completion may have 100"),
+        (
+            ("weight_transfer_config",),
+            None,
+            "by None, not by 'grpo_fast_shm'; start it with `grpo-fast serve",
+        ),
+        (("weight_transfer_config", "backend"), "nccl", "by 'nccl', not by 'grpo_fast_shm'"),
+    ],
+)
+def test_what_does_not_fit_is_named_with_its_remedy(path: tuple[str, ...], value: Any, message: str) -> None:
+    settings = copy.deepcopy(SETTINGS)
+    place = settings
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    [problem] = misfits(settings, "0.32.0", NEEDS)
+    assert re.search(message, problem)
+
+
+def test_an_old_server_is_named() -> None:
+    assert misfits(SETTINGS, "0.27.1", NEEDS) == ["its vLLM 0.27.1 is too old, 0.28 or newer is needed"]
+    [problem] = misfits(SETTINGS, "0.32.0", NEEDS._replace(sleeps=True))
+    assert problem == "it cannot sleep; start it with `grpo-fast serve --enable-sleep-mode`"

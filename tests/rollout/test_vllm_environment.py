@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import os
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from grpo_fast.rollout import RolloutError
+from grpo_fast.rollout.vllm_environment import OWNER, load_beside_vllm, undisturbed, vllm_environment
+
+
+def test_the_environment_is_vllms_inside_and_the_users_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
+    before = dict(os.environ)
+    with vllm_environment(own_process=True, transport="ipc"):
+        assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1"
+        assert os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "1"
+        assert os.environ["VLLM_LOGGING_LEVEL"] == "DEBUG"
+        assert os.environ[OWNER] == str(os.getpid())
+    assert dict(os.environ) == before
+    with vllm_environment():
+        assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+        assert "VLLM_ALLOW_INSECURE_SERIALIZATION" not in os.environ
+    assert dict(os.environ) == before
+
+
+def test_random_states_are_kept_though_vllm_seeds_them() -> None:
+    random.seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    torch.manual_seed(1)
+    expected = random.random(), np.random.random(), torch.rand(1).item()  # noqa: NPY002
+    random.seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    torch.manual_seed(1)
+    with undisturbed():
+        random.seed(9)
+        np.random.seed(9)  # noqa: NPY002
+        torch.manual_seed(9)
+    assert (random.random(), np.random.random(), torch.rand(1).item()) == expected  # noqa: NPY002
+
+
+def test_a_vllm_that_lacks_something_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later version may have moved what is imported."""
+    (tmp_path / "of_a_later_vllm.py").write_text("from packaging import moved_away", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "0.99.0")
+    with pytest.raises(RolloutError, match=r"vLLM 0\.99\.0 lacks what a weight sync needs of it \(cannot import name 'moved"):
+        load_beside_vllm("of_a_later_vllm")
+    assert "of_a_later_vllm" not in sys.modules
