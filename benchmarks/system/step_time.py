@@ -216,6 +216,10 @@ def _table(turns: TakeTurns, trl_rewards: list[float], warmup_steps: int) -> dic
             "grpo_fast": _first_above(0.9, [m["reward"] for m in turns.ours]),
             "trl": _first_above(0.9, trl_rewards),
         },
+        "seconds_to_reward_0.9": {
+            "grpo_fast": _seconds_to(0.9, [m["reward"] for m in turns.ours], turns.ours_s),
+            "trl": _seconds_to(0.9, trl_rewards, turns.trl_s),
+        },
         "torch_threads": torch.get_num_threads(),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl", "grpo-fast")},
     }
@@ -225,6 +229,12 @@ def _first_above(level: float, rewards: list[float]) -> int | None:
     """The first step by which ten in a row had so high a mean reward."""
     means = (statistics.mean(rewards[end - 10 : end]) for end in range(10, len(rewards) + 1))
     return next((end for end, mean in enumerate(means, 10) if mean >= level), None)
+
+
+def _seconds_to(level: float, rewards: list[float], step_s: list[float]) -> float | None:
+    """Seconds of the steps until then."""
+    step = _first_above(level, rewards)
+    return None if step is None else sum(step_s[:step])
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ same module. This is the package's one door to peft.
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -17,12 +18,15 @@ import torch
 from safetensors.torch import load_file
 
 from grpo_fast.config import Config, ConfigError
+from grpo_fast.train.text_part import beside_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 """peft's own name; with ``adapter_config.json`` it is all of an adapter."""
+_EXPECTED = (r"The following \w+_pattern keys did not match", "fan_in_fan_out is set to False")
+"""What peft tells of a model whose experts, or whose layers as in GPT-2, it then treats as it must."""
 
 
 class Adapters:
@@ -48,6 +52,7 @@ class Adapters:
             r=config.lora_r,
             lora_alpha=config.lora_alpha,
             lora_dropout=0.0,
+            exclude_modules="|".join(rf"{re.escape(name)}\..*" for name in beside_text(model)) or None,
             target_modules=targets[0] if targets == ("all-linear",) else list(targets),
             use_rslora=config.use_rslora,
             task_type="CAUSAL_LM",
@@ -55,6 +60,8 @@ class Adapters:
         )
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers under a name that is going
+            for told in _EXPECTED:
+                warnings.filterwarnings("ignore", told)
             torch.manual_seed(config.seed)  # peft draws on the CPU, wherever the base is
             try:
                 self._wrapped: Any = peft.get_peft_model(model, settings)

@@ -295,8 +295,8 @@ def _adapters(config: Config) -> tuple[Any, ...]:
 
 def _candidates(config: Config, kind: str) -> Iterator[tuple[dict[str, Any], str]]:
     """Changes and their prices, the cheapest first."""
-    if config.tokens_per_microbatch > _FEWEST_TOKENS:
-        half = max(_FEWEST_TOKENS, config.tokens_per_microbatch // 2)
+    if (tokens := config.microbatch_tokens(kind)) > _FEWEST_TOKENS:
+        half = max(_FEWEST_TOKENS, tokens // 2)
         yield {"tokens_per_microbatch": half}, "the same results, in more and smaller passes"
         yield {"tokens_per_microbatch": _FEWEST_TOKENS}, "the same results, in many small passes"
     if not config.gradient_checkpointing:

@@ -50,7 +50,7 @@ def largest_pass(outline: PreTrainedModel, config: Config, lengths: StepLengths,
         [len(sequence) for sequence in sequences],
         [len(sequence.completion_ids) for sequence in sequences],
         live=[True] * len(sequences),
-        token_budget=config.tokens_per_microbatch,
+        token_budget=config.microbatch_tokens(kind),
         layout=shared_prompts(sequences) if shares else layout,
     )
     largest = max(plan.micro_batches, key=lambda batch: (batch.num_tokens, batch.num_rows))

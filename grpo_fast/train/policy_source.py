@@ -27,6 +27,7 @@ from grpo_fast.train.compiled import compile_layers, require_compiler
 from grpo_fast.train.liger import require_liger, use_liger_kernels
 from grpo_fast.train.policy import Policy
 from grpo_fast.train.quantised import keep_as_loaded, loading_arguments, refuse_ragged_blocks, require_bitsandbytes
+from grpo_fast.train.text_part import freeze_beside_text
 
 _DEFAULT_CONTEXT = 4096
 _HUB_ID = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?")
@@ -128,6 +129,7 @@ class PolicySource:
         if config.use_liger_kernel:
             use_liger_kernels(model)
         _disable_dropout(model)
+        freeze_beside_text(model)
         if self._device.type == "cpu":
             use_products(model)
         adapters = Adapters(model, config) if config.use_peft else None
@@ -201,6 +203,7 @@ def outline_of(model_config: PreTrainedConfig, config: Config) -> PreTrainedMode
             )
         if config.attn_implementation == "sdpa" and not model._supports_sdpa:
             raise ConfigError(f"attn_implementation='sdpa': {type(model).__name__} has no such attention; leave it at 'auto'")
+        freeze_beside_text(model)
         if config.use_peft:
             Adapters(model, config)
     return model

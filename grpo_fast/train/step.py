@@ -127,6 +127,7 @@ class Learner:
         if config.share_prompts is not None:
             self._shares_prompts = config.share_prompts
         self._config = config
+        self._token_budget = config.microbatch_tokens(policy.device.type)
         self._policy = policy
         self._optimizer = optimizer
         self._reference = reference
@@ -197,7 +198,7 @@ class Learner:
         """float64 [N] on the CPU: first-order KL of each whole completion to the reference."""
         sequences = flatten_groups(groups, mask_truncated=False)
         lengths = [len(s) for s in sequences]
-        owners, budget = share_out(lengths, self._world.size), self._config.tokens_per_microbatch
+        owners, budget = share_out(lengths, self._world.size), self._token_budget
         plans = [
             plan_microbatches(
                 lengths, live=[owner == rank for owner in owners], token_budget=budget, layout=self._policy.layout
@@ -233,7 +234,7 @@ class Learner:
                 [len(s) for s in sequences],
                 [n * (owner == rank) for n, owner in zip(in_loss, owners, strict=True)],
                 live=[alive and owner == rank for alive, owner in zip(live, owners, strict=True)],
-                token_budget=config.tokens_per_microbatch,
+                token_budget=self._token_budget,
                 layout=shared_prompts(sequences) if self._shares_prompts else self._policy.layout,
                 keep_dead_rows_for_metrics=config.keep_dead_rows_for_metrics,
             )

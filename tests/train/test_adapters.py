@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, PretrainedConfig, Qwen3MoeConfig
 
 from grpo_fast.compute import ModelShape
 from grpo_fast.config import Config, ConfigError
@@ -19,10 +19,17 @@ from grpo_fast.train import GRPOTrainer
 from grpo_fast.train.adapters import Adapters
 from grpo_fast.train.optim import build_optimizer
 from grpo_fast.train.policy import BasePolicy, Policy, count_parameters
-from grpo_fast.train.policy_source import PolicySource
+from grpo_fast.train.policy_source import PolicySource, outline_of
 from grpo_fast.train.step import Learner, TrainingSequence, build_batch
 from grpo_fast.types import Group, TokenBatch
 
+MOE: dict[str, Any] = {
+    "vocab_size": 28,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -282,3 +289,18 @@ def test_adapters_know_no_model_without_peft_layers(tiny_config: Callable[..., C
 @pytest.mark.slow
 def test_the_embedded_model_learns_by_adapters_alone(short_embedded_run: Callable[..., float]) -> None:
     assert short_embedded_run(use_peft=True, learning_rate=2e-3) >= 0.95
+
+
+@pytest.mark.parametrize(
+    ("model", "adapted"),
+    [
+        (Qwen3MoeConfig(**MOE, num_experts=4, moe_intermediate_size=32), {"gate", "experts", *LAYERS[:4]}),
+        (GPT2Config(vocab_size=28, n_embd=32, n_layer=1, n_head=2), {"c_attn", "c_proj", "c_fc"}),
+    ],
+    ids=["experts", "layers of GPT-2"],
+)
+def test_layers_of_other_kinds_get_adapters_and_nothing_is_told(model: PretrainedConfig, adapted: set[str]) -> None:
+    outline = outline_of(model, Config(use_peft=True, lora_r=4))
+    trained = {name for name, weight in outline.named_parameters() if weight.requires_grad}
+    layers = {name.partition(".lora_")[0].removesuffix(".base_layer").rpartition(".")[2] for name in trained}
+    assert layers == adapted

@@ -347,7 +347,8 @@ def most_in_an_update(plan: MemoryPlan) -> int:
     ids=lambda value: str(value) if isinstance(value, dict) else "even" if value == EVEN else "uneven",
 )
 def test_a_real_update_peaks_where_it_is_foretold(completion_tokens: tuple[int, ...], changes: dict[str, Any]) -> None:
-    config = Config.parse({"prompts_per_step": 8, "num_generations": 8, "max_completion_length": 48} | changes)
+    step = {"prompts_per_step": 8, "num_generations": 8, "max_completion_length": 48, "tokens_per_microbatch": 16_384}
+    config = Config.parse(step | changes)
     model_config = PolicySource(config).model_config
     inputs = MemoryInputs(2**34, "cpu", prompt_tokens=12, completion_tokens=completion_tokens)
     real = update_peak(model_config, config, prompt_tokens=12, completion_tokens=completion_tokens)

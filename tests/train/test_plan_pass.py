@@ -43,6 +43,12 @@ def test_the_largest_of_several_is_taken() -> None:
     assert len(alone.sequences) == 1, "one longer than the budget stands alone"
 
 
+def test_passes_are_of_a_size_for_the_device() -> None:
+    on_cpu, on_gpu = (found((500,), kind=kind, share_prompts=True) for kind in ("cpu", "cuda"))
+    assert (len(on_cpu.sequences), len(on_gpu.sequences)) == (4, 8), "5 + 4 * 500 of 2,048 tokens, and all"
+    assert len(found((500,), kind="cuda", share_prompts=True, tokens_per_microbatch=2048).sequences) == 4
+
+
 def test_shared_prompts_let_more_in() -> None:
     shared = found(tokens_per_microbatch=45)
     assert shared.shares_prompts

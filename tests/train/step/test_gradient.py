@@ -43,6 +43,24 @@ def test_microbatches_change_nothing(loss_type: str, tiny_policy: MakePolicy, gr
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
+@pytest.mark.parametrize(("settings", "expected"), [({}, 2), ({"tokens_per_microbatch": 4096}, 1)], ids=["default", "given"])
+def test_on_a_cpu_passes_take_2048_tokens(
+    settings: dict[str, int],
+    expected: int,
+    tiny_policy: MakePolicy,
+    make_group: MakeGroup,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    policy, sizes = tiny_policy(), []
+    run = policy.scored_hidden_states
+    monkeypatch.setattr(policy, "scored_hidden_states", lambda batch: sizes.append(batch.input_ids.numel()) or run(batch))
+    Bench(policy, max_completion_length=60, **settings).update(
+        [make_group(i, [1.0, 0.0] * 4, lengths=[50] * 8) for i in range(6)]
+    )
+    assert sum(sizes) == 6 * 8 * 53
+    assert len(sizes) == expected
+
+
 @pytest.mark.parametrize("budget", [16, 1000])
 def test_packing_changes_no_gradient(tiny_policy: MakePolicy, groups: list[Group], budget: int) -> None:
     padded = tiny_policy()
