@@ -23,6 +23,7 @@ from benchmarks.rollout.models import CONTEXT, any_tokenizer
 from grpo_fast.rollout import SamplingParams
 from grpo_fast.rollout.transports import Transport
 from grpo_fast.rollout.vllm_engine import VLLMServerEngine
+from grpo_fast.rollout.vllm_environment import held_port
 from grpo_fast.rollout.vllm_server import server_command
 
 WEIGHTS = "model.safetensors"
@@ -37,10 +38,7 @@ def save_weights(model: PreTrainedModel, directory: Path, dtype: torch.dtype) ->
 @contextmanager
 def served(model: PreTrainedModel, *, dtype: torch.dtype, transport: Transport = "auto") -> Iterator[tuple[str, int]]:
     """A server of the model; yields its address and the number of its process."""
-    with tempfile.TemporaryDirectory() as directory, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = int(free.getsockname()[1])
-        free.close()
+    with tempfile.TemporaryDirectory() as directory, held_port() as port:
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(directory)
         any_tokenizer().save_pretrained(directory)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import socket
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -43,19 +43,16 @@ def measure(*, num_ranks: int, vocabulary: int, hidden: int, tokens: int) -> dic
     """
     found: dict[str, Any] = {"num_ranks": num_ranks, "vocabulary": vocabulary, "hidden": hidden, "tokens": tokens}
     for name, parallel in (("gathered", False), ("in_parts", True)):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        with multiprocessing.get_context("spawn").Pool(num_ranks) as pool:
-            work = [(rank, num_ranks, port, vocabulary, hidden, tokens, parallel) for rank in range(num_ranks)]
+        with tempfile.TemporaryDirectory() as directory, multiprocessing.get_context("spawn").Pool(num_ranks) as pool:
+            work = [(rank, num_ranks, f"{directory}/store", vocabulary, hidden, tokens, parallel) for rank in range(num_ranks)]
             told = pool.starmap(_rank, work, chunksize=1)
         found[name] = {key: max(one[key] for one in told) for key in told[0]}
     return found
 
 
-def _rank(rank: int, num_ranks: int, port: int, vocabulary: int, hidden: int, tokens: int, parallel: bool) -> dict[str, float]:  # noqa: PLR0913, PLR0917 (starmap takes places)
+def _rank(rank: int, num_ranks: int, store: str, vocabulary: int, hidden: int, tokens: int, parallel: bool) -> dict[str, float]:  # noqa: PLR0913, PLR0917 (starmap takes places)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_ranks)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks)
     world = World.join(torch.device("cpu"), timeout_s=300)
     torch.manual_seed(0)
     model = LlamaForCausalLM(

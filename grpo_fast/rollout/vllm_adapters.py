@@ -10,8 +10,11 @@ Nothing here imports vLLM or peft: an adapter is what peft left in the policy's 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import shutil
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -23,6 +26,8 @@ from grpo_fast.rollout.weight_sync import SyncTarget
 from grpo_fast.rollout.whole_weights import whole_weights
 
 _SHARED_MEMORY = Path("/dev/shm")
+_PREFIX = "grpo_fast-adapters-"
+_YOUNG_S = 60.0
 _ADAPTER = "default"
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Those that vLLM makes room for."""
@@ -76,7 +81,10 @@ class AdapterVersions:
     def __init__(self, policy: torch.nn.Module) -> None:
         self._policy: Any = policy
         home = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None
-        self._directory = tempfile.TemporaryDirectory(prefix="grpo_fast-adapters-", dir=home)
+        _sweep(home or Path(tempfile.gettempdir()))
+        self._directory = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=home)
+        self._lock: int | None = os.open(self._directory.name, os.O_RDONLY)
+        fcntl.flock(self._lock, fcntl.LOCK_SH)
         self._number = 0
 
     def write(self) -> AdapterVersion:
@@ -100,8 +108,25 @@ class AdapterVersions:
         shutil.rmtree(version.path, ignore_errors=True)
 
     def close(self) -> None:
-        """Removes all."""
+        """Removes all; calling it twice is harmless."""
         self._directory.cleanup()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _sweep(home: Path) -> None:
+    """Removes what trainers that were killed left, which is memory; the kernel has let go of their locks."""
+    for left in home.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):  # another user's, or just removed
+            if time.time() - left.stat().st_mtime < _YOUNG_S:
+                continue  # it may only be about to be locked
+            lock = os.open(left, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left)
+            finally:
+                os.close(lock)
 
 
 class AdapterHost(SyncTarget, Protocol):

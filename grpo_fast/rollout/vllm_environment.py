@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import socket
 import warnings
 from collections.abc import Iterator
 from importlib import import_module, metadata
@@ -58,6 +59,18 @@ def vllm_environment(*, own_process: bool = False, transport: str = "") -> Itera
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def held_port() -> Iterator[int]:
+    """A port of the loopback interface that the kernel gives nobody else meanwhile.
+
+    It is bound and not listened to; whoever is told it listens there, sharing the address, as vLLM does.
+    """
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        yield int(held.getsockname()[1])
 
 
 @contextlib.contextmanager

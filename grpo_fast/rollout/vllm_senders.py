@@ -9,7 +9,6 @@ import base64
 import contextlib
 import os
 import pickle
-import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +18,7 @@ from vllm.distributed.weight_transfer.base import TrainerInitInfo
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
+from grpo_fast.rollout.vllm_environment import held_port
 from grpo_fast.rollout.vllm_layerwise import PolicyWeights
 from grpo_fast.rollout.vllm_sparse import SparseInit
 from grpo_fast.rollout.vllm_transport import SharedMemoryInit, register
@@ -43,8 +43,9 @@ class WeightSender:
         self.client = client
         self._source = source
         self._transport = transport
-        info = init_info(transport, bucket_bytes=bucket_bytes, num_workers=num_workers)
-        self._engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
+        with held_port() as port:
+            info = init_info(transport, bucket_bytes=bucket_bytes, num_workers=num_workers, port=port)
+            self._engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
 
     def send_weights(self) -> int:
         """Sends all of them, from the update's start to the last weight; returns how many bytes went over."""
@@ -53,15 +54,15 @@ class WeightSender:
         return int(getattr(self._engine, "sent_bytes", self._source.num_bytes))
 
 
-def init_info(transport: str, *, bucket_bytes: int, num_workers: int) -> TrainerInitInfo:
-    """What vLLM's factory opens a transport by; the trainer's first rank sends."""
+def init_info(transport: str, *, bucket_bytes: int, num_workers: int, port: int) -> TrainerInitInfo:
+    """What vLLM's factory opens a transport by; the trainer's first rank sends, and listens at ``port`` where NCCL begins."""
     if transport == "ipc":
         return IPCTrainerInitInfo(rank=0, packed=True, packed_buffer_size_bytes=bucket_bytes)
     if transport == "nccl":
         return NCCLTrainerInitInfo(
             rank=0,
             master_address="127.0.0.1",
-            master_port=_free_port(),
+            master_port=port,
             world_size=1 + num_workers,
             packed=True,
             packed_buffer_size_bytes=bucket_bytes // 2,
@@ -94,9 +95,3 @@ def plain_segments() -> Iterator[None]:
         yield
     finally:
         torch.cuda.memory._set_allocator_settings(settings)
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])

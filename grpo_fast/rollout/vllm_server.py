@@ -6,7 +6,9 @@ and nowhere else; for requests it demands the key in ``VLLM_API_KEY``, where tha
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 import sys
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,11 +60,12 @@ def server_command(  # noqa: PLR0913 (what the command line offers)
 
     Raises:
         RolloutError: vLLM is missing or too old.
-        ValueError: a port out of range, a transport or a sleep that needs a GPU, or a rank that vLLM has no room for.
+        ValueError: a port out of range or taken, a transport or a sleep that needs a GPU, or a rank that vLLM has no room for.
     """
     version = require_vllm()
     if not 0 < port < 2**16:
         raise ValueError(f"port must lie in 1 to 65535, got {port}")
+    _check_free(port)
     way = choose_transport(transport, "server", on_gpu=not on_cpu)
     # Not `vllm serve`: that command asks for a distribution named vllm, which vLLM's build for CPUs is not.
     arguments = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", HOST, "--port", str(port)]
@@ -88,6 +91,17 @@ def server_command(  # noqa: PLR0913 (what the command line offers)
         forced["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     defaults = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
     return ServerCommand(arguments, defaults | dict(os.environ) | forced)
+
+
+def _check_free(port: int) -> None:
+    """Before vLLM is loaded, which takes half a minute to find out."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was just left is free
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise ValueError(f"port {port} is taken, by another server perhaps; choose another with --port") from error
 
 
 def _linear_layers(model: str) -> list[str]:

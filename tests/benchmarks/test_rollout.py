@@ -49,6 +49,7 @@ def test_the_page_holds_each_case_with_its_rivals(tmp_path: Path, monkeypatch: p
 @pytest.mark.vllm
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.usefixtures("untraced")
 def test_a_sync_is_measured_beside_its_rivals_in_miniature() -> None:
     from benchmarks.rollout.sync import measure
 
@@ -61,6 +62,7 @@ def test_a_sync_is_measured_beside_its_rivals_in_miniature() -> None:
 @pytest.mark.vllm
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("host", ["in", "server"])
+@pytest.mark.usefixtures("untraced")
 def test_tokens_are_measured_beside_plain_vllm_on_the_same_requests(host: str) -> None:
     from benchmarks.rollout.tokens import measure
 
@@ -72,6 +74,7 @@ def test_tokens_are_measured_beside_plain_vllm_on_the_same_requests(host: str) -
 
 @pytest.mark.vllm
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.usefixtures("untraced")
 def test_supports_are_measured_whole_however_many_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.rollout import supports
     from benchmarks.rollout.models import LAYOUTS, any_tokenizer

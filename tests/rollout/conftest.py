@@ -6,7 +6,6 @@ import contextlib
 import copy
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from grpo_fast.assets import embedded_model_dir
 from grpo_fast.rollout.engine import SamplingParams
 from grpo_fast.rollout.sampling import truncate
+from grpo_fast.rollout.vllm_environment import held_port
 from grpo_fast.types import Completion
 
 if TYPE_CHECKING:
@@ -141,21 +141,12 @@ def _kill_group(group: int) -> None:
                 process.kill()
 
 
-def hold_port() -> socket.socket:
-    """A port that the kernel gives nobody else: bound, and not listened to, so that a server which shares it may listen."""
-    held = socket.socket()
-    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    held.bind(("127.0.0.1", 0))
-    return held
-
-
 class ServerProcess:
     """``grpo-fast serve`` on the embedded model, with all that it starts, in a process group of its own."""
 
-    def __init__(self, log: Path, *options: str) -> None:
+    def __init__(self, log: Path, port: int, *options: str) -> None:
         self._options = options
-        self._held = hold_port()
-        self.port = int(self._held.getsockname()[1])
+        self.port = port
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
@@ -168,6 +159,7 @@ class ServerProcess:
                 [program, "serve", "embedded", "--port", str(self.port), *self._options],
                 stdout=log,
                 stderr=log,
+                env={name: value for name, value in os.environ.items() if name != "COVERAGE_PROCESS_CONFIG"},
                 start_new_session=True,
             )
 
@@ -201,19 +193,20 @@ class ServerProcess:
 def adapter_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """One that takes LoRA adapters, and of whole models what changed."""
     options = ("--max-lora-rank", "4", "--transport", "sparse")
-    process = ServerProcess(tmp_path_factory.mktemp("server") / "log", *options)
-    try:
-        process.start()
-        process.wait_until_ready()
-        yield process
-    finally:
-        process.stop()
+    with held_port() as port:
+        process = ServerProcess(tmp_path_factory.mktemp("server") / "log", port, *options)
+        try:
+            process.start()
+            process.wait_until_ready()
+            yield process
+        finally:
+            process.stop()
 
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ServerProcess]]:
-    processes = [ServerProcess(tmp_path_factory.mktemp("server") / "log") for _ in range(2)]
-    with pytest.MonkeyPatch.context() as patch:
+    with held_port() as first, held_port() as second, pytest.MonkeyPatch.context() as patch:
+        processes = [ServerProcess(tmp_path_factory.mktemp("server") / "log", port) for port in (first, second)]
         patch.setenv("VLLM_API_KEY", "a key of the tests")
         try:
             for process in processes:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -78,6 +81,31 @@ def test_a_version_is_what_peft_reads(tmp_path: Path) -> None:
     assert not first.path.exists()
     versions.close()
     assert not second.path.exists()
+
+
+KILLED = """
+import os
+from grpo_fast.rollout.vllm_adapters import AdapterVersions
+versions = AdapterVersions(None)
+print(versions._directory.name, flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_what_a_killed_trainer_left_in_memory_is_removed_and_what_others_use_is_not() -> None:
+    found = subprocess.run([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True, check=False)
+    model = adapted_model()
+    left, fresh, used = Path(found.stdout.strip()), AdapterVersions(model), AdapterVersions(model)
+    assert (found.returncode, left.is_dir()) == (-9, True)
+    used.write()
+    for directory in (left, Path(used._directory.name)):
+        os.utime(directory, (1, 1))
+    last = AdapterVersions(model)
+    assert not left.exists()
+    assert Path(fresh._directory.name).exists()
+    assert used.write().path.exists()
+    for versions in (fresh, used, last, last):
+        versions.close()
 
 
 def test_ranks_are_those_that_vllm_has_room_for() -> None:
@@ -185,6 +213,7 @@ def test_a_sync_that_breaks_off_brings_the_base_too_when_it_is_done_again(
 @pytest.mark.vllm
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [32, 4])
+@pytest.mark.usefixtures("untraced")
 def test_a_run_over_vllm_trains_and_samples_the_same_adapters(bits: int, embedded_config: Callable[..., Config]) -> None:
     if bits == 4 and find_spec("bitsandbytes") is None:
         pytest.skip("bitsandbytes is not installed")
@@ -259,6 +288,7 @@ def test_what_changed_goes_to_a_server_which_then_opens_another_trainers_memory(
 
 @pytest.mark.vllm
 @pytest.mark.slow
+@pytest.mark.usefixtures("untraced")
 def test_versions_and_what_changed_of_the_base_go_to_an_engine_in_a_process_of_its_own(
     measure_errors: Callable[..., Any],
 ) -> None:

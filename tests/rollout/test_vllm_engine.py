@@ -194,6 +194,7 @@ def test_what_does_not_fit_is_refused_before_anything_runs(embedded: Any) -> Non
 
 
 @pytest.mark.vllm
+@pytest.mark.usefixtures("untraced")
 def test_two_hundred_syncs_take_no_memory(embedded: Any, perturb: Callable[..., None]) -> None:
     model, _, engine = embedded
 
@@ -254,6 +255,7 @@ def test_a_tied_head_moves_with_its_embedding(
 
 @pytest.mark.vllm
 @pytest.mark.slow
+@pytest.mark.usefixtures("untraced")
 def test_a_run_learns_as_much_as_with_the_embedded_engine(tmp_path: Path, embedded_config: Callable[..., Config]) -> None:
     def run(rollout: str, max_staleness: int = 0) -> tuple[float, list[dict[str, float]]]:
         config = embedded_config(
@@ -282,6 +284,7 @@ def test_a_run_learns_as_much_as_with_the_embedded_engine(tmp_path: Path, embedd
 @pytest.mark.vllm
 @pytest.mark.slow
 @pytest.mark.parametrize("cut", [{"top_k": 8}, {"top_p": 0.9}])
+@pytest.mark.usefixtures("untraced")
 def test_sampler_and_trainer_are_one_policy_over_what_vllm_kept(
     cut: dict[str, float], embedded_config: Callable[..., Config]
 ) -> None:
@@ -296,6 +299,7 @@ def test_sampler_and_trainer_are_one_policy_over_what_vllm_kept(
 @pytest.mark.vllm
 @pytest.mark.slow
 @pytest.mark.parametrize("pause_mode", ["wait", "keep"])
+@pytest.mark.usefixtures("untraced")
 def test_a_run_whose_rollouts_run_beside_its_training(pause_mode: str, embedded_config: Callable[..., Config]) -> None:
     config = embedded_config(
         rollout="vllm", max_staleness=1, max_steps=5, eval_steps=3, vllm_pause_mode=pause_mode, save_steps=3

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from grpo_fast.rollout import RolloutError
-from grpo_fast.rollout.vllm_environment import OWNER, load_beside_vllm, undisturbed, vllm_environment
+from grpo_fast.rollout.vllm_environment import OWNER, held_port, load_beside_vllm, undisturbed, vllm_environment
 
 
 def test_the_environment_is_vllms_inside_and_the_users_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,6 +28,14 @@ def test_the_environment_is_vllms_inside_and_the_users_afterwards(monkeypatch: p
         assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
         assert "VLLM_ALLOW_INSECURE_SERIALIZATION" not in os.environ
     assert dict(os.environ) == before
+
+
+def test_a_port_that_is_held_can_be_listened_to() -> None:
+    with held_port() as port, held_port() as other:
+        assert port != other
+        with socket.create_server(("127.0.0.1", port)) as server, socket.create_connection(("127.0.0.1", port)):
+            server.settimeout(20)
+            server.accept()[0].close()
 
 
 def test_random_states_are_kept_though_vllm_seeds_them() -> None:

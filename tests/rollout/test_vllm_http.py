@@ -288,6 +288,7 @@ def test_a_server_that_was_not_started_for_adapters_says_how(served: Served, tmp
     assert server.adapter is None
 
 
+@pytest.mark.usefixtures("untraced")
 def test_ranks_that_hold_shards_send_them_to_servers(servers: Any, tmp_path: Path) -> None:
     program = shutil.which("grpo-fast", path=Path(sys.executable).parent)
     assert program is not None
@@ -321,6 +322,7 @@ def test_ranks_that_hold_shards_send_them_to_servers(servers: Any, tmp_path: Pat
     assert not any(torch.equal(one, other) for one, other in zip(saved.parameters(), start.parameters(), strict=True))
 
 
+@pytest.mark.usefixtures("untraced")
 def test_a_run_over_servers_ends_with_a_checkpoint_where_one_dies(
     servers: Any, tmp_path: Path, embedded_config: Callable[..., Config]
 ) -> None:

@@ -121,6 +121,7 @@ def test_what_vllm_itself_refuses_leaves_no_request_behind(embedded: Any) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("untraced")
 def test_an_engine_in_a_process_of_its_own_takes_two_hundred_syncs_and_no_memory(
     embedded: Any, perturb: Callable[..., None], measure_errors: Callable[..., Any]
 ) -> None:

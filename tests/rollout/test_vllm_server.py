@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+import socket
 
 import pytest
 
 from grpo_fast.assets import embedded_model_dir
 from grpo_fast.rollout import RolloutError, vllm_engine
+from grpo_fast.rollout.vllm_environment import held_port
 from grpo_fast.rollout.vllm_server import server_command
 
 
@@ -56,6 +58,16 @@ def test_it_takes_adapters_where_it_is_told_to() -> None:
 def test_a_port_out_of_range_is_refused(port: int) -> None:
     with pytest.raises(ValueError, match=f"port must lie in 1 to 65535, got {port}"):
         server_command("model", port=port, on_cpu=True)
+
+
+@pytest.mark.vllm
+def test_a_port_that_is_taken_is_refused_and_one_that_is_held_for_the_server_is_not() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(ValueError, match=f"port {port} is taken, by another server perhaps; choose another with --port"):
+            server_command("model", port=port, on_cpu=True)
+    with held_port() as port:
+        assert str(port) in server_command("model", port=port, on_cpu=True).arguments
 
 
 def test_a_missing_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

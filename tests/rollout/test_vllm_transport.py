@@ -183,6 +183,7 @@ time.sleep(300)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("untraced")
 def test_a_process_of_vllms_ends_with_the_trainer_that_is_killed_and_no_other_does() -> None:
     """As vLLM starts its engine; without it the engine would stay, with its memory."""
     psutil = pytest.importorskip("psutil")
