@@ -283,6 +283,9 @@ class Config(BaseModel):
     """Where metrics, checkpoints and the report of the run go."""
     overwrite: Annotated[bool, _RUN] = False
     """Delete a run that is already in ``output_dir``; otherwise it is refused (resume it instead)."""
+    resume_if_exists: Annotated[bool, _RUN] = False
+    """Go on with a run that is already in ``output_dir``, and begin one where there is none: a command that may be given again,
+    by a scheduler or after a crash."""
     seed: Annotated[int, _RUN] = Field(0, ge=0)
     """Decides data order, sampling and every other random draw."""
     eval_steps: Annotated[int, _RUN] = Field(0, ge=0)

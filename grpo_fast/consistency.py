@@ -117,6 +117,8 @@ def _check_objective_and_run(config: Config) -> None:
         raise ValueError(
             f"reward_weights has {len(config.reward_weights)} values for {len(config.reward_funcs)} reward_funcs; give one each"
         )
+    if config.overwrite and config.resume_if_exists:
+        raise ValueError("overwrite=True with resume_if_exists=True: a run is replaced or gone on with; leave one out")
     if config.loss_type == "cispo" and config.epsilon_high is None:
         raise ValueError("loss_type='cispo' needs epsilon_high, the absolute cap of the ratio (MiniMax-M1 and ScaleRL use 5.0)")
     if config.reward_range is not None and not config.reward_range[0] < config.reward_range[1]:

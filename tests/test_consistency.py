@@ -36,6 +36,7 @@ from grpo_fast.config import Config, ConfigError
         ),
         ({"top_k": 5, "fsdp": "full_shard", "fsdp_parallel_head": True}, r"top_k=5.*made by a whole head; set fsdp_parallel_"),
         ({"reward_range": [1.0, 0.0]}, r"reward_range=\(1.0, 0.0\)"),
+        ({"overwrite": True, "resume_if_exists": True}, r"overwrite=True with resume_if_exists=True.*leave one out"),
         ({"forecast_reward_value": 5.0}, r"forecast_reward_value=5 with price_per_gpu_hour=0.*set price_per_gpu_hour too"),
         ({"warmup_steps": 9, "max_steps": 8}, r"warmup_steps=9 exceeds max_steps=8"),
     ],

@@ -44,7 +44,17 @@ _CHANGEABLE = {
     *(f"forecast{name}" for name in ("", "_epsilon", "_confidence", "_patience", "_min_steps", "_reward_value", "_prior")),
     *("baseline_probe", "collapse_action"),
     "reward_range",
-    *("output_dir", "overwrite", "eval_steps", "save_steps", "save_total_limit", "sinks", "log_completions", "report"),
+    *(
+        "output_dir",
+        "overwrite",
+        "resume_if_exists",
+        "eval_steps",
+        "save_steps",
+        "save_total_limit",
+        "sinks",
+        "log_completions",
+        "report",
+    ),
     *("reward_timeout_s", "reward_workers", "reward_on_error", "tokens_per_microbatch", "device", "dtype"),
     *("vllm_gpu_memory_utilization", "vllm_kv_cache_gib", "vllm_server_urls", "vllm_own_process", "vllm_transport"),
     "vllm_enable_sleep_mode",
@@ -282,6 +292,19 @@ def check_resumable(saved: Config, wanted: Config) -> None:
         raise ConfigError(f"a resumed run cannot change {listed}; start a new run with another --output-dir")
 
 
+def takes_up_run(config: Config) -> bool:
+    """Whether there is a run in ``output_dir`` that is to be gone on with without being named.
+
+    Raises:
+        ConfigError: there is one, and ``config`` would make another of it.
+    """
+    file = config.output_dir / CONFIG_FILE
+    if not config.resume_if_exists or not file.exists():
+        return False
+    check_resumable(Config.from_toml(file), config)
+    return True
+
+
 def _holds_run(config: Config) -> bool:
     """Whether ``output_dir`` holds a run that may be replaced; anything else that stands in the way is an error."""
     run = config.output_dir
@@ -294,7 +317,7 @@ def _holds_run(config: Config) -> bool:
     if not config.overwrite:
         raise ConfigError(
             f"output_dir {run} already holds a run; go on with `grpo-fast train --resume {run}`, "
-            "replace it with --overwrite, or name another directory"
+            "let it go on by itself with --resume-if-exists, replace it with --overwrite, or name another directory"
         )
     return True
 

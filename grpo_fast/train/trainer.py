@@ -30,7 +30,7 @@ from grpo_fast.train.evaluate import evaluate, probe
 from grpo_fast.train.interrupt import InterruptFlag
 from grpo_fast.train.optim import build_optimizer, learning_rate_at, progress_schedule
 from grpo_fast.train.oversight import Oversight, Verdict
-from grpo_fast.train.parts import Parts, Replacements, build_parts, check_resumable
+from grpo_fast.train.parts import Parts, Replacements, build_parts, check_resumable, takes_up_run
 from grpo_fast.train.policy import Policy
 from grpo_fast.train.policy_source import pick_device
 from grpo_fast.train.rng import load_rng_state, rng_state
@@ -69,7 +69,7 @@ class GRPOTrainer:
 
         Args:
             config: the whole configuration; see :func:`grpo_fast.recipe` for ready ones.
-            resume: go on with the run in ``config.output_dir``; see :meth:`resume`.
+            resume: go on with the run in ``config.output_dir``; see :meth:`resume` and ``config.resume_if_exists``.
             **given: parts in place of the configured ones: ``reward_funcs``, ``task``, ``budget``, ``engine``, ``predictor``,
                 ``sinks``; see :class:`~grpo_fast.train.parts.Replacements`.
 
@@ -78,7 +78,7 @@ class GRPOTrainer:
         """
         self.config = config
         self._world = world = World.join(pick_device(config.device), timeout_s=config.ddp_timeout_s)
-        resume = resume or world.once(lambda: is_restart(config.output_dir))
+        resume = resume or world.once(lambda: is_restart(config.output_dir) or takes_up_run(config))
         self._parts: Parts = build_parts(config, given, resume=resume, world=world)
         parts = self._parts
         self._optimizer = build_optimizer(parts.policy.model, config)

@@ -40,6 +40,21 @@ def test_leaving_and_resuming_is_the_straight_run(moment: int, whole: Straight, 
     assert beliefs(config.output_dir) == whole.forecasts
 
 
+def test_a_command_that_is_given_again_goes_on(whole: Straight, tmp_path: Path) -> None:
+    config = whole.config.replace(output_dir=tmp_path / "run", resume_if_exists=True)
+    for started in (0, 3):
+        with GRPOTrainer(config, task=LETTERS, reward_funcs=[vowels]) as trainer:
+            assert trainer.global_step == started
+            for result in trainer.steps():
+                if started == 0 and result.step == 3:
+                    break
+    assert trace(config.output_dir) == whole.trace
+    with pytest.raises(ConfigError, match=r"a resumed run cannot change seed"):
+        GRPOTrainer(config.replace(seed=config.seed + 1), task=LETTERS, reward_funcs=[vowels])
+    with pytest.raises(ConfigError, match=r"already holds a run; .*let it go on by itself with --resume-if-exists"):
+        GRPOTrainer(config.replace(resume_if_exists=False), task=LETTERS, reward_funcs=[vowels])
+
+
 class Stumbling(TransformersEngine):
     """An engine that sends the process a signal in the middle of a rollout."""
 
