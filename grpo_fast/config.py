@@ -18,6 +18,7 @@ from cyclopts import Group, Parameter
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from grpo_fast.consistency import check_consistency
+from grpo_fast.trl_names import HERE
 
 LossType = Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "gspo", "rloo", "luspo", "sapo"]
 ImportanceMode = Literal[
@@ -405,6 +406,8 @@ def explain(item: Any) -> str:
     """One of pydantic's errors as a sentence that names the key, the value and, for an unknown key, the nearest known one."""
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
+        if key in HERE:
+            return f"unknown configuration key {key!r}, which is TRL's; here it is {HERE[key]}"
         near = difflib.get_close_matches(key, Config.model_fields, n=1)
         return f"unknown configuration key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
     message = item["msg"].removeprefix("Value error, ")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from cyclopts import CycloptsError
-from cyclopts.exceptions import MissingArgumentError, UnusedCliTokensError
+from cyclopts.exceptions import MissingArgumentError, UnknownOptionError, UnusedCliTokensError
 from pydantic import ValidationError
 
 from grpo_fast.config import explain
+from grpo_fast.trl_names import HERE
 
 _SWITCH_VALUES = {"true", "false", "yes", "no", "on", "off", "1", "0"}
 
@@ -20,6 +21,10 @@ def in_words(error: CycloptsError) -> str:
     cause = error.__cause__
     if isinstance(cause, ValidationError):
         return "\n".join(map(explain, cause.errors()))
+    if isinstance(error, UnknownOptionError) and error.token is not None:
+        name = (error.token.keyword or "").lstrip("-").replace("-", "_")
+        if name in HERE:
+            return f"Unknown option: {error.token.keyword}, which is TRL's; here it is {HERE[name]}"
     if isinstance(error, UnusedCliTokensError):
         return _unused(error.unused_tokens or [])
     if isinstance(error, MissingArgumentError) and error.tokens_so_far:

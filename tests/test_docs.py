@@ -19,6 +19,7 @@ from benchmarks.system.command_line import CommandLine
 from grpo_fast import Forecast, ops
 from grpo_fast.config import Config
 from grpo_fast.objective import OBJECTIVES
+from grpo_fast.trl_names import HERE
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -31,6 +32,9 @@ OTHER_NAMES = {
     "expandable_segments",
     "from_pretrained",
     "save_to_disk",
+    "peft_config",
+    "read_timeout",
+    "generation_kwargs",
     "stopped_by",
     "frac_reward_zero_std",
     "grad_norm",
@@ -157,6 +161,7 @@ def test_every_name_in_the_text_exists(page: Path) -> None:
         *OBJECTIVES,
         *ops.__all__,
         *OTHER_NAMES,
+        *(HERE if page.stem == "from-trl" else ()),
     } | values
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     unknown = set(re.findall(r"`([a-z]+(?:_[a-z0-9]+)+)`", text)) - known

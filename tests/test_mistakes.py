@@ -13,6 +13,12 @@ from grpo_fast.mistakes import in_words
         ("train --report false", "'false' belongs to no option: a switch takes no value"),
         ("train stray", "'stray' belongs to no option; quote a value that has spaces in it"),
         ("train --reward-range 1", "given was '1'."),
+        (
+            "train --use-vllm",
+            "Unknown option: --use-vllm, which is TRL's; here it is rollout='vllm', or 'vllm-http' for servers",
+        ),
+        ("train --report_to wandb", "Unknown option: --report_to, which is TRL's; here it is sinks"),
+        ("train --reprot", "Unknown option: --reprot. Did you mean --report?"),
         ("train --output-dir", "requires an argument"),
         ("train --sync-deadline-s 5min", "sync_deadline_s: Input should be a valid number, unable to parse string as a number"),
         ("train --sync-deadline-s 5min", "(got '5min'); it is a plain number of seconds"),

@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from grpo_fast.config import Config, ConfigError
+from grpo_fast.trl_names import HERE
+
+PAGE = Path(__file__).parents[1] / "docs" / "from-trl.md"
+
+
+def test_a_setting_of_trl_is_told_by_its_name_here() -> None:
+    with pytest.raises(ConfigError, match=r"unknown configuration key 'report_to', which is TRL's; here it is sinks"):
+        Config.parse({"report_to": "wandb"})
+
+
+def test_the_names_are_trls_and_not_ours() -> None:
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+    theirs = {
+        field.name for kind in (trl.GRPOConfig, trl.ModelConfig, trl.ScriptArguments) for field in dataclasses.fields(kind)
+    }
+    assert set(HERE) <= theirs
+    assert not set(HERE) & set(Config.model_fields)
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_the_page_on_trl_has_them_all(name: str) -> None:
+    assert f"`{name}`" in PAGE.read_text(encoding="utf-8")
