@@ -81,6 +81,18 @@ def _check_rollout(config: Config) -> None:
             f"rollout={config.rollout!r} with vllm_server_urls={config.vllm_server_urls}: servers are needed exactly for "
             "rollout='vllm-http'; start one with `grpo-fast serve`"
         )
+    if len(set(config.vllm_server_urls)) < len(config.vllm_server_urls):
+        raise ValueError(f"vllm_server_urls={config.vllm_server_urls}: name each server once, it would be sent weights twice")
+    if config.vllm_own_process and config.rollout != "vllm":
+        raise ValueError(
+            f"vllm_own_process=True with rollout={config.rollout!r}: only vLLM in the trainer's process can leave it; set "
+            "rollout='vllm'"
+        )
+    if config.vllm_transport != "auto" and config.rollout == "transformers":
+        raise ValueError(
+            f"vllm_transport={config.vllm_transport!r} with rollout='transformers': that samples from the policy itself; set "
+            "rollout='vllm' or 'vllm-http'"
+        )
     if config.vllm_pause_mode == "keep" and (config.max_staleness == 0 or config.rollout == "transformers"):
         raise ValueError(
             f"vllm_pause_mode='keep' with max_staleness={config.max_staleness} and rollout={config.rollout!r}: only vLLM goes "

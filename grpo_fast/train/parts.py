@@ -6,6 +6,7 @@ Output directory, rewards, data and tokeniser are checked before the weights are
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict, cast
@@ -18,6 +19,8 @@ from grpo_fast.objective import OBJECTIVES
 from grpo_fast.rewards import RewardPool
 from grpo_fast.rollout import RolloutEngine, RolloutError
 from grpo_fast.rollout.transformers_engine import TransformersEngine
+from grpo_fast.rollout.transports import Host, choose_transport
+from grpo_fast.rollout.vllm_client import VLLMServer
 from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMServerEngine, VLLMSettings, require_vllm
 from grpo_fast.rollout.vllm_sleep import sleep_level
 from grpo_fast.run_dir import CONFIG_FILE, empty_run, is_cut_short, write_whole
@@ -351,14 +354,21 @@ def _check_ranks(config: Config, num_ranks: int) -> None:
 
 
 def _check_vllm(config: Config) -> None:
+    urls, on_gpu = config.vllm_server_urls, pick_device(config.device).type == "cuda"
     if config.vllm_enable_sleep_mode:
         try:
-            sleep_level(on_gpu=pick_device(config.device).type == "cuda", has_adapters=config.use_peft)
+            sleep_level(on_gpu=on_gpu, has_adapters=config.use_peft)
         except ValueError as error:
             raise ConfigError(f"vllm_enable_sleep_mode=True: {error}") from None
+    host: Host = "server" if urls else "own process" if config.vllm_own_process else "in process"
     try:
+        choose_transport(config.vllm_transport, host, on_gpu=on_gpu, num_engines=max(1, len(urls)))
+        key = os.environ.get("VLLM_API_KEY")
+        servers = [VLLMServer(url, api_key=key, deadline_s=config.sync_deadline_s) for url in urls]
         require_vllm()
-    except RolloutError as error:
+        for server in servers:
+            _ = server.context_length  # it is there, and takes the key
+    except (ValueError, RolloutError) as error:
         raise ConfigError(f"rollout={config.rollout!r}: {error}") from None
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from grpo_fast.compute import Budget
 from grpo_fast.config import Config, ConfigError
+from grpo_fast.rollout.vllm_environment import held_port
 from grpo_fast.run_dir import CONFIG_FILE
 from grpo_fast.tasks.task import Task
 from grpo_fast.train.parts import Parts, _check_ranks, build_parts, check_resumable
@@ -39,6 +40,27 @@ def children() -> set[str]:
 def test_a_vllm_that_is_to_sleep_on_a_cpu_is_refused_before_the_model_is_read(build: Any) -> None:
     with pytest.raises(ConfigError, match="vllm_enable_sleep_mode=True: vLLM sleeps on GPUs only"):
         build(rollout="vllm", vllm_enable_sleep_mode=True, model="no/such/model", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rollout": "vllm", "vllm_transport": "nccl"}, "does not lead to an engine in the trainer's process"),
+        ({"rollout": "vllm-http", "vllm_server_urls": ("http://192.0.2.1:80",)}, "http://192.0.2.1:80 is on another machine"),
+        ({"rollout": "vllm-http", "vllm_server_urls": ("127.0.0.1:80",)}, "is no server's address"),
+    ],
+)
+def test_a_way_to_vllm_that_leads_nowhere_is_refused_before_the_model_is_read(
+    changes: dict[str, Any], message: str, build: Any
+) -> None:
+    with pytest.raises(ConfigError, match=f"rollout='{changes['rollout']}': .*{message}"):
+        build(model="no/such/model", device="cpu", **changes)
+
+
+def test_a_server_that_is_not_there_is_told_before_the_model_is_read(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grpo_fast.train.parts.require_vllm", lambda: None)
+    with held_port() as port, pytest.raises(ConfigError, match=rf"vLLM's server http://127\.0\.0\.1:{port} is gone"):
+        build(rollout="vllm-http", vllm_server_urls=(f"http://127.0.0.1:{port}",), model="no/such/model", device="cpu")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")
