@@ -98,6 +98,10 @@ def train(
         return 0
     console = Console()
     console.print(f"[bold]{escape(summary['reason'])}[/]", highlight=False, soft_wrap=True)
+    if summary["use"] is not None:
+        use = summary["use"]
+        told = f"the model to use: {run / use['checkpoint']} ({use['by']} {use['reward']:.3f})"
+        console.print(told, highlight=False, markup=False, soft_wrap=True)
     return report(run) if settings.report else 0
 
 

@@ -287,6 +287,8 @@ def test_a_run_that_moved_goes_on_where_it_is(trained: Path, shell: Shell) -> No
     moved = trained / "moved"
     shutil.copytree(trained / "run", moved)
     code, out, err = shell(f"train --resume {moved} --max-steps 3")
+    use = json.loads((moved / "summary.json").read_text(encoding="utf-8"))["use"]
+    assert f"the model to use: {moved / use['checkpoint']} ({use['by']} " in in_words(out)
     assert (code, out.count("max_steps is reached: 3 of 3 steps")) == (0, 2), err
     assert json.loads((moved / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])["step"] == 3
     assert in_words(out).endswith(f"wrote {moved / 'report.html'}")

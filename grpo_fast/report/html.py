@@ -100,6 +100,7 @@ def write_report(run_dir: str | Path) -> Path:
         dataset=_fact(run, "dataset"),
         headline=headline(run),
         reason=reason(run),
+        use=use(run),
         tiles=tiles(run),
         pictures=_pictures(run),
         samples=samples(run),
@@ -143,6 +144,14 @@ def reason(run: Run) -> str:
     words = "Its forecast for the end is {median:.3f} (90 % interval {low:.3f} to {high:.3f}).".format(**forecast)
     why = str(forecast.get("reason") or "too little was seen").rstrip(".")
     return words if forecast.get("identifiable", True) else f"{words} It is not identifiable yet: {why}."
+
+
+def use(run: Run) -> str:
+    """Which checkpoint to take from a run that has ended, and why; empty before, and where there is none."""
+    chosen: Mapping[str, Any] | None = (run.summary or {}).get("use")
+    if chosen is None:
+        return ""
+    return f"The model to use is {chosen['checkpoint']}, the best of those saved: {chosen['by']} {chosen['reward']:.3f}."
 
 
 def tiles(run: Run) -> list[Tile]:

@@ -13,7 +13,7 @@ from markupsafe import escape
 from PIL import Image
 
 from grpo_fast.report import RunError, write_report
-from grpo_fast.report.html import changed_settings, headline, reason, samples, tiles
+from grpo_fast.report.html import changed_settings, headline, reason, samples, tiles, use
 from grpo_fast.report.plots import PICTURES
 from grpo_fast.report.run import Run
 
@@ -98,6 +98,17 @@ def test_an_unfinished_run_has_a_report(make_run: MakeRun, monkeypatch: pytest.M
     assert "There is no forecast yet" in text
     assert "No completions were kept" in text
     assert "config.toml is missing" in text
+
+
+def test_the_checkpoint_to_take_is_named(make_run: MakeRun) -> None:
+    path = make_run(steps=40, stopped_by="forecast")
+    assert use(Run.load(path)) == ""
+    summary = json.loads((path / "summary.json").read_text())
+    chosen = {"checkpoint": "checkpoint-30", "step": 30, "reward": 0.75, "by": "held-out reward"}
+    (path / "summary.json").write_text(json.dumps(summary | {"use": chosen}))
+    told = "The model to use is checkpoint-30, the best of those saved: held-out reward 0.750."
+    assert use(Run.load(path)) == told
+    assert told in write_report(path).read_text()
 
 
 def test_what_is_believed_of_an_unfinished_run_is_told(make_run: MakeRun) -> None:
