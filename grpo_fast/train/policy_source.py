@@ -26,7 +26,13 @@ from grpo_fast.train.checkpointing import checkpoint_layers
 from grpo_fast.train.compiled import compile_layers, require_compiler
 from grpo_fast.train.liger import require_liger, use_liger_kernels
 from grpo_fast.train.policy import Policy
-from grpo_fast.train.quantised import keep_as_loaded, loading_arguments, refuse_ragged_blocks, require_bitsandbytes
+from grpo_fast.train.quantised import (
+    keep_as_loaded,
+    loading_arguments,
+    refuse_ragged_blocks,
+    require_bitsandbytes,
+    tell_what_is_left,
+)
 from grpo_fast.train.text_part import freeze_beside_text
 
 _DEFAULT_CONTEXT = 4096
@@ -126,6 +132,7 @@ class PolicySource:
         model: Any = self._read(AutoModelForCausalLM, dtype=dtype, **attention, **quantised)
         if quantised:
             keep_as_loaded(model)
+            tell_what_is_left(model)
         if config.use_liger_kernel:
             use_liger_kernels(model)
         _disable_dropout(model)

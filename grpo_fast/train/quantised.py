@@ -8,6 +8,7 @@ Source: Dettmers et al. 2023 (arXiv:2305.14314).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
@@ -18,6 +19,7 @@ import torch
 from grpo_fast.config import Config, ConfigError
 
 _BLOCK = 64
+_log = logging.getLogger(__name__)
 
 
 def require_bitsandbytes(field: str) -> None:
@@ -76,6 +78,19 @@ def keep_as_loaded(model: torch.nn.Module) -> None:
     """
     for layer in _layers(model):
         layer.support_avx512bf16_for_cpu = False
+
+
+def tell_what_is_left(model: torch.nn.Module) -> None:
+    """Says which weights are in four bits no more than before: experts that transformers stacks are in no linear layer."""
+    left = [(name, weight) for name, weight in model.named_parameters() if weight.ndim > 2]
+    if left:
+        name, weight = left[0]
+        _log.warning(
+            "load_in_4bit: %.1f million weights stay in %s, since bitsandbytes quantises linear layers alone (%s, ...)",
+            sum(weight.numel() for _, weight in left) / 1e6,
+            str(weight.dtype).removeprefix("torch."),
+            name,
+        )
 
 
 def make_shardable(model: torch.nn.Module) -> None:

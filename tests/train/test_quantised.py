@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3MoeConfig,
+)
 
 from grpo_fast.compute import ModelShape
 from grpo_fast.config import Config, ConfigError
@@ -68,6 +75,23 @@ def test_the_base_is_in_four_bits_but_for_head_embedding_and_norms(nested: bool,
     shape, whole = ModelShape.from_model(policy.model), ModelShape.from_model(plain.model)
     assert (shape.body_params, shape.head_params) == (whole.body_params, whole.head_params)
     assert count_parameters(policy.model) == count_parameters(plain.model)
+
+
+@needs_bitsandbytes
+def test_experts_that_stay_as_they_are_are_told(
+    wide_config: Callable[..., Config],
+    sizes: dict[str, Any],
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    load(wide_config(**FOUR_BIT))
+    assert caplog.text == ""
+    experts = {"hidden_size": 64, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes | experts)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    load(wide_config(model=str(tmp_path), **FOUR_BIT))
+    assert "load_in_4bit: 0.1 million weights stay in float32, since bitsandbytes quantises linear layers alone" in caplog.text
 
 
 @needs_bitsandbytes
