@@ -86,7 +86,7 @@ def test_experts_that_stay_as_they_are_are_told(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     load(wide_config(**FOUR_BIT))
-    assert caplog.text == ""
+    assert not any(record.name.startswith("grpo_fast") for record in caplog.records)
     experts = {"hidden_size": 64, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
     AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes | experts)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
