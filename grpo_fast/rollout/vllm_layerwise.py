@@ -103,8 +103,25 @@ class LayerwiseReceiver(WeightTransferEngine):  # type: ignore[misc]
         self._names_known = True
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Loads some of the weights, whose memory must stay as it is until their layers are complete."""
-        loaded = self.model.load_weights(weights)
+        """Loads some of the weights, whose memory must stay as it is until their layers are complete.
+
+        Raises:
+            RuntimeError: the engine's model has no place for one; vLLM's own error need not say for which.
+        """
+        last = ""
+
+        def note(named: tuple[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
+            nonlocal last
+            last = f"{named[0]} of shape {list(named[1].shape)}"
+            return named
+
+        try:
+            loaded = self.model.load_weights(map(note, weights))
+        except (AssertionError, KeyError, ValueError, RuntimeError) as error:
+            raise RuntimeError(
+                f"the engine's {type(self.model).__name__} has no place for the policy's {last} ({type(error).__name__}: "
+                f"{error}); it must be built from the policy's configuration"
+            ) from error
         if loaded is None:
             self._names_known = False
         else:

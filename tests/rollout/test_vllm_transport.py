@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -137,6 +138,25 @@ def test_a_weight_that_does_not_come_is_named(embedded: Any, monkeypatch: pytest
         vllm.finish(9)
     assert vllm.weight_version() == 0
     vllm.undo()
+
+
+def test_a_weight_for_which_there_is_no_place_is_named(embedded: Any) -> None:
+    """As where a server has another model."""
+    from grpo_fast.rollout.vllm_layerwise import PolicyWeights
+    from grpo_fast.rollout.vllm_transport import SharedMemoryInit, SharedMemorySender
+
+    embedded.engine.sync_weights(embedded.model, 7)
+    wider = copy.deepcopy(embedded.model)
+    wider.resize_token_embeddings(wider.config.vocab_size + 64, mean_resizing=False)
+    vllm = embedded.engine._vllm
+    sender = SharedMemorySender.trainer_init(
+        SharedMemoryInit(rank=0), client=vllm._sender.client, source=PolicyWeights(wider, torch.float32)
+    )
+    shape = re.escape(str(list(wider.get_input_embeddings().weight.shape)))
+    with pytest.raises(RuntimeError, match=rf"no place for the policy's model\.embed_tokens\.weight of shape {shape}"):
+        sender.send_weights()
+    vllm.undo()
+    assert embedded.engine.sync_weights(embedded.model, 8)["sync/probe_kl"] < 1e-8
 
 
 def test_an_engine_that_another_trainer_took_since_is_taken_back_and_never_read_from_its_memory(
