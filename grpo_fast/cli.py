@@ -101,6 +101,8 @@ def train(
     if summary["use"] is not None:
         use = summary["use"]
         told = f"the model to use: {run / use['checkpoint']} ({use['by']} {use['reward']:.3f})"
+        if settings.use_peft:
+            told += f"; its adapters are merged by `grpo-fast export {run} --output DIRECTORY`"
         console.print(told, highlight=False, markup=False, soft_wrap=True)
     return report(run) if settings.report else 0
 

@@ -331,7 +331,9 @@ def test_doctor_speaks(shell: Shell) -> None:
 
 @pytest.mark.slow
 def test_a_lora_run_is_exported_as_a_plain_model(shell: Shell) -> None:
-    assert shell(f"train {SMALL} --use-peft --lora-r 4 --lora-target-modules q_proj --output-dir adapted")[0] == 0
+    code, out, _ = shell(f"train {SMALL} --use-peft --lora-r 4 --lora-target-modules q_proj --output-dir adapted")
+    assert code == 0
+    assert "its adapters are merged by `grpo-fast export adapted --output DIRECTORY`" in in_words(out)
     code, out, _ = shell("export adapted --output whole")
     assert code == 0
     assert "wrote whole, merged from adapted/checkpoint-2" in out
