@@ -6,8 +6,9 @@ Output directory, rewards, data and tokeniser are checked before the weights are
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
@@ -148,6 +149,24 @@ class Replacements(TypedDict, total=False):
     """In place of the default forecaster."""
     sinks: Sequence[Sink]
     """In place of ``config.sinks``; the run's own files are always written."""
+
+
+def check_given(config: object, given: Mapping[str, Any]) -> None:
+    """Refuses arguments that would do nothing, as those of a script of TRL's.
+
+    Raises:
+        TypeError: ``config`` is no configuration, or there is no part of a name; the nearest one is given.
+    """
+    if not isinstance(config, Config):
+        raise TypeError(f"a trainer's first argument is a Config, not {config!r:.80}; make one by Config(...) or recipe(...)")
+    known = Replacements.__annotations__
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise TypeError(
+                f"a trainer has no part {name!r} to be given; {hint}There are: {', '.join(known)}; all else is in Config"
+            )
 
 
 def build_parts(config: Config, given: Replacements, *, resume: bool, world: World = ALONE) -> Parts:

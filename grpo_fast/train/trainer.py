@@ -30,7 +30,7 @@ from grpo_fast.train.evaluate import evaluate, probe
 from grpo_fast.train.interrupt import InterruptFlag
 from grpo_fast.train.optim import build_optimizer, learning_rate_at, progress_schedule
 from grpo_fast.train.oversight import Oversight, Verdict
-from grpo_fast.train.parts import Parts, Replacements, build_parts, check_resumable, takes_up_run
+from grpo_fast.train.parts import Parts, Replacements, build_parts, check_given, check_resumable, takes_up_run
 from grpo_fast.train.policy import Policy
 from grpo_fast.train.policy_source import pick_device
 from grpo_fast.train.rng import load_rng_state, rng_state
@@ -75,7 +75,9 @@ class GRPOTrainer:
 
         Raises:
             ConfigError: something in the configuration cannot work; the message names it and the fix.
+            TypeError: ``config`` is no configuration, or there is no such part to give.
         """
+        check_given(config, given)
         self.config = config
         self._world = world = World.join(pick_device(config.device), timeout_s=config.ddp_timeout_s)
         resume = resume or world.once(lambda: is_restart(config.output_dir) or takes_up_run(config))

@@ -15,6 +15,7 @@ from grpo_fast.config import Config, ConfigError
 from grpo_fast.rollout.vllm_environment import held_port
 from grpo_fast.run_dir import CONFIG_FILE
 from grpo_fast.tasks.task import Task
+from grpo_fast.train import GRPOTrainer
 from grpo_fast.train.parts import Parts, _check_ranks, build_parts, check_resumable
 
 MakeConfig = Callable[..., Config]
@@ -198,6 +199,20 @@ def test_what_is_odd_about_the_data_is_told_where_a_run_begins(tmp_path: Path) -
     assert [event["event"] for event in events] == ["warn", "warn"]
     assert "1 of 1 held-out prompts are trained on too" in events[0]["message"]
     assert "prompts_per_step=3 is more than the 1 prompts" in events[1]["message"]
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "told"),
+    [
+        (Config(), {"reward_func": []}, r"no part 'reward_func' to be given; did you mean 'reward_funcs'\?"),
+        (Config(), {"args": 1}, r"no part 'args' to be given; There are: reward_funcs, task, .*all else is in Config"),
+        ("Qwen/Qwen3-0.6B", {}, r"first argument is a Config, not 'Qwen/Qwen3-0.6B'; make one"),
+        ({"model": "embedded"}, {}, r"not \{'model': 'embedded'\}"),
+    ],
+)
+def test_arguments_that_would_do_nothing_are_refused(config: Any, given: dict[str, Any], told: str) -> None:
+    with pytest.raises(TypeError, match=told):
+        GRPOTrainer(config, **given)
 
 
 def test_money_needs_a_price(build: Any) -> None:
