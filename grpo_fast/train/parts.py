@@ -34,6 +34,7 @@ from grpo_fast.train.optim import check_optimizer
 from grpo_fast.train.plan_memory import check_room
 from grpo_fast.train.policy import BasePolicy, Policy, Scorer, count_parameters
 from grpo_fast.train.policy_source import PolicySource, pick_device
+from grpo_fast.train.resumable import LIMITS
 from grpo_fast.train.sharding import ShardedPolicy, check_sharding, spread
 from grpo_fast.train.shares import MainEngine, Rewards, SharedEngine, SharedRewards
 from grpo_fast.train.streaming import streams_weights
@@ -41,29 +42,6 @@ from grpo_fast.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_CHANGEABLE = {
-    *(f"max_{name}" for name in ("steps", "tokens", "flops", "gpu_hours", "wall_hours", "money", "energy_kwh")),
-    "price_per_gpu_hour",
-    *(f"forecast{name}" for name in ("", "_epsilon", "_confidence", "_patience", "_min_steps", "_reward_value", "_prior")),
-    *("baseline_probe", "collapse_action"),
-    "reward_range",
-    *(
-        "output_dir",
-        "overwrite",
-        "resume_if_exists",
-        "eval_steps",
-        "save_steps",
-        "save_total_limit",
-        "sinks",
-        "log_completions",
-        "report",
-    ),
-    *("reward_timeout_s", "reward_workers", "reward_on_error", "tokens_per_microbatch", "device", "dtype"),
-    *("vllm_gpu_memory_utilization", "vllm_kv_cache_gib", "vllm_server_urls", "vllm_own_process", "vllm_transport"),
-    "vllm_enable_sleep_mode",
-    *("sync_deadline_s", "ddp_timeout_s", "fsdp", "fsdp_offload_params", "fsdp_parallel_head"),
-}
 
 
 @dataclass
@@ -301,32 +279,6 @@ def load_prior(config: Config) -> Prior:
         raise ConfigError(f"forecast_prior: {error}") from error
 
 
-def check_resumable(saved: Config, wanted: Config) -> None:
-    """Refuses changes that would make a resumed run another run.
-
-    Raises:
-        ConfigError: such a change; fields and both values are named.
-    """
-    before, after = saved.model_dump(), wanted.model_dump()
-    changed = [name for name in before if before[name] != after[name] and name not in _CHANGEABLE]
-    if changed:
-        listed = ", ".join(f"{name} ({before[name]!r} -> {after[name]!r})" for name in changed)
-        raise ConfigError(f"a resumed run cannot change {listed}; start a new run with another --output-dir")
-
-
-def takes_up_run(config: Config) -> bool:
-    """Whether there is a run in ``output_dir`` that is to be gone on with without being named.
-
-    Raises:
-        ConfigError: there is one, and ``config`` would make another of it.
-    """
-    file = config.output_dir / CONFIG_FILE
-    if not config.resume_if_exists or not file.exists():
-        return False
-    check_resumable(Config.from_toml(file), config)
-    return True
-
-
 def _holds_run(config: Config) -> bool:
     """Whether ``output_dir`` holds a run that may be replaced; anything else that stands in the way is an error."""
     run = config.output_dir
@@ -345,9 +297,7 @@ def _holds_run(config: Config) -> bool:
 
 
 def _build_budget(config: Config, given: Budget | None) -> Budget:
-    limits = {
-        name: getattr(config, name) for name in type(config).model_fields if name.startswith("max_") and name in _CHANGEABLE
-    }
+    limits = {name: getattr(config, name) for name in LIMITS}
     budget = given or Budget.from_config(**limits)
     if budget.money is not None and config.price_per_gpu_hour == 0:
         raise ConfigError(f"a budget of money ({budget.money:g}) needs price_per_gpu_hour above 0")

@@ -20,7 +20,6 @@ from grpo_fast.law import AlarmState, Forecast, Spending, StopDecision
 from grpo_fast.metrics import PhaseTimer, mean_known
 from grpo_fast.rewards import RewardError
 from grpo_fast.rollout import RolloutError, WeightSyncError
-from grpo_fast.run_dir import CONFIG_FILE
 from grpo_fast.train.ahead import Rollouts
 from grpo_fast.train.best import BestCheckpoints, way_back
 from grpo_fast.train.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
@@ -30,9 +29,10 @@ from grpo_fast.train.evaluate import evaluate, probe
 from grpo_fast.train.interrupt import InterruptFlag
 from grpo_fast.train.optim import build_optimizer, learning_rate_at, progress_schedule
 from grpo_fast.train.oversight import Oversight, Verdict
-from grpo_fast.train.parts import Parts, Replacements, build_parts, check_given, check_resumable, takes_up_run
+from grpo_fast.train.parts import Parts, Replacements, build_parts, check_given
 from grpo_fast.train.policy import Policy
 from grpo_fast.train.policy_source import pick_device
+from grpo_fast.train.resumable import check_resumable, config_of, takes_up_run
 from grpo_fast.train.rng import load_rng_state, rng_state
 from grpo_fast.train.step import Learner, NonFiniteGradientError, UpdateResult
 from grpo_fast.train.summary import Ending, Outcome, write_summary
@@ -127,7 +127,7 @@ class GRPOTrainer:
             ConfigError: no such run, or a change that would make it another run.
             CheckpointError: the newest checkpoint is damaged.
         """
-        saved = Config.from_toml(Path(run_dir) / CONFIG_FILE)
+        saved = config_of(run_dir)
         wanted = (config or saved).replace(output_dir=Path(run_dir))
         check_resumable(saved, wanted)
         return cls(wanted, resume=True, **given)

@@ -16,7 +16,7 @@ from grpo_fast.rollout.vllm_environment import held_port
 from grpo_fast.run_dir import CONFIG_FILE
 from grpo_fast.tasks.task import Task
 from grpo_fast.train import GRPOTrainer
-from grpo_fast.train.parts import Parts, _check_ranks, build_parts, check_resumable
+from grpo_fast.train.parts import Parts, _check_ranks, build_parts
 
 MakeConfig = Callable[..., Config]
 
@@ -248,28 +248,6 @@ def test_a_reference_is_a_second_copy_of_the_weights(build: Any) -> None:
     assert all(ours[name].data_ptr() != theirs[name].data_ptr() for name in ours)
     assert all(ours[name].equal(theirs[name]) for name in ours)
     assert build().reference is None
-
-
-def test_what_makes_another_run_is_refused_on_resume() -> None:
-    saved = Config(max_steps=10, seed=1)
-    with pytest.raises(ConfigError, match=r"a resumed run cannot change learning_rate \(1e-06 -> 0\.1\), seed \(1 -> 2\)"):
-        check_resumable(saved, saved.replace(seed=2, learning_rate=0.1, max_steps=20))
-
-
-def test_limits_and_output_may_change_on_resume() -> None:
-    saved = Config(max_steps=10)
-    changes: dict[str, Any] = {
-        "max_steps": 20,
-        "max_money": 3.0,
-        "price_per_gpu_hour": 1.0,
-        "forecast": "off",
-        "forecast_epsilon": 0.5,
-        "save_steps": 1,
-        "sinks": (),
-        "reward_workers": 0,
-        "tokens_per_microbatch": 64,
-    }
-    check_resumable(saved, saved.replace(**changes))
 
 
 def test_what_begins_is_told_in_one_line(build: Any) -> None:

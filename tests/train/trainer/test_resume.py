@@ -221,7 +221,7 @@ def test_resuming_may_move_the_end(whole: Straight, make: Make, resume: Make, tm
 
 
 def test_resuming_what_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"cannot read the configuration .*nowhere"):
+    with pytest.raises(ConfigError, match=r"there is no run in .*nowhere"):
         GRPOTrainer.resume(tmp_path / "nowhere")
 
 

@@ -1,0 +1,70 @@
+"""Which settings of a run may change when it is gone on with, and whether there is one to go on with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from grpo_fast.config import Config, ConfigError
+from grpo_fast.run_dir import CONFIG_FILE
+
+LIMITS = tuple(f"max_{name}" for name in ("steps", "tokens", "flops", "gpu_hours", "wall_hours", "money", "energy_kwh"))
+"""Settings that bound what a run may use."""
+_CHANGEABLE = {
+    *LIMITS,
+    "price_per_gpu_hour",
+    *(f"forecast{name}" for name in ("", "_epsilon", "_confidence", "_patience", "_min_steps", "_reward_value", "_prior")),
+    *("baseline_probe", "collapse_action"),
+    "reward_range",
+    *(
+        "output_dir",
+        "overwrite",
+        "resume_if_exists",
+        "eval_steps",
+        "save_steps",
+        "save_total_limit",
+        "sinks",
+        "log_completions",
+        "report",
+    ),
+    *("reward_timeout_s", "reward_workers", "reward_on_error", "tokens_per_microbatch", "device", "dtype"),
+    *("vllm_gpu_memory_utilization", "vllm_kv_cache_gib", "vllm_server_urls", "vllm_own_process", "vllm_transport"),
+    "vllm_enable_sleep_mode",
+    *("sync_deadline_s", "ddp_timeout_s", "fsdp", "fsdp_offload_params", "fsdp_parallel_head"),
+}
+
+
+def config_of(run_dir: str | Path) -> Config:
+    """The configuration that a run has left in its directory.
+
+    Raises:
+        ConfigError: there is no run, or its configuration cannot be read.
+    """
+    file = Path(run_dir) / CONFIG_FILE
+    if not file.exists():
+        raise ConfigError(f"there is no run in {run_dir}: no {CONFIG_FILE} is there; give the output_dir of a run")
+    return Config.from_toml(file)
+
+
+def check_resumable(saved: Config, wanted: Config) -> None:
+    """Refuses changes that would make a resumed run another run.
+
+    Raises:
+        ConfigError: such a change; fields and both values are named.
+    """
+    before, after = saved.model_dump(), wanted.model_dump()
+    changed = [name for name in before if before[name] != after[name] and name not in _CHANGEABLE]
+    if changed:
+        listed = ", ".join(f"{name} ({before[name]!r} -> {after[name]!r})" for name in changed)
+        raise ConfigError(f"a resumed run cannot change {listed}; start a new run with another --output-dir")
+
+
+def takes_up_run(config: Config) -> bool:
+    """Whether there is a run in ``output_dir`` that is to be gone on with without being named.
+
+    Raises:
+        ConfigError: there is one, and ``config`` would make another of it.
+    """
+    if not config.resume_if_exists or not (config.output_dir / CONFIG_FILE).exists():
+        return False
+    check_resumable(config_of(config.output_dir), config)
+    return True

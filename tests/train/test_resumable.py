@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_fast.config import Config, ConfigError
+from grpo_fast.run_dir import CONFIG_FILE
+from grpo_fast.train import GRPOTrainer
+from grpo_fast.train.resumable import check_resumable, takes_up_run
+
+
+def test_what_makes_another_run_is_refused_on_resume() -> None:
+    saved = Config(max_steps=10, seed=1)
+    with pytest.raises(ConfigError, match=r"a resumed run cannot change learning_rate \(1e-06 -> 0\.1\), seed \(1 -> 2\)"):
+        check_resumable(saved, saved.replace(seed=2, learning_rate=0.1, max_steps=20))
+
+
+def test_limits_and_output_may_change_on_resume() -> None:
+    saved = Config(max_steps=10)
+    changes: dict[str, Any] = {
+        "max_steps": 20,
+        "max_money": 3.0,
+        "price_per_gpu_hour": 1.0,
+        "forecast": "off",
+        "forecast_epsilon": 0.5,
+        "save_steps": 1,
+        "sinks": (),
+        "reward_workers": 0,
+        "tokens_per_microbatch": 64,
+    }
+    check_resumable(saved, saved.replace(**changes))
+
+
+def test_where_there_is_no_run_none_is_gone_on_with(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"there is no run in .*: no config.toml is there; give the output_dir"):
+        GRPOTrainer.resume(tmp_path)
+
+
+def test_a_run_is_taken_up_where_there_is_one_and_it_is_wanted(tmp_path: Path) -> None:
+    config = Config(output_dir=tmp_path, resume_if_exists=True, seed=3)
+    assert not takes_up_run(config)
+    (tmp_path / CONFIG_FILE).write_text(config.to_toml(), encoding="utf-8")
+    assert takes_up_run(config.replace(max_steps=7))
+    assert not takes_up_run(config.replace(resume_if_exists=False))
+    with pytest.raises(ConfigError, match=r"a resumed run cannot change seed \(3 -> 4\)"):
+        takes_up_run(config.replace(seed=4))
