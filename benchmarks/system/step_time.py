@@ -241,7 +241,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--model", default="embedded")
-    parser.add_argument("--memory-steps", type=int, default=20, help="steps of each trainer alone; 0 leaves peak memory out")
+    parser.add_argument("--memory-steps", type=int, default=90, help="steps of each trainer alone; 0 leaves peak memory out")
     parser.add_argument("--machine", default="", help="what else to say of the machine: shared, clocks locked, ...")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
