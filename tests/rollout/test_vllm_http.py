@@ -347,6 +347,10 @@ def test_a_run_over_servers_ends_with_a_checkpoint_where_one_dies(
     with GRPOTrainer.resume(tmp_path, config=config.replace(vllm_server_urls=(servers[0].url,))) as trainer:
         third = next(trainer.steps())
         assert (third.step, third.metrics["sync/version"]) == (3, 3)
+    seen = [group.prompt.index for step in (first, second, third) for group in step.groups]
+    with GRPOTrainer(config.replace(rollout="transformers", vllm_server_urls=(), output_dir=tmp_path / "straight")) as trainer:
+        steps = trainer.steps()
+        assert seen == [group.prompt.index for _ in range(3) for group in next(steps).groups], "lost or repeated prompts"
 
 
 def test_a_server_that_dies_in_a_rollout_is_named_at_once(servers: Any) -> None:
