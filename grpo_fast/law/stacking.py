@@ -12,14 +12,16 @@ with S the sum of squares that a fit leaves. So a run that no shape follows fall
 that none foretold, or that has hardly begun, on the posterior.
 
 The third is the mean over every rising shape by bounded least squares and over no rise at all, each as likely as it fits less
-Schwarz's price of its rise, and each class of shapes as likely as another. Where it misses the mean of what came last by more
-than noise, it is moved by what it misses. It carries the noise of a young run on, but the less is left to be carried on, the
-less a prior knows that the run itself does not tell: from the middle on it takes over, with odds of
+Schwarz's price of its rise, and each class of shapes as likely as another. The newest reward counts as each fit to the others
+foretells it: a rise that rests on one reward is no likelier than none, and costs its price. Where the mean misses what came
+last by far more than noise, it is moved by what it misses. It carries the noise of a young run on, but the less is left to be
+carried on, the less a prior knows that the run itself does not tell: from the middle on it takes over, with odds of
 
-    2 (x / (1 - x))^4 n / (n + 10)    at progress x.
+    4 (x / (1 - x))^6 n / (n + 10)    at progress x.
 
-Source: prequential weights are Dawid's (1984), the price is that of Schwarz (1978); the two-fifths and the constants were
-chosen on published curves, repository by repository left out (``benchmarks/law``).
+Source: prequential weights are Dawid's (1984), the price is that of Schwarz (1978), errors without the reward itself follow
+Allen (1974); the two-fifths and the constants were chosen on published curves, repository by repository left out
+(``benchmarks/law``).
 """
 
 from __future__ import annotations
@@ -48,8 +50,9 @@ _BLOCKS = 4
 _FEWEST = 5
 _FULL_RECORD, _STRIDE = 20, 1.05
 _TRUST, _NEAR, _DOUBT = 0.01, 0.015, 10.0
-_ODDS, _STEEPNESS = 2.0, 4
-_DOUBT_OF_SHIFT = 16.0
+_ODDS, _STEEPNESS = 4.0, 6
+_DOUBT_OF_SHIFT = 64.0
+_ALONE = 1.0 - 1e-6  # leverage of a reward that nothing but itself explains
 _SD_OF_JUMP = 0.5 * math.sqrt(math.pi)  # of a normal, over the mean distance of two
 _FADE = 0.05
 _SDS_OF_WIDTH = 3.29
@@ -96,6 +99,7 @@ class Stack:
     def __init__(self) -> None:
         self._places: list[float] = []
         self._sums = [0.0]
+        self._newest = 0.0
         self._jumps = 0.0
         self._records: list[tuple[int, Array]] = []
 
@@ -111,6 +115,7 @@ class Stack:
             self._jumps += abs(reward - self._mean(len(self._places) - 1, len(self._places)))
         self._places.append(posterior.progress)
         self._sums.append(self._sums[-1] + reward)
+        self._newest = reward
         size = len(self._places)
         if size > 1 and (size <= _FULL_RECORD or size >= self._records[-1][0] * _STRIDE):
             self._records.append((size, self._plain(*least_squares(posterior, bounds))[0]))
@@ -167,13 +172,12 @@ class Stack:
         """(65,) mean over all rising shapes and over none, moved to where the run is now."""
         size, count = len(self._places), self._num_recent()
         evidence = size / (1.0 + size / EVIDENCE_STEPS)
-        one, y, yy = posterior.sums()[0]
-        level = y / one
-        log_fit = -0.5 * evidence * np.log(np.maximum(np.append(loss, yy - y * level), _TINY))
+        asked = _asked_for_newest(posterior, self._newest, start, end, loss)
+        log_fit = -0.5 * evidence * np.log(np.maximum(asked, _TINY))
         log_fit[:-1] += _LOG_CLASS - 0.5 * np.log(evidence)
         weight = np.exp(log_fit - log_fit.max())
         weight /= weight.sum()
-        curve = weight[:-1] @ (start[:, None] + (end - start)[:, None] * _TABLE) + weight[-1] * (level + posterior.centre)
+        curve = weight[:-1] @ (start[:, None] + (end - start)[:, None] * _TABLE) + weight[-1] * _level(posterior)
         away = -float(self._missed(curve[None], size - count)[0])
         noise = (_SD_OF_JUMP * self._jumps / (size - 1)) ** 2 / count  # one jump of the run itself hardly shows in it
         return np.asarray(curve + away**3 / max(away**2 + _DOUBT_OF_SHIFT * noise, _TINY))
@@ -187,8 +191,32 @@ def bounds_of(reward_range: tuple[float, float] | None, seen: tuple[float, float
     return seen[0] - margin, seen[1] + margin
 
 
+def _level(posterior: Posterior) -> float:
+    one, y, _ = posterior.sums()[0]
+    return float(y / one + posterior.centre)
+
+
+def _asked_for_newest(posterior: Posterior, newest: float, start: Array, end: Array, loss: Array) -> Array:
+    """(R + 1,) sums of squares of every rising shape and of no rise, the newest reward foretold by the fit to the others.
+
+    A fit that leaves ``r`` of a reward of leverage ``h`` misses it by ``r / (1 - h)`` when it is not told it. One that has the
+    rise from that reward alone foretells nothing else than the mean, which is also the most that any is charged.
+    """
+    (one, y, yy), shaped = posterior.sums()
+    mean_u, at = shaped[0, _RISING] / one / _ASYMPTOTE, GRID.rise(np.array([posterior.progress]))[_RISING, 0] / _ASYMPTOTE
+    scatter = shaped[1, _RISING] / _ASYMPTOTE**2 - one * mean_u**2
+    leverage = (1.0 / one + (at - mean_u) ** 2 / np.maximum(scatter, _TINY)) / posterior.noise
+    left, off = newest - start - (end - start) * at, newest - _level(posterior)
+    worst = (off / (1.0 - 1.0 / (one * posterior.noise))) ** 2
+    foretold = np.where(leverage < _ALONE, (left / np.maximum(1.0 - leverage, 1.0 - _ALONE)) ** 2, worst)
+    missed = np.append(np.maximum(np.minimum(foretold, worst), left**2) - left**2, worst - off**2)
+    return np.asarray(np.append(loss, yy - y**2 / one) + missed / posterior.noise)
+
+
 def least_squares(posterior: Posterior, bounds: tuple[float, float]) -> tuple[Array, Array, Array]:
     """Every rising shape, fitted to a run from its running sums, start and end inside their bounds.
+
+    A shape of which the run tells nothing yet (all of its rise is to come, or was over before) is fitted as a level.
 
     Args:
         posterior: the sums, of which those without drift are used.
@@ -212,14 +240,15 @@ def least_squares(posterior: Posterior, bounds: tuple[float, float]) -> tuple[Ar
         return np.asarray(np.clip((product - fixed * ab) / np.maximum(own, _TINY), low, high), dtype=np.float64)
 
     determinant = aa * uu - ab**2
-    solvable = determinant > 1e-9 * aa * uu
-    safe = np.where(solvable, determinant, 1.0)
-    start, end = (uu * ay - ab * uy) / safe, (aa * uy - ab * ay) / safe
-    inside = solvable & (np.minimum(start, end) >= low) & (np.maximum(start, end) <= high)
+    told = determinant > 1e-9 * aa * uu
+    safe, level = np.where(told, determinant, 1.0), np.clip(y / one, low, high)
+    start, end = np.where(told, (uu * ay - ab * uy) / safe, level), np.where(told, (aa * uy - ab * ay) / safe, level)
+    inside = (np.minimum(start, end) >= low) & (np.maximum(start, end) <= high)
     tried = [(start, end, np.where(inside, loss(start, end), np.inf))]
     for edge in (np.full_like(aa, low), np.full_like(aa, high)):
         best_end, best_start = other(edge, uu, uy), other(edge, aa, ay)
-        tried += [(edge, best_end, loss(edge, best_end)), (best_start, edge, loss(best_start, edge))]
+        pairs = ((edge, best_end), (best_start, edge))
+        tried += [(*pair, np.where(told, loss(*pair), np.inf)) for pair in pairs]
     starts, ends, losses = (np.stack(column) for column in zip(*tried, strict=True))
     pick = losses.argmin(axis=0)[None]
     start, end, left = (np.take_along_axis(rows, pick, axis=0)[0] for rows in (starts, ends, losses))
