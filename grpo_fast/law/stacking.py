@@ -52,6 +52,7 @@ _FULL_RECORD, _STRIDE = 20, 1.05
 _TRUST, _NEAR, _DOUBT = 0.01, 0.015, 10.0
 _ODDS, _STEEPNESS = 4.0, 6
 _DOUBT_OF_SHIFT = 64.0
+_LEAST_SEEN = 1e-3  # of a rise: standard deviation of the shape over the rewards
 _ALONE = 1.0 - 1e-6  # leverage of a reward that nothing but itself explains
 _SD_OF_JUMP = 0.5 * math.sqrt(math.pi)  # of a normal, over the mean distance of two
 _FADE = 0.05
@@ -216,7 +217,7 @@ def _asked_for_newest(posterior: Posterior, newest: float, start: Array, end: Ar
 def least_squares(posterior: Posterior, bounds: tuple[float, float]) -> tuple[Array, Array, Array]:
     """Every rising shape, fitted to a run from its running sums, start and end inside their bounds.
 
-    A shape of which the run tells nothing yet (all of its rise is to come, or was over before) is fitted as a level.
+    A shape of which the run tells nothing (its rise is to come, or was over before the first reward) is fitted as a level.
 
     Args:
         posterior: the sums, of which those without drift are used.
@@ -240,7 +241,7 @@ def least_squares(posterior: Posterior, bounds: tuple[float, float]) -> tuple[Ar
         return np.asarray(np.clip((product - fixed * ab) / np.maximum(own, _TINY), low, high), dtype=np.float64)
 
     determinant = aa * uu - ab**2
-    told = determinant > 1e-9 * aa * uu
+    told = determinant > (_LEAST_SEEN * one) ** 2
     safe, level = np.where(told, determinant, 1.0), np.clip(y / one, low, high)
     start, end = np.where(told, (uu * ay - ab * uy) / safe, level), np.where(told, (aa * uy - ab * ay) / safe, level)
     inside = (np.minimum(start, end) >= low) & (np.maximum(start, end) <= high)
