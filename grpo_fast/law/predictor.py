@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -31,6 +31,7 @@ _MIN_RECENT = 10
 _START_ERROR = 0.05
 _RECENCY, _RECENCY_OFFSET = 0.4, 0.02  # no shape is true all along: what lies far back says less of the end
 _FIRST = 3
+_REACH = 2.0  # spans of what was seen, on either side: humps of an unbounded reward fall without end
 
 
 @dataclass(frozen=True)
@@ -197,8 +198,13 @@ class OnlinePredictor:
         return self._stack.say(self.posterior, bounds_of(self.reward_range, self._extremes), self._unit)
 
     def believed(self) -> Believed:
-        """The prior in this run's units."""
-        return self.prior.believed(self.facts, self.scale, horizon=self.horizon)
+        """The prior in this run's units; where no range is known, the end lies within reach of what was seen."""
+        known = self.prior.believed(self.facts, self.scale, horizon=self.horizon)
+        if self.reward_range is not None or not self.rows:
+            return known
+        low, high = self._extremes
+        reach = _REACH * max(high - low, self.epsilon)
+        return replace(known, low=low - reach, high=high + reach)
 
     def levels(self, progress: Array) -> tuple[Array, Array]:
         """Mean rewards at (K,) places of the budget as a weighted sample of whole runs: (N, K) values and (N,) weights."""

@@ -17,7 +17,11 @@ foretells it: a rise that rests on one reward is no likelier than none, and cost
 last by far more than noise, it is moved by what it misses. It carries the noise of a young run on, but the less is left to be
 carried on, the less a prior knows that the run itself does not tell: from the middle on it takes over, with odds of
 
-    4 (x / (1 - x))^6 n / (n + 10)    at progress x.
+    4 (x / (1 - x))^6 n / (n + 10)    at progress x,
+
+as far as it fits: its share is divided by 1 + ((m - 1) / 4)^4 where the newest fifth, but for the reward that is farthest off,
+scatters about it with m > 1 times the variance that neighbours have. So runs that no single rise follows (second rises, jumps,
+falls) are left to the posterior, which knows drift.
 
 Source: prequential weights are Dawid's (1984), the price is that of Schwarz (1978), errors without the reward itself follow
 Allen (1974); the two-fifths and the constants were chosen on published curves, repository by repository left out
@@ -33,6 +37,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from grpo_fast.law.clock import RECENT
 from grpo_fast.law.forms import Array
 from grpo_fast.law.posterior import EVIDENCE_STEPS, GRID, Posterior
 
@@ -44,14 +49,16 @@ _ASYMPTOTE = GRID.asymptote[: GRID.num_rising]
 _TABLE: Array = GRID.rise(_PLACES)[: GRID.num_rising] / _ASYMPTOTE[:, None]
 _LOG_CLASS: Array = -np.log(GRID.num_in_class[GRID.classes[: GRID.num_rising]])
 _HALF_SPAN = 0.5  # beyond what was seen, where the range is unknown; as the rivals' fits have it
-_RECENT, _MIN_RECENT = 0.2, 3
+_MIN_RECENT = 3
 _ASKED = (0.4, 0.6)
 _BLOCKS = 4
 _FEWEST = 5
 _FULL_RECORD, _STRIDE = 20, 1.05
 _TRUST, _NEAR, _DOUBT = 0.01, 0.015, 10.0
 _ODDS, _STEEPNESS = 4.0, 6
-_DOUBT_OF_SHIFT = 64.0
+_DOUBT_OF_SHIFT = 36.0
+_DOUBT_OF_FIT, _SHARPNESS = 4.0, 4
+_LEAST_NOISE = 1e-3  # of the range
 _LEAST_SEEN = 1e-3  # of a rise: standard deviation of the shape over the rewards
 _ALONE = 1.0 - 1e-6  # leverage of a reward that nothing but itself explains
 _SD_OF_JUMP = 0.5 * math.sqrt(math.pi)  # of a normal, over the mean distance of two
@@ -128,20 +135,21 @@ class Stack:
             return Say(np.zeros(len(EXPERTS)), np.zeros((len(EXPERTS), _PLACES.size)), posterior.progress)
         fits = least_squares(posterior, bounds)
         plain, fit = self._plain(*fits)
-        curves = np.vstack([plain, np.clip(self._any_shape(posterior, *fits), *bounds)])
+        any_shape = np.clip(self._any_shape(posterior, *fits), *bounds)
         edges = np.linspace(0, size, _BLOCKS + 1).round().astype(int)
         blocks = [self._mean(start, end) for start, end in itertools.pairwise(np.unique(edges))]
         moved = max(max(blocks) - min(blocks), 1e-3 * unit)
         known = size / (size + _DOUBT)
         trust = known * fit * (_NEAR / (_NEAR + self._errors() / moved)) ** 2
         odds = _ODDS * (posterior.progress / max(1.0 - posterior.progress, _TINY)) ** _STEEPNESS * known
-        weights = np.append(trust / (_TRUST + trust.sum()), odds) / (1.0 + odds)
-        return Say(weights, curves, posterior.progress)
+        share = odds / (1.0 + odds) * self._fit_now(any_shape, unit)
+        weights = np.append((1.0 - share) * trust / (_TRUST + trust.sum()), share)
+        return Say(weights, np.vstack([plain, any_shape]), posterior.progress)
 
     def _errors(self) -> Array:
         """(2,) root mean square of what the exponential and the recent mean missed when they were asked."""
         size = len(self._places)
-        recent = round((1.0 - _RECENT) * size)
+        recent = round((1.0 - RECENT) * size)
         asked = []
         for share in _ASKED:
             before = bisect_right(self._records, max(2, round(share * size)), key=lambda record: record[0]) - 1
@@ -154,12 +162,24 @@ class Stack:
         told = [np.interp(self._places[start:], _PLACES, curve).mean() for curve in curves]
         return np.array(told) - self._mean(start, len(self._places))
 
+    def _noise(self) -> float:
+        """Variance of a reward about its mean curve, from neighbours; one jump of the run itself hardly shows in it."""
+        return (_SD_OF_JUMP * self._jumps / (len(self._places) - 1)) ** 2
+
+    def _fit_now(self, curve: Array, unit: float) -> float:
+        """1 where the newest rewards scatter about a curve as neighbours do about each other, 0 where they lie elsewhere."""
+        count = self._num_recent()
+        missed = np.diff(self._sums[-count - 1 :]) - np.interp(self._places[-count:], _PLACES, curve)
+        squares = np.sort(missed**2)[:-1]
+        excess = max(float(squares.mean()) / max(self._noise(), (_LEAST_NOISE * unit) ** 2) - 1.0, 0.0)
+        return float(1.0 / (1.0 + (excess / _DOUBT_OF_FIT) ** _SHARPNESS))
+
     def _mean(self, start: int, end: int) -> float:
         return (self._sums[end] - self._sums[start]) / (end - start)
 
     def _num_recent(self) -> int:
         size = len(self._places)
-        return min(size, max(_MIN_RECENT, round(_RECENT * size)))
+        return min(size, max(_MIN_RECENT, round(RECENT * size)))
 
     def _plain(self, start: Array, end: Array, loss: Array) -> tuple[Array, Array]:
         """(2, 65) exponential and recent mean, and (2,) S_best / S_i; 1 where nothing is fitted."""
@@ -180,8 +200,7 @@ class Stack:
         weight /= weight.sum()
         curve = weight[:-1] @ (start[:, None] + (end - start)[:, None] * _TABLE) + weight[-1] * _level(posterior)
         away = -float(self._missed(curve[None], size - count)[0])
-        noise = (_SD_OF_JUMP * self._jumps / (size - 1)) ** 2 / count  # one jump of the run itself hardly shows in it
-        return np.asarray(curve + away**3 / max(away**2 + _DOUBT_OF_SHIFT * noise, _TINY))
+        return np.asarray(curve + away**3 / max(away**2 + _DOUBT_OF_SHIFT * self._noise() / count, _TINY))
 
 
 def bounds_of(reward_range: tuple[float, float] | None, seen: tuple[float, float]) -> tuple[float, float]:

@@ -390,6 +390,16 @@ def test_a_step_costs_at_most_10_ms_after_ten_thousand(long_run, untraced):
     assert milliseconds(take, repeats=50) < 10.0
 
 
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 0.3), (0.0, 2.5), (-12.0, -5.0), (1200.0, 3500.0)])
+def test_a_rise_of_unknown_range_may_not_fall_without_end(low, high):
+    x = np.arange(1, 301) / 300
+    rewards = low + (high - low) * (1 - np.exp(-x / 0.25) + 0.05 * np.random.default_rng(3).standard_normal(300))
+    for seen in (15, 30, 60, 120):
+        forecast = told(rewards[:seen], 300)
+        span = np.ptp(rewards[:seen])
+        assert rewards[:seen].min() - 2.5 * span <= forecast.low <= forecast.high <= rewards[:seen].max() + 2.5 * span
+
+
 def test_the_law_needs_no_torch_and_a_forecast_no_optimiser():
     code = (
         "import sys, grpo_fast.law\n"
