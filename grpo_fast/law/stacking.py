@@ -13,15 +13,15 @@ that none foretold, or that has hardly begun, on the posterior.
 
 The third is the mean over every rising shape by bounded least squares and over no rise at all, each as likely as it fits less
 Schwarz's price of its rise, and each class of shapes as likely as another. The newest reward counts as each fit to the others
-foretells it: a rise that rests on one reward is no likelier than none, and costs its price. Where the mean misses what came
-last by far more than noise, it is moved by what it misses. It carries the noise of a young run on, but the less is left to be
-carried on, the less a prior knows that the run itself does not tell: from the middle on it takes over, with odds of
+foretells it: a rise that rests on one reward is no likelier than none, and costs its price. It carries the noise of a young run
+on, but the less is left to be carried on, the less a prior knows that the run itself does not tell: from the middle on it takes
+over, with odds of
 
     4 (x / (1 - x))^6 n / (n + 10)    at progress x,
 
-as far as it fits: its share is divided by 1 + ((m - 1) / 4)^4 where the newest fifth, but for the reward that is farthest off,
-scatters about it with m > 1 times the variance that neighbours have. So runs that no single rise follows (second rises, jumps,
-falls) are left to the posterior, which knows drift.
+as far as it fits: its share is divided by 1 + ((m - 1) / 4)^4 where the means of the newest fifth's thirds, without the reward
+that is farthest off, lie m > 1 times as far from it, in squares, as noise and half a hundredth of the range would have them. So
+runs that no single rise follows (second rises, jumps, falls) are left to the posterior, which knows drift.
 
 Source: prequential weights are Dawid's (1984), the price is that of Schwarz (1978), errors without the reward itself follow
 Allen (1974); the two-fifths and the constants were chosen on published curves, repository by repository left out
@@ -56,12 +56,11 @@ _FEWEST = 5
 _FULL_RECORD, _STRIDE = 20, 1.05
 _TRUST, _NEAR, _DOUBT = 0.01, 0.015, 10.0
 _ODDS, _STEEPNESS = 4.0, 6
-_DOUBT_OF_SHIFT = 36.0
-_DOUBT_OF_FIT, _SHARPNESS = 4.0, 4
-_LEAST_NOISE = 1e-3  # of the range
+_THIRDS, _DOUBT_OF_FIT, _SHARPNESS = 3, 4.0, 4
+_NEAR_ENOUGH = 0.005  # of the range: no shape is exactly true
 _LEAST_SEEN = 1e-3  # of a rise: standard deviation of the shape over the rewards
 _ALONE = 1.0 - 1e-6  # leverage of a reward that nothing but itself explains
-_SD_OF_JUMP = 0.5 * math.sqrt(math.pi)  # of a normal, over the mean distance of two
+_SD_OF_JUMP = 0.5 * math.sqrt(math.pi)  # of a normal, over the mean distance of two; one jump of the run itself hardly shows
 _FADE = 0.05
 _SDS_OF_WIDTH = 3.29
 _TINY = 1e-12
@@ -162,16 +161,15 @@ class Stack:
         told = [np.interp(self._places[start:], _PLACES, curve).mean() for curve in curves]
         return np.array(told) - self._mean(start, len(self._places))
 
-    def _noise(self) -> float:
-        """Variance of a reward about its mean curve, from neighbours; one jump of the run itself hardly shows in it."""
-        return (_SD_OF_JUMP * self._jumps / (len(self._places) - 1)) ** 2
-
     def _fit_now(self, curve: Array, unit: float) -> float:
-        """1 where the newest rewards scatter about a curve as neighbours do about each other, 0 where they lie elsewhere."""
+        """1 where the newest rewards lie about a curve as noise would have them, 0 where they lie elsewhere."""
         count = self._num_recent()
         missed = np.diff(self._sums[-count - 1 :]) - np.interp(self._places[-count:], _PLACES, curve)
-        squares = np.sort(missed**2)[:-1]
-        excess = max(float(squares.mean()) / max(self._noise(), (_LEAST_NOISE * unit) ** 2) - 1.0, 0.0)
+        missed[np.abs(missed).argmax()] = 0.0
+        noise = (_SD_OF_JUMP * self._jumps / (len(self._places) - 1)) ** 2
+        thirds = [(part.mean(), noise / part.size) for part in np.array_split(missed, _THIRDS)]
+        apart = np.mean([mean**2 / (variance + (_NEAR_ENOUGH * unit) ** 2) for mean, variance in thirds])
+        excess = max(float(apart) - 1.0, 0.0)
         return float(1.0 / (1.0 + (excess / _DOUBT_OF_FIT) ** _SHARPNESS))
 
     def _mean(self, start: int, end: int) -> float:
@@ -190,17 +188,16 @@ class Stack:
         return curves, np.array([max(float(loss.min()), _TINY) / max(float(loss[best]), _TINY), 1.0])
 
     def _any_shape(self, posterior: Posterior, start: Array, end: Array, loss: Array) -> Array:
-        """(65,) mean over all rising shapes and over none, moved to where the run is now."""
-        size, count = len(self._places), self._num_recent()
+        """(65,) mean over all rising shapes and over none."""
+        size = len(self._places)
         evidence = size / (1.0 + size / EVIDENCE_STEPS)
         asked = _asked_for_newest(posterior, self._newest, start, end, loss)
         log_fit = -0.5 * evidence * np.log(np.maximum(asked, _TINY))
         log_fit[:-1] += _LOG_CLASS - 0.5 * np.log(evidence)
         weight = np.exp(log_fit - log_fit.max())
         weight /= weight.sum()
-        curve = weight[:-1] @ (start[:, None] + (end - start)[:, None] * _TABLE) + weight[-1] * _level(posterior)
-        away = -float(self._missed(curve[None], size - count)[0])
-        return np.asarray(curve + away**3 / max(away**2 + _DOUBT_OF_SHIFT * self._noise() / count, _TINY))
+        rising = start[:, None] + (end - start)[:, None] * _TABLE
+        return np.asarray(weight[:-1] @ rising + weight[-1] * _level(posterior))
 
 
 def bounds_of(reward_range: tuple[float, float] | None, seen: tuple[float, float]) -> tuple[float, float]:
