@@ -44,9 +44,9 @@ def policy_of(model_config: Any, config: Config) -> Policy:
     """The model with random weights, made ready as a run does."""
     short = config.dtype == "bfloat16"
     kept_short = short and (config.use_peft or config.weights_dtype == "bfloat16")
-    model = AutoModelForCausalLM.from_config(
-        model_config, dtype=torch.bfloat16 if kept_short else torch.float32, attn_implementation=config.attn_implementation
-    )
+    attention = {} if config.attn_implementation == "auto" else {"attn_implementation": config.attn_implementation}
+    dtype = torch.bfloat16 if kept_short else torch.float32
+    model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, **attention)
     use_products(model)
     adapters = Adapters(model, config) if config.use_peft else None
     checkpointing = config.gradient_checkpointing_mode if config.gradient_checkpointing else None

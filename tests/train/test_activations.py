@@ -56,7 +56,10 @@ def foretold(model_config: Any, config: Config, work: DryPass) -> PassBytes:
     ("model_config", "changes"),
     [
         (MistralConfig(**SIZES, sliding_window=24), {}),
-        (Qwen2Config(**SIZES, tie_word_embeddings=True), {"padding_free": False, "gradient_checkpointing": True}),
+        (
+            Qwen2Config(**SIZES, tie_word_embeddings=True),
+            {"padding_free": False, "gradient_checkpointing": True, "tokens_per_microbatch": 16_384},
+        ),
         (Qwen3Config(**SIZES), {"use_peft": True, "tokens_per_microbatch": 512, "dtype": "bfloat16"}),
         (Gemma3TextConfig(**SIZES, sliding_window=24), {"tokens_per_microbatch": 512}),
     ],

@@ -205,9 +205,8 @@ def test_wrong_groups_reach_the_rule() -> None:
 
 
 def test_the_rule_is_the_configurations() -> None:
-    rule = build_rule(
-        Config(max_steps=100, warmup_steps=0.25, forecast_confidence=0.7, forecast_patience=5, forecast_reward_value=3.0)
-    )
+    worth = {"forecast_reward_value": 3.0, "price_per_gpu_hour": 2.0}
+    rule = build_rule(Config(max_steps=100, warmup_steps=0.25, forecast_confidence=0.7, forecast_patience=5, **worth))
     assert (rule.warmup_steps, rule.confidence, rule.patience, rule.reward_value) == (25, 0.7, 5, 3.0)
     assert build_rule(Config()).patience == StoppingRule().patience
     assert build_rule(Config()).confidence == StoppingRule().confidence
