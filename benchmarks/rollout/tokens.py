@@ -6,10 +6,10 @@ steps; what the engine adds are completions with text, versions and finish reaso
 seed; its code runs unchanged on this ``LLM``. With ``--host server`` all ask one server: plain vLLM's requests are the engine's
 again, sent by the client library of vLLM's own benchmark, TRL's are its client's, and the server's processor time counts.
 
-Who begins a round changes from round to round. Processor time is taken beside wall time: the fairer number where other jobs
-share the cores. Shares of plain vLLM's rate are medians over rounds, with an interval that holds the true median with 95 %.
-What is spent outside vLLM's own steps and its taking of requests, or outside the server, is counted apart, which no noise
-hides.
+The order is drawn anew every round, since who comes after whom can matter. Processor time is taken beside wall time: the fairer
+number where other jobs share the cores. Shares of plain vLLM's rate are medians over rounds, with an interval that holds the
+true median with 95 %. What is spent outside vLLM's own steps and its taking of requests, or outside the server, is counted
+apart, which no noise hides.
 """
 
 from __future__ import annotations
@@ -103,9 +103,8 @@ def take_turns(calls: Mapping[str, Rival], rounds: int, clock: Callable[[], floa
     rates: Rates = {label: [] for label in calls}
     labels = list(calls)
     for seed in range(rounds + 1):
-        first = seed % len(labels)
         counts = {}
-        for label in labels[first:] + labels[:first]:
+        for label in random.Random(seed).sample(labels, len(labels)):
             wall, cpu = time.perf_counter(), clock()
             counts[label] = calls[label](seed)
             seconds = time.perf_counter() - wall, clock() - cpu
