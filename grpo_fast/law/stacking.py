@@ -106,7 +106,6 @@ class Stack:
     def __init__(self) -> None:
         self._places: list[float] = []
         self._sums = [0.0]
-        self._newest = 0.0
         self._jumps = 0.0
         self._records: list[tuple[int, Array]] = []
 
@@ -122,7 +121,6 @@ class Stack:
             self._jumps += abs(reward - self._mean(len(self._places) - 1, len(self._places)))
         self._places.append(posterior.progress)
         self._sums.append(self._sums[-1] + reward)
-        self._newest = reward
         size = len(self._places)
         if size > 1 and (size <= _FULL_RECORD or size >= self._records[-1][0] * _STRIDE):
             self._records.append((size, self._plain(*least_squares(posterior, bounds))[0]))
@@ -191,7 +189,7 @@ class Stack:
         """(65,) mean over all rising shapes and over none."""
         size = len(self._places)
         evidence = size / (1.0 + size / EVIDENCE_STEPS)
-        asked = _asked_for_newest(posterior, self._newest, start, end, loss)
+        asked = _asked_for_newest(posterior, self._mean(size - 1, size), start, end, loss)
         log_fit = -0.5 * evidence * np.log(np.maximum(asked, _TINY))
         log_fit[:-1] += _LOG_CLASS - 0.5 * np.log(evidence)
         weight = np.exp(log_fit - log_fit.max())
@@ -208,6 +206,13 @@ def bounds_of(reward_range: tuple[float, float] | None, seen: tuple[float, float
     return seen[0] - margin, seen[1] + margin
 
 
+def _unit_sums(posterior: Posterior) -> tuple[Array, Array, Array, Array, Array, Array]:
+    """Sums of 11, 1y, yy and, for each rising shape u that tends to 1, (R,) of 1u, uu, uy; without drift, less the centre."""
+    (one, y, yy), shaped = posterior.sums()
+    u, uu, uy = shaped[0, _RISING] / _ASYMPTOTE, shaped[1, _RISING] / _ASYMPTOTE**2, shaped[2, _RISING] / _ASYMPTOTE
+    return one, y, yy, u, uu, uy
+
+
 def _level(posterior: Posterior) -> float:
     one, y, _ = posterior.sums()[0]
     return float(y / one + posterior.centre)
@@ -219,9 +224,9 @@ def _asked_for_newest(posterior: Posterior, newest: float, start: Array, end: Ar
     A fit that leaves ``r`` of a reward of leverage ``h`` misses it by ``r / (1 - h)`` when it is not told it. One that has the
     rise from that reward alone foretells nothing else than the mean, which is also the most that any is charged.
     """
-    (one, y, yy), shaped = posterior.sums()
-    mean_u, at = shaped[0, _RISING] / one / _ASYMPTOTE, GRID.rise(np.array([posterior.progress]))[_RISING, 0] / _ASYMPTOTE
-    scatter = shaped[1, _RISING] / _ASYMPTOTE**2 - one * mean_u**2
+    one, y, yy, u, uu, _ = _unit_sums(posterior)
+    mean_u, at = u / one, GRID.rise(np.array([posterior.progress]))[_RISING, 0] / _ASYMPTOTE
+    scatter = uu - one * mean_u**2
     leverage = (1.0 / one + (at - mean_u) ** 2 / np.maximum(scatter, _TINY)) / posterior.noise
     left, off = newest - start - (end - start) * at, newest - _level(posterior)
     worst = (off / (1.0 - 1.0 / (one * posterior.noise))) ** 2
@@ -242,9 +247,7 @@ def least_squares(posterior: Posterior, bounds: tuple[float, float]) -> tuple[Ar
     Returns:
         (R,) start, end (what the shape tends to, budget or not), and the weighted sum of squares that is left.
     """
-    plain, shaped = posterior.sums()
-    one, y, yy = plain
-    u, uu, uy = shaped[0, _RISING] / _ASYMPTOTE, shaped[1, _RISING] / _ASYMPTOTE**2, shaped[2, _RISING] / _ASYMPTOTE
+    one, y, yy, u, uu, uy = _unit_sums(posterior)
     # y = start (1 - u) + end u.
     aa, ab, ay = one - 2.0 * u + uu, u - uu, y - uy
     low, high = bounds[0] - posterior.centre, bounds[1] - posterior.centre

@@ -277,7 +277,8 @@ class VLLMEngine:
         Raises:
             ValueError: no prompts, an empty or overlong prompt, or an unknown token. Raised before anything is computed.
             WeightSyncError: the last sync failed, or vLLM sleeps.
-            RolloutError: vLLM failed, or ended a request without finishing it; nothing of the call is left there.
+            RolloutError: vLLM failed, or ended a request without finishing it; nothing of the call is left there. Or a server
+                decodes otherwise than the policy, and there are stop strings.
             FloatingPointError: the model gave log-probabilities that are not finite.
         """
         if self._version is None:
@@ -287,10 +288,15 @@ class VLLMEngine:
         check_request(
             prompts, sampling, num_generations=num_generations, context_length=self._context, vocabulary=self._vocabulary
         )
+        if sampling.stop:
+            self._check_decoding()
         places = slice(first_prompt, first_prompt + len(prompts))
         params = self._params(sampling, num_generations, seed, places)
         answers = sample_whole(self._vllm.sample, prompts, params, self._vocabulary)
         return [[self._completion(sample, sampling) for sample in samples] for samples in answers]
+
+    def _check_decoding(self) -> None:
+        """Does nothing: vLLM in this engine's hands has the policy's own tokeniser."""
 
     def _params(self, sampling: SamplingParams, num_generations: int, seed: int, places: slice) -> list[dict[str, Any]]:
         """Of vLLM's ``SamplingParams``, for the prompts at some places of a call."""
@@ -400,22 +406,9 @@ class VLLMServerEngine(VLLMEngine):
             raise
         return target
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingParams,
-        *,
-        num_generations: int,
-        seed: int,
-        first_prompt: int = 0,
-    ) -> list[list[Completion]]:
-        """As :meth:`VLLMEngine.generate`; the first time that there are stop strings, servers must decode as the policy does.
-
-        Raises:
-            RolloutError: also where one does not.
-        """
-        if sampling.stop and not self._decodes_alike:
+    def _check_decoding(self) -> None:
+        """The first time that there are stop strings, servers must decode as the policy does."""
+        if not self._decodes_alike:
             ids = range(0, self._vocabulary, max(1, self._vocabulary // _COMPARED_TOKENS))
             self._vllm.check_decoding(ids, self._tokenizer.decode(list(ids)))
             self._decodes_alike = True
-        return super().generate(prompts, sampling, num_generations=num_generations, seed=seed, first_prompt=first_prompt)
