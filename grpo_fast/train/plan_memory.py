@@ -1,6 +1,6 @@
 """Will it fit? Peak memory of a run by part, before anything is loaded, and what to change where it does not.
 
-Weights, gradients and moments are counted from the model's outline, what the passes of the largest micro-batch hold by
+Weights, gradients and moments are counted from the model's outline, what the passes of the largest micro-batches hold by
 :func:`~grpo_fast.train.activations.pass_bytes`, keys and values from the lengths that may occur. Phases of a step follow one
 another: the fullest is the peak. Not counted is what an allocator loses between blocks: a few percent, more where lengths vary
 much; what Liger's kernels and ``torch_compile`` save; nor what servers hold, but for copies that the transport ``sparse`` has
@@ -10,7 +10,7 @@ them keep on this machine.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from grpo_fast.rollout.transformers_engine import MAX_BATCH_TOKENS
 from grpo_fast.rollout.vllm_engine import cpu_cache_bytes
 from grpo_fast.sinks.quantities import binary
 from grpo_fast.train.activations import DryPass, HeadBytes, HeldBytes, PassBytes, UncountableError, pass_bytes
-from grpo_fast.train.plan_pass import StepLengths, largest_pass
+from grpo_fast.train.plan_pass import StepLengths, largest_passes
 from grpo_fast.train.plan_sizes import (
     DeviceMemory,
     ModelSizes,
@@ -130,10 +130,13 @@ class MemoryPlanner:
 
     def _training(self, outline: PreTrainedModel, config: Config, sizes: ModelSizes) -> tuple[dict[str, dict[str, int]], int]:
         """Bytes by part of each phase of an update, and what waits in the host's memory."""
-        work, found = self._largest(outline, config, sizes)
+        passes = self._largest(outline, config, sizes)
         gradients = self._gradients(config, sizes)
 
-        def of_pass(held: HeldBytes) -> dict[str, int]:
+        def fullest(held: Iterable[tuple[DryPass, HeldBytes]]) -> dict[str, int]:
+            return max((of_pass(*one) for one in held), key=lambda parts: sum(parts.values()))
+
+        def of_pass(work: DryPass, held: HeldBytes) -> dict[str, int]:
             return {
                 "gradients": gradients if work.accumulates else held.gradients // self._num_parts(config),
                 "activations": held.activations,
@@ -141,18 +144,21 @@ class MemoryPlanner:
                 **self._on_the_way(config, sizes),
             }
 
-        phases = {"computing losses": of_pass(found.losses), "computing gradients": of_pass(found.gradients)}
+        phases = {
+            "computing losses": fullest((work, found.losses) for work, found in passes),
+            "computing gradients": fullest((work, found.gradients) for work, found in passes),
+        }
         copies = update_bytes(config, sizes) // self._num_parts(config)
         phases["updating weights"] = {"gradients": gradients, "numbers of one update": copies}
-        return phases, found.waiting
+        return phases, max(found.waiting for _, found in passes)
 
-    def _largest(self, outline: PreTrainedModel, config: Config, sizes: ModelSizes) -> tuple[DryPass, PassBytes]:
-        """The largest micro-batch and what it takes; padded where the policy would find that the model takes no packed ones."""
-        work = largest_pass(outline, config, self._lengths(config), dtype=self._dtype(config), kind=self._inputs.kind)
+    def _largest(self, outline: PreTrainedModel, config: Config, sizes: ModelSizes) -> list[tuple[DryPass, PassBytes]]:
+        """The largest micro-batches and what they take; padded where the policy would find that the model takes none packed."""
+        passes = largest_passes(outline, config, self._lengths(config), dtype=self._dtype(config), kind=self._inputs.kind)
         try:
-            return work, self._pass(outline, config, work, self._head(config, sizes, work))
+            return [(work, self._pass(outline, config, work, self._head(config, sizes, work))) for work in passes]
         except UncountableError:
-            if work.layout == "padded" or config.padding_free:
+            if passes[0].layout == "padded" or config.padding_free:
                 raise
             return self._largest(outline, config.replace(padding_free=False, share_prompts=None), sizes)
 
@@ -169,7 +175,8 @@ class MemoryPlanner:
     def _pass(self, outline: PreTrainedModel, config: Config, work: DryPass, head: HeadBytes) -> PassBytes:
         """Counted once a kind of pass."""
         checkpointing = config.gradient_checkpointing and config.gradient_checkpointing_mode
-        key = (checkpointing, *_adapters(config), config.weights_dtype, config.tokens_per_microbatch, head)
+        cut = (config.tokens_per_microbatch, work.layout, work.shares_prompts, work.accumulates)
+        key = (checkpointing, *_adapters(config), config.weights_dtype, *cut, head)
         if key not in self._passes:
             self._passes[key] = pass_bytes(outline, config, work, head)
         return self._passes[key]

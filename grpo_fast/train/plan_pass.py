@@ -1,4 +1,4 @@
-"""The largest micro-batch of a step that nobody has sampled yet: how long its sequences are and how they are laid out."""
+"""The largest micro-batches of a step that nobody has sampled yet: how long their sequences are and how they are laid out."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from grpo_fast.config import Config
 from grpo_fast.ops import Layout, plan_rows
+from grpo_fast.ops.row_plan import MicroBatch
 from grpo_fast.train.activations import DryPass
 from grpo_fast.train.batch import TrainingSequence, shared_prompts
 from grpo_fast.train.packed_model import attention_of, let_pack, let_pad, takes_shared_prompts
@@ -34,8 +35,13 @@ class StepLengths:
     num_devices: int
 
 
-def largest_pass(outline: PreTrainedModel, config: Config, lengths: StepLengths, *, dtype: torch.dtype, kind: str) -> DryPass:
-    """Cuts a step as the update would, every sequence being live, and takes the largest micro-batch.
+def largest_passes(
+    outline: PreTrainedModel, config: Config, lengths: StepLengths, *, dtype: torch.dtype, kind: str
+) -> list[DryPass]:
+    """Cuts a step as the update would, every sequence being live, and takes the micro-batches that may be the fullest.
+
+    The first one of an update meets no gradients yet, later ones do: of those it is the largest, and the first where that
+    is larger still.
 
     Args:
         outline: the model, whose attention is torch's own.
@@ -53,16 +59,22 @@ def largest_pass(outline: PreTrainedModel, config: Config, lengths: StepLengths,
         token_budget=config.microbatch_tokens(kind),
         layout=shared_prompts(sequences) if shares else layout,
     )
-    largest = max(plan.micro_batches, key=lambda batch: (batch.num_tokens, batch.num_rows))
-    return DryPass(
-        sequences=[sequences[number] for number in largest.sequences],
-        layout=layout,
-        shares_prompts=shares,
-        one_kernel=layout == "packed" and not shares and _is_one_kernel(outline, config, dtype=dtype, kind=kind),
-        accumulates=len(plan.micro_batches) > 1,
-        dtype=dtype,
-        kind=kind,
-    )
+    one_kernel = layout == "packed" and not shares and _is_one_kernel(outline, config, dtype=dtype, kind=kind)
+
+    def dry_pass(batch: MicroBatch, *, accumulates: bool) -> DryPass:
+        chosen = [sequences[number] for number in batch.sequences]
+        return DryPass(chosen, layout, shares, one_kernel, accumulates, dtype, kind)
+
+    first, *later = plan.micro_batches
+    if not later:
+        return [dry_pass(first, accumulates=False)]
+    largest = max(later, key=_size)
+    passes = [dry_pass(largest, accumulates=True)]
+    return [dry_pass(first, accumulates=False), *passes] if _size(first) > _size(largest) else passes
+
+
+def _size(batch: MicroBatch) -> tuple[int, int]:
+    return batch.num_tokens, batch.num_rows
 
 
 def _sequences(config: Config, lengths: StepLengths) -> list[TrainingSequence]:

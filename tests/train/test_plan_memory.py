@@ -339,6 +339,8 @@ def most_in_an_update(plan: MemoryPlan) -> int:
         (UNEVEN, {"padding_free": False}),
         (UNEVEN, {"tokens_per_microbatch": 512}),
         (UNEVEN, {"gradient_checkpointing": True}),
+        (UNEVEN, {"gradient_checkpointing": True, "tokens_per_microbatch": 1024}),
+        (UNEVEN, {"gradient_checkpointing": True, "tokens_per_microbatch": 2048, "padding_free": False}),
         (UNEVEN, {"gradient_checkpointing": True, "gradient_checkpointing_mode": "selective", "share_prompts": False}),
         (UNEVEN, {"use_peft": True}),
         (UNEVEN, {"use_peft": True, "gradient_checkpointing": True, "dtype": "bfloat16"}),

@@ -10,7 +10,7 @@ from transformers import Gemma2Config, LlamaConfig, MambaConfig
 
 from grpo_fast.config import Config
 from grpo_fast.train.activations import DryPass
-from grpo_fast.train.plan_pass import StepLengths, largest_pass
+from grpo_fast.train.plan_pass import StepLengths, largest_passes
 from grpo_fast.train.policy_source import outline_of
 
 SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
@@ -18,13 +18,18 @@ HEADS: dict[str, Any] = {"intermediate_size": 32, "num_attention_heads": 2, "num
 LLAMA = LlamaConfig(**SIZES, **HEADS)
 
 
-def found(
+def passes(
     completions: tuple[int, ...] = (10,), *, model: Any = LLAMA, kind: str = "cpu", num_devices: int = 1, **changes: Any
-) -> DryPass:
+) -> list[DryPass]:
     config = Config.parse({"prompts_per_step": 2, "num_generations": 4, **changes})
     dtype = torch.bfloat16 if kind == "cuda" else torch.float32
     lengths = StepLengths(5, completions, num_devices)
-    return largest_pass(outline_of(model, config), config, lengths, dtype=dtype, kind=kind)
+    return largest_passes(outline_of(model, config), config, lengths, dtype=dtype, kind=kind)
+
+
+def found(completions: tuple[int, ...] = (10,), **options: Any) -> DryPass:
+    [work] = passes(completions, **options)
+    return work
 
 
 def test_lengths_are_taken_again_from_the_start() -> None:
@@ -35,12 +40,20 @@ def test_lengths_are_taken_again_from_the_start() -> None:
     assert not work.accumulates
 
 
-def test_the_largest_of_several_is_taken() -> None:
-    work = found((20, 1, 1, 1, 1, 1, 1, 1), tokens_per_microbatch=30, share_prompts=False)
-    assert work.accumulates
-    assert [len(one) for one in work.sequences] == [6] * 5, "30 tokens, beside 25 and 12"
+def sizes(*given: DryPass) -> list[tuple[list[int], bool]]:
+    return [([len(one) for one in work.sequences], work.accumulates) for work in given]
+
+
+def test_of_several_the_first_meets_no_gradients() -> None:
+    first, later = passes((20, 20, 20, 20, 1, 1, 1, 1), tokens_per_microbatch=75, share_prompts=False)
+    assert sizes(first, later) == [([25, 25, 25], False), ([25, 6, 6, 6, 6], True)]
+    even = found((20, 20, 20, 20, 1, 1, 1, 1), tokens_per_microbatch=50, share_prompts=False)
+    assert sizes(even) == [([25, 25], True)], "the first is no larger than the second"
+
+
+def test_one_longer_than_the_budget_stands_alone() -> None:
     alone = found((20, 20), tokens_per_microbatch=10)
-    assert len(alone.sequences) == 1, "one longer than the budget stands alone"
+    assert len(alone.sequences) == 1
 
 
 def test_passes_are_of_a_size_for_the_device() -> None:
