@@ -28,12 +28,10 @@ _TABLE = re.compile(r"(<!-- (?P<name>(?:law |stop |ops |sync )?table): [^\n]*-->
 
 def readme_table() -> str:
     """The first screen's table: what the embedded run does on a CPU, and what a step costs beside TRL."""
-    embedded, steps = _read("cpu/embedded_run.json"), _read("cpu/step_time.json")
-    large = _read("cpu/step_time_smollm2.json")
+    embedded = _read("cpu/embedded_run.json")
+    machines = [[_read(f"cpu/step_time{model}{machine}.json") for model in ("", "_smollm2")] for machine in ("", "_zen4")]
     runs = embedded["runs"]
     kept = [run["stop"]["accuracy"] / run["final_accuracy"] for run in runs]
-    ours, theirs = (1e3 * steps[name]["p50"] for name in ("grpo_fast_step_s", "trl_step_s"))
-    cpu_s = [large["cpu_s"][name] for name in ("grpo_fast", "trl")]
     cores = embedded["device"]["num_cores"]
     rows = [
         ("held-out accuracy before training", f"{mean(run['initial_accuracy'] for run in runs):.2f}"),
@@ -45,29 +43,31 @@ def readme_table() -> str:
         ("accuracy after the whole budget", ", ".join(f"{run['final_accuracy']:.3f}" for run in runs)),
         ("share of it kept, worst seed", f"{min(kept):.3f}"),
         ("FLOPs saved, mean", f"{mean(1 - run['stop']['flops'] / run['flops'] for run in runs):.0%}"),
-        (
-            "median step, ours / TRL " + steps["versions"]["trl"],
-            f"{ours:.0f} ms / {theirs:.0f} ms ({steps['median_ratio_trl_over_ours']:.1f}x)",
-        ),
-        (
-            "the same, SmolLM2-135M",
-            "{:.1f} s / {:.1f} s ({:.1f}x)".format(
-                large["grpo_fast_step_s"]["p50"], large["trl_step_s"]["p50"], large["median_ratio_trl_over_ours"]
-            ),
-        ),
-        (
-            "processor time of that, ours / TRL",
-            "{:.1f} s / {:.1f} s ({:.1f}x)".format(*cpu_s, cpu_s[1] / cpu_s[0]),
-        ),
+        *(_beside_trl(*results) for results in machines),
         (
             "peak memory, ours / TRL",
             "{:.1f} GiB / {:.1f} GiB; SmolLM2-135M {:.1f} GiB / {:.1f} GiB".format(
-                *(result["peak_memory_mib"][name] / 1024 for result in (steps, large) for name in ("grpo_fast", "trl"))
+                *(result["peak_memory_mib"][name] / 1024 for result in machines[-1] for name in ("grpo_fast", "trl"))
             ),
         ),
     ]
     head = f"| embedded model, {cores} CPU cores, torch {embedded['versions']['torch']} | seeds 0, 1, 2 |\n|---|---|\n"
     return head + "".join(f"| {name} | {value} |\n" for name, value in rows)
+
+
+def _beside_trl(steps: dict[str, Any], large: dict[str, Any]) -> tuple[str, str]:
+    """Median steps of one machine, of the embedded model and of SmolLM2-135M."""
+    told = [
+        "{:.{digits}f} {unit} / {:.{digits}f} {unit} ({:.1f}x)".format(
+            *(scale * result[name]["p50"] for name in ("grpo_fast_step_s", "trl_step_s")),
+            result["median_ratio_trl_over_ours"],
+            digits=digits,
+            unit=unit,
+        )
+        for result, scale, digits, unit in ((steps, 1e3, 0, "ms"), (large, 1, 1, "s"))
+    ]
+    name = f"median step, ours / TRL {steps['versions']['trl']}: {steps['machine']}"
+    return name, f"{told[0]}; SmolLM2-135M {told[1]}"
 
 
 def law_table() -> str:

@@ -14,7 +14,7 @@ def test_a_step_costs_at_most_half_of_trls(untraced: None) -> None:
 
     result = measure(100)  # in the first, nearly every group is alive for both
     print(result)
-    assert result["median_ratio_trl_over_ours"] >= 2.0
+    assert result["paired_ratio_median"] >= 2.0  # of steps that met the same state of the machine
 
 
 @pytest.mark.slow
