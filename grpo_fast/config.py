@@ -11,7 +11,7 @@ import math
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import tomli_w
 from cyclopts import Group, Parameter
@@ -37,7 +37,12 @@ class ConfigError(ValueError):
 
 
 class Config(BaseModel):
-    """Everything that decides a run. Frozen; make a changed copy with :meth:`replace`."""
+    """Everything that decides a run. Frozen; make a changed copy with :meth:`replace`.
+
+    Raises:
+        ConfigError: an unknown field (the nearest known one is named), a bad type, a value out of range, or fields that do not
+            go together.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -313,6 +318,14 @@ class Config(BaseModel):
     report: Annotated[bool, _RUN] = True
     """Write ``report.html`` and its pictures at the end."""
 
+    if not TYPE_CHECKING:  # type checkers and editors shall see the fields
+
+        def __init__(self, **values: Any) -> None:
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                raise ConfigError("\n".join(map(explain, error.errors()))) from None
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         check_consistency(self)
@@ -360,15 +373,8 @@ class Config(BaseModel):
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Config:
-        """Builds a configuration from plain values.
-
-        Raises:
-            ConfigError: an unknown key (the nearest known one is named), a bad type or a value out of range.
-        """
-        try:
-            return cls.model_validate(dict(values))
-        except ValidationError as error:
-            raise ConfigError("\n".join(explain(item) for item in error.errors())) from None
+        """Builds a configuration from plain values; it raises what the constructor does."""
+        return cls(**values)
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Config:

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import tomli_w
 from cyclopts import Parameter
 
 from grpo_fast.config import Config, ConfigError, read_toml
+from grpo_fast.recipes import recipe
 
 EVERYTHING_SET: dict[str, Any] = {
     "model": 'a "quoted" \\ name',
@@ -195,6 +199,32 @@ def test_replace_checks_and_leaves_the_original() -> None:
         config.replace(warmup_steps=11)
     with pytest.raises(ConfigError, match="did you mean 'warmup_steps'"):
         config.replace(warmup_step=1)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"learning_rat": 1e-3}, "unknown configuration key 'learning_rat'; did you mean 'learning_rate'?"),
+        ({"report_to": "wandb"}, "unknown configuration key 'report_to', which is TRL's; here it is sinks"),
+        ({"beta": -1.0}, "beta: Input should be greater than or equal to 0 (got -1.0)"),
+        ({"loss_type": "gpo"}, "(got 'gpo'); did you mean 'gspo'?"),
+        ({"lora_r": 8}, "lora_r=8 without use_peft; set use_peft too"),
+    ],
+)
+def test_every_way_to_make_one_tells_a_mistake_in_the_same_words(values: dict[str, Any], message: str) -> None:
+    told = set()
+    for make in (Config, lambda **given: Config.parse(given), Config().replace, partial(recipe, "embedded")):
+        with pytest.raises(ConfigError) as caught:
+            make(**values)
+        told.add(str(caught.value))
+    [text] = told
+    assert text.endswith(message)
+    assert "pydantic" not in text
+
+
+def test_a_copy_is_the_same_configuration() -> None:
+    config = Config(seed=3, stop=("x",))
+    assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config
 
 
 @pytest.mark.parametrize("name", list(Config.model_fields))
