@@ -28,7 +28,7 @@ from grpo_fast.run_dir import CONFIG_FILE, empty_run, is_cut_short, write_whole
 from grpo_fast.sinks import JsonlSink, RunInfo, Sink, SinkSet, build_sinks
 from grpo_fast.sinks.question import TIMEOUT_S
 from grpo_fast.tasks import PromptStream, Task, encode_prompts, load_task
-from grpo_fast.tasks.repeats import repeats
+from grpo_fast.tasks.remarks import plain_text, repeats
 from grpo_fast.train.distributed import ALONE, World, note_launch
 from grpo_fast.train.optim import check_optimizer
 from grpo_fast.train.plan_memory import check_room
@@ -192,7 +192,10 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
             record=record,
             sinks=sinks,
             facts=facts,
-            remarks=repeats(prompts, eval_prompts[: config.eval_size], prompts_per_step=config.prompts_per_step),
+            remarks=[
+                *repeats(prompts, eval_prompts[: config.eval_size], prompts_per_step=config.prompts_per_step),
+                *(plain_text(prompts) if source.chat else ()),
+            ],
             replaces_run=replaces_run,
         )
         on_error.pop_all()

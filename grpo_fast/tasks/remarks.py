@@ -1,4 +1,4 @@
-"""What makes a data set smaller than its number of rows says."""
+"""What is odd about prompts, and is told when a run begins."""
 
 from __future__ import annotations
 
@@ -40,6 +40,21 @@ def repeats(prompts: Sequence[Prompt], eval_prompts: Sequence[Prompt], *, prompt
             "more than once"
         )
     return found
+
+
+def plain_text(prompts: Sequence[Prompt]) -> list[str]:
+    """A remark on prompts that are no messages, for a model that has a chat template.
+
+    Instruct models answer such prompts as if they went on with a text, or end at once; base models may be meant to.
+    """
+    count = sum(isinstance(prompt.prompt, str) for prompt in prompts)
+    if not count:
+        return []
+    remark = (
+        f"{count} of {len(prompts)} prompts are plain text, which gets no chat template, and the model has one: if it is an "
+        'instruct model, give messages ([{"role": "user", "content": ...}]) or a system_prompt'
+    )
+    return [remark]
 
 
 def _shown(prompt: Prompt) -> str:

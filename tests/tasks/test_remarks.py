@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from grpo_fast.tasks.repeats import repeats
+from grpo_fast.tasks.remarks import plain_text, repeats
 from grpo_fast.types import Prompt
 
 
@@ -25,3 +25,11 @@ def test_what_comes_again_is_told() -> None:
 def test_a_long_prompt_is_not_shown_whole() -> None:
     (told,) = repeats(prompts("a" * 500), prompts("a" * 500), prompts_per_step=1)
     assert len(told) < 300
+
+
+def test_plain_text_is_told_and_messages_are_not() -> None:
+    asked = [Prompt(2, [{"role": "user", "content": "c"}], (1, 2))]
+    (told,) = plain_text([*prompts("a", "b"), *asked])
+    assert told.startswith("2 of 3 prompts are plain text")
+    assert "system_prompt" in told
+    assert plain_text(asked) == []
