@@ -144,8 +144,8 @@ class AdapterHost(SyncTarget, Protocol):
         """Gives what is in force a version's number."""
         ...
 
-    def close(self) -> None:
-        """Ends the engine's part."""
+    def close(self, adapter: AdapterVersion | None = None) -> None:
+        """Ends the engine's part; what runs on forgets the adapter in force, where it can at once."""
         ...
 
 
@@ -206,8 +206,7 @@ class AdapterTarget:
 
     def close(self) -> None:
         """Ends the engine's part and removes what is on disk."""
-        if self._current is not None:
-            with contextlib.suppress(Exception):  # the engine may be what died
-                self._host.unload_adapter(self._current)
-        self._host.close()
-        self._versions.close()
+        try:
+            self._host.close(self._current)
+        finally:
+            self._versions.close()

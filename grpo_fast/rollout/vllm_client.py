@@ -264,6 +264,10 @@ class VLLMServer:
             ) from error
         self.adapter = adapter.name
 
+    def unload_adapter(self, adapter: AdapterVersion) -> None:
+        """Has the server forget a LoRA adapter."""
+        self.call("POST", "/v1/unload_lora_adapter", {"lora_name": adapter.name})
+
 
 def misfits(settings: Mapping[str, Any], version: str, needs: Needs) -> list[str]:
     """What of a server's settings a trainer cannot work with, one line each with its remedy.

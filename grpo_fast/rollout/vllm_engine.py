@@ -63,7 +63,7 @@ class VLLMSettings:
     sync_deadline_s: float = 300.0
     """Longest time of each phase of a weight sync."""
     request_deadline_s: float = 1800.0
-    """Longest time that a server may take for the completions of one prompt."""
+    """Longest time that a server may take for the completions of one prompt, and an engine's own process for one step."""
     own_process: bool = False
     """Run the engine in a process of its own, where the trainer's Python does not hold it up; weights go through shared
     memory."""
@@ -204,6 +204,7 @@ class VLLMEngine:
                 dtype=dtype,
                 delivery=self._delivery,
                 own_process=settings.own_process,
+                deadlines={name: getattr(settings, name) for name in ("request_deadline_s", "sync_deadline_s")},
                 arguments={"model": directory, **arguments, **options},
             )
 

@@ -112,19 +112,27 @@ class HTTPVLLM:
             self._running.discard(calls)
         return [request.result() for request in requests]
 
-    def close(self) -> None:
-        """Lets go of the servers, which run on; requests that run are ended, and those that a sync kept."""
+    def close(self, adapter: AdapterVersion | None = None) -> None:
+        """Lets go of the servers, which run on; requests that run are ended, and those that a sync kept.
+
+        They forget the adapter. One that hangs is not waited for.
+        """
         self._sender = None
         for calls in list(self._running):
             calls.end()
-        if self._delivery.pause_mode == "keep":
-            for server in self.servers:
-                with contextlib.suppress(RolloutError):
-                    server.post("/pause?mode=abort&clear_cache=false")
-                    server.post("/resume")
+
+        def leave(server: VLLMServer) -> None:
+            if self._delivery.pause_mode == "keep":
+                server.post("/pause?mode=abort&clear_cache=false")
+                server.post("/resume")
+            if adapter is not None:
+                server.unload_adapter(adapter)
+
+        leaving = ThreadPoolExecutor(len(self.servers), thread_name_prefix="vLLM end")  # the others may all hang
+        wait([leaving.submit(leave, server) for server in self.servers], timeout=_HANG_UP_S)
         for server in self.servers:
             server.close()
-        for pool in (self._requests, self._control):
+        for pool in (self._requests, self._control, leaving):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def pause(self) -> None:
@@ -204,7 +212,7 @@ class HTTPVLLM:
         """Has every server forget one; a server that was started again never knew it."""
         for server in self.servers:
             with contextlib.suppress(RolloutError):
-                server.call("POST", "/v1/unload_lora_adapter", {"lora_name": adapter.name})
+                server.unload_adapter(adapter)
 
     def undo(self) -> None:
         """Leaves an update that began: one that a worker cannot read ends it, by vLLM's own rule.

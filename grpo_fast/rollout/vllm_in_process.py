@@ -10,12 +10,8 @@ import gc
 import itertools
 import multiprocessing
 import threading
-import time
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import InvalidStateError
-from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -47,6 +43,7 @@ from grpo_fast.rollout.vllm_sample import (
 from grpo_fast.rollout.vllm_senders import WeightSender, json_safe
 from grpo_fast.rollout.vllm_sleep import Part, Sleeper
 from grpo_fast.rollout.vllm_transport import register
+from grpo_fast.rollout.vllm_watch import ProcessWatch, Setting
 
 _T = TypeVar("_T")
 REQUEST_PARAMS: dict[str, Any] = {"logprobs": 0, "flat_logprobs": True}
@@ -63,6 +60,7 @@ class InProcessVLLM:
         dtype: what the engine computes in.
         delivery: how weights come; a pause that waits refuses requests that run.
         own_process: whether the environment has vLLM put its engine into a process of its own.
+        deadlines: longest times that one answer of such a process may take, in seconds; it is killed then.
         arguments: of ``LLM``, beside those that the sync needs.
     """
 
@@ -75,6 +73,7 @@ class InProcessVLLM:
         dtype: torch.dtype,
         delivery: Delivery,
         own_process: bool,
+        deadlines: Mapping[Setting, float],
         arguments: dict[str, Any],
     ) -> None:
         register()
@@ -93,6 +92,7 @@ class InProcessVLLM:
         self._finished: dict[str, Any] = {}
         """What came of requests that run no more: what was read, or the error that ended them."""
         self._cache_is_broken = False
+        self._step_s = deadlines["sync_deadline_s"]
         self._sender: WeightSender | None = None
         self._adapter: LoRARequest | None = None
         disable_envs_cache()  # with it an engine would run where the first one of this process did
@@ -108,11 +108,9 @@ class InProcessVLLM:
             # A step that is still under way when the next is planned would read weights that change between the two.
             **({"async_scheduling": False} if delivery.pause_mode == "keep" else {}),
         )
-        self._sleeper = Sleeper(lambda level: self._llm.sleep(level=level), lambda part: self._llm.wake_up(tags=[part]))
-        self._processes = set(multiprocessing.active_children()) - others
-        if self._processes:
-            watch = (self._processes, self._llm.llm_engine.engine_core)
-            threading.Thread(target=_tell_of_death, args=watch, name="vLLM process watch", daemon=True).start()
+        self._sleeper = Sleeper(self._fall_asleep, self._wake_up)
+        processes = set(multiprocessing.active_children()) - others
+        self._watch = ProcessWatch(processes, self._llm.llm_engine.engine_core, deadlines)
 
     @property
     def block_size(self) -> int:
@@ -137,7 +135,12 @@ class InProcessVLLM:
         return self._run(prompts, [VLLMSamplingParams(**REQUEST_PARAMS | each) for each in params], self._samples)
 
     def _run(
-        self, prompts: Sequence[Sequence[int]], params: Sequence[VLLMSamplingParams], read: Callable[[Any], _T]
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: Sequence[VLLMSamplingParams],
+        read: Callable[[Any], _T],
+        *,
+        deadline: Setting = "request_deadline_s",
     ) -> list[_T]:
         """Steps the engine until these requests are done; threads that do so at once serve each other's requests.
 
@@ -146,18 +149,20 @@ class InProcessVLLM:
         """
         names = list(itertools.islice(self._names, len(prompts)))
         with torch.random.fork_rng():  # vLLM draws from the global state before it puts the seeded draws in place
-            with self._turn, self._dropped_if_broken():
+            with self._turn, self._dropped_if_broken(), self._asked(deadline) as llm:
                 self._running |= dict.fromkeys(names, read)
+                if self._cache_is_broken:
+                    self._cache_is_broken = not llm.reset_prefix_cache()
                 if self._cache_is_broken:
                     raise RuntimeError("after a failure before, its cache could not be emptied; sync its weights again")
                 for name, prompt, each in zip(names, prompts, params, strict=True):
                     each.output_kind = RequestOutputKind.FINAL_ONLY
-                    self._engine().add_request(name, tokens_input(list(prompt)), each, lora_request=self._adapter)
+                    llm.llm_engine.add_request(name, tokens_input(list(prompt)), each, lora_request=self._adapter)
             while not self._running.keys().isdisjoint(names):
                 self._go.wait()
-                with self._turn, self._dropped_if_broken():
+                with self._turn, self._dropped_if_broken(), self._asked(deadline) as llm:
                     if self._go.is_set() and not self._running.keys().isdisjoint(names):
-                        for output in self._engine().step():
+                        for output in llm.llm_engine.step():
                             if output.finished:
                                 self._finished[output.request_id] = self._running[output.request_id](output)
                                 del self._running[output.request_id]
@@ -180,17 +185,17 @@ class InProcessVLLM:
             for answer in output.outputs
         ]
 
-    def _is_alive(self) -> bool:
-        """Whether every process of the engine runs; vLLM (0.32) would wait for one that does not for ever."""
-        # not by ``is_alive``, which errs where another thread asks for the exit code at that moment, as vLLM's does
-        return not self._processes or not wait([process.sentinel for process in self._processes], timeout=0)
+    @contextlib.contextmanager
+    def _asked(self, deadline: Setting) -> Iterator[LLM]:
+        """Gives vLLM, whose answer to what is asked inside has a deadline where it may be none.
 
-    def _engine(self) -> Any:
+        Raises:
+            RolloutError: it was closed, or its process has ended.
+        """
         if self._llm is None:
             raise RolloutError("the engine was closed while requests ran")
-        if not self._is_alive():
-            raise RolloutError("the engine's process has ended")
-        return self._llm.llm_engine
+        with self._watch.waiting(deadline):
+            yield self._llm
 
     @contextlib.contextmanager
     def _dropped_if_broken(self) -> Iterator[None]:
@@ -207,24 +212,34 @@ class InProcessVLLM:
             failed.__cause__ = error
             self._finished |= dict.fromkeys(names, failed)
             self._running.clear()
-            self._cache_is_broken = True
-            if self._is_alive():
-                with contextlib.suppress(Exception):  # it may be dead all the same, or fail again
-                    self._llm.llm_engine.abort_request(names)
-                    self._cache_is_broken = not self._llm.reset_prefix_cache()
+            self._cache_is_broken = True  # emptied before the next request: one that hangs would not let go of Ctrl-C
+            with contextlib.suppress(Exception):  # it may be dead, or fail again
+                self._llm.llm_engine.abort_request(names)
             if not isinstance(error, Exception):
                 raise
 
-    def close(self) -> None:
-        """Ends the engine, between two steps, and frees its memory; requests that run fail."""
+    def close(self, adapter: AdapterVersion | None = None) -> None:
+        """Ends the engine, between two steps, and frees its memory, adapters too; requests that run fail.
+
+        Raises:
+            RolloutError: a step in this process, which nothing can end, has not ended within the deadline of a sync's phase.
+        """
+        del adapter
         self._go.clear()
-        with self._turn:
+        if not self._turn.acquire(timeout=_SHUTDOWN_S if self._watch else self._step_s):
+            if not self._watch:
+                raise RolloutError(f"vLLM's step did not end within {self._step_s:g} s (sync_deadline_s); it is left behind")
+            self._watch.kill("was closed before it answered")
+            self._turn.acquire()
+        try:
             core = self._llm.llm_engine.engine_core
             core.shutdown()
-            if self._processes:  # vLLM leaves its sockets to the collector
+            if self._watch:  # vLLM leaves its sockets to the collector
                 core.output_queue_thread.join(_SHUTDOWN_S)
                 core.ctx.destroy(linger=0)
             self._llm = self._sender = None
+        finally:
+            self._turn.release()
         self._go.set()
         if self._owns_groups:
             destroy_model_parallel()
@@ -234,12 +249,16 @@ class InProcessVLLM:
     def pause(self) -> None:
         """Checks that nothing runs, as nothing does between two calls of ``generate``; or lets no request take a step."""
         if self._delivery.pause_mode == "wait":
-            if self._engine().has_unfinished_requests():
-                raise RuntimeError("requests are running")
+            self._check_idle()
         else:
             self._go.clear()
             with self._turn:  # a step that is under way
                 pass
+
+    def _check_idle(self) -> None:
+        with self._asked("sync_deadline_s") as llm:
+            if llm.llm_engine.has_unfinished_requests():
+                raise RuntimeError("requests are running")
 
     def resume(self) -> None:
         """Lets requests that were kept go on."""
@@ -252,13 +271,20 @@ class InProcessVLLM:
             RuntimeError: requests are running; vLLM would end them.
         """
         with self._turn:
-            if self._engine().has_unfinished_requests():
-                raise RuntimeError("requests are running")
+            self._check_idle()
             self._sleeper.sleep(level)
+
+    def _fall_asleep(self, level: int) -> None:
+        with self._asked("sync_deadline_s") as llm:
+            llm.sleep(level=level)
 
     def wake(self, part: Part) -> None:
         """Wakes a part of its memory, where it sleeps."""
         self._sleeper.wake(part)
+
+    def _wake_up(self, part: Part) -> None:
+        with self._asked("sync_deadline_s") as llm:
+            llm.wake_up(tags=[part])
 
     def send(self) -> int:
         """Gives the engine all weights; returns how many bytes went over."""
@@ -270,7 +296,7 @@ class InProcessVLLM:
         if self._sender is None:
             self._sender = WeightSender(
                 self._delivery.transport,
-                client=_Client(self._llm),
+                client=_Client(self._asked),
                 source=self._weights,
                 bucket_bytes=self._delivery.bucket_bytes,
             )
@@ -278,45 +304,53 @@ class InProcessVLLM:
 
     def finish(self, version: int) -> None:
         """Puts them in force."""
-        self._llm.finish_weight_update(version_name(version, self._run_name))
+        with self._asked("sync_deadline_s") as llm:
+            llm.finish_weight_update(version_name(version, self._run_name))
 
     def weight_version(self) -> int | None:
         """The version in force; ``None`` before the first."""
-        return version_number(self._llm.get_weight_version(), self._run_name)
+        with self._asked("sync_deadline_s") as llm:
+            return version_number(llm.get_weight_version(), self._run_name)
 
     def announce(self, version: int) -> None:
         """Gives what is in force a version's number."""
-        self._llm.update_weight_version(version_name(version, self._run_name))
+        with self._asked("sync_deadline_s") as llm:
+            llm.update_weight_version(version_name(version, self._run_name))
 
     def load_adapter(self, adapter: AdapterVersion) -> None:
         """Reads a LoRA adapter; requests are answered with it from then on."""
         request = LoRARequest(adapter.name, adapter.number, str(adapter.path))
-        if not self._llm.llm_engine.add_lora(request):
-            raise RuntimeError(f"vLLM did not take the adapter {adapter.name}")
+        with self._asked("sync_deadline_s") as llm:
+            if not llm.llm_engine.add_lora(request):
+                raise RuntimeError(f"vLLM did not take the adapter {adapter.name}")
         self._adapter = request
 
     def unload_adapter(self, adapter: AdapterVersion) -> None:
         """Forgets one."""
-        self._llm.llm_engine.remove_lora(adapter.number)
+        with self._asked("sync_deadline_s") as llm:
+            llm.llm_engine.remove_lora(adapter.number)
 
     def undo(self) -> None:
         """Leaves an update that began: one that a worker cannot read ends it, by vLLM's own rule."""
         self._sender = None
-        if not self._is_alive():
-            return
-        with contextlib.suppress(ValueError, RuntimeError):
-            self._llm.update_weights({"update_info": {"undo": True}})
+        with contextlib.suppress(ValueError, RuntimeError, RolloutError), self._asked("sync_deadline_s") as llm:
+            llm.update_weights({"update_info": {"undo": True}})
 
     def reset_prefix_cache(self) -> bool:
         """Forgets cached keys and values, those of requests that are kept too: they are computed anew."""
-        done = bool(self._llm.reset_prefix_cache(reset_running_requests=self._delivery.pause_mode == "keep"))
+        with self._asked("sync_deadline_s") as llm:
+            done = bool(llm.reset_prefix_cache(reset_running_requests=self._delivery.pause_mode == "keep"))
         self._cache_is_broken = self._cache_is_broken and not done
         return done
 
     def answer(self, prompts: Sequence[Sequence[int]]) -> list[list[Choices]]:
         """What comes next: of one prompt after the other, so that the second reads what the first left in the cache."""
         params = [VLLMSamplingParams(**PROBE_PARAMS)]
-        return [[self._run([prompt], params, lambda output: _choices(output.outputs[0].logprobs[0]))[0] for prompt in prompts]]
+
+        def read(output: Any) -> Choices:
+            return _choices(output.outputs[0].logprobs[0])
+
+        return [[self._run([prompt], params, read, deadline="sync_deadline_s")[0] for prompt in prompts]]
 
     def score(self, prompt: Sequence[int]) -> list[list[Choices]]:
         """The same of a prompt and of all of it but its last token; a request for those of its prompt reads no cache."""
@@ -324,34 +358,27 @@ class InProcessVLLM:
         def read(output: Any) -> list[Choices]:
             return [_choices(entry) for entry in output.prompt_logprobs[: len(prompt) - 2 : -1]]
 
-        return self._run([[*prompt, prompt[0]]], [VLLMSamplingParams(**SCORE_PARAMS)], read)
-
-
-def _tell_of_death(processes: Collection[BaseProcess], core: Any) -> None:
-    """Wakes who waits for an answer of the engine when a process of it has ended; vLLM (0.32) lets them wait for ever."""
-    wait([process.sentinel for process in processes])
-    core.outputs_queue.put_nowait(EOFError("the engine's process has ended"))
-    while not core.resources.engine_dead:  # until vLLM has seen it too, it lets more calls wait
-        time.sleep(0.01)
-    for call in list(core.utility_results.values()):
-        with contextlib.suppress(InvalidStateError):
-            call.set_exception(EOFError("the engine's process has ended"))
+        asked, params = [*prompt, prompt[0]], VLLMSamplingParams(**SCORE_PARAMS)
+        return self._run([asked], [params], read, deadline="sync_deadline_s")
 
 
 class _Client:
     """vLLM's protocol of a weight sync client."""
 
-    def __init__(self, llm: LLM) -> None:
-        self._llm = llm
+    def __init__(self, asked: Callable[[Setting], contextlib.AbstractContextManager[LLM]]) -> None:
+        self._asked = asked
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self._llm.init_weight_transfer_engine({"init_info": init_info})
+        with self._asked("sync_deadline_s") as llm:
+            llm.init_weight_transfer_engine({"init_info": init_info})
 
     def start_weight_update(self) -> None:
-        self._llm.start_weight_update()
+        with self._asked("sync_deadline_s") as llm:
+            llm.start_weight_update()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        self._llm.update_weights({"update_info": json_safe(update_info)})
+        with self._asked("sync_deadline_s") as llm:
+            llm.update_weights({"update_info": json_safe(update_info)})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Does nothing: the sync finishes in a phase of its own, under the version's number."""

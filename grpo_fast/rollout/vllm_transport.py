@@ -45,7 +45,8 @@ _LOOK_S = 1.0
 def register() -> None:
     """Makes this package's backends known to vLLM in this process; the entry point of ``vllm.general_plugins``.
 
-    A process that vLLM started for a trainer ends with it from then on, however that ends: vLLM's own would stay.
+    A process that vLLM started for a trainer ends with it from then on, however that ends, where vLLM's own would stay; and not
+    by Ctrl-C, which a terminal sends to both: it asks the trainer to save and end after a step that still needs the engine.
     """
     _end_with_owner()
     WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryReceiver)
@@ -61,6 +62,7 @@ def _end_with_owner() -> None:
     parent = os.getppid()
     if os.environ.get(OWNER) != str(parent):
         return
+    os.environ[OWNER] = str(os.getpid())  # of the workers that this one starts
 
     def watch() -> None:
         while os.getppid() == parent:  # a pipe between the two would stay open in whatever the trainer forked since
@@ -68,6 +70,8 @@ def _end_with_owner() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="owner watch", daemon=True).start()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @dataclass

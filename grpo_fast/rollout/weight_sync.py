@@ -100,6 +100,8 @@ class WeightSync:
         self._deadline_s = deadline_s
         self._attempts = attempts
         self._phase = ""
+        self._left: threading.Thread | None = None
+        """What hung, and was left behind."""
 
     def run(self, policy: torch.nn.Module, version: int) -> dict[str, float]:
         """Makes ``policy``'s weights those of the engine.
@@ -111,6 +113,8 @@ class WeightSync:
         Raises:
             WeightSyncError: the phase is named, with its cause; the engine must not be sampled from.
         """
+        if self._left is not None and self._left.is_alive():
+            raise WeightSyncError(f"{self._left.name!r} of an earlier sync hangs still, and would mix its weights with these")
         own: Future[torch.Tensor] = Future()
 
         def work() -> None:
@@ -223,6 +227,7 @@ class WeightSync:
         if errors:
             raise errors[0]
         if not outcome:
+            self._left = thread
             raise WeightSyncError(
                 f"the weight sync hung in its phase {phase!r}: it was not done after {self._deadline_s:g} s and is left behind"
             )

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -187,6 +188,15 @@ class ServerProcess:
             _kill_group(self._process.pid)
             self._process.wait()
             self._process = None
+
+    def suspend(self) -> None:
+        """Stops all of it, so that its port listens and nobody answers."""
+        assert self._process is not None
+        os.killpg(self._process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        assert self._process is not None
+        os.killpg(self._process.pid, signal.SIGCONT)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -267,6 +268,24 @@ def test_versions_over_a_server_which_then_forgets_them(adapter_server: Any, mea
 
 @pytest.mark.vllm
 @pytest.mark.slow
+def test_a_server_that_hangs_does_not_hold_up_the_end(adapter_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted_model()
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model_dir())
+    engine = VLLMServerEngine(model, tokenizer, urls=[adapter_server.url], settings=VLLMSettings(transport="sparse"))
+    home = directories(engine)[0].parent
+    monkeypatch.setattr(import_module("grpo_fast.rollout.vllm_http"), "_HANG_UP_S", 1.0)
+    adapter_server.suspend()
+    try:
+        begin = time.monotonic()
+        engine.close()
+        assert time.monotonic() < begin + 10
+    finally:
+        adapter_server.resume()
+    assert not home.exists()
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
 def test_what_changed_goes_to_a_server_which_then_opens_another_trainers_memory(
     adapter_server: Any, measure_errors: Callable[..., Any]
 ) -> None:
@@ -309,8 +328,16 @@ def test_versions_and_what_changed_of_the_base_go_to_an_engine_in_a_process_of_i
             assert len(directories(engine)) == 1
             assert list(target._host._llm.llm_engine.list_loras()) == [target._current.number]
         home = directories(engine)[0].parent
+        engine._sync._deadline_s = 2.0
+        processes = target._host._watch._tree
+        processes[0].suspend()
+        with pytest.raises(WeightSyncError, match=r"hung in its phase '\w+': it was not done after 2 s"):
+            engine.sync_weights(model, 26)
     finally:
+        begin = time.monotonic()
         engine.close()
+    assert time.monotonic() < begin + 30
+    assert not any(process.is_running() and process.status() != "zombie" for process in processes)
     assert not home.exists()
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -110,6 +111,33 @@ def test_a_step_that_fails_ends_the_requests_of_every_thread(embedded: Any) -> N
     assert any(isinstance(error, RolloutError) for error in errors)
     assert all(error is None or "MemoryError" in str(error) for error in errors)
     assert embedded.engine.sync_weights(embedded.model, 6)["sync/version"] == 6
+
+
+def test_a_step_that_hangs_does_not_hold_up_the_end_for_ever(embedded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = embedded.engine._vllm
+    monkeypatch.setattr(target, "_step_s", 0.1)
+    with target._turn, pytest.raises(RolloutError, match=r"vLLM's step did not end within 0\.1 s \(sync_deadline_s\)"):
+        target.close()
+    target.resume()
+
+
+def test_after_an_interrupt_the_cache_is_emptied_before_the_next_request(
+    embedded: Any, probe: SyncProbe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not at once: Ctrl-C would wait for an engine that hangs."""
+    engine, target = embedded.engine, embedded.engine._vllm
+    engine.sync_weights(embedded.model, 7)
+    whole = engine.generate([probe.prompt], SamplingParams(max_tokens=4), num_generations=2, seed=1)
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(target._llm.llm_engine, "step", lambda: signal.raise_signal(signal.SIGINT))
+        patch.setattr(target._llm, "reset_prefix_cache", lambda **_: asked.append("reset"))
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate([probe.prompt], SamplingParams(max_tokens=4), num_generations=2, seed=1)
+        with pytest.raises(RolloutError, match="its cache could not be emptied; sync its weights again"):
+            engine.generate([probe.prompt], SamplingParams(max_tokens=4), num_generations=2, seed=1)
+    assert asked == ["reset"]
+    assert engine.generate([probe.prompt], SamplingParams(max_tokens=4), num_generations=2, seed=1) == whole
 
 
 def test_what_vllm_itself_refuses_leaves_no_request_behind(embedded: Any) -> None:

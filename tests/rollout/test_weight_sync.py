@@ -221,6 +221,23 @@ def hung_with(deadline_s: float, phase: str, policy: LlamaForCausalLM) -> tuple[
     return str(caught.value), target.calls
 
 
+def test_no_sync_begins_beside_what_an_earlier_one_left_behind(policy: LlamaForCausalLM, target: SecondCopy) -> None:
+    """It may come to life again, and send the weights of then."""
+    let_go, sync = threading.Event(), WeightSync(target, PROBE, deadline_s=1)
+    target.faults["send"] = lambda: let_go.wait(60) and None
+    with pytest.raises(WeightSyncError, match="hung in its phase 'send'"):
+        sync.run(policy, 1)
+    calls = list(target.calls)
+    with pytest.raises(WeightSyncError, match="'weight sync: send' of an earlier sync hangs still"):
+        sync.run(policy, 2)
+    assert target.calls == calls
+    let_go.set()
+    [left] = [thread for thread in threading.enumerate() if thread.name == "weight sync: send"]
+    left.join(10)
+    sync._deadline_s = 60.0
+    assert sync.run(policy, 3)["sync/version"] == 3
+
+
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_phase_that_hangs_is_named_and_left_behind(phase: str, policy: LlamaForCausalLM) -> None:
     name = {"weight_version": "finish", "answer": "probe"}.get(phase, phase)
