@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 from datasets import (
     Dataset,
     DatasetDict,
@@ -21,6 +22,7 @@ from datasets import (
 )
 
 from grpo_fast.config import ConfigError
+from grpo_fast.hub import out_of_reach
 
 FILE_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
 """Reader of ``datasets`` by the ending of a file's name."""
@@ -39,11 +41,14 @@ def read_hub(repository: str, *, name: str | None, split: str, instead: str) -> 
     Raises:
         ConfigError: it cannot be fetched, or has no such configuration or split.
     """
+    unreached = out_of_reach()
     try:
-        return load_dataset(repository, name=name, split=split)
+        with contextlib.nullcontext() if unreached is None else _cached_alone():
+            return load_dataset(repository, name=name, split=split)
     except Exception as error:
+        reason = _reason(error) if unreached is None else f"{unreached}, and no copy of it is in the cache"
         raise ConfigError(
-            f"cannot read the hub dataset {repository!r} (configuration {name!r}, split {split!r}): {_reason(error)}. "
+            f"cannot read the hub dataset {repository!r} (configuration {name!r}, split {split!r}): {reason}. "
             f"Without the hub, {instead}"
         ) from error
 
@@ -130,6 +135,16 @@ def _reason(error: Exception) -> str:
         return "it has no rows"
     lines = str(told).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(told).__name__
+
+
+@contextlib.contextmanager
+def _cached_alone() -> Iterator[None]:
+    """What was read from the hub before is all that ``datasets`` looks at."""
+    before, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
 
 
 @contextlib.contextmanager

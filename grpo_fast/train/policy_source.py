@@ -20,6 +20,7 @@ from transformers import (
 
 from grpo_fast.assets import embedded_model_dir
 from grpo_fast.config import Config, ConfigError
+from grpo_fast.hub import out_of_reach
 from grpo_fast.ops.products import use_products
 from grpo_fast.train.adapters import Adapters
 from grpo_fast.train.checkpointing import checkpoint_layers
@@ -57,10 +58,12 @@ class PolicySource:
         self._config = config
         self._device = pick_device(config.device)
         path = _find(config)
+        self._unreached = None if Path(path).is_dir() else out_of_reach()
         self._arguments = {
             "pretrained_model_name_or_path": path,
             "revision": config.revision,
             "trust_remote_code": config.trust_remote_code,
+            "local_files_only": self._unreached is not None,
         }
         self.tokenizer: PreTrainedTokenizerBase = self._read(AutoTokenizer)
         self.model_config: PreTrainedConfig = self._read(AutoConfig)
@@ -160,6 +163,9 @@ class PolicySource:
         except (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError) as error:
             told = str(error.__cause__ if isinstance(error, StrictDataclassError) else error).strip().splitlines()
             reason = told[0] if told else type(error).__name__
+            if self._unreached is not None:
+                lacking = "couldn't connect" in reason or "couldn't find" in reason
+                reason = f"{self._unreached}, and {'no copy of it is in the cache.' if lacking else f'its copy says: {reason}'}"
             fix = "Give a directory with config.json, safetensors and tokenizer, or a hub id that this machine can reach."
             if "attn_implementation" in arguments and re.search("attn|attention", reason, re.IGNORECASE):
                 fix = f"That is attn_implementation={arguments['attn_implementation']!r}; 'auto' takes what is there."

@@ -1,0 +1,40 @@
+"""Whether the hub can be reached, asked before anything is read from it.
+
+``huggingface_hub`` tries every file six times over half a minute where there is no network, and has no setting for it. With
+the answer known, its caches alone are read. A network that is slow, or a hub that answers with an error, counts as reached.
+"""
+
+from __future__ import annotations
+
+import time
+
+from huggingface_hub import constants, get_session
+
+_CONNECT_S = 10.0
+_TRIES_S = (0.0, 1.0, 2.0)  # waits before each: a resolver may fail once
+_NO_WAY = {"ConnectError", "ConnectTimeout"}
+
+
+def out_of_reach() -> str | None:
+    """Why the hub cannot be reached; ``None`` where it can be, or where ``HF_HUB_OFFLINE`` has it not asked at all."""
+    if constants.HF_HUB_OFFLINE:
+        return None
+    reason = None
+    begin = time.monotonic()
+    for wait_s in _TRIES_S:
+        if time.monotonic() - begin >= _CONNECT_S:  # a firewall that answers nothing takes all of it the first time
+            break
+        time.sleep(wait_s)
+        reason = _try()
+        if reason is None:
+            return None
+    return f"{constants.ENDPOINT} cannot be reached ({reason})"
+
+
+def _try() -> str | None:
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_CONNECT_S)
+    except Exception as error:  # the client is httpx's or its successor's, by the version of huggingface_hub
+        if type(error).__name__ in _NO_WAY:
+            return str(error) or type(error).__name__
+    return None
