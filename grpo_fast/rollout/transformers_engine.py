@@ -20,10 +20,11 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from grpo_fast.rollout.decode_batch import DecodeBatch, Stepping
 from grpo_fast.rollout.end_tokens import end_token_ids
@@ -34,7 +35,7 @@ from grpo_fast.rollout.transcript import Transcript
 from grpo_fast.types import Completion
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from grpo_fast.rollout.engine import SamplingParams
 
@@ -88,12 +89,10 @@ class TransformersEngine:
         impl: Literal["auto", "fused", "module"] = "auto",
     ) -> None:
         config = model.config.get_text_config(decoder=True)
-        layer_types = getattr(config, "layer_types", None) or []
-        foreign = sorted(set(layer_types) - _ATTENTION_LAYERS)
-        if foreign or model.config.is_encoder_decoder:
-            what = f"layers of type {', '.join(foreign)}" if foreign else "an encoder"
+        foreign = foreign_parts(model.config, type(model))
+        if foreign is not None:
             raise ValueError(
-                f"{type(model).__name__} has {what}; the transformers engine runs decoders with attention layers only"
+                f"{type(model).__name__} has {foreign}; the transformers engine runs decoders with attention layers only"
             )
         if max_batch_tokens < 1:
             raise ValueError(f"max_batch_tokens must be at least 1, got {max_batch_tokens}")
@@ -212,6 +211,23 @@ class TransformersEngine:
             count = max(1, self._max_batch_tokens // width)
             yield rows[:count]
             rows = rows[count:]
+
+
+def foreign_parts(config: PreTrainedConfig, kind: type[PreTrainedModel] | None = None) -> str | None:
+    """What of a model the engine cannot run, in words; ``None`` where it runs all of it.
+
+    Args:
+        config: the model's.
+        kind: its class; ``None`` takes the one that transformers has for ``config``, if any.
+    """
+    layer_types = getattr(config.get_text_config(decoder=True), "layer_types", None) or []
+    foreign = sorted(set(layer_types) - _ATTENTION_LAYERS)
+    if foreign:
+        return f"layers of type {', '.join(foreign)}"
+    if config.is_encoder_decoder:
+        return "an encoder"
+    known: Any = kind or MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return "a running state in place of keys and values" if getattr(known, "_is_stateful", False) else None
 
 
 def _choose_stepping(model: PreTrainedModel, impl: Literal["auto", "fused", "module"]) -> Stepping:

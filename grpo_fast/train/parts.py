@@ -19,7 +19,7 @@ from grpo_fast.law import OnlinePredictor, Prior, RunFacts
 from grpo_fast.objective import OBJECTIVES
 from grpo_fast.rewards import RewardPool
 from grpo_fast.rollout import RolloutEngine, RolloutError
-from grpo_fast.rollout.transformers_engine import TransformersEngine
+from grpo_fast.rollout.transformers_engine import TransformersEngine, foreign_parts
 from grpo_fast.rollout.transports import Host, choose_transport
 from grpo_fast.rollout.vllm_client import VLLMServer
 from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMServerEngine, VLLMSettings, require_vllm
@@ -35,7 +35,7 @@ from grpo_fast.train.plan_memory import check_room
 from grpo_fast.train.policy import BasePolicy, Policy, Scorer, count_parameters
 from grpo_fast.train.policy_source import PolicySource, pick_device
 from grpo_fast.train.resumable import LIMITS
-from grpo_fast.train.sharding import ShardedPolicy, check_sharding, spread
+from grpo_fast.train.sharding import ShardedPolicy, check_sharding, shards_of_one, spread
 from grpo_fast.train.shares import MainEngine, Rewards, SharedEngine, SharedRewards
 from grpo_fast.train.streaming import streams_weights
 from grpo_fast.types import Prompt
@@ -94,6 +94,8 @@ class Parts:
         )
         for remark in self.remarks if start_step == 0 else ():
             self.sinks.log_event(0, "warn", remark)
+        if config.fsdp != "no_shard" and self.meter.num_devices == 1:
+            self.sinks.log_event(start_step, "warn", shards_of_one(config))
 
     def describe(self, step: int) -> str:
         """One line on what begins."""
@@ -160,6 +162,8 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
     budget = _build_budget(config, given.get("budget"))
     prior = load_prior(config)
     source = PolicySource(config)
+    if config.rollout == "transformers" and "engine" not in given:
+        _check_sampler(config, source)
     check_room(source.model_config, config, num_devices=world.size)
     task = given.get("task") or load_task(config, chat=source.chat, needs_reward="reward_funcs" not in given)
     functions = given.get("reward_funcs") or config.reward_funcs or task.reward_funcs
@@ -342,6 +346,15 @@ def _check_vllm(config: Config) -> None:
             _ = server.context_length  # it is there, and takes the key
     except (ValueError, RolloutError) as error:
         raise ConfigError(f"rollout={config.rollout!r}: {error}") from None
+
+
+def _check_sampler(config: Config, source: PolicySource) -> None:
+    foreign = foreign_parts(source.model_config)
+    if foreign is not None:
+        raise ConfigError(
+            f"model={config.model!r}, of type {source.model_config.model_type!r}, has {foreign}, and rollout='transformers' "
+            "samples from decoders with attention layers only; take such a model, or hand in an engine of your own"
+        )
 
 
 def _share_engine(

@@ -132,7 +132,8 @@ class PolicySource:
         dtype = torch.bfloat16 if wants_bf16 and short else torch.float32
         quantised = loading_arguments(config, dtype=dtype, device=self._device) if config.load_in_4bit else {}
         attention = {} if config.attn_implementation == "auto" else {"attn_implementation": config.attn_implementation}
-        model: Any = self._read(AutoModelForCausalLM, dtype=dtype, **attention, **quantised)
+        kept = {"adapter_kwargs": {"local_files_only": True}} if self._unreached is not None else {}  # else they are asked for
+        model: Any = self._read(AutoModelForCausalLM, dtype=dtype, **attention, **quantised, **kept)
         if quantised:
             keep_as_loaded(model)
             tell_what_is_left(model)

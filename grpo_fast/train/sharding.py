@@ -72,6 +72,14 @@ def check_sharding(config: Config) -> None:
         raise ConfigError("fsdp_offload_params keeps shards in host memory, and this run is on a CPU already; leave it out")
 
 
+def shards_of_one(config: Config) -> str:
+    """What is told where one process is to shard; torch's own FSDP goes on without shards then, too, and says so."""
+    return (
+        f"fsdp={config.fsdp!r} shards nothing: this run is one process, which holds everything whole; start one a device with "
+        f"`torchrun --nproc-per-node DEVICES --no-python grpo-fast train --fsdp {config.fsdp} ...`"
+    )
+
+
 class ShardedPolicy(Policy):
     """Takes over a policy, and spreads it.
 

@@ -259,3 +259,12 @@ def test_the_golden_trace(tiny_config: Callable[..., Config], tmp_path: Path) ->
     assert found["reward"] == golden["reward"], f"other completions were sampled; the new trace is {new}"
     for key in ("loss", "grad_norm", "entropy"):
         assert found[key] == pytest.approx(golden[key], rel=1e-5, abs=1e-7), f"{key} has changed; the new trace is {new}"
+
+
+def test_one_process_that_is_to_shard_says_that_it_does_not(make: Make, resume: Make, tmp_path: Path) -> None:
+    make(fsdp="full_shard", max_steps=2).train()
+    resume(tmp_path / "run", max_steps=3).train()
+    told = [row["message"] for row in rows(tmp_path / "run", "events") if row["event"] == "warn"]
+    assert len(told) == 2
+    assert "fsdp='full_shard' shards nothing: this run is one process" in told[0]
+    assert "`torchrun --nproc-per-node DEVICES --no-python grpo-fast train --fsdp full_shard ...`" in told[1]

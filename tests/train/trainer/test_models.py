@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from grpo_fast.config import Config
+from grpo_fast.config import Config, ConfigError
 from grpo_fast.train import GRPOTrainer
 from tests.train.trainer.runs import LETTERS, vowels
 
@@ -57,3 +57,28 @@ def test_a_model_is_trained_as_what_it_samples_as(
         norms.append(rows[0]["grad_norm"])
     assert norms[0] > 0.01, "the guard"
     assert norms[1] == pytest.approx(norms[0], rel=1e-5), "checkpointed and in parts"
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "message"),
+    [
+        (
+            "mamba",
+            {"state_size": 4},
+            "of type 'mamba', has layers of type linear_attention, and rollout='transformers' samples",
+        ),
+        ("rwkv", {"context_length": 64}, "of type 'rwkv', has a running state in place of keys and values"),
+    ],
+)
+def test_a_model_that_cannot_be_sampled_from_is_refused_before_it_is_loaded(
+    kind: str,
+    sizes: dict[str, Any],
+    message: str,
+    tokenizer: PreTrainedTokenizerFast,
+    tiny_config: Callable[..., Config],
+    tmp_path: Path,
+) -> None:
+    AutoConfig.for_model(kind, hidden_size=32, num_hidden_layers=2, **sizes).save_pretrained(tmp_path)  # and no weights
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        GRPOTrainer(tiny_config(model=str(tmp_path), output_dir=tmp_path / "run"), task=LETTERS, reward_funcs=[vowels])
