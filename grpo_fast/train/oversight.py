@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.law import AlarmState, CollapseAlarm, Forecast, OnlinePredictor, Spending, StopDecision, StoppingRule
 from grpo_fast.sinks import SinkSet
+from grpo_fast.train.resumable import ending_settings
 from grpo_fast.train.summary import Ending
 
 _ROUNDING = 1e-9
@@ -62,6 +63,10 @@ class Oversight:
         self.forecast: Forecast | None = None
         self._config = config
         self._sinks = sinks
+        self.settled: Ending | None = None
+        """Why forecast or alarm have ended the run that is gone on with; None once it has gone on, and after a change of what
+        that rests on."""
+        self._ending: Ending | None = None
         self._told: set[str] = set()
         self._silent_until = 0
 
@@ -105,6 +110,7 @@ class Oversight:
             ending = self._collapsed(step, alarm)
         if ending is None and decision is not None and decision.stop:
             ending = self._plateau(step, decision, give_up)
+        self._ending, self.settled = ending, None
         return Verdict(forecast, decision, alarm, ending)
 
     def sound_until(self, step: int, alarm: AlarmState | None) -> int:
@@ -140,6 +146,7 @@ class Oversight:
             "alarm": self.alarm.state_dict(),
             "told": sorted(self._told),
             "silent_until": self._silent_until,
+            "ending": self._ending and asdict(self._ending) | {"settings": ending_settings(self._config)},
         }
 
     def restore(self, state: Mapping[str, Any], progress: Sequence[float]) -> None:
@@ -169,6 +176,10 @@ class Oversight:
         self.rule.take_up(state["rule"])
         self.alarm.load_state_dict(state["alarm"])
         self._told, self._silent_until = set(state["told"]), state["silent_until"]
+        ending = state.get("ending")  # not in checkpoints of older versions
+        if ending is not None and ending["settings"] == ending_settings(self._config):
+            self._ending = self.settled = Ending(ending["kind"], ending["message"])
+            self.forecast = self.predictor.forecast() if self.predictor.num_observations else None
 
     def _foresee(
         self, step: int, progress: float, metrics: Mapping[str, float], spent: Spending | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.run_dir import CONFIG_FILE
@@ -31,6 +32,19 @@ _CHANGEABLE = {
     "vllm_enable_sleep_mode",
     *("sync_deadline_s", "ddp_timeout_s", "fsdp", "fsdp_offload_params", "fsdp_parallel_head"),
 }
+
+
+_ENDING = {
+    *LIMITS,
+    *("price_per_gpu_hour", "reward_range", "collapse_action"),
+    *(name for name in _CHANGEABLE if name.startswith("forecast")),
+}
+"""Settings on which it rests whether a run has ended."""
+
+
+def ending_settings(config: Config) -> dict[str, Any]:
+    """What a run's end rests on, as JSON values: where it is still the same, the run has ended still."""
+    return config.model_dump(mode="json", include=_ENDING)
 
 
 def config_of(run_dir: str | Path) -> Config:

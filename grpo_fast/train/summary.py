@@ -25,6 +25,25 @@ class Ending:
     message: str
     """One sentence with numbers."""
 
+    @property
+    def event(self) -> str:
+        """What it is called among the run's events."""
+        return {"interrupt": "interrupt", "forecast": "stop", "user": "stop", "collapse": "alarm"}.get(self.kind, "budget")
+
+    def again(self) -> Ending:
+        """The same, of a run that had ended already when it was to go on; it says what makes it go on."""
+        if self.kind in {"interrupt", "user"}:
+            return self
+        if self.kind == "forecast":
+            told = (
+                f"The forecast has ended this run: {self.message} It goes on with forecast='warn' or 'off', or a larger limit."
+            )
+        elif self.kind == "collapse":
+            told = f"The run ended in a collapse: {self.message} It goes on with collapse_action='warn' or 'off'."
+        else:
+            told = f"{self.message} The run had ended already; it goes on with a larger {self.kind}."
+        return Ending(self.kind, told)
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:

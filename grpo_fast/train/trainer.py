@@ -173,7 +173,8 @@ class GRPOTrainer:
             self._open()
             try:
                 self._measure_start()
-                self._ending = self._why_end()
+                ending = self._why_end()
+                self._ending = ending.again() if ending is not None and self.global_step else ending
                 while self._ending is None:
                     self._collect()
                     self._ending = self._why_end()
@@ -305,20 +306,20 @@ class GRPOTrainer:
         return self._world.once(lambda: self._reason(next(filter(None, signals), ""), verdict))
 
     def _reason(self, signal: str, verdict: Verdict | None) -> Ending | None:
-        step = self.global_step
+        step, watched = self.global_step, self._oversight.settled if verdict is None else verdict.ending
         if signal:
             hint = f"`grpo-fast train --resume {self.config.output_dir}`"
             return Ending("interrupt", f"{signal} came after step {step}; the run is saved. Go on with {hint}.")
         if self._stop_message:
             return Ending("user", f"{self._stop_message}, after step {step}.")
-        if verdict is not None and verdict.ending is not None and verdict.ending.kind == "collapse":
-            return verdict.ending  # also on the last step: what to use is another question then
+        if watched is not None and watched.kind == "collapse":
+            return watched  # also on the last step: what to use is another question then
         spent = self._parts.budget.check(self._parts.meter.usage(step))
         if spent is not None:
             return Ending(spent.stopped_by, spent.reason)
         if step >= self.config.max_steps:
             return Ending("max_steps", f"max_steps is reached: {step} of {self.config.max_steps} steps are done.")
-        return verdict.ending if verdict is not None else None
+        return watched
 
     def _open(self) -> None:
         """Starts the sinks."""
@@ -363,8 +364,7 @@ class GRPOTrainer:
             self.global_step, self._smoothed_reward(), best, self._evals, self._oversight.forecast, self._evals.get("baseline")
         )
         summary = write_summary(self.config, self._parts, ending, outcome)
-        events = {"interrupt": "interrupt", "forecast": "stop", "user": "stop", "collapse": "alarm"}
-        self._event(events.get(ending.kind, "budget"), ending.message)
+        self._event(ending.event, ending.message)
         return summary
 
     def _log(self, metrics: dict[str, float], verdict: Verdict, collected: Collected) -> None:

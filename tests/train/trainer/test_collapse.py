@@ -58,6 +58,9 @@ def test_a_collapse_ends_the_run_and_leads_back_to_before(make: Make, tmp_path: 
         )
     )
     assert summary["reason"].startswith(f"The policy collapses: by step {summary['step']} the reward fell from 0.")
+    again = make({"reward_funcs": [Failing(31)]}, **FAILING, resume_if_exists=True).train()
+    assert (again["stopped_by"], again["step"], again["use"]) == ("collapse", summary["step"], use)
+    assert again["reason"].startswith("The run ended in a collapse: The policy collapses: by step ")
     assert summary["reason"].endswith(
         f"Go back to {use['checkpoint']}, the best from before (training reward {use['reward']:.3f})."
     )

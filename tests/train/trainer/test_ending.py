@@ -211,3 +211,68 @@ def test_a_warning_comes_once_also_over_a_resume(make: Make, resume: Make, tmp_p
     decisions = [result.decision for result in again.steps()]
     assert any(decision is not None and decision.stop for decision in decisions)
     assert events(tmp_path / "run").count("warn") == 1
+
+
+def same(completions: list[str], **columns: Any) -> list[float]:
+    return [0.9, 1.0] * (len(completions) // 2)
+
+
+SETTLED: dict[str, Any] = {
+    "max_steps": 200,
+    "learning_rate": 1e-7,
+    "forecast": "stop",
+    "forecast_epsilon": 0.1,
+    "forecast_min_steps": 5,
+    "reward_range": (0.0, 1.0),
+    "resume_if_exists": True,
+}
+
+
+def test_a_run_that_the_forecast_ended_goes_on_only_after_a_change(make: Make, resume: Make, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"reward_funcs": [same]}
+    first = make(given, **SETTLED).train()
+    step, run = first["step"], tmp_path / "run"
+    assert first["stopped_by"] == "forecast"
+    before = trace(run)
+    for again in (make(given, **SETTLED), resume(run, given), resume(run, given, save_steps=7)):
+        summary = again.train()
+        assert (summary["stopped_by"], summary["step"]) == ("forecast", step)
+        assert summary["reason"] == (
+            f"The forecast has ended this run: {first['reason']} It goes on with forecast='warn' or 'off', or a larger limit."
+        )
+        assert summary["forecast"] == first["forecast"]
+        assert (summary["use"], summary["final_reward"]) == (first["use"], first["final_reward"])
+    assert trace(run) == before
+    assert events(run)[-2:] == ["resume", "stop"]
+
+    for changes in ({"forecast": "warn"}, {"forecast_confidence": 0.99}, {"max_steps": 300}):
+        longer = resume(run, given, **SETTLED | changes)
+        assert next(iter(longer.steps())).step > step
+        longer.close()
+
+
+def test_a_run_goes_on_past_the_forecast_to_the_end_and_has_ended_then(make: Make, resume: Make, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"reward_funcs": [same]}
+    step = make(given, **SETTLED).train()["step"]
+    summary = resume(tmp_path / "run", given, forecast="warn", max_steps=step + 2).train()
+    assert (summary["stopped_by"], summary["step"]) == ("max_steps", step + 2)
+    told = resume(tmp_path / "run", given).train()["reason"]
+    assert told.startswith(f"max_steps is reached: {step + 2} of {step + 2} steps are ")
+    assert told.endswith(". The run had ended already; it goes on with a larger max_steps.")
+
+
+def test_a_killed_run_that_was_to_go_on_past_the_forecast_does(make: Make, resume: Make, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"reward_funcs": [same]}
+    step = make(given, **SETTLED).train()["step"]
+    longer = resume(tmp_path / "run", given, max_steps=300)
+    longer._parts.open(step)  # and it is killed before it saves anything
+    longer.close()
+    assert resume(tmp_path / "run", given)._oversight.settled is None
+    assert make(given, **SETTLED)._oversight.settled is not None, "the first command, given again"
+
+
+def test_a_spent_budget_is_told_with_what_makes_the_run_go_on(make: Make, resume: Make, tmp_path: Path) -> None:
+    first = make(max_tokens=200.0, max_steps=50).train()
+    summary = resume(tmp_path / "run").train()
+    assert (summary["stopped_by"], summary["step"]) == ("max_tokens", first["step"])
+    assert summary["reason"] == f"{first['reason']} The run had ended already; it goes on with a larger max_tokens."
