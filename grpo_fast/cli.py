@@ -168,16 +168,19 @@ def plan(  # noqa: PLR0913 (flags)
         num_devices=num_devices,
     )
     found = make_plan(settings, inputs)
-    fits = found.memory is None or found.memory.fits
+    _tell_plan(found, plot=plot, json=json)
+    return 0 if found.memory is None or found.memory.fits else 1
+
+
+def _tell_plan(found: Plan, *, plot: Path | None, json: bool) -> None:
     if plot is not None:
         from grpo_fast.report.plan_plot import write_plan_plot  # noqa: PLC0415 (matplotlib is slow to import)
 
         write_plan_plot(plot, found.to_dict())
     if json:
         print(to_json(found.to_dict(), allow_nan=False))
-        return 0 if fits else 1
-    _print_plan(found, plot)
-    return 0 if fits else 1
+    else:
+        _print_plan(found, plot)
 
 
 def _print_plan(found: Plan, plot: Path | None) -> None:

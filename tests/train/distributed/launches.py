@@ -24,6 +24,24 @@ SHARDED: dict[str, dict[str, Any]] = {  # with what changes no result beside it
     "quantised": {"fsdp": "hybrid_shard", "fsdp_parallel_head": True},
 }
 
+COMMON: dict[str, Any] = {
+    "share_prompts": False,  # which ranks have to compute a prompt, and with it the FLOPs, depends on their number
+    "prompts_per_step": 5,
+    "num_generations": 4,
+    "max_completion_length": 6,
+    "tokens_per_microbatch": 40,
+    "learning_rate": 3e-3,
+    "adam_epsilon": 1e-4,  # an Adam step is a quotient: with the usual epsilon it shows the last bit of a gradient near 0
+    "max_steps": 4,
+    "save_steps": 100,
+    "reward_workers": 0,
+    "forecast": "off",
+    "sinks": (),
+    "report": False,
+    "fsdp": "no_shard",
+}
+"""Settings of every run but its model and its directory."""
+
 
 def search_path(directory: Path) -> str:
     """Where a process finds the package, and modules of ``directory``."""
@@ -42,23 +60,7 @@ def torchrun(
 
 def cases(models: tuple[Path, Path], directory: Path) -> dict[str, dict[str, Any]]:
     """Runs in which every part of a step is at work, by name."""
-    common = {
-        "share_prompts": False,  # which ranks have to compute a prompt, and with it the FLOPs, depends on their number
-        "model": str(models[0]),
-        "prompts_per_step": 5,
-        "num_generations": 4,
-        "max_completion_length": 6,
-        "tokens_per_microbatch": 40,
-        "learning_rate": 3e-3,
-        "adam_epsilon": 1e-4,  # an Adam step is a quotient: with the usual epsilon it shows the last bit of a gradient near 0
-        "max_steps": 4,
-        "save_steps": 100,
-        "reward_workers": 0,
-        "forecast": "off",
-        "sinks": (),
-        "report": False,
-        "fsdp": "no_shard",
-    }
+    common = COMMON | {"model": str(models[0])}
     changes: dict[str, dict[str, Any]] = {
         "whole": {
             "num_iterations": 2,
