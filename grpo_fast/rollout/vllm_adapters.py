@@ -22,10 +22,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from safetensors.torch import save_file
 
+from grpo_fast.rollout.shared_memory import SHARED_MEMORY, check_room
 from grpo_fast.rollout.weight_sync import SyncTarget
 from grpo_fast.rollout.whole_weights import whole_weights
 
-_SHARED_MEMORY = Path("/dev/shm")
+_BESIDE = 64 * 2**10
+"""Bytes of a version beside its tensors: names, settings, a page each for files and directories."""
 _PREFIX = "grpo_fast-adapters-"
 _YOUNG_S = 60.0
 _ADAPTER = "default"
@@ -80,7 +82,7 @@ class AdapterVersions:
 
     def __init__(self, policy: torch.nn.Module) -> None:
         self._policy: Any = policy
-        home = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None
+        home = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
         _sweep(home or Path(tempfile.gettempdir()))
         self._directory = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=home)
         self._lock: int | None = os.open(self._directory.name, os.O_RDONLY)
@@ -88,19 +90,28 @@ class AdapterVersions:
         self._number = 0
 
     def write(self) -> AdapterVersion:
-        """Writes what the adapters are now; sharded ones are gathered."""
-        self._number += 1
+        """Writes what the adapters are now; sharded ones are gathered.
+
+        Raises:
+            OSError: there is no room for them.
+        """
         home = Path(self._directory.name)
-        path = home / str(self._number)
-        path.mkdir()
         names = [name for name, _ in self._policy.named_parameters() if ".lora_" in name]
         tensors = {
             f"base_model.model.{name.replace(f'.{_ADAPTER}.', '.')}": weight.cpu().contiguous()
             for name, weight in whole_weights(self._policy, names)
         }
-        save_file(tensors, path / "adapter_model.safetensors")
-        self._policy.peft_config[_ADAPTER].save_pretrained(str(path))
         num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        check_room(num_bytes + _BESIDE, "the next version of the adapters", place=home)
+        self._number += 1
+        path = home / str(self._number)
+        try:
+            path.mkdir()
+            save_file(tensors, path / "adapter_model.safetensors")
+            self._policy.peft_config[_ADAPTER].save_pretrained(str(path))
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)  # what is there of it is memory
+            raise
         return AdapterVersion(f"{home.name}-{self._number}", self._number, path, num_bytes)
 
     def remove(self, version: AdapterVersion) -> None:

@@ -18,6 +18,10 @@ from grpo_fast.rollout.engine import RolloutError
 from grpo_fast.rollout.transports import OLDEST_VLLM
 
 NEWEST_TESTED = "0.32"
+_CHUNK_MIB = 4
+QUEUE_BYTES = 10 * (_CHUNK_MIB + 24) * 2**20
+"""Shared memory of the two queues between vLLM's engine and its worker (0.32, on a CPU), of ten messages each; larger messages
+go by sockets. To the worker vLLM's own would be of 16 MiB each; from it they are of 24, which nothing sets."""
 OWNER = "GRPO_FAST_VLLM_OWNER"
 """Tells vLLM's processes which process they belong to, so that they end with it; see
 :func:`~grpo_fast.rollout.vllm_transport.register`."""
@@ -43,12 +47,17 @@ def load_beside_vllm(module: str) -> ModuleType:
 def vllm_environment(*, own_process: bool = False, transport: str = "") -> Iterator[None]:
     """The environment that vLLM reads while it builds an engine; it has no other switch for these."""
     pickles = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if transport == "ipc" else {}
-    wanted = pickles | {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(own_process)),
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
-        OWNER: str(os.getpid()),
-    }
+    queues = {"VLLM_MQ_MAX_CHUNK_BYTES_MB": str(_CHUNK_MIB)} if own_process else {}
+    wanted = (
+        pickles
+        | queues
+        | {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(own_process)),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+            OWNER: str(os.getpid()),
+        }
+    )
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:

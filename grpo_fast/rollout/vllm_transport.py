@@ -31,13 +31,13 @@ from vllm.distributed.weight_transfer import (
 from vllm.distributed.weight_transfer.base import TrainerInitInfo, WeightTransferInitInfo, WeightTransferUpdateInfo
 
 from grpo_fast.rollout import vllm_direct
+from grpo_fast.rollout.shared_memory import SHARED_MEMORY, reserve
 from grpo_fast.rollout.vllm_environment import OWNER
 from grpo_fast.rollout.vllm_layerwise import LayerwiseReceiver, PolicyWeights
 
 BACKEND = "grpo_fast_shm"
 SPARSE_BACKEND = "grpo_fast_sparse"
 _ALIGNMENT = 64
-_SHARED_MEMORY = Path("/dev/shm")
 _LOOK_S = 1.0
 
 
@@ -193,17 +193,10 @@ class SharedMemorySender(TrainerWeightTransferEngine[SharedMemoryInit]):  # type
         self._buffer_bytes = half * min(2, len(self._buckets))
 
     def _open(self) -> None:
-        handle, path = tempfile.mkstemp(prefix="grpo_fast-", dir=_SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None)
+        handle, path = tempfile.mkstemp(prefix="grpo_fast-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)
         try:
-            try:
-                # Reserves the pages: writing to a sparse file where memory has run out would kill the process.
-                os.posix_fallocate(handle, 0, self._buffer_bytes)
-            except OSError as error:
-                raise OSError(
-                    error.errno,
-                    f"{Path(path).parent} has no room for buckets of {self._buffer_bytes / 2**20:.0f} MiB; lower bucket_bytes "
-                    "or give more shared memory (docker: --shm-size)",
-                ) from error
+            fix = "lower bucket_bytes or give more shared memory (docker: --shm-size)"
+            reserve(handle, self._buffer_bytes, "buckets of weights", place=Path(path).parent, fix=fix)
             self._buffer = _map(path, self._buffer_bytes)
             for bucket in self._buckets:
                 bucket.path = path
