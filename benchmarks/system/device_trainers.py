@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from benchmarks.system.arguments import checkpointing
 from benchmarks.system.device_cases import StepCase
 from grpo_fast import Config, GRPOTrainer
 from grpo_fast.rollout.engine import SamplingParams
@@ -186,7 +187,7 @@ def _trl_steps(
         output_dir=str(folder),
         use_cpu=not cuda,
         bf16=cuda,
-        activation_checkpointing=case.checkpointing,
+        **checkpointing(on=case.checkpointing),
         per_device_train_batch_size=case.sequences_per_microbatch,
         gradient_accumulation_steps=count // case.sequences_per_microbatch,
         num_generations=case.generations,

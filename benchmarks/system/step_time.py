@@ -2,8 +2,8 @@
 
 The two take turns, one step each, so that both meet the same state of the machine; ``cpu_s`` is what the process computed in a
 step, which a busy machine changes less than the time that it took (functions that reward in processes of their own are not in
-it). Each rollout is the trainer's own (TRL's through ``model.generate``, its default without vLLM). Run ``python
-benchmarks/system/step_time.py``; it prints JSON and, with ``--output``, writes it. ``--model DIRECTORY`` (such as what
+it). Each rollout is the trainer's own (TRL's through ``model.generate``, its default without vLLM). Run ``python -m
+benchmarks.system.step_time``; it prints JSON and, with ``--output``, writes it. ``--model DIRECTORY`` (such as what
 ``smollm2.py`` writes) takes another model on the same prompts, with a reward that differs between any two answers, so that no
 group is left out and both train on every token. Peak memory is that of each trainer alone, in a process of its own, over
 enough steps for the heap to stop growing.
@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig
 from trl import GRPOTrainer as TRLTrainer
 
+from benchmarks.system.arguments import checkpointing
 from grpo_fast import Config, GRPOTrainer, recipe
 from grpo_fast.assets import embedded_model_dir
 from grpo_fast.tasks.arithmetic import arithmetic_accuracy, arithmetic_task
@@ -154,7 +155,7 @@ def _trl_trainer(config: Config, folder: Path, turns: TakeTurns | None, reward: 
         output_dir=str(folder),
         use_cpu=not torch.cuda.is_available(),
         bf16=False,
-        activation_checkpointing=False,
+        **checkpointing(on=False),
         per_device_train_batch_size=size,
         num_generations=config.num_generations,
         max_completion_length=config.max_completion_length,

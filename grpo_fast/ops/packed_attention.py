@@ -13,7 +13,9 @@ direction, and each is the other's backward pass, so that no gradient is added u
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -246,12 +248,20 @@ def _bucketed(
 
 def _fits_varlen(query: torch.Tensor, layout: PackedLayout, scores: Scores) -> bool:
     half = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
-    return half and scores.softcap is None and not layout.shares_prompts and query.shape[-1] <= 256
+    whole = query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
+    return half and whole and scores.softcap is None and not layout.shares_prompts
+
+
+@functools.cache
+def _keywords(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedLayout, scores: Scores) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 (torch builds without flash attention cannot import it)
 
+    # torch 2.11 has no word for key-value heads that are shared: its kernel takes them as they come
+    shared: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if "enable_gqa" in _keywords(varlen_attn) else {}
     out = varlen_attn(
         query,
         key,
@@ -262,7 +272,7 @@ def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout:
         layout.max_seqlen,
         scale=scores.scale,
         window_size=(-1 if scores.window is None else scores.window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **shared,
     )
     assert isinstance(out, torch.Tensor)
     return out

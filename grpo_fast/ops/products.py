@@ -8,7 +8,8 @@ Where that is so, products of some size go to oneDNN; everywhere else all of thi
 
 Its entry is an operator that torch keeps for its compiler, ``mkldnn::_linear_pointwise``, x W^T + b. A weight must lie in order
 or be the transpose of one that does: at other strides oneDNN falls back to code a thousand times slower. Rows of a result do
-not depend on the rows beside them, but for a single row, whose sums take another order.
+not depend on the rows beside them, but for a single row, whose sums take another order. That holds of oneDNN 3.12, with which
+torch 2.13 is built; 3.10, of torch 2.11, takes another order up to some 90 rows, and nothing is left to it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import torch.nn.functional as F  # noqa: N812 (torch's own custom)
 
 ONEDNN_OPS = frozenset({torch.ops.mkldnn._linear_pointwise.default} if torch.backends.mkldnn.is_available() else ())
 """The operator that multiplies, in a torch that has it."""
+ROWS_STAND_ALONE = torch.__version__ >= "2.13"
+"""Whether a row of oneDNN's product is the same whatever the number of rows: a sequence's bits must not depend on its batch."""
 _LEAST_WORK = 2**20
 """Multiplications under which oneDNN's longer way in, 10 µs, costs more than it saves."""
 _ANY = 1
@@ -36,12 +39,12 @@ _NUMBERS_TO_A_DOUBLING = 8
 
 
 def onednn_is_faster(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether float32 products are better left to oneDNN: on an AMD processor with AVX-512, in a torch that has both libraries.
+    """Whether float32 products are better left to oneDNN: on an AMD processor with AVX-512, in torch 2.13 with both libraries.
 
     Args:
         cpuinfo: what Linux says of the processor.
     """
-    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+    if not (ROWS_STAND_ALONE and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
     if not cpuinfo.exists():
         return False

@@ -131,7 +131,8 @@ class PolicySource:
         short = config.use_peft or config.weights_dtype == "bfloat16"
         dtype = torch.bfloat16 if wants_bf16 and short else torch.float32
         quantised = loading_arguments(config, dtype=dtype, device=self._device) if config.load_in_4bit else {}
-        attention = {} if config.attn_implementation == "auto" else {"attn_implementation": config.attn_implementation}
+        attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation != "auto" else {}
+        attention = attention or _attention_of_choice(self.model_config)
         kept = {"adapter_kwargs": {"local_files_only": True}} if self._unreached is not None else {}  # else they are asked for
         model: Any = self._read(AutoModelForCausalLM, dtype=dtype, **attention, **quantised, **kept)
         if quantised:
@@ -190,6 +191,15 @@ def _find(config: Config) -> str:
     return config.model
 
 
+def _attention_of_choice(model_config: PreTrainedConfig) -> dict[str, str]:
+    """What transformers is told under ``auto``: nothing, unless scores have a softcap.
+
+    ``sdpa`` knows none. Some versions of transformers (5.17, but not 5.23) take it all the same, and leave the softcap out.
+    """
+    softcap = getattr(model_config.get_text_config(), "attn_logit_softcapping", None)
+    return {} if softcap is None else {"attn_implementation": "eager"}
+
+
 def outline_of(model_config: PreTrainedConfig, config: Config) -> PreTrainedModel:
     """A model without weights: modules and sizes alone, adapters included, in no memory.
 
@@ -202,7 +212,9 @@ def outline_of(model_config: PreTrainedConfig, config: Config) -> PreTrainedMode
     """
     with torch.device("meta"):
         try:
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                model_config, trust_remote_code=config.trust_remote_code, **_attention_of_choice(model_config)
+            )
         except ValueError as error:
             if "Unrecognized configuration class" not in str(error):
                 raise ConfigError(f"model {config.model!r} cannot be made: {error}") from error
@@ -215,7 +227,8 @@ def outline_of(model_config: PreTrainedConfig, config: Config) -> PreTrainedMode
                 f"{type(model).__name__} does not say which part of it makes the hidden states (its base_model is the whole of "
                 "it); it cannot be trained here"
             )
-        if config.attn_implementation == "sdpa" and not model._supports_sdpa:
+        knows_sdpa = model._supports_sdpa and not _attention_of_choice(model_config)
+        if config.attn_implementation == "sdpa" and not knows_sdpa:
             raise ConfigError(f"attn_implementation='sdpa': {type(model).__name__} has no such attention; leave it at 'auto'")
         freeze_beside_text(model)
         if config.use_peft:

@@ -22,6 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from benchmarks.system.arguments import checkpointing
 from grpo_fast.assets import embedded_model_dir
 from grpo_fast.integrations import PlateauStopCallback
 from grpo_fast.law import OnlinePredictor, Prior, RunFacts, Spending, StoppingRule
@@ -70,7 +71,7 @@ def trl_trainer(
         "output_dir": str(folder),
         "use_cpu": True,
         "bf16": False,
-        "activation_checkpointing": False,
+        **checkpointing(on=False),
         "per_device_train_batch_size": 4,
         "num_generations": 2,
         "max_completion_length": 3,

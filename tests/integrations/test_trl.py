@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.system.arguments import checkpointing
 from grpo_fast.assets import embedded_model_dir
 from grpo_fast.tasks.arithmetic import arithmetic_task
 
@@ -48,7 +49,7 @@ def trainer(cls: Any, folder: Path, *, model: Any = None, **options: Any) -> Any
         "output_dir": str(folder),
         "use_cpu": True,
         "bf16": False,
-        "activation_checkpointing": False,
+        **checkpointing(on=False),
         "per_device_train_batch_size": 4,
         "num_generations": 2,
         "max_completion_length": 8,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.system.arguments import checkpointing
 from grpo_fast.config import Config
 from grpo_fast.objective import OBJECTIVES
 from grpo_fast.ops.loss_spec import LossBatch
@@ -111,7 +112,7 @@ class TrlRig:
                 report_to=[],
                 use_cpu=True,
                 bf16=False,
-                activation_checkpointing=False,
+                **checkpointing(on=False),
                 **arguments,
             ),
             train_dataset=self.dataset,

@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import varlen
 
 from grpo_fast.ops.packed_attention import (
     PackedLayout,
     Piece,
     Scores,
+    _fits_varlen,
+    _varlen,
     packed_attention,
     packed_attention_reference,
     packed_layout,
@@ -139,6 +145,48 @@ def test_half_precision_is_close(scores: Scores) -> None:
     found = with_gradients(packed_attention(*sides, layout, scores), sides)
     for one, other in zip(found, expected, strict=True):
         assert (one.double() - other).abs().max() <= 2**-6 * other.abs().max()
+
+
+def varlen_of_torch_2_11(*given: Any, scale: float | None = None, window_size: tuple[int, int] = (-1, -1)) -> torch.Tensor:
+    """Its signature; its kernel tells shared heads from the shapes."""
+    return torch.ops.torch_attn._varlen_attn(*given, window_size == (-1, 0), scale, list(window_size))[0]
+
+
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("key_heads", [2, 4])
+def test_the_variable_length_kernel_takes_what_it_is_given(
+    older: bool, key_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if older:
+        monkeypatch.setattr(varlen, "varlen_attn", varlen_of_torch_2_11)
+    layout = packed_layout(whole(4, 9), device=CPU)
+    for scores in (SCORES["plain"], SCORES["window"]):
+        with FakeTensorMode(allow_non_fake_inputs=True):  # there is no kernel on a CPU, but its signature, shapes and gradients
+            query, key = (torch.randn(13, heads, 8, dtype=torch.bfloat16, requires_grad=True) for heads in (4, key_heads))
+            value = torch.randn_like(key, requires_grad=True)
+            out = _varlen(query, key, value, layout, scores)
+            gradients = torch.autograd.grad(out.sum(), [query, key, value])
+        assert out.shape == query.shape
+        assert [gradient.shape for gradient in gradients] == [query.shape, key.shape, key.shape]
+
+
+def test_the_variable_length_kernel_is_not_asked_for_what_it_cannot_do() -> None:
+    class OnGpu(NamedTuple):
+        dtype: torch.dtype = torch.bfloat16
+        shape: tuple[int, int, int] = (13, 4, 64)
+        is_cuda: bool = True
+
+    def fits(query: OnGpu, pieces: list[Piece], scores: Scores = SCORES["window"]) -> bool:
+        return _fits_varlen(query, packed_layout(pieces, device=CPU), scores)  # type: ignore[arg-type]
+
+    pieces = whole(4, 9)
+    assert fits(OnGpu(), pieces)
+    assert not fits(OnGpu(is_cuda=False), pieces)
+    assert not fits(OnGpu(dtype=torch.float32), pieces)
+    assert not fits(OnGpu(shape=(13, 4, 264)), pieces)
+    assert not fits(OnGpu(shape=(13, 4, 20)), pieces)  # not a multiple of 8
+    assert not fits(OnGpu(), pieces, SCORES["softcap"])
+    assert not fits(OnGpu(), SHARED)
 
 
 @pytest.mark.gpu

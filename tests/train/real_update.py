@@ -23,7 +23,8 @@ from grpo_fast.types import Completion, Group, Prompt
 
 def most_held(work: Callable[[], object]) -> int:
     """Bytes that PyTorch's allocator gave out at most at once, beyond those that were out before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    # torch 2.11 warns of events that it does not accumulate
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
         work()
     found = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     return max(accumulate(event.nbytes() for event in sorted(found, key=lambda event: event.start_ns())))

@@ -11,6 +11,7 @@ import torch
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma2PreTrainedModel,
     GPT2Config,
     Llama4TextConfig,
     PreTrainedConfig,
@@ -87,9 +88,17 @@ def test_an_outline_has_the_model_s_sizes_and_no_weights(tiny_config: Callable[.
     assert all(weight.is_meta for weight in outline.parameters())
 
 
+@pytest.mark.parametrize("said", [None, True])
 def test_attention_is_torchs_own_where_the_model_has_it(
-    tiny_model: Path, tmp_path: Path, sizes: dict[str, Any], tokenizer: PreTrainedTokenizerFast
+    tiny_model: Path,
+    tmp_path: Path,
+    sizes: dict[str, Any],
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    said: bool | None,
 ) -> None:
+    if said:  # as transformers 5.17 says of Gemma 2, whose softcap its sdpa leaves out
+        monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
     Gemma2ForCausalLM(Gemma2Config(**sizes)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     found = [
@@ -97,6 +106,8 @@ def test_attention_is_torchs_own_where_the_model_has_it(
         for model in (tiny_model, tmp_path)
     ]
     assert [model.config._attn_implementation for model in found] == ["sdpa", "eager"]
+    source = PolicySource(Config(model=str(tmp_path), max_completion_length=8))
+    assert source.outline().config._attn_implementation == "eager"
     with pytest.raises(ConfigError, match=r"'sdpa': Gemma2ForCausalLM has no such attention; leave it at 'auto'"):
         PolicySource(Config(model=str(tmp_path), max_completion_length=8, attn_implementation="sdpa")).outline()
 
