@@ -162,7 +162,7 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
     budget = _build_budget(config, given.get("budget"))
     prior = load_prior(config)
     source = PolicySource(config)
-    if config.rollout == "transformers" and "engine" not in given:
+    if "engine" not in given:
         _check_sampler(config, source)
     check_room(source.model_config, config, num_devices=world.size)
     task = given.get("task") or load_task(config, chat=source.chat, needs_reward="reward_funcs" not in given)
@@ -349,11 +349,19 @@ def _check_vllm(config: Config) -> None:
 
 
 def _check_sampler(config: Config, source: PolicySource) -> None:
-    foreign = foreign_parts(source.model_config)
-    if foreign is not None:
+    """What the configuration of the model says of the engine that is to sample from it."""
+    model = f"model={config.model!r}, of type {source.model_config.model_type!r},"
+    if config.rollout == "transformers":
+        foreign = foreign_parts(source.model_config)
+        if foreign is not None:
+            raise ConfigError(
+                f"{model} has {foreign}, and rollout='transformers' samples from decoders with attention layers only; take "
+                "such a model, or hand in an engine of your own"
+            )
+    elif not hasattr(source.model_config.get_text_config(decoder=True), "max_position_embeddings"):
         raise ConfigError(
-            f"model={config.model!r}, of type {source.model_config.model_type!r}, has {foreign}, and rollout='transformers' "
-            "samples from decoders with attention layers only; take such a model, or hand in an engine of your own"
+            f"{model} has no max_position_embeddings, by which rollout={config.rollout!r} sizes vLLM; take a model with "
+            "attention layers, or hand in an engine of your own"
         )
 
 
