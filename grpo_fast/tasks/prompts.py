@@ -7,13 +7,15 @@ beginning-of-sequence token where it puts one but never with an end token. A ``s
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from grpo_fast.config import ConfigError
+from grpo_fast.tasks.encoded import EncodedPrompts
 from grpo_fast.tasks.task import Rows
-from grpo_fast.types import Message, Prompt, PromptText
+from grpo_fast.types import Message, PromptText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,11 +33,11 @@ def encode_prompts(
     system_prompt: str | None = None,
     max_prompt_length: int | None = None,
     overlong: Literal["error", "drop"] = "error",
-) -> list[Prompt]:
+) -> EncodedPrompts:
     """Tokenises every row, in one pass.
 
     Args:
-        rows: each with a ``prompt``: a string or chat messages. May be empty.
+        rows: each with a ``prompt``: a string or chat messages. May be empty; kept, as prompts are read from there again.
         tokenizer: the model's.
         system_prompt: put before every prompt as a system message, in place of one that the prompt has.
         max_prompt_length: longest prompt, in tokens; ``None`` for no limit.
@@ -48,10 +50,11 @@ def encode_prompts(
         ConfigError: a prompt that is missing, empty, neither a string nor messages, or too long; messages for a tokeniser
             without a chat template; no prompt left.
     """
-    prompts: list[Prompt] = []
+    ask = functools.partial(_asked, system_prompt=system_prompt)
+    prompts = EncodedPrompts(rows, ask)
     num_dropped = 0
     for chunk in _chunks(rows):
-        asked = [_asked(row, index=index, system_prompt=system_prompt) for index, row in chunk]
+        asked = [ask(row, index) for index, row in chunk]
         for (index, row), prompt, ids in zip(chunk, asked, _token_ids(asked, tokenizer, first=chunk[0][0]), strict=True):
             if not ids:
                 raise ConfigError(f"the prompt of row {index} is empty; leave the row out")
@@ -63,8 +66,7 @@ def encode_prompts(
                     )
                 num_dropped += 1
                 continue
-            columns = {name: value for name, value in row.items() if name != "prompt"}
-            prompts.append(Prompt(index=index, prompt=prompt, token_ids=tuple(ids), columns=columns))
+            prompts.add(index, row, prompt, ids)
     if num_dropped:
         if not prompts:
             raise ConfigError(
@@ -97,7 +99,7 @@ def _tracked(source: Iterable[Mapping[str, Any]], total: int) -> Iterable[Mappin
     return track(source, "tokenising prompts", total=total, console=Console(stderr=True), transient=True)
 
 
-def _asked(row: Mapping[str, Any], *, index: int, system_prompt: str | None) -> PromptText:
+def _asked(row: Mapping[str, Any], index: int, *, system_prompt: str | None) -> PromptText:
     """The row's prompt, checked, with the system prompt."""
     if "prompt" not in row:
         raise ConfigError(f"row {index} has no 'prompt'; it has {', '.join(row) or 'nothing'}")

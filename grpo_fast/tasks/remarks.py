@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
+from grpo_fast.tasks.encoded import token_ids_of
 from grpo_fast.types import Prompt
 
 _MANY = 0.1
@@ -24,11 +26,11 @@ def repeats(prompts: Sequence[Prompt], eval_prompts: Sequence[Prompt], *, prompt
         A sentence each for: over a tenth of the prompts being repetitions, held-out prompts that are trained on too, and a step
         that goes through all prompts more than once. Empty where nothing is to be said.
     """
-    known = {prompt.token_ids for prompt in prompts}
+    known = {_key(token_ids) for token_ids in token_ids_of(prompts)}
     found = []
     if len(prompts) - len(known) > _MANY * len(prompts):
         found.append(f"only {len(known)} of {len(prompts)} prompts are different ones")
-    seen = [prompt for prompt in eval_prompts if prompt.token_ids in known]
+    seen = [prompt for prompt in eval_prompts if _key(prompt.token_ids) in known]
     if seen:
         found.append(
             f"{len(seen)} of {len(eval_prompts)} held-out prompts are trained on too, such as {_shown(seen[0])}: the held-out "
@@ -42,19 +44,23 @@ def repeats(prompts: Sequence[Prompt], eval_prompts: Sequence[Prompt], *, prompt
     return found
 
 
-def plain_text(prompts: Sequence[Prompt]) -> list[str]:
+def plain_text(count: int, num_prompts: int) -> list[str]:
     """A remark on prompts that are no messages, for a model that has a chat template.
 
     Instruct models answer such prompts as if they went on with a text, or end at once; base models may be meant to.
     """
-    count = sum(isinstance(prompt.prompt, str) for prompt in prompts)
     if not count:
         return []
     remark = (
-        f"{count} of {len(prompts)} prompts are plain text, which gets no chat template, and the model has one: if it is an "
+        f"{count} of {num_prompts} prompts are plain text, which gets no chat template, and the model has one: if it is an "
         'instruct model, give messages ([{"role": "user", "content": ...}]) or a system_prompt'
     )
     return [remark]
+
+
+def _key(token_ids: Sequence[int]) -> int:
+    """64 bits in place of all tokens."""
+    return hash(array("i", token_ids).tobytes())
 
 
 def _shown(prompt: Prompt) -> str:

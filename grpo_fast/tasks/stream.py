@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from grpo_fast.tasks.encoded import token_ids_of
 from grpo_fast.types import Prompt
 
 
@@ -91,8 +92,8 @@ class PromptStream:
     @cached_property
     def _identity(self) -> dict[str, Any]:
         digest = 0
-        for prompt in self._prompts:
-            digest = zlib.crc32(array("q", prompt.token_ids).tobytes(), digest)
+        for token_ids in token_ids_of(self._prompts):
+            digest = zlib.crc32(array("q", token_ids).tobytes(), digest)
         return {"seed": self._seed, "shuffle": self._shuffle, "num_prompts": len(self._prompts), "prompts_crc32": digest}
 
     def _order_of(self, epoch: int) -> list[int]:

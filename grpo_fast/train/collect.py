@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -68,12 +68,11 @@ class Collected:
         return {"groups": rows, "metrics": self.metrics, "problems": self.problems, "stream": self.stream}
 
     @classmethod
-    def from_dict(cls, state: Mapping[str, Any], prompts: Sequence[Prompt]) -> Collected:
+    def from_dict(cls, state: Mapping[str, Any], prompt_of_row: Callable[[int], Prompt]) -> Collected:
         """Rebuilds what :meth:`to_dict` wrote, from the same prompts."""
-        by_index = {prompt.index: prompt for prompt in prompts}
         sampled = [
             Group(
-                prompt=by_index[row["prompt"]],
+                prompt=prompt_of_row(row["prompt"]),
                 completions=[_completion_from_dict(item) for item in row["completions"]],
                 rewards=row["rewards"],
                 reward=row["reward"],

@@ -28,6 +28,7 @@ from grpo_fast.run_dir import CONFIG_FILE, empty_run, is_cut_short, write_whole
 from grpo_fast.sinks import JsonlSink, RunInfo, Sink, SinkSet, build_sinks
 from grpo_fast.sinks.question import TIMEOUT_S
 from grpo_fast.tasks import PromptStream, Task, encode_prompts, load_task
+from grpo_fast.tasks.encoded import EncodedPrompts
 from grpo_fast.tasks.remarks import plain_text, repeats
 from grpo_fast.train.distributed import ALONE, World, note_launch
 from grpo_fast.train.optim import check_optimizer
@@ -50,7 +51,7 @@ class Parts:
 
     config: Config
     task: Task
-    prompts: list[Prompt]
+    prompts: EncodedPrompts
     eval_prompts: list[Prompt]
     stream: PromptStream
     policy: Policy
@@ -171,12 +172,13 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
     prompts, eval_prompts = _encoded(config, task, source)
     with contextlib.ExitStack() as on_error:
         on_error.callback(rewards.close)
-        rewards.start(list(dict.fromkeys(name for prompt in prompts for name in prompt.columns)))
+        rewards.start(prompts.columns)
         whole = source.load()
         streams = world.size > 1 and "engine" not in given and streams_weights(config)
         policy = whole if world.size == 1 else spread(source, whole, config=config, world=world, streams=streams)
         read = policy if streams else whole
-        engine = _share_engine(config, read, [*prompts, *eval_prompts], given=given.get("engine"), world=world)
+        longest = max(prompts.longest, eval_prompts.longest)
+        engine = _share_engine(config, read, longest, given=given.get("engine"), world=world)
         on_error.callback(engine.close)
         facts = device_facts("cpu" if policy.device.type == "cpu" else "cuda")
         parts = Parts(
@@ -198,7 +200,7 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
             facts=facts,
             remarks=[
                 *repeats(prompts, eval_prompts[: config.eval_size], prompts_per_step=config.prompts_per_step),
-                *(plain_text(prompts) if source.chat else ()),
+                *(plain_text(prompts.num_plain, len(prompts)) if source.chat else ()),
             ],
             replaces_run=replaces_run,
         )
@@ -217,7 +219,7 @@ def _check(config: Config, given: Replacements, world: World) -> None:
     check_optimizer(config)
 
 
-def _encoded(config: Config, task: Task, source: PolicySource) -> tuple[list[Prompt], list[Prompt]]:
+def _encoded(config: Config, task: Task, source: PolicySource) -> tuple[EncodedPrompts, EncodedPrompts]:
     """Prompts to train on, and those held out."""
     prompts, eval_prompts = (
         encode_prompts(
@@ -365,17 +367,15 @@ def _check_sampler(config: Config, source: PolicySource) -> None:
         )
 
 
-def _share_engine(
-    config: Config, policy: Policy, prompts: Sequence[Prompt], *, given: RolloutEngine | None, world: World
-) -> RolloutEngine:
+def _share_engine(config: Config, policy: Policy, longest: int, *, given: RolloutEngine | None, world: World) -> RolloutEngine:
     """The engine, as all ranks use it together."""
     if given is None and config.rollout == "vllm-http" and world.size > 1:
-        return MainEngine(lambda: _build_engine(config, policy, prompts), policy.reading(world))
-    engine = given or _build_engine(config, policy, prompts)
+        return MainEngine(lambda: _build_engine(config, policy, longest), policy.reading(world))
+    engine = given or _build_engine(config, policy, longest)
     return engine if world.size == 1 else SharedEngine(engine, world)
 
 
-def _build_engine(config: Config, policy: Policy, prompts: Sequence[Prompt]) -> RolloutEngine:
+def _build_engine(config: Config, policy: Policy, longest: int) -> RolloutEngine:
     if config.rollout == "transformers":
         return TransformersEngine(
             policy.model, policy.tokenizer, autocast_dtype=policy.autocast_dtype, own_weights=config.max_staleness > 0
@@ -384,7 +384,7 @@ def _build_engine(config: Config, policy: Policy, prompts: Sequence[Prompt]) -> 
     settings = VLLMSettings(
         gpu_memory_utilization=config.vllm_gpu_memory_utilization,
         kv_cache_bytes=None if gib is None else int(gib * 2**30),
-        max_length=max(len(prompt.token_ids) for prompt in prompts) + config.max_completion_length,
+        max_length=longest + config.max_completion_length,
         sync_deadline_s=config.sync_deadline_s,
         pause_mode=config.vllm_pause_mode,
         own_process=config.vllm_own_process,

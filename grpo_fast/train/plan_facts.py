@@ -191,8 +191,7 @@ def _data(config: Config, inputs: PlanInputs, source: PolicySource | None, notes
         max_prompt_length=source.max_prompt_length,
         overlong=config.overlong_prompts,
     )
-    mean = sum(len(prompt.token_ids) for prompt in prompts) / len(prompts)
-    return task.name, inputs.data_size or len(prompts), mean
+    return task.name, inputs.data_size or len(prompts), prompts.mean_length
 
 
 def _text(prompt: Any) -> str:
@@ -282,7 +281,7 @@ def _measured(config: Config, inputs: PlanInputs, parts: Parts) -> PlanFacts:
     held_out = evaluate(config, parts) if config.eval_steps else math.nan
     evaluation_s = sum(timer.lap().values()) / config.eval_steps if config.eval_steps else 0.0
     steps = _two_steps(config, parts, timer)
-    work = _work(config, parts.meter.shape, sum(len(prompt.token_ids) for prompt in parts.prompts) / len(parts.prompts))
+    work = _work(config, parts.meter.shape, parts.prompts.mean_length)
     timed_steps = (
         f"{baseline.num_prompts} prompts were asked once each; then two steps were done at a learning rate of 0, and the "
         f"second took {steps.seconds:.3g} s" + (f", with {evaluation_s:.2g} s a step for evaluations" if evaluation_s else "")

@@ -431,8 +431,8 @@ class GRPOTrainer:
         self._stream_state = state["stream"]
         parts.stream.load_state_dict(state["stream"])
         if state["pending"] is not None:
-            self._pending = Collected.from_dict(state["pending"], parts.prompts)
-        ahead = [Collected.from_dict(saved, parts.prompts) for saved in state["ahead"]]
+            self._pending = Collected.from_dict(state["pending"], parts.prompts.of_row)
+        ahead = [Collected.from_dict(saved, parts.prompts.of_row) for saved in state["ahead"]]
         self._rollouts.restore(self.global_step + 1 + (self._pending is not None), ahead)
         self._recent_rewards, self._evals = state["recent_rewards"], state["evals"]
         self._best = BestCheckpoints.from_state_dict(state["best"])

@@ -186,7 +186,7 @@ def test_a_tokeniser_that_changes_the_text_still_ends_without_an_end_token() -> 
 
 
 def test_no_rows_give_no_prompts() -> None:
-    assert encode_prompts([], tokenizer()) == []
+    assert list(encode_prompts([], tokenizer())) == []
 
 
 def test_large_sets_show_their_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

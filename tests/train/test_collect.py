@@ -125,7 +125,9 @@ def test_what_is_collected_survives_json_exactly(dead: str, top_k: int, build: B
     found = build([dead_for(dead), nothing], refill_rounds=2, top_k=top_k).collect(1, PhaseTimer())
     assert all((completion.kept is not None) == bool(top_k) for group in found.sampled for completion in group.completions)
     found.problems.append("a call failed")
-    again = Collected.from_dict(json.loads(json.dumps(found.to_dict())), PROMPTS)
+    again = Collected.from_dict(
+        json.loads(json.dumps(found.to_dict())), {prompt.index: prompt for prompt in PROMPTS}.__getitem__
+    )
     for one, other in ((again.groups, found.groups), (again.sampled, found.sampled)):
         assert [group.completions for group in one] == [group.completions for group in other]
         assert [group.reward for group in one] == [group.reward for group in other]
