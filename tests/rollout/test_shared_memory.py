@@ -91,7 +91,7 @@ if __name__ == "__main__":
     engine = VLLMEngine(model, tokenizer, settings=settings)
     fill()
     prompts = [[1, 4 + number, 5] for number in range(40)]
-    for seed in range(20):  # more messages than the queues hold, so that all of their memory is written to
+    for seed in range(2):  # a message a token: more than the queues hold, so that all of their memory is written to
         answers = engine.generate(prompts, SamplingParams(max_tokens=30), num_generations=4, seed=seed)
     print("answers:", sum(map(len, answers)))
     try:
