@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, overload
 
 from grpo_fast.tasks.task import Rows
@@ -57,7 +58,7 @@ class EncodedPrompts(Sequence[Prompt]):
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt; 0 where there is none."""
-        return max(map(len, self.token_ids()), default=0)
+        return max((end - begin for begin, end in pairwise(self._ends)), default=0)
 
     @property
     def mean_length(self) -> float:

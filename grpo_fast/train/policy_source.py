@@ -131,8 +131,7 @@ class PolicySource:
         short = config.use_peft or config.weights_dtype == "bfloat16"
         dtype = torch.bfloat16 if wants_bf16 and short else torch.float32
         quantised = loading_arguments(config, dtype=dtype, device=self._device) if config.load_in_4bit else {}
-        attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation != "auto" else {}
-        attention = attention or _attention_of_choice(self.model_config)
+        attention = attention_arguments(config, self.model_config)
         kept = {"adapter_kwargs": {"local_files_only": True}} if self._unreached is not None else {}  # else they are asked for
         model: Any = self._read(AutoModelForCausalLM, dtype=dtype, **attention, **quantised, **kept)
         if quantised:
@@ -189,6 +188,13 @@ def _find(config: Config) -> str:
             "and tokenizer, or a hub id, which is NAME or OWNER/NAME"
         )
     return config.model
+
+
+def attention_arguments(config: Config, model_config: PreTrainedConfig) -> dict[str, str]:
+    """What transformers is told of the attention that a run's model is to have."""
+    if config.attn_implementation == "auto":
+        return _attention_of_choice(model_config)
+    return {"attn_implementation": config.attn_implementation}
 
 
 def _attention_of_choice(model_config: PreTrainedConfig) -> dict[str, str]:

@@ -17,6 +17,7 @@ from grpo_fast.train.adapters import Adapters
 from grpo_fast.train.checkpointing import checkpoint_layers
 from grpo_fast.train.optim import build_optimizer
 from grpo_fast.train.policy import Policy
+from grpo_fast.train.policy_source import attention_arguments
 from grpo_fast.train.step import Learner
 from grpo_fast.types import Completion, Group, Prompt
 
@@ -45,9 +46,8 @@ def policy_of(model_config: Any, config: Config) -> Policy:
     """The model with random weights, made ready as a run does."""
     short = config.dtype == "bfloat16"
     kept_short = short and (config.use_peft or config.weights_dtype == "bfloat16")
-    attention = {} if config.attn_implementation == "auto" else {"attn_implementation": config.attn_implementation}
     dtype = torch.bfloat16 if kept_short else torch.float32
-    model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, **attention)
+    model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, **attention_arguments(config, model_config))
     use_products(model)
     adapters = Adapters(model, config) if config.use_peft else None
     checkpointing = config.gradient_checkpointing_mode if config.gradient_checkpointing else None
