@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import sys
@@ -428,7 +429,12 @@ def doctor() -> int:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line; errors that the user can mend are one message without a traceback, exit code 1."""
+    """Runs the command line; errors that the user can mend are one message without a traceback, exit code 1.
+
+    Where a signal ends the process inside native code, every thread's Python stack is printed.
+    """
+    if sys.__stderr__ is not None and not faulthandler.is_enabled():
+        faulthandler.enable(sys.__stderr__)
     try:
         sys.exit(app(arguments, exit_on_error=False, print_error=False))
     except CycloptsError as error:

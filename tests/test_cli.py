@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -272,6 +274,20 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert "Traceback" not in done.stderr
     assert "max_steps is reached" in done.stdout
     return home
+
+
+@pytest.mark.slow
+def test_a_crash_in_native_code_says_where_it_was(tmp_path: Path) -> None:
+    (tmp_path / "crash.py").write_text(
+        "import signal\n\n\ndef score(completions, **columns):\n    signal.raise_signal(signal.SIGSEGV)\n", encoding="utf-8"
+    )
+    program = "import sys; from grpo_fast.cli import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", program, "train", *SMALL.split(), "--reward-funcs", "crash:score", "--output-dir", "run"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGSEGV
+    assert "Fatal Python error: Segmentation fault" in done.stderr
+    assert f'File "{tmp_path / "crash.py"}", line 5 in score' in done.stderr
 
 
 @pytest.mark.slow

@@ -11,11 +11,13 @@ import os
 import socket
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from grpo_fast.hub import out_of_reach
 from grpo_fast.rollout.transports import BACKENDS, Transport, choose_transport
 from grpo_fast.rollout.vllm_adapters import lora_options
 from grpo_fast.rollout.vllm_engine import require_vllm
@@ -60,13 +62,16 @@ def server_command(  # noqa: PLR0913 (what the command line offers)
 
     Raises:
         RolloutError: vLLM is missing or too old.
-        ValueError: a port out of range or taken, a transport or a sleep that needs a GPU, or a rank that vLLM has no room for.
+        ValueError: a port out of range or taken, a model that cannot be found, a transport or a sleep that needs a GPU, or a
+            rank that vLLM has no room for.
     """
     version = require_vllm()
     if not 0 < port < 2**16:
         raise ValueError(f"port must lie in 1 to 65535, got {port}")
     _check_free(port)
     way = choose_transport(transport, "server", on_gpu=not on_cpu)
+    unreached = None if Path(model).is_dir() else out_of_reach()
+    config = _read_config(model, unreached)
     # Not `vllm serve`: that command asks for a distribution named vllm, which vLLM's build for CPUs is not.
     arguments = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", HOST, "--port", str(port)]
     arguments += ["--model", model, "--load-format", "dummy", "--dtype", dtype or ("float32" if on_cpu else "bfloat16")]
@@ -82,10 +87,12 @@ def server_command(  # noqa: PLR0913 (what the command line offers)
         check_segments(version, os.environ)
         arguments += ["--enable-sleep-mode"]
     forced = {"VLLM_SERVER_DEV_MODE": "1"}
+    if unreached is not None:
+        forced["HF_HUB_OFFLINE"] = "1"  # else vLLM would try every file for half a minute
     if way == "ipc":
         forced["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # its handles come pickled, from this machine only
     if max_lora_rank is not None:
-        for name, value in lora_options(max_lora_rank, _linear_layers(model)).items():
+        for name, value in lora_options(max_lora_rank, _linear_layers(config)).items():
             arguments += [f"--{name.replace('_', '-')}"]
             arguments += map(str, value) if isinstance(value, list) else [] if value is True else [str(value)]
         forced["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
@@ -104,10 +111,25 @@ def _check_free(port: int) -> None:
                 raise ValueError(f"port {port} is taken, by another server perhaps; choose another with --port") from error
 
 
-def _linear_layers(model: str) -> list[str]:
-    """Ends of the names of all linear layers but the head, from the model's configuration."""
+def _read_config(model: str, unreached: str | None) -> PreTrainedConfig:
+    """The model's configuration, before vLLM is loaded to miss it; from the cache where the hub is out of reach."""
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(model, local_files_only=unreached is not None)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        if unreached is not None:
+            reason = f"{unreached}, and no copy of it is in the cache."
+        raise ValueError(
+            f"cannot serve model {model!r}: {reason} Give a directory with config.json and tokenizer, or a hub id that this "
+            "machine can reach"
+        ) from error
+    return config
+
+
+def _linear_layers(config: PreTrainedConfig) -> list[str]:
+    """Ends of the names of all linear layers but the head."""
     with torch.device("meta"):
-        outline: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+        outline: Any = AutoModelForCausalLM.from_config(config)
     head = outline.get_output_embeddings()
     layers = ((name, layer) for name, layer in outline.named_modules() if isinstance(layer, torch.nn.Linear))
     return sorted({name.rpartition(".")[2] for name, layer in layers if layer is not head})

@@ -53,6 +53,7 @@ def torchrun(
 ) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": search_path(cwd), "PYTHONWARNINGS": ""}
+    environment |= {"PYTHONFAULTHANDLER": "1"}  # a rank that dies in native code says where it was
     return subprocess.run(
         [*launcher, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, check=False
     )
