@@ -16,6 +16,7 @@ from grpo_fast.ops import native
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_what_is_not_built_is_said_with_the_way_to_build_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     code = (
         "import sys, torch; from pathlib import Path; from grpo_fast.ops import native;"

@@ -72,6 +72,7 @@ def start() -> Iterator[Callable[..., Started]]:
         each.process.join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("setting", "told"), [("request_deadline_s", "0.5"), ("sync_deadline_s", "0.5")])
 def test_what_hangs_is_killed_with_its_own_and_the_deadline_is_named(
     setting: Any, told: str, start: Callable[..., Started]
@@ -88,6 +89,7 @@ def test_what_hangs_is_killed_with_its_own_and_the_deadline_is_named(
         pytest.fail("nothing is asked of a process that has ended")
 
 
+@pytest.mark.slow
 def test_what_is_answered_in_time_is_left_alone_and_its_errors_are_its_own(start: Callable[..., Started]) -> None:
     engine = start(request_deadline_s=0.4)
     for _ in range(4):
@@ -101,6 +103,7 @@ def test_what_is_answered_in_time_is_left_alone_and_its_errors_are_its_own(start
     assert engine.watch.is_alive()
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_leaves_no_worker_and_nobody_waiting(start: Callable[..., Started]) -> None:
     engine = start()
     engine.worker.suspend()
@@ -126,6 +129,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_time_in_which_the_trainer_itself_is_stopped_does_not_count(tmp_path: Path) -> None:
     """As by Ctrl-Z, or while a laptop sleeps; the engine may be stopped with it."""
     script = tmp_path / "trainer.py"

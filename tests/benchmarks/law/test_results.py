@@ -109,6 +109,7 @@ def test_forecasts_are_filed_by_the_rise_behind_them(runs):
     assert sum(row["forecasts"] for row in rows) == 4 * sum(run.learning for run in [curve, *runs])
 
 
+@pytest.mark.slow
 def test_everything_on_simulated_runs_is_json(runs):
     found = judged(runs[:4], Law(), only="law")
     text = json.dumps(found, allow_nan=False)
