@@ -19,6 +19,8 @@ from grpo_fast.rollout.transports import OLDEST_VLLM
 
 NEWEST_TESTED = "0.32"
 _CHUNK_MIB = 4
+QUEUE_SETTINGS = {"VLLM_MQ_MAX_CHUNK_BYTES_MB": str(_CHUNK_MIB)}
+"""What vLLM's processes read of their queues."""
 QUEUE_BYTES = 10 * (_CHUNK_MIB + 24) * 2**20
 """Shared memory of the two queues between vLLM's engine and its worker (0.32, on a CPU), of ten messages each; larger messages
 go by sockets. To the worker vLLM's own would be of 16 MiB each; from it they are of 24, which nothing sets."""
@@ -47,7 +49,7 @@ def load_beside_vllm(module: str) -> ModuleType:
 def vllm_environment(*, own_process: bool = False, transport: str = "") -> Iterator[None]:
     """The environment that vLLM reads while it builds an engine; it has no other switch for these."""
     pickles = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if transport == "ipc" else {}
-    queues = {"VLLM_MQ_MAX_CHUNK_BYTES_MB": str(_CHUNK_MIB)} if own_process else {}
+    queues = QUEUE_SETTINGS if own_process else {}
     wanted = (
         pickles
         | queues

@@ -18,9 +18,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from grpo_fast.hub import out_of_reach
+from grpo_fast.rollout.shared_memory import check_room
 from grpo_fast.rollout.transports import BACKENDS, Transport, choose_transport
 from grpo_fast.rollout.vllm_adapters import lora_options
 from grpo_fast.rollout.vllm_engine import require_vllm
+from grpo_fast.rollout.vllm_environment import QUEUE_BYTES, QUEUE_SETTINGS
 from grpo_fast.rollout.vllm_sleep import check_segments, sleep_level
 
 HOST = "127.0.0.1"
@@ -64,6 +66,7 @@ def server_command(  # noqa: PLR0913 (what the command line offers)
         RolloutError: vLLM is missing or too old.
         ValueError: a port out of range or taken, a model that cannot be found, a transport or a sleep that needs a GPU, or a
             rank that vLLM has no room for.
+        OSError: shared memory has no room for the queues of vLLM's processes, on a CPU.
     """
     version = require_vllm()
     if not 0 < port < 2**16:
@@ -80,6 +83,7 @@ def server_command(  # noqa: PLR0913 (what the command line offers)
     if max_model_len is not None:
         arguments += ["--max-model-len", str(max_model_len)]
     if on_cpu:
+        check_room(QUEUE_BYTES, "the queues of vLLM's processes")
         # Prompts are read whole: a seeded request whose prompt is read in parts ends vLLM's engine on a CPU.
         arguments += ["--enforce-eager", "--block-size", str(_CPU_BLOCK_SIZE), "--no-enable-chunked-prefill"]
     if enable_sleep_mode:
@@ -97,7 +101,7 @@ def server_command(  # noqa: PLR0913 (what the command line offers)
             arguments += map(str, value) if isinstance(value, list) else [] if value is True else [str(value)]
         forced["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     defaults = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    return ServerCommand(arguments, defaults | dict(os.environ) | forced)
+    return ServerCommand(arguments, defaults | dict(os.environ) | forced | QUEUE_SETTINGS)
 
 
 def _check_free(port: int) -> None:

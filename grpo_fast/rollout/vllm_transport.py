@@ -11,6 +11,7 @@ Source: the interface is that of ``vllm.distributed.weight_transfer.base`` of vL
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
 import signal
 import tempfile
@@ -22,6 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import psutil
 import torch
 from vllm.distributed.weight_transfer import (
     TrainerWeightTransferEngine,
@@ -31,7 +33,7 @@ from vllm.distributed.weight_transfer import (
 from vllm.distributed.weight_transfer.base import TrainerInitInfo, WeightTransferInitInfo, WeightTransferUpdateInfo
 
 from grpo_fast.rollout import vllm_direct
-from grpo_fast.rollout.shared_memory import SHARED_MEMORY, reserve
+from grpo_fast.rollout.shared_memory import SHARED_MEMORY, reserve, reserve_queues
 from grpo_fast.rollout.vllm_environment import OWNER
 from grpo_fast.rollout.vllm_layerwise import LayerwiseReceiver, PolicyWeights
 
@@ -112,7 +114,13 @@ class SharedMemoryReceiver(LayerwiseReceiver):
     _path = ""
 
     def init_transfer_engine(self, init_info: _InitInfo) -> None:
-        """Opens the trainer's file."""
+        """Opens the trainer's file, and makes sure of a worker's queues: what fills the same memory up would end it.
+
+        Raises:
+            OSError: shared memory has no room for the queues.
+        """
+        if multiprocessing.parent_process() is not None:
+            reserve_queues([psutil.Process()])
         self._buffer = _map(init_info.path, init_info.num_bytes)
         self._path = init_info.path
 

@@ -7,20 +7,18 @@ at a deadline, with those that it started, and whoever waits for one that has di
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import InvalidStateError
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 
 from grpo_fast.rollout.engine import RolloutError
-from grpo_fast.rollout.shared_memory import SHARED_MEMORY, reserve
+from grpo_fast.rollout.shared_memory import reserve_queues
 
 Setting = Literal["request_deadline_s", "sync_deadline_s"]
 _LOOK_S = 1.0
@@ -53,17 +51,12 @@ class ProcessWatch:
             threading.Thread(target=self._watch, name="vLLM process watch", daemon=True).start()
 
     def reserve_queues(self) -> None:
-        """Takes the pages of the shared memory by which the engine's processes speak: vLLM (0.32) only takes room for granted.
+        """Takes the memory by which the engine's processes speak.
 
         Raises:
             OSError: there is none.
         """
-        if not SHARED_MEMORY.is_dir():
-            return
-        for path in {each.path for process in self._tree for each in process.memory_maps()}:
-            if path.startswith(f"{SHARED_MEMORY}/psm_"):
-                with contextlib.suppress(FileNotFoundError), Path(path).open("r+b") as file:
-                    reserve(file.fileno(), os.fstat(file.fileno()).st_size, "a queue of vLLM's processes")
+        reserve_queues(self._tree)
 
     def __bool__(self) -> bool:
         """Whether there are processes to watch."""

@@ -189,6 +189,13 @@ class ServerProcess:
             self._process.wait()
             self._process = None
 
+    def queues(self) -> set[Path]:
+        """Files in shared memory by which its processes speak."""
+        assert self._process is not None
+        children = psutil.Process(self._process.pid).children(recursive=True)
+        paths = {each.path for child in children for each in child.memory_maps()}
+        return {Path(path) for path in paths if path.startswith("/dev/shm/psm_")}
+
     def suspend(self) -> None:
         """Stops all of it, so that its port listens and nobody answers."""
         assert self._process is not None

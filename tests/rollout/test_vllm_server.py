@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import constants
 
 from grpo_fast.assets import embedded_model_dir
-from grpo_fast.rollout import RolloutError, vllm_engine, vllm_server
+from grpo_fast.rollout import RolloutError, shared_memory, vllm_engine, vllm_server
 from grpo_fast.rollout.vllm_environment import held_port
 from grpo_fast.rollout.vllm_server import server_command
 
@@ -83,6 +83,14 @@ def test_a_model_that_cannot_be_found_is_refused_before_vllm_is_loaded(tmp_path:
     monkeypatch.setattr(vllm_server, "out_of_reach", lambda: "the hub cannot be reached (no route)")
     with pytest.raises(ValueError, match=rf"cannot serve model 'no/such': the hub .*\(no route\), and no copy .*cache\. {fix}"):
         server_command("no/such", port=1, on_cpu=True)
+
+
+@pytest.mark.vllm
+def test_too_little_shared_memory_is_told_before_vllm_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_memory, "room", lambda place: 64 * 2**20)
+    with pytest.raises(OSError, match=r"the queues of vLLM's processes: 280\.0 MiB are needed, 64\.0 are left; give"):
+        server_command(MODEL, port=1, on_cpu=True)
+    server_command(MODEL, port=1, on_cpu=False)  # the engine has no worker beside it there
 
 
 @pytest.mark.vllm
