@@ -9,7 +9,6 @@ import random
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -214,8 +213,8 @@ def test_two_hundred_syncs_take_no_memory(embedded: Any, perturb: Callable[..., 
         sync(first, first + 50)
         held.append(resident_mib())
     weights = sum(weight.nbytes for weight in model.parameters()) / 2**20
-    # A leak grows with every sync; what else the allocator keeps comes in steps. A copy left by each would be fifty.
-    assert median(after - before for before, after in pairwise(held)) < weights
+    # A leak grows in each fifty, by fifty copies where every sync leaves one; what else the process keeps comes in steps.
+    assert min(after - before for before, after in pairwise(held)) < weights
 
 
 @pytest.mark.vllm
