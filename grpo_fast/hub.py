@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 
 from huggingface_hub import constants, get_session
+from huggingface_hub.errors import StrictDataclassError
 
 _CONNECT_S = 10.0
 _TRIES_S = (0.0, 1.0, 2.0)  # waits before each: a resolver may fail once
@@ -29,6 +30,21 @@ def out_of_reach() -> str | None:
         if reason is None:
             return None
     return f"{constants.ENDPOINT} cannot be reached ({reason})"
+
+
+def why_unread(error: Exception, unreached: str | None) -> str:
+    """Why transformers could not read a model, in a sentence.
+
+    Args:
+        error: what it raised.
+        unreached: what :func:`out_of_reach` said, where only the cache was read.
+    """
+    told = str(error.__cause__ if isinstance(error, StrictDataclassError) else error).strip().splitlines()
+    reason = told[0] if told else type(error).__name__
+    if unreached is None:
+        return reason
+    lacking = "couldn't connect" in reason or "couldn't find" in reason
+    return f"{unreached}, and {'no copy of it is in the cache.' if lacking else f'its copy says: {reason}'}"
 
 
 def _try() -> str | None:

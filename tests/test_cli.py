@@ -281,8 +281,8 @@ def test_a_crash_in_native_code_says_where_it_was(tmp_path: Path) -> None:
     (tmp_path / "crash.py").write_text(
         "import signal\n\n\ndef score(completions, **columns):\n    signal.raise_signal(signal.SIGSEGV)\n", encoding="utf-8"
     )
-    program = "import sys; from grpo_fast.cli import main; main(sys.argv[1:])"
-    command = [sys.executable, "-c", program, "train", *SMALL.split(), "--reward-funcs", "crash:score", "--output-dir", "run"]
+    program = str(Path(sys.executable).with_name("grpo-fast"))
+    command = [program, "train", *SMALL.split(), "--reward-funcs", "crash:score", "--output-dir", "run"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGSEGV

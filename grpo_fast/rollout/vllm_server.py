@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from grpo_fast.hub import out_of_reach
+from grpo_fast.hub import out_of_reach, why_unread
 from grpo_fast.rollout.shared_memory import check_room
 from grpo_fast.rollout.transports import BACKENDS, Transport, choose_transport
 from grpo_fast.rollout.vllm_adapters import lora_options
@@ -90,7 +91,7 @@ def server_command(  # noqa: PLR0913 (what the command line offers)
         sleep_level(on_gpu=not on_cpu, has_adapters=max_lora_rank is not None)
         check_segments(version, os.environ)
         arguments += ["--enable-sleep-mode"]
-    forced = {"VLLM_SERVER_DEV_MODE": "1"}
+    forced = {"VLLM_SERVER_DEV_MODE": "1"} | QUEUE_SETTINGS
     if unreached is not None:
         forced["HF_HUB_OFFLINE"] = "1"  # else vLLM would try every file for half a minute
     if way == "ipc":
@@ -101,7 +102,7 @@ def server_command(  # noqa: PLR0913 (what the command line offers)
             arguments += map(str, value) if isinstance(value, list) else [] if value is True else [str(value)]
         forced["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     defaults = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    return ServerCommand(arguments, defaults | dict(os.environ) | forced | QUEUE_SETTINGS)
+    return ServerCommand(arguments, defaults | dict(os.environ) | forced)
 
 
 def _check_free(port: int) -> None:
@@ -119,13 +120,10 @@ def _read_config(model: str, unreached: str | None) -> PreTrainedConfig:
     """The model's configuration, before vLLM is loaded to miss it; from the cache where the hub is out of reach."""
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(model, local_files_only=unreached is not None)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        if unreached is not None:
-            reason = f"{unreached}, and no copy of it is in the cache."
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise ValueError(
-            f"cannot serve model {model!r}: {reason} Give a directory with config.json and tokenizer, or a hub id that this "
-            "machine can reach"
+            f"cannot serve model {model!r}: {why_unread(error, unreached)} Give a directory with config.json and tokenizer, "
+            "or a hub id that this machine can reach"
         ) from error
     return config
 

@@ -20,7 +20,7 @@ from transformers import (
 
 from grpo_fast.assets import embedded_model_dir
 from grpo_fast.config import Config, ConfigError
-from grpo_fast.hub import out_of_reach
+from grpo_fast.hub import out_of_reach, why_unread
 from grpo_fast.ops.products import use_products
 from grpo_fast.train.adapters import Adapters
 from grpo_fast.train.checkpointing import checkpoint_layers
@@ -162,11 +162,7 @@ class PolicySource:
         try:
             return auto_class.from_pretrained(**self._arguments, **arguments)
         except (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError) as error:
-            told = str(error.__cause__ if isinstance(error, StrictDataclassError) else error).strip().splitlines()
-            reason = told[0] if told else type(error).__name__
-            if self._unreached is not None:
-                lacking = "couldn't connect" in reason or "couldn't find" in reason
-                reason = f"{self._unreached}, and {'no copy of it is in the cache.' if lacking else f'its copy says: {reason}'}"
+            reason = why_unread(error, self._unreached)
             fix = "Give a directory with config.json, safetensors and tokenizer, or a hub id that this machine can reach."
             if "attn_implementation" in arguments and re.search("attn|attention", reason, re.IGNORECASE):
                 fix = f"That is attn_implementation={arguments['attn_implementation']!r}; 'auto' takes what is there."

@@ -83,6 +83,9 @@ def test_a_model_that_cannot_be_found_is_refused_before_vllm_is_loaded(tmp_path:
     monkeypatch.setattr(vllm_server, "out_of_reach", lambda: "the hub cannot be reached (no route)")
     with pytest.raises(ValueError, match=rf"cannot serve model 'no/such': the hub .*\(no route\), and no copy .*cache\. {fix}"):
         server_command("no/such", port=1, on_cpu=True)
+    (tmp_path / "config.json").write_text('{"model_type": "no_such_type"}', encoding="utf-8")
+    with pytest.raises(ValueError, match=f"cannot serve model '{tmp_path}': .*no_such_type.*{fix}"):
+        server_command(str(tmp_path), port=1, on_cpu=True)
 
 
 @pytest.mark.vllm
