@@ -155,6 +155,9 @@ class Config(BaseModel):
     (a server on other GPUs) are vLLM's own; ``grpo-fast serve --transport`` must say the same."""
     sync_deadline_s: Annotated[float, _ROLLOUT] = Field(300.0, gt=0)
     """Longest time of each phase of a weight sync, in seconds; a phase that takes longer ends the run with a checkpoint."""
+    request_deadline_s: Annotated[float, _ROLLOUT] = Field(1800.0, gt=0)
+    """Longest time, in seconds, that a vLLM server may take for the completions of one prompt, its wait for a place included,
+    and vLLM's own process for one step; what takes longer ends the run with a checkpoint."""
     prompts_per_step: Annotated[int, _ROLLOUT] = Field(16, ge=1)
     """P: prompts of a step."""
     num_generations: Annotated[int, _ROLLOUT] = Field(8, ge=2)

@@ -128,7 +128,9 @@ class VLLMServer:
         Raises:
             RolloutError: the server cannot be reached, does not answer in time, or answers with an error.
         """
-        deadline_s = self._control_deadline_s if calls is None else self._deadline_s
+        deadline_s, setting = (
+            (self._control_deadline_s, "sync_deadline_s") if calls is None else (self._deadline_s, "request_deadline_s")
+        )
         connection = http.client.HTTPConnection(self._host, self._port, timeout=deadline_s)
         calls = calls or self._control
         try:
@@ -137,7 +139,7 @@ class VLLMServer:
             answer = connection.getresponse()
             text = answer.read().decode()
         except TimeoutError:
-            raise RolloutError(f"vLLM's server {self.url} did not answer {path} within {deadline_s:g} s") from None
+            raise RolloutError(f"vLLM's server {self.url} did not answer {path} within {deadline_s:g} s ({setting})") from None
         except (OSError, http.client.HTTPException) as error:
             raise RolloutError(
                 f"vLLM's server {self.url} is gone ({type(error).__name__} at {path}); start it again with `grpo-fast serve`"

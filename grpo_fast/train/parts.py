@@ -386,6 +386,7 @@ def _build_engine(config: Config, policy: Policy, longest: int) -> RolloutEngine
         kv_cache_bytes=None if gib is None else int(gib * 2**30),
         max_length=longest + config.max_completion_length,
         sync_deadline_s=config.sync_deadline_s,
+        request_deadline_s=config.request_deadline_s,
         pause_mode=config.vllm_pause_mode,
         own_process=config.vllm_own_process,
         transport=config.vllm_transport,

@@ -162,6 +162,7 @@ def test_a_run_whose_engine_stops_ends_with_a_checkpoint_and_leaves_no_process(
         rollout="vllm",
         vllm_own_process=True,
         sync_deadline_s=60,
+        request_deadline_s=50,
         prompts_per_step=4,
         max_steps=10,
         eval_steps=0,
@@ -178,6 +179,7 @@ def test_a_run_whose_engine_stops_ends_with_a_checkpoint_and_leaves_no_process(
             process.send_signal(signal.SIGINT)  # as a terminal sends it to all of a command's processes
         steps = trainer.steps()
         assert next(steps).metrics["sync/version"] == 1
+        assert target._watch._deadlines == {"request_deadline_s": 50, "sync_deadline_s": 60}
         target._watch._deadlines["request_deadline_s"] = 3.0
         vllm = target._llm.llm_engine
         step = vllm.step
