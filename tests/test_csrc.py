@@ -112,6 +112,39 @@ def test_a_wheel_imports_apart_from_the_checkout(build: str, tmp_path: Path) -> 
     assert said[2] == "[[0], [1, 2]]"
 
 
+@pytest.mark.slow
+def test_device_code_gives_the_references_bits_on_the_host(tmp_path: Path) -> None:
+    """What CI can run of it without a device: the ops' own tests, over kernels whose threads are fibers."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ is installed")
+    library = tmp_path / "on_host.so"
+    run(sys.executable, "tests/cuda_on_host/build.py", library)
+    # Rows of one element each take a block for every eight, which is slow here.
+    tests = ("tests/ops/test_weight_pack.py", "tests/ops/test_weight_delta.py", "--deselect")
+    tests += ("tests/ops/test_weight_pack.py::test_every_rounding_is_the_references",)
+    said = run(sys.executable, "-m", "pytest", "-q", "--native-library", library, "-m", "not slow and not gpu", *tests)
+    found = re.search(r"(\d+) passed", said)
+    assert found is not None
+    assert int(found[1]) >= 50
+    assert "skipped" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizers", ["thread", "address,undefined"])
+def test_device_code_on_the_host_is_clean_under_sanitizers(sanitizers: str, tmp_path: Path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ is installed")
+    flags = ["-std=c++20", "-O1", "-g1", "-w", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+    headers = [f"-I{ROOT / 'tests' / 'cuda_on_host'}", f"-I{ROOT / 'csrc' / 'cuda'}"]
+    run("g++", *flags, *headers, ROOT / "tests" / "cuda_on_host" / "kernels.cpp", "-o", tmp_path / "kernels")
+    run(tmp_path / "kernels")
+    if sanitizers == "thread":
+        racing = subprocess.run([tmp_path / "kernels", "race"], capture_output=True, text=True, check=False)
+        assert racing.returncode != 0
+        assert "data race" in racing.stderr
+        assert "neighbours_without_a_barrier" in racing.stderr
+
+
 def test_an_unknown_build_is_refused() -> None:
     done = subprocess.run(
         [sys.executable, "setup.py", "--version"],

@@ -1,0 +1,51 @@
+"""Builds the device code of ``csrc/cuda`` for the host: the extension's ops then run its kernels on tensors in host memory.
+
+    python tests/cuda_on_host/build.py LIBRARY [sanitizers]
+
+``pytest --native-library LIBRARY`` runs with it. Three things in the sources change: a launch's chevrons become a call, the ops
+are registered for the CPU, and no device is chosen. What else they need of CUDA stands in ``cuda_runtime.h``.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[1] / "csrc"
+_SOURCES = ("bindings.cpp", "cpu/packing.cpp")
+_FLAGS = ("-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-unknown-pragmas", "-pthread")
+
+
+def translate(source: str) -> str:
+    """Source text of CUDA as one of C++."""
+    source, launches = re.subn(r"(\w+(?:<\w+>)?)<<<(.+?)>>>\(", r"cuda_on_host::launch(\1, \2)(", source, flags=re.DOTALL)
+    source, ops = re.subn(r"\bSTABLE_TORCH_LIBRARY_IMPL\(grpo_fast, CUDA,", "STABLE_TORCH_LIBRARY_IMPL(grpo_fast, CPU,", source)
+    assert launches > 0, "no kernel is launched"
+    assert ops == 1, "no ops are registered"
+    return source.replace("torch::stable::accelerator::DeviceGuard", "cuda_on_host::DeviceGuard")
+
+
+def build(library: Path, sanitizers: str = "") -> None:
+    """Compiles and links it."""
+    torch_home = Path(torch.__file__).parent
+    flags = [*_FLAGS, *([f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer"] if sanitizers else [])]
+    flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000ULL", f"-I{HERE}", f"-I{torch_home / 'include'}"]
+    with tempfile.TemporaryDirectory() as scratch:
+        sources, translated = [CSRC / name for name in _SOURCES], Path(scratch) / "cuda"
+        translated.mkdir()
+        for path in sorted((CSRC / "cuda").glob("*.cu")):
+            sources.append(translated / f"{path.stem}.cpp")
+            sources[-1].write_text(f'#line 1 "{path}"\n{translate(path.read_text(encoding="utf-8"))}', encoding="utf-8")
+        libraries = [f"-L{torch_home / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+        command = ["g++", "-shared", *flags, f"-I{CSRC / 'cuda'}", *map(str, sources), *libraries, "-o", str(library)]
+        subprocess.run(command, check=True)
+
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1]), *sys.argv[2:])
