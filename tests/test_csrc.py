@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[1]
 ARCHITECTURES = ("80", "90a", "100")
 KERNELS = {"weight_pack": 3, "weight_delta": 10}
 """Kernels of each device file, instances of templates counted singly."""
+ON_HOST = ROOT / "tests" / "cuda_on_host"
+needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ is installed")
 
 
 def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
@@ -113,12 +115,11 @@ def test_a_wheel_imports_apart_from_the_checkout(build: str, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@needs_gxx
 def test_device_code_gives_the_references_bits_on_the_host(tmp_path: Path) -> None:
     """What CI can run of it without a device: the ops' own tests, over kernels whose threads are fibers."""
-    if shutil.which("g++") is None:
-        pytest.skip("no g++ is installed")
     library = tmp_path / "on_host.so"
-    run(sys.executable, "tests/cuda_on_host/build.py", library)
+    run(sys.executable, ON_HOST / "build.py", library)
     # Rows of one element each take a block for every eight, which is slow here.
     tests = ("tests/ops/test_weight_pack.py", "tests/ops/test_weight_delta.py", "--deselect")
     tests += ("tests/ops/test_weight_pack.py::test_every_rounding_is_the_references",)
@@ -130,13 +131,12 @@ def test_device_code_gives_the_references_bits_on_the_host(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+@needs_gxx
 @pytest.mark.parametrize("sanitizers", ["thread", "address,undefined"])
 def test_device_code_on_the_host_is_clean_under_sanitizers(sanitizers: str, tmp_path: Path) -> None:
-    if shutil.which("g++") is None:
-        pytest.skip("no g++ is installed")
     flags = ["-std=c++20", "-O1", "-g1", "-w", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
-    headers = [f"-I{ROOT / 'tests' / 'cuda_on_host'}", f"-I{ROOT / 'csrc' / 'cuda'}"]
-    run("g++", *flags, *headers, ROOT / "tests" / "cuda_on_host" / "kernels.cpp", "-o", tmp_path / "kernels")
+    headers = [f"-I{ON_HOST}", f"-I{ROOT / 'csrc' / 'cuda'}"]
+    run("g++", *flags, *headers, ON_HOST / "kernels.cpp", "-o", tmp_path / "kernels")
     run(tmp_path / "kernels")
     if sanitizers == "thread":
         racing = subprocess.run([tmp_path / "kernels", "race"], capture_output=True, text=True, check=False)

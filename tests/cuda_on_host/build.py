@@ -1,6 +1,6 @@
 """Builds the device code of ``csrc/cuda`` for the host: the extension's ops then run its kernels on tensors in host memory.
 
-    python tests/cuda_on_host/build.py LIBRARY [sanitizers]
+    python tests/cuda_on_host/build.py LIBRARY
 
 ``pytest --native-library LIBRARY`` runs with it. Three things in the sources change: a launch's chevrons become a call, the ops
 are registered for the CPU, and no device is chosen. What else they need of CUDA stands in ``cuda_runtime.h``.
@@ -14,12 +14,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
+from torch.utils.cpp_extension import include_paths, library_paths
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 _SOURCES = ("bindings.cpp", "cpu/packing.cpp")
-_FLAGS = ("-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-unknown-pragmas", "-pthread")
+_FLAGS = ("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-unknown-pragmas")
+_TORCH_2_11 = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"
 
 
 def translate(source: str) -> str:
@@ -31,21 +32,18 @@ def translate(source: str) -> str:
     return source.replace("torch::stable::accelerator::DeviceGuard", "cuda_on_host::DeviceGuard")
 
 
-def build(library: Path, sanitizers: str = "") -> None:
+def build(library: Path) -> None:
     """Compiles and links it."""
-    torch_home = Path(torch.__file__).parent
-    flags = [*_FLAGS, *([f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer"] if sanitizers else [])]
-    flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000ULL", f"-I{HERE}", f"-I{torch_home / 'include'}"]
+    headers = [f"-I{path}" for path in (HERE, CSRC / "cuda", *include_paths())]
+    libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch", "-ltorch_cpu", "-lc10"]
     with tempfile.TemporaryDirectory() as scratch:
         sources, translated = [CSRC / name for name in _SOURCES], Path(scratch) / "cuda"
         translated.mkdir()
         for path in sorted((CSRC / "cuda").glob("*.cu")):
             sources.append(translated / f"{path.stem}.cpp")
             sources[-1].write_text(f'#line 1 "{path}"\n{translate(path.read_text(encoding="utf-8"))}', encoding="utf-8")
-        libraries = [f"-L{torch_home / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-        command = ["g++", "-shared", *flags, f"-I{CSRC / 'cuda'}", *map(str, sources), *libraries, "-o", str(library)]
-        subprocess.run(command, check=True)
+        subprocess.run(["g++", "-shared", *_FLAGS, _TORCH_2_11, *headers, *sources, *libraries, "-o", library], check=True)
 
 
 if __name__ == "__main__":
-    build(Path(sys.argv[1]), *sys.argv[2:])
+    build(Path(sys.argv[1]))

@@ -20,13 +20,17 @@
 #define OF_THE_SCHEDULER __attribute__((no_sanitize_thread))  // what it shares with fibers is in order by their taking turns
 #else
 #define OF_THE_SCHEDULER
+constexpr unsigned __tsan_switch_to_fiber_no_sync = 1;
+inline void* __tsan_create_fiber(unsigned) { return nullptr; }
+inline void* __tsan_get_current_fiber() { return nullptr; }
+inline void __tsan_switch_to_fiber(void*, unsigned) {}
+inline void __tsan_destroy_fiber(void*) {}
 inline void __tsan_release(void*) {}
 inline void __tsan_acquire(void*) {}
 #endif
 
 #define __global__
 #define __device__
-#define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(threads)
 #define __grid_constant__
@@ -81,10 +85,8 @@ struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   bool done = false;
-#ifdef __SANITIZE_THREAD__
   void* shadow = __tsan_create_fiber(0);
   ~Fiber() { __tsan_destroy_fiber(shadow); }
-#endif
 };
 
 // A block whose threads all run one function.
@@ -102,17 +104,13 @@ class Block {
       fiber.context.uc_link = nullptr;
       makecontext(&fiber.context, enter, 0);
     }
-#ifdef __SANITIZE_THREAD__
     scheduler_shadow_ = __tsan_get_current_fiber();
-#endif
     for (int left = static_cast<int>(fibers_.size()); left > 0;) {
       moved_ = false;
       for (unsigned thread = 0; thread < fibers_.size(); ++thread) {
         if (fibers_[thread].done) continue;
         threadIdx.x = thread;
-#ifdef __SANITIZE_THREAD__
         __tsan_switch_to_fiber(fibers_[thread].shadow, __tsan_switch_to_fiber_no_sync);
-#endif
         swapcontext(&scheduler_, &fibers_[thread].context);
         if (fibers_[thread].done) --left, moved_ = true;
       }
@@ -135,7 +133,7 @@ class Block {
     __tsan_acquire(&barrier.places[round % 2]);
   }
 
-  Barrier& whole() { return whole_; }
+  void wait_for_all() { wait(whole_); }
   Warp& warp() { return warps_[threadIdx.x / kLanes]; }
 
   static inline Block* current = nullptr;
@@ -151,10 +149,8 @@ class Block {
 
   OF_THE_SCHEDULER void leave(unsigned thread) {
     ucontext_t& own = fibers_[thread].context;
-    __tsan_release(&end_);
-#ifdef __SANITIZE_THREAD__
+    __tsan_release(&end_);  // whoever leaves last has done so before run() ends
     __tsan_switch_to_fiber(scheduler_shadow_, __tsan_switch_to_fiber_no_sync);
-#endif
     swapcontext(&own, &scheduler_);
   }
 
@@ -165,9 +161,7 @@ class Block {
   ucontext_t scheduler_;
   bool moved_ = false;
   char begin_ = 0, end_ = 0;
-#ifdef __SANITIZE_THREAD__
   void* scheduler_shadow_ = nullptr;
-#endif
 };
 
 inline cudaError_t last_error = cudaSuccess;
@@ -186,7 +180,7 @@ auto launch(void (*kernel)(Parameters...), unsigned blocks, int threads, int = 0
       for (unsigned number = 0; number < blocks; ++number) {
         set_block(number);
         kernel(arguments...);
-        Block::current->wait(Block::current->whole());  // what is shared goes over to the next
+        Block::current->wait_for_all();  // what is shared goes over to the next
       }
     });
     block.run();
@@ -209,7 +203,7 @@ Value exchange(uint32_t mask, Value value, int from) {
 
 }  // namespace cuda_on_host
 
-inline void __syncthreads() { cuda_on_host::Block::current->wait(cuda_on_host::Block::current->whole()); }
+inline void __syncthreads() { cuda_on_host::Block::current->wait_for_all(); }
 
 template <typename Value>
 Value __shfl_xor_sync(uint32_t mask, Value value, int bits) {
