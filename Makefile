@@ -32,18 +32,18 @@ quickstart: env native
 	@echo "Open $(RUN)/report.html in a browser."
 
 test: env-dev native lint sanitize test-vllm
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=30 --durations-min=10 --cov --cov-append --cov-report=term:skip-covered --cov-fail-under=90
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --timeout=600 --durations=30 --durations-min=10 --cov --cov-append --cov-report=term:skip-covered --cov-fail-under=90
 
 # vLLM for CPUs wants an older transformers than the rest is tested with, so it has an environment of its own. What its tests cover
 # has a bar of its own, and counts in that of `make test` too; long runs and servers go without the tracer.
 test-vllm:
 	@rm -f .coverage .coverage.*
 	@$(MAKE) --no-print-directory $(VLLM)/ready || echo "vLLM cannot be installed here (see above): its tests are skipped"
-	@test ! -e $(VLLM)/ready || OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -n 2 --dist loadfile -m vllm --timeout=300 --durations=15 --cov --cov-report= tests/rollout tests/benchmarks/test_rollout.py
+	@test ! -e $(VLLM)/ready || OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -n 2 --dist loadfile -m vllm --timeout=600 --durations=15 --cov --cov-report= tests/rollout tests/benchmarks/test_rollout.py
 	@test ! -e $(VLLM)/ready || $(VLLM)/bin/python -m coverage report --include='grpo_fast/rollout/vllm_*' --fail-under=92
 
 test-fast: env-dev native lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not vllm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --timeout=600 -m "not slow and not gpu and not vllm"
 
 # The modules that import vLLM are left out: it is not in this environment.
 docs: env-dev

@@ -1,6 +1,8 @@
 """Whole training steps beside TRL's GRPOTrainer: same model, prompts, group size, lengths, loss and learning rate.
 
-The two take turns, one step each, so that both meet the same state of the machine; ``cpu_s`` is what the process computed in a
+The two take turns, one step each, so that both meet the same state of the machine (or, with ``--stride``, several of ours to
+one of TRL's: its steps cost the same all through a run, ours cost less where groups agree, so a short measurement has to see
+the whole of a run of ours); ``cpu_s`` is what the process computed in a
 step, which a busy machine changes less than the time that it took (functions that reward in processes of their own are not in
 it). Each rollout is the trainer's own (TRL's through ``model.generate``, its default without vLLM). Run ``python -m
 benchmarks.system.step_time``; it prints JSON and, with ``--output``, writes it. ``--model DIRECTORY`` (such as what
@@ -60,11 +62,12 @@ class TimedTRL(TRLTrainer):
 
 
 class TakeTurns(TrainerCallback):
-    """Times TRL's step and then takes one of ours."""
+    """Times TRL's step and then takes ``stride`` of ours."""
 
-    def __init__(self, ours: GRPOTrainer, num_steps: int) -> None:
+    def __init__(self, ours: GRPOTrainer, num_steps: int, stride: int) -> None:
         self._steps = ours.steps()
         self._num_steps = num_steps
+        self._stride = stride
         self._begun = self._begun_cpu = 0.0
         self.theirs: TimedTRL | None = None
         self.trl_s: list[float] = []
@@ -84,12 +87,13 @@ class TakeTurns(TrainerCallback):
         assert self.theirs is not None
         self.trl_sampled_s.append(self.theirs.sampled_s)
         self.trl_tokens.append(self.theirs.num_tokens)
-        begun, begun_cpu = time.perf_counter(), time.process_time()
-        step = next(self._steps)
-        self.ours_s.append(time.perf_counter() - begun)
-        self.ours_cpu_s.append(time.process_time() - begun_cpu)
-        self.ours.append(dict(step.metrics))
-        control.should_training_stop = step.step >= self._num_steps
+        for _ in range(self._stride):
+            begun, begun_cpu = time.perf_counter(), time.process_time()
+            step = next(self._steps)
+            self.ours_s.append(time.perf_counter() - begun)
+            self.ours_cpu_s.append(time.process_time() - begun_cpu)
+            self.ours.append(dict(step.metrics))
+        control.should_training_stop = len(self.trl_s) >= self._num_steps
 
     def close(self) -> None:
         self._steps.close()
@@ -104,11 +108,12 @@ def configuration(folder: Path, model: str, seed: int) -> Config:
     return config.replace(model=model, learning_rate=1e-6, baseline_probe=0, report=False, reward_range=None, **sizes)
 
 
-def measure(num_steps: int, *, seed: int = 0, model: str = "embedded") -> dict[str, Any]:
-    """Runs both for ``num_steps`` steps.
+def measure(num_steps: int, *, stride: int = 1, seed: int = 0, model: str = "embedded") -> dict[str, Any]:
+    """Runs both in turns.
 
     Args:
-        num_steps: of each.
+        num_steps: of TRL's.
+        stride: steps of ours to one of TRL's; a pair's ratio is of TRL's step to the mean of ours.
         seed: of both.
         model: ``embedded``, for the first steps of the embedded recipe, with its schedule; or a directory.
 
@@ -119,12 +124,12 @@ def measure(num_steps: int, *, seed: int = 0, model: str = "embedded") -> dict[s
         config = configuration(Path(folder), model, seed)
         reward = arithmetic_accuracy if model == "embedded" else distinct_characters
         with GRPOTrainer(config, reward_funcs=None if model == "embedded" else [reward]) as ours:
-            turns = TakeTurns(ours, num_steps)
+            turns = TakeTurns(ours, num_steps, stride)
             turns.theirs = theirs = _trl_trainer(config, Path(folder) / "trl", turns, reward)
             theirs.train()
             turns.close()
         trl_rewards = [row["reward"] for row in theirs.state.log_history if "reward" in row]
-    return {"model": Path(model).name} | _table(turns, trl_rewards, WARMUP_STEPS if model == "embedded" else 1)
+    return {"model": Path(model).name} | _table(turns, trl_rewards, WARMUP_STEPS if model == "embedded" else 1, stride)
 
 
 def peak_memory(which: Literal["grpo_fast", "trl"], model: str, num_steps: int) -> float:
@@ -184,29 +189,31 @@ def _trl_trainer(config: Config, folder: Path, turns: TakeTurns | None, reward: 
     )
 
 
-def _table(turns: TakeTurns, trl_rewards: list[float], warmup_steps: int) -> dict[str, Any]:
-    kept = slice(warmup_steps, None)
-    ours, theirs, sampled = turns.ours_s[kept], turns.trl_s[kept], turns.trl_sampled_s[kept]
+def _table(turns: TakeTurns, trl_rewards: list[float], warmup_steps: int, stride: int) -> dict[str, Any]:
+    kept, our_kept = slice(warmup_steps, None), slice(warmup_steps * stride, None)
+    ours, theirs, sampled = turns.ours_s[our_kept], turns.trl_s[kept], turns.trl_sampled_s[kept]
+    means = [statistics.mean(ours[start : start + stride]) for start in range(0, len(ours), stride)]
     return {
-        "num_steps": len(turns.ours),
+        "num_steps": len(turns.trl_s),
+        "stride": stride,
         "warmup_steps": warmup_steps,
         "grpo_fast_step_s": dict(zip(("p25", "p50", "p75"), statistics.quantiles(ours, n=4), strict=True)),
         "trl_step_s": dict(zip(("p25", "p50", "p75"), statistics.quantiles(theirs, n=4), strict=True)),
         "median_ratio_trl_over_ours": statistics.median(theirs) / statistics.median(ours),
-        "paired_ratio_median": statistics.median(t / o for t, o in zip(theirs, ours, strict=True)),
+        "paired_ratio_median": statistics.median(t / o for t, o in zip(theirs, means, strict=True)),
         "cpu_s": {
-            "grpo_fast": statistics.median(turns.ours_cpu_s[kept]),
+            "grpo_fast": statistics.median(turns.ours_cpu_s[our_kept]),
             "trl": statistics.median(turns.trl_cpu_s[kept]),
         },
         "phases_s": {
-            "grpo_fast": {name: statistics.median(m[f"time/{name}"] for m in turns.ours[kept]) for name in OURS},
+            "grpo_fast": {name: statistics.median(m[f"time/{name}"] for m in turns.ours[our_kept]) for name in OURS},
             "trl": {
                 "rollout, reward and score": statistics.median(sampled),
                 "rest": statistics.median(t - s for t, s in zip(theirs, sampled, strict=True)),
             },
         },
         "tokens_per_s": {
-            "grpo_fast": (turns.ours[-1]["num_tokens"] - turns.ours[warmup_steps - 1]["num_tokens"]) / sum(ours),
+            "grpo_fast": (turns.ours[-1]["num_tokens"] - turns.ours[warmup_steps * stride - 1]["num_tokens"]) / sum(ours),
             "trl": sum(turns.trl_tokens[kept]) / sum(theirs),
         },
         "reward_last_10": {
@@ -241,12 +248,13 @@ def _seconds_to(level: float, rewards: list[float], step_s: list[float]) -> floa
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--stride", type=int, default=1, help="steps of ours to one of TRL's")
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--memory-steps", type=int, default=90, help="steps of each trainer alone; 0 leaves peak memory out")
     parser.add_argument("--machine", default="", help="what else to say of the machine: shared, clocks locked, ...")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    result = measure(options.steps, model=options.model) | {"machine": options.machine}
+    result = measure(options.steps, stride=options.stride, model=options.model) | {"machine": options.machine}
     if options.memory_steps:
         trainers: tuple[Literal["grpo_fast", "trl"], ...] = ("grpo_fast", "trl")
         result["peak_memory_steps"] = options.memory_steps

@@ -1,4 +1,4 @@
-"""A step of the embedded task costs at most half of TRL's, measured in turns on this machine, and takes less memory."""
+"""The median step of the embedded task costs at most half of TRL's, in turns on this machine, and takes less memory."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ pytest.importorskip("trl", reason="TRL is not installed; the comparison needs it
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # TRL's own
-def test_a_step_costs_at_most_half_of_trls(untraced: None) -> None:
+def test_the_median_step_costs_at_most_half_of_trls(untraced: None) -> None:
     from benchmarks.system.step_time import measure
 
-    result = measure(60)  # in the first, nearly every group is alive for both
+    # over a run: TRL's steps cost the same all through it, ours most while nearly every group is alive, as in the first third
+    result = measure(30, stride=4)
     print(result)
     assert result["paired_ratio_median"] >= 2.0  # of steps that met the same state of the machine
 
