@@ -229,16 +229,14 @@ def changed_settings(config: Mapping[str, Any]) -> dict[str, str]:
 def _pictures(run: Run) -> list[Picture]:
     folder = run.path / "plots"
     folder.mkdir(exist_ok=True)
-    dresses = {
-        "wide": LIGHT,
-        "wide_dark": DARK,
-        "narrow": dataclasses.replace(LIGHT, narrow=True),
-        "narrow_dark": dataclasses.replace(DARK, narrow=True),
-    }
     made = []
     with drawing():
         for name, draw in pictures_of(run).items():
-            images = {dress: png(draw(run, theme)) for dress, theme in dresses.items()}
+            images = {}
+            for width, narrow in (("wide", False), ("narrow", True)):
+                light, dark = (draw(run, dataclasses.replace(theme, narrow=narrow)) for theme in (LIGHT, DARK))
+                images[width] = png(light)
+                images[f"{width}_dark"] = png(dark, laid_out_as=light)
             (folder / f"{name}.png").write_bytes(images["wide"])
             heading, caption = _HEADINGS[name], " ".join(_CAPTIONS[name].split())
             encoded = {dress: base64.b64encode(image).decode() for dress, image in images.items()}

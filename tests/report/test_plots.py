@@ -175,6 +175,16 @@ def test_every_picture_is_drawn_for_odd_runs(make_run: MakeRun, name: str, optio
             assert name not in drawn or png(PICTURES[name](run, theme)).startswith(b"\x89PNG")
 
 
+def test_a_dark_picture_is_the_same_where_it_is_laid_out_as_the_light_one(make_run: MakeRun) -> None:
+    run = Run.load(make_run(alarm=True, steps=40))
+    with drawing():
+        for name, draw in pictures_of(run).items():
+            light, dark = draw(run, LIGHT), draw(run, DARK)
+            by_itself = png(draw(run, DARK))
+            assert png(light) != by_itself, name
+            assert png(dark, laid_out_as=light) == by_itself, name
+
+
 def test_forecasts_as_they_are_logged_are_enough_for_every_picture(make_run: MakeRun) -> None:
     path = make_run(steps=30)
     law = OnlinePredictor(400, reward_range=(0.0, 1.0))
