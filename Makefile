@@ -10,8 +10,8 @@ RUN    := runs/quickstart
 NATIVE    := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 SANITIZED := build/sanitize
 
-# A test that hangs fails after ten minutes, with the stacks of all threads; one that hangs in native code ends its process.
-WATCHED   := --timeout=600 --max-worker-restart=1 -o faulthandler_timeout=660 -o faulthandler_exit_on_timeout=true
+# Two workers. A test that hangs fails after ten minutes, with all threads' stacks; where it hangs in native code, its worker ends.
+WORKERS   := -n 2 --dist loadfile --timeout=600 --max-worker-restart=1 -o faulthandler_timeout=660 -o faulthandler_exit_on_timeout=true
 
 API := grpo_fast $(addprefix grpo_fast.,config types objective compute device metrics ops rollout rewards tasks law sinks train \
     report integrations recipes)
@@ -35,18 +35,18 @@ quickstart: env native
 	@echo "Open $(RUN)/report.html in a browser."
 
 test: env-dev native lint sanitize test-vllm
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(WATCHED) --durations=30 --durations-min=10 --cov --cov-append --cov-report=term:skip-covered --cov-fail-under=90
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) --no-loadscope-reorder --durations=30 --durations-min=10 --cov --cov-append --cov-report=term:skip-covered --cov-fail-under=90
 
 # vLLM for CPUs wants an older transformers than the rest is tested with, so it has an environment of its own. What its tests cover
 # has a bar of its own, and counts in that of `make test` too; long runs and servers go without the tracer.
 test-vllm:
 	@rm -f .coverage .coverage.*
 	@$(MAKE) --no-print-directory $(VLLM)/ready || echo "vLLM cannot be installed here (see above): its tests are skipped"
-	@test ! -e $(VLLM)/ready || OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -n 2 --dist loadfile -m vllm $(WATCHED) --durations=15 --cov --cov-report= tests/rollout tests/benchmarks/test_rollout.py
+	@test ! -e $(VLLM)/ready || OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest $(WORKERS) --timeout=300 -m vllm --durations=15 --cov --cov-report= tests/rollout tests/benchmarks/test_rollout.py
 	@test ! -e $(VLLM)/ready || $(VLLM)/bin/python -m coverage report --include='grpo_fast/rollout/vllm_*' --fail-under=92
 
 test-fast: env-dev native lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(WATCHED) -m "not slow and not gpu and not vllm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) --no-loadscope-reorder -m "not slow and not gpu and not vllm"
 
 # The modules that import vLLM are left out: it is not in this environment.
 docs: env-dev

@@ -1,14 +1,13 @@
 """Whole training steps beside TRL's GRPOTrainer: same model, prompts, group size, lengths, loss and learning rate.
 
-The two take turns, one step each, so that both meet the same state of the machine (or, with ``--stride``, several of ours to
-one of TRL's: its steps cost the same all through a run, ours cost less where groups agree, so a short measurement has to see
-the whole of a run of ours); ``cpu_s`` is what the process computed in a
-step, which a busy machine changes less than the time that it took (functions that reward in processes of their own are not in
-it). Each rollout is the trainer's own (TRL's through ``model.generate``, its default without vLLM). Run ``python -m
-benchmarks.system.step_time``; it prints JSON and, with ``--output``, writes it. ``--model DIRECTORY`` (such as what
-``smollm2.py`` writes) takes another model on the same prompts, with a reward that differs between any two answers, so that no
-group is left out and both train on every token. Peak memory is that of each trainer alone, in a process of its own, over
-enough steps for the heap to stop growing.
+The two take turns, one step each, so that both meet the same state of the machine. With ``--stride`` several of ours go to one
+of TRL's: its steps cost the same all through a run, ours cost less where groups agree, so a short measurement has to see the
+whole of a run of ours. ``cpu_s`` is what the process computed in a step, which a busy machine changes less than the time that
+it took (functions that reward in processes of their own are not in it). Each rollout is the trainer's own (TRL's through
+``model.generate``, its default without vLLM). Run ``python -m benchmarks.system.step_time``; it prints JSON and, with
+``--output``, writes it. ``--model DIRECTORY`` (such as what ``smollm2.py`` writes) takes another model on the same prompts,
+with a reward that differs between any two answers, so that no group is left out and both train on every token. Peak memory is
+that of each trainer alone, in a process of its own, over enough steps for the heap to stop growing.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ class TakeTurns(TrainerCallback):
     def __init__(self, ours: GRPOTrainer, num_steps: int, stride: int) -> None:
         self._steps = ours.steps()
         self._num_steps = num_steps
-        self._stride = stride
+        self.stride = stride
         self._begun = self._begun_cpu = 0.0
         self.theirs: TimedTRL | None = None
         self.trl_s: list[float] = []
@@ -87,7 +86,7 @@ class TakeTurns(TrainerCallback):
         assert self.theirs is not None
         self.trl_sampled_s.append(self.theirs.sampled_s)
         self.trl_tokens.append(self.theirs.num_tokens)
-        for _ in range(self._stride):
+        for _ in range(self.stride):
             begun, begun_cpu = time.perf_counter(), time.process_time()
             step = next(self._steps)
             self.ours_s.append(time.perf_counter() - begun)
@@ -119,9 +118,16 @@ def measure(num_steps: int, *, stride: int = 1, seed: int = 0, model: str = "emb
 
     Returns:
         Medians and quartiles in seconds, the ratio of medians, phases, tokens a second, last rewards and versions.
+
+    Raises:
+        ValueError: our run is shorter than that.
     """
     with tempfile.TemporaryDirectory() as folder:
         config = configuration(Path(folder), model, seed)
+        if num_steps * stride > config.max_steps:
+            raise ValueError(
+                f"{num_steps} steps of TRL's, {stride} of ours to each, are more than the run's {config.max_steps}; take fewer"
+            )
         reward = arithmetic_accuracy if model == "embedded" else distinct_characters
         with GRPOTrainer(config, reward_funcs=None if model == "embedded" else [reward]) as ours:
             turns = TakeTurns(ours, num_steps, stride)
@@ -129,7 +135,7 @@ def measure(num_steps: int, *, stride: int = 1, seed: int = 0, model: str = "emb
             theirs.train()
             turns.close()
         trl_rewards = [row["reward"] for row in theirs.state.log_history if "reward" in row]
-    return {"model": Path(model).name} | _table(turns, trl_rewards, WARMUP_STEPS if model == "embedded" else 1, stride)
+    return {"model": Path(model).name} | _table(turns, trl_rewards, WARMUP_STEPS if model == "embedded" else 1)
 
 
 def peak_memory(which: Literal["grpo_fast", "trl"], model: str, num_steps: int) -> float:
@@ -189,7 +195,8 @@ def _trl_trainer(config: Config, folder: Path, turns: TakeTurns | None, reward: 
     )
 
 
-def _table(turns: TakeTurns, trl_rewards: list[float], warmup_steps: int, stride: int) -> dict[str, Any]:
+def _table(turns: TakeTurns, trl_rewards: list[float], warmup_steps: int) -> dict[str, Any]:
+    stride = turns.stride
     kept, our_kept = slice(warmup_steps, None), slice(warmup_steps * stride, None)
     ours, theirs, sampled = turns.ours_s[our_kept], turns.trl_s[kept], turns.trl_sampled_s[kept]
     means = [statistics.mean(ours[start : start + stride]) for start in range(0, len(ours), stride)]
@@ -213,7 +220,7 @@ def _table(turns: TakeTurns, trl_rewards: list[float], warmup_steps: int, stride
             },
         },
         "tokens_per_s": {
-            "grpo_fast": (turns.ours[-1]["num_tokens"] - turns.ours[warmup_steps * stride - 1]["num_tokens"]) / sum(ours),
+            "grpo_fast": (turns.ours[-1]["num_tokens"] - turns.ours[our_kept.start - 1]["num_tokens"]) / sum(ours),
             "trl": sum(turns.trl_tokens[kept]) / sum(theirs),
         },
         "reward_last_10": {

@@ -39,8 +39,6 @@ KEY_STYLE: dict[str, Any] = {
 }
 """Of the lists of series above panels."""
 
-_DPI = 200
-
 PHASE_NAMES = ("slow start", "rapid improvement", "plateau")
 
 
@@ -215,7 +213,7 @@ def png(figure: Figure, *, laid_out_as: Figure | None = None) -> bytes:
         figure.set_layout_engine("none")
         for axes, other in zip(figure.axes, laid_out_as.axes, strict=True):
             axes.set_position(other.get_position(original=True))
-    figure.set_dpi(_DPI)
+    figure.set_dpi(200)
     canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

@@ -23,3 +23,11 @@ def test_memory_stays_below_trls_as_steps_of_other_lengths_come() -> None:
     from benchmarks.system.step_time import peak_memory
 
     assert peak_memory("grpo_fast", "embedded", 12) < 1100  # MiB; TRL 1.16.0 has 1,190 after 3 steps
+
+
+@pytest.mark.slow
+def test_more_steps_than_a_run_has_are_refused_before_the_first() -> None:
+    from benchmarks.system.step_time import measure
+
+    with pytest.raises(ValueError, match="41 steps of TRL's, 4 of ours to each, are more than the run's 160; take fewer"):
+        measure(41, stride=4)
