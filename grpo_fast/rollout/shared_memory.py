@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
@@ -54,18 +53,15 @@ def reserve(handle: int, num_bytes: int, purpose: str, *, place: Path = SHARED_M
         raise _full(num_bytes, purpose, place=place, fix=fix) from error
 
 
-def reserve_queues(processes: Iterable[psutil.Process]) -> None:
-    """Takes the pages of the memory by which vLLM's processes speak to each other: vLLM (0.32) takes room for granted.
-
-    Args:
-        processes: some that have opened every queue.
+def reserve_queues() -> None:
+    """Takes the pages of the memory by which this process of vLLM's speaks to others: vLLM (0.32) takes room for granted.
 
     Raises:
         OSError: there is no room.
     """
     if not SHARED_MEMORY.is_dir():
         return
-    for path in {each.path for process in processes for each in process.memory_maps()}:
+    for path in {each.path for each in psutil.Process().memory_maps()}:
         if path.startswith(f"{SHARED_MEMORY}/psm_"):
             with contextlib.suppress(FileNotFoundError), Path(path).open("r+b") as file:
                 reserve(file.fileno(), os.fstat(file.fileno()).st_size, "a queue of vLLM's processes")

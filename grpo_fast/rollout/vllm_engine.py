@@ -32,7 +32,7 @@ from grpo_fast.rollout.sync_probe import SyncProbe
 from grpo_fast.rollout.transports import OLDEST_VLLM, Delivery, Host, Transport, choose_transport, sync_attempts
 from grpo_fast.rollout.vllm_adapters import AdapterTarget, AdapterVersions, policy_options
 from grpo_fast.rollout.vllm_client import Needs
-from grpo_fast.rollout.vllm_environment import QUEUE_BYTES, load_beside_vllm, undisturbed, vllm_environment
+from grpo_fast.rollout.vllm_environment import LOCK_BYTES, NO_WORKER, load_beside_vllm, undisturbed, vllm_environment
 from grpo_fast.rollout.vllm_sample import Sample, num_likeliest, sample_whole
 from grpo_fast.rollout.vllm_sleep import check_segments, sleep_level
 from grpo_fast.rollout.weight_sync import WeightSync
@@ -45,7 +45,6 @@ _CPU_BLOCK_SIZE = 32
 _CPU_CACHE_BYTES = 2 * 2**30
 _CONCURRENT_ON_CPU = 256
 _COMPARED_TOKENS = 256
-_LOCK_BYTES = 2**20
 _SHORTEST_CONTEXT = 512
 """Room for the proof of a sync, whatever the block size."""
 
@@ -193,15 +192,12 @@ class VLLMEngine:
         }
         if on_cpu:
             arguments["block_size"] = _CPU_BLOCK_SIZE
+            arguments["distributed_executor_backend"] = NO_WORKER
             # A seeded request whose prompt is read in parts ends the engine: generators of a CPU have no offset to put back.
             arguments["enable_chunked_prefill"] = False
         if cache_bytes is not None:
             arguments["kv_cache_memory_bytes"] = cache_bytes
-        if settings.own_process:
-            needed = QUEUE_BYTES if on_cpu else 0  # on a GPU the engine has no worker beside it
-            check_room(needed + _LOCK_BYTES, "the queues of vLLM's processes")
-        else:
-            check_room(_LOCK_BYTES, "vLLM's locks")
+        check_room(LOCK_BYTES, "vLLM's locks")
         environment = vllm_environment(own_process=settings.own_process, transport=self._delivery.transport)
         with tempfile.TemporaryDirectory(prefix="grpo_fast-") as directory, undisturbed(), environment:
             inside = load_beside_vllm("grpo_fast.rollout.vllm_in_process")

@@ -18,12 +18,15 @@ from grpo_fast.rollout.engine import RolloutError
 from grpo_fast.rollout.transports import OLDEST_VLLM
 
 NEWEST_TESTED = "0.32"
-_CHUNK_MIB = 4
-QUEUE_SETTINGS = {"VLLM_MQ_MAX_CHUNK_BYTES_MB": str(_CHUNK_MIB)}
-"""What vLLM's processes read of their queues."""
-QUEUE_BYTES = 10 * (_CHUNK_MIB + 24) * 2**20
-"""Shared memory of the two queues between vLLM's engine and its worker (0.32, on a CPU), of ten messages each; larger messages
-go by sockets. To the worker vLLM's own would be of 16 MiB each; from it they are of 24, which nothing sets."""
+NO_WORKER = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+"""``distributed_executor_backend`` for a CPU: the engine's process runs the model itself, as it does on a GPU.
+
+vLLM would start a worker process, to bind its threads to cores, and takes a full name where it overrides ``uni``. Engine and
+worker each spin for a second after a message: on two cores a request took twice as long. Their queues hold 400 MiB of shared
+memory, whose filling up by others ends them.
+"""
+LOCK_BYTES = 2**20
+"""Shared memory of the locks that an engine makes."""
 OWNER = "GRPO_FAST_VLLM_OWNER"
 """Tells vLLM's processes which process they belong to, so that they end with it; see
 :func:`~grpo_fast.rollout.vllm_transport.register`."""
@@ -49,10 +52,8 @@ def load_beside_vllm(module: str) -> ModuleType:
 def vllm_environment(*, own_process: bool = False, transport: str = "") -> Iterator[None]:
     """The environment that vLLM reads while it builds an engine; it has no other switch for these."""
     pickles = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if transport == "ipc" else {}
-    queues = QUEUE_SETTINGS if own_process else {}
     wanted = (
         pickles
-        | queues
         | {
             "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(own_process)),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",

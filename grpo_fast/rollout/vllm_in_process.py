@@ -111,11 +111,6 @@ class InProcessVLLM:
         self._sleeper = Sleeper(self._fall_asleep, self._wake_up)
         processes = set(multiprocessing.active_children()) - others
         self._watch = ProcessWatch(processes, self._llm.llm_engine.engine_core, deadlines)
-        try:
-            self._watch.reserve_queues()
-        except BaseException:
-            self.close()
-            raise
 
     @property
     def block_size(self) -> int:

@@ -23,11 +23,13 @@ from grpo_fast.rollout.shared_memory import check_room
 from grpo_fast.rollout.transports import BACKENDS, Transport, choose_transport
 from grpo_fast.rollout.vllm_adapters import lora_options
 from grpo_fast.rollout.vllm_engine import require_vllm
-from grpo_fast.rollout.vllm_environment import QUEUE_BYTES, QUEUE_SETTINGS
+from grpo_fast.rollout.vllm_environment import LOCK_BYTES, NO_WORKER
 from grpo_fast.rollout.vllm_sleep import check_segments, sleep_level
 
 HOST = "127.0.0.1"
 _CPU_BLOCK_SIZE = 32
+_BINDING, _UNBOUND = "VLLM_CPU_OMP_THREADS_BIND", "nobind"
+"""Which cores vLLM's threads run on, on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +69,13 @@ def server_command(  # noqa: PLR0913 (what the command line offers)
         RolloutError: vLLM is missing or too old.
         ValueError: a port out of range or taken, a model that cannot be found, a transport or a sleep that needs a GPU, or a
             rank that vLLM has no room for.
-        OSError: shared memory has no room for the queues of vLLM's processes, on a CPU.
+        OSError: shared memory is full.
     """
     version = require_vllm()
     if not 0 < port < 2**16:
         raise ValueError(f"port must lie in 1 to 65535, got {port}")
     _check_free(port)
+    check_room(LOCK_BYTES, "vLLM's locks")
     way = choose_transport(transport, "server", on_gpu=not on_cpu)
     unreached = None if Path(model).is_dir() else out_of_reach()
     config = _read_config(model, unreached)
@@ -84,14 +87,15 @@ def server_command(  # noqa: PLR0913 (what the command line offers)
     if max_model_len is not None:
         arguments += ["--max-model-len", str(max_model_len)]
     if on_cpu:
-        check_room(QUEUE_BYTES, "the queues of vLLM's processes")
         # Prompts are read whole: a seeded request whose prompt is read in parts ends vLLM's engine on a CPU.
         arguments += ["--enforce-eager", "--block-size", str(_CPU_BLOCK_SIZE), "--no-enable-chunked-prefill"]
+        if os.environ.get(_BINDING, _UNBOUND) == _UNBOUND:  # else vLLM's worker does as it is told there
+            arguments += ["--distributed-executor-backend", NO_WORKER]
     if enable_sleep_mode:
         sleep_level(on_gpu=not on_cpu, has_adapters=max_lora_rank is not None)
         check_segments(version, os.environ)
         arguments += ["--enable-sleep-mode"]
-    forced = {"VLLM_SERVER_DEV_MODE": "1"} | QUEUE_SETTINGS
+    forced = {"VLLM_SERVER_DEV_MODE": "1"}
     if unreached is not None:
         forced["HF_HUB_OFFLINE"] = "1"  # else vLLM would try every file for half a minute
     if way == "ipc":
@@ -101,7 +105,7 @@ def server_command(  # noqa: PLR0913 (what the command line offers)
             arguments += [f"--{name.replace('_', '-')}"]
             arguments += map(str, value) if isinstance(value, list) else [] if value is True else [str(value)]
         forced["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
-    defaults = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    defaults = {"VLLM_LOGGING_LEVEL": "WARNING", _BINDING: _UNBOUND, "VLLM_CPU_KVCACHE_SPACE": "1"}
     return ServerCommand(arguments, defaults | dict(os.environ) | forced)
 
 

@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import psutil
 import torch
 from vllm.distributed.weight_transfer import (
     TrainerWeightTransferEngine,
@@ -64,7 +63,6 @@ def _end_with_owner() -> None:
     parent = os.getppid()
     if os.environ.get(OWNER) != str(parent):
         return
-    os.environ[OWNER] = str(os.getpid())  # of the workers that this one starts
 
     def watch() -> None:
         while os.getppid() == parent:  # a pipe between the two would stay open in whatever the trainer forked since
@@ -114,13 +112,13 @@ class SharedMemoryReceiver(LayerwiseReceiver):
     _path = ""
 
     def init_transfer_engine(self, init_info: _InitInfo) -> None:
-        """Opens the trainer's file, and makes sure of a worker's queues: what fills the same memory up would end it.
+        """Opens the trainer's file, and makes sure of the queues to it where the engine has workers, as on several GPUs.
 
         Raises:
             OSError: shared memory has no room for the queues.
         """
         if multiprocessing.parent_process() is not None:
-            reserve_queues([psutil.Process()])
+            reserve_queues()
         self._buffer = _map(init_info.path, init_info.num_bytes)
         self._path = init_info.path
 

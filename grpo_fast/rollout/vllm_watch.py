@@ -18,7 +18,6 @@ from typing import Any, Literal
 import psutil
 
 from grpo_fast.rollout.engine import RolloutError
-from grpo_fast.rollout.shared_memory import reserve_queues
 
 Setting = Literal["request_deadline_s", "sync_deadline_s"]
 _LOOK_S = 1.0
@@ -49,14 +48,6 @@ class ProcessWatch:
         self._cause = "has ended"
         if self._processes:
             threading.Thread(target=self._watch, name="vLLM process watch", daemon=True).start()
-
-    def reserve_queues(self) -> None:
-        """Takes the memory by which the engine's processes speak.
-
-        Raises:
-            OSError: there is none.
-        """
-        reserve_queues(self._tree)
 
     def __bool__(self) -> bool:
         """Whether there are processes to watch."""

@@ -26,7 +26,6 @@ from grpo_fast.rollout import RolloutError, SamplingParams, WeightSyncError
 from grpo_fast.rollout.vllm_adapters import AdapterVersion
 from grpo_fast.rollout.vllm_client import Needs, VLLMServer
 from grpo_fast.rollout.vllm_engine import VLLMServerEngine, VLLMSettings
-from grpo_fast.rollout.vllm_environment import QUEUE_BYTES
 from grpo_fast.rollout.vllm_sample import Telling
 from grpo_fast.types import Completion
 
@@ -76,12 +75,9 @@ def test_twenty_syncs_and_the_logprobs_are_the_policys_after_each(
         assert metrics["sync/bytes"] == sum(weight.nbytes for weight in model.parameters())
 
 
-def test_what_fills_shared_memory_up_cannot_end_a_server_with_a_trainer(served: Served, servers: Any) -> None:
-    for server in servers:
-        sizes = [path.stat() for path in server.queues()]
-        assert len(sizes) == 2, "one to the worker, one from it"
-        assert sum(size.st_size for size in sizes) <= QUEUE_BYTES + 2**20
-        assert all(size.st_blocks * 512 >= size.st_size for size in sizes), "pages that are not there yet"
+@pytest.mark.usefixtures("served")
+def test_what_fills_shared_memory_up_cannot_end_a_server(servers: Any) -> None:
+    assert [server.queues() for server in servers] == [set(), set()], "without a worker there is no queue to it"
 
 
 def test_keys_and_values_of_older_weights_are_found_where_the_cache_is_not_reset(

@@ -10,7 +10,7 @@ from huggingface_hub import constants
 
 from grpo_fast.assets import embedded_model_dir
 from grpo_fast.rollout import RolloutError, shared_memory, vllm_engine, vllm_server
-from grpo_fast.rollout.vllm_environment import held_port
+from grpo_fast.rollout.vllm_environment import NO_WORKER, held_port
 from grpo_fast.rollout.vllm_server import server_command
 
 MODEL = str(embedded_model_dir())
@@ -90,10 +90,21 @@ def test_a_model_that_cannot_be_found_is_refused_before_vllm_is_loaded(tmp_path:
 
 @pytest.mark.vllm
 def test_too_little_shared_memory_is_told_before_vllm_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_memory, "room", lambda place: 64 * 2**20)
-    with pytest.raises(OSError, match=r"the queues of vLLM's processes: 280\.0 MiB are needed, 64\.0 are left; give"):
+    monkeypatch.setattr(shared_memory, "room", lambda place: 2**19)
+    with pytest.raises(OSError, match=r"no room for vLLM's locks: 1\.0 MiB are needed, 0\.5 are left; give"):
         server_command(MODEL, port=1, on_cpu=True)
-    server_command(MODEL, port=1, on_cpu=False)  # the engine has no worker beside it there
+
+
+@pytest.mark.vllm
+def test_vllm_has_a_worker_where_its_threads_are_to_be_bound_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    binding = "VLLM_CPU_OMP_THREADS_BIND"
+    monkeypatch.delenv(binding, raising=False)
+    alone = server_command(MODEL, port=1, on_cpu=True)
+    assert (NO_WORKER in alone.arguments, alone.environment[binding]) == (True, "nobind")
+    monkeypatch.setenv(binding, "0-1")
+    bound = server_command(MODEL, port=1, on_cpu=True)
+    assert (NO_WORKER in bound.arguments, bound.environment[binding]) == (False, "0-1")
+    assert NO_WORKER not in server_command(MODEL, port=1, on_cpu=False).arguments, "on a GPU it is vLLM's own choice"
 
 
 @pytest.mark.vllm

@@ -186,7 +186,7 @@ def test_a_run_whose_engine_stops_ends_with_a_checkpoint_and_leaves_no_process(
 
         def stopped_step() -> Any:
             """In the middle of the requests."""
-            tree[-1].suspend()
+            tree[0].suspend()
             return step()
 
         vllm.step = stopped_step
