@@ -16,7 +16,7 @@ WORKERS   := -n 2 --dist loadfile --timeout=600 --max-worker-restart=1 -o faulth
 API := grpo_fast $(addprefix grpo_fast.,config types objective compute device metrics ops rollout rewards tasks law sinks train \
     report integrations recipes)
 
-.PHONY: help quickstart test test-fast test-vllm soak sanitize docs lint format env env-dev native clean
+.PHONY: help quickstart test test-fast test-vllm run-vllm soak sanitize docs lint format env env-dev env-vllm native clean
 
 help:
 	@echo "make quickstart   make an environment and train the embedded model until the law stops it"
@@ -34,16 +34,24 @@ quickstart: env native
 	$(BIN)/grpo-fast train --recipe embedded --output-dir $(RUN) --overwrite
 	@echo "Open $(RUN)/report.html in a browser."
 
-test: env-dev native lint sanitize test-vllm
+# vLLM is installed beside what needs none: neither keeps two cores busy.
+test: env-dev native
+	@$(MAKE) --no-print-directory --jobs=2 lint sanitize env-vllm
+	@$(MAKE) --no-print-directory run-vllm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) --no-loadscope-reorder --durations=30 --durations-min=10 --cov --cov-append --cov-report=term:skip-covered --cov-fail-under=90
 
 # vLLM for CPUs wants an older transformers than the rest is tested with, so it has an environment of its own. What its tests cover
 # has a bar of its own, and counts in that of `make test` too; long runs and servers go without the tracer.
-test-vllm:
+test-vllm: env-vllm
+	@$(MAKE) --no-print-directory run-vllm
+
+run-vllm:
 	@rm -f .coverage .coverage.*
-	@$(MAKE) --no-print-directory $(VLLM)/ready || echo "vLLM cannot be installed here (see above): its tests are skipped"
 	@test ! -e $(VLLM)/ready || OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest $(WORKERS) --timeout=300 -m vllm --durations=15 --cov --cov-report= tests/rollout tests/benchmarks/test_rollout.py
 	@test ! -e $(VLLM)/ready || $(VLLM)/bin/python -m coverage report --include='grpo_fast/rollout/vllm_*' --fail-under=92
+
+env-vllm:
+	@$(MAKE) --no-print-directory $(VLLM)/ready || echo "vLLM cannot be installed here (see above): its tests are skipped"
 
 test-fast: env-dev native lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) --no-loadscope-reorder -m "not slow and not gpu and not vllm"

@@ -146,7 +146,7 @@ def sync_table() -> str:
         engine = case["engine"] + ", sparse" * (case["transport"] == "sparse")
         rows.append([f"{case['layout']}{layers}, {engine}", f"{case['num_bytes'] / 1e9:.2f} GB", ours, *rivals])
     head = f"from the optimiser's step to the first token, {content['device']}, {content['cores']} cores"
-    return _markdown([head, "weights", "sync", "vLLM's reload, unproven", "safetensors on a RAM disk"], rows)
+    return _markdown([head, "weights", "sync", "unproven: vLLM's reload", "unproven: safetensors on a RAM disk"], rows)
 
 
 def rendered_readme() -> str:

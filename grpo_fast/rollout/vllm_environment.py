@@ -52,15 +52,12 @@ def load_beside_vllm(module: str) -> ModuleType:
 def vllm_environment(*, own_process: bool = False, transport: str = "") -> Iterator[None]:
     """The environment that vLLM reads while it builds an engine; it has no other switch for these."""
     pickles = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if transport == "ipc" else {}
-    wanted = (
-        pickles
-        | {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(own_process)),
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
-            OWNER: str(os.getpid()),
-        }
-    )
+    wanted = pickles | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(own_process)),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+        OWNER: str(os.getpid()),
+    }
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:
