@@ -262,11 +262,10 @@ def forecast(  # noqa: PLR0913 (flags)
     if plot is not None:
         from grpo_fast.report.log_plot import LogBeliefs, write_log_plot  # noqa: PLC0415 (matplotlib is slow to import)
 
-        curve = result.log
         beliefs = LogBeliefs(
-            steps=curve.steps,
-            rewards=curve.rewards,
-            name=curve.reward_column,
+            steps=result.log.steps,
+            rewards=result.log.rewards,
+            name=result.log.reward_column,
             horizon=result.horizon,
             rows=result.rows(),
             prior=result.prior_row(),
@@ -364,7 +363,7 @@ def _print_notes(console: Console, notes: Sequence[str], *, plot: Path | None) -
 @app.command
 def serve(  # noqa: PLR0913 (what the command line offers)
     model: str = "embedded",
-    *,
+    *vllm_options: str,
     port: int = 8000,
     dtype: str | None = None,
     max_model_len: int | None = None,
@@ -374,11 +373,11 @@ def serve(  # noqa: PLR0913 (what the command line offers)
 ) -> None:
     """Start a vLLM server on this machine for ``train --rollout vllm-http``.
 
-    Its weights come from the trainer; until then it answers from random ones. Requests need the key in VLLM_API_KEY, where that
-    is set.
+    Its weights come from the trainer; until then it answers from random ones. Requests need the key in VLLM_API_KEY, if set.
 
     Args:
         model: Directory or hub id of the model to be trained, or ``embedded``.
+        vllm_options: After ``--``, options of vLLM's own server, such as ``-- --tensor-parallel-size 2``.
         port: Where it listens, on 127.0.0.1 only.
         dtype: What it computes in: what the trainer computes in; float32 on a CPU and bfloat16 on a GPU without it.
         max_model_len: Longest sequence, in tokens; the model's context without it.
@@ -400,6 +399,7 @@ def serve(  # noqa: PLR0913 (what the command line offers)
         max_lora_rank=max_lora_rank,
         transport=transport,
         enable_sleep_mode=enable_sleep_mode,
+        vllm_options=vllm_options,
     )
     os.execve(command.arguments[0], command.arguments, command.environment)
 

@@ -25,6 +25,7 @@ from grpo_fast.rollout.transports import BACKENDS, OLDEST_VLLM
 from grpo_fast.rollout.vllm_adapters import AdapterVersion
 from grpo_fast.rollout.vllm_sample import PROBE_PARAMS, SCORE_PARAMS, Sample, kept_tokens, token_versions
 
+ONE_REPLICA = "a sync proves itself in one engine a server; start a server for each replica and give the URLs of all"
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 _GENERATE = "/inference/v1/generate"
 _HINTS = {
@@ -280,6 +281,7 @@ def misfits(settings: Mapping[str, Any], version: str, needs: Needs) -> list[str
         needs: the trainer's.
     """
     model, needed = settings["model_config"], str(needs.dtype).removeprefix("torch.")
+    replicas = settings["parallel_config"]["data_parallel_size"]
     dtype, length, sleeps = str(model["dtype"]).removeprefix("torch."), model["max_model_len"], model["enable_sleep_mode"]
     backend, wanted = (settings["weight_transfer_config"] or {}).get("backend"), BACKENDS[needs.transport]
     checks = {
@@ -297,6 +299,7 @@ def misfits(settings: Mapping[str, Any], version: str, needs: Needs) -> list[str
         ),
         f"it takes {length} tokens, and prompt and completion may have {needs.context_length}; start it with --max-model-len "
         f"{needs.context_length}": length >= needs.context_length,
+        f"it has {replicas} data-parallel engines, and {ONE_REPLICA}": replicas == 1,
         "it cannot sleep; start it with `grpo-fast serve --enable-sleep-mode`": sleeps or not needs.sleeps,
     }
     return [problem for problem, holds in checks.items() if not holds]

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from grpo_fast.hub import out_of_reach, why_unread
 from grpo_fast.rollout.shared_memory import check_room
 from grpo_fast.rollout.transports import BACKENDS, Transport, choose_transport
 from grpo_fast.rollout.vllm_adapters import lora_options
+from grpo_fast.rollout.vllm_client import ONE_REPLICA
 from grpo_fast.rollout.vllm_engine import require_vllm
 from grpo_fast.rollout.vllm_environment import LOCK_BYTES, NO_WORKER
 from grpo_fast.rollout.vllm_sleep import check_segments, sleep_level
@@ -29,7 +32,10 @@ from grpo_fast.rollout.vllm_sleep import check_segments, sleep_level
 HOST = "127.0.0.1"
 _CPU_BLOCK_SIZE = 32
 _BINDING, _UNBOUND = "VLLM_CPU_OMP_THREADS_BIND", "nobind"
-"""Which cores vLLM's threads run on, on a CPU."""
+"""Which cores vLLM's threads run on, on a CPU; its workers do as they are told there."""
+_WORKERS = re.compile(r"-tp|-pp|--(tensor|pipeline)[-_]parallel[-_]size|--distributed[-_]executor[-_]backend")
+"""Options that ask for workers."""
+_REPLICAS = re.compile(r"-dp|--data[-_]parallel")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +58,7 @@ def server_command(  # noqa: PLR0913 (what the command line offers)
     max_lora_rank: int | None = None,
     transport: Transport = "auto",
     enable_sleep_mode: bool = False,
+    vllm_options: Sequence[str] = (),
 ) -> ServerCommand:
     """The command that starts a server of ``model``'s architecture; its weights come from the trainer.
 
@@ -64,11 +71,12 @@ def server_command(  # noqa: PLR0913 (what the command line offers)
         max_lora_rank: rank of the LoRA adapters that it must take; ``None`` takes none.
         transport: how the trainer will send weights.
         enable_sleep_mode: whether its memory can be taken back while the policy trains; on a GPU only.
+        vllm_options: of vLLM's own server, as on its command line, such as ``["--tensor-parallel-size", "2"]``.
 
     Raises:
         RolloutError: vLLM is missing or too old.
-        ValueError: a port out of range or taken, a model that cannot be found, a transport or a sleep that needs a GPU, or a
-            rank that vLLM has no room for.
+        ValueError: a port out of range or taken, a model that cannot be found, a transport or a sleep that needs a GPU, a
+            rank that vLLM has no room for, or an option of vLLM's that a sync does not leave open.
         OSError: shared memory is full.
     """
     version = require_vllm()
@@ -89,7 +97,7 @@ def server_command(  # noqa: PLR0913 (what the command line offers)
     if on_cpu:
         # Prompts are read whole: a seeded request whose prompt is read in parts ends vLLM's engine on a CPU.
         arguments += ["--enforce-eager", "--block-size", str(_CPU_BLOCK_SIZE), "--no-enable-chunked-prefill"]
-        if os.environ.get(_BINDING, _UNBOUND) == _UNBOUND:  # else vLLM's worker does as it is told there
+        if os.environ.get(_BINDING, _UNBOUND) == _UNBOUND and not any(map(_WORKERS.match, vllm_options)):
             arguments += ["--distributed-executor-backend", NO_WORKER]
     if enable_sleep_mode:
         sleep_level(on_gpu=not on_cpu, has_adapters=max_lora_rank is not None)
@@ -105,8 +113,25 @@ def server_command(  # noqa: PLR0913 (what the command line offers)
             arguments += [f"--{name.replace('_', '-')}"]
             arguments += map(str, value) if isinstance(value, list) else [] if value is True else [str(value)]
         forced["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+    _check_options(vllm_options, taken=arguments)
     defaults = {"VLLM_LOGGING_LEVEL": "WARNING", _BINDING: _UNBOUND, "VLLM_CPU_KVCACHE_SPACE": "1"}
-    return ServerCommand(arguments, defaults | dict(os.environ) | forced)
+    return ServerCommand([*arguments, *vllm_options], defaults | dict(os.environ) | forced)
+
+
+def _check_options(options: Sequence[str], *, taken: Sequence[str]) -> None:
+    """Options of vLLM's against those that are set already."""
+    if options and not options[0].startswith("-"):
+        raise ValueError(f"{options[0]!r} is no option; give vLLM's own after --, such as -- --tensor-parallel-size 2")
+
+    def name(option: str) -> str:
+        return option.partition("=")[0].replace("_", "-").replace("--no-", "--", 1)
+
+    names = {name(argument) for argument in taken if argument.startswith("--")}
+    for option in options:
+        if option.startswith("--") and name(option) in names:
+            raise ValueError(f"{option} is set by `grpo-fast serve` itself; leave it out, or give serve's own option before --")
+        if _REPLICAS.match(option):
+            raise ValueError(f"{option} is refused: {ONE_REPLICA}")
 
 
 def _check_free(port: int) -> None:

@@ -207,6 +207,11 @@ class ServerProcess:
 
 
 @pytest.fixture(scope="module")
+def server_process() -> type[ServerProcess]:
+    return ServerProcess
+
+
+@pytest.fixture(scope="module")
 def adapter_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """One that takes LoRA adapters, and of whole models what changed."""
     options = ("--max-lora-rank", "4", "--transport", "sparse")

@@ -27,6 +27,7 @@ SETTINGS: dict[str, Any] = {
         "quantization": None,
     },
     "weight_transfer_config": {"backend": "grpo_fast_shm"},
+    "parallel_config": {"data_parallel_size": 1},
 }
 NEEDS = Needs(torch.float32, "shared_memory", context_length=100, sleeps=False)
 
@@ -125,6 +126,7 @@ def test_a_server_as_it_should_be_has_no_misfit() -> None:
             "by None, not by 'grpo_fast_shm'; start it with `grpo-fast serve",
         ),
         (("weight_transfer_config", "backend"), "nccl", "by 'nccl', not by 'grpo_fast_shm'"),
+        (("parallel_config", "data_parallel_size"), 2, "has 2 data-parallel engines, and .*start a server for each replica"),
     ],
 )
 def test_what_does_not_fit_is_named_with_its_remedy(path: tuple[str, ...], value: Any, message: str) -> None:

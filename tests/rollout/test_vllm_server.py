@@ -1,19 +1,28 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import peft
 import pytest
+import torch
 from huggingface_hub import constants
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from grpo_fast.assets import embedded_model_dir
-from grpo_fast.rollout import RolloutError, shared_memory, vllm_engine, vllm_server
+from grpo_fast.rollout import RolloutError, SamplingParams, shared_memory, vllm_engine, vllm_server
+from grpo_fast.rollout.vllm_engine import VLLMServerEngine, VLLMSettings
 from grpo_fast.rollout.vllm_environment import NO_WORKER, held_port
 from grpo_fast.rollout.vllm_server import server_command
 
 MODEL = str(embedded_model_dir())
+PROMPTS = [[1] + [3 + (7 * position) % 50 for position in range(75)], [1, 4, 5, 6]]
+SAMPLING = SamplingParams(max_tokens=3, temperature=0.7)  # on two cores three processes that spin take long over each
 
 
 @pytest.mark.vllm
@@ -108,6 +117,31 @@ def test_vllm_has_a_worker_where_its_threads_are_to_be_bound_and_nowhere_else(mo
 
 
 @pytest.mark.vllm
+def test_options_of_vllms_own_go_to_it_and_workers_take_the_place_of_none() -> None:
+    options = ["--tensor-parallel-size", "2", "--kv-cache-dtype=auto"]
+    arguments = server_command(MODEL, port=1, on_cpu=True, vllm_options=options).arguments
+    assert arguments[-3:] == options
+    assert NO_WORKER not in arguments
+    assert NO_WORKER in server_command(MODEL, port=1, on_cpu=True, vllm_options=options[2:]).arguments
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--host=0.0.0.0"], "--host=0.0.0.0 is set by `grpo-fast serve` itself; leave it out, or give serve's own option"),
+        (["--load_format", "auto"], "--load_format is set by"),
+        (["--enable-chunked-prefill"], "--enable-chunked-prefill is set by"),
+        (["-dp", "2"], "-dp is refused: a sync proves itself in one engine a server; start a server for each replica"),
+        (["more"], "'more' is no option; give vLLM's own after --"),
+    ],
+)
+def test_options_that_a_sync_does_not_leave_open_are_refused(options: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        server_command(MODEL, port=1, on_cpu=True, vllm_options=options)
+
+
+@pytest.mark.vllm
 def test_without_a_network_vllm_reads_the_cache_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cached = tmp_path / "models--some--model"
     (cached / "refs").mkdir(parents=True)
@@ -118,6 +152,75 @@ def test_without_a_network_vllm_reads_the_cache_alone(tmp_path: Path, monkeypatc
     monkeypatch.setattr(vllm_server, "out_of_reach", lambda: "the hub cannot be reached (no route)")
     assert server_command("some/model", port=1, on_cpu=True).environment["HF_HUB_OFFLINE"] == "1"
     assert "HF_HUB_OFFLINE" not in server_command(MODEL, port=1, on_cpu=True).environment
+
+
+@pytest.fixture(scope="module")
+def split_server(tmp_path_factory: pytest.TempPathFactory, server_process: Callable[..., Any]) -> Iterator[Any]:
+    options = ("--transport", "sparse", "--max-lora-rank", "4", "--", "--tensor-parallel-size", "2")
+    with held_port() as port:
+        process = server_process(tmp_path_factory.mktemp("server") / "log", port, *options)
+        try:
+            process.start()
+            process.wait_until_ready()
+            yield process
+        finally:
+            process.stop()
+
+
+@pytest.fixture(scope="module")
+def build(split_server: Any) -> Callable[[PreTrainedModel], VLLMServerEngine]:
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    settings = VLLMSettings(sync_deadline_s=60, request_deadline_s=60, transport="sparse", bucket_bytes=1_500_000)
+    return lambda model: VLLMServerEngine(model, tokenizer, urls=[split_server.url], settings=settings)
+
+
+def embedded_model() -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    return model
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of vLLM, torch and peft
+def test_workers_that_split_the_model_get_whole_weights_and_what_changed(
+    build: Callable[..., VLLMServerEngine], split_server: Any, perturb: Callable[..., None], measure_errors: Callable[..., Any]
+) -> None:
+    model = embedded_model()
+    whole = sum(weight.nbytes for weight in model.parameters())
+    engine = build(model)
+    for version in (1, 2):
+        if version == 1:
+            perturb(model, seed=version, scale=5e-3)
+        else:
+            with torch.no_grad():
+                model.lm_head.weight[version].mul_(1.5)
+        sent = engine.sync_weights(model, version)["sync/bytes"]
+        assert sent == (whole if version == 1 else 8 * model.lm_head.weight[version].numel())
+        answers = engine.generate(PROMPTS, SAMPLING, num_generations=2, seed=version)
+        assert measure_errors(model, PROMPTS, answers, SAMPLING.temperature).agrees
+        assert {completion.weight_version for group in answers for completion in group} == {version}
+    engine.close()
+    # pages that are not there would be taken when they are written to, and what fills shared memory up would end the engine
+    sizes = [path.stat() for path in split_server.queues()]
+    assert sum(size.st_size for size in sizes) > 2**28
+    assert all(size.st_blocks * 512 >= size.st_size for size in sizes)
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of vLLM, torch and peft
+def test_workers_that_split_the_model_get_adapters(
+    build: Callable[..., VLLMServerEngine], perturb: Callable[..., None], measure_errors: Callable[..., Any]
+) -> None:
+    model = embedded_model()
+    peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    adapters = torch.nn.ParameterList(weight for name, weight in model.named_parameters() if ".lora_" in name)
+    engine = build(model)
+    perturb(adapters, seed=1, scale=0.02)
+    assert engine.sync_weights(model, 1)["sync/bytes"] == sum(weight.nbytes for weight in adapters)
+    answers = engine.generate(PROMPTS, SAMPLING, num_generations=2, seed=1)
+    assert measure_errors(model, PROMPTS, answers, SAMPLING.temperature).agrees
+    engine.close()
 
 
 def test_a_missing_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
