@@ -25,6 +25,8 @@ vLLM would start a worker process, to bind its threads to cores, and takes a ful
 worker each spin for a second after a message: on two cores a request took twice as long. Their queues hold 400 MiB of shared
 memory, whose filling up by others ends them.
 """
+BINDING, UNBOUND = "VLLM_CPU_OMP_THREADS_BIND", "nobind"
+"""Which cores vLLM's threads run on, on a CPU; its workers do as they are told there."""
 LOCK_BYTES = 2**20
 """Shared memory of the locks that an engine makes."""
 OWNER = "GRPO_FAST_VLLM_OWNER"
@@ -54,7 +56,7 @@ def vllm_environment(*, own_process: bool = False, transport: str = "") -> Itera
     pickles = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if transport == "ipc" else {}
     wanted = pickles | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(own_process)),
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        BINDING: UNBOUND,
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
         OWNER: str(os.getpid()),
     }

@@ -26,13 +26,11 @@ from grpo_fast.rollout.transports import BACKENDS, Transport, choose_transport
 from grpo_fast.rollout.vllm_adapters import lora_options
 from grpo_fast.rollout.vllm_client import ONE_REPLICA
 from grpo_fast.rollout.vllm_engine import require_vllm
-from grpo_fast.rollout.vllm_environment import LOCK_BYTES, NO_WORKER
+from grpo_fast.rollout.vllm_environment import BINDING, LOCK_BYTES, NO_WORKER, UNBOUND
 from grpo_fast.rollout.vllm_sleep import check_segments, sleep_level
 
 HOST = "127.0.0.1"
 _CPU_BLOCK_SIZE = 32
-_BINDING, _UNBOUND = "VLLM_CPU_OMP_THREADS_BIND", "nobind"
-"""Which cores vLLM's threads run on, on a CPU; its workers do as they are told there."""
 _WORKERS = re.compile(r"-tp|-pp|--(tensor|pipeline)[-_]parallel[-_]size|--distributed[-_]executor[-_]backend")
 """Options that ask for workers."""
 _REPLICAS = re.compile(r"-dp|--data[-_]parallel")
@@ -97,7 +95,7 @@ def server_command(  # noqa: PLR0913 (what the command line offers)
     if on_cpu:
         # Prompts are read whole: a seeded request whose prompt is read in parts ends vLLM's engine on a CPU.
         arguments += ["--enforce-eager", "--block-size", str(_CPU_BLOCK_SIZE), "--no-enable-chunked-prefill"]
-        if os.environ.get(_BINDING, _UNBOUND) == _UNBOUND and not any(map(_WORKERS.match, vllm_options)):
+        if os.environ.get(BINDING, UNBOUND) == UNBOUND and not any(map(_WORKERS.match, vllm_options)):
             arguments += ["--distributed-executor-backend", NO_WORKER]
     if enable_sleep_mode:
         sleep_level(on_gpu=not on_cpu, has_adapters=max_lora_rank is not None)
@@ -114,7 +112,7 @@ def server_command(  # noqa: PLR0913 (what the command line offers)
             arguments += map(str, value) if isinstance(value, list) else [] if value is True else [str(value)]
         forced["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     _check_options(vllm_options, taken=arguments)
-    defaults = {"VLLM_LOGGING_LEVEL": "WARNING", _BINDING: _UNBOUND, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    defaults = {"VLLM_LOGGING_LEVEL": "WARNING", BINDING: UNBOUND, "VLLM_CPU_KVCACHE_SPACE": "1"}
     return ServerCommand([*arguments, *vllm_options], defaults | dict(os.environ) | forced)
 
 

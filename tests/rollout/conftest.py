@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -207,22 +208,28 @@ class ServerProcess:
 
 
 @pytest.fixture(scope="module")
-def server_process() -> type[ServerProcess]:
-    return ServerProcess
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., AbstractContextManager[ServerProcess]]:
+    """Runs a server with options for as long as the context lasts."""
+
+    @contextlib.contextmanager
+    def run(*options: str) -> Iterator[ServerProcess]:
+        with held_port() as port:
+            process = ServerProcess(tmp_path_factory.mktemp("server") / "log", port, *options)
+            try:
+                process.start()
+                process.wait_until_ready()
+                yield process
+            finally:
+                process.stop()
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def adapter_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def adapter_server(serve: Callable[..., AbstractContextManager[ServerProcess]]) -> Iterator[ServerProcess]:
     """One that takes LoRA adapters, and of whole models what changed."""
-    options = ("--max-lora-rank", "4", "--transport", "sparse")
-    with held_port() as port:
-        process = ServerProcess(tmp_path_factory.mktemp("server") / "log", port, *options)
-        try:
-            process.start()
-            process.wait_until_ready()
-            yield process
-        finally:
-            process.stop()
+    with serve("--max-lora-rank", "4", "--transport", "sparse") as process:
+        yield process
 
 
 @pytest.fixture(scope="module")
