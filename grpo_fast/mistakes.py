@@ -25,6 +25,8 @@ def in_words(error: CycloptsError) -> str:
         name = (error.token.keyword or "").lstrip("-").replace("-", "_")
         if name in HERE:
             return f"Unknown option: {error.token.keyword}, which is TRL's; here it is {HERE[name]}"
+        if error.command_chain == ("serve",):
+            return f"{error} If it is one of vLLM's own, it stands after --: grpo-fast serve MODEL -- {error.token.value} ..."
     if isinstance(error, UnusedCliTokensError):
         return _unused(error.unused_tokens or [])
     if isinstance(error, MissingArgumentError) and error.tokens_so_far:
