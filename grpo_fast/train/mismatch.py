@@ -21,6 +21,7 @@ def importance_weights(
     difference: torch.Tensor,
     sequence_index: torch.Tensor,
     *,
+    num_sequences: int,
     mode: str,
     bounds: tuple[float | None, float | None],
 ) -> torch.Tensor:
@@ -29,6 +30,7 @@ def importance_weights(
     Args:
         difference: float [T], log-probabilities of the policy less those of the sampler, at the same temperature.
         sequence_index: int64 [T], the sequence of each token.
+        num_sequences: how many there are.
         mode: ``token``, ``sequence`` or ``geometric``, an underscore, ``truncate`` or ``mask``.
         bounds: least and greatest ratio; ``None`` bounds nothing.
 
@@ -37,10 +39,11 @@ def importance_weights(
     """
     level, action = mode.split("_")
     log_ratio = difference.float()
-    if level != "token" and log_ratio.numel():
-        sums = torch.zeros(int(sequence_index.max()) + 1, device=log_ratio.device).index_add_(0, sequence_index, log_ratio)
+    if level != "token":
+        sums = torch.zeros(num_sequences, device=log_ratio.device).index_add_(0, sequence_index, log_ratio)
         if level == "geometric":
-            sums /= torch.bincount(sequence_index, minlength=len(sums)).clamp(min=1)
+            lengths = torch.zeros_like(sums).index_add_(0, sequence_index, torch.ones_like(log_ratio))
+            sums /= lengths.clamp(min=1)
         log_ratio = sums[sequence_index]
     ratio = log_ratio.exp()
     low, high = (-math.inf if bounds[0] is None else bounds[0], math.inf if bounds[1] is None else bounds[1])
@@ -55,7 +58,7 @@ def add_mismatch(sums: MetricSums, difference: torch.Tensor) -> None:
     ``sampling/kl`` is the mean of ``e^d - d - 1``, which estimates KL(sampler, policy) and is never negative.
     """
     ratio = difference.exp()
-    sums.add("_first_tokens", torch.tensor(difference.numel(), device=difference.device))
+    sums.add("_first_tokens", _number_of(difference))
     sums.add("sampling/sampling_logp_difference/mean", difference.abs().sum(), weight="_first_tokens")
     sums.add("sampling/sampling_logp_difference/max", difference.abs().max(), reduction="max")
     sums.add("sampling/importance_sampling_ratio/min", ratio.min(), reduction="min")
@@ -67,7 +70,7 @@ def add_mismatch(sums: MetricSums, difference: torch.Tensor) -> None:
 
 def add_weights(sums: MetricSums, weights: torch.Tensor) -> None:
     """Measures importance weights, float [T]: their mean, and the share of tokens that they leave out."""
-    sums.add("_weighted_tokens", torch.tensor(weights.numel(), device=weights.device))
+    sums.add("_weighted_tokens", _number_of(weights))
     sums.add("sampling/importance_weight/mean", weights.sum(), weight="_weighted_tokens")
     sums.add("sampling/importance_weight/masked_fraction", (weights == 0).sum(), weight="_weighted_tokens")
 
@@ -78,3 +81,8 @@ def effective_sample_size(metrics: dict[str, float]) -> dict[str, float]:
         return {}
     mean = metrics["sampling/importance_sampling_ratio/mean"]
     return {"sampling/effective_sample_size": mean**2 / metrics["_ratio_squares"]}
+
+
+def _number_of(tokens: torch.Tensor) -> torch.Tensor:
+    """Filled in by the device itself; a number that is copied there has the host wait until the device has come that far."""
+    return torch.full((), tokens.numel(), dtype=torch.float32, device=tokens.device)

@@ -312,6 +312,7 @@ class Learner:
         weights = importance_weights(
             self._logprobs_of(self._policy, batch) - batch.sampling_logprobs,
             batch.sequence_index,
+            num_sequences=len(batch.advantages),
             mode=config.vllm_importance_sampling_mode,
             bounds=(config.vllm_importance_sampling_clip_min, config.vllm_importance_sampling_clip_max),
         )

@@ -16,7 +16,7 @@ SEQUENCES = torch.tensor([0, 0, 2, 2, 2])
 
 
 def weights(mode: str, low: float | None = None, high: float | None = None) -> list[float]:
-    found = importance_weights(torch.tensor(RATIOS).log(), SEQUENCES, mode=mode, bounds=(low, high))
+    found = importance_weights(torch.tensor(RATIOS).log(), SEQUENCES, num_sequences=3, mode=mode, bounds=(low, high))
     assert found.dtype == torch.float32
     return found.tolist()
 
@@ -44,7 +44,7 @@ def test_a_bound_that_is_none_bounds_nothing() -> None:
 
 def test_no_tokens_have_no_weights() -> None:
     none = torch.zeros(0)
-    assert importance_weights(none, none.long(), mode="sequence_mask", bounds=(None, 3.0)).shape == (0,)
+    assert importance_weights(none, none.long(), num_sequences=1, mode="sequence_mask", bounds=(None, 3.0)).shape == (0,)
 
 
 def test_the_gap_is_measured_over_all_parts() -> None:
