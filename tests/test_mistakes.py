@@ -19,7 +19,10 @@ from grpo_fast.mistakes import in_words
         ),
         ("train --report_to wandb", "Unknown option: --report_to, which is TRL's; here it is sinks"),
         ("train --reprot", "Unknown option: --reprot. Did you mean --report?"),
-        ("serve embedded --pipeline-parallel-size=2", "stands after --: grpo-fast serve MODEL -- --pipeline-parallel-size=2 ..."),
+        (
+            "serve embedded --pipeline-parallel-size=2",
+            "stands after --: grpo-fast serve MODEL -- --pipeline-parallel-size=2 ...",
+        ),
         ("train --output-dir", "requires an argument"),
         ("train --sync-deadline-s 5min", "sync_deadline_s: Input should be a valid number, unable to parse string as a number"),
         ("train --sync-deadline-s 5min", "(got '5min'); it is a plain number of seconds"),

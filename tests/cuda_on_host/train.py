@@ -1,0 +1,81 @@
+"""Runs of the trainer on the device that is not there, and what was seen of them.
+
+    python -m tests.cuda_on_host.train LIBRARY CONFIGURATIONS
+
+Configurations are a JSON list of settings. What is printed is JSON too: what the device refused, and of each run metrics,
+kernels, calls and waits.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.cuda_on_host.torch_device import Device, load
+
+
+def share_of_vowels(completions: list[str], **_: Any) -> list[float]:
+    """A reward that completions of a model with random weights tell apart."""
+    return [sum(letter in "aeiou" for letter in text) / max(len(text), 1) for text in completions]
+
+
+def trained(device: Device, settings: dict[str, Any]) -> dict[str, Any]:
+    from grpo_fast import Config, GRPOTrainer
+
+    device.launched.clear()
+    device.varlen.clear()
+    device.waits = Counter()
+    steps, waits = [], []
+    with GRPOTrainer(Config.parse(settings)) as trainer:
+        for step in trainer.steps():
+            steps.append(dict(step.metrics))
+            waits.append(dict(device.waits))
+            device.waits.clear()
+        layout = trainer._parts.policy.layout
+    return {
+        "steps": steps,
+        "layout": layout,
+        "kernels": sorted(device.launched),
+        "varlen": len(device.varlen),
+        "waits": waits,
+    }
+
+
+def refusals() -> list[str]:
+    """What a GPU would not do either."""
+    import torch
+
+    from grpo_fast.ops import token_logprob
+    from grpo_fast.ops.lm_head import LMHead
+
+    here, there = torch.ones(2, 16), torch.ones(2, 16, device="cuda")
+    targets = torch.zeros(2, dtype=torch.int64)
+    attempts: dict[str, Callable[[], object]] = {
+        "a sum of both": lambda: there + here,
+        "a change from the host": lambda: there.mul_(here),
+        "an array": there.numpy,
+        "a kernel": lambda: token_logprob(there, LMHead(there), targets=targets, impl="triton"),
+    }
+    told = []
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except (RuntimeError, TypeError, ValueError):
+            told.append(name)
+    return told
+
+
+def main() -> None:
+    library, configurations = sys.argv[1:]
+    load(Path(library))
+    device = Device()
+    found = {"refused": refusals(), "runs": [trained(device, settings) for settings in json.loads(configurations)]}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
