@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))  # so that it runs as a script too
 
 from benchmarks.ops import report  # noqa: E402
 from benchmarks.rollout import report as rollout  # noqa: E402
+from benchmarks.system import report as system  # noqa: E402
 from benchmarks.transfer import report as transfer  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
@@ -43,6 +44,7 @@ def readme_table() -> str:
         ("accuracy after the whole budget", ", ".join(f"{run['final_accuracy']:.3f}" for run in runs)),
         ("share of it kept, worst seed", f"{min(kept):.3f}"),
         ("FLOPs saved, mean", f"{mean(1 - run['stop']['flops'] / run['flops'] for run in runs):.0%}"),
+        *system.rows(),
         *(_beside_trl(*results) for results in machines),
         (
             "peak memory, ours / TRL",
@@ -173,7 +175,10 @@ def _read(name: str) -> dict[str, Any]:
 
 def pages() -> dict[Path, str]:
     """Every generated file, as the results have it."""
-    return {README: rendered_readme(), RESULTS_PAGE: "\n".join([report.page(), transfer.section(), rollout.section()])}
+    return {
+        README: rendered_readme(),
+        RESULTS_PAGE: "\n".join([report.page(), transfer.section(), rollout.section(), system.section()]),
+    }
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from typing import Any
 from benchmarks.ops import store
 from benchmarks.system.smollm2 import export_smollm2
 from grpo_fast import Config, GRPOTrainer
+from grpo_fast.config import read_toml
 from grpo_fast.device import device_facts, versions
 from grpo_fast.report import write_report
 from grpo_fast.train import StepResult
@@ -108,10 +109,20 @@ def publish(run: Path, target: Path) -> None:
     write_report(run)
     target.mkdir(parents=True, exist_ok=True)
     for name in _KEPT:
-        shutil.copy(run / name, target / name)
+        text = (run / name).read_text(encoding="utf-8")
+        (target / name).write_text(_without_places(text, run), encoding="utf-8")
     shutil.copytree(run / "plots", target / "plots", dirs_exist_ok=True)
     origin = {"device": device_facts().as_dict(), "versions": versions(), "commit": store.commit(), "date": store.today()}
     _write(target, _read(run) | origin)
+
+
+def _without_places(text: str, run: Path) -> str:
+    """Directories of this machine, such as that of the run and its model, are nobody else's business."""
+    model = read_toml(run / CONFIG_FILE)["model"]
+    for path in (run.resolve(), Path(model)):
+        if path.is_absolute():
+            text = text.replace(f"{path.parent}/", "")
+    return text
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -127,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     model = options.model
     if model is None:
-        model = str(options.directory.with_name(options.directory.name + "-model"))
+        model = str(options.directory.with_name("SmolLM2-135M-Instruct"))
         if not Path(model).is_dir():
             export_smollm2(Path(model))
     given = {name: json.loads(value) for name, _, value in (entry.partition("=") for entry in options.set)}

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.ops import store
+from benchmarks.system import report
 from benchmarks.system.real_run import main
 
 SMALL = [
@@ -43,7 +45,7 @@ def trace(run: Path) -> list[tuple[int, float, float]]:
 
 
 @pytest.mark.slow
-def test_pieces_make_the_run_in_one(tmp_path: Path) -> None:
+def test_pieces_make_the_run_in_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(tmp_path, "whole")[0] == 0
     codes = [run(tmp_path, "pieces", minutes=0)[0] for _ in range(2)]
     code, found = run(tmp_path, "pieces")
@@ -59,6 +61,19 @@ def test_pieces_make_the_run_in_one(tmp_path: Path) -> None:
     assert kept >= {"report.html", "summary.json", "metrics.jsonl", "config.toml", "real_run.json", "plots"}
     assert list((tmp_path / "pieces-kept" / "plots").glob("*.png"))
     assert whole["device"]["kind"] == "cpu"
+    for name in ("report.html", "summary.json", "config.toml"):
+        assert str(tmp_path) not in (tmp_path / "pieces-kept" / name).read_text(encoding="utf-8"), name
+
+    (tmp_path / "results" / "cpu").mkdir(parents=True)
+    (tmp_path / "pieces-kept").rename(tmp_path / "results" / "cpu" / "real_run")
+    monkeypatch.setattr(store, "RESULTS", tmp_path / "results")
+    told = report.section()
+    foretold = whole["stop"]["foretold_reward_at_the_end"]["median"]
+    assert f"At step {found['stop']['step']} the law foretold a mean reward of {foretold:.3f} for the end" in told
+    assert f"| end of the budget | 8 | {found['end']['accuracy']:.3f} |" in told
+    ((name, line),) = report.rows()
+    assert name == "embedded on arithmetic, held out"
+    assert f"at the forecast's stop (step {found['stop']['step']}), {found['end']['accuracy']:.2f} at the end (8)" in line
 
 
 @pytest.mark.slow
