@@ -44,7 +44,6 @@ def readme_table() -> str:
         ("accuracy after the whole budget", ", ".join(f"{run['final_accuracy']:.3f}" for run in runs)),
         ("share of it kept, worst seed", f"{min(kept):.3f}"),
         ("FLOPs saved, mean", f"{mean(1 - run['stop']['flops'] / run['flops'] for run in runs):.0%}"),
-        *system.rows(),
         *(_beside_trl(*results) for results in machines),
         (
             "peak memory, ours / TRL",

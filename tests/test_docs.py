@@ -37,6 +37,7 @@ OTHER_NAMES = {
     "generation_kwargs",
     "stopped_by",
     "frac_reward_zero_std",
+    "steps_without_variance",
     "grad_norm",
     "num_tokens",
 }

@@ -104,8 +104,14 @@ def _write(run: Path, found: dict[str, Any]) -> None:
     scratch.replace(run / MEASURED_FILE)
 
 
-def publish(run: Path, target: Path) -> None:
-    """Writes the report of a run that is over, copies what is worth keeping, and says where it comes from."""
+def publish(run: Path, target: Path, *, note: str = "") -> None:
+    """Writes the report of a run that is over, copies what is worth keeping, and says where it comes from.
+
+    Args:
+        run: its directory.
+        target: where the copies go.
+        note: what somebody who looked at it has to say of it.
+    """
     write_report(run)
     target.mkdir(parents=True, exist_ok=True)
     for name in _KEPT:
@@ -113,7 +119,7 @@ def publish(run: Path, target: Path) -> None:
         (target / name).write_text(_without_places(text, run), encoding="utf-8")
     shutil.copytree(run / "plots", target / "plots", dirs_exist_ok=True)
     origin = {"device": device_facts().as_dict(), "versions": versions(), "commit": store.commit(), "date": store.today()}
-    _write(target, _read(run) | origin)
+    _write(target, _read(run) | origin | ({"note": note} if note else {}))
 
 
 def _without_places(text: str, run: Path) -> str:
@@ -135,6 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--until", choices=("end", "law"), default="end")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="other settings of a new run, as JSON")
     parser.add_argument("--output", type=Path, help="instead of benchmarks/results/<device>/real_run")
+    parser.add_argument("--note", default="", help="what to say of the run beside its numbers, once it is over")
     options = parser.parse_args(arguments)
     model = options.model
     if model is None:
@@ -148,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not found["over"]:
         print("not over yet: give the same command again")
         return 3
-    publish(options.directory, options.output or store.default_path(device_facts()).with_name("real_run"))
+    publish(options.directory, options.output or store.default_path(device_facts()).with_name("real_run"), note=options.note)
     return 0
 
 

@@ -21,49 +21,29 @@ def section() -> str:
     return "\n".join([HEAD, *(_run(path) for path in sorted(store.RESULTS.glob("*/real_run")))])
 
 
-def rows() -> list[tuple[str, str]]:
-    """Every run to the end of its budget in a line: its name, and what came."""
-    told = []
-    for path in sorted(store.RESULTS.glob("*/real_run")):
-        found, summary = _numbers(path)
-        start, stop, end = (found.get(name) for name in ("start", "stop", "end"))
-        if start and stop and end:
-            accuracy = f"{start['accuracy']:.2f} before, {stop['accuracy']:.2f} at the forecast's stop (step {stop['step']}), "
-            accuracy += f"{end['accuracy']:.2f} at the end ({end['step']}); {_saved(stop, summary):.0%} of the FLOPs saved"
-            told.append((f"{Path(summary['model']).name} on {summary['dataset']}, held out", accuracy))
-    return told
-
-
-def _numbers(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    found, summary = (json.loads((path / f"{name}.json").read_text(encoding="utf-8")) for name in ("real_run", "summary"))
-    return found, summary
-
-
-def _saved(stop: dict[str, Any], summary: dict[str, Any]) -> float:
-    share: float = 1 - stop["flops"] / summary["compute"]["flops"]
-    return share
-
-
 def _run(path: Path) -> str:
-    found, summary = _numbers(path)
+    found, summary = (json.loads((path / f"{name}.json").read_text(encoding="utf-8")) for name in ("real_run", "summary"))
     settings = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
-    start, stop, end = (found.get(name) for name in ("start", "stop", "end"))
+    stop, end, flops = found.get("stop"), found.get("end"), summary["compute"]["flops"]
     told = [f"## {Path(summary['model']).name}, {summary['dataset']}, {found['device']['name']}\n"]
-    told += ["| | step | held-out accuracy | FLOPs |", "|---|---|---|---|"]
-    told.append(_row("before training", start, None))
+    told += ["| | step | held-out accuracy | FLOPs |", "|---|---|---|---|", _row("before training", found["start"])]
     if stop is not None:
-        told.append(_row("where the law would have stopped", stop, stop["flops"]))
+        told.append(_row("where the law would have stopped", stop))
     if end is not None:
-        told.append(_row("end of the budget", end, summary["compute"]["flops"]))
+        told.append(_row("end of the budget", end | {"flops": flops}))
     told.append("")
     if stop is not None:
         foretold = stop["foretold_reward_at_the_end"]
         told.append(
             f"At step {stop['step']} the law foretold a mean reward of {foretold['median']:.3f} for the end (90 % interval "
-            f"{foretold['low']:.3f} to {foretold['high']:.3f}){_came(summary, end)}."
+            f"{foretold['low']:.3f} to {foretold['high']:.3f})."
         )
     if stop is not None and end is not None:
-        told.append(f"The stop would have saved {_saved(stop, summary):.0%} of the FLOPs.")
+        told.append(
+            f"The mean of the last steps was {summary['final_reward']:.3f}. The stop would have saved "
+            f"{1 - stop['flops'] / flops:.0%} of the FLOPs."
+        )
+    told += [found["note"]] if "note" in found else []
     told.append(
         f"{settings['prompts_per_step']} prompts a step, {settings['num_generations']} completions each of at most "
         f"{settings['max_completion_length']} tokens, learning rate {settings['learning_rate']}, commit {found['commit']}, "
@@ -73,10 +53,6 @@ def _run(path: Path) -> str:
     return "\n".join(told) + "\n"
 
 
-def _came(summary: dict[str, Any], end: dict[str, Any] | None) -> str:
-    return "" if end is None else f"; the mean of the last steps was {summary['final_reward']:.3f}"
-
-
-def _row(name: str, found: dict[str, Any] | None, flops: float | None) -> str:
-    assert found is not None
-    return f"| {name} | {found['step']} | {found['accuracy']:.3f} | {'' if flops is None else f'{flops:.3g}'} |"
+def _row(name: str, found: dict[str, Any]) -> str:
+    flops = f"{found['flops']:.3g}" if "flops" in found else ""
+    return f"| {name} | {found['step']} | {found['accuracy']:.3f} | {flops} |"

@@ -146,7 +146,8 @@ def _replayed(
             continue
         history.append(predictor.forecast())
         all_wrong = None if log.all_wrong is None else _mean(log.all_wrong[group])
-        decisions.append(rule.update(history[-1], all_wrong=all_wrong))
+        still = 0 if log.still is None else int(np.nan_to_num(log.still[last]))
+        decisions.append(rule.update(history[-1], all_wrong=all_wrong, still=still))
     return history, decisions
 
 

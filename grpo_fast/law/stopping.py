@@ -9,11 +9,15 @@ from typing import Any
 
 from grpo_fast.law.forecast import Forecast
 
+STILL_STEPS = 20
+"""Steps in a row without two different rewards in any group, after which nothing more is to be expected."""
 _MAX_SLOW_START = 0.2
 _MAX_ALL_WRONG = 0.6
 _RECENT = 10
 _FEWEST = 3
 _ROUNDING = 1e-9
+_ALSO_WHERE_STILL = {"warm-up", "min_steps", "all wrong"}
+"""Vetoes that do not rest on the forecast."""
 _SETTINGS = ("epsilon", "confidence", "patience", "min_steps", "warmup_steps", "reward_value")
 
 
@@ -41,6 +45,9 @@ class StoppingRule:
     A forecast says so where the probability of a remaining gain below epsilon is at least ``confidence`` and the expected gain
     is below epsilon too, or, with a ``reward_value``, where no further step of the budget is expected to bring what it costs. A
     veto breaks the row. So does a forecast that falls short. On the last step of the budget nothing is stopped.
+
+    Whatever is forecast, a policy does not change without a gradient: where no group of the last :data:`STILL_STEPS` steps held
+    two different rewards, that speaks for stopping too, unless they were all wrong.
 
     Args:
         epsilon: remaining gain that is not worth having; the forecasts must be made for the same.
@@ -85,12 +92,14 @@ class StoppingRule:
         self._since: int | None = None
         self._all_wrong: list[float] = []
 
-    def update(self, forecast: Forecast, *, all_wrong: float | None = None) -> StopDecision:
+    def update(self, forecast: Forecast, *, all_wrong: float | None = None, still: int = 0) -> StopDecision:
         """Takes the forecast of one step.
 
         Args:
             forecast: what is believed after the step.
             all_wrong: share of the step's groups in which every completion had the least reward, where that is known.
+            still: steps in a row, this one included, in which no group held two different rewards, and nothing else was learnt
+                from.
 
         Raises:
             ValueError: the forecast was made for another epsilon.
@@ -101,10 +110,10 @@ class StoppingRule:
             self._all_wrong = [*self._all_wrong, all_wrong][-_RECENT:]
         if forecast.step >= forecast.horizon:
             return StopDecision(False, f"The budget ends with step {forecast.step}; there is nothing left to stop")
-        enough, said = self._not_worth_it(forecast)
+        enough, said = self._not_worth_it(forecast, still)
         if not enough:
             return self._broken(said)
-        veto, why = self._veto(forecast)
+        veto, why = self._veto(forecast, still)
         if veto:
             return self._broken(f"{said}, but {why}", veto)
         self.count += 1
@@ -146,8 +155,12 @@ class StoppingRule:
         """Takes what another rule has seen, and leaves its settings."""
         self.count, self._since, self._all_wrong = state["count"], state["since"], list(state["all_wrong"])
 
-    def _not_worth_it(self, forecast: Forecast) -> tuple[bool, str]:
-        """Whether a forecast speaks for stopping, and how, in numbers."""
+    def _not_worth_it(self, forecast: Forecast, still: int) -> tuple[bool, str]:
+        """Whether a step speaks for stopping, and how, in numbers."""
+        if still >= STILL_STEPS:
+            return True, (
+                f"In the {still} steps to step {forecast.step} no group held two different rewards, so that nothing was learnt"
+            )
         if self.reward_value is not None:
             worth = self._best_value(forecast)
             if worth is not None and worth[0] <= 0.0:
@@ -178,7 +191,7 @@ class StoppingRule:
         costs = [(gain, a_step * (step - forecast.step)) for step, gain in ways]
         return max((gain * self.reward_value - cost, gain, cost) for gain, cost in costs)
 
-    def _veto(self, forecast: Forecast) -> tuple[str, str]:
+    def _veto(self, forecast: Forecast, still: int) -> tuple[str, str]:
         """The first thing that forbids a stop, by name and in words; two empty strings where nothing does."""
         slow = forecast.phase_probabilities[0]
         wrong = sum(self._all_wrong) / len(self._all_wrong) if self._all_wrong else 0.0
@@ -192,4 +205,5 @@ class StoppingRule:
             (wrong > _MAX_ALL_WRONG, "all wrong", f"{wrong:.0%} of the groups hold no right answer: a rise may be ahead"),
             (rising, "rising slope", slope),
         )
-        return next(((name, why) for forbidden, name, why in vetoes if forbidden), ("", ""))
+        heard = _ALSO_WHERE_STILL if still >= STILL_STEPS else {name for _, name, _ in vetoes}
+        return next(((name, why) for forbidden, name, why in vetoes if forbidden and name in heard), ("", ""))

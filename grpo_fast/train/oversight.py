@@ -12,12 +12,21 @@ from typing import Any
 
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.law import AlarmState, CollapseAlarm, Forecast, OnlinePredictor, Spending, StopDecision, StoppingRule
+from grpo_fast.law.stopping import STILL_STEPS
 from grpo_fast.sinks import SinkSet
 from grpo_fast.train.resumable import ending_settings
 from grpo_fast.train.summary import Ending
 
 _ROUNDING = 1e-9
 _ASK_AGAIN = 0.1
+_ALL_WRONG = (
+    "nothing was learnt, as no completion earned anything; easier prompts, a reward with steps in between, or more "
+    "num_generations would tell completions apart"
+)
+_ALIKE = (
+    "nothing was learnt. The prompts are solved, or the policy answers them alike (see completions.jsonl): then one answer "
+    "earns the reward everywhere, or a higher temperature, entropy_coef or beta would have kept it exploring"
+)
 _ANSWERS = {"stop": "end the run here", "go on": "ask again in a while", "never": "go on and do not ask again"}
 
 
@@ -30,11 +39,14 @@ class Verdict:
     alarm: AlarmState | None = None
     ending: Ending | None = None
     """Why to end the run; None to go on."""
+    still: int = 0
+    """Steps in a row, this one included, in which no group held two different rewards, and nothing else was learnt from."""
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The alarm's detectors as metrics of the step, 1 being over the threshold."""
-        return {} if self.alarm is None else {f"alarm/{name}": level for name, level in self.alarm.levels.items()}
+        """Of the step: :attr:`still`, and the alarm's detectors, 1 being over the threshold."""
+        levels = {} if self.alarm is None else self.alarm.levels
+        return {"steps_without_variance": float(self.still)} | {f"alarm/{name}": level for name, level in levels.items()}
 
     @property
     def row(self) -> dict[str, Any] | None:
@@ -69,6 +81,7 @@ class Oversight:
         self._ending: Ending | None = None
         self._told: set[str] = set()
         self._silent_until = 0
+        self._still = 0
 
     def start_from(self, reward: float, error: float) -> None:
         """Tells the forecaster where the untrained policy stands; one that was told otherwise keeps what it knows.
@@ -103,6 +116,7 @@ class Oversight:
         Raises:
             ConfigError: the reward lies outside ``reward_range``.
         """
+        self._see_variance(step, metrics)
         forecast, decision = self._foresee(step, progress, metrics, spent)
         alarm = None if self._config.collapse_action == "off" else self.alarm.update(step, metrics["reward"], metrics)
         ending = None
@@ -111,7 +125,7 @@ class Oversight:
         if ending is None and decision is not None and decision.stop:
             ending = self._plateau(step, decision, give_up)
         self._ending, self.settled = ending, None
-        return Verdict(forecast, decision, alarm, ending)
+        return Verdict(forecast, decision, alarm, ending, self._still)
 
     def sound_until(self, step: int, alarm: AlarmState | None) -> int:
         """Newest step whose checkpoint is certainly from before a fall that may have begun.
@@ -146,6 +160,7 @@ class Oversight:
             "alarm": self.alarm.state_dict(),
             "told": sorted(self._told),
             "silent_until": self._silent_until,
+            "still": self._still,
             "ending": self._ending and asdict(self._ending) | {"settings": ending_settings(self._config)},
         }
 
@@ -176,7 +191,8 @@ class Oversight:
         self.rule.take_up(state["rule"])
         self.alarm.load_state_dict(state["alarm"])
         self._told, self._silent_until = set(state["told"]), state["silent_until"]
-        ending = state.get("ending")  # not in checkpoints of older versions
+        self._still = state.get("still", 0)  # neither this nor the next is in checkpoints of older versions
+        ending = state.get("ending")
         if ending is not None and ending["settings"] == ending_settings(self._config):
             self._ending = self.settled = Ending(ending["kind"], ending["message"])
             self.forecast = self.predictor.forecast() if self.predictor.num_observations else None
@@ -195,7 +211,16 @@ class Oversight:
             reward_std=metrics["reward_std"],
             spent=spent,
         )
-        return self.forecast, self.rule.update(self.forecast, all_wrong=metrics["frac_reward_all_wrong"])
+        all_wrong = metrics["frac_reward_all_wrong"]
+        return self.forecast, self.rule.update(self.forecast, all_wrong=all_wrong, still=self._still)
+
+    def _see_variance(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Counts steps whose rewards teach nothing, and tells of them once they are many."""
+        also_learns = bool(self._config.beta or self._config.entropy_coef)
+        self._still = 0 if also_learns or metrics["frac_reward_zero_std"] < 1.0 else self._still + 1
+        if self._still == STILL_STEPS:
+            wrong = metrics["frac_reward_all_wrong"] == 1.0
+            self._event(step, f"In {STILL_STEPS} steps no group held two different rewards: {_ALL_WRONG if wrong else _ALIKE}")
 
     def _collapsed(self, step: int, alarm: AlarmState) -> Ending | None:
         if self._config.collapse_action == "stop":

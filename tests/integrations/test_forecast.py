@@ -192,10 +192,11 @@ def test_a_run_of_our_own_gets_its_own_numbers(tmp_path: Path) -> None:
         progress = 1 - (1 - step / 60) ** 2
         row = {"step": step, "progress": progress, "learning_rate": 1e-6, "reward": reward, "reward_std": 0.2}
         cost = {"num_tokens": 1000.0 * step, "gpu_seconds": 1800.0 * step, "money": 0.25 * step}
-        rows.append(row | cost | {"frac_reward_all_wrong": 0.9 if step < 40 else 0.0})
+        still = max(0, step - 20)
+        rows.append(row | cost | {"frac_reward_all_wrong": 0.9 if step < 40 else 0.0, "steps_without_variance": still})
         spent = Spending(1000.0 * step, 0.5 * step, 0.25 * step)
         beliefs.append(law.observe(step, progress, reward, num_prompts=8, num_generations=4, reward_std=0.2, spent=spent))
-        decisions.append(rule.update(beliefs[-1], all_wrong=rows[-1]["frac_reward_all_wrong"]))
+        decisions.append(rule.update(beliefs[-1], all_wrong=rows[-1]["frac_reward_all_wrong"], still=still))
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     config = "max_steps = 60\nprompts_per_step = 8\nnum_generations = 4\nreward_range = [0.0, 1.0]\nwarmup_steps = 0.1\n"
     law_settings = "forecast_epsilon = 0.02\nforecast_confidence = 0.7\nforecast_patience = 3\nforecast_min_steps = 20\n"

@@ -173,6 +173,27 @@ def test_groups_that_are_all_wrong_forbid_a_stop_by_their_mean_over_ten_steps():
     assert rule.update(READY, all_wrong=0.1).stop, "ten steps are remembered: 8 of 0.7, 2 of 0.1"
 
 
+def test_where_nothing_is_learnt_nothing_is_waited_for():
+    unsure = {"p_gain_below_eps": 0.3, "expected_gain": 0.1, "identifiable": False, "phase_probabilities": (0.9, 0.1, 0.0)}
+    rising = unsure | {"trend": 0.1, "trend_low": 0.05}
+    rule = StoppingRule(patience=2, min_steps=0)
+    assert not rule.update(changed(**rising), still=19).count
+    assert rule.update(changed(**rising), still=20).count == 1
+    decision = rule.update(changed(step=101, **rising), still=21)
+    assert decision.stop
+    assert decision.reason.startswith(
+        "In the 21 steps to step 101 no group held two different rewards, so that nothing was learnt"
+    )
+    assert not rule.update(changed(**rising)).count, "one group that differs breaks the row"
+
+
+def test_what_does_not_rest_on_a_forecast_forbids_a_stop_where_nothing_is_learnt():
+    assert StoppingRule(patience=1, warmup_steps=120).update(READY, still=30).veto == "warm-up"
+    assert StoppingRule(patience=1, min_steps=120).update(READY, still=30).veto == "min_steps"
+    assert StoppingRule(patience=1).update(READY, all_wrong=1.0, still=30).veto == "all wrong", "a first right answer may come"
+    assert StoppingRule(patience=1).update(READY, all_wrong=0.5, still=30).stop
+
+
 def test_the_last_step_is_the_end_of_the_budget_not_a_stop():
     decision = StoppingRule(patience=1).update(changed(step=200))
     assert not decision.stop

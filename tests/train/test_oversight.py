@@ -16,7 +16,7 @@ from grpo_fast.sinks import SinkSet
 from grpo_fast.train.optim import progress_schedule
 from grpo_fast.train.oversight import Oversight, Verdict, build_rule
 
-METRICS = {"reward": 0.9, "reward_std": 0.1, "frac_reward_all_wrong": 0.0}
+METRICS = {"reward": 0.9, "reward_std": 0.1, "frac_reward_all_wrong": 0.0, "frac_reward_zero_std": 0.0}
 
 
 class Certain(OnlinePredictor):
@@ -89,7 +89,7 @@ def test_off_forecasts_nothing_and_still_watches_for_a_collapse() -> None:
     assert (verdict.forecast, verdict.decision, verdict.row) == (None, None, None)
     assert verdict.metrics["alarm/reward"] == 0.0
     (verdict,) = go(watch(Person(), forecast="off", collapse_action="off"), range(1, 2))
-    assert (verdict.alarm, verdict.metrics) == (None, {})
+    assert (verdict.alarm, verdict.metrics) == (None, {"steps_without_variance": 0.0})
 
 
 def test_ask_stops_where_that_is_the_answer() -> None:
@@ -204,6 +204,44 @@ def test_wrong_groups_reach_the_rule() -> None:
     assert {verdict.decision.veto for verdict in verdicts[4:]} == {"all wrong"}
 
 
+def test_steps_that_teach_nothing_are_counted_told_and_reach_the_rule() -> None:
+    person = Person()
+    config = Config.parse({"max_steps": 200, "forecast_patience": 3})
+    oversight = Oversight(config, predictor=OnlinePredictor(200), sinks=SinkSet([person]))
+
+    def rise(steps: range, zero_std: float) -> list[Verdict]:  # of which no forecast is sure
+        rows = (METRICS | {"reward": step / 200, "frac_reward_zero_std": zero_std} for step in steps)
+        return [oversight.observe(step, step / 200, row) for step, row in zip(steps, rows, strict=True)]
+
+    rise(range(1, 11), 1.0)
+    (verdict,) = rise(range(11, 12), 0.9)
+    assert (verdict.still, verdict.metrics["steps_without_variance"]) == (0, 0.0)
+    verdicts = rise(range(12, 34), 1.0)
+    assert verdicts[-1].metrics["steps_without_variance"] == 22.0
+    ((step, kind, message),) = person.events
+    assert (step, kind) == (31, "warn")
+    assert "In 20 steps no group held two different rewards: nothing was learnt. The prompts are solved, or" in message
+    assert verdicts[-1].ending.kind == "forecast"
+    assert "so that nothing was learnt" in verdicts[-1].ending.message
+    assert all(verdict.ending is None for verdict in verdicts[:-1])
+
+
+def test_steps_without_a_right_answer_are_told_as_such_and_stop_nothing() -> None:
+    person = Person()
+    verdicts = go(watch(person), range(1, 41), reward=0.0, frac_reward_zero_std=1.0, frac_reward_all_wrong=1.0)
+    ((step, _, message),) = person.events
+    assert step == 20
+    assert "no completion earned anything; easier prompts" in message
+    assert not any(verdict.ending for verdict in verdicts)
+
+
+@pytest.mark.parametrize("also", [{"beta": 0.01}, {"entropy_coef": 0.001}])
+def test_what_else_is_learnt_from_needs_no_different_rewards(also: dict[str, float]) -> None:
+    person = Person()
+    verdicts = go(watch(person, forecast="off", **also), range(1, 31), frac_reward_zero_std=1.0)
+    assert ({verdict.still for verdict in verdicts}, person.events) == ({0}, [])
+
+
 def test_the_rule_is_the_configurations() -> None:
     worth = {"forecast_reward_value": 3.0, "price_per_gpu_hour": 2.0}
     rule = build_rule(Config(max_steps=100, warmup_steps=0.25, forecast_confidence=0.7, forecast_patience=5, **worth))
@@ -222,7 +260,7 @@ def test_the_law_comes_back_or_is_fed_anew_for_another_horizon() -> None:
     progress = progress_schedule(Config(max_steps=20, lr_scheduler_type="linear"))
     for step in (1, 2, 3, 4):
         reward = math.nan if step == 2 else step / 20
-        metrics = {"reward": reward, "reward_std": 0.3 / step, "frac_reward_all_wrong": 0.5}
+        metrics = {"reward": reward, "reward_std": 0.3 / step, "frac_reward_all_wrong": 0.5, "frac_reward_zero_std": 1.0}
         first.observe(step, progress[step - 1], metrics)
     first.rule.count = 2
     state = json.loads(json.dumps(first.state_dict()))
@@ -231,6 +269,7 @@ def test_the_law_comes_back_or_is_fed_anew_for_another_horizon() -> None:
     same.restore(state, progress)
     assert same.state_dict() == first.state_dict()
     assert same.rule.count == 2
+    assert same.observe(5, progress[4], metrics).still == 5
 
     longer = make(max_steps=40)
     further = progress_schedule(Config(max_steps=40, lr_scheduler_type="linear"))

@@ -30,7 +30,7 @@ TOKEN_SUMS: tuple[str, ...] = (
 DEVICE_SECONDS = "gpu_seconds"
 SECOND_SUMS: tuple[str, ...] = (DEVICE_SECONDS, "wall_s", "elapsed_s", "elapsed_seconds", "_runtime")
 """Names of seconds since the first step: of all devices together, or by the clock on the wall."""
-OWN: tuple[str, ...] = ("progress", "money", "frac_reward_all_wrong")
+OWN: tuple[str, ...] = ("progress", "money", "frac_reward_all_wrong", "steps_without_variance")
 """Further columns that are read in runs of grpo_fast."""
 _KNOWN = {*REWARDS, *STEPS, *RATES, *TOKEN_SUMS, *SECOND_SUMS, *OWN, "value"}
 _PREFIX = re.compile(r"^(?:train|training|metrics)[/_](?!step)")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from grpo_fast.integrations.logs.log_columns import DEVICE_SECONDS, TOKEN_SUMS, Columns, choose_columns, plain
+from grpo_fast.integrations.logs.log_columns import DEVICE_SECONDS, OWN, TOKEN_SUMS, Columns, choose_columns, plain
 from grpo_fast.integrations.logs.log_rows import OWN_RUN, read_rows
 from grpo_fast.integrations.logs.raw_log import LogError, Names, RawLog, RunSettings, counted
 from grpo_fast.integrations.logs.row_order import Floats, Rows, one_run
@@ -47,6 +47,7 @@ class RewardLog:
         device_seconds: (n,) seconds of all devices since the first step, likewise.
         money: (n,) likewise; logged by runs of grpo_fast that know a price.
         all_wrong: (n,) share of the step's groups without a right answer, likewise.
+        still: (n,) steps in a row, the row's included, in which no group held two different rewards, likewise.
     """
 
     steps: npt.NDArray[np.int64]
@@ -64,6 +65,7 @@ class RewardLog:
     device_seconds: Floats | None = None
     money: Floats | None = None
     all_wrong: Floats | None = None
+    still: Floats | None = None
 
     @property
     def last_reward(self) -> float:
@@ -161,7 +163,7 @@ def _placed(rows: list[dict[str, float]], columns: Columns, notes: list[str]) ->
 
 def _beside(columns: Columns) -> list[str]:
     named = (columns.reward_std, columns.learning_rate, columns.tokens, columns.seconds)
-    return [name for name in (*named, "progress", "money", "frac_reward_all_wrong") if name is not None]
+    return [name for name in (*named, *OWN) if name is not None]
 
 
 def _within_reason(rewards: Floats, notes: list[str]) -> Floats:
@@ -208,6 +210,7 @@ def _log(rows: Rows, columns: Columns, found: RawLog, *, notes: list[str]) -> Re
         device_seconds=sums(columns.seconds),
         money=column("money") if own and np.nanmax(rows.others["money"], initial=0.0) > 0 else None,
         all_wrong=column("frac_reward_all_wrong") if own else None,
+        still=column("steps_without_variance") if own else None,
     )
     if log.device_seconds is not None and columns.seconds is not None and plain(columns.seconds) != DEVICE_SECONDS:
         notes.append(f"hours are those of the clock, from {columns.seconds!r}: device hours where the run held one device")

@@ -67,6 +67,7 @@ NAMES = {
     "rewards/vowels/std",
     "frac_reward_zero_std",
     "frac_reward_all_wrong",
+    "steps_without_variance",
     "alarm/reward",
     "alarm/entropy_up",
     "alarm/entropy_down",
