@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 _LEAST_PROGRESS = 1e-9
 _TOKENS = ("num_tokens", "num_input_tokens_seen")
+_ZERO_STD = "frac_reward_zero_std"
 _SHARDED = "FullyShardedDataParallel"  # whose parameters are one device's share
 
 
@@ -37,6 +38,8 @@ class PlateauStopCallback(TrainerCallback, ExportableState):
 
     The forecast begins from the model's size, which the trainer's model tells, and from whether adapters are trained, which it
     tells too; ``facts`` adds what only you know. Where tokens are logged, as by TRL, the history says what steps cost in them.
+    Logs in a row with a ``frac_reward_zero_std`` of 1 speak for stopping, as nothing was learnt (see
+    :class:`~grpo_fast.law.StoppingRule`): not while the reward is the least of all, and not with ``beta`` or ``entropy_coef``.
 
     Where the run is stopped, a checkpoint is saved unless ``save_strategy`` is "no".
 
@@ -100,13 +103,16 @@ class PlateauStopCallback(TrainerCallback, ExportableState):
         self._facts = RunFacts(**(self._args["facts"] or {}))
         self.rewards: list[tuple[int, float]] = []
         self.tokens: list[float | None] = []
+        self.zero_std: list[float | None] = []
+        self._also_learns = False
         self._progress = [1.0]
         self._counts = (1, 1)
         self._begin(1 if horizon is None else horizon)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the arguments, the rewards seen and the tokens spent by them."""
-        return {"args": self._args, "attributes": {"rewards": self.rewards, "tokens": self.tokens}}
+        """What a checkpoint keeps: the arguments, and of each reward seen the tokens spent by it and its groups' variance."""
+        seen = {"rewards": self.rewards, "tokens": self.tokens, "zero_std": self.zero_std}
+        return {"args": self._args, "attributes": seen}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Fixes horizon and schedule, and takes up what a resumed run has logged."""
@@ -115,16 +121,19 @@ class PlateauStopCallback(TrainerCallback, ExportableState):
         ):  # a resumed state lacks this callback where it is new, and saving needs it
             state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         key = self._args["reward_key"]
-        seen = [(step, reward, tokens) for (step, reward), tokens in itertools.zip_longest(self.rewards, self.tokens)]
-        seen = seen or [(int(row["step"]), _number(row[key]), _tokens(row)) for row in state.log_history if key in row]
+        seen = self._seen()
+        seen = seen or [
+            (int(row["step"]), _number(row[key]), _tokens(row), row.get(_ZERO_STD)) for row in state.log_history if key in row
+        ]
         horizon = self._args["horizon"] or state.max_steps
         self._progress = _schedule(kwargs.get("lr_scheduler"), horizon)
         self._counts = _counts(args, self._args["num_prompts"], self._args["num_generations"])
         self._facts = _completed(RunFacts(**(self._args["facts"] or {})), kwargs.get("model"))
+        self._also_learns = any(getattr(args, name, None) for name in ("beta", "entropy_coef"))
         self._begin(horizon)
-        for step, reward, tokens in seen:
+        for step, reward, tokens, zero_std in seen:
             if step <= min(state.global_step, horizon):
-                self._observe(step, reward, tokens)
+                self._observe(step, reward, tokens, zero_std)
 
     def on_log(
         self,
@@ -143,7 +152,8 @@ class PlateauStopCallback(TrainerCallback, ExportableState):
                 "horizon", f"step {step} lies beyond horizon={self.predictor.horizon}; no forecasts from here", state
             )
             return
-        self._observe(step, _number(logs[key]), _tokens(logs) or state.num_input_tokens_seen or None, state)
+        tokens = _tokens(logs) or state.num_input_tokens_seen or None
+        self._observe(step, _number(logs[key]), tokens, logs.get(_ZERO_STD), state)
         assert self.forecast is not None
         assert self.decision is not None
         values = {
@@ -168,14 +178,22 @@ class PlateauStopCallback(TrainerCallback, ExportableState):
         )
         asked = {name: made[name] for name in ("confidence", "patience", "min_steps") if made[name] is not None}
         self.rule = StoppingRule(made["epsilon"], **asked)
-        self.rewards, self.tokens = [], []
+        self.rewards, self.tokens, self.zero_std = [], [], []
+        self._still = 0
         self.history: list[dict[str, Any]] = []
         self.forecast: Forecast | None = None
         self.decision: StopDecision | None = None
         self._said: set[str] = set()
         self._last_step = 0
 
-    def _observe(self, step: int, reward: float, tokens: float | None, state: TrainerState | None = None) -> None:
+    def _seen(self) -> list[tuple[int, float, float | None, float | None]]:
+        """Every observation; checkpoints of older versions know less of each."""
+        beside = itertools.zip_longest(self.rewards, self.tokens, self.zero_std)
+        return [(step, reward, tokens, zero_std) for (step, reward), tokens, zero_std in beside]
+
+    def _observe(
+        self, step: int, reward: float, tokens: float | None, zero_std: float | None, state: TrainerState | None = None
+    ) -> None:
         if math.isinf(reward):
             self._say_once("infinite", f"the reward of step {step} is infinite and counts as missing", state)
             reward = math.nan
@@ -192,22 +210,31 @@ class PlateauStopCallback(TrainerCallback, ExportableState):
             num_generations=num_generations,
             spent=None if tokens is None else Spending(tokens=float(tokens)),
         )
-        self.decision = self.rule.update(self.forecast)
+        still = zero_std == 1.0 and not self._also_learns and reward > self._least(reward)
+        self._still = self._still + step - self._last_step if still else 0
+        self.decision = self.rule.update(self.forecast, still=self._still)
         self.rewards.append((step, reward))
         self.tokens.append(tokens)
+        self.zero_std.append(zero_std)
         self._last_step = step
         row = self.forecast.to_dict()
         del row["band"]
         self.history.append(row)
 
+    def _least(self, reward: float) -> float:
+        """The reward of completions that earn nothing, as far as that is known: then a first right answer may still come."""
+        bounds = self.predictor.reward_range
+        seen = [reward, *(reward for _, reward in self.rewards if not math.isnan(reward))]
+        return min(seen) if bounds is None else bounds[0]
+
     def _forget_range(self) -> None:
         """Goes on as if no range had been given."""
-        said, seen = self._said, list(zip(self.rewards, self.tokens, strict=True))
+        said, seen = self._said, self._seen()
         self._args = self._args | {"reward_range": None}
         self._begin(self.predictor.horizon)
         self._said = said
-        for (step, reward), tokens in seen:
-            self._observe(step, reward, tokens)
+        for observation in seen:
+            self._observe(*observation)
 
     def _say_once(self, what: str, message: str, state: TrainerState | None) -> None:
         if what not in self._said and (state is None or state.is_world_process_zero):

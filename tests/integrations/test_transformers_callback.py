@@ -109,7 +109,8 @@ def test_trl_stops_at_a_constant_reward(tmp_path: Path, caplog: pytest.LogCaptur
     assert [row["step"] for row in callback.history] == list(range(1, stopped + 1)), "evaluations are not observations"
     said = [record.getMessage() for record in caplog.records if record.name.startswith("grpo_fast")]
     assert len(said) == 1
-    assert f"training stops at the plateau: At step {stopped} the gain left in the budget is below 0.01" in said[0]
+    told = f"training stops at the plateau: In the {stopped} steps to step {stopped} no group held two different rewards"
+    assert told in said[0]
     rows = [row for row in trainer.state.log_history if "reward" in row]
     assert len(rows) == stopped
     for row, belief in zip(rows, callback.history, strict=True):
@@ -255,6 +256,36 @@ def test_what_is_known_of_the_run_goes_in(tmp_path: Path) -> None:
     told = PlateauStopCallback(facts=RunFacts(size_b=7.0))
     Loop(told, tmp_path, model=model)
     assert told.predictor.facts.size_b == 7.0, "what is told wins"
+
+
+def test_logs_of_groups_without_variance_stop_a_run_whose_end_nobody_can_foretell(tmp_path: Path) -> None:
+    def loop(folder: str, **arguments: Any) -> Loop:
+        made = Loop(PlateauStopCallback(patience=2), tmp_path / folder, max_steps=200)
+        for name, value in arguments.items():
+            setattr(made.args, name, value)
+        made.callback.on_train_begin(made.args, made.state, made.control)
+        return made
+
+    def stopped(loop: Loop, steps: range, zero_std: float, slope: float = 1 / 200) -> list[int]:
+        found = []
+        for step in steps:
+            loop.log(step, reward=slope * step, frac_reward_zero_std=zero_std)
+            found += [step] if loop.callback.decision.stop else []
+        return found
+
+    alike = loop("alike")
+    assert stopped(alike, range(2, 11, 2), 1.0) == []
+    assert stopped(alike, range(12, 13), 0.99) == []
+    assert stopped(alike, range(14, 35, 2), 1.0) == [34], "20 steps to step 32, and the next log"
+    assert alike.control.should_training_stop
+    copy = PlateauStopCallback.from_state(json.loads(json.dumps(alike.callback.state())))
+    copy.on_train_begin(alike.args, alike.state, alike.control)
+    assert copy.decision == alike.callback.decision
+    for name, value in {"beta": 0.04, "entropy_coef": 0.01}.items():
+        assert stopped(loop(name, **{name: value}), range(1, 41), 1.0) == []
+    wrong = loop("all wrong")
+    stopped(wrong, range(1, 41), 1.0, slope=0.0)
+    assert "no group held" not in wrong.callback.decision.reason, "a first right answer may come"
 
 
 def test_tokens_that_only_the_state_counts(tmp_path: Path) -> None:
