@@ -18,7 +18,7 @@ goes on to the end of the budget, so that what a stop would have cost is known. 
 
 def section() -> str:
     """Every run that was kept, as Markdown."""
-    return "\n".join([HEAD, *(_run(path) for path in sorted(store.RESULTS.glob("*/real_run")))])
+    return "\n".join([HEAD, *(_run(path) for path in sorted(store.RESULTS.glob("*/real_run*")))])
 
 
 def _run(path: Path) -> str:

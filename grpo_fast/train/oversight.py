@@ -24,8 +24,8 @@ _ALL_WRONG = (
     "num_generations would tell completions apart"
 )
 _ALIKE = (
-    "nothing was learnt. The prompts are solved, or the policy answers them alike (see completions.jsonl): then one answer "
-    "earns the reward everywhere, or a higher temperature, entropy_coef or beta would have kept it exploring"
+    "nothing was learnt. The prompts are solved, the reward cannot tell answers apart, or the policy answers alike (see "
+    "completions.jsonl), as where one answer earns something everywhere; a higher temperature, entropy_coef or beta keep it exploring"
 )
 _ANSWERS = {"stop": "end the run here", "go on": "ask again in a while", "never": "go on and do not ask again"}
 

@@ -220,7 +220,7 @@ def test_steps_that_teach_nothing_are_counted_told_and_reach_the_rule() -> None:
     assert verdicts[-1].metrics["steps_without_variance"] == 22.0
     ((step, kind, message),) = person.events
     assert (step, kind) == (31, "warn")
-    assert "In 20 steps no group held two different rewards: nothing was learnt. The prompts are solved, or" in message
+    assert "In 20 steps no group held two different rewards: nothing was learnt. The prompts are solved, the" in message
     assert verdicts[-1].ending.kind == "forecast"
     assert "so that nothing was learnt" in verdicts[-1].ending.message
     assert all(verdict.ending is None for verdict in verdicts[:-1])
