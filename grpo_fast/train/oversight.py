@@ -25,7 +25,7 @@ _ALL_WRONG = (
 )
 _ALIKE = (
     "nothing was learnt. The prompts are solved, the reward cannot tell answers apart, or the policy answers alike (see "
-    "completions.jsonl), as where one answer earns something everywhere; a higher temperature, entropy_coef or beta keep it exploring"
+    "completions.jsonl), as where one answer earns something everywhere; temperature, entropy_coef or beta keep it exploring"
 )
 _ANSWERS = {"stop": "end the run here", "go on": "ask again in a while", "never": "go on and do not ask again"}
 
