@@ -31,6 +31,8 @@ from grpo_fast.device import device_facts
 
 TRAINERS = ("grpo_fast", "trl", "unsloth")
 _RESULT = "RESULT "
+_NEEDED: dict[str, tuple[str, ...]] = {"full": (), "lora": ("peft",), "qlora": ("peft", "bitsandbytes")}
+"""Packages by what is trained."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
                 kept.leave_out(case.name, f"about {case.seconds:.0f} s, {left:.0f} s of the budget were left")
             continue
         record = _measure(case, options, deadline)
-        failed = failed or record["rows"]["grpo_fast"]["status"] != "ok"
+        failed = failed or record["rows"]["grpo_fast"]["status"] not in {"ok", "missing"}
         _tell(record)
         if kept is not None:
             kept.add(record, of={"commit": store.commit(), "date": store.today()})
@@ -73,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _measure(case: StepCase, options: argparse.Namespace, deadline: float) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for trainer in TRAINERS:
-        reason = _missing(trainer, smoke=options.smoke)
+        reason = missing(case, trainer, smoke=options.smoke)
         if reason:
             rows[trainer] = {"status": "missing", "reason": reason}
         elif options.smoke:
@@ -85,9 +87,9 @@ def _measure(case: StepCase, options: argparse.Namespace, deadline: float) -> di
     return {"case": case.name, "layout": case.layout, "tokens": size.tokens, "rows": rows, "targets": asked}
 
 
-def _missing(trainer: str, *, smoke: bool) -> str:
-    """Why a trainer cannot take part; empty where it can."""
-    needed = {"grpo_fast": (), "trl": ("trl", "peft"), "unsloth": ("unsloth", "trl")}[trainer]
+def missing(case: StepCase, trainer: str, *, smoke: bool) -> str:
+    """Why a trainer cannot take part in a case; empty where it can."""
+    needed = {"trl": ("trl",), "unsloth": ("unsloth", "trl")}.get(trainer, ()) + _NEEDED[case.weights]
     absent = [name for name in needed if find_spec(name) is None]
     if absent:
         return f"not installed: pip install {' '.join(absent)}"

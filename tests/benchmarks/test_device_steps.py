@@ -11,8 +11,9 @@ import pytest
 pytest.importorskip("trl", reason="TRL is not installed; the comparison needs it")
 
 from benchmarks import device
+from benchmarks.system import device_steps
 from benchmarks.system.device_cases import CASES, StepCase, targets
-from benchmarks.system.device_steps import in_a_process
+from benchmarks.system.device_steps import in_a_process, missing
 
 pytestmark = [
     pytest.mark.slow,
@@ -62,6 +63,12 @@ def test_a_trainer_has_a_process_of_its_own_and_its_end_is_told(models: Path) ->
         "status": "failed",
         "reason": "not done after the 0 s that the budget left",
     }
+
+
+def test_what_a_case_needs_and_is_not_there_is_told_before_a_process_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_steps, "find_spec", lambda name: None if name == "bitsandbytes" else object())
+    found = {name: missing(case(name), "grpo_fast", smoke=False) for name in ("0.5b-update", "8b-lora", "8b-qlora")}
+    assert found == {"0.5b-update": "", "8b-lora": "", "8b-qlora": "not installed: pip install bitsandbytes"}
 
 
 def test_targets_are_met_or_not() -> None:
