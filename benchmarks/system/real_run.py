@@ -114,21 +114,21 @@ def publish(run: Path, target: Path, *, note: str = "") -> None:
     """
     write_report(run)
     target.mkdir(parents=True, exist_ok=True)
+    places = _places(run)
     for name in _KEPT:
         text = (run / name).read_text(encoding="utf-8")
-        (target / name).write_text(_without_places(text, run), encoding="utf-8")
+        for place in places:
+            text = text.replace(place, "")
+        (target / name).write_text(text, encoding="utf-8")
     shutil.copytree(run / "plots", target / "plots", dirs_exist_ok=True)
     origin = {"device": device_facts().as_dict(), "versions": versions(), "commit": store.commit(), "date": store.today()}
     _write(target, _read(run) | origin | ({"note": note} if note else {}))
 
 
-def _without_places(text: str, run: Path) -> str:
-    """Directories of this machine, such as that of the run and its model, are nobody else's business."""
-    model = read_toml(run / CONFIG_FILE)["model"]
-    for path in (run.resolve(), Path(model)):
-        if path.is_absolute():
-            text = text.replace(f"{path.parent}/", "")
-    return text
+def _places(run: Path) -> list[str]:
+    """Where on this machine the run and its model lie, which is nobody else's business."""
+    paths = (run.resolve(), Path(read_toml(run / CONFIG_FILE)["model"]))
+    return [f"{path.parent}/" for path in paths if path.is_absolute()]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from pathlib import Path
 from typing import Any
 
 from benchmarks.ops import store
+from grpo_fast.config import read_toml
+from grpo_fast.run_dir import CONFIG_FILE
 
 HEAD = """# Real runs
 
@@ -23,7 +24,7 @@ def section() -> str:
 
 def _run(path: Path) -> str:
     found, summary = (json.loads((path / f"{name}.json").read_text(encoding="utf-8")) for name in ("real_run", "summary"))
-    settings = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
+    settings = read_toml(path / CONFIG_FILE)
     stop, end, flops = found.get("stop"), found.get("end"), summary["compute"]["flops"]
     told = [f"## {Path(summary['model']).name}, {summary['dataset']}, {found['device']['name']}\n"]
     told += ["| | step | held-out accuracy | FLOPs |", "|---|---|---|---|", _row("before training", found["start"])]

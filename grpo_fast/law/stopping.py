@@ -16,8 +16,6 @@ _MAX_ALL_WRONG = 0.6
 _RECENT = 10
 _FEWEST = 3
 _ROUNDING = 1e-9
-_ALSO_WHERE_STILL = {"warm-up", "min_steps", "all wrong"}
-"""Vetoes that do not rest on the forecast."""
 _SETTINGS = ("epsilon", "confidence", "patience", "min_steps", "warmup_steps", "reward_value")
 
 
@@ -197,13 +195,13 @@ class StoppingRule:
         wrong = sum(self._all_wrong) / len(self._all_wrong) if self._all_wrong else 0.0
         rising = forecast.trend_low > 0 and forecast.trend > self.epsilon
         slope = f"the recent slope would add {forecast.trend:.3f} (at least {forecast.trend_low:.3f}) by the end"
+        moves = still < STILL_STEPS  # else it does not matter what is forecast
         vetoes = (
             (forecast.step <= self.warmup_steps, "warm-up", f"the learning rate rises until step {self.warmup_steps}"),
             (forecast.step < self.min_steps, "min_steps", f"nothing stops a run before step {self.min_steps}"),
-            (not forecast.identifiable, "not identifiable", forecast.reason),
-            (slow > _MAX_SLOW_START, "inflection ahead", f"the rise may not have begun (probability {slow:.0%})"),
+            (moves and not forecast.identifiable, "not identifiable", forecast.reason),
+            (moves and slow > _MAX_SLOW_START, "inflection ahead", f"the rise may not have begun (probability {slow:.0%})"),
             (wrong > _MAX_ALL_WRONG, "all wrong", f"{wrong:.0%} of the groups hold no right answer: a rise may be ahead"),
-            (rising, "rising slope", slope),
+            (moves and rising, "rising slope", slope),
         )
-        heard = _ALSO_WHERE_STILL if still >= STILL_STEPS else {name for _, name, _ in vetoes}
-        return next(((name, why) for forbidden, name, why in vetoes if forbidden and name in heard), ("", ""))
+        return next(((name, why) for forbidden, name, why in vetoes if forbidden), ("", ""))

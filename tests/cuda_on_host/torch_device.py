@@ -4,7 +4,7 @@ What is tested with it is what an interpreter of kernels cannot tell: that no op
 host, that kernels get tensors of the device alone, which paths a run on a GPU takes, and where the host waits for the device.
 Nothing is timed here, no kernel is compiled, and numbers are the host's.
 
-    load(LIBRARY)               # that build made, before anything imports torch
+    load(LIBRARY)               # of build_torch_device, before anything imports torch
     device = Device()           # in the main thread, for all
 """
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
-import subprocess
 import sys
 import threading
 import traceback
@@ -22,21 +21,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
 _MIB = 2**20
-
-
-def build(library: Path) -> Path:
-    from torch.utils.cpp_extension import include_paths, library_paths
-
-    headers = [f"-I{path}" for path in include_paths()]
-    libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
-    run_paths = [f"-Wl,-rpath,{path}" for path in library_paths()]
-    source = HERE / "torch_device.cpp"
-    subprocess.run(
-        ["g++", "-shared", "-std=c++20", "-fPIC", *headers, source, *libraries, *run_paths, "-o", library], check=True
-    )
-    return library
 
 
 def load(library: Path) -> None:
@@ -57,8 +42,8 @@ class Device:
         self.launched: Counter[str] = Counter()
         """Kernels of Triton by name."""
         self.varlen = torch_tensors.varlen_calls
-        self.waits: Counter[str] | None = None
-        """How often the host waited for the device, by the package's functions that led there; counted when it is set."""
+        self.waits: Counter[str] = Counter()
+        """How often the host waited for the device, by the package's functions that led there."""
         torch_tensors.on_wait = self._count
         torch.__future__.set_swap_module_params_on_conversion(True)  # a parameter stays the same object on another device
         sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # its import looks for CUDA's own libraries
@@ -68,9 +53,8 @@ class Device:
         self._reach_all_threads()
 
     def _count(self, operation: str) -> None:
-        if self.waits is not None:
-            frames = [frame for frame in traceback.extract_stack() if "/grpo_fast/" in frame.filename]
-            self.waits["/".join([*(frame.name for frame in frames), operation])] += 1
+        frames = [frame for frame in traceback.extract_stack() if "/grpo_fast/" in frame.filename]
+        self.waits["/".join([*(frame.name for frame in frames), operation])] += 1
 
     def _stand_in_for_runtime(self) -> None:
         import torch

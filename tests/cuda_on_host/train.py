@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ def trained(device: Device, settings: dict[str, Any]) -> dict[str, Any]:
 
     device.launched.clear()
     device.varlen.clear()
-    device.waits = Counter()
+    device.waits.clear()
     steps, waits = [], []
     with GRPOTrainer(Config.parse(settings)) as trainer:
         for step in trainer.steps():

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from grpo_fast import Config, GRPOTrainer
-from tests.cuda_on_host.torch_device import build
+from tests.cuda_on_host.build import build_torch_device
 
 ROOT = Path(__file__).parents[3]
 RUNS: dict[str, dict[str, Any]] = {
@@ -76,7 +76,8 @@ def settings(model: Path, output: Path, **changes: Any) -> dict[str, Any]:
 def seen(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str, Any]:
     directory = tmp_path_factory.mktemp("on_a_gpu")
     given = [settings(tiny_model, directory / str(at), device="cuda", **run) for at, run in enumerate(RUNS.values())]
-    command = [sys.executable, "-m", "tests.cuda_on_host.train", build(directory / "device.so"), json.dumps(given)]
+    library = build_torch_device(directory / "device.so")
+    command = [sys.executable, "-m", "tests.cuda_on_host.train", library, json.dumps(given)]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
     told = [line for line in done.stderr.splitlines() if "registered at" not in line]  # PyTorch lists all its kernels
