@@ -11,17 +11,15 @@ from json import dumps as to_json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from cyclopts import App, ArgumentCollection, CycloptsError, Group, Parameter, validators
-from cyclopts import config as cyclopts_config
+from cyclopts import App, CycloptsError, Group, Parameter, validators
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from grpo_fast import __version__
-from grpo_fast.config import Config, ConfigError, read_toml
+from grpo_fast.cli_settings import fill
+from grpo_fast.config import Config
 from grpo_fast.mistakes import in_words
-from grpo_fast.recipes import recipe_values
-from grpo_fast.run_dir import CONFIG_FILE
 from grpo_fast.types import TrainingError
 
 if TYPE_CHECKING:
@@ -31,40 +29,13 @@ _SOURCE = Group("Where the configuration comes from", sort_key=0)
 _PLAN = Group("Plan", sort_key=0.5)
 _INTERRUPTED = 128 + signal.SIGINT  # as a shell reports it
 
-
-def _fill(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Fills what the command line leaves open: from the run to resume, or else from a recipe and a TOML file."""
-    if commands not in {("train",), ("plan",)}:
-        return
-
-    def given(name: str) -> str | None:
-        tokens = arguments[name].tokens
-        return tokens[-1].value if tokens else None
-
-    recipe, file = given("--recipe"), given("--config")
-    resume = given("--resume") if commands == ("train",) else None
-    if resume is not None:
-        if recipe is not None or file is not None:
-            raise ConfigError("--resume uses the run's own configuration; leave out --recipe and --config")
-        if not (Path(resume) / CONFIG_FILE).exists():
-            raise ConfigError(f"there is no run in {resume}: no {CONFIG_FILE} is there; give the output_dir of a run")
-        values = read_toml(Path(resume) / CONFIG_FILE)
-    else:
-        bare = file is None and given("--model") is None and (commands == ("train",) or given("--model-size") is None)
-        values = recipe_values(recipe or "embedded") if recipe is not None or bare else {}
-        values |= read_toml(file) if file is not None else {}
-    Config.parse(values)
-    # under the command's name: a bare "report" would be taken for the command of that name and be left out
-    cyclopts_config.Dict({commands[0]: values}, source="the configuration")(app, commands, arguments)
-
-
 app = App(
     name="grpo-fast",
     version=__version__,
     help="Train reasoning models with GRPO, meter the compute, and stop when the law sees the plateau.",
     help_format="restructuredtext",
     default_parameter=Parameter(negative_iterable=(), consume_multiple=True),
-    config=(_fill,),
+    config=(fill,),
     result_action="return_value",
     suppress_keyboard_interrupt=False,
 )

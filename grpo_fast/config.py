@@ -6,7 +6,6 @@ Python, and is written back, resolved, into every run. Nothing here imports torc
 
 from __future__ import annotations
 
-import difflib
 import math
 import tomllib
 from collections.abc import Mapping
@@ -18,7 +17,8 @@ from cyclopts import Group, Parameter
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from grpo_fast.consistency import check_consistency
-from grpo_fast.trl_names import HERE
+from grpo_fast.explain import explain
+from grpo_fast.json_object import JsonObject
 
 LossType = Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "gspo", "rloo", "luspo", "sapo"]
 ImportanceMode = Literal[
@@ -116,6 +116,8 @@ class Config(BaseModel):
     """Rows made by generated tasks (``arithmetic``, ``countdown``, ``reasoning_gym``)."""
     system_prompt: Annotated[str | None, _DATA] = None
     """Put before every prompt as a system message; makes plain prompts chat messages."""
+    chat_template_kwargs: Annotated[JsonObject, _DATA] = Field(default_factory=dict)
+    """Variables of the chat template, such as ``{"enable_thinking": false}`` for Qwen3: JSON on the command line."""
     max_prompt_length: Annotated[int | None, _DATA] = Field(None, ge=1)
     """Longest prompt, in tokens; ``None`` takes what the model's context leaves."""
     overlong_prompts: Annotated[Literal["error", "drop"], _DATA] = "error"
@@ -327,7 +329,8 @@ class Config(BaseModel):
             try:
                 super().__init__(**values)
             except ValidationError as error:
-                raise ConfigError("\n".join(map(explain, error.errors()))) from None
+                told = (explain(item, known=type(self).model_fields) for item in error.errors())
+                raise ConfigError("\n".join(told)) from None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -409,35 +412,3 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
-
-
-def explain(item: Any) -> str:
-    """One of pydantic's errors as a sentence that names the key, the value and, for an unknown key, the nearest known one."""
-    key = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        if key in HERE:
-            return f"unknown configuration key {key!r}, which is TRL's; here it is {HERE[key]}"
-        near = difflib.get_close_matches(key, Config.model_fields, n=1)
-        return f"unknown configuration key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-    message = item["msg"].removeprefix("Value error, ")
-    return f"{key}: {message} (got {item['input']!r}){_hint(item)}" if key else message
-
-
-_UNITS = {"_hours": "hours", "_s": "seconds", "_kwh": "kWh", "_gib": "GiB"}
-
-
-def _hint(item: Any) -> str:
-    """What may have been meant by a value of the wrong form."""
-    given, field = item["input"], str(item["loc"][0])
-    if not isinstance(given, str):
-        return ""
-    if item["type"] == "literal_error":
-        near = difflib.get_close_matches(
-            given.lower(), item["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
-        )
-        if near:
-            return f"; did you mean {near[0]!r}?"
-    if len(item["loc"]) > 1 and "," in given:
-        return "; several values stand one after another, with spaces between"
-    unit = next((unit for ending, unit in _UNITS.items() if field.endswith(ending)), None)
-    return f"; it is a plain number of {unit}" if unit is not None and item["type"] == "float_parsing" else ""

@@ -6,7 +6,8 @@ from cyclopts import CycloptsError
 from cyclopts.exceptions import MissingArgumentError, UnknownOptionError, UnusedCliTokensError
 from pydantic import ValidationError
 
-from grpo_fast.config import explain
+from grpo_fast.config import Config
+from grpo_fast.explain import explain
 from grpo_fast.trl_names import HERE
 
 _SWITCH_VALUES = {"true", "false", "yes", "no", "on", "off", "1", "0"}
@@ -20,7 +21,7 @@ def in_words(error: CycloptsError) -> str:
     """
     cause = error.__cause__
     if isinstance(cause, ValidationError):
-        return "\n".join(map(explain, cause.errors()))
+        return "\n".join(explain(item, known=Config.model_fields) for item in cause.errors())
     if isinstance(error, UnknownOptionError) and error.token is not None:
         name = (error.token.keyword or "").lstrip("-").replace("-", "_")
         if name in HERE:

@@ -55,6 +55,9 @@ class Prompt:
     """The tokens the model reads, chat template applied."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """Every other column of the row, handed to reward functions by keyword."""
+    opening: str = ""
+    """How it begins the answer for the model, so that completions do not: ``<think>`` and what follows, as chat templates of
+    reasoning models end."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import tomli_w
 from cyclopts import Parameter
 
 from grpo_fast import __version__
@@ -136,43 +134,6 @@ def test_a_wrong_key_in_a_file_is_told(shell: Shell, tmp_path: Path) -> None:
     assert "mine.toml is not valid TOML" in shell("train --config mine.toml")[2]
     (tmp_path / "mine.toml").write_text("num_generations = 1\n", encoding="utf-8")
     assert "num_generations: Input should be greater than or equal to 2 (got 1)" in shell("train --config mine.toml")[2]
-
-
-def test_where_settings_come_from_and_who_wins(tmp_path: Path) -> None:
-    file = tmp_path / "mine.toml"
-    file.write_text('model = "here"\nseed = 3\nnum_generations = 5\n', encoding="utf-8")
-    assert settings() == recipe("embedded"), "nothing given: the embedded model"
-    assert settings("--seed", "7") == recipe("embedded", seed=7)
-    assert settings("--recipe", "embedded", "--seed", "7") == recipe("embedded", seed=7)
-    assert settings("--config", str(file)) == Config(model="here", seed=3, num_generations=5)
-    assert settings("--config", str(file), "--seed", "7") == Config(model="here", seed=7, num_generations=5)
-    both = settings("--recipe", "embedded", "--config", str(file))
-    assert both == recipe("embedded", model="here", seed=3, num_generations=5)
-    assert settings("--model", "there") == Config(model="there"), "another model does not get the recipe's settings"
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {
-            "system_prompt": 'Say "yes",\nor --no: [it] is = "1"',
-            "reward_funcs": ["accuracy", "my.module:score"],
-            "reward_weights": [1.0, 1e-7 / 3],
-            "reward_range": [-0.5, 1.1],
-            "stop": ["</answer>", "\n\n", "--stop", "a,b"],
-            "learning_rate": 1e-6 / 3,
-            "max_tokens": 1e18,
-            "sinks": ["console", "tensorboard"],
-            "output_dir": "runs/some where",
-        },
-        {"sinks": [], "shuffle": False, "report": False, "seed": 0, "log_completions": 0, "stop": ["1", "true"]},
-    ],
-    ids=["much", "nothing"],
-)
-def test_a_file_means_the_same_as_in_python(values: dict[str, Any], tmp_path: Path) -> None:
-    file = tmp_path / "mine.toml"
-    file.write_text(tomli_w.dumps(values), encoding="utf-8")
-    assert settings("--config", str(file)) == Config.from_toml(file) == Config.parse(values)
 
 
 def test_lists_and_switches_on_the_command_line() -> None:

@@ -32,7 +32,8 @@ def call_arguments(groups: Sequence[Group], columns: Sequence[str]) -> dict[str,
 
     Returns:
         ``prompts`` (as in the dataset), ``completions`` (a text, or for a chat prompt a list with the assistant's message),
-        ``completion_ids`` (lists of token ids), and each dataset column; a row without the column gives ``None``.
+        ``completion_ids`` (lists of token ids), ``completion_openings`` (how the prompt began the answer, as with ``<think>``;
+        mostly empty), and each dataset column; a row without the column gives ``None``.
     """
     arguments: dict[str, list[Any]] = {name: [] for name in (*BATCH_ARGUMENTS, *columns)}
     for group in groups:
@@ -41,6 +42,7 @@ def call_arguments(groups: Sequence[Group], columns: Sequence[str]) -> dict[str,
             arguments["prompts"].append(group.prompt.prompt)
             arguments["completions"].append([{"role": "assistant", "content": completion.text}] if chat else completion.text)
             arguments["completion_ids"].append(list(completion.token_ids))
+            arguments["completion_openings"].append(group.prompt.opening)
         for name in columns:
             arguments[name] += [group.prompt.columns.get(name)] * len(group.completions)
     return arguments

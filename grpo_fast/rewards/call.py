@@ -16,7 +16,7 @@ from typing import Any
 
 from grpo_fast.rewards.functions import BUILT_IN
 
-BATCH_ARGUMENTS = ("prompts", "completions", "completion_ids")
+BATCH_ARGUMENTS = ("prompts", "completions", "completion_ids", "completion_openings")
 """What every reward call is given beside the dataset's columns."""
 
 _MAX_CHARACTERS = 1000
@@ -118,7 +118,7 @@ def call_reward(reward: RewardFunction, arguments: Mapping[str, Any]) -> list[fl
 
     Args:
         reward: the function.
-        arguments: ``prompts``, ``completions``, ``completion_ids`` and one list a dataset column, all of one length.
+        arguments: those of :data:`BATCH_ARGUMENTS` and one list a dataset column, all of one length.
 
     Returns:
         One finite float or ``None`` (also for NaN) a completion.

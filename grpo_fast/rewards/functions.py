@@ -2,7 +2,8 @@ r"""The built-in reward functions: is the final answer right, and does the compl
 
 All have TRL's signature and read the ``answer`` column where they need a right answer. The final answer of a completion is
 looked for where instruction-tuned models put it: after ``</think>``, inside the last ``<answer>``, then the last ``\boxed{}``,
-then what follows ``####``; without any of these marks, in its last characters.
+then what follows ``####``; without any of these marks, in its last characters. Where the prompt itself opens the thought, as
+chat templates of reasoning models do, ``completion_openings`` tells so.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ _DELIMITED = re.compile(r"\$|\\\(|\\\[|\\boxed|\\begin")
 _THOUGHT_ANSWER = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
 
 
-def accuracy(completions: Sequence[Any], answer: Sequence[Any], **columns: Any) -> list[float | None]:
+def accuracy(
+    completions: Sequence[Any], answer: Sequence[Any], completion_openings: Sequence[str] | None = None, **columns: Any
+) -> list[float | None]:
     """1.0 where math-verify finds the final answer equal to the right one, else 0.0.
 
     The right answer may be plain (``18``, ``1/2``), LaTeX, or a GSM8K solution that ends in ``#### 18``. An expression that
@@ -38,6 +41,7 @@ def accuracy(completions: Sequence[Any], answer: Sequence[Any], **columns: Any) 
     Args:
         completions: N texts, or N message lists.
         answer: N right answers.
+        completion_openings: N texts with which prompts began the answer; ``None`` for none.
         columns: Not read.
 
     Returns:
@@ -46,12 +50,14 @@ def accuracy(completions: Sequence[Any], answer: Sequence[Any], **columns: Any) 
     Source: https://github.com/huggingface/Math-Verify
     """
     return [
-        _mathematically_equal(gold_answer(right), final_answer(completion_text(completion)))
-        for completion, right in zip(completions, answer, strict=True)
+        _mathematically_equal(gold_answer(right), final_answer(text))
+        for text, right in zip(_whole_texts(completions, completion_openings), answer, strict=True)
     ]
 
 
-def exact_match(completions: Sequence[Any], answer: Sequence[Any], **columns: Any) -> list[float | None]:
+def exact_match(
+    completions: Sequence[Any], answer: Sequence[Any], completion_openings: Sequence[str] | None = None, **columns: Any
+) -> list[float | None]:
     """1.0 where the final answer reads the same as the right one, else 0.0.
 
     Case, surrounding spaces, dollar signs and a full stop at the end are ignored, and so is how a number is written
@@ -61,22 +67,26 @@ def exact_match(completions: Sequence[Any], answer: Sequence[Any], **columns: An
     Args:
         completions: N texts, or N message lists.
         answer: N right answers, plain or ending in ``#### 18``.
+        completion_openings: N texts with which prompts began the answer; ``None`` for none.
         columns: Not read.
 
     Returns:
         N rewards; ``None`` where the right answer is empty.
     """
     return [
-        _reads_equal(gold_answer(right), final_answer(completion_text(completion)))
-        for completion, right in zip(completions, answer, strict=True)
+        _reads_equal(gold_answer(right), final_answer(text))
+        for text, right in zip(_whole_texts(completions, completion_openings), answer, strict=True)
     ]
 
 
-def reasoning_format(completions: Sequence[Any], **columns: Any) -> list[float | None]:
+def reasoning_format(
+    completions: Sequence[Any], completion_openings: Sequence[str] | None = None, **columns: Any
+) -> list[float | None]:
     """1.0 for ``<think>...</think><answer>...</answer>``, each tag once, nothing but space around; else 0.0.
 
     Args:
         completions: N texts, or N message lists.
+        completion_openings: N texts with which prompts began the answer; ``None`` for none.
         columns: Not read.
 
     Returns:
@@ -84,7 +94,7 @@ def reasoning_format(completions: Sequence[Any], **columns: Any) -> list[float |
 
     Source: DeepSeek-R1 (arXiv:2501.12948), section 2.2.2, format rewards.
     """
-    return [float(_has_reasoning_format(completion_text(completion))) for completion in completions]
+    return [float(_has_reasoning_format(text)) for text in _whole_texts(completions, completion_openings)]
 
 
 def boxed_format(completions: Sequence[Any], **columns: Any) -> list[float | None]:
@@ -120,6 +130,12 @@ def completion_text(completion: Any) -> str:
     if isinstance(completion, Sequence) and completion and isinstance(completion[-1], Mapping):
         return str(completion[-1].get("content") or "")
     raise TypeError(f"a completion is a string or a list of messages, not {completion!r}")
+
+
+def _whole_texts(completions: Sequence[Any], openings: Sequence[str] | None) -> list[str]:
+    """Answers from where prompts began them."""
+    texts = map(completion_text, completions)
+    return list(texts) if openings is None else [opening + text for opening, text in zip(openings, texts, strict=True)]
 
 
 def gold_answer(answer: Any) -> str:

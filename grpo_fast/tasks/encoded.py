@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ Ask = Callable[[Mapping[str, Any], int], PromptText]
 
 
 class EncodedPrompts(Sequence[Prompt]):
-    """A sequence of prompts that takes 4 bytes a token and 16 a prompt, beside the table that it reads from.
+    """A sequence of prompts that takes 4 bytes a token and 24 a prompt, beside the table that it reads from.
 
     Args:
         rows: the table, which must not change.
@@ -31,11 +32,14 @@ class EncodedPrompts(Sequence[Prompt]):
         self._ends = array("q", [0])
         """Where each one's tokens end; the first number is where they begin."""
         self._tokens = array("i")
+        self._openings: list[str] = []
         self._columns: dict[str, None] = {}
         self.num_plain = 0
         """Prompts that are plain text, not messages."""
 
-    def add(self, number: int, row: Mapping[str, Any], prompt: PromptText, token_ids: Sequence[int]) -> None:
+    def add(
+        self, number: int, row: Mapping[str, Any], prompt: PromptText, token_ids: Sequence[int], *, opening: str = ""
+    ) -> None:
         """Keeps a row's tokens; rows come in their order.
 
         Args:
@@ -43,10 +47,12 @@ class EncodedPrompts(Sequence[Prompt]):
             row: all of it; only the names of its columns are kept.
             prompt: what was asked.
             token_ids: its tokens.
+            opening: how it begins the answer.
         """
         self._numbers.append(number)
         self._tokens.extend(token_ids)
         self._ends.append(len(self._tokens))
+        self._openings.append(sys.intern(opening))
         self._columns |= dict.fromkeys(row)
         self.num_plain += isinstance(prompt, str)
 
@@ -99,7 +105,7 @@ class EncodedPrompts(Sequence[Prompt]):
         number = self._numbers[place]
         row = self._rows[number]
         columns = {name: value for name, value in row.items() if name != "prompt"}
-        return Prompt(number, self._ask(row, number), tuple(self._token_ids(place)), columns)
+        return Prompt(number, self._ask(row, number), tuple(self._token_ids(place)), columns, self._openings[place])
 
 
 def token_ids_of(prompts: Sequence[Prompt]) -> Iterable[Sequence[int]]:

@@ -3,14 +3,21 @@
 A prompt that is messages gets the tokeniser's chat template, ready for the assistant to answer (or to go on, where the last
 message is the assistant's). A prompt that is a string stays plain text, tokenised as the tokeniser does by default, with a
 beginning-of-sequence token where it puts one but never with an end token. A ``system_prompt`` makes every prompt messages.
+
+Where a prompt ends in a ``<think>`` of its own, that is told with it: completions then begin inside the thought.
 """
 
 from __future__ import annotations
 
+import difflib
 import functools
+import inspect
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from jinja2 import Environment
 
 from grpo_fast.config import ConfigError
 from grpo_fast.tasks.encoded import EncodedPrompts
@@ -24,6 +31,17 @@ _log = logging.getLogger(__name__)
 _CHUNK_ROWS = 2048
 _PROGRESS_ROWS = 20_000
 _SHOWN_CHARACTERS = 60
+_OPENING = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
+_OPENING_CHARACTERS = 64
+_FOR_TEMPLATES = {"tools", "documents"}
+"""Arguments of ``apply_chat_template`` that are the template's own."""
+
+
+class _Read(NamedTuple):
+    """A prompt as the model reads it."""
+
+    text: str
+    token_ids: list[int]
 
 
 def encode_prompts(
@@ -31,6 +49,7 @@ def encode_prompts(
     tokenizer: PreTrainedTokenizerBase,
     *,
     system_prompt: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     max_prompt_length: int | None = None,
     overlong: Literal["error", "drop"] = "error",
 ) -> EncodedPrompts:
@@ -40,6 +59,7 @@ def encode_prompts(
         rows: each with a ``prompt``: a string or chat messages. May be empty; kept, as prompts are read from there again.
         tokenizer: the model's.
         system_prompt: put before every prompt as a system message, in place of one that the prompt has.
+        chat_template_kwargs: variables of the chat template, such as ``{"enable_thinking": False}``.
         max_prompt_length: longest prompt, in tokens; ``None`` for no limit.
         overlong: refuse a longer one, or leave it out and log how many were.
 
@@ -48,14 +68,17 @@ def encode_prompts(
 
     Raises:
         ConfigError: a prompt that is missing, empty, neither a string nor messages, or too long; messages for a tokeniser
-            without a chat template; no prompt left.
+            without a chat template; variables that it does not read, or with no prompt to apply it to; no prompt left.
     """
+    if chat_template_kwargs:
+        _check_variables(chat_template_kwargs, tokenizer)
     ask = functools.partial(_asked, system_prompt=system_prompt)
     prompts = EncodedPrompts(rows, ask)
     num_dropped = 0
     for chunk in _chunks(rows):
         asked = [ask(row, index) for index, row in chunk]
-        for (index, row), prompt, ids in zip(chunk, asked, _token_ids(asked, tokenizer, first=chunk[0][0]), strict=True):
+        read = _read(asked, tokenizer, chat_template_kwargs or {}, first=chunk[0][0])
+        for (index, row), prompt, (text, ids) in zip(chunk, asked, read, strict=True):
             if not ids:
                 raise ConfigError(f"the prompt of row {index} is empty; leave the row out")
             if max_prompt_length is not None and len(ids) > max_prompt_length:
@@ -66,7 +89,13 @@ def encode_prompts(
                     )
                 num_dropped += 1
                 continue
-            prompts.add(index, row, prompt, ids)
+            opening = _OPENING.search(text[-_OPENING_CHARACTERS:])
+            prompts.add(index, row, prompt, ids, opening=opening.group() if opening else "")
+    if chat_template_kwargs and prompts and prompts.num_plain == len(prompts):
+        raise ConfigError(
+            f"chat_template_kwargs={dict(chat_template_kwargs)} changes nothing: all prompts are plain text, to which no chat "
+            "template is applied; give prompts as messages or set system_prompt, or leave it out"
+        )
     if num_dropped:
         if not prompts:
             raise ConfigError(
@@ -130,23 +159,42 @@ def _messages(prompt: Any, *, index: int) -> list[Message]:
     return messages
 
 
-def _token_ids(prompts: Sequence[PromptText], tokenizer: PreTrainedTokenizerBase, *, first: int) -> list[list[int]]:
-    """Tokens of each prompt; ``first`` is the row of the first one."""
-    ids: list[list[int]] = [[] for _ in prompts]
+def _check_variables(given: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Holds names against the chat template, which ignores those that it does not know."""
+    if tokenizer.chat_template is None:
+        raise ConfigError(
+            f"chat_template_kwargs={dict(given)}, but the model's tokeniser has no chat template; leave it out, or take a "
+            "model tuned for chat"
+        )
+    ours = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters} - _FOR_TEMPLATES
+    template = tokenizer.get_chat_template(tools=given.get("tools"))
+    read = {text for _, kind, text in Environment(autoescape=True).lex(template) if kind == "name"} - ours
+    for name in given:
+        if name in ours:
+            raise ConfigError(f"chat_template_kwargs: {name!r} is decided by the trainer; leave it out")
+        if name not in read:
+            near = difflib.get_close_matches(name, read, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"chat_template_kwargs: the model's chat template reads no {name!r}{hint}")
+
+
+def _read(
+    prompts: Sequence[PromptText], tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any], *, first: int
+) -> list[_Read]:
+    """What the model reads of each prompt; ``first`` is the row of the first one."""
     plain = {place: prompt for place, prompt in enumerate(prompts) if isinstance(prompt, str)}
     rendered = {
-        place: _rendered(prompt, tokenizer, index=first + place)
+        place: _rendered(prompt, tokenizer, variables, index=first + place)
         for place, prompt in enumerate(prompts)
         if not isinstance(prompt, str)
     }
-    for place, found in zip(plain, _plain_ids(list(plain.values()), tokenizer), strict=True):
-        ids[place] = found
-    for place, found in zip(rendered, _encoded(list(rendered.values()), tokenizer, special=False), strict=True):
-        ids[place] = found
-    return ids
+    ids = dict(zip(plain, _plain_ids(list(plain.values()), tokenizer), strict=True))
+    ids |= zip(rendered, _encoded(list(rendered.values()), tokenizer, special=False), strict=True)
+    texts = plain | rendered
+    return [_Read(texts[place], ids[place]) for place in range(len(prompts))]
 
 
-def _rendered(messages: list[Message], tokenizer: PreTrainedTokenizerBase, *, index: int) -> str:
+def _rendered(messages: list[Message], tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any], *, index: int) -> str:
     if tokenizer.chat_template is None:
         raise ConfigError(
             f"the prompt of row {index} is chat messages (or system_prompt is set), but the model's tokeniser has no chat "
@@ -156,7 +204,7 @@ def _rendered(messages: list[Message], tokenizer: PreTrainedTokenizerBase, *, in
     try:
         return str(
             tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=not prefill, continue_final_message=prefill
+                messages, tokenize=False, add_generation_prompt=not prefill, continue_final_message=prefill, **variables
             )
         )
     except Exception as error:  # templates are programs that come with models

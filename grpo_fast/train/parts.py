@@ -226,6 +226,7 @@ def _encoded(config: Config, task: Task, source: PolicySource) -> tuple[EncodedP
             rows,
             source.tokenizer,
             system_prompt=config.system_prompt,
+            chat_template_kwargs=config.chat_template_kwargs,
             max_prompt_length=source.max_prompt_length,
             overlong=config.overlong_prompts,
         )

@@ -188,6 +188,7 @@ def _data(config: Config, inputs: PlanInputs, source: PolicySource | None, notes
         task.train,
         source.tokenizer,
         system_prompt=config.system_prompt,
+        chat_template_kwargs=config.chat_template_kwargs,
         max_prompt_length=source.max_prompt_length,
         overlong=config.overlong_prompts,
     )

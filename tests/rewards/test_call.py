@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from grpo_fast.rewards.call import (
+    BATCH_ARGUMENTS,
     InvalidRewardError,
     RewardFunction,
     call_reward,
@@ -18,7 +19,13 @@ from grpo_fast.rewards.call import (
     reward_name,
 )
 
-ARGUMENTS = {"prompts": ["p", "q"], "completions": ["a", "bb"], "completion_ids": [[1], [1, 2]], "answer": ["a", "b"]}
+ARGUMENTS = {
+    "prompts": ["p", "q"],
+    "completions": ["a", "bb"],
+    "completion_ids": [[1], [1, 2]],
+    "completion_openings": ["", ""],
+    "answer": ["a", "b"],
+}
 
 
 def call(function: Any, arguments: dict[str, list[Any]] | None = None) -> list[float | None]:
@@ -101,7 +108,7 @@ def test_a_function_without_readable_signature_is_given_everything() -> None:
 def test_a_missing_column_is_named() -> None:
     with pytest.raises(InvalidRewardError, match="needs a dataset column 'solution'; the dataset has answer"):
         call(lambda completions, solution: [0.0])
-    bare = {name: ARGUMENTS[name] for name in ("prompts", "completions", "completion_ids")}
+    bare = {name: ARGUMENTS[name] for name in BATCH_ARGUMENTS}
     with pytest.raises(InvalidRewardError, match="needs a dataset column 'answer'; the dataset has no column but the prompt"):
         call(resolve_reward("accuracy").function, bare)
 

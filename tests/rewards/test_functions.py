@@ -102,6 +102,28 @@ def test_reasoning_format(completion: str, expected: float) -> None:
     assert reasoning_format([completion]) == [expected]
 
 
+@pytest.mark.parametrize(
+    ("opening", "completion", "expected"),
+    [
+        ("<think>\n", "so</think><answer>2</answer>", (1.0, 1.0, 1.0)),
+        ("<think>\n", "it is 2", (0.0, 0.0, 0.0)),
+        ("<think>\n\n</think>\n\n", "<answer>2</answer>", (1.0, 1.0, 1.0)),
+        ("<think>\n\n</think>\n\n", "it is 2", (1.0, 1.0, 0.0)),
+        ("", "it is 2", (1.0, 1.0, 0.0)),
+    ],
+)
+def test_a_thought_that_the_prompt_opened_belongs_to_the_answer(
+    opening: str, completion: str, expected: tuple[float, ...]
+) -> None:
+    texts, openings = [completion, [{"role": "assistant", "content": completion}]], [opening, opening]
+    found = (
+        accuracy(texts, ["2", "2"], completion_openings=openings),
+        exact_match(texts, ["2", "2"], completion_openings=openings),
+        reasoning_format(texts, completion_openings=openings),
+    )
+    assert found == tuple([each, each] for each in expected)
+
+
 def test_boxed_format() -> None:
     assert boxed_format(["\\boxed{1}", "\\boxed{\\frac{1}{2}}", "\\boxed{", "\\boxed{ }", "1", ""]) == [1, 1, 0, 0, 0, 0]
 

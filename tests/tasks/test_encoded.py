@@ -23,7 +23,7 @@ def ask(row: Any, number: int) -> Any:
 def encoded() -> EncodedPrompts:
     found = EncodedPrompts(ROWS, ask)
     for number, token_ids in TOKENS.items():
-        found.add(number, ROWS[number], ROWS[number]["prompt"], token_ids)
+        found.add(number, ROWS[number], ROWS[number]["prompt"], token_ids, opening="<think>" if number == 2 else "")
     return found
 
 
@@ -33,6 +33,7 @@ def test_prompts_are_made_of_the_rows_that_were_kept() -> None:
     assert [prompt.token_ids for prompt in found] == [(5, 6), (7,), (8, 9, 10)]
     assert [prompt.prompt for prompt in found] == ["a", ROWS[2]["prompt"], "c"]
     assert [prompt.columns for prompt in found] == [{"answer": 1}, {"hint": "x"}, {"answer": 3}]
+    assert [prompt.opening for prompt in found] == ["", "<think>", ""]
     assert found[-1] == found[2] == found[1:][1]
     with pytest.raises(IndexError):
         _ = found[3]
@@ -64,4 +65,4 @@ def test_a_prompt_takes_no_more_than_its_tokens() -> None:
         found.add(number, row, "a", token_ids)
     taken, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert taken < 1.2 * count * (4 * length + 8 + 16), "as tuples of numbers it would be eightfold"
+    assert taken < 1.2 * count * (4 * length + 8 + 24), "as tuples of numbers it would be eightfold"

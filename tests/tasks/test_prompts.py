@@ -16,7 +16,8 @@ from grpo_fast.tasks.prompts import encode_prompts
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'bad' %}{{ raise_exception('no such role') }}{% endif %}"
     "<{{ m.role }}> {% if m.name is defined %}{{ m.name }} : {% endif %}{{ m.content }} </s> {% endfor %}"
-    "{% if add_generation_prompt %}<assistant> {% endif %}"
+    "{% if add_generation_prompt %}<assistant> "
+    "{% if thinking %}<think> \n{% elif thinking is false %}<think> </think> {% endif %}{% endif %}"
 )
 WORDS = [
     "<unk>",
@@ -32,6 +33,8 @@ WORDS = [
     "a",
     "none",
     ":",
+    "<think>",
+    "</think>",
     *map(str, range(10)),
 ]
 
@@ -98,6 +101,54 @@ def test_a_system_prompt_goes_before_text_and_messages_and_replaces_the_rows_own
     for prompt in prompts:
         assert prompt.prompt == [{"role": "system", "content": "be brief"}, user("hello")]
         assert words(prompt.token_ids) == "<system> be brief </s> <user> hello </s> <assistant>"
+
+
+@pytest.mark.parametrize(
+    ("thinking", "opening", "end"),
+    [(None, "", ""), (True, "<think> \n", " <think>"), (False, "<think> </think> ", " <think> </think>")],
+)
+def test_variables_reach_the_chat_template(thinking: bool | None, opening: str, end: str) -> None:
+    variables = {} if thinking is None else {"thinking": thinking}
+    prompt = encode_one([user("hello")], chat_template_kwargs=variables)
+    assert words(prompt.token_ids) == "<user> hello </s> <assistant>" + end
+    assert prompt.opening == opening
+
+
+@pytest.mark.parametrize(
+    ("prompt", "opening"),
+    [
+        ("hello <think>", "<think>"),
+        ("<think> hello </think>", ""),
+        ([user("hello <think>")], ""),
+        ([user("hello"), {"role": "assistant", "content": "ok <think>\n"}], "<think>\n"),
+        ([user("hello"), {"role": "assistant", "content": "<think> ok"}], ""),
+    ],
+)
+def test_a_thought_that_the_prompt_opens_is_told(prompt: Any, opening: str) -> None:
+    assert encode_one(prompt, tokenizer=tokenizer(form="$A")).opening == opening
+
+
+@pytest.mark.parametrize(
+    ("given", "chat", "prompt", "message"),
+    [
+        ({"thinkin": True}, True, [user("hello")], r"reads no 'thinkin'; did you mean 'thinking'\?"),
+        ({"zzz": True}, True, [user("hello")], r"reads no 'zzz'$"),
+        ({"add_generation_prompt": False}, True, [user("hello")], r"'add_generation_prompt' is decided by the trainer"),
+        ({"messages": []}, True, [user("hello")], r"'messages' is decided by the trainer"),
+        ({"thinking": True}, False, "hello", r"tokeniser has no chat template; leave it out"),
+        ({"thinking": True}, True, "hello", r"changes nothing: all prompts are plain text"),
+    ],
+)
+def test_variables_that_would_do_nothing_are_refused(given: dict[str, Any], chat: bool, prompt: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=r"chat_template_kwargs.*" + message):
+        encode_one(prompt, tokenizer=tokenizer(chat=chat), chat_template_kwargs=given)
+
+
+def test_tools_are_a_variable_of_templates_that_read_them() -> None:
+    speaker = tokenizer()
+    speaker.chat_template = "{% for tool in tools %}{{ tool.name }} {% endfor %}" + TEMPLATE
+    prompt = encode_one([user("hello")], tokenizer=speaker, chat_template_kwargs={"tools": [{"name": "none"}]})
+    assert words(prompt.token_ids) == "none <user> hello </s> <assistant>"
 
 
 @pytest.mark.parametrize(("prompt", "system_prompt"), [([user("hello")], None), ("hello", "be brief")])

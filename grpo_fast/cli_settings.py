@@ -1,0 +1,53 @@
+"""Where the settings of a command come from: its flags, else a run to resume, else a recipe and a TOML file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from cyclopts import App, ArgumentCollection
+from cyclopts import config as cyclopts_config
+
+from grpo_fast.config import Config, ConfigError, read_toml
+from grpo_fast.recipes import recipe_values
+from grpo_fast.run_dir import CONFIG_FILE
+
+
+def fill(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Fills what the command line leaves open of a configuration: from the run to resume, or from a recipe and a TOML file.
+
+    Args:
+        app: the command line.
+        commands: the command that was given.
+        arguments: its arguments, which are filled.
+
+    Raises:
+        ConfigError: sources that do not go together, that cannot be read or do not fit; an object that is not given as JSON.
+    """
+    if commands not in {("train",), ("plan",)}:
+        return
+
+    def given(name: str) -> str | None:
+        tokens = arguments[name].tokens
+        return tokens[-1].value if tokens else None
+
+    for keyed in (token.keyword for argument in arguments for token in argument.tokens if token.keys):
+        # The value would be text, and "false" is true to a chat template.
+        name, _, key = str(keyed).partition(".")
+        raise ConfigError(f"""{keyed}: an object is given as JSON: {name} '{{"{key.replace("-", "_")}": ...}}'""")
+    recipe, file = given("--recipe"), given("--config")
+    resume = given("--resume") if commands == ("train",) else None
+    if resume is not None:
+        if recipe is not None or file is not None:
+            raise ConfigError("--resume uses the run's own configuration; leave out --recipe and --config")
+        if not (Path(resume) / CONFIG_FILE).exists():
+            raise ConfigError(f"there is no run in {resume}: no {CONFIG_FILE} is there; give the output_dir of a run")
+        values = read_toml(Path(resume) / CONFIG_FILE)
+    else:
+        bare = file is None and given("--model") is None and (commands == ("train",) or given("--model-size") is None)
+        values = recipe_values(recipe or "embedded") if recipe is not None or bare else {}
+        values |= read_toml(file) if file is not None else {}
+    Config.parse(values)
+    # Values of a table would all become text. Under the command's name: a bare "report" would be taken for that command.
+    texts = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in values.items()}
+    cyclopts_config.Dict({commands[0]: texts}, source="the configuration")(app, commands, arguments)

@@ -1,0 +1,45 @@
+"""What pydantic finds wrong with a value, as a sentence that names key, value and fix."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from grpo_fast.trl_names import HERE
+
+_UNITS = {"_hours": "hours", "_s": "seconds", "_kwh": "kWh", "_gib": "GiB"}
+
+
+def explain(item: Any, *, known: Iterable[str]) -> str:
+    """One of pydantic's errors as a sentence.
+
+    Args:
+        item: of ``ValidationError.errors()``.
+        known: names of all fields; the nearest one is named for an unknown key.
+    """
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        if key in HERE:
+            return f"unknown configuration key {key!r}, which is TRL's; here it is {HERE[key]}"
+        near = difflib.get_close_matches(key, list(known), n=1)
+        return f"unknown configuration key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{key}: {message} (got {item['input']!r}){_hint(item)}" if key else message
+
+
+def _hint(item: Any) -> str:
+    """What may have been meant by a value of the wrong form."""
+    given, field = item["input"], str(item["loc"][0])
+    if not isinstance(given, str):
+        return ""
+    if item["type"] == "literal_error":
+        near = difflib.get_close_matches(
+            given.lower(), item["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        )
+        if near:
+            return f"; did you mean {near[0]!r}?"
+    if len(item["loc"]) > 1 and "," in given:
+        return "; several values stand one after another, with spaces between"
+    unit = next((unit for ending, unit in _UNITS.items() if field.endswith(ending)), None)
+    return f"; it is a plain number of {unit}" if unit is not None and item["type"] == "float_parsing" else ""

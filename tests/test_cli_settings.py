@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from grpo_fast.cli import app
+from grpo_fast.config import Config, ConfigError
+from grpo_fast.recipes import recipe
+
+
+def settings(*arguments: str) -> Config:
+    """The configuration that ``train`` would get."""
+    _, bound, _ = app.parse_args(["train", *arguments], exit_on_error=False, print_error=False)
+    found: Config = bound.arguments.get("settings", Config())
+    return found
+
+
+def test_where_settings_come_from_and_who_wins(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('model = "here"\nseed = 3\nnum_generations = 5\n', encoding="utf-8")
+    assert settings() == recipe("embedded"), "nothing given: the embedded model"
+    assert settings("--seed", "7") == recipe("embedded", seed=7)
+    assert settings("--recipe", "embedded", "--seed", "7") == recipe("embedded", seed=7)
+    assert settings("--config", str(file)) == Config(model="here", seed=3, num_generations=5)
+    assert settings("--config", str(file), "--seed", "7") == Config(model="here", seed=7, num_generations=5)
+    both = settings("--recipe", "embedded", "--config", str(file))
+    assert both == recipe("embedded", model="here", seed=3, num_generations=5)
+    assert settings("--model", "there") == Config(model="there"), "another model does not get the recipe's settings"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {
+            "system_prompt": 'Say "yes",\nor --no: [it] is = "1"',
+            "reward_funcs": ["accuracy", "my.module:score"],
+            "reward_weights": [1.0, 1e-7 / 3],
+            "reward_range": [-0.5, 1.1],
+            "stop": ["</answer>", "\n\n", "--stop", "a,b"],
+            "learning_rate": 1e-6 / 3,
+            "max_tokens": 1e18,
+            "sinks": ["console", "tensorboard"],
+            "output_dir": "runs/some where",
+            "chat_template_kwargs": {"thinking": False, "level": "3", "share": 0.5, "tools": [{"name": "a", "of": [1, 2]}]},
+        },
+        {"sinks": [], "shuffle": False, "report": False, "seed": 0, "log_completions": 0, "stop": ["1", "true"]},
+    ],
+    ids=["much", "nothing"],
+)
+def test_a_file_means_the_same_as_in_python(values: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(tomli_w.dumps(values), encoding="utf-8")
+    assert settings("--config", str(file)) == Config.from_toml(file) == Config.parse(values)
+
+
+def test_objects_are_json_on_the_command_line_and_take_the_place_of_a_files(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("chat_template_kwargs = {level = 3, thinking = true}\n", encoding="utf-8")
+    assert settings("--config", str(file)).chat_template_kwargs == {"level": 3, "thinking": True}
+    given = settings("--config", str(file), "--chat-template-kwargs", '{"thinking": false}')
+    assert given.chat_template_kwargs == {"thinking": False}
+    with pytest.raises(ConfigError, match=r"""^--chat-template-kwargs.a-b: .* --chat-template-kwargs '{"a_b": \.\.\.}'$"""):
+        settings("--chat-template-kwargs.a-b", "false")

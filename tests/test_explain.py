@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import pytest
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from grpo_fast.explain import explain
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    level: Literal["low", "high"] = "low"
+    deadline_s: float = 1.0
+    sizes: tuple[int, ...] = ()
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"levl": "low"}, "unknown configuration key 'levl'; did you mean 'level'?"),
+        ({"zzzzzz": 1}, "unknown configuration key 'zzzzzz'"),
+        ({"report_to": "wandb"}, "unknown configuration key 'report_to', which is TRL's; here it is sinks"),
+        ({"level": "HIGH"}, "level: Input should be 'low' or 'high' (got 'HIGH'); did you mean 'high'?"),
+        ({"level": 3}, "level: Input should be 'low' or 'high' (got 3)"),
+        ({"deadline_s": "5min"}, "deadline_s: * (got '5min'); it is a plain number of seconds"),
+        ({"sizes": ["1,2"]}, "sizes.0: * (got '1,2'); several values stand one after another, with spaces between"),
+    ],
+)
+def test_key_value_and_fix_are_named(values: dict[str, object], told: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Settings(**values)  # type: ignore[arg-type]
+    [item] = caught.value.errors()
+    assert fnmatchcase(explain(item, known=Settings.model_fields), told)
