@@ -19,6 +19,7 @@ from benchmarks.system.command_line import CommandLine
 from grpo_fast import Forecast, ops
 from grpo_fast.config import Config
 from grpo_fast.objective import OBJECTIVES
+from grpo_fast.rewards.call import BATCH_ARGUMENTS
 from grpo_fast.trl_names import HERE
 
 ROOT = Path(__file__).parents[1]
@@ -161,6 +162,7 @@ def test_every_name_in_the_text_exists(page: Path) -> None:
         *(field.name for field in fields(Forecast)),
         *OBJECTIVES,
         *ops.__all__,
+        *BATCH_ARGUMENTS,
         *OTHER_NAMES,
         *(HERE if page.stem == "from-trl" else ()),
     } | values
