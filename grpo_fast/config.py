@@ -204,6 +204,11 @@ class Config(BaseModel):
     """SAPO's gate temperature for negative advantages."""
     scale_rewards: Annotated[Literal["group", "batch", "none"], _OBJECTIVE] = "group"
     """Divide centred rewards by the group's standard deviation, the batch's, or not at all."""
+    multi_objective_aggregation: Annotated[Literal["sum_then_normalize", "normalize_then_sum"], _OBJECTIVE] = (
+        "sum_then_normalize"
+    )
+    """How several rewards become one advantage: by their sum, or each scaled in its group, added, and scaled once more over the
+    batch (GDPO), so that none drowns in another."""
     mask_truncated_completions: Annotated[bool, _OBJECTIVE] = False
     """Leave completions that the length limit cut out of the loss."""
     vllm_importance_sampling_correction: Annotated[bool | None, _OBJECTIVE] = None

@@ -124,11 +124,26 @@ def _check_support(config: Config) -> None:
         )
 
 
+def _check_decoupled(config: Config) -> None:
+    if config.scale_rewards != "group":
+        raise ValueError(
+            f"scale_rewards={config.scale_rewards!r} with multi_objective_aggregation='normalize_then_sum': that scales each "
+            "reward in its group and their sum over the batch; leave scale_rewards at 'group'"
+        )
+    if config.loss_type == "rloo":
+        raise ValueError(
+            "loss_type='rloo' with multi_objective_aggregation='normalize_then_sum': its baseline is the mean of the group's "
+            "other completions, and it scales nothing; choose another loss_type, or 'sum_then_normalize'"
+        )
+
+
 def _check_objective_and_run(config: Config) -> None:
-    if config.reward_weights and len(config.reward_weights) != len(config.reward_funcs):
+    if config.reward_weights and config.reward_funcs and len(config.reward_weights) != len(config.reward_funcs):
         raise ValueError(
             f"reward_weights has {len(config.reward_weights)} values for {len(config.reward_funcs)} reward_funcs; give one each"
         )
+    if config.multi_objective_aggregation == "normalize_then_sum":
+        _check_decoupled(config)
     if config.overwrite and config.resume_if_exists:
         raise ValueError("overwrite=True with resume_if_exists=True: a run is replaced or gone on with; leave one out")
     if config.loss_type == "cispo" and config.epsilon_high is None:

@@ -26,6 +26,8 @@ sapo       1/N sum_i 1/n_i sum_t -sigmoid(tau (r_t - 1)) 4/tau A_i              
 To each, ``beta`` adds the k3 estimate of the KL to the reference, token by token under the same normaliser (rloo excepted), and
 ``entropy_coef`` subtracts the mean entropy over the step's tokens, whatever the normaliser is.
 
+:func:`decoupled_advantages` is the other way to ``A`` that any row but rloo can take, where there are several rewards.
+
 A normaliser counts every sequence and token of the step: it is computed before groups without variance are dropped and before
 micro-batches are cut, so neither changes a gradient. A masked completion counts in N and has no tokens.
 """
@@ -38,11 +40,11 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 
-from grpo_fast.ops.group_advantage import GroupAdvantage, ScaleRewards, group_advantage
+from grpo_fast.ops.group_advantage import STD_EPSILON, GroupAdvantage, ScaleRewards, group_advantage
 from grpo_fast.ops.loss_spec import LossSpec, RatioLevel, Surrogate
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from grpo_fast.config import Config
 
@@ -139,6 +141,33 @@ class Objective:
             tokens_each = max_completion_length if self.normalizer == "fixed_length" else 1
             weights = torch.full_like(lengths, 1.0 / (sequences * tokens_each))
         return weights.masked_fill(lengths == 0, 0.0).float()
+
+
+def decoupled_advantages(rewards: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
+    """Advantages that scale each reward by itself, so that one of small spread counts as much as its weight says.
+
+    With ``A_f`` the advantages of reward f alone (scaled by its group's standard deviation) and ``S = sum_f w_f A_f`` over the
+    rewards that a completion has, ``A = (S - mean S) / (std S + 1e-4)`` over all completions of the step.
+
+    Args:
+        rewards: float [P, G, F], NaN where there is none.
+        weights: F of them.
+
+    Returns:
+        float [P, G]; exactly 0 in groups where no reward that counts differs, and for completions without any reward.
+
+    Source:
+        GDPO, arXiv 2601.05242; TRL 1.16 ``multi_objective_aggregation="normalize_then_sum"``.
+    """
+    num_prompts, group_size, num_rewards = rewards.shape
+    each = group_advantage(rewards.permute(2, 0, 1).reshape(-1, group_size), scale_rewards="group")
+    factors = rewards.new_tensor(weights)
+    total = torch.tensordot(factors, each.advantages.view(num_rewards, num_prompts, group_size), dims=1)
+    known = total[~rewards.isnan().all(2)]
+    advantages = (total - known.mean()) / (known.std() + STD_EPSILON)
+    tells = ~each.zero_variance.view(num_rewards, num_prompts) & (factors != 0)[:, None]
+    silent = rewards.isnan().all(2) | ~tells.any(0)[:, None]
+    return torch.where(silent, 0.0, advantages)
 
 
 def sequence_kl(

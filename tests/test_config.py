@@ -106,7 +106,6 @@ def test_value_out_of_range_names_the_key(key: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"reward_weights": (1.0,)}, r"reward_weights has 1 values for 0 reward_funcs"),
         ({"reward_funcs": ("accuracy", "format"), "reward_weights": (1.0,)}, r"reward_weights has 1 values for 2 reward_funcs"),
         ({"loss_type": "cispo"}, r"cispo.* needs epsilon_high"),
         ({"reward_range": (1.0, 0.0)}, r"reward_range=\(1.0, 0.0\) must be \(least, greatest\)"),

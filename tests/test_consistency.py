@@ -26,6 +26,14 @@ from grpo_fast.config import Config, ConfigError
         ({"torch_compile": True, "fsdp": "full_shard"}, r"torch_compile=True with fsdp='full_shard'.*leave one out"),
         ({"optim": "adamw_8bit", "offload_optimizer": True}, r"optim='adamw_8bit' with offload_optimizer"),
         ({"fsdp_parallel_head": True}, r"fsdp_parallel_head=True with fsdp='no_shard'.*choose fsdp='full_shard'"),
+        (
+            {"scale_rewards": "batch", "multi_objective_aggregation": "normalize_then_sum"},
+            r"scale_rewards='batch' with multi_objective_aggregation='normalize_then_sum'",
+        ),
+        (
+            {"loss_type": "rloo", "multi_objective_aggregation": "normalize_then_sum"},
+            r"loss_type='rloo' with multi_objective_aggregation='normalize_then_sum'.*choose another loss_type",
+        ),
         ({"reward_funcs": ["accuracy"], "reward_weights": [1.0, 2.0]}, r"reward_weights has 2 values for 1 reward_funcs"),
         ({"loss_type": "cispo"}, r"loss_type='cispo' needs epsilon_high"),
         ({"rollout": "vllm-http"}, r"rollout='vllm-http' with vllm_server_urls=\(\)"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -106,6 +108,8 @@ class Collector:
         self._stream = stream
         self._rewards = rewards
         self._sampling = sampling_params(config)
+        apart = config.multi_objective_aggregation == "normalize_then_sum"
+        self._lives = partial(has_variance, weights=config.reward_weights or repeat(1.0)) if apart else has_variance
 
     def collect(self, step: int, timer: PhaseTimer) -> Collected:
         """Samples a step's groups and gives them rewards; then the engine may sleep until its weights are renewed.
@@ -120,18 +124,19 @@ class Collector:
         """
         groups, report = self._sample(self._config.prompts_per_step, step, round_=0, timer=timer)
         least = self._config.reward_range[0] if self._config.reward_range is not None else 0.0
-        metrics = describe(groups, least_reward=least) | report.metrics()
+        lives = self._lives
+        metrics = describe(groups, least_reward=least, lives=lives) | report.metrics()
         problems = list(report.problems)
         sampled = list(groups)
         for round_ in range(1, self._config.refill_rounds + 1):
-            dead = [group for group in groups if not has_variance(group)]
+            dead = [group for group in groups if not lives(group)]
             if not dead:
                 break
             fresh, report = self._sample(len(dead), step, round_=round_, timer=timer)
             sampled += fresh
             problems += report.problems
-            useful = [group for group in fresh if has_variance(group)]
-            groups = [group for group in groups if has_variance(group)] + useful + dead[: len(dead) - len(useful)]
+            useful = [group for group in fresh if lives(group)]
+            groups = [group for group in groups if lives(group)] + useful + dead[: len(dead) - len(useful)]
         if self._config.refill_rounds:
             metrics["refilled_prompts"] = float(len(sampled) - self._config.prompts_per_step)
         if self._config.vllm_enable_sleep_mode:
@@ -166,13 +171,32 @@ def sampling_params(config: Config) -> SamplingParams:
     )
 
 
-def describe(groups: Sequence[Group], *, least_reward: float = 0.0) -> dict[str, float]:
+def has_variance(group: Group, *, weights: Iterable[float] | None = None) -> bool:
+    """Whether the group's rewards differ, so that it carries a gradient.
+
+    Args:
+        group: with rewards.
+        weights: of the reward functions, where each makes advantages by itself; ``None`` where their weighted sum does.
+    """
+    if weights is None:
+        return _differ(group.reward)
+    return any(weight and _differ(values) for values, weight in zip(zip(*group.rewards, strict=True), weights, strict=False))
+
+
+def _differ(values: Iterable[float]) -> bool:
+    return len({value for value in values if not math.isnan(value)}) > 1
+
+
+def describe(
+    groups: Sequence[Group], *, least_reward: float = 0.0, lives: Callable[[Group], bool] = has_variance
+) -> dict[str, float]:
     """Reward and length statistics under TRL's names; rewards over the completions that have one.
 
     Args:
         groups: with rewards.
         least_reward: what a completion gets that earns nothing; ``frac_reward_all_wrong`` is the share of groups without a
             completion above it.
+        lives: whether a group carries a gradient.
     """
     completions = [completion for group in groups for completion in group.completions]
     lengths = np.array([len(completion.token_ids) for completion in completions])
@@ -180,7 +204,7 @@ def describe(groups: Sequence[Group], *, least_reward: float = 0.0) -> dict[str,
     metrics = {
         "reward": _mean(np.array([value for group in groups for value in group.reward])),
         "reward_std": _mean(np.array([_std(np.array(group.reward)) for group in groups])),
-        "frac_reward_zero_std": 1.0 - sum(map(has_variance, groups)) / len(groups),
+        "frac_reward_zero_std": 1.0 - sum(map(lives, groups)) / len(groups),
         "frac_reward_all_wrong": sum(_all_wrong(group, least_reward) for group in groups) / len(groups),
         "completions/mean_length": float(lengths.mean()),
         "completions/min_length": float(lengths.min()),
@@ -191,12 +215,6 @@ def describe(groups: Sequence[Group], *, least_reward: float = 0.0) -> dict[str,
         terminated = {"mean": ended.mean(), "min": ended.min(), "max": ended.max()}
         metrics |= {f"completions/{name}_terminated_length": float(value) for name, value in terminated.items()}
     return metrics
-
-
-def has_variance(group: Group) -> bool:
-    """Whether the group's rewards differ, so that it carries a gradient."""
-    known = [value for value in group.reward if not math.isnan(value)]
-    return len(set(known)) > 1
 
 
 def _all_wrong(group: Group, least_reward: float) -> bool:

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from grpo_fast.compute import ComputeMeter
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.metrics import MetricSums, PhaseTimer
-from grpo_fast.objective import OBJECTIVES, sequence_kl
+from grpo_fast.objective import OBJECTIVES, decoupled_advantages, sequence_kl
 from grpo_fast.ops import (
     LossBatch,
     PolicyMetrics,
@@ -187,12 +187,18 @@ class Learner:
         return tuple(length for rows in cuts for length in layout.copies_saved(rows))
 
     def _assign_advantages(self, groups: Sequence[Group]) -> None:
+        for group, row in zip(groups, self._advantages(groups).tolist(), strict=True):
+            group.advantages = row
+
+    def _advantages(self, groups: Sequence[Group]) -> torch.Tensor:
+        """float64 [P, G]."""
+        if self._config.multi_objective_aggregation == "normalize_then_sum":
+            each = torch.tensor([group.rewards for group in groups], dtype=torch.float64)
+            return decoupled_advantages(each, self._config.reward_weights or [1.0] * each.shape[2])
         rewards = torch.tensor([group.reward for group in groups], dtype=torch.float64)
         if self._objective.kl_in_reward and self._config.beta > 0:
             rewards -= self._config.beta * self._kl_of_completions(groups).view_as(rewards)
-        result = self._objective.advantages(rewards, scale_rewards=self._config.scale_rewards)
-        for group, row in zip(groups, result.advantages.tolist(), strict=True):
-            group.advantages = row
+        return self._objective.advantages(rewards, scale_rewards=self._config.scale_rewards).advantages
 
     def _kl_of_completions(self, groups: Sequence[Group]) -> torch.Tensor:
         """float64 [N] on the CPU: first-order KL of each whole completion to the reference."""

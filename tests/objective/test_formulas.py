@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 
 from grpo_fast.config import Config
-from grpo_fast.objective import OBJECTIVES, sequence_kl
+from grpo_fast.objective import OBJECTIVES, decoupled_advantages, sequence_kl
 from grpo_fast.ops.loss_spec import LossBatch
 from grpo_fast.ops.policy_loss import policy_loss
 from grpo_fast.ops.row_plan import live_sequences
@@ -289,6 +291,43 @@ def test_only_rloo_fixes_how_rewards_are_scaled() -> None:
     torch.testing.assert_close(plain, torch.tensor([[0.0, -1.0, -1.0, 2.0]]))
     loo = OBJECTIVES["rloo"].advantages(rewards, scale_rewards="group").advantages
     torch.testing.assert_close(loo, torch.tensor([[0.0, -4 / 3, -4 / 3, 8 / 3]]))
+
+
+def test_rewards_that_are_scaled_one_by_one_equal_an_independent_formula() -> None:
+    rng = np.random.default_rng(0)
+    rewards = rng.normal(size=(5, 4, 3)) * [1.0, 100.0, 1e-3]
+    rewards[0, 1] = np.nan  # no reward at all
+    rewards[1, :, 2] = np.nan
+    rewards[2, :3, 0] = np.nan  # one value, which cannot differ
+    rewards[3, :, 1] = 7.0
+    weights = np.array([1.0, -0.5, 2.0])
+    summed = np.zeros((5, 4))
+    for prompt, function in itertools.product(range(5), range(3)):
+        values = rewards[prompt, :, function]
+        known = values[~np.isnan(values)]
+        if len(known) > 1:
+            scaled = (values - known.mean()) / (known.std(ddof=1) + 1e-4)
+            summed[prompt] += weights[function] * np.nan_to_num(scaled)
+    scored = ~np.isnan(rewards).all(2)
+    expected = np.where(scored, (summed - summed[scored].mean()) / (summed[scored].std(ddof=1) + 1e-4), 0.0)
+    found = decoupled_advantages(torch.tensor(rewards), weights.tolist())
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1.0, 0.0], [0.3, 0.3, 0.0]])
+def test_rewards_that_cancel_teach_where_they_are_scaled_one_by_one(weights: list[float]) -> None:
+    cancelling, flat, uncounted = (
+        [[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.0, 1.0, 0.0]],
+        [[1.0, 2.0, 0.0]] * 3,
+        [[1.0, 2.0, 0.0]] * 2,
+    )
+    rewards = torch.tensor([cancelling, flat, [*uncounted, [1.0, 2.0, 5.0]]])
+    assert torch.equal(decoupled_advantages(rewards, weights), torch.zeros(3, 3)), (
+        "equal weights: one gains what the other loses"
+    )
+    unequal = decoupled_advantages(rewards, [1.0, 0.5, 0.0])
+    assert unequal[0].sign().tolist() == [1.0, 0.0, -1.0]
+    assert torch.equal(unequal[1:], torch.zeros(2, 3)), "exactly: such rows never enter the model"
 
 
 def test_sequence_kl_sums_over_each_completion() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.system.arguments import checkpointing
 from grpo_fast.config import Config
-from grpo_fast.objective import OBJECTIVES
+from grpo_fast.objective import OBJECTIVES, decoupled_advantages
 from grpo_fast.ops.loss_spec import LossBatch
 from grpo_fast.ops.policy_loss import policy_loss
 from tests.objective.settings import LIMIT, settings
@@ -28,6 +28,10 @@ TRL_CASES |= {
     for what, more in {"kl": {"beta": 0.1}, "entropy": {"entropy_coef": 0.05}}.items()
 }
 TRL_CASES |= {f"{n} with delta": (n, TRL_CASES[n][1], {"delta": 1.5}) for n in ("grpo", "dapo", "gspo", "luspo")}
+
+
+def _no_reward(completions: list[str], **_: Any) -> list[float]:
+    return [0.0] * len(completions)
 
 
 class TrlRig:
@@ -46,7 +50,7 @@ class TrlRig:
         self.tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=splitter, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
         )
-        self.dataset = Dataset.from_list([{"prompt": "w1 w2"}])
+        self.dataset = Dataset.from_list([{"prompt": "w1 w2"}, {"prompt": "w3 w4"}])
         torch.manual_seed(3)
         shape = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
         heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -100,12 +104,12 @@ class TrlRig:
             "num_items_in_batch": self.lengths.sum().float(),
         }
 
-    def trainer(self, kind: str, **arguments: Any) -> Any:
+    def trainer(self, kind: str, *, reward_funcs: Any = _no_reward, **arguments: Any) -> Any:
         config_type = getattr(self.trl, f"{kind}Config")
         arguments = {"per_device_train_batch_size": 6, "num_generations": 3, "temperature": 0.8, "beta": 0.0} | arguments
         trainer = getattr(self.trl, f"{kind}Trainer")(
             model=self.model,
-            reward_funcs=lambda completions, **_: [0.0] * len(completions),
+            reward_funcs=reward_funcs,
             args=config_type(
                 output_dir=self.directory,
                 max_completion_length=LIMIT,
@@ -182,6 +186,31 @@ def test_rloo_equals_trl(trl_rig: TrlRig) -> None:
     assert ours.loss.item() == pytest.approx(theirs.item(), rel=1e-5)
     torch.testing.assert_close(gradient_of(trl_rig.model, ours.loss), their_gradient, rtol=1e-4, atol=1e-6)
     assert ours.metrics.clip_region > 0
+
+
+@of_trl
+def test_advantages_of_rewards_scaled_one_by_one_equal_trl(trl_rig: TrlRig) -> None:
+    def last(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+        return [None if ids[0] % 4 == 0 else 100.0 * ids[-1] for ids in completion_ids]
+
+    def first(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+        return [0.01 * ids[0] for ids in completion_ids]
+
+    trainer = trl_rig.trainer(
+        "GRPO",
+        reward_funcs=[last, first],
+        multi_objective_aggregation="normalize_then_sum",
+        reward_weights=[1.0, 0.3],
+        max_steps=1,
+        save_strategy="no",
+    )
+    trainer.train()
+    logs = trainer._logs
+    rewards = torch.tensor([logs["rewards"][name] for name in ("last", "first")]).T.reshape(2, 3, 2)
+    assert 0 < rewards[..., 0].isnan().sum() < 6
+    assert rewards[..., 0].nan_to_num(-1.0).unique().numel() > 3
+    ours = decoupled_advantages(rewards, [1.0, 0.3])
+    torch.testing.assert_close(ours.flatten(), torch.tensor(list(logs["advantages"])), rtol=1e-4, atol=1e-5)
 
 
 @of_trl

@@ -106,6 +106,18 @@ def test_refilling_replaces_dead_groups_and_the_metrics_stay_those_of_the_first_
     assert found.metrics["frac_reward_zero_std"] == pytest.approx(1 / 3)
 
 
+def test_rewards_that_add_up_to_the_same_live_where_each_counts_by_itself(build: Build) -> None:
+    def opposite(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        return [-value for value in numbered(prompts, completions)]
+
+    summed = build([numbered, opposite], refill_rounds=1).collect(1, PhaseTimer())
+    assert summed.metrics["frac_reward_zero_std"] == 1.0
+    apart = build([numbered, opposite], refill_rounds=1, multi_objective_aggregation="normalize_then_sum")
+    found = apart.collect(1, PhaseTimer())
+    assert found.metrics["frac_reward_zero_std"] == 0.0
+    assert found.metrics["refilled_prompts"] == 0.0
+
+
 def test_what_refilling_cannot_replace_is_kept(build: Build) -> None:
     found = build(dead_for("abcdef"), refill_rounds=1).collect(1, PhaseTimer())
     assert [group.prompt.prompt[0] for group in found.groups] == ["a", "b", "c"]
@@ -221,3 +233,8 @@ def test_statistics_where_everything_is_cut_and_nothing_is_known() -> None:
 )
 def test_variance_is_among_known_rewards(rewards: list[float], alive: bool) -> None:
     assert has_variance(Group(PROMPTS[0], answers(*[1] * len(rewards)), [], rewards)) is alive
+    each = [[0.5, value, -value] for value in rewards]
+    group = Group(PROMPTS[0], answers(*[1] * len(rewards)), each, [0.5] * len(rewards))
+    assert has_variance(group) is False
+    assert has_variance(group, weights=(1.0, 0.1, 0.0)) is alive
+    assert has_variance(group, weights=(1.0, 0.0, 0.0)) is False, "a reward without weight teaches nothing"

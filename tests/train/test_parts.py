@@ -235,6 +235,10 @@ def test_weights_of_rewards_reach_the_pool(build: Any) -> None:
     assert parts.rewards.names == ["exact_match", "format"]
     assert tuple(parts.rewards.weights) == (1.0, 0.5)
     assert build().rewards.names == ["exact_match"], "without a choice they are the task's"
+    functions = [lambda completions: [0.0] * len(completions), lambda completions: [1.0] * len(completions)]
+    assert build({"reward_funcs": functions}, reward_weights=(1.0, 0.5)).rewards.weights == (1.0, 0.5)
+    with pytest.raises(ValueError, match=r"reward weights \[1.0\] are 1 for 2 reward functions; give one each"):
+        build({"reward_funcs": functions}, reward_weights=(1.0,))
 
 
 def test_held_out_prompts_keep_to_their_number(build: Any) -> None:

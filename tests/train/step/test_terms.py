@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from grpo_fast.metrics import PhaseTimer
+from grpo_fast.objective import decoupled_advantages
 from grpo_fast.ops import FusedLoss, fused_grpo
 from grpo_fast.train import head_part
 from grpo_fast.train.step import share_out
@@ -70,6 +71,22 @@ def test_rloo_takes_the_kl_from_the_rewards(tiny_policy: MakePolicy, make_group:
     expected = rewards - (rewards.sum() - rewards) / 3
     assert moved.advantages == pytest.approx(expected.tolist(), abs=1e-5)
     assert moved.advantages != pytest.approx(same, abs=0.05)
+
+
+def test_several_rewards_are_scaled_one_by_one(tiny_policy: MakePolicy, make_group: MakeGroup) -> None:
+    groups = [make_group(number, [0.0] * 4) for number in range(2)]
+    small, large = [[0.0, 0.001, 0.002, 0.003], [0.0] * 4], [[0.0] * 4, [300.0, 200.0, 100.0, 0.0]]
+    for group, *values in zip(groups, small, large, strict=True):
+        group.rewards = [list(row) for row in zip(*values, strict=True)]
+        group.reward = [sum(row) for row in group.rewards]
+    rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float64)
+    for weights in ((), (1.0, 0.25)):
+        settings = {"reward_funcs": ["a:b", "a:c"], "reward_weights": weights} if weights else {}
+        bench = Bench(tiny_policy(), multi_objective_aggregation="normalize_then_sum", **settings)
+        assert len(bench.update(groups).trained) == 8
+        expected = decoupled_advantages(rewards, weights or (1.0, 1.0))
+        assert [group.advantages for group in groups] == expected.tolist()
+        assert groups[0].advantages[3] > 0.5 * (weights or (1.0, 1.0))[1] * groups[1].advantages[0]
 
 
 def test_completions_of_no_token_leave_the_weights(tiny_policy: MakePolicy, make_group: MakeGroup) -> None:
