@@ -146,6 +146,9 @@ class Config(BaseModel):
     """Share of the GPU's memory that vLLM takes for its weights and its cache."""
     vllm_kv_cache_gib: Annotated[float | None, _ROLLOUT] = Field(None, gt=0)
     """Memory of vLLM's cache, in GiB, in place of what that share leaves."""
+    vllm_engine_args: Annotated[JsonObject, _ROLLOUT] = Field(default_factory=dict)
+    """Other arguments of vLLM's engine, such as ``{"enforce_eager": true, "max_num_seqs": 64}``; a server is started with its
+    own."""
     vllm_enable_sleep_mode: Annotated[bool, _ROLLOUT] = False
     """Let vLLM sleep while the policy trains: its memory on the GPU is the trainer's then (with adapters, its weights go to the
     host's). Servers need ``grpo-fast serve --enable-sleep-mode``."""

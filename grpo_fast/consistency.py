@@ -88,6 +88,11 @@ def _check_rollout(config: Config) -> None:
             f"vllm_own_process=True with rollout={config.rollout!r}: only vLLM in the trainer's process can leave it; set "
             "rollout='vllm'"
         )
+    if config.vllm_engine_args and config.rollout != "vllm":
+        raise ValueError(
+            f"vllm_engine_args={config.vllm_engine_args} with rollout={config.rollout!r}: they are for the engine of "
+            "rollout='vllm'; a server is given vLLM's options when it is started, `grpo-fast serve MODEL -- --max-num-seqs 64`"
+        )
     if config.vllm_transport != "auto" and config.rollout == "transformers":
         raise ValueError(
             f"vllm_transport={config.vllm_transport!r} with rollout='transformers': that samples from the policy itself; set "

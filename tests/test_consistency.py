@@ -27,6 +27,10 @@ from grpo_fast.config import Config, ConfigError
         ({"optim": "adamw_8bit", "offload_optimizer": True}, r"optim='adamw_8bit' with offload_optimizer"),
         ({"fsdp_parallel_head": True}, r"fsdp_parallel_head=True with fsdp='no_shard'.*choose fsdp='full_shard'"),
         (
+            {"vllm_engine_args": {"max_num_seqs": 3}},
+            r"vllm_engine_args={'max_num_seqs': 3} with rollout='transformers'.*grpo-fast serve MODEL -- --max-num-seqs 64",
+        ),
+        (
             {"scale_rewards": "batch", "multi_objective_aggregation": "normalize_then_sum"},
             r"scale_rewards='batch' with multi_objective_aggregation='normalize_then_sum'",
         ),

@@ -13,8 +13,8 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import metadata, util
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -59,8 +59,9 @@ class VLLMSettings:
     """Memory for keys and values; ``None``: what the share above leaves, and on a CPU what 256 sequences need, up to 2 GiB."""
     max_length: int | None = None
     """Longest prompt and completion together, in tokens; ``None`` takes the model's context."""
-    enforce_eager: bool | None = None
-    """Run without CUDA graphs; ``None`` does so on a CPU."""
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+    """Other arguments of vLLM's engine, such as ``enforce_eager``; see
+    :func:`~grpo_fast.rollout.vllm_arguments.check_engine_args`."""
     sync_deadline_s: float = 300.0
     """Longest time of each phase of a weight sync."""
     request_deadline_s: float = 1800.0
@@ -186,7 +187,7 @@ class VLLMEngine:
         arguments: dict[str, Any] = {
             "max_model_len": self._context,
             "gpu_memory_utilization": settings.gpu_memory_utilization,
-            "enforce_eager": on_cpu if settings.enforce_eager is None else settings.enforce_eager,
+            "enforce_eager": on_cpu,
             "seed": 0,
             "enable_sleep_mode": settings.enable_sleep_mode,
         }
@@ -208,7 +209,7 @@ class VLLMEngine:
                 delivery=self._delivery,
                 own_process=settings.own_process,
                 deadlines={name: getattr(settings, name) for name in ("request_deadline_s", "sync_deadline_s")},
-                arguments={"model": directory, **arguments, **options},
+                arguments={"model": directory, **arguments, **options, **settings.engine_args},
             )
 
     def _describe_model(self, directory: str) -> None:

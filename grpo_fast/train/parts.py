@@ -21,6 +21,7 @@ from grpo_fast.rewards import RewardPool
 from grpo_fast.rollout import RolloutEngine, RolloutError
 from grpo_fast.rollout.transformers_engine import TransformersEngine, foreign_parts
 from grpo_fast.rollout.transports import Host, choose_transport
+from grpo_fast.rollout.vllm_arguments import check_engine_args
 from grpo_fast.rollout.vllm_client import VLLMServer
 from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMServerEngine, VLLMSettings, require_vllm
 from grpo_fast.rollout.vllm_sleep import sleep_level
@@ -347,6 +348,7 @@ def _check_vllm(config: Config) -> None:
         require_vllm()
         for server in servers:
             _ = server.context_length  # it is there, and takes the key
+        check_engine_args(config.vllm_engine_args, on_gpu=on_gpu)
     except (ValueError, RolloutError) as error:
         raise ConfigError(f"rollout={config.rollout!r}: {error}") from None
 
@@ -392,6 +394,7 @@ def _build_engine(config: Config, policy: Policy, longest: int) -> RolloutEngine
         own_process=config.vllm_own_process,
         transport=config.vllm_transport,
         enable_sleep_mode=config.vllm_enable_sleep_mode,
+        engine_args=config.vllm_engine_args,
     )
     if config.rollout == "vllm-http":
         return VLLMServerEngine(

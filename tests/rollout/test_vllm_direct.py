@@ -27,7 +27,8 @@ SAMPLING = SamplingParams(max_tokens=12, temperature=0.7)
 def engine() -> Iterator[VLLMEngine]:
     model = AutoModelForCausalLM.from_pretrained(embedded_model_dir(), dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(embedded_model_dir())
-    engine = VLLMEngine(model, tokenizer, settings=VLLMSettings(sync_deadline_s=60))
+    settings = VLLMSettings(sync_deadline_s=60, engine_args={"max_num_seqs": 3})
+    engine = VLLMEngine(model, tokenizer, settings=settings)
     yield engine
     engine.close()
 
@@ -44,6 +45,12 @@ def test_twenty_syncs_and_the_logprobs_are_the_policys_after_each(
         answers = engine.generate(PROMPTS, SAMPLING, num_generations=2, seed=version)
         assert measure_errors(model, PROMPTS, answers, SAMPLING.temperature).agrees
         assert metrics["sync/bytes"] == sum(weight.nbytes for weight in model.parameters())
+
+
+def test_arguments_of_vllms_engine_reach_it(engine: VLLMEngine) -> None:
+    assert engine._vllm._llm.llm_engine.vllm_config.scheduler_config.max_num_seqs == 3
+    answers = engine.generate(PROMPTS, SAMPLING, num_generations=4, seed=0)
+    assert [len(group) for group in answers] == [4, 4], "the others wait their turn"
 
 
 def test_the_engine_keeps_its_weights_while_the_policy_moves_on(

@@ -64,6 +64,12 @@ def test_a_server_that_is_not_there_is_told_before_the_model_is_read(build: Any,
         build(rollout="vllm-http", vllm_server_urls=(f"http://127.0.0.1:{port}",), model="no/such/model", device="cpu")
 
 
+def test_arguments_of_vllm_are_checked_before_the_model_is_read(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grpo_fast.train.parts.require_vllm", lambda: None)
+    with pytest.raises(ConfigError, match="rollout='vllm': engine argument 'max_model_len' is decided by max_prompt_length"):
+        build(rollout="vllm", vllm_engine_args={"max_model_len": 2}, model="no/such/model", device="cpu")
+
+
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")
 def test_rollouts_by_a_vllm_that_is_not_there_are_refused_before_the_model_is_read(build: Any) -> None:
     with pytest.raises(ConfigError, match=r"rollout='vllm': vLLM is not installed; `pip install 'grpo-fast\[vllm\]'`"):
