@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from grpo_fast.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from grpo_fast.tasks.files import task_of as task_of
     from grpo_fast.tasks.load import load_task as load_task
     from grpo_fast.tasks.prompts import encode_prompts as encode_prompts
     from grpo_fast.tasks.stream import PromptStream as PromptStream
@@ -17,5 +18,13 @@ if TYPE_CHECKING:
     from grpo_fast.tasks.task import Task as Task
 
 __getattr__, __dir__, __all__ = lazy_names(
-    __name__, {"PromptStream": "stream", "Rows": "task", "Task": "task", "encode_prompts": "prompts", "load_task": "load"}
+    __name__,
+    {
+        "PromptStream": "stream",
+        "Rows": "task",
+        "Task": "task",
+        "encode_prompts": "prompts",
+        "load_task": "load",
+        "task_of": "files",
+    },
 )

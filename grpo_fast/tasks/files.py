@@ -1,8 +1,10 @@
-"""Datasets of one's own: a hub dataset, a directory, or a parquet, JSONL or CSV file, with a column of prompts."""
+"""Datasets of one's own: a hub dataset, a directory, a parquet, JSONL or CSV file, or one in hand, with a column of prompts."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -36,20 +38,50 @@ def table_task(config: Config, *, path: Path | None, needs_reward: bool) -> Task
             f"dataset_size={config.dataset_size} is for generated tasks, and {config.dataset!r} is none; take a part of its "
             f"rows by dataset_split='{config.dataset_split}[:{config.dataset_size}]'"
         )
-    train = _read(config, path, split=config.dataset_split)
-    if config.eval_split is not None:
-        held_out = evenly(_read(config, path, split=config.eval_split), config.eval_size)
-    else:
-        train, held_out = hold_out(train, config.eval_size, seed=config.seed)
-    has_answer = "answer" in train.column_names
-    if needs_reward and not has_answer and not config.reward_funcs:
+    told = f"dataset {config.dataset!r}"
+    train = _named(config, _read(config, path, split=config.dataset_split), told)
+    held_out = None if config.eval_split is None else _named(config, _read(config, path, split=config.eval_split), told)
+    _check_reward(config, train, told, needs_reward=needs_reward)
+    return _task(config, config.dataset, train, held_out)
+
+
+def task_of(config: Config, train_dataset: Any, eval_dataset: Any = None, *, needs_reward: bool) -> Task:
+    """The same of rows in hand.
+
+    Args:
+        config: ``eval_size``, ``prompt_column``, ``answer_column``, ``seed`` and ``reward_funcs`` are read.
+        train_dataset: a ``datasets.Dataset``, or a list of rows as mappings of plain values.
+        eval_dataset: rows held out, alike; without them some of ``train_dataset`` are.
+        needs_reward: whether ``config`` or the dataset must say how answers are rewarded.
+
+    Returns:
+        As :func:`table_task` does.
+
+    Raises:
+        ConfigError: no table, no rows, a column that is missing, or nothing says how to reward answers.
+    """
+    train = _named(config, _table(train_dataset, "train_dataset"), "train_dataset")
+    held_out = None if eval_dataset is None else _named(config, _table(eval_dataset, "eval_dataset"), "eval_dataset")
+    _check_reward(config, train, "train_dataset", needs_reward=needs_reward)
+    return _task(config, "train_dataset", train, held_out)
+
+
+def _check_reward(config: Config, table: Dataset, told: str, *, needs_reward: bool) -> None:
+    if needs_reward and "answer" not in table.column_names and not config.reward_funcs:
         raise ConfigError(
-            f"dataset {config.dataset!r} has no 'answer' column to check completions against (it has "
-            f"{', '.join(train.column_names)}); name the column by answer_column, or set reward_funcs"
+            f"{told} has no 'answer' column to check completions against (it has {', '.join(table.column_names)}); name the "
+            "column by answer_column, or set reward_funcs"
         )
-    default = ("accuracy",) if has_answer else ()
+
+
+def _task(config: Config, name: str, train: Dataset, held_out: Dataset | None) -> Task:
+    if held_out is None:
+        train, held_out = hold_out(train, config.eval_size, seed=config.seed)
+    else:
+        held_out = evenly(held_out, config.eval_size)
+    default = ("accuracy",) if "answer" in train.column_names else ()
     return Task(
-        name=config.dataset,
+        name=name,
         train=train,
         eval=held_out,
         reward_funcs=default,
@@ -83,18 +115,37 @@ def _read(config: Config, path: Path | None, *, split: str) -> Dataset:
         table = read_directory(path, name=config.dataset_config, split=split)
     else:
         table = read_files({"train": path}, split=split)
-    return _named(config, table)
+    return table
 
 
-def _named(config: Config, table: Dataset) -> Dataset:
-    """The table with its columns of prompts and answers under the names that they go by here."""
+def _table(given: Any, name: str) -> Dataset:
+    """Rows in hand as a table; ``name`` is the argument's."""
+    if isinstance(given, Mapping):
+        first = next(iter(given), "train")
+        raise ConfigError(f"{name} holds splits ({', '.join(map(str, given))}); give one of them, as {name}=data[{first!r}]")
+    if not isinstance(given, Dataset | list | tuple):
+        raise ConfigError(
+            f"{name} is of type {type(given).__name__}; give a datasets.Dataset or a list of rows (of a dataset that streams, "
+            "those that were taken: list(data.take(1000)))"
+        )
+    try:
+        table = given if isinstance(given, Dataset) else Dataset.from_list(list(given))
+    except Exception as error:
+        raise ConfigError(f"{name} is no table: {error}; give rows with the same columns, of plain values") from error
+    if not len(table):
+        raise ConfigError(f"{name} has no rows; leave it out, or give some")
+    return table
+
+
+def _named(config: Config, table: Dataset, told: str) -> Dataset:
+    """The table with its columns of prompts and answers under the names that they go by here; ``told`` is its own."""
     for field, name in (("prompt_column", "prompt"), ("answer_column", "answer")):
         column = getattr(config, field)
         if column not in table.column_names:
             if column == "answer":  # rewards of one's own may need none
                 continue
             raise ConfigError(
-                f"dataset {config.dataset!r} has no {column!r} column; it has {', '.join(table.column_names)}. Name the one "
+                f"{told} has no {column!r} column; it has {', '.join(table.column_names)}. Name the one "
                 f"that holds the {name}s by {field}"
             )
         if column != name:

@@ -28,7 +28,7 @@ from grpo_fast.rollout.vllm_sleep import sleep_level
 from grpo_fast.run_dir import CONFIG_FILE, empty_run, is_cut_short, write_whole
 from grpo_fast.sinks import JsonlSink, RunInfo, Sink, SinkSet, build_sinks
 from grpo_fast.sinks.question import TIMEOUT_S
-from grpo_fast.tasks import PromptStream, Task, encode_prompts, load_task
+from grpo_fast.tasks import PromptStream, Task, encode_prompts, load_task, task_of
 from grpo_fast.tasks.encoded import EncodedPrompts
 from grpo_fast.tasks.remarks import plain_text, repeats
 from grpo_fast.train.distributed import ALONE, World, note_launch
@@ -121,8 +121,13 @@ class Replacements(TypedDict, total=False):
 
     reward_funcs: Sequence[str | Callable[..., Any]]
     """Names, or Python functions as they are, in place of ``config.reward_funcs``."""
+    train_dataset: Any
+    """Rows in place of ``config.dataset``: a ``datasets.Dataset`` or a list of mappings; see
+    :func:`~grpo_fast.tasks.files.task_of`."""
+    eval_dataset: Any
+    """Rows held out, beside ``train_dataset``."""
     task: Task
-    """Prompts and rewards in place of ``config.dataset``."""
+    """Prompts and rewards together, in place of ``config.dataset``."""
     budget: Budget
     """Limits in place of the configuration's; ``config.max_steps`` holds beside it, as the horizon."""
     engine: RolloutEngine
@@ -167,7 +172,7 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
     if "engine" not in given:
         _check_sampler(config, source)
     check_room(source.model_config, config, num_devices=world.size)
-    task = given.get("task") or load_task(config, chat=source.chat, needs_reward="reward_funcs" not in given)
+    task = _task(config, given, chat=source.chat)
     functions = given.get("reward_funcs") or config.reward_funcs or task.reward_funcs
     rewards = _build_pool(config, functions, config.reward_weights, world=world)
     prompts, eval_prompts = _encoded(config, task, source)
@@ -211,6 +216,10 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
 
 def _check(config: Config, given: Replacements, world: World) -> None:
     """What can be said without tokeniser, data or weights."""
+    if "train_dataset" in given and "task" in given:
+        raise ConfigError("train_dataset and task are both given; each brings the rows to train on, so give one")
+    if "eval_dataset" in given and "train_dataset" not in given:
+        raise ConfigError("eval_dataset is given without train_dataset; give both, or name a split by eval_split")
     OBJECTIVES[config.loss_type].spec(config)
     if config.rollout != "transformers" and "engine" not in given:
         _check_vllm(config)
@@ -218,6 +227,13 @@ def _check(config: Config, given: Replacements, world: World) -> None:
         _check_ranks(config, world.size)
     check_sharding(config)
     check_optimizer(config)
+
+
+def _task(config: Config, given: Replacements, *, chat: bool) -> Task:
+    needs_reward = "reward_funcs" not in given
+    if "train_dataset" in given:
+        return task_of(config, given["train_dataset"], given.get("eval_dataset"), needs_reward=needs_reward)
+    return given.get("task") or load_task(config, chat=chat, needs_reward=needs_reward)
 
 
 def _encoded(config: Config, task: Task, source: PolicySource) -> tuple[EncodedPrompts, EncodedPrompts]:

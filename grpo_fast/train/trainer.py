@@ -70,8 +70,8 @@ class GRPOTrainer:
         Args:
             config: the whole configuration; see :func:`grpo_fast.recipe` for ready ones.
             resume: go on with the run in ``config.output_dir``; see :meth:`resume` and ``config.resume_if_exists``.
-            **given: parts in place of the configured ones: ``reward_funcs``, ``task``, ``budget``, ``engine``, ``predictor``,
-                ``sinks``; see :class:`~grpo_fast.train.parts.Replacements`.
+            **given: parts in place of the configured ones: ``reward_funcs``, ``train_dataset``, ``eval_dataset``, ``budget``,
+                ``engine``, ``predictor``, ...; see :class:`~grpo_fast.train.parts.Replacements`.
 
         Raises:
             ConfigError: something in the configuration cannot work; the message names it and the fix.

@@ -1,15 +1,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.tasks import load_task
-from grpo_fast.tasks.files import hold_out
+from grpo_fast.tasks.files import hold_out, task_of
 
 
 def write(directory: Path, *, name: str = "data.parquet", rows: int = 50, **columns: str) -> str:
@@ -78,6 +79,44 @@ def test_an_eval_split_is_read_instead_of_rows_held_out(tmp_path: Path) -> None:
     task = load_task(Config(dataset=str(tmp_path), eval_split="validation", eval_size=10), chat=True)
     assert (len(task.train), len(task.eval)) == (50, 10)
     assert {task.eval[index]["answer"] for index in range(10)} == {"2"}
+
+
+ROWS = [{"question": f"q{row}", "answer": str(row), "level": row % 3} for row in range(30)]
+
+
+@pytest.mark.parametrize("make", [list, tuple, Dataset.from_list], ids=["list", "tuple", "dataset"])
+def test_rows_in_hand_are_what_a_file_of_them_is(make: Any, tmp_path: Path) -> None:
+    Dataset.from_list(ROWS).to_parquet(tmp_path / "data.parquet")
+    config = Config(dataset=str(tmp_path / "data.parquet"), prompt_column="question", eval_size=4)
+    task, same = task_of(config, make(ROWS), needs_reward=True), load_task(config, chat=False)
+    assert (task.name, task.reward_funcs, task.eval_reward) == ("train_dataset", ("accuracy",), "accuracy")
+    assert list(task.train) == list(same.train)
+    assert list(task.eval) == list(same.eval)
+    given = task_of(config, make(ROWS[:20]), make(ROWS[20:]), needs_reward=True)
+    assert [row["prompt"] for row in given.train] == [f"q{row}" for row in range(20)]
+    assert [row["prompt"] for row in given.eval] == ["q20", "q22", "q25", "q27"], "eval_size of them, evenly"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            DatasetDict(test=Dataset.from_list(ROWS)),
+            r"train_dataset holds splits \(test\); give one.* train_dataset=data\['test'\]",
+        ),
+        (IterableDataset.from_generator(lambda: iter(ROWS)), r"of type IterableDataset; .*list\(data.take\(1000\)\)"),
+        ("data.parquet", r"train_dataset is of type str; give a datasets.Dataset or a list of rows"),
+        ([], r"train_dataset has no rows"),
+        (Dataset.from_list([]), r"train_dataset has no rows"),
+        ([{"prompt": 1}, {"prompt": "x"}], r"train_dataset is no table: .*give rows with the same columns, of plain values"),
+        (["a"], r"train_dataset is no table"),
+        (ROWS, r"train_dataset has no 'prompt' column; it has question, answer, level"),
+        ([{"prompt": "a"}], r"train_dataset has no 'answer' column .* or set reward_funcs"),
+    ],
+)
+def test_rows_in_hand_that_cannot_be_used(given: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        task_of(Config(), given, needs_reward=True)
 
 
 def test_a_hub_dataset_that_cannot_be_fetched_says_what_to_give(monkeypatch: pytest.MonkeyPatch) -> None:

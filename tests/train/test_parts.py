@@ -211,7 +211,7 @@ def test_what_is_odd_about_the_data_is_told_where_a_run_begins(tmp_path: Path) -
     ("config", "given", "told"),
     [
         (Config(), {"reward_func": []}, r"no part 'reward_func' to be given; did you mean 'reward_funcs'\?"),
-        (Config(), {"args": 1}, r"no part 'args' to be given; There are: reward_funcs, task, .*all else is in Config"),
+        (Config(), {"args": 1}, r"no part 'args' to be given; There are: reward_funcs, train_dataset, .*all else is in Config"),
         ("Qwen/Qwen3-0.6B", {}, r"first argument is a Config, not 'Qwen/Qwen3-0.6B'; make one"),
         ({"model": "embedded"}, {}, r"not \{'model': 'embedded'\}"),
     ],
@@ -245,6 +245,25 @@ def test_weights_of_rewards_reach_the_pool(build: Any) -> None:
     assert build({"reward_funcs": functions}, reward_weights=(1.0, 0.5)).rewards.weights == (1.0, 0.5)
     with pytest.raises(ValueError, match=r"reward weights \[1.0\] are 1 for 2 reward functions; give one each"):
         build({"reward_funcs": functions}, reward_weights=(1.0,))
+
+
+def test_rows_in_hand_take_the_place_of_the_dataset(tiny_config: MakeConfig) -> None:
+    rows = [{"prompt": f"{letter}=", "answer": letter} for letter in "abcdefghij"]
+
+    def build(**given: Any) -> Parts:
+        return build_parts(tiny_config(), given, resume=False)  # type: ignore[arg-type]
+
+    parts = build(train_dataset=rows, eval_dataset=rows[:3])
+    assert [prompt.prompt for prompt in parts.prompts] == [row["prompt"] for row in rows]
+    assert [prompt.prompt for prompt in parts.eval_prompts] == ["a=", "b=", "c="]
+    assert parts.rewards.names == ["accuracy"]
+    parts.close()
+    for given, message in (
+        ({"eval_dataset": rows}, "eval_dataset is given without train_dataset; give both"),
+        ({"train_dataset": rows, "task": Task("own", rows, rows, (), "")}, "train_dataset and task are both given"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build(**given)
 
 
 def test_held_out_prompts_keep_to_their_number(build: Any) -> None:
