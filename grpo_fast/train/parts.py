@@ -17,7 +17,7 @@ from grpo_fast.config import Config, ConfigError
 from grpo_fast.device import DeviceFacts, device_facts, energy_source
 from grpo_fast.law import OnlinePredictor, Prior, RunFacts
 from grpo_fast.objective import OBJECTIVES
-from grpo_fast.rewards import RewardPool
+from grpo_fast.rewards import RewardPool, reward_name
 from grpo_fast.rollout import RolloutEngine, RolloutError
 from grpo_fast.rollout.transformers_engine import TransformersEngine, foreign_parts
 from grpo_fast.rollout.transports import Host, choose_transport
@@ -36,7 +36,7 @@ from grpo_fast.train.optim import check_optimizer
 from grpo_fast.train.plan_memory import check_room
 from grpo_fast.train.policy import BasePolicy, Policy, Scorer, count_parameters
 from grpo_fast.train.policy_source import PolicySource, pick_device
-from grpo_fast.train.resumable import LIMITS
+from grpo_fast.train.resumable import LIMITS, check_sources, write_sources
 from grpo_fast.train.sharding import ShardedPolicy, check_sharding, shards_of_one, spread
 from grpo_fast.train.shares import MainEngine, Rewards, SharedEngine, SharedRewards
 from grpo_fast.train.streaming import streams_weights
@@ -69,6 +69,8 @@ class Parts:
     facts: DeviceFacts
     remarks: Sequence[str]
     """What is odd about the data, to be told where a run begins."""
+    sources: Mapping[str, str | Sequence[str]]
+    """Names of the dataset and of the reward functions, some of which may have been given in Python."""
     replaces_run: bool
     """Whether an older run in the same directory is deleted when this one opens."""
 
@@ -80,6 +82,7 @@ class Parts:
             empty_run(config.output_dir)
             self.replaces_run = False
         write_whole(config.output_dir / CONFIG_FILE, config.to_toml())
+        write_sources(config.output_dir, self.sources)
         note_launch(config.output_dir)
         self.sinks.start(
             RunInfo(
@@ -175,6 +178,12 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
     task = _task(config, given, chat=source.chat)
     functions = given.get("reward_funcs") or config.reward_funcs or task.reward_funcs
     rewards = _build_pool(config, functions, config.reward_weights, world=world)
+    sources: dict[str, str | Sequence[str]] = {
+        "dataset": task.name,
+        "reward_funcs": [reward_name(function) for function in functions],
+    }
+    if resume:
+        world.once(lambda: check_sources(config.output_dir, sources))
     prompts, eval_prompts = _encoded(config, task, source)
     with contextlib.ExitStack() as on_error:
         on_error.callback(rewards.close)
@@ -208,6 +217,7 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
                 *repeats(prompts, eval_prompts[: config.eval_size], prompts_per_step=config.prompts_per_step),
                 *(plain_text(prompts.num_plain, len(prompts)) if source.chat else ()),
             ],
+            sources=sources,
             replaces_run=replaces_run,
         )
         on_error.pop_all()

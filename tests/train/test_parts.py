@@ -106,7 +106,17 @@ def test_overwrite_removes_the_old_run_and_nothing_else(build: Any, tmp_path: Pa
     assert (tmp_path / "run" / "checkpoint-3").exists(), "as long as something may still be wrong with the new run"
     parts.open(0)
     assert (tmp_path / "beside").exists()
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {CONFIG_FILE}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {CONFIG_FILE, "sources.json"}
+
+
+def test_rewards_given_in_python_are_needed_again_on_resume(build: Any) -> None:
+    def short(completions: list[str]) -> list[float]:
+        return [-float(len(text)) for text in completions]
+
+    build({"reward_funcs": [short]}).open(0)
+    assert build({"reward_funcs": [short]}, resume=True).rewards.names == ["short"]
+    with pytest.raises(ConfigError, match=r"begun with reward_funcs \['short'\] and would go on with \['exact_match'\]"):
+        build(resume=True)
 
 
 def test_what_a_kill_left_of_a_configuration_stands_in_nobodys_way(build: Any, tmp_path: Path) -> None:
