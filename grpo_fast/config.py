@@ -311,6 +311,10 @@ class Config(BaseModel):
     """Evaluate on held-out prompts every so many steps, and at the end; 0 never."""
     eval_size: Annotated[int, _RUN] = Field(256, ge=1)
     """Held-out prompts of an evaluation, answered greedily."""
+    eval_temperature: Annotated[float, _RUN] = Field(0.0, ge=0)
+    """Temperature of answers to held-out prompts; 0 takes the likeliest tokens, by which thinking models may go round."""
+    num_generations_eval: Annotated[int, _RUN] = Field(1, ge=1)
+    """Answers to each held-out prompt, whose rewards are averaged."""
     save_steps: Annotated[int, _RUN] = Field(50, ge=1)
     """Checkpoint every so many steps, after an evaluation better than any before, and at the end."""
     save_total_limit: Annotated[int, _RUN] = Field(2, ge=1)

@@ -149,6 +149,11 @@ def _check_objective_and_run(config: Config) -> None:
         )
     if config.multi_objective_aggregation == "normalize_then_sum":
         _check_decoupled(config)
+    if config.num_generations_eval > 1 and config.eval_temperature == 0:
+        raise ValueError(
+            f"num_generations_eval={config.num_generations_eval} with eval_temperature=0: the likeliest answer is the same "
+            "each time; set eval_temperature, as to that of training, or leave num_generations_eval at 1"
+        )
     if config.overwrite and config.resume_if_exists:
         raise ValueError("overwrite=True with resume_if_exists=True: a run is replaced or gone on with; leave one out")
     if config.loss_type == "cispo" and config.epsilon_high is None:

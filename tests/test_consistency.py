@@ -30,6 +30,7 @@ from grpo_fast.config import Config, ConfigError
             {"vllm_engine_args": {"max_num_seqs": 3}},
             r"vllm_engine_args={'max_num_seqs': 3} with rollout='transformers'.*grpo-fast serve MODEL -- --max-num-seqs 64",
         ),
+        ({"num_generations_eval": 4}, r"num_generations_eval=4 with eval_temperature=0: the likeliest answer is the same"),
         (
             {"scale_rewards": "batch", "multi_objective_aggregation": "normalize_then_sum"},
             r"scale_rewards='batch' with multi_objective_aggregation='normalize_then_sum'",

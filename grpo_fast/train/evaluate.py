@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,7 +16,9 @@ from grpo_fast.types import Group
 
 
 def evaluate(config: Config, parts: Parts) -> float:
-    """Mean reward of one greedy completion for each held-out prompt; NaN where none has a reward.
+    """Mean reward of answers to the held-out prompts, by default a greedy one each; NaN where none has a reward.
+
+    The same draws are made each time, so that what changes is the policy's doing.
 
     Args:
         config: the run's configuration.
@@ -24,9 +26,15 @@ def evaluate(config: Config, parts: Parts) -> float:
     """
     if not parts.eval_prompts:
         return math.nan
-    sampling = SamplingParams(max_tokens=config.max_completion_length, temperature=0.0, stop=config.stop)
+    if config.eval_temperature:
+        sampling = replace(sampling_params(config), temperature=config.eval_temperature)
+    else:
+        sampling = SamplingParams(max_tokens=config.max_completion_length, temperature=0.0, stop=config.stop)
     answers = parts.engine.generate(
-        [prompt.token_ids for prompt in parts.eval_prompts], sampling, num_generations=1, seed=config.seed
+        [prompt.token_ids for prompt in parts.eval_prompts],
+        sampling,
+        num_generations=config.num_generations_eval,
+        seed=config.seed,
     )
     groups = [Group(prompt, completions) for prompt, completions in zip(parts.eval_prompts, answers, strict=True)]
     parts.eval_rewards.score(groups)

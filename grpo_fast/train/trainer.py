@@ -246,7 +246,7 @@ class GRPOTrainer:
                 return {}, error
 
     def evaluate(self) -> float:
-        """Mean reward of greedy answers to the held-out prompts, by the task's own measure."""
+        """Mean reward of answers to the held-out prompts, by the task's own measure."""
         value = evaluate(self.config, self._parts)
         self._evals.setdefault("first", value)
         self._evals |= {"last": value, "step": self.global_step}

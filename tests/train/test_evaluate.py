@@ -56,6 +56,31 @@ def test_sampling_settings_and_seed_do_not_matter(build: Callable[..., tuple[Con
     assert len(values) == 1
 
 
+def test_answers_may_be_sampled_and_several(build: Callable[..., tuple[Config, Parts]]) -> None:
+    config, parts = build(eval_temperature=1.5, num_generations_eval=3, top_k=5)
+    asked: list[tuple[SamplingParams, int]] = []
+    scored: list[list[str]] = []
+    generate, score = parts.engine.generate, parts.eval_rewards.score
+
+    def listening(prompts: Any, sampling: SamplingParams, *, num_generations: int, seed: int) -> Any:
+        asked.append((sampling, num_generations))
+        return generate(prompts, sampling, num_generations=num_generations, seed=seed)
+
+    def halves(groups: list[Any]) -> Any:
+        scored.extend([completion.text for completion in group.completions] for group in groups)
+        report = score(groups)
+        for group in groups:
+            group.reward = [0.0, 0.5, 1.0]
+        return report
+
+    parts.engine.generate, parts.eval_rewards.score = listening, halves  # type: ignore[method-assign]
+    assert evaluate(config, parts) == evaluate(config, parts) == 0.5
+    assert asked[0] == (SamplingParams(config.max_completion_length, temperature=1.5, top_k=5), 3)
+    assert len(scored) == 2 * config.eval_size
+    assert scored[: config.eval_size] == scored[config.eval_size :], "the same draws each time"
+    assert any(len(set(texts)) > 1 for texts in scored)
+
+
 def test_stop_strings_hold_for_held_out_prompts_too(build: Callable[..., tuple[Config, Parts]]) -> None:
     config, parts = build()
     first = greedy(config, parts)[0]
