@@ -126,7 +126,7 @@ def _table(given: Any, name: str) -> Dataset:
     if not isinstance(given, Dataset | list | tuple):
         raise ConfigError(
             f"{name} is of type {type(given).__name__}; give a datasets.Dataset or a list of rows (of a dataset that streams, "
-            "those that were taken: list(data.take(1000)))"
+            "those that were taken: list(data.take(1000))). A file, or one of the hub, is named by the configuration's dataset"
         )
     try:
         table = given if isinstance(given, Dataset) else Dataset.from_list(list(given))

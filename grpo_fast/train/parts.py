@@ -17,7 +17,7 @@ from grpo_fast.config import Config, ConfigError
 from grpo_fast.device import DeviceFacts, device_facts, energy_source
 from grpo_fast.law import OnlinePredictor, Prior, RunFacts
 from grpo_fast.objective import OBJECTIVES
-from grpo_fast.rewards import RewardPool, reward_name
+from grpo_fast.rewards import RewardPool
 from grpo_fast.rollout import RolloutEngine, RolloutError
 from grpo_fast.rollout.transformers_engine import TransformersEngine, foreign_parts
 from grpo_fast.rollout.transports import Host, choose_transport
@@ -28,15 +28,16 @@ from grpo_fast.rollout.vllm_sleep import sleep_level
 from grpo_fast.run_dir import CONFIG_FILE, empty_run, is_cut_short, write_whole
 from grpo_fast.sinks import JsonlSink, RunInfo, Sink, SinkSet, build_sinks
 from grpo_fast.sinks.question import TIMEOUT_S
-from grpo_fast.tasks import PromptStream, Task, encode_prompts, load_task, task_of
+from grpo_fast.tasks import PromptStream, Task
 from grpo_fast.tasks.encoded import EncodedPrompts
 from grpo_fast.tasks.remarks import plain_text, repeats
+from grpo_fast.train.data import Data, check_rows, choose_data, encoded_task
 from grpo_fast.train.distributed import ALONE, World, note_launch
 from grpo_fast.train.optim import check_optimizer
 from grpo_fast.train.plan_memory import check_room
 from grpo_fast.train.policy import BasePolicy, Policy, Scorer, count_parameters
 from grpo_fast.train.policy_source import PolicySource, pick_device
-from grpo_fast.train.resumable import LIMITS, check_sources, write_sources
+from grpo_fast.train.resumable import LIMITS
 from grpo_fast.train.sharding import ShardedPolicy, check_sharding, shards_of_one, spread
 from grpo_fast.train.shares import MainEngine, Rewards, SharedEngine, SharedRewards
 from grpo_fast.train.streaming import streams_weights
@@ -51,7 +52,7 @@ class Parts:
     """What the trainer works with."""
 
     config: Config
-    task: Task
+    data: Data
     prompts: EncodedPrompts
     eval_prompts: list[Prompt]
     stream: PromptStream
@@ -69,8 +70,6 @@ class Parts:
     facts: DeviceFacts
     remarks: Sequence[str]
     """What is odd about the data, to be told where a run begins."""
-    sources: Mapping[str, str | Sequence[str]]
-    """Names of the dataset and of the reward functions, some of which may have been given in Python."""
     replaces_run: bool
     """Whether an older run in the same directory is deleted when this one opens."""
 
@@ -82,13 +81,13 @@ class Parts:
             empty_run(config.output_dir)
             self.replaces_run = False
         write_whole(config.output_dir / CONFIG_FILE, config.to_toml())
-        write_sources(config.output_dir, self.sources)
+        self.data.write_names(config.output_dir)
         note_launch(config.output_dir)
         self.sinks.start(
             RunInfo(
                 run_dir=config.output_dir,
                 model=config.model,
-                dataset=self.task.name,
+                dataset=self.data.task.name,
                 max_steps=config.max_steps,
                 start_step=start_step,
                 device=self.facts.name,
@@ -108,7 +107,7 @@ class Parts:
         begin = f"going on after step {step}" if step else "training"
         return (
             f"{begin}: {self.config.model} ({(shape.body_params + shape.head_params) / 1e6:.1f} M matmul parameters) on "
-            f"{self.task.name} ({len(self.prompts)} prompts, {len(self.eval_prompts)} held out), {self.facts.name}"
+            f"{self.data.task.name} ({len(self.prompts)} prompts, {len(self.eval_prompts)} held out), {self.facts.name}"
         )
 
     def close(self) -> None:
@@ -122,8 +121,8 @@ class Parts:
 class Replacements(TypedDict, total=False):
     """Parts that a caller gives in place of the configured ones."""
 
-    reward_funcs: Sequence[str | Callable[..., Any]]
-    """Names, or Python functions as they are, in place of ``config.reward_funcs``."""
+    reward_funcs: str | Callable[..., Any] | Sequence[str | Callable[..., Any]]
+    """Names, or Python functions as they are, in place of ``config.reward_funcs``; one may stand alone."""
     train_dataset: Any
     """Rows in place of ``config.dataset``: a ``datasets.Dataset`` or a list of mappings; see
     :func:`~grpo_fast.tasks.files.task_of`."""
@@ -175,16 +174,11 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
     if "engine" not in given:
         _check_sampler(config, source)
     check_room(source.model_config, config, num_devices=world.size)
-    task = _task(config, given, chat=source.chat)
-    functions = given.get("reward_funcs") or config.reward_funcs or task.reward_funcs
-    rewards = _build_pool(config, functions, config.reward_weights, world=world)
-    sources: dict[str, str | Sequence[str]] = {
-        "dataset": task.name,
-        "reward_funcs": [reward_name(function) for function in functions],
-    }
+    data = choose_data(config, given, chat=source.chat)
+    rewards = _build_pool(config, data.reward_funcs, config.reward_weights, world=world)
     if resume:
-        world.once(lambda: check_sources(config.output_dir, sources))
-    prompts, eval_prompts = _encoded(config, task, source)
+        world.once(lambda: data.check_names(config.output_dir))
+    prompts, eval_prompts = encoded_task(config, data.task, source)
     with contextlib.ExitStack() as on_error:
         on_error.callback(rewards.close)
         rewards.start(prompts.columns)
@@ -198,7 +192,7 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
         facts = device_facts("cpu" if policy.device.type == "cpu" else "cuda")
         parts = Parts(
             config=config,
-            task=task,
+            data=data,
             prompts=prompts,
             eval_prompts=eval_prompts[: config.eval_size],
             stream=PromptStream(prompts, seed=config.seed, shuffle=config.shuffle),
@@ -206,7 +200,7 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
             reference=_reference(source, policy, config=config, world=world) if config.beta > 0 else None,
             engine=engine,
             rewards=rewards,
-            eval_rewards=_build_pool(config, (task.eval_reward or functions[0],), (), world=world),
+            eval_rewards=_build_pool(config, (data.task.eval_reward or data.reward_funcs[0],), (), world=world),
             predictor=given.get("predictor") or _build_predictor(config, prior, num_parameters=count_parameters(whole.model)),
             meter=_build_meter(config, whole, facts=facts, num_devices=world.size),
             budget=budget,
@@ -217,7 +211,6 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
                 *repeats(prompts, eval_prompts[: config.eval_size], prompts_per_step=config.prompts_per_step),
                 *(plain_text(prompts.num_plain, len(prompts)) if source.chat else ()),
             ],
-            sources=sources,
             replaces_run=replaces_run,
         )
         on_error.pop_all()
@@ -226,10 +219,7 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
 
 def _check(config: Config, given: Replacements, world: World) -> None:
     """What can be said without tokeniser, data or weights."""
-    if "train_dataset" in given and "task" in given:
-        raise ConfigError("train_dataset and task are both given; each brings the rows to train on, so give one")
-    if "eval_dataset" in given and "train_dataset" not in given:
-        raise ConfigError("eval_dataset is given without train_dataset; give both, or name a split by eval_split")
+    check_rows(given)
     OBJECTIVES[config.loss_type].spec(config)
     if config.rollout != "transformers" and "engine" not in given:
         _check_vllm(config)
@@ -237,31 +227,6 @@ def _check(config: Config, given: Replacements, world: World) -> None:
         _check_ranks(config, world.size)
     check_sharding(config)
     check_optimizer(config)
-
-
-def _task(config: Config, given: Replacements, *, chat: bool) -> Task:
-    needs_reward = "reward_funcs" not in given
-    if "train_dataset" in given:
-        return task_of(config, given["train_dataset"], given.get("eval_dataset"), needs_reward=needs_reward)
-    return given.get("task") or load_task(config, chat=chat, needs_reward=needs_reward)
-
-
-def _encoded(config: Config, task: Task, source: PolicySource) -> tuple[EncodedPrompts, EncodedPrompts]:
-    """Prompts to train on, and those held out."""
-    prompts, eval_prompts = (
-        encode_prompts(
-            rows,
-            source.tokenizer,
-            system_prompt=config.system_prompt,
-            chat_template_kwargs=config.chat_template_kwargs,
-            max_prompt_length=source.max_prompt_length,
-            overlong=config.overlong_prompts,
-        )
-        for rows in (task.train, task.eval)
-    )
-    if config.eval_steps and not eval_prompts:
-        raise ConfigError(f"eval_steps={config.eval_steps} and {task.name} holds no rows out; set eval_split, or eval_steps=0")
-    return prompts, eval_prompts
 
 
 def _build_sinks(config: Config, given: Replacements, world: World) -> tuple[JsonlSink, SinkSet]:

@@ -17,8 +17,9 @@ from grpo_fast.config import Config, ConfigError
 from grpo_fast.device import device_facts, gpu_spec
 from grpo_fast.law import RunFacts
 from grpo_fast.metrics import PhaseTimer
-from grpo_fast.tasks import encode_prompts, load_task
+from grpo_fast.tasks import load_task
 from grpo_fast.train.collect import Collector
+from grpo_fast.train.data import encoded
 from grpo_fast.train.evaluate import evaluate, probe
 from grpo_fast.train.optim import build_optimizer
 from grpo_fast.train.parts import Parts, build_parts
@@ -184,14 +185,7 @@ def _data(config: Config, inputs: PlanInputs, source: PolicySource | None, notes
         characters = sum(len(_text(row["prompt"])) for row in rows) / len(rows)
         notes.append(f"prompts have {characters:.0f} characters in the mean, and {_CHARACTERS_A_TOKEN:g} are taken for a token")
         return task.name, count, max(1.0, characters / _CHARACTERS_A_TOKEN)
-    prompts = encode_prompts(
-        task.train,
-        source.tokenizer,
-        system_prompt=config.system_prompt,
-        chat_template_kwargs=config.chat_template_kwargs,
-        max_prompt_length=source.max_prompt_length,
-        overlong=config.overlong_prompts,
-    )
+    prompts = encoded(config, task.train, source)
     return task.name, inputs.data_size or len(prompts), prompts.mean_length
 
 
@@ -316,7 +310,7 @@ def _measured(config: Config, inputs: PlanInputs, parts: Parts) -> PlanFacts:
         num_prompts=inputs.data_size or len(parts.prompts),
         device=parts.facts.name,
         model=config.model,
-        dataset=parts.task.name,
+        dataset=parts.data.task.name,
         sources=sources,
         notes=notes,
         held_out=None if math.isnan(held_out) else held_out,

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from grpo_fast.config import Config, ConfigError
-from grpo_fast.run_dir import CONFIG_FILE, write_whole
+from grpo_fast.run_dir import CONFIG_FILE
 
-_SOURCES_FILE = "sources.json"
 LIMITS = tuple(f"max_{name}" for name in ("steps", "tokens", "flops", "gpu_hours", "wall_hours", "money", "energy_kwh"))
 """Settings that bound what a run may use."""
 _CHANGEABLE = {
@@ -73,36 +70,6 @@ def check_resumable(saved: Config, wanted: Config) -> None:
     if changed:
         listed = ", ".join(f"{name} ({before[name]!r} -> {after[name]!r})" for name in changed)
         raise ConfigError(f"a resumed run cannot change {listed}; start a new run with another --output-dir")
-
-
-def write_sources(run_dir: Path, sources: Mapping[str, str | Sequence[str]]) -> None:
-    """Leaves beside the configuration what it does not tell where data or rewards were given in Python.
-
-    Args:
-        run_dir: the run's directory.
-        sources: names by what they are of, such as ``reward_funcs``.
-    """
-    write_whole(run_dir / _SOURCES_FILE, json.dumps(sources, indent=1))
-
-
-def check_sources(run_dir: Path, sources: Mapping[str, str | Sequence[str]]) -> None:
-    """Refuses to go on with another dataset or other rewards than a run was begun with.
-
-    Args:
-        run_dir: the run's directory; one that was killed before it wrote its sources is taken as it is.
-        sources: as in :func:`write_sources`.
-
-    Raises:
-        ConfigError: they differ; both are named.
-    """
-    file = run_dir / _SOURCES_FILE
-    begun = json.loads(file.read_text(encoding="utf-8")) if file.exists() else sources
-    for name, now in sources.items():
-        if begun[name] != now:
-            raise ConfigError(
-                f"the run in {run_dir} was begun with {name} {begun[name]!r} and would go on with {now!r}; where they were "
-                "given in Python, go on by GRPOTrainer.resume with the same"
-            )
 
 
 def takes_up_run(config: Config) -> bool:

@@ -85,7 +85,7 @@ def write_summary(config: Config, parts: Parts, ending: Ending, outcome: Outcome
         "device": device_facts("cpu" if parts.policy.device.type == "cpu" else "cuda").as_dict(),
         "versions": versions(),
         "model": config.model,
-        "dataset": parts.task.name,
+        "dataset": parts.data.task.name,
     }
     text = json.dumps(plain(summary), indent=1, allow_nan=False)
     write_whole(config.output_dir / SUMMARY_FILE, text)

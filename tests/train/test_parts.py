@@ -257,25 +257,6 @@ def test_weights_of_rewards_reach_the_pool(build: Any) -> None:
         build({"reward_funcs": functions}, reward_weights=(1.0,))
 
 
-def test_rows_in_hand_take_the_place_of_the_dataset(tiny_config: MakeConfig) -> None:
-    rows = [{"prompt": f"{letter}=", "answer": letter} for letter in "abcdefghij"]
-
-    def build(**given: Any) -> Parts:
-        return build_parts(tiny_config(), given, resume=False)  # type: ignore[arg-type]
-
-    parts = build(train_dataset=rows, eval_dataset=rows[:3])
-    assert [prompt.prompt for prompt in parts.prompts] == [row["prompt"] for row in rows]
-    assert [prompt.prompt for prompt in parts.eval_prompts] == ["a=", "b=", "c="]
-    assert parts.rewards.names == ["accuracy"]
-    parts.close()
-    for given, message in (
-        ({"eval_dataset": rows}, "eval_dataset is given without train_dataset; give both"),
-        ({"train_dataset": rows, "task": Task("own", rows, rows, (), "")}, "train_dataset and task are both given"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            build(**given)
-
-
 def test_held_out_prompts_keep_to_their_number(build: Any) -> None:
     assert len(build(eval_size=3).eval_prompts) == 3
     assert len(build(eval_size=100).eval_prompts) == 8

@@ -1,0 +1,116 @@
+"""What a run trains on and by what it is rewarded, as configured or as given in Python; and a record of it for who goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grpo_fast.config import Config, ConfigError
+from grpo_fast.rewards import reward_name
+from grpo_fast.run_dir import write_whole
+from grpo_fast.tasks import Rows, Task, encode_prompts, load_task, task_of
+from grpo_fast.tasks.encoded import EncodedPrompts
+from grpo_fast.train.policy_source import PolicySource
+
+_FILE = "sources.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Rows and rewards."""
+
+    task: Task
+    reward_funcs: Sequence[str | Callable[..., Any]]
+    """What rewards training: names, or functions as they were given."""
+
+    @property
+    def _names(self) -> dict[str, Any]:
+        return {"dataset": self.task.name, "reward_funcs": [reward_name(function) for function in self.reward_funcs]}
+
+    def write_names(self, run_dir: Path) -> None:
+        """Leaves in a run's directory what its configuration does not tell where data or rewards were given in Python."""
+        write_whole(run_dir / _FILE, json.dumps(self._names, indent=1))
+
+    def check_names(self, run_dir: Path) -> None:
+        """Refuses to go on with another dataset or other rewards than a run was begun with.
+
+        Args:
+            run_dir: the run's directory; of one that was killed before it wrote its names nothing is known.
+
+        Raises:
+            ConfigError: they differ; both are named.
+        """
+        file = run_dir / _FILE
+        if not file.exists():
+            return
+        begun = json.loads(file.read_text(encoding="utf-8"))
+        for name, now in self._names.items():
+            if begun[name] != now:
+                raise ConfigError(
+                    f"the run in {run_dir} was begun with {name} {begun[name]!r} and would go on with {now!r}; where they were "
+                    "given in Python, go on by GRPOTrainer.resume with the same"
+                )
+
+
+def check_rows(given: Mapping[str, Any]) -> None:
+    """Refuses data given in Python that does not go together.
+
+    Raises:
+        ConfigError: two sources of rows, or held-out rows alone.
+    """
+    if "train_dataset" in given and "task" in given:
+        raise ConfigError("train_dataset and task are both given; each brings the rows to train on, so give one")
+    if "eval_dataset" in given and "train_dataset" not in given:
+        raise ConfigError("eval_dataset is given without train_dataset; give both, or name a split by eval_split")
+
+
+def choose_data(config: Config, given: Mapping[str, Any], *, chat: bool) -> Data:
+    """What was given, else what is configured, else the task's own rewards.
+
+    Args:
+        config: the run's configuration.
+        given: of :class:`~grpo_fast.train.parts.Replacements`, those on data and rewards are read.
+        chat: whether the tokeniser has a chat template.
+
+    Raises:
+        ConfigError: data that cannot be read or used.
+    """
+    needs_reward = "reward_funcs" not in given
+    if "train_dataset" in given:
+        task = task_of(config, given["train_dataset"], given.get("eval_dataset"), needs_reward=needs_reward)
+    else:
+        task = given.get("task") or load_task(config, chat=chat, needs_reward=needs_reward)
+    functions = given.get("reward_funcs", ())
+    alone = isinstance(functions, str) or callable(functions)
+    return Data(task, [functions] if alone else functions or config.reward_funcs or task.reward_funcs)
+
+
+def encoded(config: Config, rows: Rows, source: PolicySource) -> EncodedPrompts:
+    """Rows as the model reads them.
+
+    Raises:
+        ConfigError: prompts that cannot be read, or are too long.
+    """
+    return encode_prompts(
+        rows,
+        source.tokenizer,
+        system_prompt=config.system_prompt,
+        chat_template_kwargs=config.chat_template_kwargs,
+        max_prompt_length=source.max_prompt_length,
+        overlong=config.overlong_prompts,
+    )
+
+
+def encoded_task(config: Config, task: Task, source: PolicySource) -> tuple[EncodedPrompts, EncodedPrompts]:
+    """Prompts to train on, and those held out.
+
+    Raises:
+        ConfigError: as :func:`encoded`; or nothing is held out, and evaluation is on.
+    """
+    prompts, eval_prompts = encoded(config, task.train, source), encoded(config, task.eval, source)
+    if config.eval_steps and not eval_prompts:
+        raise ConfigError(f"eval_steps={config.eval_steps} and {task.name} holds no rows out; set eval_split, or eval_steps=0")
+    return prompts, eval_prompts

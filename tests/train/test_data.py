@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_fast.config import Config, ConfigError
+from grpo_fast.tasks.task import Task
+from grpo_fast.train.data import Data, check_rows, choose_data, encoded_task
+from grpo_fast.train.policy_source import PolicySource
+
+ROWS = [{"prompt": f"{letter}=", "answer": letter} for letter in "abcdefghij"]
+
+
+def short(completions: list[str]) -> list[float]:
+    return [-float(len(text)) for text in completions]
+
+
+@pytest.mark.parametrize("functions", [short, [short], "format", ["format", short]])
+def test_rewards_that_are_given_win_and_one_may_stand_alone(functions: Any, letters: Task) -> None:
+    data = choose_data(Config(reward_funcs=("boxed_format",)), {"task": letters, "reward_funcs": functions}, chat=False)
+    assert data.reward_funcs == (functions if isinstance(functions, list) else [functions])
+    assert choose_data(Config(reward_funcs=("format",)), {"task": letters}, chat=False).reward_funcs == ("format",)
+    assert choose_data(Config(), {"task": letters}, chat=False).reward_funcs == ("exact_match",)
+
+
+def test_rows_in_hand_take_the_place_of_the_dataset(tiny_config: Callable[..., Config]) -> None:
+    config = tiny_config(eval_size=3)
+    data = choose_data(config, {"train_dataset": ROWS, "eval_dataset": ROWS[:3]}, chat=False)
+    prompts, held_out = encoded_task(config, data.task, PolicySource(config))
+    assert [prompt.prompt for prompt in prompts] == [row["prompt"] for row in ROWS]
+    assert [prompt.prompt for prompt in held_out] == ["a=", "b=", "c="]
+    assert data.reward_funcs == ("accuracy",)
+    assert len(choose_data(config, {"train_dataset": ROWS}, chat=False).task.eval) == 2, "a fifth is held out"
+    with pytest.raises(ConfigError, match="has no 'answer' column"):
+        choose_data(config, {"train_dataset": [{"prompt": "a"}]}, chat=False)
+    choose_data(config, {"train_dataset": [{"prompt": "a"}], "reward_funcs": short}, chat=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"eval_dataset": ROWS}, "eval_dataset is given without train_dataset; give both"),
+        ({"train_dataset": ROWS, "task": None}, "train_dataset and task are both given"),
+    ],
+)
+def test_rows_come_from_one_source(given: dict[str, Any], message: str) -> None:
+    check_rows({"train_dataset": ROWS, "eval_dataset": ROWS, "reward_funcs": short})
+    with pytest.raises(ConfigError, match=message):
+        check_rows(given)
+
+
+def test_a_run_goes_on_with_the_data_and_rewards_that_it_was_begun_with(letters: Task, tmp_path: Path) -> None:
+    begun = Data(letters, ["format", short])
+    begun.check_names(tmp_path)
+    begun.write_names(tmp_path)
+    begun.check_names(tmp_path)
+    with pytest.raises(ConfigError, match=r"reward_funcs \['format', 'short'\] and would .* GRPOTrainer.resume with the same"):
+        Data(letters, [short, "format"]).check_names(tmp_path)
+    other = choose_data(Config(), {"train_dataset": ROWS}, chat=False).task
+    with pytest.raises(ConfigError, match=r"begun with dataset 'letters' and would go on with 'train_dataset'"):
+        Data(other, ["format", short]).check_names(tmp_path)
