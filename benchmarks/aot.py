@@ -49,10 +49,12 @@ class Limits(NamedTuple):
 
 LIMITS = {
     80: Limits(163 * 1024, 164 * 1024),
+    89: Limits(99 * 1024, 100 * 1024, threads_per_sm=1536),  # as 86: RTX 30, RTX 40, A10, L4, L40S
     90: Limits(227 * 1024, 228 * 1024),
     100: Limits(227 * 1024, 228 * 1024),
+    120: Limits(99 * 1024, 100 * 1024, threads_per_sm=1536),  # RTX 50
 }
-TENSOR_CORE = {80: r"\bHMMA\b", 90: r"\bHGMMA\b", 100: r"\bUTC\w*MMA\b"}
+TENSOR_CORE = {80: r"\bHMMA\b", 89: r"\bHMMA\b", 90: r"\bHGMMA\b", 100: r"\bUTC\w*MMA\b", 120: r"\bHMMA\b"}
 RESERVED_SHARED = 1024
 """Bytes of shared memory that the system takes of each resident program."""
 

@@ -54,7 +54,7 @@ class Config(BaseModel):
     """Run modelling code that comes with the model."""
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], _MODEL] = "auto"
     """Type that forward and backward compute in (weights that are trained stay float32, frozen ones take it on); ``auto`` is
-    float32 on a CPU, bfloat16 on a GPU."""
+    bfloat16 on a GPU that has it, float32 elsewhere."""
     device: Annotated[Literal["auto", "cpu", "cuda"], _MODEL] = "auto"
     """Where the policy lives; ``auto`` takes the GPU where there is one."""
     attn_implementation: Annotated[str, _MODEL] = "auto"

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 CPU_WATTS_PER_CORE = 3.5
 """Full-load power of one logical CPU, memory apart. Source: Cloud Carbon Footprint's average over AWS machines (SPECpower)."""
+_BF16_ARCH = 80
 UNKNOWN_GPU_WATTS = 350.0
 """Assumed for a GPU that the table does not hold; the middle of its data-centre boards."""
 
@@ -126,6 +127,11 @@ class DeviceFacts:
     """Board power limit of one GPU, or a rough figure for the CPU; what energy is estimated from."""
     cuda_version: str | None
     """CUDA version that torch was built with."""
+
+    @property
+    def has_bfloat16(self) -> bool:
+        """Whether it is a GPU that computes in bfloat16, which takes compute capability 8.0; torch emulates it on others."""
+        return self.kind == "cuda" and int(self.arch.removeprefix("sm_")) >= _BF16_ARCH
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for ``summary.json``."""

@@ -119,6 +119,10 @@ def test_gpu_facts_follow_from_its_properties() -> None:
     facts = device._gpu_facts(properties, 8, "13.0")
     assert (facts.kind, facts.arch, facts.num_devices, facts.num_cores) == ("cuda", "sm_90", 8, 132)
     assert (facts.peak_bf16_flops, facts.peak_bytes_per_s, facts.power_watts) == (pytest.approx(989.4e12), 4.8e12, 700)
+    assert facts.has_bfloat16
+    older = device._gpu_facts(SimpleNamespace(**vars(properties) | {"major": 7, "minor": 5}), 1, None)
+    assert not older.has_bfloat16
+    assert not device_facts("cpu").has_bfloat16
     properties.name = "Unheard-of Board"
     facts = device._gpu_facts(properties, 1, None)
     assert (facts.peak_bf16_flops, facts.peak_bytes_per_s, facts.power_watts) == (None, None, 350)

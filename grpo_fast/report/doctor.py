@@ -259,10 +259,10 @@ def _device(machine: Machine) -> Finding:
     count = f"{facts.num_devices} x " if facts.num_devices > 1 else ""
     found = f"{count}{facts.name}, {facts.arch}, {facts.num_cores} SMs, {memory}"
     if facts.peak_bf16_flops is None or facts.peak_bytes_per_s is None:
-        return Finding("note", found, "its bf16 peak is not known here: no MFU will be shown")
-    return Finding(
-        "ok", found, f"peaks: {facts.peak_bf16_flops / 1e12:.0f} TFLOP/s bf16, {facts.peak_bytes_per_s / 1e12:.2f} TB/s"
-    )
+        no_peak, no_bf16 = "its bf16 peak is not known here: no MFU will be shown", "no bfloat16: runs compute in float32"
+        return Finding("note", found, no_peak if facts.has_bfloat16 else no_bf16)
+    peaks = f"peaks: {facts.peak_bf16_flops / 1e12:.0f} TFLOP/s bf16, {facts.peak_bytes_per_s / 1e12:.2f} TB/s"
+    return Finding("ok", found, peaks)
 
 
 def _arithmetic(machine: Machine) -> Finding:

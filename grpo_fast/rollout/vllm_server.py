@@ -73,8 +73,8 @@ def server_command(  # noqa: PLR0913 (what the command line offers)
 
     Raises:
         RolloutError: vLLM is missing or too old.
-        ValueError: a port out of range or taken, a model that cannot be found, a transport or a sleep that needs a GPU, a
-            rank that vLLM has no room for, or an option of vLLM's that a sync does not leave open.
+        ValueError: a port out of range or taken, a model that cannot be found, a length beyond its context, a transport or a
+            sleep that needs a GPU, a rank that vLLM has no room for, or an option of vLLM's that a sync does not leave open.
         OSError: shared memory is full.
     """
     version = require_vllm()
@@ -85,6 +85,7 @@ def server_command(  # noqa: PLR0913 (what the command line offers)
     way = choose_transport(transport, "server", on_gpu=not on_cpu)
     unreached = None if Path(model).is_dir() else out_of_reach()
     config = _read_config(model, unreached)
+    _check_length(max_model_len, config)
     # Not `vllm serve`: that command asks for a distribution named vllm, which vLLM's build for CPUs is not.
     arguments = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", HOST, "--port", str(port)]
     arguments += ["--model", model, "--load-format", "dummy", "--dtype", dtype or ("float32" if on_cpu else "bfloat16")]
@@ -153,6 +154,16 @@ def _read_config(model: str, unreached: str | None) -> PreTrainedConfig:
             "or a hub id that this machine can reach"
         ) from error
     return config
+
+
+def _check_length(max_model_len: int | None, config: PreTrainedConfig) -> None:
+    """Before vLLM is loaded; where positions are stretched it alone knows the limit, and its own switch lifts it."""
+    text: Any = config.get_text_config(decoder=True)
+    context = getattr(text, "max_position_embeddings", None)
+    stretched = "factor" in repr(getattr(text, "rope_parameters", None))
+    lifted = os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "0") not in {"", "0"}
+    if max_model_len is not None and context is not None and max_model_len > context and not (stretched or lifted):
+        raise ValueError(f"max_model_len={max_model_len} is more than the model's context of {context} tokens; leave it out")
 
 
 def _linear_layers(config: PreTrainedConfig) -> list[str]:

@@ -36,7 +36,7 @@ from grpo_fast.train.distributed import ALONE, World, note_launch
 from grpo_fast.train.optim import check_optimizer
 from grpo_fast.train.plan_memory import check_room
 from grpo_fast.train.policy import BasePolicy, Policy, Scorer, count_parameters
-from grpo_fast.train.policy_source import PolicySource, pick_device
+from grpo_fast.train.policy_source import PolicySource, check_dtype, pick_device
 from grpo_fast.train.resumable import LIMITS
 from grpo_fast.train.sharding import ShardedPolicy, check_sharding, shards_of_one, spread
 from grpo_fast.train.shares import MainEngine, Rewards, SharedEngine, SharedRewards
@@ -220,6 +220,7 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
 def _check(config: Config, given: Replacements, world: World) -> None:
     """What can be said without tokeniser, data or weights."""
     check_rows(given)
+    check_dtype(config)
     OBJECTIVES[config.loss_type].spec(config)
     if config.rollout != "transformers" and "engine" not in given:
         _check_vllm(config)

@@ -19,6 +19,7 @@ import numpy as np
 from grpo_fast.compute.memory import MemoryPlan
 from grpo_fast.compute.outlook import COSTS, Array, Guess, end_steps, step_costs
 from grpo_fast.config import Config, ConfigError
+from grpo_fast.device import gpu_spec
 from grpo_fast.law import Forecast, OnlinePredictor
 from grpo_fast.law.posterior import quantiles
 from grpo_fast.law.prospect import Prospect
@@ -232,6 +233,7 @@ def make_plan(config: Config, inputs: PlanInputs | None = None) -> Plan:
         raise ConfigError(f"a budget of money ({config.max_money:g}) needs price_per_gpu_hour above 0")
     prior = load_prior(config)
     inputs = inputs or PlanInputs()
+    config = _in_its_arithmetic(config, inputs.gpu)
     known = gather(config, inputs)
     try:
         memory, changes = _memory(config, inputs, known)
@@ -274,6 +276,14 @@ def make_plan(config: Config, inputs: PlanInputs | None = None) -> Plan:
         memory=memory,
         changes=changes,
     )
+
+
+def _in_its_arithmetic(config: Config, gpu: str | None) -> Config:
+    """The configuration on a GPU that is named, which need not compute as this machine's does."""
+    spec = None if gpu is None else gpu_spec(gpu)
+    if spec is None or config.dtype != "auto":
+        return config
+    return config.replace(dtype="float32" if spec.bf16_tflops is None else "bfloat16")
 
 
 def _memory(config: Config, inputs: PlanInputs, known: PlanFacts) -> tuple[MemoryPlan | None, list[Change]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import (
 
 from grpo_fast.assets import embedded_model_dir
 from grpo_fast.config import Config, ConfigError
+from grpo_fast.device import device_facts
 from grpo_fast.hub import out_of_reach, why_unread
 from grpo_fast.ops.products import use_products
 from grpo_fast.train.adapters import Adapters
@@ -36,6 +38,7 @@ from grpo_fast.train.quantised import (
 )
 from grpo_fast.train.text_part import freeze_beside_text
 
+_log = logging.getLogger(__name__)
 _DEFAULT_CONTEXT = 4096
 _HUB_ID = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?")
 _RANDOM = ("dropout", "pdrop", "layerdrop")
@@ -90,7 +93,8 @@ class PolicySource:
             if getattr(config, field) == value:
                 raise ConfigError(f"{field}={value!r} on a CPU{reason}")
         if config.weights_dtype == "bfloat16" and not self._computes_in_bfloat16:
-            raise ConfigError("weights_dtype='bfloat16' on a CPU, where dtype='auto' is float32; set dtype='bfloat16' too")
+            on, fix = ("CPU", "set dtype='bfloat16' too") if device.type == "cpu" else ("GPU", "leave it at 'float32'")
+            raise ConfigError(f"weights_dtype='bfloat16' on this {on}, where dtype='auto' is float32; {fix}")
         if config.use_liger_kernel:
             require_liger(self.model_config.model_type)
         if config.torch_compile:
@@ -240,7 +244,26 @@ def outline_of(model_config: PreTrainedConfig, config: Config) -> PreTrainedMode
 
 def computes_in_bfloat16(config: Config, kind: str) -> bool:
     """Whether forward and backward passes on a device ("cuda" or "cpu") are in bfloat16."""
-    return config.dtype == "bfloat16" or (config.dtype == "auto" and kind == "cuda")
+    return config.dtype == "bfloat16" or (config.dtype == "auto" and kind == "cuda" and not _lacks_bfloat16())
+
+
+def check_dtype(config: Config) -> None:
+    """Says what a GPU of before 2020 cannot do: torch would emulate bfloat16 there, and attention kernels refuse it.
+
+    Raises:
+        ConfigError: bfloat16 is asked for on such a GPU.
+    """
+    if pick_device(config.device).type == "cpu" or not _lacks_bfloat16():
+        return
+    told = f"{device_facts('cuda').name} has no bfloat16 (that takes compute capability 8.0)"
+    if config.dtype == "bfloat16":
+        raise ConfigError(f"dtype='bfloat16': {told}; leave dtype at 'auto', which is float32 there")
+    if config.dtype == "auto":
+        _log.warning("%s: the run computes in float32, without the package's kernels", told)
+
+
+def _lacks_bfloat16() -> bool:
+    return torch.cuda.is_available() and not device_facts("cuda").has_bfloat16
 
 
 def pick_device(wanted: str) -> torch.device:

@@ -52,6 +52,19 @@ class Device:
         self._mask_in_plain_tensors()
         self._reach_all_threads()
 
+    def be_of(self, major: int, minor: int) -> None:
+        """Takes a compute capability, by which kernels and arithmetic are chosen; name and sizes stay."""
+        import torch
+
+        from grpo_fast.device import device_facts
+
+        properties = types.SimpleNamespace(
+            name="NVIDIA H100 80GB HBM3", total_memory=80 * 2**30, multi_processor_count=132, major=major, minor=minor, uuid="0"
+        )
+        torch.cuda.get_device_properties = lambda *_: properties  # type: ignore[assignment, misc]
+        torch.cuda.get_device_capability = lambda *_: (major, minor)  # type: ignore[assignment]
+        device_facts.cache_clear()
+
     def _count(self, operation: str) -> None:
         frames = [frame for frame in traceback.extract_stack() if "/grpo_fast/" in frame.filename]
         self.waits["/".join([*(frame.name for frame in frames), operation])] += 1
@@ -76,13 +89,11 @@ class Device:
             def record_event(self) -> Event:
                 return Event()
 
-        properties = types.SimpleNamespace(
-            name="NVIDIA H100 80GB HBM3", total_memory=80 * 2**30, multi_processor_count=132, major=9, minor=0, uuid="0"
-        )
+        self.be_of(9, 0)
         state = torch.zeros(16, dtype=torch.uint8)
         answers: dict[str, Any] = {
             "_lazy_init": None, "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0,
-            "get_device_capability": (9, 0), "get_device_properties": properties, "is_bf16_supported": True,
+            "is_bf16_supported": True,
             "synchronize": None, "empty_cache": None, "set_device": None, "current_stream": Stream(),
             "manual_seed": None, "manual_seed_all": None, "get_rng_state_all": [state], "set_rng_state_all": None,
             "memory_allocated": _MIB, "max_memory_allocated": _MIB, "memory_reserved": _MIB, "max_memory_reserved": _MIB,

@@ -204,6 +204,8 @@ def _ends(query: OnDevice, key: OnDevice, tables: Sequence[OnDevice], most: Sequ
 def _varlen(*args: Any) -> tuple[OnDevice, ...]:
     query, key, value, table, key_table, most, most_keys, _, scale, window, shares_keys, *_ = args
     assert shares_keys or query.shape[1] == key.shape[1]
+    if torch.cuda.get_device_capability() < (8, 0):
+        raise RuntimeError("flash attention needs compute capability 8.0")
     ends = _ends(query, key, (table, key_table), (most, most_keys))
     varlen_calls.append(tuple(query.shape))
     with no_mode():

@@ -29,6 +29,7 @@ def trained(device: Device, settings: dict[str, Any]) -> dict[str, Any]:
     device.varlen.clear()
     device.waits.clear()
     steps, waits = [], []
+    device.be_of(*settings.pop("capability", (9, 0)))
     with GRPOTrainer(Config.parse(settings)) as trainer:
         for step in trainer.steps():
             steps.append(dict(step.metrics))
@@ -44,12 +45,14 @@ def trained(device: Device, settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def refusals() -> list[str]:
+def refusals(device: Device) -> list[str]:
     """What a GPU would not do either."""
     import torch
 
+    from grpo_fast import Config
     from grpo_fast.ops import token_logprob
     from grpo_fast.ops.lm_head import LMHead
+    from grpo_fast.train.policy_source import check_dtype
 
     here, there = torch.ones(2, 16), torch.ones(2, 16, device="cuda")
     targets = torch.zeros(2, dtype=torch.int64)
@@ -58,6 +61,7 @@ def refusals() -> list[str]:
         "a change from the host": lambda: there.mul_(here),
         "an array": there.numpy,
         "a kernel": lambda: token_logprob(there, LMHead(there), targets=targets, impl="triton"),
+        "bfloat16": lambda: check_dtype(Config(dtype="bfloat16")),
     }
     told = []
     for name, attempt in attempts.items():
@@ -65,6 +69,11 @@ def refusals() -> list[str]:
             attempt()
         except (RuntimeError, TypeError, ValueError):
             told.append(name)
+    device.be_of(7, 5)
+    try:
+        attempts["bfloat16"]()
+    except ValueError as error:
+        told.append(str(error))
     return told
 
 
@@ -72,7 +81,7 @@ def main() -> None:
     library, configurations = sys.argv[1:]
     load(Path(library))
     device = Device()
-    found = {"refused": refusals(), "runs": [trained(device, settings) for settings in json.loads(configurations)]}
+    found = {"refused": refusals(device), "runs": [trained(device, settings) for settings in json.loads(configurations)]}
     print(json.dumps(found))
 
 

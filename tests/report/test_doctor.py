@@ -113,6 +113,8 @@ def test_devices_are_described() -> None:
     assert "989 TFLOP/s bf16, 4.80 TB/s" in gpu.meaning
     unknown = find(change(ON_GPU, device=dataclasses.replace(GPU, peak_bf16_flops=None)), "device")
     assert (unknown.status, "no MFU" in unknown.meaning) == ("note", True)
+    older = dataclasses.replace(GPU, name="Tesla T4", arch="sm_75", peak_bf16_flops=None)
+    assert find(change(ON_GPU, device=older), "device").meaning == "no bfloat16: runs compute in float32"
 
 
 def test_a_device_that_cannot_compute_fails() -> None:

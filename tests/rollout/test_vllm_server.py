@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from huggingface_hub import constants
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
 from grpo_fast.assets import embedded_model_dir
 from grpo_fast.rollout import RolloutError, SamplingParams, shared_memory, vllm_engine, vllm_server
@@ -36,6 +36,21 @@ def test_the_server_listens_on_the_loopback_interface_alone(monkeypatch: pytest.
     assert command.environment["VLLM_SERVER_DEV_MODE"] == "1"
     assert command.environment["VLLM_API_KEY"] == "secret"
     assert "secret" not in repr(command)
+
+
+@pytest.mark.vllm
+def test_a_length_beyond_the_models_context_is_refused_before_vllm_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = AutoConfig.from_pretrained(MODEL).max_position_embeddings
+    assert str(context) in server_command(MODEL, port=1, on_cpu=True, max_model_len=context).arguments
+    with pytest.raises(ValueError, match=f"max_model_len={context + 1} is more than the model's context of {context} tokens"):
+        server_command(MODEL, port=1, on_cpu=True, max_model_len=context + 1)
+    scaling = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": context}
+    LlamaConfig(vocab_size=64, max_position_embeddings=context, rope_parameters=scaling).save_pretrained(tmp_path)
+    server_command(str(tmp_path), port=1, on_cpu=True, max_model_len=context + 1)
+    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    server_command(MODEL, port=1, on_cpu=True, max_model_len=context + 1)
 
 
 @pytest.mark.vllm

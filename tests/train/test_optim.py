@@ -185,7 +185,7 @@ def test_what_an_optimiser_lacks_is_told_before_anything_is_loaded(
         GRPOTrainer(tiny_config(model="nowhere", optim="paged_adamw_8bit"))
     with pytest.raises(ConfigError, match=r"take 'adamw_torch_fused'"):
         check_optimizer(Config(optim="paged_adamw_32bit"))
-    with pytest.raises(ConfigError, match=r"weights_dtype='bfloat16' on a CPU.* set dtype='bfloat16' too"):
+    with pytest.raises(ConfigError, match=r"weights_dtype='bfloat16' on this CPU.* set dtype='bfloat16' too"):
         GRPOTrainer(tiny_config(weights_dtype="bfloat16"))
     monkeypatch.setattr("grpo_fast.train.quantised.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"optim='adamw_8bit' needs bitsandbytes"):

@@ -140,6 +140,16 @@ def test_a_run_goes_as_planned(embedded_config: Callable[..., Config]) -> None:
         assert run["run"]["low"] / 1.3 < compute[name] < run["run"]["high"] * 1.3, name
 
 
+def test_a_gpu_that_is_named_computes_in_its_own_arithmetic() -> None:
+    def peak(gpu: str, **changes: Any) -> int:
+        config = Config(model="embedded", max_steps=10, max_completion_length=32, **changes)
+        memory = make_plan(config, PlanInputs(gpu=gpu, start_reward=0.1, seconds_per_step=1.0)).memory
+        assert memory is not None
+        return memory.peak_bytes
+
+    assert peak("T4") == peak("T4", dtype="float32") == peak("L4", dtype="float32") > peak("L4") == peak("L4", dtype="bfloat16")
+
+
 def test_a_model_whose_memory_cannot_be_counted_is_planned_without(tmp_path: Path) -> None:
     shutil.copytree(
         embedded_model_dir(), tmp_path, ignore=shutil.ignore_patterns("config.json", "*.safetensors"), dirs_exist_ok=True

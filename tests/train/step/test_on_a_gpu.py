@@ -39,6 +39,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "of what top_p keeps": {"top_p": 0.9},
     "one update late": {"max_staleness": 1},
 }
+OLDER = {"capability": (7, 5)}
 LOSS = {"_head_rows_fwd_kernel", "_head_rows_bwd_kernel", "_policy_loss_sum_kernel"}
 
 pytestmark = [
@@ -75,7 +76,7 @@ def settings(model: Path, output: Path, **changes: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str, Any]:
     directory = tmp_path_factory.mktemp("on_a_gpu")
-    given = [settings(tiny_model, directory / str(at), device="cuda", **run) for at, run in enumerate(RUNS.values())]
+    given = [settings(tiny_model, directory / str(at), device="cuda", **run) for at, run in enumerate([*RUNS.values(), OLDER])]
     library = build_torch_device(directory / "device.so")
     command = [sys.executable, "-m", "tests.cuda_on_host.train", library, json.dumps(given)]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -88,20 +89,29 @@ def seen(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str
 
 @pytest.fixture
 def runs(seen: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return dict(zip(RUNS, seen["runs"], strict=True))
+    return dict(zip(RUNS, seen["runs"], strict=False))
 
 
 def test_the_device_refuses_what_a_gpu_refuses(seen: dict[str, Any]) -> None:
-    assert seen["refused"] == ["a sum of both", "a change from the host", "an array", "a kernel"]
+    *told, of_an_older_one = seen["refused"]
+    assert told == ["a sum of both", "a change from the host", "an array", "a kernel"]
+    assert of_an_older_one.startswith(
+        "dtype='bfloat16': NVIDIA H100 80GB HBM3 has no bfloat16 (that takes compute capability 8.0)"
+    )
 
 
-def test_it_makes_the_run_of_a_cpu(runs: dict[str, dict[str, Any]], tiny_model: Path, tmp_path: Path) -> None:
+def test_it_makes_the_run_of_a_cpu(seen: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
     with GRPOTrainer(Config.parse(settings(tiny_model, tmp_path / "cpu", dtype="float32", device="cpu"))) as trainer:
         expected = [dict(step.metrics) for step in trainer.steps()]
-    found = runs["float32"]["steps"]
-    for name in ("reward", "loss", "grad_norm", "entropy", "sampling/kl"):
-        assert [step[name] for step in found] == pytest.approx([step[name] for step in expected], rel=1e-4, abs=1e-7), name
-    assert all(step["grad_norm"] > 0 for step in found)
+    for found in (seen["runs"][list(RUNS).index("float32")]["steps"], seen["runs"][-1]["steps"]):
+        for name in ("reward", "loss", "grad_norm", "entropy", "sampling/kl"):
+            assert [step[name] for step in found] == pytest.approx([step[name] for step in expected], rel=1e-4, abs=1e-7), name
+        assert all(step["grad_norm"] > 0 for step in found)
+
+
+def test_one_without_bfloat16_computes_in_float32_by_the_operations_of_torch(seen: dict[str, Any]) -> None:
+    older = seen["runs"][-1]
+    assert (older["kernels"], older["varlen"], older["layout"]) == ([], 0, "packed")
 
 
 @pytest.mark.parametrize("name", RUNS)
