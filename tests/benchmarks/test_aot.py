@@ -74,6 +74,8 @@ def test_the_default_of_an_option_that_changes_is_not_relied_on() -> None:
 def test_faults_are_named() -> None:
     assert GOOD.faults() == []
     assert replace(GOOD, spills=2, stack_bytes=8).faults() == ["2 spills and 8 bytes of stack"]
+    assert replace(GOOD, arch=89, shared_bytes=0, spills=2, stack_bytes=8).faults() == []
+    assert replace(GOOD, arch=89, shared_bytes=0, spills=4, stack_bytes=16).faults() == ["4 spills and 16 bytes of stack"]
     assert replace(GOOD, tensor_core=0).faults() == ["a matrix product without tensor cores"]
     assert replace(GOOD, tensor_core=0, has_dot=False).faults() == []
     assert replace(GOOD, arch=80).faults() == ["200000 bytes of shared memory of 166912"]
