@@ -24,7 +24,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,10 +115,11 @@ class Case(NamedTuple):
     arch: int
 
 
-def cases(modules: list[str]) -> Iterator[Case]:
+def cases(modules: list[str], archs: Sequence[int], *, first: bool) -> Iterator[Case]:
+    """Every call for every architecture, or only the ``first`` of each module."""
     for module in modules:
-        for name in importlib.import_module(module).aot_calls():
-            for arch in LIMITS:
+        for name in list(importlib.import_module(module).aot_calls())[: 1 if first else None]:
+            for arch in archs:
                 yield Case(module, name, arch)
 
 
@@ -185,11 +186,11 @@ def build(case: Case, kernel: Any) -> Build:
     )
 
 
-def compile_all(modules: list[str], *, num_processes: int) -> list[Build]:
-    """Compiles every case; Triton keeps what it has compiled in its own cache."""
+def compile_all(wanted: Iterable[Case], *, num_processes: int) -> list[Build]:
+    """Compiles cases; Triton keeps what it has compiled in its own cache."""
     with multiprocessing.get_context("spawn").Pool(num_processes) as pool:
         # One at a time: a worker that drew the slow ones would be waited for.
-        return sorted(build for found in pool.imap_unordered(compile_case, cases(modules), chunksize=1) for build in found)
+        return sorted(build for found in pool.imap_unordered(compile_case, wanted, chunksize=1) for build in found)
 
 
 def table(builds: list[Build]) -> str:
@@ -223,11 +224,12 @@ def written(known: dict[str, Any]) -> str:
 
 
 def differences(builds: list[Build], known: dict[str, Any]) -> list[str]:
-    """Where builds are not what is stored for this version of Triton; nothing where none is stored."""
+    """Where builds are not what is stored of their cases for this version of Triton; nothing where none is stored."""
     if triton.__version__ not in known:
         return []
     now = [asdict(row) for row in builds]
-    then = known[triton.__version__]
+    made = {(row.op, row.case, row.arch) for row in builds}
+    then = [row for row in known[triton.__version__] if (row["op"], row["case"], row["arch"]) in made]
     return [
         *(f"stored, not found now: {row}" for row in then if row not in now),
         *(f"found now, not stored: {row}" for row in now if row not in then),
@@ -239,11 +241,16 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="store the table under this version of Triton")
     parser.add_argument("--check", action="store_true", help="fail where the table differs from the one that is stored")
     parser.add_argument("--modules", nargs="*", help="instead of every kernel module of grpo_fast.ops")
+    parser.add_argument("--archs", nargs="*", type=int, choices=LIMITS, default=list(LIMITS))
+    parser.add_argument("--first", action="store_true", help="the first call of each module alone")
     parser.add_argument("--num-processes", type=int, default=2)
     options = parser.parse_args()
+    if options.write and (options.first or options.modules or set(options.archs) != set(LIMITS)):
+        parser.error("--write stores a whole table; leave out --first, --modules and --archs")
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set; the interpreter compiles nothing, unset it")
-    builds = compile_all(options.modules or kernel_modules(), num_processes=options.num_processes)
+    wanted = cases(options.modules or kernel_modules(), options.archs, first=options.first)
+    builds = compile_all(wanted, num_processes=options.num_processes)
     print(f"triton {triton.__version__}, ptxas {triton.knobs.nvidia.ptxas.version}\n{table(builds)}")
     faults = [f"{row.op} {row.case} sm_{row.arch} {row.kernel}: {fault}" for row in builds for fault in row.faults()]
     known = stored()

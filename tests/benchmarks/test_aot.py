@@ -48,10 +48,18 @@ def compile_apart(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_every_kernel_keeps_to_its_limits_and_to_what_is_stored() -> None:
-    run = compile_apart("--check")
+@pytest.mark.parametrize("which", ["--archs 80 90 100", "--archs 89 120 --first"])
+def test_every_kernel_keeps_to_its_limits_and_to_what_is_stored(which: str) -> None:
+    """On consumer cards one call of each module, for the sake of time: what is stored has all."""
+    run = compile_apart("--check", *which.split())
     print(run.stdout)
     assert run.returncode == 0, run.stderr
+
+
+def test_a_part_of_the_table_is_not_stored() -> None:
+    run = compile_apart("--write", "--first")
+    assert run.returncode == 2
+    assert "--write stores a whole table" in run.stderr
 
 
 @pytest.mark.slow
@@ -106,6 +114,8 @@ def test_only_the_stored_version_is_compared() -> None:
     more = replace(GOOD, registers=171)
     found = aot.differences([more], {version: [asdict(GOOD)]})
     assert [line.partition(":")[0] for line in found] == ["stored, not found now", "found now, not stored"]
+    other = [asdict(replace(GOOD, arch=120)), asdict(replace(GOOD, case="another")), asdict(GOOD)]
+    assert aot.differences([GOOD], {version: other}) == [], "of what was not compiled nothing is known"
 
 
 def test_the_table_is_for_people() -> None:
