@@ -163,11 +163,11 @@ def decoupled_advantages(rewards: torch.Tensor, weights: Sequence[float]) -> tor
     each = group_advantage(rewards.permute(2, 0, 1).reshape(-1, group_size), scale_rewards="group")
     factors = rewards.new_tensor(weights)
     total = torch.tensordot(factors, each.advantages.view(num_rewards, num_prompts, group_size), dims=1)
-    known = total[~rewards.isnan().all(2)]
+    scored = ~rewards.isnan().all(2)
+    known = total[scored]
     advantages = (total - known.mean()) / (known.std() + STD_EPSILON)
     tells = ~each.zero_variance.view(num_rewards, num_prompts) & (factors != 0)[:, None]
-    silent = rewards.isnan().all(2) | ~tells.any(0)[:, None]
-    return torch.where(silent, 0.0, advantages)
+    return torch.where(scored & tells.any(0)[:, None], advantages, 0.0)
 
 
 def sequence_kl(

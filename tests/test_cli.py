@@ -14,22 +14,13 @@ import pytest
 from cyclopts import Parameter
 
 from grpo_fast import __version__
-from grpo_fast.cli import app
 from grpo_fast.config import Config
-from grpo_fast.recipes import recipe, recipe_names
 
 Shell = Callable[..., tuple[int, str, str]]
 SMALL = (  # with the model named, the recipe's own settings stay out
     "--model embedded --max-steps 2 --prompts-per-step 2 --num-generations 2 --max-completion-length 4 --dataset-size 16 "
     "--eval-size 4 --reward-workers 0"
 )
-
-
-def settings(*arguments: str) -> Config:
-    """The configuration that ``train`` would get."""
-    _, bound, _ = app.parse_args(["train", *arguments], exit_on_error=False, print_error=False)
-    found: Config = bound.arguments.get("settings", Config())
-    return found
 
 
 def in_words(message: str) -> str:
@@ -117,14 +108,6 @@ def test_a_mistake_is_one_message_without_a_traceback(line: str, message: str, s
     assert len(err.strip().splitlines()) <= 5
 
 
-@pytest.mark.parametrize(
-    "line", ["--reward-funcs accuracy format --seed 3", "--reward-funcs accuracy --seed 3 --reward-funcs format"]
-)
-def test_several_values_stand_behind_one_flag_or_behind_one_each(line: str) -> None:
-    found = settings(*line.split())
-    assert (found.reward_funcs, found.seed) == (("accuracy", "format"), 3)
-
-
 def test_a_wrong_key_in_a_file_is_told(shell: Shell, tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text("learning_rte = 1e-3\n", encoding="utf-8")
     code, _, err = shell("train --config mine.toml")
@@ -134,17 +117,6 @@ def test_a_wrong_key_in_a_file_is_told(shell: Shell, tmp_path: Path) -> None:
     assert "mine.toml is not valid TOML" in shell("train --config mine.toml")[2]
     (tmp_path / "mine.toml").write_text("num_generations = 1\n", encoding="utf-8")
     assert "num_generations: Input should be greater than or equal to 2 (got 1)" in shell("train --config mine.toml")[2]
-
-
-def test_lists_and_switches_on_the_command_line() -> None:
-    found = settings("--stop", "a", "--stop", "b", "--no-shuffle", "--reward-range", "0", "1", "--sinks", "tensorboard")
-    assert found == recipe("embedded", stop=("a", "b"), shuffle=False, reward_range=(0.0, 1.0), sinks=("tensorboard",))
-
-
-def test_every_recipe_is_a_configuration(shell: Shell) -> None:
-    assert "embedded" in recipe_names()
-    for name in recipe_names():
-        assert settings("--recipe", name) == recipe(name)
 
 
 PLAN = "plan --recipe embedded --prompts-per-step 4 --num-generations 4 --dataset-size 64 --eval-size 8 --reward-workers 0"

@@ -8,7 +8,7 @@ import tomli_w
 
 from grpo_fast.cli import app
 from grpo_fast.config import Config, ConfigError
-from grpo_fast.recipes import recipe
+from grpo_fast.recipes import recipe, recipe_names
 
 
 def settings(*arguments: str) -> Config:
@@ -54,6 +54,25 @@ def test_a_file_means_the_same_as_in_python(values: dict[str, Any], tmp_path: Pa
     file = tmp_path / "mine.toml"
     file.write_text(tomli_w.dumps(values), encoding="utf-8")
     assert settings("--config", str(file)) == Config.from_toml(file) == Config.parse(values)
+
+
+@pytest.mark.parametrize(
+    "line", ["--reward-funcs accuracy format --seed 3", "--reward-funcs accuracy --seed 3 --reward-funcs format"]
+)
+def test_several_values_stand_behind_one_flag_or_behind_one_each(line: str) -> None:
+    found = settings(*line.split())
+    assert (found.reward_funcs, found.seed) == (("accuracy", "format"), 3)
+
+
+def test_lists_and_switches_on_the_command_line() -> None:
+    found = settings("--stop", "a", "--stop", "b", "--no-shuffle", "--reward-range", "0", "1", "--sinks", "tensorboard")
+    assert found == recipe("embedded", stop=("a", "b"), shuffle=False, reward_range=(0.0, 1.0), sinks=("tensorboard",))
+
+
+def test_every_recipe_is_a_configuration() -> None:
+    assert "embedded" in recipe_names()
+    for name in recipe_names():
+        assert settings("--recipe", name) == recipe(name)
 
 
 def test_objects_are_json_on_the_command_line_and_take_the_place_of_a_files(tmp_path: Path) -> None:
