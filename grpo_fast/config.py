@@ -168,7 +168,7 @@ class Config(BaseModel):
     num_generations: Annotated[int, _ROLLOUT] = Field(8, ge=2)
     """G: completions of a prompt; a group."""
     max_completion_length: Annotated[int, _ROLLOUT] = Field(256, ge=1)
-    """Longest completion, in tokens."""
+    """Longest completion, in tokens; with an environment all turns together, and what it says between them."""
     temperature: Annotated[float, _ROLLOUT] = Field(1.0, gt=0)
     """Sampling temperature; log-probabilities of the trainer are taken at the same one."""
     top_p: Annotated[float, _ROLLOUT] = Field(1.0, gt=0, le=1)
@@ -179,7 +179,15 @@ class Config(BaseModel):
     min_p: Annotated[float, _ROLLOUT] = Field(0.0, ge=0, lt=1)
     """Drop tokens under this share of the top probability; 0 drops none."""
     stop: Annotated[tuple[str, ...], _ROLLOUT] = ()
-    """Strings that end a completion."""
+    """Strings that end a completion; with an environment, a turn of it."""
+    environment_factory: Annotated[str | None, _ROLLOUT] = None
+    """Class whose instances answer the policy between its turns, as ``module:Class``: a calculator, a search, a game."""
+    max_turns: Annotated[int, _ROLLOUT] = Field(8, ge=1)
+    """How often the policy speaks in a completion at most, where there is an environment."""
+    environment_timeout_s: Annotated[float, _ROLLOUT] = Field(60.0, gt=0)
+    """Longest time of one call of an environment, in seconds; what takes longer ends the run with a checkpoint."""
+    environment_workers: Annotated[int, _ROLLOUT] = Field(16, ge=1)
+    """Environments that are called at a time."""
     max_staleness: Annotated[int, _ROLLOUT] = Field(0, ge=0)
     """Updates by which the weights that sample lag behind: above 0, rollouts of so many later steps are made while this one
     trains. 1 hides the shorter of the two behind the longer."""

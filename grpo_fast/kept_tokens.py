@@ -45,6 +45,11 @@ class KeptTokens:
         return cls(token_ids, sizes)
 
     @classmethod
+    def joined(cls, parts: Sequence[KeptTokens]) -> KeptTokens:
+        """The positions of several, one after the other."""
+        return cls(np.concatenate([part.token_ids for part in parts]), np.concatenate([part.sizes for part in parts]))
+
+    @classmethod
     def from_lists(cls, supports: Sequence[Sequence[int]]) -> KeptTokens:
         """The inverse of :meth:`to_lists`."""
         return cls.of([support[0] for support in supports], supports)

@@ -29,6 +29,7 @@ HERE: Mapping[str, str] = MappingProxyType(
         "vllm_server_port": _SERVER,
         "vllm_server_timeout": "sync_deadline_s",
         "importance_sampling_level": "loss_type='gspo' for sequence",
+        "max_tool_calling_iterations": "max_turns, with environment_factory",
         "shuffle_dataset": "shuffle",
         "data_seed": "seed",
         "report_to": "sinks",

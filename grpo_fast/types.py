@@ -61,13 +61,27 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
+class Episode:
+    """What came of a completion in which an environment answered the policy between its turns."""
+
+    sampled: tuple[bool, ...]
+    """Of each token, whether the policy sampled it. The others are the environment's: read, never trained on."""
+    messages: tuple[Message, ...]
+    """The conversation after a prompt of messages, for reward functions; empty after plain text."""
+    num_turns: int
+    """How often the policy spoke."""
+    reward: float | None = None
+    """The environment's own, where it gives one."""
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """One sampled answer. Token in, token out: it is never tokenised again."""
 
     token_ids: tuple[int, ...]
-    """Sampled tokens, with the end-of-sequence token where the model emitted one."""
+    """Sampled tokens, with the end-of-sequence token where the model emitted one; in an episode the environment's too."""
     logprobs: tuple[float, ...]
-    """Log-probability in nats of each sampled token, at the sampling temperature, when it was sampled."""
+    """Log-probability in nats of each sampled token, at the sampling temperature, when it was sampled; 0 where it was not."""
     finish_reason: FinishReason
     """``stop``: an end token or stop string came; ``length``: cut at ``max_completion_length``."""
     text: str
@@ -77,7 +91,15 @@ class Completion:
     weight_versions: tuple[int, ...] = ()
     """Version of each token, where weights changed within the completion; empty where ``weight_version`` holds for all."""
     kept: KeptTokens | None = None
-    """What each token was drawn from, where ``top_k``, ``top_p`` or ``min_p`` cut the support: ``logprobs`` are over that."""
+    """What each sampled token was drawn from, where ``top_k``, ``top_p`` or ``min_p`` cut the support; ``logprobs`` are over
+    that."""
+    episode: Episode | None = None
+    """Its turns, where there is an environment."""
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens that the policy sampled."""
+        return len(self.token_ids) if self.episode is None else sum(self.episode.sampled)
 
     @property
     def truncated(self) -> bool:

@@ -41,6 +41,7 @@ OTHER_NAMES = {
     "steps_without_variance",
     "grad_norm",
     "num_tokens",
+    "get_reward",
 }
 COMMANDS = {"train", "plan", "forecast", "law", "export", "report", "doctor", "serve"}
 

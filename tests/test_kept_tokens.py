@@ -27,6 +27,12 @@ def test_it_survives_json_and_is_compared_by_value() -> None:
         assert other != kept
 
 
+def test_several_are_joined() -> None:
+    first, second = KeptTokens.of([7, 3], [[1, 7], [3, 4, 8]]), KeptTokens.of([5], [[2, 5]])
+    assert KeptTokens.joined([first, second]).to_lists() == [[7, 1], [3, 4, 8], [5, 2]]
+    assert KeptTokens.joined([first]) == first
+
+
 def test_nothing_of_nothing() -> None:
     none = KeptTokens.of([], [])
     assert len(none) == 0

@@ -88,7 +88,7 @@ def plain_rival(engine: VLLMServerEngine, prompts: list[list[int]], sampling: Sa
             return sum(len(choice["token_ids"]) for choice in (await answer.json())["choices"])
 
     async def ask_all(seed: int) -> int:
-        params = engine._params(sampling, generations, seed, slice(0, len(prompts)))
+        params = engine._params(sampling, generations, seed, 0, [sampling.max_tokens] * len(prompts))
         sent = [{"logprobs": 0} | each for each in params]
         bodies = [{"token_ids": prompt, "sampling_params": each} for prompt, each in zip(prompts, sent, strict=True)]
         return sum(await asyncio.gather(*map(ask, bodies)))

@@ -72,7 +72,7 @@ def costs(
     """Median microseconds of processor time a token, by how many tokens are asked for first; ``cut alone`` asks for none."""
     prompts, sampling, generations = asked
     params, whole = (
-        engine._params(each, generations, 0, slice(0, len(prompts)))
+        engine._params(each, generations, 0, 0, [each.max_tokens] * len(prompts))
         for each in (sampling, replace(sampling, top_p=1.0, min_p=0.0))
     )
     untold = {"no cut": whole, "cut alone": [{name: each[name] for name in each if name != "logprobs"} for each in params]}

@@ -65,7 +65,7 @@ def plain_rival(engine: VLLMEngine, prompts: list[list[int]], sampling: Sampling
     def run(seed: int) -> int:
         params = [
             VLLMSamplingParams(**REQUEST_PARAMS, **each)
-            for each in engine._params(sampling, generations, seed, slice(0, len(prompts)))
+            for each in engine._params(sampling, generations, seed, 0, [sampling.max_tokens] * len(prompts))
         ]
         outputs = llm.generate(requests, params, use_tqdm=False)
         return sum(len(answer.token_ids) for output in outputs for answer in output.outputs)

@@ -30,7 +30,7 @@ MAX_GROWTH_MIB = 8.0
 """Resident memory that the second half of a run may have over its second quarter, in the median."""
 MAX_LOG_GROWTH = 1.1
 """Bytes that a step of the last quarter may write over those of the second quarter, as a ratio."""
-_TIMED = ("time/", "budget/", "step_time", "gpu_seconds", "energy_kwh", "money", "mfu")
+_TIMED = ("time/", "overlap/", "budget/", "step_time", "gpu_seconds", "energy_kwh", "money", "mfu")
 _QUARTERS = 4
 _KILLS_OF_A_RUN = 10
 _LATEST_KILL = 0.4  # of the time that a whole run takes: most kills come before its end, many after a new checkpoint

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from grpo_fast.rewards.call import BATCH_ARGUMENTS
-from grpo_fast.types import Group
+from grpo_fast.types import Completion, Group, Message
 
 
 def column_names(groups: Sequence[Group]) -> list[str]:
@@ -31,21 +31,31 @@ def call_arguments(groups: Sequence[Group], columns: Sequence[str]) -> dict[str,
         columns: names of the dataset columns.
 
     Returns:
-        ``prompts`` (as in the dataset), ``completions`` (a text, or for a chat prompt a list with the assistant's message),
-        ``completion_ids`` (lists of token ids), ``completion_openings`` (how the prompt began the answer, as with ``<think>``;
-        mostly empty), and each dataset column; a row without the column gives ``None``.
+        ``prompts`` (as in the dataset), ``completions`` (a text, or for a chat prompt a list with the assistant's message, in
+        an episode with all messages that followed), ``completion_ids`` (lists of token ids), ``completion_openings`` (how the
+        prompt began the answer, as with ``<think>``; mostly empty), ``environment_rewards`` (the environment's own, or
+        ``None``), and each dataset column; a row without the column gives ``None``.
     """
     arguments: dict[str, list[Any]] = {name: [] for name in (*BATCH_ARGUMENTS, *columns)}
     for group in groups:
-        chat = not isinstance(group.prompt.prompt, str)
         for completion in group.completions:
             arguments["prompts"].append(group.prompt.prompt)
-            arguments["completions"].append([{"role": "assistant", "content": completion.text}] if chat else completion.text)
+            arguments["completions"].append(_as_asked(completion, chat=not isinstance(group.prompt.prompt, str)))
             arguments["completion_ids"].append(list(completion.token_ids))
             arguments["completion_openings"].append(group.prompt.opening)
+            arguments["environment_rewards"].append(None if completion.episode is None else completion.episode.reward)
         for name in columns:
             arguments[name] += [group.prompt.columns.get(name)] * len(group.completions)
     return arguments
+
+
+def _as_asked(completion: Completion, *, chat: bool) -> str | list[Message]:
+    """Text to text; to messages the assistant's, or in an episode all that followed."""
+    if not chat:
+        return completion.text
+    if completion.episode is not None:
+        return list(completion.episode.messages)
+    return [{"role": "assistant", "content": completion.text}]
 
 
 def pickled(arguments: dict[str, list[Any]]) -> bytes:

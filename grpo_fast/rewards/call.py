@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import difflib
-import functools
-import importlib
-import inspect
 import math
-import threading
-import traceback
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from grpo_fast import user_code
 from grpo_fast.rewards.functions import BUILT_IN
+from grpo_fast.user_code import accepted_arguments, awaited, import_object, name_of
 
-BATCH_ARGUMENTS = ("prompts", "completions", "completion_ids", "completion_openings")
+BATCH_ARGUMENTS = ("prompts", "completions", "completion_ids", "completion_openings", "environment_rewards")
 """What every reward call is given beside the dataset's columns."""
-
-_MAX_CHARACTERS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +52,7 @@ def reward_name(spec: str | Callable[..., Any]) -> str:
         raise ValueError(f"unknown reward {spec!r}; {hint}Built-in: {', '.join(sorted(BUILT_IN))}; your own: 'module:function'")
     if isinstance(spec, type) or not callable(spec):
         raise TypeError(f"a reward is a name, 'module:function' or a function, not {spec!r}")
-    while isinstance(spec, functools.partial):
-        spec = spec.func
-    return str(getattr(spec, "__name__", type(spec).__name__))
+    return name_of(spec)
 
 
 def resolve_reward(spec: str | Callable[..., Any]) -> RewardFunction:
@@ -78,20 +70,7 @@ def resolve_reward(spec: str | Callable[..., Any]) -> RewardFunction:
         return RewardFunction(name, spec)
     if spec in BUILT_IN:
         return RewardFunction(name, BUILT_IN[spec])
-    module_name, _, path = spec.partition(":")
-    try:
-        found: Any = importlib.import_module(module_name)
-    except Exception as error:
-        raise ValueError(
-            f"reward {spec!r}: cannot import {module_name!r} ({type(error).__name__}: {error}); "
-            "its folder must be on the Python path (run from there, set PYTHONPATH, or install it)"
-        ) from error
-    for part in path.split("."):
-        if not hasattr(found, part):
-            near = difflib.get_close_matches(part, dir(found), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"reward {spec!r}: {getattr(found, '__name__', found)!r} has no {part!r}{hint}")
-        found = getattr(found, part)
+    found = import_object(spec, kind="reward")
     if isinstance(found, type) or not callable(found):
         raise TypeError(f"reward {spec!r} is {found!r}, which is not a function")
     return RewardFunction(name, found)
@@ -127,71 +106,20 @@ def call_reward(reward: RewardFunction, arguments: Mapping[str, Any]) -> list[fl
         InvalidRewardError: a column the function needs is not there, or it returned the wrong number or kind of values.
         Exception: whatever the function raises.
     """
-    result = reward.function(**_accepted(reward, arguments))
-    if inspect.isawaitable(result):
-        result = _run(result)
+    result = awaited(reward.function(**_accepted(reward, arguments)))
     return _checked(result, len(arguments["completions"]))
 
 
 def describe_failure(error: BaseException) -> str:
-    """One line on what went wrong in a reward call: the exception, and the line of the traceback it came from."""
-    if isinstance(error, InvalidRewardError):
-        return str(error)
-    text = "".join(traceback.format_exception_only(error)).strip()
-    if len(text) > _MAX_CHARACTERS:
-        text = text[:_MAX_CHARACTERS] + "..."
-    frames = traceback.extract_tb(error.__traceback__)
-    if not frames:
-        return f"raised {text}"
-    last = frames[-1]
-    return f"raised {text} ({last.filename}:{last.lineno}, in {last.name}: {last.line})"
+    """One line on what went wrong in a reward call."""
+    return str(error) if isinstance(error, InvalidRewardError) else user_code.describe_failure(error)
 
 
 def _accepted(reward: RewardFunction, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that the function's signature takes; all of them where it takes ``**columns`` or cannot be read."""
     try:
-        parameters = inspect.signature(reward.function).parameters.values()
-    except ValueError:
-        return dict(arguments)
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    for parameter in parameters:
-        if parameter.kind in named and parameter.default is parameter.empty and parameter.name not in arguments:
-            columns = [name for name in arguments if name not in BATCH_ARGUMENTS]
-            near = difflib.get_close_matches(parameter.name, arguments, n=1)
-            raise InvalidRewardError(
-                f"needs a dataset column {parameter.name!r}; the dataset has {', '.join(columns) or 'no column but the prompt'}"
-                + (f"; did you mean {near[0]!r}?" if near else "")
-            )
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return dict(arguments)
-    names = {parameter.name for parameter in parameters if parameter.kind in named}
-    return {name: value for name, value in arguments.items() if name in names}
-
-
-def _run(awaitable: Awaitable[Any]) -> Any:
-    async def wait() -> Any:
-        return await awaitable
-
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(wait())
-    # A notebook runs its cells inside an event loop, which cannot be entered a second time from the same thread.
-    outcome: list[Any] = []
-    failure: list[BaseException] = []
-
-    def target() -> None:
-        try:
-            outcome.append(asyncio.run(wait()))
-        except BaseException as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=target)
-    thread.start()
-    thread.join()
-    if failure:
-        raise failure[0]
-    return outcome[0]
+        return accepted_arguments(reward.function, arguments, always=BATCH_ARGUMENTS)
+    except LookupError as error:
+        raise InvalidRewardError(str(error)) from None
 
 
 def _checked(result: Any, length: int) -> list[float | None]:

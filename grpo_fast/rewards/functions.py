@@ -110,11 +110,25 @@ def boxed_format(completions: Sequence[Any], **columns: Any) -> list[float | Non
     return [float(bool(last_boxed(completion_text(completion)))) for completion in completions]
 
 
+def environment(environment_rewards: Sequence[float | None], **columns: Any) -> list[float | None]:
+    """What the environment itself says of an episode (its ``get_reward``).
+
+    Args:
+        environment_rewards: N rewards, ``None`` where it said nothing.
+        columns: Not read.
+
+    Returns:
+        They.
+    """
+    return list(environment_rewards)
+
+
 BUILT_IN: Mapping[str, Callable[..., list[float | None]]] = {
     "accuracy": accuracy,
     "exact_match": exact_match,
     "format": reasoning_format,
     "boxed_format": boxed_format,
+    "environment": environment,
 }
 """Reward functions by the name a configuration calls them."""
 

@@ -74,6 +74,7 @@ class RolloutEngine(Protocol):
         num_generations: int,
         seed: int,
         first_prompt: int = 0,
+        max_tokens: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
         """Samples ``num_generations`` completions for each prompt.
 
@@ -83,6 +84,7 @@ class RolloutEngine(Protocol):
             num_generations: G.
             seed: decides every random draw of the call; the same call with the same weights gives the same answer.
             first_prompt: place of the first prompt in a larger call of which this is a part: draws are those that it has there.
+            max_tokens: [P], longest completion of each prompt where they differ, none above ``sampling.max_tokens``.
 
         Returns:
             P lists of G completions, in the order of ``prompts``.

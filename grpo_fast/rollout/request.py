@@ -14,7 +14,8 @@ def check_request(
     num_generations: int,
     context_length: int | None,
     vocabulary: int,
-) -> None:
+    max_tokens: Sequence[int] | None = None,
+) -> list[int]:
     """Checks a call of ``generate``.
 
     Args:
@@ -23,24 +24,34 @@ def check_request(
         num_generations: G.
         context_length: longest sequence that the engine takes, in tokens; ``None`` where it has no limit.
         vocabulary: V.
+        max_tokens: [P], longest completion of each prompt where they differ.
+
+    Returns:
+        [P], longest completion of each prompt.
 
     Raises:
-        ValueError: no prompts, an empty prompt, a token the model does not know, or a prompt and ``max_tokens`` that exceed the
-            context together.
+        ValueError: no prompts, an empty prompt, a token the model does not know, a prompt and ``max_tokens`` that exceed the
+            context together, or a limit that is not from 1 to that of ``sampling``.
     """
     if not prompts:
         raise ValueError("prompts is empty; give at least one prompt")
     if num_generations < 1:
         raise ValueError(f"num_generations must be at least 1, got {num_generations}")
-    for position, prompt in enumerate(prompts):
+    limits = [sampling.max_tokens] * len(prompts) if max_tokens is None else list(max_tokens)
+    if len(limits) != len(prompts) or not all(1 <= limit <= sampling.max_tokens for limit in limits):
+        raise ValueError(
+            f"max_tokens={limits} for {len(prompts)} prompts; give one each, from 1 to sampling's {sampling.max_tokens}"
+        )
+    for position, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
         if not len(prompt):
             raise ValueError(f"prompt {position} is empty; a model needs at least one token to start from")
-        if context_length is not None and len(prompt) + sampling.max_tokens > context_length:
+        if context_length is not None and len(prompt) + limit > context_length:
             raise ValueError(
-                f"prompt {position} has {len(prompt)} tokens, which with max_tokens={sampling.max_tokens} exceeds the "
+                f"prompt {position} has {len(prompt)} tokens, which with max_tokens={limit} exceeds the "
                 f"model's context of {context_length}; shorten the prompt or lower max_tokens"
             )
         if not 0 <= min(prompt) <= max(prompt) < vocabulary:
             raise ValueError(
                 f"prompt {position} holds token ids from {min(prompt)} to {max(prompt)}; the model knows 0 to {vocabulary - 1}"
             )
+    return limits

@@ -21,18 +21,26 @@ class Transcript:
     """Sampled tokens of N sequences.
 
     Args:
-        num_sequences: N.
-        sampling: gives the length limit and the stop strings.
+        limits: [N], longest length of each, in tokens.
+        sampling: gives the greatest such limit and the stop strings.
         is_end: [V], whether a token ends a sequence.
         tokenizer: decodes.
     """
 
     def __init__(
-        self, num_sequences: int, sampling: SamplingParams, *, is_end: NDArray[np.bool_], tokenizer: PreTrainedTokenizerBase
+        self,
+        limits: NDArray[np.int64],
+        sampling: SamplingParams,
+        *,
+        is_end: NDArray[np.bool_],
+        tokenizer: PreTrainedTokenizerBase,
     ) -> None:
+        num_sequences = len(limits)
+        self._limits = limits
         self._tokens = np.zeros((num_sequences, sampling.max_tokens), dtype=np.int64)
         self._logprobs = np.zeros((num_sequences, sampling.max_tokens), dtype=np.float32)
         self._lengths = np.zeros(num_sequences, dtype=np.int64)
+        self._open = np.ones(num_sequences, dtype=bool)
         self._stopped = np.zeros(num_sequences, dtype=bool)
         self._kept: list[list[NDArray[np.int32]]] = [[] for _ in range(num_sequences)]
         self._stop = sampling.stop
@@ -58,12 +66,15 @@ class Transcript:
             FloatingPointError: a log-probability that counts is not finite.
         """
         stop = start + len(tokens)
-        was_open = ~self._stopped[sequences]
+        was_open = self._open[sequences]
         running = sequences[was_open]
+        limits = self._limits[running]
         self._tokens[running, start:stop] = tokens.T[was_open]
         self._logprobs[running, start:stop] = logprobs.T[was_open]
-        self._lengths[running] = stop
-        ends = self._is_end[self._tokens[running, start:stop]]
+        self._lengths[running] = np.minimum(stop, limits)
+        self._open[running] = stop < limits
+        within = np.arange(start, stop) < limits[:, None]
+        ends = self._is_end[self._tokens[running, start:stop]] & within
         ended = ends.any(axis=1)
         self._close(running[ended], start + 1 + ends[ended].argmax(axis=1))
         if self._scanners:
@@ -74,7 +85,7 @@ class Transcript:
                 f"the model gave logits that are not finite within the first {stop} tokens of a completion; "
                 "its weights have diverged, or its dtype overflows"
             )
-        return self._stopped[sequences]
+        return ~self._open[sequences]
 
     def record_kept(self, sequences: NDArray[np.int64], kept: NDArray[np.int32]) -> None:
         """Takes what the next position of some sequences was drawn from; comes before :meth:`record`.
@@ -85,11 +96,12 @@ class Transcript:
         """
         borders = np.searchsorted(kept[:, 0], np.arange(1, len(sequences)))
         for sequence, tokens in zip(sequences, np.split(kept[:, 1], borders), strict=True):
-            if not self._stopped[sequence]:
+            if self._open[sequence]:
                 self._kept[sequence].append(tokens)
 
     def _close(self, sequences: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
         self._lengths[sequences] = lengths
+        self._open[sequences] = False
         self._stopped[sequences] = True
 
     def _scan(self, sequences: NDArray[np.int64], start: int) -> None:

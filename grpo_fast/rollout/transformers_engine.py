@@ -151,6 +151,7 @@ class TransformersEngine:
         num_generations: int,
         seed: int,
         first_prompt: int = 0,
+        max_tokens: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
         """Samples ``num_generations`` completions for each prompt.
 
@@ -161,6 +162,7 @@ class TransformersEngine:
             num_generations: G.
             seed: decides every random draw; no global random state is read or changed.
             first_prompt: place of the first prompt in a larger call of which this is a part.
+            max_tokens: [P], longest completion of each prompt where they differ.
 
         Returns:
             P lists of G completions, in the order of ``prompts``. An end token is part of its completion.
@@ -170,21 +172,33 @@ class TransformersEngine:
                 exceed the context of the model together. Raised before anything is computed.
             FloatingPointError: the model gave logits that are not finite.
         """
-        check_request(
-            prompts, sampling, num_generations=num_generations, context_length=self._context, vocabulary=self._vocabulary
+        limits = check_request(
+            prompts,
+            sampling,
+            num_generations=num_generations,
+            context_length=self._context,
+            vocabulary=self._vocabulary,
+            max_tokens=max_tokens,
         )
         answers: list[list[Completion | None]] = [[None] * num_generations for _ in prompts]
         device = next(self._model.parameters()).device.type
         precision = torch.autocast(device, dtype=self._autocast_dtype, enabled=self._autocast_dtype is not None)
         with torch.no_grad(), _evaluating(self._model), precision:
             for rows in self._batches(prompts, sampling.max_tokens, num_generations):
-                transcript = self._decode(prompts, rows, sampling, seed=seed, first_prompt=first_prompt)
+                transcript = self._decode(prompts, rows, sampling, seed=seed, first_prompt=first_prompt, limits=limits)
                 for row, completion in zip(rows, transcript.completions(self._version), strict=True):
                     answers[row.prompt][row.generation] = completion
         return [[completion for completion in group if completion is not None] for group in answers]
 
     def _decode(
-        self, prompts: Sequence[Sequence[int]], rows: list[_Row], sampling: SamplingParams, *, seed: int, first_prompt: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        rows: list[_Row],
+        sampling: SamplingParams,
+        *,
+        seed: int,
+        first_prompt: int,
+        limits: Sequence[int],
     ) -> Transcript:
         """Samples one batch of rows, which are grouped by prompt."""
         positions = list(dict.fromkeys(row.prompt for row in rows))
@@ -198,7 +212,8 @@ class TransformersEngine:
             sampling=sampling,
             stepping=self._stepping,
         )
-        transcript = Transcript(len(rows), sampling, is_end=self._is_end, tokenizer=self._tokenizer)
+        lengths = np.array([limits[row.prompt] for row in rows])
+        transcript = Transcript(lengths, sampling, is_end=self._is_end, tokenizer=self._tokenizer)
         batch.run(transcript, self._check_every)
         return transcript
 

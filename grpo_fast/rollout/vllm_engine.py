@@ -266,6 +266,7 @@ class VLLMEngine:
         num_generations: int,
         seed: int,
         first_prompt: int = 0,
+        max_tokens: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
         """Samples ``num_generations`` completions for each prompt, all in one continuous batch.
 
@@ -275,6 +276,7 @@ class VLLMEngine:
             num_generations: G.
             seed: decides every random draw; no global random state is read or changed.
             first_prompt: place of the first prompt in a larger call of which this is a part.
+            max_tokens: [P], longest completion of each prompt where they differ.
 
         Returns:
             P lists of G completions, in the order of ``prompts``. An end token is part of its completion.
@@ -290,37 +292,41 @@ class VLLMEngine:
             raise WeightSyncError("the last weight sync failed, so nothing can be sampled; sync again")
         if self._sleeps:
             raise WeightSyncError("vLLM sleeps until the next weight sync, so nothing can be sampled")
-        check_request(
-            prompts, sampling, num_generations=num_generations, context_length=self._context, vocabulary=self._vocabulary
+        limits = check_request(
+            prompts,
+            sampling,
+            num_generations=num_generations,
+            context_length=self._context,
+            vocabulary=self._vocabulary,
+            max_tokens=max_tokens,
         )
         if sampling.stop:
             self._check_decoding()
-        places = slice(first_prompt, first_prompt + len(prompts))
-        params = self._params(sampling, num_generations, seed, places)
+        params = self._params(sampling, num_generations, seed, first_prompt, limits)
         answers = sample_whole(self._vllm.sample, prompts, params, self._vocabulary)
         return [[self._completion(sample, sampling) for sample in samples] for samples in answers]
 
     def _check_decoding(self) -> None:
         """Does nothing: vLLM in this engine's hands has the policy's own tokeniser."""
 
-    def _params(self, sampling: SamplingParams, num_generations: int, seed: int, places: slice) -> list[dict[str, Any]]:
-        """Of vLLM's ``SamplingParams``, for the prompts at some places of a call."""
+    def _params(
+        self, sampling: SamplingParams, num_generations: int, seed: int, first_prompt: int, limits: Sequence[int]
+    ) -> list[dict[str, Any]]:
+        """Of vLLM's ``SamplingParams``, for the prompts of a call, of which each has its own longest completion."""
         common = {
             "n": num_generations,
             "temperature": sampling.temperature,
-            "max_tokens": sampling.max_tokens,
             "stop": list(sampling.stop),
             "detokenize": bool(sampling.stop),
             "ignore_eos": True,
             "stop_token_ids": self._end_tokens,
         }
-        num_completions = (places.stop - places.start) * num_generations
-        if likeliest := num_likeliest(sampling, self._vocabulary, self._vllm.telling, num_completions):
+        if likeliest := num_likeliest(sampling, self._vocabulary, self._vllm.telling, len(limits) * num_generations):
             filters = {"top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": sampling.min_p}
             common |= filters | {"logprobs": likeliest}
-        seeds = np.random.SeedSequence(seed).generate_state(places.stop, np.uint32).tolist()[places]
+        seeds = np.random.SeedSequence(seed).generate_state(first_prompt + len(limits), np.uint32).tolist()[first_prompt:]
         # vLLM gives the G completions consecutive seeds; those of two prompts stay apart
-        return [common | {"seed": each << 20} for each in seeds]
+        return [common | {"max_tokens": limit, "seed": each << 20} for limit, each in zip(limits, seeds, strict=True)]
 
     def _completion(self, sample: Sample, sampling: SamplingParams) -> Completion:
         tokens, versions = sample.token_ids, sample.versions

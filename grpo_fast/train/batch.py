@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import compress, groupby
 from typing import Any
 
 import numpy as np
@@ -32,10 +32,22 @@ class TrainingSequence:
     in_loss: bool
     """Whether its tokens count: false for a truncated completion when those are masked."""
     kept: KeptTokens | None = None
-    """What each token was drawn from; ``None``: the whole vocabulary."""
+    """What each sampled token was drawn from; ``None``: the whole vocabulary."""
+    sampled: tuple[bool, ...] = ()
+    """Of each token of the completion, whether the policy sampled it; empty where it did all."""
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
+
+    @property
+    def scored(self) -> Sequence[bool]:
+        """Of each token of the completion, whether it is in the loss where the sequence is."""
+        return self.sampled or [True] * len(self.completion_ids)
+
+    @property
+    def num_scored(self) -> int:
+        """How many are."""
+        return sum(self.sampled) if self.sampled else len(self.completion_ids)
 
 
 def shared_prompts(sequences: Sequence[TrainingSequence]) -> SharedPrompts:
@@ -55,6 +67,7 @@ def flatten_groups(groups: Sequence[Group], *, mask_truncated: bool) -> list[Tra
             advantage=advantage,
             in_loss=not (mask_truncated and completion.truncated),
             kept=completion.kept,
+            sampled=() if completion.episode is None else completion.episode.sampled,
         )
         for group in groups
         for completion, advantage in zip(group.completions, group.advantages or [0.0] * len(group.completions), strict=True)
@@ -78,9 +91,7 @@ def build_batch(
         layout: ``padded`` on the right, or ``packed``.
         shares_prompts: whether neighbours with the same prompt lie behind one copy of it; packed only.
     """
-    rows = scored_rows(
-        [len(s.prompt_ids) for s in sequences], [[True] * len(s.completion_ids) for s in sequences], layout=layout
-    )
+    rows = scored_rows([len(s.prompt_ids) for s in sequences], [s.scored for s in sequences], layout=layout)
     row_index = rows.row_index
     if layout == "padded":
         inputs = _padded_inputs(sequences, device)
@@ -88,8 +99,8 @@ def build_batch(
         inputs, row_index = _shared_inputs(sequences, device)
     else:
         inputs = _packed_inputs(sequences, device)
-    targets = [token for sequence in sequences for token in sequence.completion_ids]
-    sampled = [logprob for sequence in sequences for logprob in sequence.sampling_logprobs]
+    targets = [token for sequence in sequences for token in compress(sequence.completion_ids, sequence.scored)]
+    sampled = [logprob for sequence in sequences for logprob in compress(sequence.sampling_logprobs, sequence.scored)]
     return TokenBatch(
         **inputs,
         row_index=torch.tensor(row_index, dtype=torch.int64, device=device),
@@ -148,9 +159,9 @@ def _shared_inputs(sequences: Sequence[TrainingSequence], device: torch.device) 
         pieces.append(prompt)
         ids.extend(prompt_ids)
         positions.extend(range(prompt.length))
-        for completion_ids in (sequence.completion_ids for sequence in group if sequence.completion_ids):
+        for completion_ids, scored in ((each.completion_ids, each.scored) for each in group if each.completion_ids):
             start, length = len(ids), len(completion_ids)
-            row_index.extend([prompt.start + prompt.length - 1, *range(start, start + length - 1)])
+            row_index.extend(compress([prompt.start + prompt.length - 1, *range(start, start + length - 1)], scored))
             pieces.append(Piece(start, length, prompt.start, prompt.length))
             ids.extend(completion_ids)
             positions.extend(range(prompt.length, prompt.length + length))

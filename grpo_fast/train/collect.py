@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import repeat
 from typing import Any
@@ -15,10 +15,12 @@ from grpo_fast.config import Config
 from grpo_fast.kept_tokens import KeptTokens
 from grpo_fast.metrics import PhaseTimer
 from grpo_fast.rewards import RewardReport
-from grpo_fast.rollout.engine import RolloutEngine, SamplingParams
+from grpo_fast.rollout.engine import SamplingParams
 from grpo_fast.tasks.stream import PromptStream
+from grpo_fast.train.episodes import Sampler
+from grpo_fast.train.rng import derive_seed
 from grpo_fast.train.shares import Rewards
-from grpo_fast.types import Completion, Group, Prompt
+from grpo_fast.types import Completion, Episode, Group, Prompt
 
 
 @dataclass(slots=True)
@@ -90,24 +92,27 @@ class Collected:
 
 def _completion_to_dict(completion: Completion) -> dict[str, Any]:
     kept = None if completion.kept is None else completion.kept.to_lists()
-    return {each.name: getattr(completion, each.name) for each in fields(completion)} | {"kept": kept}
+    episode = None if completion.episode is None else asdict(completion.episode)
+    return {each.name: getattr(completion, each.name) for each in fields(completion)} | {"kept": kept, "episode": episode}
 
 
 def _completion_from_dict(item: Mapping[str, Any]) -> Completion:
     tuples = {name: tuple(item.get(name, ())) for name in ("token_ids", "logprobs", "weight_versions")}
-    kept = item.get("kept")
-    return Completion(**{**item, **tuples, "kept": None if kept is None else KeptTokens.from_lists(kept)})
+    kept, episode = item.get("kept"), item.get("episode")
+    if episode is not None:
+        episode = Episode(**{**episode, "sampled": tuple(episode["sampled"]), "messages": tuple(episode["messages"])})
+    return Completion(**{**item, **tuples, "kept": None if kept is None else KeptTokens.from_lists(kept), "episode": episode})
 
 
 class Collector:
     """Draws prompts from the stream, answers from the engine, rewards from the pool."""
 
-    def __init__(self, config: Config, *, engine: RolloutEngine, stream: PromptStream, rewards: Rewards) -> None:
+    def __init__(self, config: Config, sampler: Sampler, *, stream: PromptStream, rewards: Rewards) -> None:
         self._config = config
-        self._engine = engine
+        self._sampler = sampler
         self._stream = stream
         self._rewards = rewards
-        self._sampling = sampling_params(config)
+        self._params = sampling_params(config)
         apart = config.multi_objective_aggregation == "normalize_then_sum"
         self._lives = partial(has_variance, weights=config.reward_weights or repeat(1.0)) if apart else has_variance
 
@@ -141,20 +146,16 @@ class Collector:
             metrics["refilled_prompts"] = float(len(sampled) - self._config.prompts_per_step)
         if self._config.vllm_enable_sleep_mode:
             with timer.phase("rollout"):
-                self._engine.sleep()
+                self._sampler.sleep()
         return Collected(groups, sampled, metrics, problems, self._stream.state_dict())
 
     def _sample(self, count: int, step: int, *, round_: int, timer: PhaseTimer) -> tuple[list[Group], RewardReport]:
         config = self._config
         prompts = self._stream.take(count)
         with timer.phase("rollout"):
-            answers = self._engine.generate(
-                [prompt.token_ids for prompt in prompts],
-                self._sampling,
-                num_generations=config.num_generations,
-                seed=derive_seed(config.seed, step, round_),
+            groups = self._sampler.sample(
+                prompts, self._params, num_generations=config.num_generations, seed=derive_seed(config.seed, step, round_)
             )
-        groups = [Group(prompt, completions) for prompt, completions in zip(prompts, answers, strict=True)]
         with timer.phase("reward"):
             return groups, self._rewards.score(groups)
 
@@ -199,8 +200,8 @@ def describe(
         lives: whether a group carries a gradient.
     """
     completions = [completion for group in groups for completion in group.completions]
-    lengths = np.array([len(completion.token_ids) for completion in completions])
-    ended = np.array([len(completion.token_ids) for completion in completions if not completion.truncated])
+    lengths = np.array([completion.num_sampled for completion in completions])
+    ended = np.array([completion.num_sampled for completion in completions if not completion.truncated])
     metrics = {
         "reward": _mean(np.array([value for group in groups for value in group.reward])),
         "reward_std": _mean(np.array([_std(np.array(group.reward)) for group in groups])),
@@ -211,6 +212,9 @@ def describe(
         "completions/max_length": float(lengths.max()),
         "completions/clipped_ratio": 1.0 - len(ended) / len(lengths),
     }
+    turns = np.array([completion.episode.num_turns for completion in completions if completion.episode is not None])
+    if turns.size:
+        metrics |= {"num_turns/mean": float(turns.mean()), "num_turns/max": float(turns.max())}
     if ended.size:
         terminated = {"mean": ended.mean(), "min": ended.min(), "max": ended.max()}
         metrics |= {f"completions/{name}_terminated_length": float(value) for name, value in terminated.items()}
@@ -220,11 +224,6 @@ def describe(
 def _all_wrong(group: Group, least_reward: float) -> bool:
     known = [value for value in group.reward if not math.isnan(value)]
     return bool(known) and max(known) <= least_reward
-
-
-def derive_seed(*parts: int) -> int:
-    """One seed from several numbers, well mixed."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def _mean(values: np.ndarray[Any, Any]) -> float:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_fast.config import Config, ConfigError
+from grpo_fast.environments import Environments
 from grpo_fast.rewards import reward_name
 from grpo_fast.run_dir import write_whole
 from grpo_fast.tasks import Rows, Task, encode_prompts, load_task, task_of
@@ -25,10 +26,16 @@ class Data:
     task: Task
     reward_funcs: Sequence[str | Callable[..., Any]]
     """What rewards training: names, or functions as they were given."""
+    environments: Environments | None = None
+    """What answers the policy between its turns; started."""
 
     @property
     def _names(self) -> dict[str, Any]:
-        return {"dataset": self.task.name, "reward_funcs": [reward_name(function) for function in self.reward_funcs]}
+        return {
+            "dataset": self.task.name,
+            "reward_funcs": [reward_name(function) for function in self.reward_funcs],
+            "environment_factory": None if self.environments is None else self.environments.name,
+        }
 
     def write_names(self, run_dir: Path) -> None:
         """Leaves in a run's directory what its configuration does not tell where data or rewards were given in Python."""
@@ -48,9 +55,10 @@ class Data:
             return
         begun = json.loads(file.read_text(encoding="utf-8"))
         for name, now in self._names.items():
-            if begun[name] != now:
+            before = begun.get(name)
+            if before != now:
                 raise ConfigError(
-                    f"the run in {run_dir} was begun with {name} {begun[name]!r} and would go on with {now!r}; where they were "
+                    f"the run in {run_dir} was begun with {name} {before!r} and would go on with {now!r}; where they were "
                     "given in Python, go on by GRPOTrainer.resume with the same"
                 )
 
@@ -67,25 +75,51 @@ def check_rows(given: Mapping[str, Any]) -> None:
         raise ConfigError("eval_dataset is given without train_dataset; give both, or name a split by eval_split")
 
 
-def choose_data(config: Config, given: Mapping[str, Any], *, chat: bool) -> Data:
-    """What was given, else what is configured, else the task's own rewards.
+def choose_environments(config: Config, given: Mapping[str, Any]) -> Environments | None:
+    """Environments as given or configured, started; ``None`` where there are none.
+
+    Raises:
+        ConfigError: they cannot be found, or are none.
+    """
+    factory = given.get("environment_factory", config.environment_factory)
+    if factory is None:
+        return None
+    try:
+        environments = Environments(factory, timeout_s=config.environment_timeout_s, workers=config.environment_workers)
+        environments.start()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    return environments
+
+
+def choose_data(config: Config, given: Mapping[str, Any], *, chat: bool, environments: Environments | None = None) -> Data:
+    """What was given, else what is configured, else an environment's own rewards, else the task's.
 
     Args:
         config: the run's configuration.
         given: of :class:`~grpo_fast.train.parts.Replacements`, those on data and rewards are read.
         chat: whether the tokeniser has a chat template.
+        environments: what answers the policy.
 
     Raises:
-        ConfigError: data that cannot be read or used.
+        ConfigError: data that cannot be read or used, or a reward that no environment gives.
     """
-    needs_reward = "reward_funcs" not in given
+    rates = environments is not None and environments.can_rate
+    needs_reward = "reward_funcs" not in given and not rates
     if "train_dataset" in given:
         task = task_of(config, given["train_dataset"], given.get("eval_dataset"), needs_reward=needs_reward)
     else:
         task = given.get("task") or load_task(config, chat=chat, needs_reward=needs_reward)
     functions = given.get("reward_funcs", ())
     alone = isinstance(functions, str) or callable(functions)
-    return Data(task, [functions] if alone else functions or config.reward_funcs or task.reward_funcs)
+    own = ("environment",) if rates else task.reward_funcs
+    chosen = [functions] if alone else functions or config.reward_funcs or own
+    if "environment" in chosen and not rates:
+        raise ConfigError(
+            "the reward 'environment' is what an environment's get_reward says, and "
+            + ("there is none; set environment_factory" if environments is None else f"{environments.name!r} has none; add it")
+        )
+    return Data(task, chosen, environments)
 
 
 def encoded(config: Config, rows: Rows, source: PolicySource) -> EncodedPrompts:

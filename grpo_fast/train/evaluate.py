@@ -10,9 +10,9 @@ import numpy as np
 from grpo_fast.config import Config
 from grpo_fast.metrics import PhaseTimer, mean_known
 from grpo_fast.rollout.engine import SamplingParams
-from grpo_fast.train.collect import derive_seed, sampling_params
+from grpo_fast.train.collect import sampling_params
 from grpo_fast.train.parts import Parts
-from grpo_fast.types import Group
+from grpo_fast.train.rng import derive_seed
 
 
 def evaluate(config: Config, parts: Parts) -> float:
@@ -30,13 +30,7 @@ def evaluate(config: Config, parts: Parts) -> float:
         sampling = replace(sampling_params(config), temperature=config.eval_temperature)
     else:
         sampling = SamplingParams(max_tokens=config.max_completion_length, temperature=0.0, stop=config.stop)
-    answers = parts.engine.generate(
-        [prompt.token_ids for prompt in parts.eval_prompts],
-        sampling,
-        num_generations=config.num_generations_eval,
-        seed=config.seed,
-    )
-    groups = [Group(prompt, completions) for prompt, completions in zip(parts.eval_prompts, answers, strict=True)]
+    groups = parts.sampler.sample(parts.eval_prompts, sampling, num_generations=config.num_generations_eval, seed=config.seed)
     parts.eval_rewards.score(groups)
     return mean_known(value for group in groups for value in group.reward)
 
@@ -70,10 +64,7 @@ def probe(config: Config, parts: Parts, timer: PhaseTimer) -> Baseline:
     rows = np.random.default_rng(seed).permutation(len(parts.prompts))[: config.baseline_probe]
     prompts = [parts.prompts[row] for row in rows]
     with timer.phase("rollout"):
-        answers = parts.engine.generate(
-            [prompt.token_ids for prompt in prompts], sampling_params(config), num_generations=1, seed=seed
-        )
-    groups = [Group(prompt, completions) for prompt, completions in zip(prompts, answers, strict=True)]
+        groups = parts.sampler.sample(prompts, sampling_params(config), num_generations=1, seed=seed)
     with timer.phase("reward"):
         parts.rewards.score(groups)
     parts.meter.add_rollout(

@@ -31,8 +31,10 @@ from grpo_fast.sinks.question import TIMEOUT_S
 from grpo_fast.tasks import PromptStream, Task
 from grpo_fast.tasks.encoded import EncodedPrompts
 from grpo_fast.tasks.remarks import plain_text, repeats
-from grpo_fast.train.data import Data, check_rows, choose_data, encoded_task
+from grpo_fast.tasks.replies import Replies
+from grpo_fast.train.data import Data, check_rows, choose_data, choose_environments, encoded_task
 from grpo_fast.train.distributed import ALONE, World, note_launch
+from grpo_fast.train.episodes import InTurns, OneTurn, Sampler
 from grpo_fast.train.optim import check_optimizer
 from grpo_fast.train.plan_memory import check_room
 from grpo_fast.train.policy import BasePolicy, Policy, Scorer, count_parameters
@@ -59,6 +61,8 @@ class Parts:
     policy: Policy
     reference: Scorer | None
     engine: RolloutEngine
+    sampler: Sampler
+    """Has prompts answered by the engine, in turns where there is an environment."""
     rewards: Rewards
     eval_rewards: Rewards
     predictor: OnlinePredictor
@@ -115,6 +119,8 @@ class Parts:
         self.rewards.close()
         self.eval_rewards.close()
         self.engine.close()
+        if self.data.environments is not None:
+            self.data.environments.close()
         self.sinks.close()
 
 
@@ -130,6 +136,8 @@ class Replacements(TypedDict, total=False):
     """Rows held out, beside ``train_dataset``."""
     task: Task
     """Prompts and rewards together, in place of ``config.dataset``."""
+    environment_factory: str | Callable[[], Any]
+    """What makes the environments that answer the policy, in place of ``config.environment_factory``: a class, most often."""
     budget: Budget
     """Limits in place of the configuration's; ``config.max_steps`` holds beside it, as the horizon."""
     engine: RolloutEngine
@@ -174,14 +182,18 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
     if "engine" not in given:
         _check_sampler(config, source)
     check_room(source.model_config, config, num_devices=world.size)
-    data = choose_data(config, given, chat=source.chat)
+    environments = choose_environments(config, given)
+    data = choose_data(config, given, chat=source.chat, environments=environments)
     rewards = _build_pool(config, data.reward_funcs, config.reward_weights, world=world)
     if resume:
         world.once(lambda: data.check_names(config.output_dir))
     prompts, eval_prompts = encoded_task(config, data.task, source)
     with contextlib.ExitStack() as on_error:
         on_error.callback(rewards.close)
+        if environments is not None:
+            on_error.callback(environments.close)
         rewards.start(prompts.columns)
+        replies = _check_replies(config, data, prompts, source)
         whole = source.load()
         streams = world.size > 1 and "engine" not in given and streams_weights(config)
         policy = whole if world.size == 1 else spread(source, whole, config=config, world=world, streams=streams)
@@ -199,6 +211,9 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
             policy=policy,
             reference=_reference(source, policy, config=config, world=world) if config.beta > 0 else None,
             engine=engine,
+            sampler=OneTurn(engine)
+            if environments is None
+            else InTurns(engine, environments, replies, max_turns=config.max_turns, world=world),
             rewards=rewards,
             eval_rewards=_build_pool(config, (data.task.eval_reward or data.reward_funcs[0],), (), world=world),
             predictor=given.get("predictor") or _build_predictor(config, prior, num_parameters=count_parameters(whole.model)),
@@ -215,6 +230,19 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
         )
         on_error.pop_all()
     return parts
+
+
+def _check_replies(config: Config, data: Data, prompts: EncodedPrompts, source: PolicySource) -> Replies:
+    """What tokenises an environment's answers, tried before the model is read."""
+    replies = Replies(source.tokenizer, config.chat_template_kwargs)
+    if data.environments is not None:
+        if prompts.num_plain < len(prompts):
+            replies.token_ids([{"role": "user", "content": "go on"}], last_token=-1)
+        try:
+            data.environments.check_columns(prompts.columns)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+    return replies
 
 
 def _check(config: Config, given: Replacements, world: World) -> None:

@@ -176,7 +176,7 @@ def _data(config: Config, inputs: PlanInputs, source: PolicySource | None, notes
     """Name, number of prompts and their mean length in tokens."""
     if inputs.data_size is not None and inputs.prompt_tokens is not None:
         return f"{inputs.data_size} prompts", inputs.data_size, inputs.prompt_tokens
-    task = load_task(config, chat=source is not None and source.chat)
+    task = load_task(config, chat=source is not None and source.chat, needs_reward=config.environment_factory is None)
     count = inputs.data_size or len(task.train)
     if inputs.prompt_tokens is not None:
         return task.name, count, inputs.prompt_tokens
@@ -320,7 +320,7 @@ def _measured(config: Config, inputs: PlanInputs, parts: Parts) -> PlanFacts:
 
 def _two_steps(config: Config, parts: Parts, timer: PhaseTimer) -> _Steps:
     learner = Learner(config, parts.policy, build_optimizer(parts.policy.model, config), reference=parts.reference)
-    collector = Collector(config, engine=parts.engine, stream=parts.stream, rewards=parts.rewards)
+    collector = Collector(config, parts.sampler, stream=parts.stream, rewards=parts.rewards)
     num_trained = 0
     sampled: list[list[int]] = []
     seconds = 0.0

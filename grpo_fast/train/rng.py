@@ -1,7 +1,4 @@
-"""The process-wide random generators, for reward functions and custom engines that draw from them.
-
-The loop itself draws everything from seeds derived from the run's seed and the step.
-"""
+"""Seeds, from which the loop draws everything; and the process-wide generators, for code of others that draws from them."""
 
 from __future__ import annotations
 
@@ -12,6 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+
+
+def derive_seed(*parts: int) -> int:
+    """One seed from several numbers, well mixed."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def rng_state() -> dict[str, Any]:

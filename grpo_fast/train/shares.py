@@ -41,6 +41,7 @@ class SharedEngine:
         num_generations: int,
         seed: int,
         first_prompt: int = 0,
+        max_tokens: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
         """Samples all completions; see the protocol.
 
@@ -52,9 +53,13 @@ class SharedEngine:
         def own() -> list[list[Completion]]:
             if not prompts[share]:
                 return []
-            first = first_prompt + share.start
             return self._engine.generate(
-                prompts[share], sampling, num_generations=num_generations, seed=seed, first_prompt=first
+                prompts[share],
+                sampling,
+                num_generations=num_generations,
+                seed=seed,
+                first_prompt=first_prompt + share.start,
+                max_tokens=None if max_tokens is None else max_tokens[share],
             )
 
         return [group for part in self._world.gather(own) for group in part]
@@ -108,6 +113,7 @@ class MainEngine:
         num_generations: int,
         seed: int,
         first_prompt: int = 0,
+        max_tokens: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
         """Samples all completions; see the protocol.
 
@@ -116,7 +122,12 @@ class MainEngine:
         """
         return self._world.once(
             lambda: self._main().generate(
-                prompts, sampling, num_generations=num_generations, seed=seed, first_prompt=first_prompt
+                prompts,
+                sampling,
+                num_generations=num_generations,
+                seed=seed,
+                first_prompt=first_prompt,
+                max_tokens=max_tokens,
             )
         )
 

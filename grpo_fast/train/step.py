@@ -60,7 +60,7 @@ class UpdateResult:
     def charge(self, meter: ComputeMeter, config: Config) -> None:
         """Meters what was computed."""
         lengths = [len(sequence) for sequence in self.trained]
-        scored = sum(len(sequence.completion_ids) for sequence in self.trained)
+        scored = sum(sequence.num_scored for sequence in self.trained)
         kept = _num_kept(self.trained)
         for adapters in config.scoring_passes:
             meter.add_reference(lengths, scored, adapters=adapters, shared_prompts=self.shared_prompts, num_kept=kept)
@@ -76,7 +76,7 @@ class UpdateResult:
             again = config.num_iterations * self.measured
             meter.add_reference(
                 [len(s) for s in again],
-                sum(len(s.completion_ids) for s in again),
+                sum(s.num_scored for s in again),
                 adapters=True,
                 shared_prompts=config.num_iterations * self.measured_shared_prompts,
                 num_kept=_num_kept(again),
@@ -176,8 +176,8 @@ class Learner:
         ]
         trained, measured = (tuple(sequences[i] for rows in cut for i in rows) for cut in cuts)
         shared, measured_shared = (self._saved_prompts(sequences, cut) for cut in cuts)
-        num_trained = sum(len(sequence.completion_ids) for sequence in trained)
-        num_sampled = sum(len(sequence.completion_ids) for sequence in sequences)
+        num_trained = sum(sequence.num_scored for sequence in trained)
+        num_sampled = sum(sequence.num_scored for sequence in sequences)
         return UpdateResult(metrics, trained, num_sampled - num_trained, measured, shared, measured_shared)
 
     def _saved_prompts(self, sequences: Sequence[TrainingSequence], cuts: Sequence[Sequence[int]]) -> tuple[int, ...]:
@@ -229,7 +229,7 @@ class Learner:
     def _plan(self, sequences: list[TrainingSequence]) -> list[RowPlan]:
         """What each rank puts through the model."""
         config = self._config
-        in_loss = [len(s.completion_ids) if s.in_loss else 0 for s in sequences]
+        in_loss = [s.num_scored if s.in_loss else 0 for s in sequences]
         live = live_sequences(
             in_loss, [s.advantage for s in sequences], beta=self._spec.beta, entropy_coef=self._spec.entropy_coef
         )
@@ -248,7 +248,7 @@ class Learner:
         ]
 
     def _micro_batches(self, sequences: list[TrainingSequence], plans: list[RowPlan]) -> list[_Part]:
-        in_loss = [len(s.completion_ids) if s.in_loss else 0 for s in sequences]
+        in_loss = [s.num_scored if s.in_loss else 0 for s in sequences]
         weights = self._objective.loss_weights(
             torch.tensor(in_loss), max_completion_length=self._config.max_completion_length
         ).tolist()

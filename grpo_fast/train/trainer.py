@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Self, Unpack
 
 from grpo_fast.config import Config, ConfigError
+from grpo_fast.environments import EnvironmentFailedError
 from grpo_fast.law import AlarmState, Forecast, Spending, StopDecision
 from grpo_fast.metrics import PhaseTimer, mean_known
 from grpo_fast.rewards import RewardError
@@ -85,8 +86,7 @@ class GRPOTrainer:
         parts = self._parts
         self._optimizer = build_optimizer(parts.policy.model, config)
         self._learner = Learner(config, parts.policy, self._optimizer, reference=parts.reference, world=world)
-        self._collector = Collector(config, engine=parts.engine, stream=parts.stream, rewards=parts.rewards)
-        self._rollouts = Rollouts(config, self._collector)
+        self._rollouts = Rollouts(config, Collector(config, parts.sampler, stream=parts.stream, rewards=parts.rewards))
         self._progress = progress_schedule(config)
         self._timer = PhaseTimer()
         self._interrupt = InterruptFlag()
@@ -156,7 +156,7 @@ class GRPOTrainer:
         """Trains, and yields after each step. Leaving the loop ends the run with a checkpoint; calling it again goes on.
 
         Raises:
-            RewardError: a reward function failed; what was trained is saved.
+            RewardError, EnvironmentFailedError: a reward function or an environment failed; what was trained is saved.
             ConfigError: a reward lies outside ``reward_range``; what was trained is saved.
             NonFiniteGradientError: training diverged; what was trained is saved.
             RolloutError: the engine died, or does not have the policy's weights; what was trained is saved.
@@ -184,7 +184,7 @@ class GRPOTrainer:
             except GeneratorExit:
                 self._finish(self._ending or Ending("user", f"The loop was left after step {self.global_step}."))
                 raise
-            except (RewardError, ConfigError, NonFiniteGradientError, RolloutError) as error:
+            except (RewardError, EnvironmentFailedError, ConfigError, NonFiniteGradientError, RolloutError) as error:
                 # Past the first of several iterations the weights have moved already: only an older checkpoint is whole.
                 if self.config.num_iterations == 1 or not isinstance(error, NonFiniteGradientError):
                     self._save()

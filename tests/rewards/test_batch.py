@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import pickle
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from grpo_fast.rewards.batch import call_arguments, column_names, pickled
-from grpo_fast.types import Completion, Group, Prompt
+from grpo_fast.rewards.call import BATCH_ARGUMENTS
+from grpo_fast.types import Completion, Episode, Group, Prompt
 
 
 def group(prompt: Any, *texts: str, opening: str = "", **columns: Any) -> Group:
@@ -23,12 +25,24 @@ def test_arguments_are_aligned_with_completions() -> None:
         "completions": ["a", "bb", [{"role": "assistant", "content": "c"}]],
         "completion_ids": [[0], [0, 1], [0]],
         "completion_openings": ["", "", "<think>"],
+        "environment_rewards": [None, None, None],
         "answer": ["1", "1", "2"],
         "level": [None, None, 3],
     }
 
 
-@pytest.mark.parametrize("name", ["prompts", "completions", "completion_ids", "completion_openings"])
+def test_an_episode_is_given_whole_and_with_its_reward() -> None:
+    said = ({"role": "assistant", "content": "6*7"}, {"role": "tool", "content": "42"}, {"role": "assistant", "content": "c"})
+    chat, plain = group([{"role": "user", "content": "q"}], "all of it"), group("q", "6*7 42 c")
+    for each, messages, reward in ((chat, said, 0.5), (plain, (), None)):
+        episode = Episode((True,) * 9, messages, 2, reward)
+        each.completions = [replace(completion, episode=episode) for completion in each.completions]
+    found = call_arguments([chat, plain], [])
+    assert found["completions"] == [list(said), "6*7 42 c"]
+    assert found["environment_rewards"] == [0.5, None]
+
+
+@pytest.mark.parametrize("name", BATCH_ARGUMENTS)
 def test_a_column_may_not_hide_an_argument(name: str) -> None:
     with pytest.raises(ValueError, match=f"column '{name}'.*rename it"):
         column_names([group("p", "a", **{name: 1})])

@@ -24,6 +24,7 @@ ARGUMENTS = {
     "completions": ["a", "bb"],
     "completion_ids": [[1], [1, 2]],
     "completion_openings": ["", ""],
+    "environment_rewards": [None, 0.5],
     "answer": ["a", "b"],
 }
 
@@ -32,7 +33,7 @@ def call(function: Any, arguments: dict[str, list[Any]] | None = None) -> list[f
     return call_reward(RewardFunction("f", function), ARGUMENTS if arguments is None else arguments)
 
 
-@pytest.mark.parametrize("name", ["accuracy", "exact_match", "format", "boxed_format"])
+@pytest.mark.parametrize("name", ["accuracy", "exact_match", "format", "boxed_format", "environment"])
 def test_built_in_rewards_are_found_by_name(name: str) -> None:
     reward = resolve_reward(name)
     assert reward.name == name

@@ -17,6 +17,25 @@ def test_what_fits_passes() -> None:
     check([[1] * 600], context=None)
 
 
+def test_prompts_may_have_limits_of_their_own() -> None:
+    def limits(*given: int) -> list[int]:
+        return check_request(
+            [[0, 19], [1] * 8],
+            SamplingParams(max_tokens=4),
+            num_generations=1,
+            context_length=10,
+            vocabulary=20,
+            max_tokens=given or None,
+        )
+
+    assert limits(4, 2) == [4, 2]
+    with pytest.raises(ValueError, match="prompt 1 has 8 tokens, which with max_tokens=3 exceeds"):
+        limits(4, 3)
+    for wrong in ((4,), (4, 0), (5, 1)):
+        with pytest.raises(ValueError, match=r"for 2 prompts; give one each, from 1 to sampling's 4"):
+            limits(*wrong)
+
+
 @pytest.mark.parametrize(
     ("prompts", "changes", "message"),
     [

@@ -20,9 +20,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
 
 
-def transcript(tokenizer: PreTrainedTokenizerFast, count: int, **sampling: object) -> Transcript:
+def transcript(
+    tokenizer: PreTrainedTokenizerFast, count: int, *, limits: list[int] | None = None, **sampling: object
+) -> Transcript:
     params = SamplingParams(**({"max_tokens": 6} | sampling))
-    return Transcript(count, params, is_end=np.arange(10) == END, tokenizer=tokenizer)
+    return Transcript(np.array(limits or [6] * count), params, is_end=np.arange(10) == END, tokenizer=tokenizer)
 
 
 def block(*columns: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -53,6 +55,22 @@ def test_end_token_before_the_stop_string_wins(tokenizer: PreTrainedTokenizerFas
     notes = transcript(tokenizer, 2, stop=("cd",))
     assert notes.record(np.arange(2), 0, *block([1, END, 2, 3], [1, 2, 3, END])).tolist() == [True, True]
     assert [(c.token_ids, c.text) for c in notes.completions(0)] == [((1, END), "b"), ((1, 2, 3), "b")]
+
+
+def test_each_sequence_has_a_limit_of_its_own(tokenizer: PreTrainedTokenizerFast) -> None:
+    notes = transcript(tokenizer, 5, limits=[2, 3, 4, 6, 6], stop=("cd",))
+    block_of_four = block([1, 2, 3, END], [1, 1, END, 1], [5, 6, 7, 8], [1, 2, 3, 4], [1, 1, 1, 1])
+    assert notes.record(np.arange(5), 0, *block_of_four).tolist() == [True, True, True, True, False]
+    assert notes.record(np.array([4, 0]), 4, *block([1, 1], [8, 8])).tolist() == [True, True]
+    found = [(c.token_ids, c.finish_reason) for c in notes.completions(0)]
+    # past the limit neither an end nor a stop string counts; at it both do
+    assert found == [
+        ((1, 2), "length"),
+        ((1, 1, END), "stop"),
+        ((5, 6, 7, 8), "length"),
+        ((1, 2, 3), "stop"),
+        ((1,) * 6, "length"),
+    ]
 
 
 def test_only_log_probabilities_that_count_must_be_finite(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,11 +12,13 @@ import pytest
 from grpo_fast.config import Config
 from grpo_fast.metrics import PhaseTimer
 from grpo_fast.rewards import RewardError, RewardPool
+from grpo_fast.rollout.engine import SamplingParams
 from grpo_fast.rollout.transformers_engine import TransformersEngine
 from grpo_fast.tasks.stream import PromptStream
-from grpo_fast.train.collect import Collected, Collector, derive_seed, describe, has_variance
+from grpo_fast.train.collect import Collected, Collector, describe, has_variance
+from grpo_fast.train.episodes import OneTurn, Sampler
 from grpo_fast.train.policy import Policy
-from grpo_fast.types import Completion, Group, Prompt
+from grpo_fast.types import Completion, Episode, Group, Prompt
 
 Build = Callable[..., Collector]
 PROMPTS = [Prompt(10 + i, f"{letter}=", (4 + i, 16), {"answer": letter}) for i, letter in enumerate("abcdefghi")]
@@ -45,11 +48,12 @@ def build(tiny_policy: Callable[..., Policy], tiny_config: Callable[..., Config]
         *,
         prompts: Sequence[Prompt] = PROMPTS,
         on_error: str = "raise",
+        sampler: Sampler | None = None,
         **settings: Any,
     ) -> Collector:
         config = tiny_config(shuffle=False, **settings)
         pool = RewardPool([reward] if callable(reward) else reward, workers=0, on_error=on_error)
-        return Collector(config, engine=engine, stream=PromptStream(prompts, seed=0, shuffle=False), rewards=pool)
+        return Collector(config, sampler or OneTurn(engine), stream=PromptStream(prompts, seed=0, shuffle=False), rewards=pool)
 
     return make
 
@@ -85,14 +89,6 @@ def test_draws_differ_by_round(build: Build) -> None:
     assert len(found.sampled) == 3
     for one, other in itertools.combinations(tokens(found.sampled), 2):
         assert one != other
-
-
-def test_seeds_are_mixed_and_fit_an_int64() -> None:
-    parts = list(itertools.product(range(6), repeat=3))
-    seeds = {derive_seed(*values) for values in parts}
-    assert len(seeds) == len(parts)
-    assert all(0 <= seed < 2**63 for seed in seeds)
-    assert derive_seed(1, 2, 3) == derive_seed(1, 2, 3)
 
 
 def test_refilling_replaces_dead_groups_and_the_metrics_stay_those_of_the_first_draw(build: Build) -> None:
@@ -148,6 +144,32 @@ def test_what_is_collected_survives_json_exactly(dead: str, top_k: int, build: B
     assert str(again.metrics) == str(found.metrics)
     assert again.problems == found.problems
     assert all(any(group is other for other in again.sampled) for group in again.groups)
+
+
+class Episodes(OneTurn):
+    """Says of what was sampled that an environment had a part in it."""
+
+    def sample(self, prompts: Sequence[Prompt], sampling: SamplingParams, **options: Any) -> list[Group]:
+        def episode(completion: Completion) -> Episode:
+            said = tuple(place % 2 == 0 for place in range(len(completion.token_ids)))
+            return Episode(said, ({"role": "assistant", "content": "a"}, {"role": "tool", "content": "b"}), 2, 0.25)
+
+        groups = super().sample(prompts, sampling, **options)
+        return [replace(group, completions=[replace(c, episode=episode(c)) for c in group.completions]) for group in groups]
+
+
+def test_episodes_survive_json_and_are_counted(build: Build, tiny_policy: Callable[..., Policy]) -> None:
+    policy = tiny_policy()
+    sampler = Episodes(TransformersEngine(policy.model, policy.tokenizer))
+    found = build(sampler=sampler).collect(1, PhaseTimer())
+    again = Collected.from_dict(
+        json.loads(json.dumps(found.to_dict())), {prompt.index: prompt for prompt in PROMPTS}.__getitem__
+    )
+    assert [group.completions for group in again.groups] == [group.completions for group in found.groups]
+    lengths = [(len(completion.token_ids) + 1) // 2 for group in found.groups for completion in group.completions]
+    assert found.metrics["completions/mean_length"] == pytest.approx(sum(lengths) / len(lengths))
+    assert found.metrics["completions/max_length"] == max(lengths)
+    assert found.metrics["num_turns/mean"] == found.metrics["num_turns/max"] == 2.0
 
 
 def nothing(completions: list[str], **columns: Any) -> list[None]:

@@ -7,9 +7,19 @@ from typing import Any
 import pytest
 
 from grpo_fast.config import Config, ConfigError
+from grpo_fast.environments import Environments
 from grpo_fast.tasks.task import Task
-from grpo_fast.train.data import Data, check_rows, choose_data, encoded_task
+from grpo_fast.train.data import Data, check_rows, choose_data, choose_environments, encoded_task
 from grpo_fast.train.policy_source import PolicySource
+
+
+class Silent:
+    """An environment with nothing to say."""
+
+    def reset(self, prompt: str) -> None: ...
+
+    def step(self, completion: str) -> None: ...
+
 
 ROWS = [{"prompt": f"{letter}=", "answer": letter} for letter in "abcdefghij"]
 
@@ -24,6 +34,23 @@ def test_rewards_that_are_given_win_and_one_may_stand_alone(functions: Any, lett
     assert data.reward_funcs == (functions if isinstance(functions, list) else [functions])
     assert choose_data(Config(reward_funcs=("format",)), {"task": letters}, chat=False).reward_funcs == ("format",)
     assert choose_data(Config(), {"task": letters}, chat=False).reward_funcs == ("exact_match",)
+
+
+def test_an_environment_that_rates_is_the_reward_where_no_other_is_named(letters: Task) -> None:
+    class Rating(Silent):
+        def get_reward(self) -> float:
+            return 1.0
+
+    silent, rating = (choose_environments(Config(), {"environment_factory": kind}) for kind in (Silent, Rating))
+    given = {"task": letters}
+    assert choose_data(Config(), given, chat=False, environments=rating).reward_funcs == ("environment",)
+    assert choose_data(Config(), given, chat=False, environments=silent).reward_funcs == ("exact_match",)
+    both = Config(reward_funcs=("environment", "format"))
+    assert choose_data(both, given, chat=False, environments=rating).reward_funcs == ("environment", "format")
+    choose_data(Config(), {"train_dataset": [{"prompt": "a"}]}, chat=False, environments=rating)  # no answer is needed
+    with pytest.raises(ConfigError, match="get_reward says, and 'Silent' has none; add it"):
+        choose_data(both, given, chat=False, environments=silent)
+    assert choose_environments(Config(), {}) is None
 
 
 def test_rows_in_hand_take_the_place_of_the_dataset(tiny_config: Callable[..., Config]) -> None:
@@ -62,3 +89,6 @@ def test_a_run_goes_on_with_the_data_and_rewards_that_it_was_begun_with(letters:
     other = choose_data(Config(), {"train_dataset": ROWS}, chat=False).task
     with pytest.raises(ConfigError, match=r"begun with dataset 'letters' and would go on with 'train_dataset'"):
         Data(other, ["format", short]).check_names(tmp_path)
+    told = "begun with environment_factory None and would go on with 'Silent'"
+    with Environments(Silent) as environments, pytest.raises(ConfigError, match=told):
+        Data(letters, ["format", short], environments).check_names(tmp_path)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import random
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from grpo_fast.train.rng import load_rng_state, rng_state
+from grpo_fast.train.rng import derive_seed, load_rng_state, rng_state
 
 
 def draws() -> tuple[list[float], list[float], list[float]]:
@@ -50,3 +51,11 @@ def test_states_of_other_gpus_are_left_alone() -> None:
     expected = draws()
     load_rng_state(state)
     assert draws() == expected
+
+
+def test_seeds_are_mixed_and_fit_an_int64() -> None:
+    parts = list(itertools.product(range(6), repeat=3))
+    seeds = {derive_seed(*values) for values in parts}
+    assert len(seeds) == len(parts)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert derive_seed(1, 2, 3) == derive_seed(1, 2, 3)

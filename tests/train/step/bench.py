@@ -43,7 +43,7 @@ class Bench:
 def truth(policy: Policy, groups: Sequence[Group], config: Config) -> tuple[float, torch.Tensor]:
     """Loss and gradient of ``dapo`` against the sampler's log-probabilities, in float64, from full logits, nothing left out."""
     model = policy.model.double()
-    total = sum(len(completion.token_ids) for group in groups for completion in group.completions)
+    total = sum(completion.num_sampled for group in groups for completion in group.completions)
     loss = torch.zeros((), dtype=torch.float64)
     for group in groups:
         rewards = torch.tensor(group.reward, dtype=torch.float64)
@@ -56,7 +56,9 @@ def truth(policy: Policy, groups: Sequence[Group], config: Config) -> tuple[floa
             logprobs = logits.log_softmax(-1)[first - 1 : -1].gather(1, tokens[first:, None])[:, 0]
             ratio = (logprobs - torch.tensor(completion.logprobs, dtype=torch.float64)).exp()
             clipped = ratio.clamp(1 - config.epsilon, 1 + (config.epsilon_high or config.epsilon))
-            loss = loss - torch.minimum(ratio * advantage, clipped * advantage).sum() / total
+            each = torch.minimum(ratio * advantage, clipped * advantage)
+            said = [True] * len(each) if completion.episode is None else completion.episode.sampled
+            loss = loss - each[torch.tensor(said)].sum() / total
     gradient = torch.autograd.grad(loss, list(model.parameters()))
     model.float()
     return loss.item(), torch.cat([value.flatten() for value in gradient])

@@ -13,7 +13,7 @@ from grpo_fast.config import ConfigError
 from grpo_fast.objective import OBJECTIVES
 from grpo_fast.train.policy import Policy
 from grpo_fast.train.step import NonFiniteGradientError
-from grpo_fast.types import Group
+from grpo_fast.types import Episode, Group
 from tests.train.step.bench import Bench, MakeGroup, MakePolicy, relative_error, truth
 
 
@@ -28,6 +28,38 @@ def test_loss_and_gradient_are_those_of_full_logits_in_float64(tiny_policy: Make
     assert 0 < result.metrics["clip_ratio/region_mean"] < 1
     _, other = truth(tiny_policy(), groups[:2], bench.config)
     assert relative_error(bench.gradients[0], other) > 0.1
+
+
+def answered(group: Group) -> Group:
+    """The group as if an environment had said every third token, the second of each completion first."""
+    completions = []
+    for completion in group.completions:
+        sampled = tuple(place % 3 != 1 for place in range(len(completion.token_ids)))
+        logprobs = tuple(value * said for value, said in zip(completion.logprobs, sampled, strict=True))
+        completions.append(replace(completion, logprobs=logprobs, episode=Episode(sampled, (), 2)))
+    return replace(group, completions=completions)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
+def test_what_an_environment_said_is_read_and_never_trained_on(
+    layout: str, tiny_policy: MakePolicy, groups: list[Group]
+) -> None:
+    groups = [answered(group) for group in groups]
+    policy = tiny_policy()
+    if layout != "padded":
+        policy = Policy(policy.model, policy.tokenizer, padding_free=True)
+    settings = {"bypass_old_logprobs": True, "epsilon_high": 0.3, "tokens_per_microbatch": 40}
+    bench = Bench(policy, share_prompts=layout == "shared", **settings)
+    loss, gradient = truth(tiny_policy(), groups, bench.config)
+    result = bench.update(groups)
+    assert result.metrics["loss"] == pytest.approx(loss, rel=1e-5)
+    assert relative_error(bench.gradients[0], gradient) < 1e-5
+    trained = sum(sequence.num_scored for sequence in result.trained)
+    sampled = sum(completion.num_sampled for group in groups for completion in group.completions)
+    assert trained + result.num_dropped_tokens == sampled
+    # the guard: leaving the environment's words out of the context, or taking them into the loss, would show
+    everything = [replace(g, completions=[replace(c, episode=None) for c in g.completions]) for g in groups]
+    assert relative_error(bench.gradients[0], truth(tiny_policy(), everything, bench.config)[1]) > 0.1
 
 
 @pytest.mark.parametrize("loss_type", sorted(OBJECTIVES))

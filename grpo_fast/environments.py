@@ -1,0 +1,312 @@
+"""Environments: what answers the policy between its turns. Each call under a deadline, so that none can hang the run.
+
+They run in threads of this process, since what they mostly do is to wait: for a search, a sandbox, another model. They may hold
+what no other process could be sent, and need no pickling. An instance is made once and used again and again, one episode after
+the other.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.pool import ThreadPool
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeAlias
+
+from grpo_fast.types import Message, Prompt, TrainingError
+from grpo_fast.user_code import accepted_arguments, awaited, describe_failure, import_object, name_of
+
+Reply: TypeAlias = str | list[Message]
+"""What an environment said: text, or to a prompt of messages, messages."""
+
+_SHOWN_CHARACTERS = 60
+
+
+class Environment(Protocol):
+    """What a class for ``environment_factory`` has; a third method, ``get_reward() -> float | None``, may rate the episode.
+
+    All of them may be async. What an episode leaves behind, ``reset`` has to clear: the next one meets the same instance.
+    """
+
+    def reset(self, prompt: Any, **columns: Any) -> None:
+        """Begins an episode.
+
+        Args:
+            prompt: as in the dataset.
+            columns: those of the dataset's columns that the signature names; all of them where it takes ``**columns``.
+        """
+        ...
+
+    def step(self, completion: str) -> str | Message | Sequence[Message] | None:
+        """Answers the policy.
+
+        Args:
+            completion: what it said in this turn, stop string included.
+
+        Returns:
+            What it reads next: text (to a prompt of messages a user's), a message or several; ``None`` ends the episode.
+        """
+        ...
+
+
+class EnvironmentFailedError(TrainingError):
+    """A call of an environment that raised, took too long or broke the contract; the message names the dataset's row."""
+
+
+@dataclass(slots=True)
+class _Call:
+    """One call of one environment."""
+
+    function: Callable[[], Any]
+    prompt: Prompt
+    running: bool = False
+
+
+class Environments:
+    """Makes environments, keeps them from one use to the next, and calls many of them at once; a context, which starts it.
+
+    Args:
+        factory: ``module:Class``, or what makes an environment when it is called without arguments.
+        timeout_s: longest time of one call, in seconds.
+        workers: calls at a time.
+
+    Raises:
+        ValueError: a name that is not ``module:Class``, or a number out of range.
+        TypeError: what was given makes nothing.
+    """
+
+    def __init__(self, factory: str | Callable[[], Any], *, timeout_s: float = 60.0, workers: int = 16) -> None:
+        if not isinstance(factory, str) and not callable(factory):
+            raise TypeError(f"environment_factory={factory!r:.80} makes no environments; give a class, or 'module:Class'")
+        if isinstance(factory, str) and not all(factory.partition(":")):
+            raise ValueError(f"environment_factory={factory!r} names no class; write 'module:Class'")
+        if not timeout_s > 0 or math.isinf(timeout_s):
+            raise ValueError(f"timeout_s={timeout_s} must be a positive number of seconds")
+        if workers < 1:
+            raise ValueError(f"workers={workers} must be at least 1")
+        self.name = environment_name(factory)
+        """As in errors and records."""
+        self.timeout_s = timeout_s
+        self.workers = workers
+        self._factory = factory
+        self._make: Callable[[], Any] | None = None
+        self._free: list[Any] = []
+        self._lock = threading.Lock()
+        self._threads: ThreadPool | None = None
+        self._can_rate = False
+
+    def start(self) -> None:
+        """Makes the first environment now, so that what is wrong with it is known before the first step.
+
+        Raises:
+            ValueError: it cannot be found, imported or made, or lacks a method.
+        """
+        made = self._new()
+        missing = [name for name in ("reset", "step") if not callable(getattr(made, name, None))]
+        if missing:
+            raise ValueError(
+                f"environment {self.name!r} has no method {missing[0]!r}: reset begins an episode, step answers the policy and "
+                "calls what tools there are (docs/environments.md)"
+            )
+        self._can_rate = callable(getattr(made, "get_reward", None))
+        self._free.append(made)
+
+    def check_columns(self, columns: Sequence[str]) -> None:
+        """Holds ``reset`` against a dataset, once started.
+
+        Args:
+            columns: those beside the prompt.
+
+        Raises:
+            ValueError: it needs another one.
+        """
+        try:
+            accepted_arguments(self._free[0].reset, dict.fromkeys(("prompt", *columns)), always=("prompt",))
+        except LookupError as error:
+            raise ValueError(f"environment {self.name!r}: reset {error}") from None
+
+    @property
+    def can_rate(self) -> bool:
+        """Whether episodes end with a reward of the environment's own; known once started."""
+        return self._can_rate
+
+    def begin(self, prompts: Sequence[Prompt]) -> Episodes:
+        """Begins an episode for each prompt.
+
+        Raises:
+            EnvironmentFailedError: a ``reset`` failed.
+        """
+        with self._lock:
+            made = [self._free.pop() for _ in prompts[: len(self._free)]]
+        made += [self._new() for _ in prompts[len(made) :]]
+        episodes = Episodes(self, made, prompts)
+        calls = []
+        for each, prompt in zip(made, prompts, strict=True):
+            given = {"prompt": prompt.prompt, **prompt.columns}
+            calls.append(_Call(partial(each.reset, **accepted_arguments(each.reset, given, always=("prompt",))), prompt))
+        for answer, prompt in zip(self.run("reset", calls), prompts, strict=True):
+            if answer is not None:
+                raise EnvironmentFailedError(
+                    f"environment {self.name!r}: reset returned {_shown(answer)} for row {prompt.index}; what the policy reads "
+                    "first is the dataset's prompt, so it must return None"
+                )
+        return episodes
+
+    def run(self, method: str, calls: Sequence[_Call]) -> list[Any]:
+        """Makes calls, ``workers`` at a time, and returns what they gave.
+
+        Raises:
+            EnvironmentFailedError: one raised, or took too long.
+        """
+        if not calls:
+            return []
+        if self._threads is None:
+            self._threads = ThreadPool(self.workers)
+
+        def one(call: _Call) -> Any:
+            call.running = True
+            try:
+                return awaited(call.function())
+            except Exception as error:
+                raise EnvironmentFailedError(
+                    f"environment {self.name!r}: {method} {describe_failure(error)} for row {call.prompt.index}"
+                ) from error
+            finally:
+                call.running = False
+
+        # So many calls take no longer together where none takes longer than it may.
+        limit = self.timeout_s * math.ceil(len(calls) / self.workers)
+        try:
+            return self._threads.map_async(one, calls, chunksize=1).get(limit)
+        except multiprocessing.TimeoutError:
+            self._threads.close()
+            self._threads = None  # its threads are daemons; a new pool does without those that hang
+            rows = sorted({call.prompt.index for call in calls if call.running})
+            raise EnvironmentFailedError(
+                f"environment {self.name!r}: {method} took longer than {self.timeout_s:g} s for row "
+                f"{', '.join(map(str, rows[:5])) or 'unknown'} (environment_timeout_s)"
+            ) from None
+
+    def give_back(self, made: Sequence[Any]) -> None:
+        """Takes environments whose episodes have ended."""
+        with self._lock:
+            self._free.extend(made)
+
+    def close(self) -> None:
+        """Lets the threads and the environments go, and calls ``close`` of those that have it; twice is harmless."""
+        threads, self._threads = self._threads, None
+        if threads is not None:
+            threads.close()
+        with self._lock:
+            free, self._free = self._free, []
+        for each in free:
+            if callable(getattr(each, "close", None)):
+                awaited(each.close())
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _new(self) -> Any:
+        if self._make is None:
+            found = import_object(self._factory, kind="environment") if isinstance(self._factory, str) else self._factory
+            if not callable(found):
+                raise ValueError(f"environment {self.name!r} is {_shown(found)}, which makes nothing; name a class")
+            self._make = found
+        try:
+            return self._make()
+        except Exception as error:
+            raise ValueError(f"environment {self.name!r} cannot be made: {describe_failure(error)}") from error
+
+
+class Episodes:
+    """Episodes that run side by side, one a completion; a context, at whose end the environments are free for others.
+
+    Args:
+        owner: made them, and runs their calls.
+        made: [N] environments.
+        prompts: [N].
+    """
+
+    def __init__(self, owner: Environments, made: Sequence[Any], prompts: Sequence[Prompt]) -> None:
+        self._owner = owner
+        self._made = made
+        self._prompts = prompts
+
+    def step(self, places: Sequence[int], texts: Sequence[str]) -> list[Reply | None]:
+        """What the environments at some places say to what the policy said.
+
+        Raises:
+            EnvironmentFailedError: a call failed, or returned what cannot be read.
+        """
+        calls = [
+            _Call(partial(self._made[place].step, text), self._prompts[place])
+            for place, text in zip(places, texts, strict=True)
+        ]
+        answers = self._owner.run("step", calls)
+        return [self._reply(answer, call.prompt) for answer, call in zip(answers, calls, strict=True)]
+
+    def rewards(self) -> list[float | None]:
+        """[N], what the environments say of their episodes; ``None`` where they say nothing.
+
+        Raises:
+            EnvironmentFailedError: a call failed, or returned no number.
+        """
+        if not self._owner.can_rate:
+            return [None] * len(self._made)
+        calls = [_Call(each.get_reward, prompt) for each, prompt in zip(self._made, self._prompts, strict=True)]
+        values = self._owner.run("get_reward", calls)
+        return [self._number(value, prompt) for value, prompt in zip(values, self._prompts, strict=True)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:  # after a failure some may still be at work
+            self._owner.give_back(self._made)
+
+    def _reply(self, answer: Any, prompt: Prompt) -> Reply | None:
+        chat = not isinstance(prompt.prompt, str)
+        if answer is None or (isinstance(answer, str) and answer and not chat):
+            return answer
+        messages = answer if isinstance(answer, Sequence) and not isinstance(answer, str) else [answer]
+        messages = [{"role": "user", "content": each} if isinstance(each, str) and each else each for each in messages]
+        if chat and messages and all(_is_message(each) for each in messages):
+            return [dict(each) for each in messages]
+        wanted = "text or messages like {'role': 'tool', 'content': '...'}" if chat else "text, as the prompt is"
+        raise EnvironmentFailedError(
+            f"environment {self._owner.name!r}: step returned {_shown(answer)} for row {prompt.index}; it must return "
+            f"{wanted}, or None at the end of the episode"
+        )
+
+    def _number(self, value: Any, prompt: Prompt) -> float | None:
+        value = value.item() if hasattr(value, "item") else value
+        if value is None:
+            return None
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise EnvironmentFailedError(
+                f"environment {self._owner.name!r}: get_reward returned {_shown(value)} for row {prompt.index}; it must return "
+                "a finite number or None"
+            )
+        return float(value)
+
+
+def environment_name(factory: str | Callable[[], Any]) -> str:
+    """What stands behind the colon, or the ``__name__``."""
+    return factory.partition(":")[2] if isinstance(factory, str) else name_of(factory)
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("role"), str) and "content" in value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"{text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + '...'} ({type(value).__name__})"

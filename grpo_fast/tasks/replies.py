@@ -1,0 +1,77 @@
+"""What an environment says between two turns of the policy, as the model reads it.
+
+Text goes on as it is. Messages get the chat template: what it puts behind an assistant's message, the messages themselves, and
+what begins the next answer. The conversation so far is never rendered again, so that what the policy sampled stays as it is,
+thoughts included, which templates take out of earlier turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from grpo_fast.config import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from grpo_fast.types import Message
+
+_SAID = "what the policy said"
+"""Stands for it in the conversation that is rendered; what comes behind it does not depend on it."""
+
+
+class Replies:
+    """Tokenises replies.
+
+    Args:
+        tokenizer: the model's.
+        chat_template_kwargs: variables of the chat template, as prompts have them.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any]) -> None:
+        self._tokenizer = tokenizer
+        self._variables = chat_template_kwargs
+
+    def token_ids(self, reply: str | list[Message], *, last_token: int) -> list[int]:
+        """Tokens that stand between what the policy said and what it will say.
+
+        Args:
+            reply: text, or messages.
+            last_token: the last one of what it said. Where that is the end token that the template puts there, it is not
+                repeated.
+
+        Raises:
+            ConfigError: the chat template refuses the messages.
+        """
+        text = reply if isinstance(reply, str) else self._rendered(reply)
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
+        return ids[1:] if not isinstance(reply, str) and ids[:1] == [last_token] else ids
+
+    def decode(self, token_ids: tuple[int, ...]) -> str:
+        """Text of what the policy said, without special tokens."""
+        text = self._tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+    def _rendered(self, messages: list[Message]) -> str:
+        said = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": _SAID}]
+        try:
+            whole = str(
+                self._tokenizer.apply_chat_template(
+                    [*said, *messages], tokenize=False, add_generation_prompt=True, **self._variables
+                )
+            )
+        except Exception as error:  # templates are programs that come with models
+            raise ConfigError(
+                f"the model's chat template refuses the environment's messages {messages!r:.200}: {error}"
+            ) from error
+        _, found, rest = whole.partition(_SAID)
+        if not found:
+            raise ConfigError(
+                "the model's chat template leaves out what the assistant said before, so that an environment cannot answer it; "
+                "take a model whose template keeps it"
+            )
+        return rest

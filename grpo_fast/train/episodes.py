@@ -1,0 +1,202 @@
+"""Groups: prompts with their completions, sampled in one turn, or in several where an environment answers in between.
+
+Between turns the sequence only grows: the policy goes on from the very tokens that it sampled, which its log-probabilities are
+of. Every draw depends on the run's seed, the step and the turn alone, so that an episode is played again as it was, where its
+environment does the same again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, repeat
+from typing import Protocol
+
+from grpo_fast.environments import Environments, Episodes, Reply
+from grpo_fast.kept_tokens import KeptTokens
+from grpo_fast.rollout.engine import RolloutEngine, SamplingParams
+from grpo_fast.tasks.replies import Replies
+from grpo_fast.train.distributed import World
+from grpo_fast.train.rng import derive_seed
+from grpo_fast.types import Completion, Episode, Group, Message, Prompt
+
+
+class Sampler(Protocol):
+    """What has prompts answered."""
+
+    def sample(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, num_generations: int, seed: int) -> list[Group]:
+        """Has each prompt answered ``num_generations`` times.
+
+        Raises:
+            RolloutError: the engine failed.
+            EnvironmentFailedError: an environment did.
+        """
+        ...
+
+    def sleep(self) -> None:
+        """Lets the engine sleep until its weights are renewed."""
+        ...
+
+
+class OneTurn:
+    """Completions as the engine gives them.
+
+    Args:
+        engine: samples.
+    """
+
+    def __init__(self, engine: RolloutEngine) -> None:
+        self._engine = engine
+
+    def sample(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, num_generations: int, seed: int) -> list[Group]:
+        """Has each prompt answered; see :class:`Sampler`."""
+        token_ids = [prompt.token_ids for prompt in prompts]
+        answers = self._engine.generate(token_ids, sampling, num_generations=num_generations, seed=seed)
+        return [Group(prompt, completions) for prompt, completions in zip(prompts, answers, strict=True)]
+
+    def sleep(self) -> None:
+        """Lets the engine sleep."""
+        self._engine.sleep()
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """One completion as it grows."""
+
+    prompt: Prompt
+    turns: list[Completion] = field(default_factory=list)
+    replies: list[list[int]] = field(default_factory=list)
+    """Tokens that stand behind each turn but the last."""
+    messages: list[Message] = field(default_factory=list)
+    cut: bool = False
+    """Whether what the environment said would have exceeded the length limit."""
+
+    def said(self, turn: Completion, text: str) -> None:
+        """The policy said something."""
+        self.turns.append(turn)
+        self.messages.append({"role": "assistant", "content": text})
+
+    @property
+    def parts(self) -> Iterator[tuple[Completion, list[int]]]:
+        """Turns, each with the tokens behind it."""
+        nothing: list[int] = []
+        return zip(self.turns, chain(self.replies, repeat(nothing)), strict=False)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All of it so far."""
+        return [token for turn, reply in self.parts for token in (*turn.token_ids, *reply)]
+
+
+class InTurns:
+    """Completions in which an environment answers the policy until it has no more to say, or a limit is reached.
+
+    Args:
+        engine: samples, for all ranks.
+        environments: of this rank.
+        replies: tokenises what they say.
+        max_turns: how often the policy speaks at most.
+        world: the ranks; each plays its share of the episodes' other side.
+    """
+
+    def __init__(
+        self, engine: RolloutEngine, environments: Environments, replies: Replies, *, max_turns: int, world: World
+    ) -> None:
+        self._engine = engine
+        self._environments = environments
+        self._replies = replies
+        self._max_turns = max_turns
+        self._world = world
+
+    def sample(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, num_generations: int, seed: int) -> list[Group]:
+        """Has each prompt answered; see :class:`Sampler`.
+
+        Raises:
+            ConfigError: the chat template refuses what an environment said.
+        """
+        groups = OneTurn(self._engine).sample(prompts, sampling, num_generations=num_generations, seed=seed)
+        grown = [_Sequence(group.prompt) for group in groups for _ in group.completions]
+        share = self._world.share(len(grown))
+        begun: list[Episodes] = []
+        self._world.gather(lambda: begun.append(self._environments.begin([each.prompt for each in grown[share]])))
+        with begun[0] as episodes:
+            for each, turn in zip(grown, (completion for group in groups for completion in group.completions), strict=True):
+                each.said(turn, self._replies.decode(turn.token_ids))
+            self._play(grown, episodes, share, sampling=sampling, seed=seed)
+            rewards = [value for part in self._world.gather(episodes.rewards) for value in part]
+        whole = iter([self._completion(each, reward) for each, reward in zip(grown, rewards, strict=True)])
+        return [Group(group.prompt, [next(whole) for _ in group.completions]) for group in groups]
+
+    def sleep(self) -> None:
+        """Lets the engine sleep."""
+        self._engine.sleep()
+
+    def _play(
+        self, grown: Sequence[_Sequence], episodes: Episodes, share: slice, *, sampling: SamplingParams, seed: int
+    ) -> None:
+        """Lets environments and policy speak in turn until every episode has ended."""
+        speaking = [place for place, each in enumerate(grown) if not each.turns[-1].truncated]
+        for turn in range(1, self._max_turns + 1):
+            own = [place for place in speaking if share.start <= place < share.stop]
+            texts = [grown[place].messages[-1]["content"] for place in own]
+            told = self._world.gather(lambda own=own, texts=texts: episodes.step([at - share.start for at in own], texts))  # type: ignore[misc]
+            replies = zip(speaking, (reply for part in told for reply in part), strict=True)
+            if turn == self._max_turns:
+                return
+            speaking = [place for place, reply in replies if self._goes_on(grown[place], reply, sampling.max_tokens)]
+            if not speaking:
+                return
+            self._speak([grown[place] for place in speaking], sampling, derive_seed(seed, turn))
+            speaking = [place for place in speaking if not grown[place].turns[-1].truncated]
+
+    def _goes_on(self, each: _Sequence, reply: Reply | None, max_tokens: int) -> bool:
+        """Puts what the environment said behind what the policy did, if there is anything, and room for it and an answer."""
+        if reply is None:
+            return False
+        ids = self._replies.token_ids(reply, last_token=each.turns[-1].token_ids[-1])
+        each.cut = len(each.token_ids) + len(ids) >= max_tokens
+        if each.cut:
+            return False
+        each.replies.append(ids)
+        each.messages += reply if isinstance(reply, list) else [{"role": "user", "content": reply}]
+        return True
+
+    def _speak(self, grown: Sequence[_Sequence], sampling: SamplingParams, seed: int) -> None:
+        """Has the policy answer once more, from the tokens so far."""
+        so_far = [each.token_ids for each in grown]
+        limits = [sampling.max_tokens - len(ids) for ids in so_far]
+        answers = self._engine.generate(
+            [[*each.prompt.token_ids, *ids] for each, ids in zip(grown, so_far, strict=True)],
+            replace(sampling, max_tokens=max(limits)),
+            num_generations=1,
+            seed=seed,
+            max_tokens=limits,
+        )
+        for each, [turn] in zip(grown, answers, strict=True):
+            each.said(turn, self._replies.decode(turn.token_ids))
+
+    def _completion(self, each: _Sequence, reward: float | None) -> Completion:
+        sampled: list[bool] = []
+        logprobs: list[float] = []
+        versions: list[int] = []
+        for turn, reply in each.parts:
+            sampled += [True] * len(turn.token_ids) + [False] * len(reply)
+            logprobs += [*turn.logprobs, *[0.0] * len(reply)]
+            of_turn = turn.weight_versions or [turn.weight_version] * len(turn.token_ids)
+            versions += [*of_turn, *[of_turn[-1]] * len(reply)]
+        token_ids, kept = tuple(each.token_ids), [turn.kept for turn in each.turns if turn.kept is not None]
+        return Completion(
+            token_ids=token_ids,
+            logprobs=tuple(logprobs),
+            finish_reason="length" if each.cut else each.turns[-1].finish_reason,
+            text=self._replies.decode(token_ids),
+            weight_version=versions[0],
+            weight_versions=tuple(versions) if len(set(versions)) > 1 else (),
+            kept=KeptTokens.joined(kept) if kept else None,
+            episode=Episode(
+                sampled=tuple(sampled),
+                messages=() if isinstance(each.prompt.prompt, str) else tuple(each.messages),
+                num_turns=len(each.turns),
+                reward=reward,
+            ),
+        )

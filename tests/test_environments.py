@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from grpo_fast.environments import EnvironmentFailedError, Environments
+from grpo_fast.types import Prompt
+
+CHAT = [{"role": "user", "content": "q"}]
+
+
+def prompts(*given: Any, **columns: Any) -> list[Prompt]:
+    return [Prompt(7 + place, prompt, (1,), columns) for place, prompt in enumerate(given)]
+
+
+class Counting:
+    """Answers with how often it was spoken to, twice."""
+
+    made = 0
+
+    def __init__(self) -> None:
+        type(self).made += 1
+
+    def reset(self, prompt: Any, answer: str = "") -> None:
+        self.prompt, self.answer, self.heard = prompt, answer, list[str]()
+
+    def step(self, completion: str) -> str | None:
+        self.heard.append(completion)
+        return f"{len(self.heard)} of {self.answer}" if len(self.heard) < 3 else None
+
+    def get_reward(self) -> float:
+        return len(self.heard) / 2
+
+
+@pytest.fixture
+def counting() -> type[Counting]:
+    return type("Fresh", (Counting,), {"made": 0})
+
+
+def saying(answer: Any, **methods: Callable[..., Any]) -> type:
+    """A class whose ``step`` gives always the same."""
+    return type("Saying", (), {"reset": lambda self, prompt: None, "step": lambda self, text: answer, **methods})
+
+
+def test_episodes_run_side_by_side_and_instances_are_used_again(counting: type[Counting]) -> None:
+    with Environments(counting) as environments:
+        assert environments.can_rate
+        environments.check_columns(["answer", "level"])
+        for _ in range(3):
+            with environments.begin(prompts("p", "q", CHAT, answer="x")) as episodes:
+                assert episodes.step([0, 2], ["a", "b"]) == ["1 of x", [{"role": "user", "content": "1 of x"}]]
+                assert episodes.step([2, 1], ["c", "d"]) == [[{"role": "user", "content": "2 of x"}], "1 of x"]
+                assert episodes.step([2], ["e"]) == [None]
+                assert episodes.rewards() == [0.5, 0.5, 1.5]
+        assert counting.made == 3, "one at the start, two more for three episodes at a time"
+        with environments.begin(prompts("p")), environments.begin(prompts("p", "p", "p")):
+            pass
+        assert counting.made == 4, "episodes that overlap do not share"
+
+
+def test_calls_run_at_a_time_and_may_be_async() -> None:
+    together = threading.Barrier(4)
+
+    class Waiting:
+        async def reset(self, prompt: str) -> None: ...
+
+        async def step(self, completion: str) -> str:
+            together.wait(timeout=20)
+            return completion.upper()
+
+    with Environments(Waiting, workers=4) as environments, environments.begin(prompts(*"abcd")) as episodes:
+        assert not environments.can_rate
+        assert episodes.step(range(4), list("wxyz")) == list("WXYZ")
+        assert episodes.rewards() == [None] * 4
+
+
+def test_messages_may_be_several() -> None:
+    tool = {"role": "tool", "content": "42"}
+    for answer, expected in ((tool, [tool]), ([tool, "go on"], [tool, {"role": "user", "content": "go on"}])):
+        with Environments(saying(answer)) as environments, environments.begin(prompts(CHAT)) as episodes:
+            assert episodes.step([0], ["x"]) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "told"),
+    [
+        ("p", "", r"step returned '' \(str\) for row 7; it must return text, as the prompt is, or None"),
+        ("p", {"role": "tool", "content": "4"}, "must return text, as the prompt is"),
+        ("p", 3, r"step returned 3 \(int\)"),
+        (CHAT, "", "must return text or messages like"),
+        (CHAT, {"content": "no role"}, "must return text or messages like"),
+        (CHAT, [], "must return text or messages like"),
+        (CHAT, (1.0, True), "must return text or messages like"),
+    ],
+)
+def test_answers_that_cannot_be_read(prompt: Any, answer: Any, told: str) -> None:
+    with Environments(saying(answer)) as environments:
+        episodes = environments.begin(prompts(prompt))
+        with pytest.raises(EnvironmentFailedError, match=told):
+            episodes.step([0], ["x"])
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(1, 1.0), (None, None), (np.float32(0.5), 0.5), (True, 1.0), ("1", "'1'"), (math.nan, "nan")]
+)
+def test_rewards_are_numbers(value: Any, expected: Any) -> None:
+    with Environments(saying(None, get_reward=lambda self: value)) as environments:
+        episodes = environments.begin(prompts("p"))
+        if isinstance(expected, str):
+            with pytest.raises(EnvironmentFailedError, match=rf"get_reward returned {expected}.*finite number or None"):
+                episodes.rewards()
+        else:
+            assert episodes.rewards() == [expected]
+
+
+def test_what_fails_is_named_with_its_row() -> None:
+    def broken(self: Any, text: str) -> str:
+        raise KeyError("no such page")
+
+    with Environments(saying(None, step=broken)) as environments:
+        episodes = environments.begin(prompts("p", "q"))
+        with pytest.raises(EnvironmentFailedError, match=r"'Saying': step raised KeyError: 'no such page' \(.*for row 8"):
+            episodes.step([1], ["x"])
+    with (
+        Environments(saying(None, reset=lambda self, prompt: "hello")) as environments,
+        pytest.raises(EnvironmentFailedError, match=r"reset returned 'hello'.*it must return None"),
+    ):
+        environments.begin(prompts("p"))
+
+
+def test_what_hangs_is_named_with_its_row_and_does_not_come_back() -> None:
+    released = threading.Event()
+
+    class Hanging:
+        def reset(self, prompt: str) -> None:
+            self.prompt = prompt
+
+        def step(self, completion: str) -> str:
+            if self.prompt == "hang":
+                released.wait(60)
+            return "done"
+
+    with Environments(Hanging, timeout_s=0.3, workers=2) as environments:
+        episodes = environments.begin(prompts("a", "hang", "b"))
+        begin = time.monotonic()
+        with pytest.raises(EnvironmentFailedError, match=r"step took longer than 0\.3 s for row 8 \(environment_timeout_s\)"):
+            episodes.step([0, 1, 2], ["x"] * 3)
+        assert time.monotonic() - begin < 5
+        with environments.begin(prompts("a", "b")) as episodes:
+            assert episodes.step([0, 1], ["x"] * 2) == ["done"] * 2
+    released.set()
+
+
+def test_a_call_that_hangs_does_not_keep_the_process(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import time\nfrom grpo_fast.environments import Environments\nfrom grpo_fast.types import Prompt\n"
+        "class Hanging:\n    def reset(self, prompt): time.sleep(600)\n    def step(self, completion): ...\n"
+        "made = Environments(Hanging, timeout_s=0.2)\nmade.start()\n"
+        "try:\n    made.begin([Prompt(0, 'p', (1,))])\nfinally:\n    made.close()\n"
+    )
+    ended = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1
+    assert "reset took longer than 0.2 s for row 0" in ended.stderr
+
+
+def test_closing_closes_environments_that_can_be() -> None:
+    closed: list[int] = []
+    with Environments(saying(None, close=lambda self: closed.append(1))) as environments:
+        with environments.begin(prompts("p", "q")):
+            assert closed == []
+        environments.close()
+    assert closed == [1, 1]
+
+
+def test_what_is_no_environment_is_refused_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "brought_games.py").write_text(
+        "class Game:\n    def reset(self, prompt, level): ...\n    def step(self, completion): ...\n"
+        "class Tools:\n    def reset(self): ...\n    def add(self, a: int, b: int) -> int: ...\n"
+        "class Broken:\n    def __init__(self): self.page = {}['start']\nnumber = 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def start(factory: Any) -> Environments:
+        environments = Environments(factory)
+        environments.start()
+        return environments
+
+    with pytest.raises(ValueError, match="environment 'Game': reset needs a dataset column 'level'; the dataset has answer"):
+        start("brought_games:Game").check_columns(["answer"])
+    with pytest.raises(ValueError, match=r"'Tools' has no method 'step': reset begins an episode, step answers the policy"):
+        start("brought_games:Tools")
+    with pytest.raises(ValueError, match=r"'Gane'; did you mean 'Game'\?"):
+        start("brought_games:Gane")
+    with pytest.raises(ValueError, match=r"'Broken' cannot be made: raised KeyError: 'start'"):
+        start("brought_games:Broken")
+    with pytest.raises(ValueError, match=r"'number' is 3 \(int\), which makes nothing"):
+        start("brought_games:number")
+    with pytest.raises(ValueError, match="names no class; write 'module:Class'"):
+        Environments("brought_games")
+    with pytest.raises(TypeError, match="makes no environments; give a class"):
+        Environments(object())  # type: ignore[arg-type]
+    for settings, told in (({"timeout_s": 0.0}, "timeout_s=0.0"), ({"workers": 0}, "workers=0")):
+        with pytest.raises(ValueError, match=told):
+            Environments(Counting, **settings)  # type: ignore[arg-type]

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import asyncio
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_fast.user_code import accepted_arguments, awaited, describe_failure, import_object, name_of
+
+
+def test_names_are_those_of_what_is_called_in_the_end() -> None:
+    class Machine:
+        def __call__(self) -> None: ...
+
+    def plain(scale: float) -> None: ...
+
+    assert name_of(functools.partial(functools.partial(plain, scale=1.0))) == "plain"
+    assert name_of(Machine()) == "Machine"
+    assert name_of(Machine) == "Machine"
+
+
+def test_objects_are_imported_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "brought_along.py").write_text("class Box:\n    inner = 3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert import_object("brought_along:Box.inner", kind="thing") == 3
+    with pytest.raises(ValueError, match=r"thing 'brought_along:Bax': 'brought_along' has no 'Bax'; did you mean 'Box'\?"):
+        import_object("brought_along:Bax", kind="thing")
+    with pytest.raises(
+        ValueError, match=r"thing 'absent_module:f': cannot import 'absent_module' \(ModuleNotFoundError.*PYTHONPATH"
+    ):
+        import_object("absent_module:f", kind="thing")
+
+
+def test_a_function_gets_what_it_names() -> None:
+    given = {"prompt": "p", "answer": "a", "level": 3}
+
+    def some(prompt: str, *, answer: str, scale: float = 1.0) -> None: ...
+
+    def everything(prompt: str, **columns: Any) -> None: ...
+
+    def other(solution: str) -> None: ...
+
+    assert accepted_arguments(some, given, always=("prompt",)) == {"prompt": "p", "answer": "a"}
+    assert accepted_arguments(everything, given, always=("prompt",)) == given
+    assert accepted_arguments(max, given, always=("prompt",)) == given, "its signature cannot be read"
+    with pytest.raises(LookupError, match="needs a dataset column 'solution'; the dataset has answer, level"):
+        accepted_arguments(other, given, always=("prompt",))
+    with pytest.raises(LookupError, match="the dataset has no column but the prompt"):
+        accepted_arguments(other, {"prompt": "p"}, always=("prompt",))
+
+
+def test_what_is_awaited_may_stand_in_a_running_loop_too() -> None:
+    async def later(value: int) -> int:
+        await asyncio.sleep(0)
+        return value
+
+    async def failing() -> None:
+        raise KeyError("inside")
+
+    async def in_a_notebook() -> int:
+        with pytest.raises(KeyError, match="inside"):
+            awaited(failing())
+        return int(awaited(later(4)))
+
+    assert awaited(3) == 3
+    assert awaited(later(4)) == 4
+    assert asyncio.run(in_a_notebook()) == 4
+
+
+def test_failures_tell_where_they_happened_and_are_not_endless() -> None:
+    def broken() -> float:
+        return 1 / 0
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        broken()
+    assert describe_failure(caught.value).endswith("in broken: return 1 / 0)")
+    assert describe_failure(KeyError("k")) == "raised KeyError: 'k'"
+    assert len(describe_failure(ValueError("x" * 5000))) < 1100
