@@ -73,6 +73,7 @@ def _one_pass(  # noqa: PLR0913, PLR0917
     softcap: float | None,
     logit_scale: float,
     logits_dtype: torch.dtype | None,
+    operand_dtype: torch.dtype | None,
     chunk_bytes: int | None,
     tensors: list[torch.Tensor | None],
     num_items_in_batch: float | None,
@@ -88,7 +89,7 @@ def _one_pass(  # noqa: PLR0913, PLR0917
 
     ``tensors`` are those of the batch, in its order; ``numbers``: ε_low, ε_high, β, the entropy's coefficient, τ_pos, τ_neg.
     """
-    head = LMHead(weight, bias, temperature, softcap, logit_scale, logits_dtype, chunk_bytes)
+    head = LMHead(weight, bias, temperature, softcap, logit_scale, logits_dtype, operand_dtype, chunk_bytes)
     batch = LossBatch._make([*tensors[:5], num_items_in_batch, *tensors[5:]])
     low, high, beta, entropy_coef, *temperatures = numbers
     spec = LossSpec(surrogate, level, low, high, delta, beta, bias_correction, entropy_coef, *temperatures)  # type: ignore[arg-type]
@@ -193,10 +194,15 @@ class _KnownGradient(torch.autograd.Function):
         # On a CPU, reading the scalar costs nothing and usually saves a pass over every gradient.
         as_is = not torch.compiler.is_compiling() and grad_loss.device.type == "cpu" and grad_loss.item() == 1
         found = (
-            (value if as_is else value * grad_loss).to(dtype) if asked else None
+            (value.to(dtype) if as_is else _scaled(value, grad_loss, dtype)) if asked else None
             for value, dtype, asked in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
         )
         return (*found, None, None, None, None)
+
+
+def _scaled(value: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``value * factor`` in another type, in one pass."""
+    return torch.mul(value, factor, out=torch.empty_like(value, dtype=dtype))
 
 
 def _by(name: str) -> Callable[..., FusedLoss]:

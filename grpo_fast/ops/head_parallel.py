@@ -27,7 +27,8 @@ import torch
 import torch.distributed as dist
 
 from grpo_fast.ops.head_pass import Block, RowStatistics, row_statistics
-from grpo_fast.ops.lm_head import LMHead, full_precision, row_chunks, rows_per_chunk, working_dtype
+from grpo_fast.ops.lm_head import LMHead, full_precision, row_chunks, rows_per_chunk, short_operands, working_dtype
+from grpo_fast.ops.products import addmm_of, as_operand, mm_of
 
 
 class _Own(NamedTuple):
@@ -43,9 +44,12 @@ class _Own(NamedTuple):
     """Bool [C, 1]: whether it is here."""
 
 
-def _own(hidden: torch.Tensor, head: LMHead, targets: torch.Tensor, first_token: int) -> _Own:
-    work = working_dtype(hidden)
-    u = hidden.to(work) @ head.weight.to(work).T
+def _own(
+    hidden: torch.Tensor, weight: torch.Tensor, head: LMHead, targets: torch.Tensor, first_token: int, short: torch.dtype | None
+) -> _Own:
+    """Logits of rows and a weight as they are multiplied."""
+    u = mm_of(hidden, weight.T, short)
+    work = u.dtype
     if head.bias is not None:
         # A finite floor for -inf: 0·(-inf) in the entropy would be NaN.
         u += head.bias.to(work).clamp(min=torch.finfo(work).min / 1e6)
@@ -60,6 +64,12 @@ def _own(hidden: torch.Tensor, head: LMHead, targets: torch.Tensor, first_token:
     column = targets[:, None] - first_token
     mine = (column >= 0) & (column < logits.shape[1])
     return _Own(logits, gate, column.where(mine, 0), mine)
+
+
+def _operands(hidden: torch.Tensor, head: LMHead) -> tuple[torch.dtype | None, torch.Tensor, torch.Tensor]:
+    """In which type products are made, and rows and weight as they enter them."""
+    short, work = short_operands(hidden, head), working_dtype(hidden)
+    return short, as_operand(hidden.detach(), short, work), as_operand(head.weight.detach(), short, work)
 
 
 def _statistics(own: _Own, rows: slice, group: dist.ProcessGroup | None) -> tuple[RowStatistics, Block]:
@@ -89,9 +99,11 @@ class _ParallelLogprob(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.head, ctx.first_token, ctx.group = head, first_token, group
+        short, inputs, matrix = _operands(hidden, head)
         found = torch.empty(2, hidden.shape[0], dtype=working_dtype(hidden), device=hidden.device)
         for rows in _chunks(hidden, head):
-            statistics, _ = _statistics(_own(hidden[rows], head, targets[rows], first_token), rows, group)
+            own = _own(inputs[rows], matrix, head, targets[rows], first_token, short)
+            statistics, _ = _statistics(own, rows, group)
             assert statistics.entropy is not None
             found[0, rows], found[1, rows] = statistics.logprobs, statistics.entropy
         return found[0], found[1]
@@ -103,14 +115,15 @@ class _ParallelLogprob(torch.autograd.Function):
         dhidden = torch.zeros_like(hidden, dtype=work)
         dweight = torch.zeros_like(weight, dtype=work) if ctx.needs_input_grad[1] else None
         dbias = torch.zeros_like(bias, dtype=work) if bias is not None and ctx.needs_input_grad[2] else None
+        short, inputs, matrix = _operands(hidden, ctx.head)
         with full_precision(hidden):
             for rows in _chunks(hidden, ctx.head):
-                own = _own(hidden[rows], ctx.head, targets[rows], ctx.first_token)
+                own = _own(inputs[rows], matrix, ctx.head, targets[rows], ctx.first_token, short)
                 g, c = (gradient[rows, None].to(work) for gradient in gradients)
                 du = _gradient(own, *_statistics(own, rows, ctx.group), g=g, c=c) * own.gate
-                dhidden[rows] = du @ weight.to(work)
+                dhidden[rows] = mm_of(du, matrix, short)
                 if dweight is not None:
-                    dweight.addmm_(du.T, hidden[rows].to(work))
+                    addmm_of(dweight, du.T, inputs[rows], short)
                 if dbias is not None:
                     dbias += du.sum(0)
         dist.all_reduce(dhidden, group=ctx.group)

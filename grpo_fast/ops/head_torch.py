@@ -60,7 +60,8 @@ class TorchHeadPass:
         work = working_dtype(hidden)
         self.max_rows = rows_per_chunk(head, hidden.device, bytes_per_logit=work.itemsize)
         self._hidden, self._targets, self._head, self._wanted, self._gated = hidden.detach(), targets, head, wanted, gated
-        self._weight = head.weight.detach().to(work)
+        self._work, self._operand_dtype = work, head.operand_dtype
+        self._weight = self._operand(head.weight.detach())
         self._bias = None
         if head.bias is not None:
             # A finite floor for -inf: 0·(-inf) in the entropy would be NaN. Scaling keeps it finite.
@@ -78,7 +79,7 @@ class TorchHeadPass:
     def block(self, rows: slice, *, want_entropy: bool, want_exp: bool) -> Block:
         """See :class:`~grpo_fast.ops.head_pass.HeadPass`."""
         count = rows.stop - rows.start
-        inputs = self._padded(self._hidden[rows].to(self._weight.dtype))
+        inputs = self._padded(self._operand(self._hidden[rows]))
         targets = self._padded(self._targets[rows])
         exp = self._exp[: inputs.shape[0]]
         linear_into(inputs, self._weight, out=exp)
@@ -148,11 +149,15 @@ class TorchHeadPass:
             part = mm(exp, self._weight)[:count].mul_(scales[:, None]).to(found.dtype)
             _ = found.copy_(part) if index is None else found.zero_().index_copy_(0, index, part)
         if self._wanted[1] and count:
-            scaled = self._padded(inputs.to(exp.dtype) * scales[:, None])
+            scaled = self._padded(self._operand(inputs) * scales[:, None])
             self._dweight = add_outer(self._dweight, exp[: len(scaled)], scaled)
         if self._wanted[2] and count:
             scaled = self._padded(scales[:, None])
             self._dbias = add_outer(self._dbias, exp[: len(scaled)], scaled)
+
+    def _operand(self, values: torch.Tensor) -> torch.Tensor:
+        """Hidden rows or weight as they are multiplied, in the type of the work."""
+        return values.to(self._operand_dtype or self._work).to(self._work)
 
     def _height(self, count: int) -> int:
         """Rows that are multiplied for so many."""

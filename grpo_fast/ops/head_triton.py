@@ -31,7 +31,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -79,7 +79,7 @@ class TritonHeadPass:
 
     Args:
         hidden: float [T, H], not float64.
-        head: the head. Hidden rows and weight of different types are multiplied in the wider one.
+        head: the head. Hidden rows and weight of different types are multiplied in the wider one, or in its ``operand_dtype``.
         targets: int64 [T].
         wanted: which of hidden, weight and bias need a gradient.
         gated: whether a softcap's derivative goes into E: when the entropy sends no gradient.
@@ -99,7 +99,7 @@ class TritonHeadPass:
         gated: bool = True,
         choice: Choice | None = None,
     ) -> None:
-        common = torch.promote_types(hidden.dtype, head.weight.dtype)
+        common = head.operand_dtype or torch.promote_types(hidden.dtype, head.weight.dtype)
         # Of float16 and bfloat16 the promoted type is float32; a float64 weight comes down to it.
         common = torch.float32 if common == torch.float64 else common
         self._exp_dtype = torch.bfloat16 if common == torch.bfloat16 else torch.float32
@@ -363,7 +363,7 @@ def _launch_bias_bwd(exp: torch.Tensor, scales: torch.Tensor, live: torch.Tensor
 def aot_calls() -> dict[str, Callable[[], object]]:
     """Passes that cover every branch of the kernels, on tensors that hold nothing; for ahead-of-time compilation."""
 
-    def call(dtype: torch.dtype, size: int, with_entropy: bool, bias: bool, options: dict[str, float]) -> object:
+    def call(dtype: torch.dtype, size: int, with_entropy: bool, bias: bool, options: dict[str, Any]) -> object:
         hidden, weight = (torch.empty(rows, 2048, dtype=dtype, device="meta") for rows in (1024, size))
         shift = torch.empty(size, dtype=dtype, device="meta") if bias else None
         logits_dtype = torch.bfloat16 if bias and with_entropy else None
@@ -376,12 +376,13 @@ def aot_calls() -> dict[str, Callable[[], object]]:
         return work.gradients()
 
     softcap = {"softcap": 30.0, "temperature": 0.8}
-    rows: dict[str, tuple[torch.dtype, int, bool, bool, dict[str, float]]] = {
+    rows: dict[str, tuple[torch.dtype, int, bool, bool, dict[str, Any]]] = {
         "bfloat16": (torch.bfloat16, 151936, False, False, {}),
         "bfloat16-odd-entropy": (torch.bfloat16, 151939, True, False, {}),
         "bfloat16-softcap": (torch.bfloat16, 256000, False, True, softcap),
         "bfloat16-softcap-rounded-entropy": (torch.bfloat16, 256000, True, True, softcap),
         "float16": (torch.float16, 128256, False, True, {}),
         "float32-entropy": (torch.float32, 49152, True, False, {}),
+        "float32-as-bfloat16": (torch.float32, 151936, False, False, {"operand_dtype": torch.bfloat16}),
     }
     return {name: functools.partial(call, *row) for name, row in rows.items()}

@@ -23,8 +23,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from grpo_fast.ops.lm_head import LMHead, check_rows, full_precision, head_options, row_chunks, rows_per_chunk, working_dtype
-from grpo_fast.ops.products import mm
+from grpo_fast.ops.lm_head import (
+    LMHead,
+    check_rows,
+    full_precision,
+    head_options,
+    row_chunks,
+    rows_per_chunk,
+    short_operands,
+    working_dtype,
+)
+from grpo_fast.ops.products import as_operand, mm_of
 
 _ROWS = {"cpu": 32, "cuda": 512}
 """Rows of a chunk: more of them share head rows, and make products of rows with other rows' tokens."""
@@ -41,7 +50,9 @@ class Kept(NamedTuple):
     """int64 [T], on the CPU: how many each row has, at least 1 and M together."""
 
 
-def kept_chunk_bytes(vocabulary: int, hidden: int, *, num_kept: int, kind: str, copied: bool, trained: bool) -> int:
+def kept_chunk_bytes(  # noqa: PLR0913
+    vocabulary: int, hidden: int, *, num_kept: int, kind: str, copied: bool, trained: bool, itemsize: int = 4
+) -> int:
     """Memory that a chunk takes at most in backward, beside the gradients of all rows and of the head, in bytes.
 
     That is logits of its rows for the U head rows that they name, with their gradient; these head rows, while those of the next
@@ -52,14 +63,15 @@ def kept_chunk_bytes(vocabulary: int, hidden: int, *, num_kept: int, kind: str, 
         hidden: H.
         num_kept: the widest support.
         kind: "cuda" or "cpu".
-        copied: whether the head is of another type than float32.
+        copied: whether the head is of another type than it is multiplied in.
         trained: whether it has a gradient.
+        itemsize: bytes of a number as it is multiplied.
     """
     rows = _ROWS.get(kind, _ROWS["cpu"])
-    named, copies = rows * num_kept, 2 + trained
+    named, of_row = rows * num_kept, 2 * itemsize + 4 * trained
     if named * _DENSE_SHARE > vocabulary:
-        named, copies = vocabulary, 2 * copied or int(trained)
-    return 4 * named * (copies * hidden + 2 * rows)
+        named, of_row = vocabulary, max(2 * itemsize, itemsize + 4 * trained) if copied else 4 * trained
+    return named * (of_row * hidden + 8 * rows)
 
 
 class _Chunk(NamedTuple):
@@ -83,7 +95,7 @@ def kept_logprob_reference(hidden: torch.Tensor, head: LMHead, *, kept: Kept) ->
     """The specification of :func:`kept_logprob`, in plain differentiable PyTorch: full logits, all others masked."""
     work = working_dtype(hidden)
     with full_precision(hidden):
-        every = hidden.to(work) @ head.weight.to(work).T
+        every = head.operand(hidden).to(work) @ head.operand(head.weight).to(work).T
         every = head.logits_of(every if head.bias is None else every + head.bias.to(work))
         sizes = kept.sizes.to(hidden.device)
         inside = torch.zeros_like(every, dtype=torch.bool)
@@ -94,7 +106,7 @@ def kept_logprob_reference(hidden: torch.Tensor, head: LMHead, *, kept: Kept) ->
 
 
 def _chunks(hidden: torch.Tensor, head: LMHead, kept: Kept) -> Iterator[_Chunk]:
-    work, device = working_dtype(hidden), hidden.device
+    work, short, device = working_dtype(hidden), short_operands(hidden, head), hidden.device
     order = torch.argsort(kept.sizes, stable=True)
     widths, starts = kept.sizes[order], (kept.sizes.cumsum(0) - kept.sizes)[order]
     most = min(_ROWS.get(device.type, _ROWS["cpu"]), rows_per_chunk(head, device, bytes_per_logit=work.itemsize))
@@ -107,9 +119,9 @@ def _chunks(hidden: torch.Tensor, head: LMHead, kept: Kept) -> Iterator[_Chunk]:
         chosen: torch.Tensor | None = tokens
         if len(tokens) * _DENSE_SHARE > len(head.weight):
             chosen, place = None, ids
-        weight = (head.weight if chosen is None else head.weight[chosen]).detach().to(work)
-        inputs = hidden[rows].detach().to(work)
-        logits = mm(inputs, weight.T).gather(1, place)
+        weight = as_operand((head.weight if chosen is None else head.weight[chosen]).detach(), short, work)
+        inputs = as_operand(hidden[rows].detach(), short, work)
+        logits = mm_of(inputs, weight.T, short).gather(1, place)
         if head.bias is not None:
             logits += head.bias.detach().to(work)[ids]
         logits = head.logits_of(logits).masked_fill_(missing.to(device), -torch.inf)
@@ -161,6 +173,7 @@ class _KeptLogprob(torch.autograd.Function):
     def backward(ctx: Any, grad_logprobs: torch.Tensor, grad_entropy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, *kept = ctx.saved_tensors
         head, work = LMHead(weight, bias, *ctx.options), working_dtype(hidden)
+        short = short_operands(hidden, head)
         wanted = ctx.needs_input_grad[:3]
         dhidden, dweight, dbias = (
             torch.zeros_like(value, dtype=work) if asked else None
@@ -172,12 +185,12 @@ class _KeptLogprob(torch.autograd.Function):
                 # places of rows with fewer tokens point at the drawn one and add 0
                 dense = slopes.new_zeros(len(slopes), len(chunk.weight)).scatter_add_(1, chunk.place, slopes)
                 if dhidden is not None:
-                    dhidden[chunk.rows] = mm(dense, chunk.weight)
+                    dhidden[chunk.rows] = mm_of(dense, chunk.weight, short)
                 for gradient, inputs in ((dweight, chunk.hidden), (dbias, None)):
                     if gradient is not None:
                         # the part has no name, under which it would stay while the next one is made
                         gradient[... if chunk.tokens is None else chunk.tokens] += (
-                            dense.sum(0) if inputs is None else mm(dense.T, inputs)
+                            dense.sum(0) if inputs is None else mm_of(dense.T, inputs, short)
                         )
         found = zip((dhidden, dweight, dbias), (hidden, weight, bias), strict=True)
         return (*(None if value is None else value.to(own.dtype) for value, own in found), None, None, None)

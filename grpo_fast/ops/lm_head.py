@@ -1,6 +1,6 @@
 """The language-model head: what turns hidden rows into the logits that are sampled from, and how rows are cut into chunks.
 
-    u = h W^T + b                              rounded to ``logits_dtype``, [T, V]
+    u = h W^T + b                              of ``operand_dtype``, rounded to ``logits_dtype``, [T, V]
     z = cap·tanh(u·scale / cap) / temperature  (without a cap: z = u·scale / temperature)
 
 Logits of all rows never live at once: ops walk the rows in chunks of ``chunk_bytes``.
@@ -46,6 +46,10 @@ class LMHead:
     logits_dtype: torch.dtype | None = None
     """What ``h W^T + b`` is rounded to before anything else: ``torch.bfloat16`` where the rollout engine does so, at a price of
     about 0.02 nat in the mean at a vocabulary of 151,936; ``None`` keeps float32."""
+    operand_dtype: torch.dtype | None = None
+    """What hidden rows and weight are rounded to before they are multiplied, as autocast rounds a layer's: ``torch.bfloat16``
+    goes to a GPU's tensor cores, float32 does not. Products are summed in float32 all the same, and so is the gradient of a
+    float32 weight. ``None`` takes them as they are."""
     chunk_bytes: int | None = None
     """Size of the block of logits that lives at once; ``None`` takes 64 MiB on a CPU and 1/32 of a GPU's memory."""
 
@@ -62,6 +66,8 @@ class LMHead:
             raise ValueError(f"softcap={self.softcap}; it must be positive, or None for no cap")
         if self.logits_dtype not in (None, torch.float32, torch.bfloat16):
             raise ValueError(f"logits_dtype={self.logits_dtype}; choose float32, bfloat16 or None")
+        if self.operand_dtype not in (None, torch.float16, torch.bfloat16):
+            raise ValueError(f"operand_dtype={self.operand_dtype}; choose bfloat16, float16 or None")
         if self.chunk_bytes is not None and self.chunk_bytes < 1:
             raise ValueError(f"chunk_bytes={self.chunk_bytes}; it must be at least 1, or None for the device's default")
 
@@ -75,6 +81,12 @@ class LMHead:
         """Whether logits are made coarser than float32 on purpose."""
         return self.logits_dtype not in (None, torch.float32)
 
+    def operand(self, values: torch.Tensor) -> torch.Tensor:
+        """Hidden rows or weight as they are multiplied, in a type of their own; rounding lets gradients through."""
+        if self.operand_dtype is None or values.dtype == self.operand_dtype:
+            return values
+        return values + (values.detach().to(self.operand_dtype).to(values.dtype) - values.detach())
+
     def logits_of(self, products: torch.Tensor) -> torch.Tensor:
         """Logits z of ``h W^T + b``, in any shape and the type of ``products``; rounding lets gradients through."""
         if self.rounds_logits:
@@ -85,12 +97,12 @@ class LMHead:
         return products / self.temperature
 
 
-HeadOptions: TypeAlias = tuple[float, float | None, float, torch.dtype | None, int | None]
+HeadOptions: TypeAlias = tuple[float, float | None, float, torch.dtype | None, torch.dtype | None, int | None]
 
 
 def head_options(head: LMHead) -> HeadOptions:
     """What is no tensor of a head, in the order in which :class:`LMHead` takes it: for operators, which take plain values."""
-    return head.temperature, head.softcap, head.logit_scale, head.logits_dtype, head.chunk_bytes
+    return head.temperature, head.softcap, head.logit_scale, head.logits_dtype, head.operand_dtype, head.chunk_bytes
 
 
 def check_rows(hidden: torch.Tensor, head: LMHead, targets: torch.Tensor) -> None:
@@ -108,6 +120,13 @@ def check_rows(hidden: torch.Tensor, head: LMHead, targets: torch.Tensor) -> Non
 def working_dtype(hidden: torch.Tensor) -> torch.dtype:
     """The type that logits are made in: float64 for float64 rows, float32 for every other."""
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def short_operands(hidden: torch.Tensor, head: LMHead) -> torch.dtype | None:
+    """The type of 16 bits that products with the head are made of, where rows and weight have or are rounded to one."""
+    if head.operand_dtype is not None or hidden.dtype != head.weight.dtype or hidden.dtype.itemsize != 2:
+        return head.operand_dtype
+    return hidden.dtype
 
 
 def full_precision(hidden: torch.Tensor) -> torch.autocast:

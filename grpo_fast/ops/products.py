@@ -202,6 +202,33 @@ def mm(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return _onednn(rows, weight.t()) if _goes_to_onednn(rows, weight, _ANY) else torch.mm(rows, weight)
 
 
+def as_operand(values: torch.Tensor, short: torch.dtype | None, work: torch.dtype) -> torch.Tensor:
+    """A matrix as :func:`mm_of` takes it: rounded to ``short``, and of it where a GPU multiplies that, else of ``work``."""
+    values = values if short is None else values.to(short)
+    return values if short is not None and values.device.type == "cuda" else values.to(work)
+
+
+def mm_of(left: torch.Tensor, right: torch.Tensor, short: torch.dtype | None) -> torch.Tensor:
+    """``left`` [M, K] times ``right`` [K, N], summed in float32 and of that type (float64 of float64); no gradient is kept.
+
+    Args:
+        left: of any type.
+        right: likewise.
+        short: type of 16 bits that a GPU multiplies them in; with ``None``, and on a CPU, they are multiplied as they are.
+    """
+    if short is not None and left.device.type == "cuda":
+        return torch.mm(left.to(short), right.to(short), out_dtype=torch.float32)
+    return mm(left, right)
+
+
+def addmm_of(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, short: torch.dtype | None) -> None:
+    """Adds :func:`mm_of` to ``total`` [M, N], in place."""
+    if short is not None and left.device.type == "cuda":
+        torch.addmm(total, left.to(short), right.to(short), out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(left, right)
+
+
 def rows_at_once(rows: int, work: int) -> int:
     """How many rows of a head, or of its gradient, are multiplied at a time on this machine's CPU; 0 for all without a copy.
 

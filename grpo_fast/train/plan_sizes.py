@@ -39,7 +39,8 @@ class ModelSizes:
         largest: numbers of the largest trained weight.
         widest: numbers of the largest frozen linear layer.
         head_trained: whether the head is trained.
-        head_itemsize: bytes of a number of the head.
+        head_itemsize: bytes of a number of the head as it is kept.
+        operand_itemsize: the same as it is multiplied.
         layers: how many.
         hidden: H.
         vocab: V.
@@ -53,6 +54,7 @@ class ModelSizes:
     widest: int
     head_trained: bool
     head_itemsize: int
+    operand_itemsize: int
     layers: int
     hidden: int
     vocab: int
@@ -89,6 +91,7 @@ class ModelSizes:
             widest=max((count for count, packed in frozen if packed), default=0),
             head_trained=head.requires_grad,
             head_itemsize=weight_bytes(config) if head.requires_grad else dtype.itemsize,
+            operand_itemsize=dtype.itemsize,
             layers=int(model.num_hidden_layers),
             hidden=int(model.hidden_size),
             vocab=head.shape[0],
@@ -102,6 +105,11 @@ class ModelSizes:
     def reference_bytes(self, config: Config) -> int:
         """A reference policy of its own: none without KL, nor where adapters are switched off for it."""
         return self.total * weight_bytes(config) if config.beta > 0 and not config.use_peft else 0
+
+    @property
+    def multiplies_as_float32(self) -> bool:
+        """Whether the head is multiplied as it is where products are float32's."""
+        return self.head_itemsize == self.operand_itemsize == 4
 
     @property
     def head(self) -> int:
@@ -145,25 +153,27 @@ def head_bytes(config: Config, sizes: ModelSizes, device: DeviceMemory, *, num_r
     """
     gathered = 2 * parts * num_rows * sizes.hidden * 4 if parts > 1 else 0
     vocab = -(-sizes.vocab // parts)
+    on_cpu = device.kind == "cpu"
     if config.truncates_support:
         chunk = kept_chunk_bytes(
             sizes.vocab,
             sizes.hidden,
             num_kept=config.top_k or sizes.vocab,
             kind=device.kind,
-            copied=sizes.head_itemsize != 4,
+            copied=not sizes.multiplies_as_float32 if on_cpu else sizes.operand_itemsize != sizes.head_itemsize,
             trained=sizes.head_trained,
+            itemsize=4 if on_cpu else sizes.operand_itemsize,
         )
         return HeadBytes(vocab, gathered + chunk)
-    on_cpu = device.kind == "cpu"
-    itemsize = 4.0 if on_cpu else sizes.head_itemsize + 4 / 8  # beside exponentials, an eighth as many float32 logits
+    itemsize = 4.0 if on_cpu else sizes.operand_itemsize + 4 / 8  # beside exponentials, an eighth as many float32 logits
     head = LMHead(torch.empty(vocab, 0, device="meta"), chunk_bytes=chunk_bytes_of(device.kind, device.memory_bytes))
     place = torch.device(device.kind)
     rows = block_rows(parts * num_rows, max_rows=rows_per_chunk(head, place, bytes_per_logit=itemsize), device=place)
     block = round(rows * vocab * itemsize)
     if not on_cpu:
-        return HeadBytes(vocab, gathered + block + 2 * rows * sizes.hidden * 4)
-    copied = vocab * sizes.hidden * 4 if sizes.head_itemsize != 4 else 0
+        copied = vocab * sizes.hidden * sizes.operand_itemsize if sizes.operand_itemsize != sizes.head_itemsize else 0
+        return HeadBytes(vocab, gathered + block + copied + 2 * rows * sizes.hidden * 4)
+    copied = 0 if sizes.multiplies_as_float32 else vocab * sizes.hidden * 4
     products = rows_at_once(vocab, vocab * sizes.hidden) * rows * 4
     if sizes.head_trained:
         part = rows_at_once(vocab, rows * vocab * sizes.hidden)

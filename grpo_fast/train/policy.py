@@ -56,10 +56,10 @@ class Scorer(Protocol):
 class Policy:
     """A causal language model with its tokenizer.
 
-    Weights that are trained are held in float32, unless the configuration says otherwise; on a GPU the forward pass runs in
-    bfloat16 under autocast, so that updates smaller than half a bfloat16 ulp (most, at learning rates of RL) are not lost. With
-    ``adapters`` only those are trained and saved; they are layers inside ``model``, which otherwise stays what it is.
-    ``padding_free`` lays micro-batches in one row; ``None`` does so where the model can be told borders.
+    Weights that are trained are held in float32, unless the configuration says otherwise; on a GPU forward passes run in
+    bfloat16 under autocast, products of the head too, so that updates smaller than half a bfloat16 ulp (most, at learning rates
+    of RL) are not lost. With ``adapters`` only those are trained and saved; they are layers inside ``model``, which otherwise
+    stays what it is. ``padding_free`` lays micro-batches in one row; ``None`` does so where the model can be told borders.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Policy:
         self.adapters = adapters
         self.autocast_dtype = autocast_dtype
         self._checkpointing = checkpointing is not None
-        self._head = _find_head(model)
+        self._head = replace(_find_head(model), operand_dtype=autocast_dtype)
         self._waiting = HostActivations(self.device) if checkpointing == "offload" else None
         self._check_head()
         self.layout: Layout = "padded" if padding_free is False else self._try_packing(required=padding_free is True)

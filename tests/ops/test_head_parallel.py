@@ -18,6 +18,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "temperature": {"temperature": 0.7},
     "softcap": {"softcap": 3.0, "temperature": 0.8},
     "scale": {"logit_scale": 0.25},
+    "operands": {"operand_dtype": torch.bfloat16},
     "chunks": {"chunk_bytes": 8 * 23 * 8},
 }
 

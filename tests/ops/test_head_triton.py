@@ -102,6 +102,21 @@ def test_unequal_types_are_multiplied_in_the_wider_one(mixed: tuple[torch.dtype,
         torch.testing.assert_close(one.float(), two, rtol=1e-3 if one.dtype == torch.float16 else 2e-5, atol=5e-6)
 
 
+def test_operands_may_be_rounded_of_what_is_kept_in_float32(device: torch.device) -> None:
+    given = case(device, SMALL)
+    options = {"targets": given.targets, "wanted": (True, True, True)}
+    given = given._replace(gradient=RowGradient(given.gradient.logprobs))
+    work = TritonHeadPass(given.hidden, replace(given.head, operand_dtype=torch.bfloat16), **options)
+    found = walk(work, given)
+    assert work._weight.dtype == work._hidden.dtype == work._exp_dtype == torch.bfloat16
+    assert {value.dtype for value in found} == {torch.float32}, "no gradient is rounded"
+    short = replace(given.head, weight=given.head.weight.bfloat16())
+    expected = walk(TritonHeadPass(given.hidden.bfloat16(), short, **options), given)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1].bfloat16(), expected[1])
+    assert torch.equal(found[2], expected[2])
+
+
 def test_strided_inputs_are_read_where_they_are(device: torch.device) -> None:
     given = case(device, SMALL)
     options = {"targets": given.targets, "wanted": (True, True, True), "gated": False}

@@ -52,6 +52,19 @@ def test_values_and_gradients_are_those_of_masked_full_logits(widths: tuple[int,
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("widths", [(1, 9), (V, V)], ids=str)
+def test_operands_may_be_rounded(widths: tuple[int, int]) -> None:
+    hidden, head, kept = problem(widths, temperature=0.9)
+    head = replace(head, operand_dtype=torch.bfloat16)
+    found, expected = kept_logprob(hidden, head, kept=kept), kept_logprob_reference(hidden, head, kept=kept)
+    exact = kept_logprob_reference(hidden, replace(head, operand_dtype=None), kept=kept)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    for ours, theirs in zip(gradients(found, hidden, head), gradients(expected, hidden, head), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+    assert (found[1] - exact[1]).abs().max() > 1e-4, "the guard: rounding shows"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_short_types_are_computed_in_float32(dtype: torch.dtype) -> None:
     hidden, head, kept = problem((1, 40), dtype, temperature=0.9)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from grpo_fast.ops.lm_head import ROW_MULTIPLE, LMHead, default_chunk_bytes, row_chunks, rows_per_chunk
+from grpo_fast.ops.lm_head import ROW_MULTIPLE, LMHead, default_chunk_bytes, row_chunks, rows_per_chunk, short_operands
 
 CPU = torch.device("cpu")
 
@@ -39,6 +39,36 @@ def test_what_is_derived_from_the_numbers() -> None:
     assert replace(head, logits_dtype=torch.bfloat16).rounds_logits
 
 
+def test_operands_are_rounded_and_let_gradients_through() -> None:
+    values = torch.randn(4, 3, requires_grad=True)
+    head = LMHead(torch.randn(7, 3), operand_dtype=torch.bfloat16)
+    rounded = head.operand(values)
+    assert torch.equal(rounded, values.detach().bfloat16().float())
+    assert not torch.equal(rounded, values)
+    rounded.square().sum().backward()
+    assert torch.equal(values.grad, 2 * rounded.detach())
+    assert replace(head, operand_dtype=None).operand(values) is values
+
+
+@pytest.mark.parametrize(
+    ("hidden", "weight", "operand", "expected"),
+    [
+        (torch.float32, torch.float32, None, None),
+        (torch.float32, torch.float32, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32, None, None),
+        (torch.bfloat16, torch.bfloat16, None, torch.bfloat16),
+        (torch.float16, torch.float16, None, torch.float16),
+        (torch.float16, torch.bfloat16, None, None),
+        (torch.float64, torch.float64, None, None),
+    ],
+)
+def test_products_are_short_where_both_operands_are(
+    hidden: torch.dtype, weight: torch.dtype, operand: torch.dtype | None, expected: torch.dtype | None
+) -> None:
+    head = LMHead(torch.zeros(7, 3, dtype=weight), operand_dtype=operand)
+    assert short_operands(torch.zeros(2, 3, dtype=hidden), head) == expected
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -48,6 +78,7 @@ def test_what_is_derived_from_the_numbers() -> None:
         ({"bias": torch.zeros(36)}, "bias has shape"),
         ({"weight": torch.zeros(3)}, "weight has shape"),
         ({"logits_dtype": torch.float16}, "logits_dtype=torch.float16"),
+        ({"operand_dtype": torch.float32}, "operand_dtype=torch.float32; choose bfloat16, float16 or None"),
     ],
 )
 def test_impossible_heads_are_refused(wrong: dict[str, object], message: str) -> None:

@@ -11,9 +11,12 @@ from grpo_fast.ops.products import (
     PackedWeight,
     ProductLinear,
     add_outer,
+    addmm_of,
+    as_operand,
     linear,
     linear_into,
     mm,
+    mm_of,
     onednn_is_faster,
     pays_to_pack,
     rounded_rows,
@@ -176,3 +179,16 @@ def test_the_compilers_product_is_the_operator() -> None:
     rows, weight, bias = torch.randn(2, 3, 8), torch.randn(5, 8), torch.randn(5)
     torch.library.opcheck(products._product, (rows, weight, bias), test_utils=("test_schema", "test_faketensor"))
     assert torch.equal(products._product(rows, weight.contiguous(), bias), products._onednn(rows, weight, bias))
+
+
+@pytest.mark.parametrize("short", [None, torch.bfloat16])
+def test_operands_are_rounded_and_multiplied_in_float32(short: torch.dtype | None, device: torch.device) -> None:
+    left, right = torch.randn(5, 24, device=device), torch.randn(24, 7, device=device)
+    operands = [as_operand(matrix, short, torch.float32) for matrix in (left, right)]
+    exact = [(matrix if short is None else matrix.to(short)).double() for matrix in (left, right)]
+    found = mm_of(operands[0], operands[1], short)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact[0] @ exact[1], rtol=1e-5, atol=1e-5)
+    total = torch.ones_like(found)
+    addmm_of(total, operands[0], operands[1], short)
+    torch.testing.assert_close(total.double(), exact[0] @ exact[1] + 1, rtol=1e-5, atol=1e-5)

@@ -45,7 +45,7 @@ def truth(hidden: torch.Tensor, head: LMHead, targets: torch.Tensor) -> tuple[to
     """The definition, row by row, with sums over the vocabulary written out."""
     logprobs, entropies = [], []
     for row, target in zip(hidden, targets.tolist(), strict=True):
-        u = head.weight.to(row.dtype).mv(row)
+        u = head.operand(head.weight.to(row.dtype)).mv(head.operand(row))
         u = u if head.bias is None else u + head.bias.to(row.dtype)
         u = u * head.logit_scale
         z = (u if head.softcap is None else torch.tanh(u / head.softcap) * head.softcap) / head.temperature
@@ -100,6 +100,35 @@ def test_error_keeps_to_the_budget(variant: str, impl: str, dtype: torch.dtype, 
     for value, base, true in zip(found, reference, wanted, strict=True):
         half_ulp = torch.finfo(value.dtype).eps / 2 * true.abs().max()
         assert (value.double() - true).abs().max() <= 4 * (base.double() - true).abs().max() + half_ulp
+
+
+@pytest.mark.parametrize("chunk_rows", [8, 10**6])
+@pytest.mark.parametrize("variant", ["plain", "everything"])
+def test_operands_that_are_rounded_change_nothing_else(variant: str, chunk_rows: int) -> None:
+    hidden, head, targets = case(**VARIANTS[variant])
+    head = replace(head, operand_dtype=torch.bfloat16, chunk_bytes=chunk_rows * 37 * 8)
+    found = outcome(*token_logprob(hidden, head, targets=targets), hidden, head)
+    expected = outcome(*truth(hidden, head, targets), hidden, head)
+    for value, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-10, atol=1e-11)
+    exact = outcome(*truth(hidden, replace(head, operand_dtype=None), targets), hidden, head)
+    assert (exact[0] - found[0]).abs().max() > 1e-4, "the guard: rounding shows"
+
+
+@both
+def test_rounded_operands_give_gradients_of_the_weights_own_type(impl: str, device: torch.device) -> None:
+    hidden, head, targets = case(dtype=torch.float32, device=device)
+    head = replace(head, operand_dtype=torch.bfloat16)
+    found = outcome(*token_logprob(hidden, head, targets=targets, impl=impl), hidden, head)
+    wide = hidden.detach().double().requires_grad_()
+    leaves = [part.detach().double().requires_grad_() for part in (head.weight, head.bias)]
+    exact = replace(head, weight=leaves[0], bias=leaves[1])
+    wanted = outcome(*truth(wide, exact, targets), wide, exact)
+    bounds = [2e-6, 2e-6, *([2e-6 if impl == "torch" else 8e-3] * 3)]  # kernels keep exponentials in bfloat16
+    for value, true, bound in zip(found, wanted, bounds, strict=True):
+        assert value.dtype == torch.float32
+        assert (value.double() - true).norm() <= bound * true.norm()
+    assert not torch.equal(found[3], found[3].bfloat16().float()), "d weight is not rounded"
 
 
 def test_gradients_reach_only_what_asks_for_them() -> None:

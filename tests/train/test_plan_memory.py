@@ -83,8 +83,8 @@ def test_a_cut_support_takes_the_head_rows_of_its_tokens() -> None:
         for changes in ({"top_k": 20}, {"top_p": 0.9}, {})
     )
     hidden_size, vocabulary, rows = LLAMA_8B.hidden_size, LLAMA_8B.vocab_size, 512
-    foretold = 4 * rows * 20 * (3 * hidden_size + 2 * rows)
-    everything = 4 * vocabulary * (hidden_size + 2 * rows)  # beside logits a gradient, of a head that is in float32 already
+    foretold = rows * 20 * ((2 * 2 + 4) * hidden_size + 8 * rows)  # two copies in bfloat16, a gradient in float32
+    everything = vocabulary * ((2 + 4) * hidden_size + 8 * rows)
     assert of_top_p - of_top_k == everything - foretold
     assert of_top_k < whole
 
@@ -129,7 +129,8 @@ def test_a_head_in_parts_is_neither_gathered_nor_has_a_whole_gradient() -> None:
     assert gathered["gathered weights"] - parts["gathered weights"] == head
     rows = 2 * 256  # of two sequences that fit
     more_rows = (8 + 2 * 3) * rows * SMALL.hidden_size * 4  # hidden states with their gradient, and what becomes of them
-    assert gathered["head and loss"] - parts["head and loss"] == head * 3 / 4 - more_rows
+    copied = head // 2  # in bfloat16
+    assert gathered["head and loss"] - parts["head and loss"] == (head + copied) * 3 / 4 - more_rows
 
 
 def test_frozen_weights_are_shared_and_kept_whole_in_their_own_type() -> None:

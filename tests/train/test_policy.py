@@ -195,6 +195,8 @@ def test_bfloat16_is_computed_in_but_not_stored(tiny_model: Path) -> None:
         difference = (exact.scored_hidden_states(batch) - rounded.scored_hidden_states(batch)).abs().max()
     assert 1e-5 < difference < 0.1
     assert all(parameter.dtype == torch.float32 for parameter in rounded.model.parameters())
+    assert (exact.head(1.0).operand_dtype, rounded.head(1.0).operand_dtype) == (None, torch.bfloat16)
+    assert rounded.head(1.0).weight is rounded.model.get_output_embeddings().weight
 
 
 def test_saving_is_silent_and_leaves_progress_bars_as_they_were(
