@@ -31,7 +31,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -363,11 +363,11 @@ def _launch_bias_bwd(exp: torch.Tensor, scales: torch.Tensor, live: torch.Tensor
 def aot_calls() -> dict[str, Callable[[], object]]:
     """Passes that cover every branch of the kernels, on tensors that hold nothing; for ahead-of-time compilation."""
 
-    def call(dtype: torch.dtype, size: int, with_entropy: bool, bias: bool, options: dict[str, Any]) -> object:
+    def call(dtype: torch.dtype, size: int, with_entropy: bool, bias: bool, options: dict[str, float]) -> object:
         hidden, weight = (torch.empty(rows, 2048, dtype=dtype, device="meta") for rows in (1024, size))
         shift = torch.empty(size, dtype=dtype, device="meta") if bias else None
         logits_dtype = torch.bfloat16 if bias and with_entropy else None
-        head = LMHead(weight, shift, logits_dtype=logits_dtype, chunk_bytes=2**31, **options)
+        head = replace(LMHead(weight, shift, logits_dtype=logits_dtype, chunk_bytes=2**31), **options)  # type: ignore[arg-type]
         targets, slopes = (torch.empty(1024, dtype=kind, device="meta") for kind in (torch.int64, torch.float32))
         work = TritonHeadPass(hidden, head, targets=targets, wanted=(True, True, bias), gated=not with_entropy)
         for want_exp in (False, True):
@@ -376,13 +376,12 @@ def aot_calls() -> dict[str, Callable[[], object]]:
         return work.gradients()
 
     softcap = {"softcap": 30.0, "temperature": 0.8}
-    rows: dict[str, tuple[torch.dtype, int, bool, bool, dict[str, Any]]] = {
+    rows: dict[str, tuple[torch.dtype, int, bool, bool, dict[str, float]]] = {
         "bfloat16": (torch.bfloat16, 151936, False, False, {}),
         "bfloat16-odd-entropy": (torch.bfloat16, 151939, True, False, {}),
         "bfloat16-softcap": (torch.bfloat16, 256000, False, True, softcap),
         "bfloat16-softcap-rounded-entropy": (torch.bfloat16, 256000, True, True, softcap),
         "float16": (torch.float16, 128256, False, True, {}),
         "float32-entropy": (torch.float32, 49152, True, False, {}),
-        "float32-as-bfloat16": (torch.float32, 151936, False, False, {"operand_dtype": torch.bfloat16}),
     }
     return {name: functools.partial(call, *row) for name, row in rows.items()}

@@ -21,11 +21,12 @@ class PreallocatedLayer(DynamicLayer):
         super().__init__()  # type: ignore[no-untyped-call]
         assert like.keys is not None
         assert like.values is not None
-        self._key_buffer = like.keys.new_empty(rows, like.keys.shape[1], capacity, like.keys.shape[3])
-        self._value_buffer = like.values.new_empty(rows, like.values.shape[1], capacity, like.values.shape[3])
+        dtype = _attention_dtype(like.keys)
+        self._key_buffer = like.keys.new_empty(rows, like.keys.shape[1], capacity, like.keys.shape[3], dtype=dtype)
+        self._value_buffer = like.values.new_empty(rows, like.values.shape[1], capacity, like.values.shape[3], dtype=dtype)
         self._rows = rows
         self.length = 0
-        self.dtype, self.device = like.keys.dtype, like.keys.device
+        self.dtype, self.device = dtype, like.keys.device
         self.is_initialized = True
 
     def fill(self, rows: slice, source: DynamicLayer, index: torch.Tensor) -> None:
@@ -78,6 +79,12 @@ class PreallocatedCache(Cache):
         """Copies rows ``source`` over rows ``target`` and keeps the first ``num_rows``, layer by layer."""
         for layer in self._owned:
             layer.move(source, target, num_rows)
+
+
+def _attention_dtype(keys: torch.Tensor) -> torch.dtype:
+    """What attention rounds keys to under autocast, whatever rotary positions have made of them: kept so, they take half."""
+    kind = keys.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else keys.dtype
 
 
 def attention_layers(cache: DynamicCache) -> list[DynamicLayer]:

@@ -99,8 +99,7 @@ class TransformersEngine:
         if check_every is not None and check_every < 1:
             raise ValueError(f"check_every must be at least 1, or None to choose by device, got {check_every}")
         self._policy = model
-        frozen = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}  # they never change: shared
-        self._model = copy.deepcopy(model, frozen).requires_grad_(False) if own_weights else model
+        self._model = _copied(model, autocast_dtype) if own_weights else model
         self._tokenizer = tokenizer
         end_tokens = end_token_ids(model, tokenizer) if eos_token_ids is None else set(eos_token_ids)
         self._max_batch_tokens = max_batch_tokens
@@ -263,6 +262,21 @@ def _choose_stepping(model: PreTrainedModel, impl: Literal["auto", "fused", "mod
             "attention (sdpa or eager) and plain linear layers; use impl='auto'"
         )
     return "plain" if plain else "masked"
+
+
+def _copied(model: PreTrainedModel, autocast_dtype: torch.dtype | None) -> PreTrainedModel:
+    """A copy of what is trained, beside the rest itself.
+
+    Weights of linear layers are of the type that autocast would round them to: it remembers what it has rounded of weights that
+    are trained alone, and would round these anew at every token.
+    """
+    frozen = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}  # they never change: shared
+    copied = copy.deepcopy(model, frozen).requires_grad_(False)
+    looked_up = {id(module.weight) for module in copied.modules() if isinstance(module, torch.nn.Embedding)}
+    for module in copied.modules() if autocast_dtype is not None else ():
+        if isinstance(module, torch.nn.Linear) and id(module.weight) not in looked_up | frozen.keys():
+            module.weight = torch.nn.Parameter(module.weight.to(autocast_dtype), requires_grad=False)
+    return copied
 
 
 @contextmanager

@@ -147,6 +147,8 @@ class PolicySource:
         freeze_beside_text(model)
         if self._device.type == "cpu":
             use_products(model)
+        else:  # cuDNN's plans are made for one shape, tens of milliseconds each, and lengths are others every time
+            torch.backends.cuda.enable_cudnn_sdp(False)
         adapters = Adapters(model, config) if config.use_peft else None
         if config.gradient_checkpointing:
             checkpoint_layers(model, config.gradient_checkpointing_mode)

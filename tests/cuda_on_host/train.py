@@ -23,6 +23,8 @@ def share_of_vowels(completions: list[str], **_: Any) -> list[float]:
 
 
 def trained(device: Device, settings: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
     from grpo_fast import Config, GRPOTrainer
 
     device.launched.clear()
@@ -36,9 +38,12 @@ def trained(device: Device, settings: dict[str, Any]) -> dict[str, Any]:
             waits.append(dict(device.waits))
             device.waits.clear()
         layout = trainer._parts.policy.layout
+        operands = str(trainer._parts.policy.head(1.0).operand_dtype)
     return {
         "steps": steps,
         "layout": layout,
+        "operands": operands,
+        "cudnn": torch.backends.cuda.cudnn_sdp_enabled(),
         "kernels": sorted(device.launched),
         "varlen": len(device.varlen),
         "waits": waits,

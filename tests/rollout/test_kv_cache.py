@@ -44,3 +44,14 @@ def test_move_fills_holes_and_shrinks() -> None:
     for part, whole in zip(got, (source.layers[1].keys, source.layers[1].values), strict=True):
         assert torch.equal(part[:, :, :4], whole[[4, 1, 3]])
         assert part.shape == (3, 3, 5, 4)
+
+
+def test_under_autocast_keys_are_kept_as_attention_reads_them() -> None:
+    source = filled(2, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cache = PreallocatedCache(2, 8, source)
+        cache.fill(slice(0, 2), source, torch.arange(2))
+        keys, values = torch.randn(2, 2, 3, 1, 4)
+        got = cache.update(keys, values, 0)
+    for part, before, new in zip(got, (source.layers[0].keys, source.layers[0].values), (keys, values), strict=True):
+        assert torch.equal(part, torch.cat((before, new), dim=2).bfloat16())

@@ -59,6 +59,21 @@ def test_weights_of_its_own_change_by_a_sync_alone(tokenizer: PreTrainedTokenize
     assert sample(engine) == sample(shared) != before
 
 
+def test_weights_of_its_own_are_those_that_autocast_would_make(tokenizer: PreTrainedTokenizerFast) -> None:
+    model, params = build("llama"), SamplingParams(max_tokens=6)
+    engine, shared = (
+        TransformersEngine(model, tokenizer, autocast_dtype=torch.bfloat16, own_weights=own) for own in (True, False)
+    )
+    assert {own.dtype for own in engine._model.parameters() if own.ndim > 1} == {torch.bfloat16, torch.float32}
+    assert engine._model.get_input_embeddings().weight.dtype == torch.float32, "hidden states are of its type"
+    with torch.no_grad():
+        model.lm_head.weight.neg_()
+    engine.sync_weights(model, 0)
+    expected = shared.generate(PROMPTS, params, num_generations=2, seed=0)
+    assert engine.generate(PROMPTS, params, num_generations=2, seed=0) == expected
+    assert all(weight.dtype == torch.float32 for weight in model.parameters())
+
+
 def test_of_a_model_with_adapters_those_alone_are_copied(tokenizer: PreTrainedTokenizerFast) -> None:
     model = build("llama")
     peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False), model)

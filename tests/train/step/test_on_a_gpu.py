@@ -130,6 +130,12 @@ def test_sequences_are_packed_for_the_attention_kernel_of_sixteen_bits(runs: dic
         assert (run["varlen"] > 0) == (packed and RUNS[name].get("dtype") != "float32"), name
 
 
+def test_heads_are_multiplied_in_the_type_of_the_run_and_attention_makes_no_plans(runs: dict[str, dict[str, Any]]) -> None:
+    for name, run in runs.items():
+        assert run["operands"] == ("None" if RUNS[name].get("dtype") == "float32" else "torch.bfloat16"), name
+        assert not run["cudnn"], name
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_between_micro_batches_nothing_waits_for_the_device(runs: dict[str, dict[str, Any]], name: str) -> None:
     """It would be without work until the host has launched more. What a step learns from is copied there beforehand."""
