@@ -13,6 +13,8 @@ from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any
 
 _MAX_CHARACTERS = 1000
+_OF_TRL = {"trainer_state", "log_extra", "log_metric"}
+"""What TRL hands to reward functions beside columns."""
 
 
 def name_of(function: Callable[..., Any]) -> str:
@@ -69,6 +71,10 @@ def accepted_arguments(
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     for parameter in parameters:
         if parameter.kind in named and parameter.default is parameter.empty and parameter.name not in arguments:
+            if parameter.name in _OF_TRL:
+                raise LookupError(
+                    f"asks for {parameter.name!r}, which TRL gives, and nothing here; what it logs can be a reward of weight 0"
+                )
             columns = [name for name in arguments if name not in always]
             near = difflib.get_close_matches(parameter.name, arguments, n=1)
             raise LookupError(

@@ -42,6 +42,9 @@ OTHER_NAMES = {
     "grad_norm",
     "num_tokens",
     "get_reward",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
 }
 COMMANDS = {"train", "plan", "forecast", "law", "export", "report", "doctor", "serve"}
 

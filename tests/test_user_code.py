@@ -47,6 +47,8 @@ def test_a_function_gets_what_it_names() -> None:
     assert accepted_arguments(max, given, always=("prompt",)) == given, "its signature cannot be read"
     with pytest.raises(LookupError, match="needs a dataset column 'solution'; the dataset has answer, level"):
         accepted_arguments(other, given, always=("prompt",))
+    with pytest.raises(LookupError, match=r"asks for 'log_metric', which TRL gives, and nothing here; .* a reward of weight 0"):
+        accepted_arguments(lambda prompt, log_metric: None, given, always=("prompt",))
     with pytest.raises(LookupError, match="the dataset has no column but the prompt"):
         accepted_arguments(other, {"prompt": "p"}, always=("prompt",))
 

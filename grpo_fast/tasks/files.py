@@ -27,7 +27,7 @@ def table_task(config: Config, *, path: Path | None, needs_reward: bool) -> Task
 
     Returns:
         The task. Without ``eval_split``, ``eval_size`` rows chosen by the seed (a fifth of all at most) are held out. Rewarded
-        by ``accuracy`` where there is an ``answer`` column; without one, and without ``reward_funcs``, both rewards are empty.
+        by ``accuracy`` where there is an ``answer`` column, and measured by whatever rewards training.
 
     Raises:
         ConfigError: the data cannot be read or lacks a column, a setting is for generated tasks alone, or nothing says how to
@@ -80,13 +80,7 @@ def _task(config: Config, name: str, train: Dataset, held_out: Dataset | None) -
     else:
         held_out = evenly(held_out, config.eval_size)
     default = ("accuracy",) if "answer" in train.column_names else ()
-    return Task(
-        name=name,
-        train=train,
-        eval=held_out,
-        reward_funcs=default,
-        eval_reward=(*config.reward_funcs, *default, "")[0],
-    )
+    return Task(name=name, train=train, eval=held_out, reward_funcs=default, eval_reward="")
 
 
 def hold_out(table: Dataset, count: int, *, seed: int) -> tuple[Dataset, Dataset]:

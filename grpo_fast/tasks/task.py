@@ -31,4 +31,4 @@ class Task:
     reward_funcs: tuple[str, ...]
     """Names the reward pool resolves (built-in or ``module:function``), used where the user names none."""
     eval_reward: str
-    """The reward whose mean on held-out rows is the task's accuracy; empty for the first one trained on."""
+    """The reward whose mean on held-out rows is the task's accuracy; empty where what rewards training is to measure."""

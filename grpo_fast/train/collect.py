@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from grpo_fast.compute import ComputeMeter
 from grpo_fast.config import Config
 from grpo_fast.kept_tokens import KeptTokens
 from grpo_fast.metrics import PhaseTimer
@@ -114,6 +115,7 @@ class Collector:
         self._rewards = rewards
         self._params = sampling_params(config)
         apart = config.multi_objective_aggregation == "normalize_then_sum"
+        self._has_told = False
         self._lives = partial(has_variance, weights=config.reward_weights or repeat(1.0)) if apart else has_variance
 
     def collect(self, step: int, timer: PhaseTimer) -> Collected:
@@ -132,6 +134,9 @@ class Collector:
         lives = self._lives
         metrics = describe(groups, least_reward=least, lives=lives) | report.metrics()
         problems = list(report.problems)
+        if math.isnan(metrics["reward"]) and not problems and not self._has_told:
+            self._has_told = True
+            problems.append(f"reward functions gave None for every completion of step {step}: such a step teaches nothing")
         sampled = list(groups)
         for round_ in range(1, self._config.refill_rounds + 1):
             dead = [group for group in groups if not lives(group)]
@@ -158,6 +163,14 @@ class Collector:
             )
         with timer.phase("reward"):
             return groups, self._rewards.score(groups)
+
+
+def charge_rollout(meter: ComputeMeter, groups: Sequence[Group]) -> None:
+    """Meters the sampling of some groups."""
+    meter.add_rollout(
+        [len(group.prompt.token_ids) for group in groups],
+        [[len(completion.token_ids) for completion in group.completions] for group in groups],
+    )
 
 
 def sampling_params(config: Config) -> SamplingParams:

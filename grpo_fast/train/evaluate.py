@@ -10,29 +10,34 @@ import numpy as np
 from grpo_fast.config import Config
 from grpo_fast.metrics import PhaseTimer, mean_known
 from grpo_fast.rollout.engine import SamplingParams
-from grpo_fast.train.collect import sampling_params
+from grpo_fast.train.collect import charge_rollout, sampling_params
 from grpo_fast.train.parts import Parts
 from grpo_fast.train.rng import derive_seed
 
 
-def evaluate(config: Config, parts: Parts) -> float:
-    """Mean reward of answers to the held-out prompts, by default a greedy one each; NaN where none has a reward.
+def evaluate(config: Config, parts: Parts) -> dict[str, float]:
+    """Answers to the held-out prompts, by default a greedy one each, and what they earn.
 
     The same draws are made each time, so that what changes is the policy's doing.
 
     Args:
         config: the run's configuration.
         parts: engine, held-out prompts and the evaluation's reward pool.
+
+    Returns:
+        ``eval_reward``, the mean over the answers; NaN where none has a reward. Of several reward functions it is that of their
+        weighted sum, as in training, and ``eval_rewards/NAME/mean`` says it of each.
     """
     if not parts.eval_prompts:
-        return math.nan
+        return {"eval_reward": math.nan}
     if config.eval_temperature:
         sampling = replace(sampling_params(config), temperature=config.eval_temperature)
     else:
         sampling = SamplingParams(max_tokens=config.max_completion_length, temperature=0.0, stop=config.stop)
     groups = parts.sampler.sample(parts.eval_prompts, sampling, num_generations=config.num_generations_eval, seed=config.seed)
-    parts.eval_rewards.score(groups)
-    return mean_known(value for group in groups for value in group.reward)
+    report = parts.eval_rewards.score(groups)
+    each = {f"eval_rewards/{name}/mean": mean for name, mean in report.mean.items()} if len(report.mean) > 1 else {}
+    return {"eval_reward": mean_known(value for group in groups for value in group.reward)} | each
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +72,7 @@ def probe(config: Config, parts: Parts, timer: PhaseTimer) -> Baseline:
         groups = parts.sampler.sample(prompts, sampling_params(config), num_generations=1, seed=seed)
     with timer.phase("reward"):
         parts.rewards.score(groups)
-    parts.meter.add_rollout(
-        [len(group.prompt.token_ids) for group in groups],
-        [[len(completion.token_ids) for completion in group.completions] for group in groups],
-    )
+    charge_rollout(parts.meter, groups)
     rewards = np.array([value for group in groups for value in group.reward], dtype=np.float64)
     known = rewards[np.isfinite(rewards)]
     error = float(known.std(ddof=1)) / math.sqrt(known.size) if known.size > 1 else math.nan

@@ -215,7 +215,7 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
             if environments is None
             else InTurns(engine, environments, replies, max_turns=config.max_turns, world=world),
             rewards=rewards,
-            eval_rewards=_build_pool(config, (data.task.eval_reward or data.reward_funcs[0],), (), world=world),
+            eval_rewards=_build_pool(config, (data.task.eval_reward,), (), world=world) if data.task.eval_reward else rewards,
             predictor=given.get("predictor") or _build_predictor(config, prior, num_parameters=count_parameters(whole.model)),
             meter=_build_meter(config, whole, facts=facts, num_devices=world.size),
             budget=budget,

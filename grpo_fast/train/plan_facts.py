@@ -273,7 +273,7 @@ def _measured(config: Config, inputs: PlanInputs, parts: Parts) -> PlanFacts:
     timer = PhaseTimer()
     baseline = probe(config, parts, timer)
     timer.lap()
-    held_out = evaluate(config, parts) if config.eval_steps else math.nan
+    held_out = evaluate(config, parts)["eval_reward"] if config.eval_steps else math.nan
     evaluation_s = sum(timer.lap().values()) / config.eval_steps if config.eval_steps else 0.0
     steps = _two_steps(config, parts, timer)
     work = _work(config, parts.meter.shape, parts.prompts.mean_length)

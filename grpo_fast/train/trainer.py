@@ -24,7 +24,7 @@ from grpo_fast.rollout import RolloutError, WeightSyncError
 from grpo_fast.train.ahead import Rollouts
 from grpo_fast.train.best import BestCheckpoints, way_back
 from grpo_fast.train.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
-from grpo_fast.train.collect import Collected, Collector
+from grpo_fast.train.collect import Collected, Collector, charge_rollout
 from grpo_fast.train.distributed import World, is_restart
 from grpo_fast.train.evaluate import evaluate, probe
 from grpo_fast.train.interrupt import InterruptFlag
@@ -198,11 +198,7 @@ class GRPOTrainer:
         """Samples and scores the step's groups, unless a checkpoint brought them along."""
         if self._pending is None:
             self._pending = self._rollouts.take(self.global_step + 1, self._timer)
-            sampled = self._pending.sampled
-            self._parts.meter.add_rollout(
-                [len(group.prompt.token_ids) for group in sampled],
-                [[len(completion.token_ids) for completion in group.completions] for group in sampled],
-            )
+            charge_rollout(self._parts.meter, self._pending.sampled)
             self._stream_state = self._pending.stream
             for problem in self._pending.problems:
                 self._event("warn", problem)
@@ -227,7 +223,7 @@ class GRPOTrainer:
         metrics |= sync | times | parts.meter.metrics()
         metrics |= {f"budget/{name}": left for name, left in parts.budget.remaining(parts.meter.usage(step)).items()}
         if self.config.eval_steps and lost is None and (self._ending is not None or step % self.config.eval_steps == 0):
-            metrics["eval_reward"] = self.evaluate()
+            metrics |= self._evaluate()
         self._log(metrics, verdict, collected)
         if lost is not None:
             raise lost  # the step itself is whole, and is saved
@@ -246,11 +242,14 @@ class GRPOTrainer:
                 return {}, error
 
     def evaluate(self) -> float:
-        """Mean reward of answers to the held-out prompts, by the task's own measure."""
-        value = evaluate(self.config, self._parts)
-        self._evals.setdefault("first", value)
-        self._evals |= {"last": value, "step": self.global_step}
-        return value
+        """Mean reward of answers to the held-out prompts, by the task's own measure or else by what rewards training."""
+        return self._evaluate()["eval_reward"]
+
+    def _evaluate(self) -> dict[str, float]:
+        metrics = evaluate(self.config, self._parts)
+        self._evals.setdefault("first", metrics["eval_reward"])
+        self._evals |= {"last": metrics["eval_reward"], "step": self.global_step}
+        return metrics
 
     def save(self) -> Path:
         """Writes a checkpoint now.
@@ -337,9 +336,9 @@ class GRPOTrainer:
             self._probe()
         self._world.once(lambda: self._parts.record.save_facts(asdict(self._oversight.predictor.facts)))
         if self.config.eval_steps and "first" not in self._evals:
-            value = self.evaluate()
-            self._parts.sinks.log_step({"step": 0, "progress": 0.0, "eval_reward": value}, None)
-            self._event("eval", f"held-out reward before training: {value:.3f}")
+            metrics = self._evaluate()
+            self._parts.sinks.log_step({"step": 0, "progress": 0.0} | metrics, None)
+            self._event("eval", f"held-out reward before training: {metrics['eval_reward']:.3f}")
 
     def _probe(self) -> None:
         """Measures where the untrained policy stands, for the forecast to begin from."""

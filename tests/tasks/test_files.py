@@ -22,7 +22,7 @@ def test_rows_pass_through_and_answers_are_checked(tmp_path: Path) -> None:
     task = load_task(Config(dataset=write(tmp_path, answer="1", level="easy"), eval_size=4), chat=True)
     assert (len(task.train), len(task.eval)) == (46, 4)
     assert dict(task.train[0]) == {"prompt": task.train[0]["prompt"], "answer": "1", "level": "easy"}
-    assert task.reward_funcs == (task.eval_reward,) == ("accuracy",)
+    assert (task.reward_funcs, task.eval_reward) == (("accuracy",), "")
 
 
 def test_messages_pass_through(tmp_path: Path) -> None:
@@ -37,14 +37,11 @@ def test_rewards_without_an_answer_come_from_the_configuration(tmp_path: Path) -
     config = Config(dataset=write(tmp_path, level="easy"))
     with pytest.raises(ConfigError, match=r"no 'answer' column .*\(it has prompt, level\); name the column by answer"):
         load_task(config, chat=True)
-    assert load_task(config.replace(reward_funcs=("boxed_format", "format")), chat=True).eval_reward == "boxed_format"
-    task = load_task(config, chat=True, needs_reward=False)
-    assert (task.reward_funcs, task.eval_reward) == ((), "")
-
-
-def test_the_rewards_of_the_configuration_evaluate_too(tmp_path: Path) -> None:
-    task = load_task(Config(dataset=write(tmp_path, answer="x"), reward_funcs=("exact_match",)), chat=True)
-    assert (task.reward_funcs, task.eval_reward) == (("accuracy",), "exact_match")
+    for task in (
+        load_task(config.replace(reward_funcs=("boxed_format", "format")), chat=True),
+        load_task(config, chat=True, needs_reward=False),
+    ):
+        assert (task.reward_funcs, task.eval_reward) == ((), "")
 
 
 def test_a_table_without_prompts_names_its_columns(tmp_path: Path) -> None:
@@ -89,7 +86,7 @@ def test_rows_in_hand_are_what_a_file_of_them_is(make: Any, tmp_path: Path) -> N
     Dataset.from_list(ROWS).to_parquet(tmp_path / "data.parquet")
     config = Config(dataset=str(tmp_path / "data.parquet"), prompt_column="question", eval_size=4)
     task, same = task_of(config, make(ROWS), needs_reward=True), load_task(config, chat=False)
-    assert (task.name, task.reward_funcs, task.eval_reward) == ("train_dataset", ("accuracy",), "accuracy")
+    assert (task.name, task.reward_funcs, task.eval_reward) == ("train_dataset", ("accuracy",), "")
     assert list(task.train) == list(same.train)
     assert list(task.eval) == list(same.eval)
     given = task_of(config, make(ROWS[:20]), make(ROWS[20:]), needs_reward=True)

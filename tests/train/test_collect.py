@@ -176,6 +176,14 @@ def nothing(completions: list[str], **columns: Any) -> list[None]:
     return [None] * len(completions)
 
 
+def test_a_step_without_any_reward_is_told_once(build: Build) -> None:
+    collector = build(nothing)
+    told = [collector.collect(step, PhaseTimer()).problems for step in (1, 2)]
+    assert [len(problems) for problems in told] == [1, 0]
+    assert told[0] == ["reward functions gave None for every completion of step 1: such a step teaches nothing"]
+    assert build([nothing, numbered]).collect(1, PhaseTimer()).problems == []
+
+
 def test_functions_are_told_apart_in_the_metrics(build: Build) -> None:
     metrics = build([numbered, nothing]).collect(1, PhaseTimer()).metrics
     assert metrics["rewards/numbered/mean"] == 1.5

@@ -45,14 +45,16 @@ def test_value_is_the_share_of_right_greedy_answers(build: Callable[..., tuple[C
         for i, (p, text) in enumerate(zip(parts.eval_prompts, said, strict=True))
     ]
     config, parts = build(right)
-    assert evaluate(config, parts) == pytest.approx(sum(bool(text) for text in said[1:]) / 4)
-    assert evaluate(config, parts) > 0
+    assert evaluate(config, parts)["eval_reward"] == pytest.approx(sum(bool(text) for text in said[1:]) / 4)
+    assert evaluate(config, parts)["eval_reward"] > 0
 
 
 def test_sampling_settings_and_seed_do_not_matter(build: Callable[..., tuple[Config, Parts]]) -> None:
     config, parts = build()
     rows = [{"prompt": p.prompt, "answer": text} for p, text in zip(parts.eval_prompts, greedy(config, parts), strict=True)]
-    values = {evaluate(*build(rows, **settings)) for settings in ({}, {"temperature": 3.0}, {"seed": 5}, {"top_k": 2})}
+    values = {
+        evaluate(*build(rows, **settings))["eval_reward"] for settings in ({}, {"temperature": 3.0}, {"seed": 5}, {"top_k": 2})
+    }
     assert len(values) == 1
 
 
@@ -74,7 +76,7 @@ def test_answers_may_be_sampled_and_several(build: Callable[..., tuple[Config, P
         return report
 
     parts.engine.generate, parts.eval_rewards.score = listening, halves  # type: ignore[method-assign]
-    assert evaluate(config, parts) == evaluate(config, parts) == 0.5
+    assert evaluate(config, parts) == evaluate(config, parts) == {"eval_reward": 0.5}
     assert asked[0] == (SamplingParams(config.max_completion_length, temperature=1.5, top_k=5), 3)
     assert len(scored) == 2 * config.eval_size
     assert scored[: config.eval_size] == scored[config.eval_size :], "the same draws each time"
@@ -93,13 +95,34 @@ def test_stop_strings_hold_for_held_out_prompts_too(build: Callable[..., tuple[C
 
 
 def test_without_held_out_prompts_or_rewards_there_is_no_value(build: Callable[..., tuple[Config, Parts]]) -> None:
-    assert math.isnan(evaluate(*build([])))
-    assert math.isnan(evaluate(*build([{"prompt": "ab=", "answer": None}])))
+    assert math.isnan(evaluate(*build([]))["eval_reward"])
+    assert math.isnan(evaluate(*build([{"prompt": "ab=", "answer": None}]))["eval_reward"])
 
 
 def test_answers_without_a_reward_are_left_out_of_the_mean(build: Callable[..., tuple[Config, Parts]]) -> None:
     config, parts = build([{"prompt": "ab=", "answer": None}, {"prompt": "ab=", "answer": "not this"}])
-    assert evaluate(config, parts) == 0.0
+    assert evaluate(config, parts) == {"eval_reward": 0.0}
+
+
+def test_without_a_measure_of_its_own_a_task_is_measured_by_what_rewards_training(tiny_config: Callable[..., Config]) -> None:
+    rows = [{"prompt": f"{a}{b}=", "answer": a} for a in "abcdefgh" for b in "abcd"]
+
+    def length(completions: list[str], **columns: Any) -> list[float]:
+        return [float(len(text)) for text in completions]
+
+    def one(completions: list[str], **columns: Any) -> list[float]:
+        return [1.0] * len(completions)
+
+    for functions, weights in (([length], ()), ([one, length], (0.5, 0.25))):
+        config = tiny_config(reward_weights=weights)
+        parts = build_parts(config, {"train_dataset": rows, "reward_funcs": functions}, resume=False)
+        mean = sum(map(len, greedy(config, parts))) / config.eval_size
+        expected = {"eval_reward": mean}
+        if weights:
+            expected = {"eval_reward": 0.5 + 0.25 * mean, "eval_rewards/one/mean": 1.0, "eval_rewards/length/mean": mean}
+        assert evaluate(config, parts) == pytest.approx(expected)
+        assert mean > 0
+        parts.close()
 
 
 def test_a_probe_asks_training_prompts_once_each_and_is_charged_for(
