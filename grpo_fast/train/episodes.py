@@ -7,6 +7,7 @@ environment does the same again.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, repeat
@@ -137,17 +138,21 @@ class InTurns:
         """Lets environments and policy speak in turn until every episode has ended."""
         speaking = [place for place, each in enumerate(grown) if not each.turns[-1].truncated]
         for turn in range(1, self._max_turns + 1):
-            own = [place for place in speaking if share.start <= place < share.stop]
-            texts = [grown[place].messages[-1]["content"] for place in own]
-            told = self._world.gather(lambda own=own, texts=texts: episodes.step([at - share.start for at in own], texts))  # type: ignore[misc]
-            replies = zip(speaking, (reply for part in told for reply in part), strict=True)
+            replies = self._replies_to([grown[place].messages[-1]["content"] for place in speaking], speaking, episodes, share)
             if turn == self._max_turns:
                 return
-            speaking = [place for place, reply in replies if self._goes_on(grown[place], reply, sampling.max_tokens)]
+            told = zip(speaking, replies, strict=True)
+            speaking = [place for place, reply in told if self._goes_on(grown[place], reply, sampling.max_tokens)]
             if not speaking:
                 return
             self._speak([grown[place] for place in speaking], sampling, derive_seed(seed, turn))
             speaking = [place for place in speaking if not grown[place].turns[-1].truncated]
+
+    def _replies_to(self, texts: Sequence[str], places: Sequence[int], episodes: Episodes, share: slice) -> list[Reply | None]:
+        """What environments say to the texts of some sequences; each rank asks its own."""
+        own = slice(bisect_left(places, share.start), bisect_left(places, share.stop))
+        told = self._world.gather(lambda: episodes.step([place - share.start for place in places[own]], texts[own]))
+        return [reply for part in told for reply in part]
 
     def _goes_on(self, each: _Sequence, reply: Reply | None, max_tokens: int) -> bool:
         """Puts what the environment said behind what the policy did, if there is anything, and room for it and an answer."""
