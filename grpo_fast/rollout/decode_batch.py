@@ -104,7 +104,7 @@ class DecodeBatch:
         logprobs = torch.stack([draw.logprobs for draw in pending]).cpu().numpy()
         for draw in pending:
             if draw.kept is not None:
-                transcript.record_kept(self._rows, draw.kept.to("cpu", torch.int32).numpy())
+                transcript.record_kept(self._rows, draw.kept.nonzero().to("cpu", torch.int32).numpy())
         return transcript.record(self._rows, step - len(pending), tokens, logprobs)
 
     def _prefill(self) -> tuple[PreallocatedCache | SharedPrefixCache, torch.Tensor]:

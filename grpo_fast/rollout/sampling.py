@@ -40,7 +40,7 @@ class Draw(NamedTuple):
     logprobs: torch.Tensor
     """float32 [n], nats."""
     kept: torch.Tensor | None = None
-    """int64 [m, 2], rows ascending: row and token of everything that a cut support kept; ``None`` where it is whole."""
+    """bool [n, V]: what a cut support kept, not counted yet, for which the host would wait; ``None`` where it is whole."""
 
 
 def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -141,5 +141,5 @@ def sample(logits: torch.Tensor, sampling: SamplingParams, draws: torch.Tensor) 
     # The target stays strictly below the total, so the token found has a probability above 0. NaN rows find none: clamp.
     target = draws[:, None] * cumulative[:, -1:]
     chosen = torch.searchsorted(cumulative, target, right=True).clamp_(max=logits.shape[-1] - 1)
-    kept = (logprobs > -math.inf).nonzero() if sampling.truncates_support else None
+    kept = logprobs > -math.inf if sampling.truncates_support else None
     return Draw(chosen[:, 0], logprobs.gather(-1, chosen)[:, 0], kept)
