@@ -113,7 +113,7 @@ def test_operands_may_be_rounded_of_what_is_kept_in_float32(device: torch.device
     short = replace(given.head, weight=given.head.weight.bfloat16())
     expected = walk(TritonHeadPass(given.hidden.bfloat16(), short, **options), given)
     assert torch.equal(found[0], expected[0])
-    assert torch.equal(found[1].bfloat16(), expected[1])
+    torch.testing.assert_close(found[1], expected[1].float(), rtol=2**-7, atol=0)  # the interpreter cuts what a GPU rounds
     assert torch.equal(found[2], expected[2])
 
 

@@ -68,7 +68,7 @@ class Watched(TransformersEngine):
         super().__init__(trainer.policy.model, trainer.policy.tokenizer, own_weights=True)
         self.rollouts: list[int] = []
         self._begun = begun
-        trainer._collector._engine = trainer._parts.engine = self
+        trainer._parts.sampler._engine = trainer._parts.engine = self
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, num_generations: int, seed: int

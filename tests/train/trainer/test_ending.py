@@ -125,7 +125,7 @@ def test_a_reward_that_raises_may_be_left_out(make: Make, tmp_path: Path) -> Non
 
 def test_a_gradient_that_is_not_finite_ends_the_run_with_what_was_trained(make: Make, tmp_path: Path) -> None:
     trainer = make(bypass_old_logprobs=True)
-    take = trainer._collector.collect
+    take = trainer._rollouts._collector.collect
 
     def spoilt(step: int, timer: Any) -> Any:
         found = take(step, timer)
@@ -138,7 +138,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_with_what_was_trained(make: 
                 ]
         return found
 
-    trainer._collector.collect = spoilt  # type: ignore[method-assign]
+    trainer._rollouts._collector.collect = spoilt  # type: ignore[method-assign]
     with pytest.raises(NonFiniteGradientError, match=r"this update was not made\. Look at the last rewards"):
         trainer.train()
     assert weights(trainer).isfinite().all()

@@ -77,7 +77,7 @@ def test_an_interrupted_rollout_is_saved_and_used(version: int, whole: Straight,
     policy = trainer._parts.policy
     engine = Stumbling(policy.model, policy.tokenizer)
     engine.at_version = version
-    trainer._collector._engine = engine
+    trainer._parts.sampler._engine = engine
     trainer._parts.engine = engine
     with trainer:
         summary = trainer.train()
@@ -119,7 +119,7 @@ def test_an_engine_that_dies_leaves_a_run_to_go_on_with(fault: dict[str, int], w
     with GRPOTrainer(config, task=LETTERS, reward_funcs=[vowels]) as trainer:
         engine = Dying(trainer.policy.model, trainer.policy.tokenizer)
         vars(engine).update(fault)
-        trainer._collector._engine = trainer._parts.engine = engine
+        trainer._parts.sampler._engine = trainer._parts.engine = engine
         with pytest.raises(RolloutError, match=r"(is|are) gone"):
             trainer.train()
     assert list_checkpoints(config.output_dir)[-1].name == f"checkpoint-{version}"
