@@ -32,7 +32,6 @@ import torch
 
 from grpo_fast.ops.head_exp_triton import LIMIT, HeadNumbers, head_exp_again, head_exp_fwd, head_target_logits
 from grpo_fast.ops.head_shapes import Tile
-from grpo_fast.ops.jit import interpreted
 from grpo_fast.ops.lm_head import LMHead
 
 __all__ = [
@@ -94,7 +93,7 @@ def head_exp_obstacle(rows: torch.Tensor, head: LMHead) -> str | None:
     """Why tier 2 cannot run on such rows where a Triton kernel can, in words for people; ``None`` where it can."""
     if rows.dtype != head.weight.dtype:
         return f"hidden rows are {rows.dtype} and the weight is {head.weight.dtype}; tier 2 multiplies equal types only"
-    if rows.dtype not in (torch.bfloat16, torch.float16) and not interpreted():
+    if rows.dtype not in (torch.bfloat16, torch.float16):
         return f"hidden rows are {rows.dtype}; tier 2 needs tensor cores of 16-bit types"
     if rows.stride(-1) != 1 or head.weight.stride(-1) != 1:
         return "hidden rows or weight are not contiguous along H"
@@ -116,7 +115,7 @@ def target_logits(rows: torch.Tensor, head: LMHead, *, targets: torch.Tensor) ->
     """Logit z_y of each row's target, by itself: C·H products, in an order that H fixes.
 
     Args:
-        rows: [C, H], bfloat16 or float16 (float32 in the interpreter), of the weight's type.
+        rows: [C, H], bfloat16 or float16, of the weight's type.
         head: how they become logits.
         targets: int64 [C]; one that is no token gets NaN.
 
@@ -145,7 +144,7 @@ def head_exp(  # noqa: PLR0913
     """One product of C rows with the head, as exponentials and their sums; see the module for overflow.
 
     Args:
-        rows: [C, H], bfloat16 or float16 (float32 in the interpreter), of the weight's type.
+        rows: [C, H], bfloat16 or float16, of the weight's type.
         head: how they become logits.
         targets: int64 [C].
         ref: float32 [C], nats: what exponentials are taken from, z_y as :func:`target_logits` gives it or another number at

@@ -58,7 +58,7 @@ def test_what_is_wrong_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
         (broken, "RuntimeError: out of resource: shared memory"),
     ):
         monkeypatch.setattr(head_triton, "head_exp_block", changed)
-        entry = tune_head.measure(tune_head.SMOKE_MODEL, 16, "float32", clock=Clock(CPU), smoke=True, allowance_s=0.0)
+        entry = tune_head.measure(tune_head.SMOKE_MODEL, 16, "float16", clock=Clock(CPU), smoke=True, allowance_s=0.0)
         assert entry["tier"] == 1
         assert list(entry["times"]["stored"]) == ["tier 1"]
         assert set(entry["refused"].values()) == {reason}

@@ -3,7 +3,8 @@
 Where torch finds a GPU, the tests here run kernels on it. Elsewhere they run the same kernels through Triton's interpreter:
 tests/conftest.py sets ``TRITON_INTERPRET=1`` before the first import of Triton, for the whole test process and for what it
 starts. Tests take the fixture ``device`` and put their tensors there. Inputs are small, and float32 or float16: the
-interpreter's ``tl.dot`` returns garbage for bfloat16. What needs bfloat16 or real sizes carries the marker ``gpu``.
+interpreter's ``tl.dot`` returns garbage for bfloat16. What needs bfloat16 or real sizes carries the marker ``gpu``. An op
+refuses in the interpreter what it refuses on a GPU, so that a test which passes without one does not fail on all of them.
 
 A process that interprets can compile nothing. Kernels are therefore compiled ahead of time, for devices that are not there,
 in processes of their own without the variable: ``benchmarks/aot.py``, which ``tests/benchmarks/test_aot.py`` runs.

@@ -118,12 +118,11 @@ def test_errors_keep_to_the_budget(
 
 
 @pytest.mark.parametrize("entropy", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("size", "options"), [((5, 24, 131), name) for name in OPTIONS] + [((1, 8, 17), "plain")], ids=str)
 def test_errors_of_tier_2_keep_to_the_same_budget(
-    size: tuple[int, int, int], dtype: torch.dtype, options: str, entropy: bool, device: torch.device
+    size: tuple[int, int, int], options: str, entropy: bool, device: torch.device
 ) -> None:
-    draws = [case(device, size, dtype=dtype, seed=seed, **OPTIONS[options]) for seed in range(4)]
+    draws = [case(device, size, dtype=torch.float16, seed=seed, **OPTIONS[options]) for seed in range(4)]
     assert_within_budget(draws, entropy=entropy, choice=TIER_2)
 
 
