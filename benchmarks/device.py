@@ -31,7 +31,7 @@ from benchmarks.ops.checks import run_gpu_tests
 from benchmarks.ops.contenders.table import CONTENDERS, contenders_of, refusal
 from benchmarks.ops.measure import Clock, ceilings
 from benchmarks.ops.suite import Bench, DeadDeviceError, run_case
-from benchmarks.ops.supervise import DEAD_DEVICE, marker, note, supervise
+from benchmarks.ops.supervise import DEAD_DEVICE, marker, note, sign, supervise
 from grpo_fast.device import DeviceFacts, device_facts
 
 _SHARE_OF_TESTS = 0.25
@@ -72,8 +72,8 @@ def _measure(options: argparse.Namespace, facts: DeviceFacts, cases: list[Case],
     before = store.read(path) if options.resume and path is not None and path.exists() else None
     tests = before["tests"] if before else None
     if facts.kind == "cuda" and not options.no_tests:
-        tests = run_gpu_tests(limit)
-        print(f"GPU tests: {tests['summary']}", flush=True)
+        tests = run_gpu_tests(limit, alive=functools.partial(sign, path) if path is not None else lambda: None)
+        print("\n    ".join([f"GPU tests: {tests['summary']}", *tests["failed"]]), flush=True)
     clock = Clock(device)
     limits = ceilings(clock, device, small=options.smoke)
     header = {
@@ -90,6 +90,7 @@ def _measure(options: argparse.Namespace, facts: DeviceFacts, cases: list[Case],
     if path is None:
         return int(_run(bench, cases, None, deadline))
     kept = store.Store(path, header, keep=before["cases"] if before else [])
+    kept.write()  # what the tests said outlives a worker that dies in its first case
     bench.trying = functools.partial(note, path)
     try:
         failed = _run(bench, cases, kept, deadline)

@@ -24,6 +24,21 @@ def marker(path: Path) -> Path:
     return path.with_suffix(".trying")
 
 
+def sign(path: Path) -> None:
+    """Says that something moves, where nothing can be told that a death would be about."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _signs(path).touch()
+
+
+def _signs(path: Path) -> Path:
+    return path.with_suffix(".alive")
+
+
+def _forget(path: Path) -> None:
+    marker(path).unlink(missing_ok=True)
+    _signs(path).unlink(missing_ok=True)
+
+
 def note(path: Path, case: str, contender: str) -> None:
     """Says what is tried from now on."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,12 +59,12 @@ def supervise(command: Sequence[str], *, path: Path, deadline: float, stall_s: f
     """
     known: list[str] = []
     while True:
-        marker(path).unlink(missing_ok=True)
+        _forget(path)
         left = max(0.0, deadline - time.monotonic())
         worker = subprocess.Popen([*command, "--worker", "--budget", f"{left:.1f}", *known])
         code, why = _watch(worker, path, stall_s)
         if code in _DONE or not marker(path).exists():
-            marker(path).unlink(missing_ok=True)
+            _forget(path)
             return code
         found = json.loads(marker(path).read_text(encoding="utf-8"))
         print(f"{found['case']}, {found['contender']}: {why}; going on without", flush=True)
@@ -68,7 +83,7 @@ def _watch(worker: subprocess.Popen[bytes], path: Path, stall_s: float) -> tuple
         try:
             code = worker.wait(timeout=min(1.0, stall_s))
         except subprocess.TimeoutExpired:
-            signs = [begun, *(file.stat().st_mtime for file in (path, marker(path)) if file.exists())]
+            signs = [begun, *(file.stat().st_mtime for file in (path, marker(path), _signs(path)) if file.exists())]
             if time.time() - max(signs) > stall_s:
                 worker.kill()
                 return worker.wait(), f"no sign of life for {stall_s:.0f} s"

@@ -95,6 +95,16 @@ def test_what_was_measured_survives_a_crash_and_is_not_measured_again(tmp_path, 
     assert measured.count(names[0]) == 1
 
 
+def test_the_file_is_there_before_the_first_case(tmp_path, monkeypatch) -> None:
+    def crash(bench, case):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(device, "run_case", crash)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "ops.json")
+    assert "tests" in read(tmp_path / "ops.json"), "a worker that is started again says what they said"
+
+
 def test_a_case_that_breaks_is_told_and_the_next_one_runs(tmp_path, monkeypatch) -> None:
     path, real = tmp_path / "ops.json", device.run_case
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.ops.supervise import marker, supervise
+from benchmarks.ops.supervise import marker, sign, supervise
 
 WORKER = """
 import json, os, sys, time
@@ -63,6 +63,15 @@ def test_a_worker_that_hangs_is_stopped(tmp_path) -> None:
     code, runs = run(tmp_path, "trying('slow')\nif not bans: time.sleep(60)", stall_s=2.0)
     assert code == 0
     assert "slow=no sign of life for 2 s in big" in runs[1]
+
+
+def test_a_sign_of_life_keeps_a_worker_that_tries_nothing_yet(tmp_path) -> None:
+    body = "for _ in range(12): path.with_suffix('.alive').touch(); time.sleep(0.5)"
+    code, runs = run(tmp_path, body, stall_s=3.0)
+    assert (code, len(runs)) == (0, 1)
+    assert not list(tmp_path.glob("*.alive"))
+    sign(tmp_path / "folder" / "ops.json")
+    assert (tmp_path / "folder" / "ops.alive").exists()
 
 
 def test_a_death_in_the_turns_costs_the_case(tmp_path) -> None:
