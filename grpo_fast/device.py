@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+from grpo_fast import __version__
+
 logger = logging.getLogger(__name__)
 
 CPU_WATTS_PER_CORE = 3.5
@@ -203,11 +205,11 @@ def _memory_bytes(cgroup_limit: Path) -> int:
 
 
 def package_version(name: str) -> str | None:
-    """Version of an installed distribution, or ``None``; it is not imported."""
+    """Version of an installed distribution, or ``None``; it is not imported. This package may run from its tree alone."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return None
+        return __version__ if name == "grpo-fast" else None
 
 
 def versions() -> dict[str, str]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import logging
 import os
@@ -145,6 +146,16 @@ def test_versions_are_those_installed_and_json() -> None:
     assert None not in found.values()
     assert package_version("no-such-distribution") is None
     assert json.loads(json.dumps(found)) == found
+
+
+def test_this_package_has_a_version_where_only_its_tree_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_installed(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    installed = package_version("grpo-fast")
+    monkeypatch.setattr(importlib.metadata, "version", not_installed)
+    assert package_version("grpo-fast") == versions()["grpo-fast"] == installed
+    assert package_version("torch") is None
 
 
 def test_versions_import_nothing_heavy() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 from datetime import UTC, datetime
@@ -72,10 +73,20 @@ class Store:
     def write(self) -> None:
         """Replaces the file; a crash in between leaves the old one."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.content | {"cases": list(self._cases.values())}, indent=1) + "\n"
+        content = _finite(self.content | {"cases": list(self._cases.values())})
+        text = json.dumps(content, indent=1, allow_nan=False) + "\n"
         scratch = self._path.with_suffix(".tmp")
         scratch.write_text(text, encoding="utf-8")
         scratch.replace(self._path)
+
+
+def _finite(value: Any) -> Any:
+    """The same with ``None`` for numbers that JSON has no word for, as the errors of a contender that gave NaN."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -10,7 +10,6 @@ later, ``--cases`` chooses. ``--smoke`` takes all cases in miniature on the CPU,
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import statistics
@@ -27,12 +26,13 @@ import torch
 
 from benchmarks.ops import store
 from benchmarks.system.device_cases import CASES, StepCase, model_directory, targets
-from grpo_fast.device import device_facts
+from benchmarks.system.needed import absent_dependencies
+from grpo_fast.device import device_facts, package_version
 
 TRAINERS = ("grpo_fast", "trl", "unsloth")
 _RESULT = "RESULT "
 _NEEDED: dict[str, tuple[str, ...]] = {"full": (), "lora": ("peft",), "qlora": ("peft", "bitsandbytes")}
-"""Packages by what is trained."""
+"""Packages by what is trained, beside those that the project itself asks for."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -90,7 +90,8 @@ def _measure(case: StepCase, options: argparse.Namespace, deadline: float) -> di
 def missing(case: StepCase, trainer: str, *, smoke: bool) -> str:
     """Why a trainer cannot take part in a case; empty where it can."""
     needed = {"trl": ("trl",), "unsloth": ("unsloth", "trl")}.get(trainer, ()) + _NEEDED[case.weights]
-    absent = [name for name in needed if find_spec(name) is None]
+    # Every trainer's case is put up by this project, so that what it asks for is asked of all of them.
+    absent = [*absent_dependencies(), *(name for name in needed if find_spec(name) is None)]
     if absent:
         return f"not installed: pip install {' '.join(absent)}"
     return "Unsloth needs a GPU" if trainer == "unsloth" and smoke else ""
@@ -147,7 +148,7 @@ def run_trainer(case: StepCase, trainer: str, models: Path, *, smoke: bool) -> d
         "tokens_per_s": case.tokens / medians["step_s"],
         "peak_gib": _peak_gib(),
         **({"planned_gib": planned_gib(case, directory)} if trainer == "grpo_fast" else {}),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", trainer.replace("_", "-"))},
+        "versions": {name: package_version(name) for name in ("torch", "transformers", trainer.replace("_", "-"))},
     }
 
 

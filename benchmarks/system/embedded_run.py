@@ -8,7 +8,6 @@ stopped and at the end. Stopping changes nothing before the stop, so the run tha
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import tempfile
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_fast import GRPOTrainer, recipe
-from grpo_fast.device import device_facts
+from grpo_fast.device import device_facts, package_version
 
 
 def full_budget_run(seed: int) -> dict[str, Any]:
@@ -64,7 +63,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     result = {
         "device": device_facts().as_dict(),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "grpo-fast")},
+        "versions": {name: package_version(name) for name in ("torch", "transformers", "grpo-fast")},
         "runs": [full_budget_run(seed) for seed in range(options.seeds)],
     }
     for run in result["runs"]:

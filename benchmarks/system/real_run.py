@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ops import store
+from benchmarks.system.needed import absent_dependencies
 from benchmarks.system.smollm2 import export_smollm2
 from grpo_fast import Config, GRPOTrainer
 from grpo_fast.config import read_toml
@@ -143,6 +144,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="instead of benchmarks/results/<device>/real_run")
     parser.add_argument("--note", default="", help="what to say of the run beside its numbers, once it is over")
     options = parser.parse_args(arguments)
+    if absent := absent_dependencies():  # rewards are judged, and reports written, only after much has been computed
+        raise SystemExit(f"not installed: pip install {' '.join(absent)}")
     model = options.model
     if model is None:
         model = str(options.directory.with_name("SmolLM2-135M-Instruct"))

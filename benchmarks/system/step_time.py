@@ -13,7 +13,6 @@ that of each trainer alone, in a process of its own, over enough steps for the h
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import multiprocessing
 import statistics
@@ -32,6 +31,7 @@ from trl import GRPOTrainer as TRLTrainer
 from benchmarks.system.arguments import checkpointing
 from grpo_fast import Config, GRPOTrainer, recipe
 from grpo_fast.assets import embedded_model_dir
+from grpo_fast.device import package_version
 from grpo_fast.tasks.arithmetic import arithmetic_accuracy, arithmetic_task
 
 WARMUP_STEPS = 3
@@ -236,7 +236,7 @@ def _table(turns: TakeTurns, trl_rewards: list[float], warmup_steps: int) -> dic
             "trl": _seconds_to(0.9, trl_rewards, turns.trl_s),
         },
         "torch_threads": torch.get_num_threads(),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl", "grpo-fast")},
+        "versions": {name: package_version(name) for name in ("torch", "transformers", "trl", "grpo-fast")},
     }
 
 

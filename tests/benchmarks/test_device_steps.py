@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("trl", reason="TRL is not installed; the comparison needs it")
 
 from benchmarks import device
-from benchmarks.system import device_steps
+from benchmarks.system import device_steps, needed, real_run
 from benchmarks.system.device_cases import CASES, StepCase, targets
 from benchmarks.system.device_steps import in_a_process, missing
 
@@ -69,6 +69,10 @@ def test_what_a_case_needs_and_is_not_there_is_told_before_a_process_begins(monk
     monkeypatch.setattr(device_steps, "find_spec", lambda name: None if name == "bitsandbytes" else object())
     found = {name: missing(case(name), "grpo_fast", smoke=False) for name in ("0.5b-update", "8b-lora", "8b-qlora")}
     assert found == {"0.5b-update": "", "8b-lora": "", "8b-qlora": "not installed: pip install bitsandbytes"}
+    monkeypatch.setattr(needed, "find_spec", lambda name: None if name in {"pydantic", "math_verify", "PIL"} else object())
+    assert missing(case("0.5b-update"), "trl", smoke=False) == "not installed: pip install pydantic pillow math-verify"
+    with pytest.raises(SystemExit, match="not installed: pip install pydantic pillow math-verify"):
+        real_run.main(["runs/real"])
 
 
 def test_targets_are_met_or_not() -> None:

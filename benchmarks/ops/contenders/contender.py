@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import torch
 
 from benchmarks.ops.cases import Case
 from benchmarks.ops.inputs import HeadProblem
+from grpo_fast.device import package_version
 from grpo_fast.ops import policy_loss
 
 
@@ -64,10 +64,7 @@ class Contender:
 
     def version(self) -> str | None:
         """Of its package; ``None`` where that is not installed."""
-        try:
-            return importlib.metadata.version(self.package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
+        return package_version(self.package)
 
 
 def from_logprobs(problem: HeadProblem, score: Score, *, loss_impl: Any = "auto") -> Call:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import subprocess
 from pathlib import Path
 
@@ -22,6 +24,14 @@ def test_a_file_is_whole_after_every_case(tmp_path) -> None:
     assert content["left_out"] == [{"case": "c", "reason": "no time"}]
     assert content["machine"] == "quiet"
     assert [file.name for file in path.parent.iterdir()] == ["ops.json"]
+
+
+def test_what_is_not_finite_is_null(tmp_path) -> None:
+    kept = store.Store(tmp_path / "ops.json", {})
+    kept.add({"case": "a", "rows": [{"errors": {"one": math.nan, "other": 0.5}, "ratios": (math.inf, 1)}]}, of={})
+    text = (tmp_path / "ops.json").read_text(encoding="utf-8")
+    content = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    assert content["cases"] == [{"case": "a", "rows": [{"errors": {"one": None, "other": 0.5}, "ratios": [None, 1]}]}]
 
 
 def test_every_device_has_its_folder() -> None:
