@@ -15,7 +15,6 @@ import argparse
 import functools
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from benchmarks.ops import store
 from benchmarks.ops.cases import MODELS, QWEN_3B, HeadCase, Model
 from benchmarks.ops.inputs import HeadRows, head_rows
 from benchmarks.ops.measure import Clock, quantiles, take_turns
+from benchmarks.ops.truth import accumulation_error
 from grpo_fast.device import device_facts, versions
 from grpo_fast.ops import head_shapes, jit
 from grpo_fast.ops.head_pass import row_statistics
@@ -37,9 +37,10 @@ TABLE = Path(head_shapes.__file__).parent / head_shapes.TABLE
 ROWS = (2048, 8192)
 CHECKED_ROWS = 64
 ALLOWED_RATIO, ALLOWED_ERROR = 4.0, 2e-6
-"""Times the error of the float32 specification, and beyond it."""
+"""Times the error of the float32 specification, and beyond it and what tensor cores cut off."""
 ALLOWED_ANYWHERE, ALLOWED_SHARE_ERROR = 1e-4, 2e-5
 """Nats, in rows that only float64 is asked about; and relative, of a probability, beyond the rounding of its type."""
+ROWS_OF_SMOKE = (16,)
 SMOKE_MODEL = Model("tiny", 24, 131)
 
 
@@ -62,7 +63,7 @@ def tiles(arch: int, *, smoke: bool) -> list[Tile]:
         default._replace(persistent=False),
         default._replace(splits=2),
         Tile(128, 128, 64, 2, 4, 8, persistent=True),
-        Tile(128, 128, 64, 1, 4, 4, persistent=False),
+        Tile(128, 128, 64, 3, 3, 4, persistent=False),  # two programs a multiprocessor
         Tile(256, 128, 64, 3, 3, 8, persistent=True),
         Tile(128, 64, 64, 0, 4, 8, persistent=False),
     ]
@@ -85,23 +86,31 @@ def complaint(work: TritonHeadPass, rows: HeadRows) -> str | None:
     assert block.exp is not None
     # Rows out of every tile, and all columns of them.
     index = torch.linspace(0, count - 1, min(count, CHECKED_ROWS), device=rows.targets.device).long()
+    logits = rows.hidden[index].double() @ rows.weight.double().T
+    cut = _cut(rows, torch.maximum(logits.abs().max(), rows.log_total.abs().max()).item())
     errors = (statistics.logprobs - rows.logprobs).abs()
     base, _ = token_logprob_reference(
         rows.hidden[index].float(), LMHead(rows.weight.float()), targets=rows.targets[index], want_entropy=False
     )
-    allowed = ALLOWED_RATIO * (base - rows.logprobs[index]).abs().max() + ALLOWED_ERROR
-    logits = rows.hidden[index].double() @ rows.weight.double().T
+    allowed = ALLOWED_RATIO * (base - rows.logprobs[index]).abs().max() + ALLOWED_ERROR + cut
     shares = (logits - rows.log_total[index, None]).exp().scatter(1, rows.targets[index, None], 0.0)
     made = block.exp[index] / statistics.total[index, None]
-    rounding = (torch.finfo(block.exp.dtype).eps + ALLOWED_SHARE_ERROR) * shares
+    rounding = (torch.finfo(block.exp.dtype).eps + ALLOWED_SHARE_ERROR + cut) * shares
     scoring = row_statistics(work.block(slice(0, count), want_entropy=False, want_exp=False)).logprobs
     checks = {
-        "log-probabilities": bool(errors[index].max() <= allowed) and bool(errors.max() <= ALLOWED_ANYWHERE),
+        "log-probabilities": bool(errors[index].max() <= allowed) and bool(errors.max() <= ALLOWED_ANYWHERE + cut),
         "E": bool(((made - shares).abs() <= rounding + ALLOWED_ERROR).all()),
         "log-probabilities of a pass without E": torch.equal(scoring, statistics.logprobs),
     }
     wrong = [name for name, right in checks.items() if not right]
     return f"{' and '.join(wrong)} wrong" if wrong else None
+
+
+def _cut(rows: HeadRows, largest_logit: float) -> float:
+    """Nats that tensor cores may be off by beside the float32 specification, which takes none."""
+    if not rows.hidden.is_cuda:
+        return 0.0
+    return accumulation_error(rows.hidden.shape[1], largest_logit)
 
 
 def measure(model: Model, num_rows: int, dtype: str, *, clock: Clock, smoke: bool, allowance_s: float) -> dict[str, Any]:
@@ -120,25 +129,27 @@ def measure(model: Model, num_rows: int, dtype: str, *, clock: Clock, smoke: boo
         try:
             wrong = complaint(work, rows)
         except Exception as error:  # a tile that does not compile, or asks for more than a program may have
-            wrong = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            wrong = _named(error)
         if wrong is None:
             works[name], buffer = work, work._exp
         else:
             refused[name] = wrong
-    if not works:
-        raise RuntimeError(f"no candidate runs and is right for {model.name}, {num_rows} rows: {refused}")
-    first = next(iter(works.values()))
     everything = slice(0, num_rows)
-    times = {
-        kind: _timed(
-            {name: functools.partial(work.block, everything, want_entropy=True, want_exp=kept) for name, work in works.items()},
-            clock=clock,
-            allowance_s=allowance_s,
-        )
-        for kind, kept in (("stored", True), ("forward", False))
-    }
-    best = min(times["stored"], key=lambda name: times["stored"][name]["p50_ms"])
-    key = Key(jit.target(device).arch, dtype, model.hidden_size, model.vocab_size, first.max_rows, plain=True)
+    times: dict[str, dict[str, dict[str, float]]] = {}
+    for kind, kept in (("stored", True), ("forward", False)):
+        calls = {
+            name: functools.partial(work.block, everything, want_entropy=True, want_exp=kept) for name, work in works.items()
+        }
+        readings, failures = take_turns(clock, calls, allowance_s=allowance_s)
+        times[kind] = {name: quantiles(values) for name, values in readings.items()}
+        refused |= {name: f"while it was timed, {_named(error)}" for name, error in failures.items()}
+    right = {name: work for name, work in works.items() if name not in refused}
+    if not right:
+        raise RuntimeError(f"no candidate runs and is right: {refused}")
+    times = {kind: {name: each for name, each in found.items() if name in right} for kind, found in times.items()}
+    best = min(right, key=lambda name: times["stored"][name]["p50_ms"])
+    max_rows = right[best].max_rows
+    key = Key(jit.target(device).arch, dtype, model.hidden_size, model.vocab_size, max_rows, plain=True)
     return {
         **key._asdict(),
         "tier": tried[best].tier,
@@ -149,11 +160,8 @@ def measure(model: Model, num_rows: int, dtype: str, *, clock: Clock, smoke: boo
     }
 
 
-def _timed(calls: dict[str, Callable[[], object]], *, clock: Clock, allowance_s: float) -> dict[str, dict[str, float]]:
-    readings, failures = take_turns(clock, calls, allowance_s=allowance_s)
-    if failures:
-        raise RuntimeError(f"candidates that were right failed while they were timed: {failures}")
-    return {name: quantiles(values) for name, values in readings.items()}
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def merged(known: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -171,7 +179,7 @@ def write(path: Path, new: list[dict[str, Any]]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measures what was asked for, writing the table after each entry."""
+    """Measures what was asked for, writing the table after each entry; returns 1 where one could not be made."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--models", nargs="*", help="names of models of benchmarks/ops/cases.py; all by default")
     parser.add_argument("--rows", nargs="*", type=int, default=list(ROWS), help="sizes of chunks")
@@ -191,11 +199,17 @@ def main(arguments: list[str] | None = None) -> int:
     facts = device_facts("cuda" if torch.cuda.is_available() else "cpu")
     clock = Clock(torch.device(facts.kind))
     origin = {"device": facts.name, "versions": versions(), "commit": store.commit(), "date": store.today()}
+    failed = False
     for model in models:
-        for num_rows in (16,) if options.smoke else options.rows:
+        for num_rows in ROWS_OF_SMOKE if options.smoke else options.rows:
             # Of the types that both tiers take, the one that Triton's interpreter multiplies right.
             dtype = "float16" if options.smoke else "bfloat16"
-            entry = measure(model, num_rows, dtype, clock=clock, smoke=options.smoke, allowance_s=options.allowance)
+            try:
+                entry = measure(model, num_rows, dtype, clock=clock, smoke=options.smoke, allowance_s=options.allowance)
+            except Exception as error:  # the other heads are measured all the same
+                failed = True
+                print(f"{model.name}, {num_rows} rows: no entry, {type(error).__name__}: {error}", flush=True)
+                continue
             write(options.output or TABLE, [entry | origin])
             stored, forward = entry["times"]["stored"], entry["times"]["forward"]
             print(f"{model.name}, {num_rows} rows: tier {entry['tier']}", flush=True)
@@ -203,7 +217,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"  {stored[name]['p50_ms']:9.3f} ms  {forward[name]['p50_ms']:9.3f} ms forward  {name}")
             for name, reason in entry["refused"].items():
                 print(f"  refused: {name}: {reason}")
-    return 0
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed; there is nothing to tune")
 
 from benchmarks import tune_head
+from benchmarks.ops.cases import HeadCase
 from benchmarks.ops.measure import Clock
 from grpo_fast.ops import head_shapes, head_triton
 from grpo_fast.ops.head_shapes import Choice, Key, Tile
@@ -63,6 +65,43 @@ def test_what_is_wrong_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
         assert list(entry["times"]["stored"]) == ["tier 1"]
         assert set(entry["refused"].values()) == {reason}
         assert len(entry["refused"]) == 2
+
+
+@pytest.mark.slow
+def test_what_breaks_while_it_is_timed_does_not_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    right, calls = head_triton.head_exp_block, 0
+
+    def breaks_after_its_checks(*arguments: object, **options: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls > 4:
+            raise RuntimeError("out of memory")
+        return right(*arguments, **options)
+
+    monkeypatch.setattr(head_triton, "head_exp_block", breaks_after_its_checks)
+    entry = tune_head.measure(tune_head.SMOKE_MODEL, 16, "float16", clock=Clock(CPU), smoke=True, allowance_s=0.0)
+    assert entry["tier"] == 1
+    assert {kind: list(found) for kind, found in entry["times"].items()} == {"stored": ["tier 1"], "forward": ["tier 1"]}
+    assert list(entry["refused"].values()) == ["while it was timed, RuntimeError: out of memory"] * 2
+
+
+def test_a_head_for_which_nothing_is_right_does_not_end_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tune_head, "complaint", lambda work, rows: "log-probabilities wrong")
+    monkeypatch.setattr(tune_head, "ROWS_OF_SMOKE", (8, 16))
+    assert tune_head.main(["--smoke", "--output", str(tmp_path / "table.json")]) == 1
+    told = capsys.readouterr().out.splitlines()
+    assert [line.partition(" rows: ")[0] for line in told] == ["tiny, 8", "tiny, 16"]
+    assert "no entry, RuntimeError: no candidate runs and is right: {'tier 1': 'log-probabilities wrong'" in told[0]
+    assert not (tmp_path / "table.json").exists()
+
+
+def test_tensor_cores_are_forgiven_what_they_cut_off_and_others_nothing() -> None:
+    rows = tune_head.head_rows(HeadCase(tune_head.SMOKE_MODEL, 16, "forward", dtype="float32"), torch.device("cpu"))
+    assert tune_head._cut(rows, 30.0) == 0.0
+    rows.hidden = SimpleNamespace(is_cuda=True, shape=(16, 2048))  # type: ignore[assignment]
+    assert tune_head._cut(rows, 30.0) == pytest.approx(128 * 2**-23 * 30)
 
 
 def test_tables_are_merged_by_key() -> None:

@@ -42,6 +42,31 @@ def written_out(problem: HeadProblem, dtype=torch.float64) -> HeadResult:
     return HeadResult(loss.detach(), logprobs.detach(), entropy.detach(), gradients)
 
 
+def on_tensor_cores(one: torch.Tensor, other: torch.Tensor, *, at_a_time: int) -> torch.Tensor:
+    """A product as tensor cores make it, each step's sum cut to float32 towards zero."""
+    total = torch.zeros(len(one), len(other))
+    for start in range(0, one.shape[1], at_a_time):
+        part = slice(start, start + at_a_time)
+        exact = total.double() + one[:, part].double() @ other[:, part].double().T
+        rounded = exact.float()
+        beyond = rounded.double().abs() > exact.abs()
+        total = torch.where(beyond, torch.nextafter(rounded, torch.zeros(())), rounded)
+    return total
+
+
+@pytest.mark.parametrize("at_a_time", [8, 16])
+@pytest.mark.parametrize("depth", [576, 2048])
+def test_sums_that_are_cut_are_off_by_more_than_float32_and_less_than_is_allowed(depth: int, at_a_time: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.randn(n, depth, generator=generator).bfloat16() for n in (16, 512))
+    exact = one.double() @ other.double().T
+    cut = (on_tensor_cores(one, other, at_a_time=at_a_time) - exact).abs().max().item()
+    rounded = (one.float() @ other.float().T - exact).abs().max().item()
+    allowed = truth.accumulation_error(depth, exact.abs().max().item())
+    assert allowed / 20 < cut < allowed / 2
+    assert cut > 4 * rounded
+
+
 @pytest.mark.parametrize(
     "options",
     [
