@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from benchmarks.ops.truth import accumulation_error
 from grpo_fast.ops.head_exp import (
     LIMIT,
     _logits_reference,
@@ -18,6 +19,7 @@ from grpo_fast.ops.head_exp import (
     target_logits,
 )
 from grpo_fast.ops.head_shapes import Tile
+from grpo_fast.ops.jit import interpreted
 from grpo_fast.ops.lm_head import LMHead
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
@@ -97,6 +99,19 @@ def in_torch(given: Case, dtype: torch.dtype, reference: torch.Tensor, *, gated:
     return Found(exp, *sums, reference, z.gather(1, given.targets[:, None])[:, 0])
 
 
+def forgiven(given: Case) -> torch.Tensor:
+    """What tensor cores may be off by beside the float32 specification, of E, S_o, Q_o and z_y; nothing in the interpreter.
+
+    With δ the most that they cut off a logit, E is off by δ E, S_o by δ S_o, and Q_o, whose terms are E log E, by
+    δ Σ E (1 + abs(log E)): :func:`errors` divides by just these. z_y has a kernel of its own, without tensor cores.
+    """
+    if interpreted():
+        return torch.zeros(4, dtype=torch.float64)
+    largest = (given.rows.float() @ given.head.weight.float().T).abs().max().item()
+    cut = accumulation_error(given.rows.shape[1], largest * given.head.slope)
+    return torch.tensor([cut, cut, cut, 0.0], dtype=torch.float64)
+
+
 def errors(found: Found, truth: Found, plain: torch.Tensor) -> torch.Tensor:
     """Of E, S_o, Q_o and z_y, the largest over the size of what is summed; ``plain`` is E without a softcap's derivative."""
     size = (plain * plain.clamp(min=1e-300).log()).abs().sum(1) + truth.others
@@ -108,7 +123,7 @@ def errors(found: Found, truth: Found, plain: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("kind", HEADS)
 def test_errors_keep_to_the_budget(kind: str, tile: str, device: torch.device) -> None:
-    ours, base = [], []
+    ours, base, more = [], [], []
     for seed in range(2):
         given = case(kind, seed=seed)
         found = on_kernels(given, device, tile=TILES[tile])
@@ -116,8 +131,9 @@ def test_errors_keep_to_the_budget(kind: str, tile: str, device: torch.device) -
         truth, plain = (in_torch(given, torch.float64, found.reference, gated=gated) for gated in (True, False))
         ours.append(errors(found, truth, plain.exp))
         base.append(errors(in_torch(given, torch.float32, found.reference), truth, plain.exp))
-    ours, base = (torch.stack(each).amax(0) for each in (ours, base))
-    assert (ours <= 4 * base + 2**-24).all(), (kind, ours, base)
+        more.append(forgiven(given))
+    ours, base, more = (torch.stack(each).amax(0) for each in (ours, base, more))
+    assert (ours <= 4 * base + 2**-24 + more).all(), (kind, ours, base)
 
 
 def test_the_inputs_are_telling() -> None:
@@ -150,7 +166,7 @@ def test_a_whole_vocabulary(device: torch.device) -> None:
     found = on_kernels(given, device)
     truth, plain = (in_torch(given, torch.float64, found.reference) for _ in range(2))
     base = errors(in_torch(given, torch.float32, found.reference), truth, plain.exp)
-    assert (errors(found, truth, plain.exp) <= 4 * base + 2**-24).all()
+    assert (errors(found, truth, plain.exp) <= 4 * base + 2**-24 + forgiven(given)).all()
 
 
 def peaked(margins: list[float], *, hidden: int = 16, vocab: int = 300) -> Case:
@@ -278,6 +294,6 @@ def test_real_sizes(kind: str, dtype: torch.dtype, device: torch.device) -> None
     found = on_kernels(given, device)
     truth, plain = (in_torch(given, torch.float64, found.reference, gated=gated) for gated in (True, False))
     base = errors(in_torch(given, torch.float32, found.reference), truth, plain.exp)
-    budget = 4 * base + 2**-24
+    budget = 4 * base + 2**-24 + forgiven(given)
     budget[0] += 2**-9 if dtype == torch.bfloat16 else 0
     assert (errors(found, truth, plain.exp) <= budget).all()
