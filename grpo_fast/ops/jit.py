@@ -11,6 +11,7 @@ nothing; one without it can interpret nothing.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -59,13 +60,33 @@ class Target(NamedTuple):
 def jit(kernel: Callable[..., Any] | None = None, *, do_not_specialize: tuple[str, ...] = ()) -> Any:
     """``triton.jit`` where Triton is installed; elsewhere the function itself, which nothing calls.
 
+    A kernel is launched on the device of its tensors. Triton by itself takes the current device, whose context has no access
+    to tensors of another one.
+
     Args:
         kernel: the function.
         do_not_specialize: parameters whose value (1, or divisible by 16) must not make another kernel.
     """
     if kernel is None:
         return functools.partial(jit, do_not_specialize=do_not_specialize)
-    return kernel if triton is None else triton.jit(kernel, do_not_specialize=do_not_specialize)
+    if triton is None:
+        return kernel
+    made = triton.jit(kernel, do_not_specialize=do_not_specialize)
+    if isinstance(made, triton.JITFunction):  # what the interpreter runs has no device
+
+        def run(*values: Any, **options: Any) -> Any:
+            with _device_of(values):
+                return type(made).run(made, *values, **options)
+
+        made.run = run
+    return made
+
+
+def _device_of(values: tuple[Any, ...]) -> contextlib.AbstractContextManager[Any]:
+    """Makes the device of a launch's first tensor the current one; does nothing where that is no CUDA device."""
+    bases = (value.base if isinstance(value, TensorDescriptor) else value for value in values)
+    first = next((base for base in bases if isinstance(base, torch.Tensor)), None)
+    return contextlib.nullcontext() if first is None or not first.is_cuda else torch.cuda.device(first.device)
 
 
 def interpreted() -> bool:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, no_type_check
 
@@ -12,6 +13,7 @@ import torch
 from grpo_fast.ops import jit
 from grpo_fast.ops.jit import Target, tl
 
+ROOT = Path(__file__).parents[2]
 WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None
@@ -21,6 +23,34 @@ assert jit.jit(len) is len
 assert jit.obstacle(torch.zeros(1)) == "triton is not installed; `pip install triton`"
 assert not jit.interpreted()
 print(group_advantage(torch.tensor([[0.0, 1.0]])).advantages.tolist())
+"""
+
+
+ON_THE_SECOND_DEVICE = """
+import torch, triton
+from torch._subclasses.fake_tensor import FakeTensorMode
+from grpo_fast.ops import jit
+from tests.ops.test_jit import _add_kernel
+
+entered, launched = [], []
+
+class Device:
+    def __init__(self, device):
+        self.device = device
+    def __enter__(self):
+        entered.append(self.device)
+    def __exit__(self, *_):
+        entered.append(None)
+
+torch.cuda.device = Device
+triton.JITFunction.run = lambda self, *values, grid, warmup, **flags: launched.append((self.__name__, grid, list(entered)))
+host = torch.zeros(16, 16)
+with FakeTensorMode(allow_non_fake_inputs=True):
+    there = torch.empty(16, 16, device="cuda:1")
+    for values in ((there, there, 256), (jit.TensorDescriptor.from_tensor(there, [8, 8]), 256), (host, host, 256), (256,)):
+        entered.clear()
+        _add_kernel[(3,)](*values, BLOCK=4)
+        print(*launched.pop(), entered)
 """
 
 
@@ -42,6 +72,27 @@ def test_a_kernel_runs_here(device: torch.device) -> None:
     _add_kernel[(3,)](x, out, 10, BLOCK=4)
     assert torch.equal(out[:10], x + 1)
     assert out[10:].isnan().all()
+
+
+@pytest.mark.skipif(jit.triton is None, reason="Triton is not installed")
+def test_a_kernel_is_launched_on_the_device_of_its_tensors() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", ON_THE_SECOND_DEVICE]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    second = "device(type='cuda', index=1)"
+    there, here = f"_add_kernel (3,) [{second}] [{second}, None]", "_add_kernel (3,) [] []"
+    assert run.stdout.splitlines() == [there, there, here, here]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_kernel_runs_on_another_device_than_the_current_one() -> None:
+    x = torch.arange(10, dtype=torch.float32, device="cuda:1")
+    out = torch.empty_like(x)
+    assert torch.cuda.current_device() == 0
+    _add_kernel[(3,)](x, out, 10, BLOCK=4)
+    assert torch.equal(out, x + 1)
+    assert torch.cuda.current_device() == 0
 
 
 def test_everything_works_without_triton() -> None:
