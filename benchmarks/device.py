@@ -2,8 +2,9 @@
 
 First the device's own tests run where it is a GPU; then the ceilings are measured, and the cases one after the other, the most
 important first, each checked before it is timed. ``benchmarks/results/<device>/ops.json`` is rewritten after every case. What
-the time budget does not reach is listed; ``--resume`` measures that later. It needs of this project's dependencies torch and
-numpy (and Triton on a GPU), matplotlib for the picture, pytest for the tests.
+the time budget does not reach is listed; ``--resume`` measures that later. ``--output DIRECTORY/ops.json`` writes to another
+place, as on a machine where nothing of the tree is kept; the other commands take it too. It needs of this project's
+dependencies torch and numpy (and Triton on a GPU), matplotlib for the picture, pytest for the tests.
 
 ``python -m benchmarks.device steps`` measures whole training steps instead; see :mod:`benchmarks.system.device_steps`.
 
@@ -133,14 +134,18 @@ def _run(bench: Bench, cases: list[Case], kept: store.Store | None, deadline: fl
 
 
 def estimate(bench: Bench, case: Case) -> float:
-    """Seconds that a case will take, roughly: a call costs about twice the bare products, in checks, trials and turns."""
+    """Seconds that a case will take, roughly.
+
+    A call costs about twice the bare products, in checks, trials and turns; a trial costs beyond that what the contender's last
+    one did, which compiled as much.
+    """
     if not isinstance(case, HeadCase):
         return _SECONDS_OF_SETUP
     one = case.num_flops / bench.ceilings.gemm_flops[case.dtype]
     here = [x for x in contenders_of(case) if x.version() is not None and refusal(x, case, bench.device) is None]
-    checks = sum(1 + len(contender.options) for contender in here)
-    turns = max(2.0 * one * len(here) * bench.min_rounds, bench.allowance_s)
-    return _SECONDS_OF_SETUP + 2.0 * one * checks + turns
+    trials = sum(bench.trial_s(case, contender) + bench.overheads_s.get(contender.name, 0.0) for contender in here)
+    turns = max(2.0 * one * len(here) * (1 + bench.min_rounds), bench.allowance_s)  # one more round, which is not read
+    return _SECONDS_OF_SETUP + trials + turns
 
 
 def _contenders() -> list[dict[str, Any]]:
@@ -167,7 +172,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--budget", type=float, default=450.0, help="seconds for everything")
     parser.add_argument("--case-seconds", type=float, default=6.0, help="seconds for the timed turns of one case")
-    parser.add_argument("--output", type=Path, help="instead of benchmarks/results/<device>/ops.json")
+    parser.add_argument(
+        "--output", type=Path, help="instead of benchmarks/results/<device>/ops.json, as where the tree is not kept"
+    )
     parser.add_argument("--resume", action="store_true", help="keep the cases of an earlier run")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--no-tests", action="store_true", help="leave out the GPU tests")

@@ -184,7 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--models", nargs="*", help="names of models of benchmarks/ops/cases.py; all by default")
     parser.add_argument("--rows", nargs="*", type=int, default=list(ROWS), help="sizes of chunks")
     parser.add_argument("--allowance", type=float, default=3.0, help="seconds of timing an entry and pass")
-    parser.add_argument("--output", type=Path, help="instead of the package's table")
+    parser.add_argument("--output", type=Path, help="instead of the package's table, as where the tree is not kept")
     parser.add_argument("--smoke", action="store_true", help="in miniature, on a CPU too; needs --output")
     options = parser.parse_args(arguments)
     if options.smoke and options.output is None:

@@ -47,7 +47,13 @@ class Bench:
     """Told before a contender first runs in a case, and with ``TURNS`` before each round of turns: what a crash was about."""
     banned: Mapping[str, str] = field(default_factory=dict)
     """Contenders that brought the process down before, with the reason."""
+    overheads_s: dict[str, float] = field(default_factory=dict)
+    """By contender, what its last trial took beyond its products: what it compiled, above all."""
     _rows: dict[tuple[object, ...], HeadRows] = field(default_factory=dict)
+
+    def trial_s(self, case: HeadCase, contender: Contender) -> float:
+        """Seconds of the products of a trial, roughly: twice the bare ones a call, one a setting and one for memory."""
+        return 2.0 * (1 + len(contender.options)) * case.num_flops / self.ceilings.gemm_flops[case.dtype]
 
     def rows(self, case: HeadCase) -> HeadRows:
         """Rows of a case's sizes; the last ones are kept."""
@@ -98,7 +104,11 @@ def run_case(bench: Bench, case: Case) -> dict[str, Any]:
     bound = bind(bench, case)
     rows, calls = [], {}
     for contender in contenders_of(case):
+        tried = time.perf_counter()
         row, call = _try(bench, case, bound, contender)
+        if isinstance(case, HeadCase):
+            beyond = time.perf_counter() - tried - bench.trial_s(case, contender)
+            bench.overheads_s[contender.name] = max(0.0, beyond)
         rows.append(row)
         if call is not None:
             calls[contender.name] = call

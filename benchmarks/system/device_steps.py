@@ -181,7 +181,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--budget", type=float, default=450.0, help="seconds for everything")
     parser.add_argument("--resume", action="store_true", help="keep the cases of an earlier run")
-    parser.add_argument("--output", type=Path, help="instead of benchmarks/results/<device>/steps.json")
+    parser.add_argument(
+        "--output", type=Path, help="instead of benchmarks/results/<device>/steps.json, as where the tree is not kept"
+    )
     parser.add_argument(
         "--models", type=Path, default=Path(tempfile.gettempdir()) / "grpo-fast-models", help="where models are put"
     )

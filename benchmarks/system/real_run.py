@@ -141,7 +141,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=7.0, help="after which a piece begins no further step")
     parser.add_argument("--until", choices=("end", "law"), default="end")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="other settings of a new run, as JSON")
-    parser.add_argument("--output", type=Path, help="instead of benchmarks/results/<device>/real_run")
+    parser.add_argument(
+        "--output", type=Path, help="instead of benchmarks/results/<device>/real_run, as where the tree is not kept"
+    )
     parser.add_argument("--note", default="", help="what to say of the run beside its numbers, once it is over")
     options = parser.parse_args(arguments)
     if absent := absent_dependencies():  # rewards are judged, and reports written, only after much has been computed

@@ -158,7 +158,9 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="miniatures, written nowhere")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", default="", help="part of a case's name; other cases keep their results")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument(
+        "--output", type=Path, help="instead of benchmarks/results/<device>/transfer.json, as where the tree is not kept"
+    )
     given = parser.parse_args()
     if problem := native.load():
         raise SystemExit(problem)

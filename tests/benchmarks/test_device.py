@@ -11,7 +11,9 @@ import torch
 
 from benchmarks import device
 from benchmarks.ops.cases import HeadCase, smoke_cases
+from benchmarks.ops.measure import Ceilings, Clock
 from benchmarks.ops.pictures import draw
+from benchmarks.ops.suite import Bench
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # rivals'
 
@@ -118,6 +120,14 @@ def test_a_case_that_breaks_is_told_and_the_next_one_runs(tmp_path, monkeypatch)
     content = read(path)
     assert len(content["cases"]) > 5
     assert any("no room for float64" in row["reason"] for row in content["left_out"])
+
+
+def test_what_contenders_compiled_is_expected_of_the_next_case() -> None:
+    cpu, case = torch.device("cpu"), next(case for case in smoke_cases() if isinstance(case, HeadCase))
+    bench = Bench(cpu, Clock(cpu), Ceilings({"float32": 1e11}, 1e10), 6.0)
+    before = device.estimate(bench, case)
+    bench.overheads_s |= {"torch eager": 7.0, "of no such name": 70.0}
+    assert device.estimate(bench, case) == pytest.approx(before + 7.0)
 
 
 def test_results_of_another_format_are_refused(tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -87,6 +88,17 @@ def test_every_outcome_is_told_and_only_what_is_right_gets_a_time(monkeypatch, b
     assert rows["absent"]["version"] is None
     assert rows["right"]["p20_ms"] <= rows["right"]["p50_ms"] <= rows["right"]["p80_ms"]
     assert rows["right"]["peak_extra_bytes"] >= 0
+
+
+def test_what_a_trial_takes_beyond_its_products_is_remembered(monkeypatch, bench) -> None:
+    def compiles(problem: Any, option: Any) -> Any:
+        time.sleep(0.1)
+        return whole_case(problem, full_logits)
+
+    run_with(monkeypatch, bench, Contender("compiled", "head", compiles, ""), Contender("plain", "head", raises, ""))
+    assert bench.overheads_s["compiled"] > 0.1
+    assert bench.overheads_s["plain"] < 0.1
+    assert bench.trial_s(CASE, Contender("", "head", raises, "", options=(1, 2))) == pytest.approx(6 * CASE.num_flops / 1e11)
 
 
 def test_a_setting_that_breaks_or_is_wrong_is_not_the_best(monkeypatch, bench) -> None:
