@@ -111,28 +111,27 @@ __global__ void __launch_bounds__(kDeltaThreads) compare_kernel(
   }
 }
 
-// One block turns counts into starts, in place, and leaves the count of all and the checksum in totals.
+// One block turns counts into starts, in place, and leaves the count of all and the checksum in totals. Threads take tiles beside
+// each other, so that a warp reads whole lines; the next tiles are on their way while these are added up.
 __global__ void __launch_bounds__(kScanThreads) add_up_kernel(
     int32_t* __restrict__ tile_counts, const uint64_t* __restrict__ tile_sums, int64_t num_tiles, uint64_t* __restrict__ totals) {
   __shared__ int64_t counts[kScanThreads / 32];
   __shared__ uint64_t sums[kScanThreads / 32];
-  const int64_t share = (num_tiles + kScanThreads - 1) / kScanThreads;
-  const int64_t begin = min(static_cast<int64_t>(threadIdx.x) * share, num_tiles), end = min(begin + share, num_tiles);
-  int64_t count = 0;
-  uint64_t sum = 0;
-  for (int64_t tile = begin; tile < end; ++tile) {
-    count += tile_counts[tile];
-    sum += tile_sums[tile];
-  }
   int64_t all = 0;
-  uint64_t checksum = 0;
-  int64_t start = block_sum_before<int64_t, kScanThreads>(count, counts, all);
-  block_sum_before<uint64_t, kScanThreads>(sum, sums, checksum);
-  for (int64_t tile = begin; tile < end; ++tile) {
-    const int32_t here = tile_counts[tile];
-    tile_counts[tile] = static_cast<int32_t>(start);
-    start += here;
+  uint64_t sum = 0;
+  int32_t next = threadIdx.x < num_tiles ? tile_counts[threadIdx.x] : 0;
+  for (int64_t first = 0; first < num_tiles; first += kScanThreads) {
+    const int64_t tile = first + threadIdx.x, after = tile + kScanThreads;
+    const int32_t here = next;
+    next = after < num_tiles ? tile_counts[after] : 0;
+    if (tile < num_tiles) sum += tile_sums[tile];
+    int64_t together = 0;
+    const int64_t before = block_sum_before<int64_t, kScanThreads>(here, counts, together);
+    if (tile < num_tiles) tile_counts[tile] = static_cast<int32_t>(all + before);
+    all += together;
   }
+  uint64_t checksum = 0;
+  block_sum_before<uint64_t, kScanThreads>(sum, sums, checksum);
   if (threadIdx.x == 0) {
     totals[0] = static_cast<uint64_t>(all);
     totals[1] = checksum;

@@ -38,10 +38,30 @@ static void delta() {
   if (totals[0] != (kCount + 2) / 3) cuda_on_host::fail("found another number of changes");
 }
 
+// More tiles than a block has threads, several times over, and some.
+static void add_up() {
+  constexpr int64_t kTiles = 3 * kScanThreads + 7;
+  std::vector<int32_t> counts(kTiles), starts;
+  std::vector<uint64_t> sums(kTiles), totals(2);
+  int32_t all = 0;
+  uint64_t checksum = 0;
+  for (int64_t tile = 0; tile < kTiles; ++tile) {
+    counts[tile] = static_cast<int32_t>(tile % 7);
+    sums[tile] = static_cast<uint64_t>(tile) << 50;
+    starts.push_back(all);
+    all += counts[tile];
+    checksum += sums[tile];
+  }
+  cuda_on_host::launch(add_up_kernel, 1, kScanThreads)(counts.data(), sums.data(), kTiles, totals.data());
+  if (counts != starts) cuda_on_host::fail("a tile starts elsewhere");
+  if (totals[0] != static_cast<uint64_t>(all) || totals[1] != checksum) cuda_on_host::fail("added up to another number");
+}
+
 int main(int arguments, char**) {
   pack(kFloat8E4M3, 70);
   pack(kBFloat16, 70);
   delta();
+  add_up();
   if (arguments > 1) {
     std::vector<int> out(64);
     cuda_on_host::launch(neighbours_without_a_barrier, 1, 64)(out.data());
