@@ -77,6 +77,8 @@ def _summary(events: list[dict[str, Any]], code: int | None, limit_s: float, las
         reasons[running or "pytest"] = f"the tests ended with {code}: {last[:200]}"
     counts = collections.Counter(outcome for outcome in outcomes.values() if outcome != "begun")
     ran = sum(counts.values())
+    if code is None and not ran:
+        reasons["pytest"] = f"no test was through after {limit_s:.0f} s"
     told = ", ".join(f"{counts[name]} {name}" for name in ("failed", "passed", "skipped") if counts[name]) or "none ran"
     where = f" in {running}" if running else ""
     late = f", stopped after {limit_s:.0f} s{where}" if code is None else ""

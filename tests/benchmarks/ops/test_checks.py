@@ -96,6 +96,10 @@ def test_tests_that_cannot_run_are_a_failure(tests: str, reason: str, tmp_path: 
     assert any(re.fullmatch(reason, failed) for failed in found["failed"]), found
 
 
+def test_no_time_for_any_test_is_a_failure(tmp_path: Path) -> None:
+    assert run(tmp_path, "def test_right(device): pass", limit_s=0.01)["failed"] == ["pytest: no test was through after 0 s"]
+
+
 def test_without_pytest_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
     assert checks.run_gpu_tests(1.0)["summary"] == "not run: pytest is not installed"
