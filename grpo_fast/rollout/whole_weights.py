@@ -38,9 +38,13 @@ def whole_weights(
 
 
 def gather(weight: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """One weight, detached; a shard is gathered, which all of its ranks have to do, in ``dtype`` where that is given."""
+    """One weight, detached; a shard is gathered, which all of its ranks have to do, in ``dtype`` where that is given.
+
+    Shards in the host's memory are first copied to their ranks' devices, which exchange faster than hosts do.
+    """
     shard: Any = weight.detach()
     if not hasattr(shard, "full_tensor"):
         return weight.detach()
-    whole: torch.Tensor = (shard.to(dtype) if dtype is not None and shard.is_floating_point() else shard).full_tensor()
+    shard = shard.to(dtype) if dtype is not None and shard.is_floating_point() else shard
+    whole: torch.Tensor = shard.to(shard.device_mesh.device_type).full_tensor()
     return whole

@@ -180,7 +180,7 @@ class ShardedPolicy(Policy):
         return HeadPart(self._head, first, group)
 
     def _plain(self, shard: DTensor) -> torch.Tensor:
-        return (shard.full_tensor() if self._head_part is None else shard.to_local()).to(self._device)
+        return gather(shard) if self._head_part is None else shard.to_local().to(self._device)
 
     def _add_gradient(self, shard: DTensor, gradient: torch.Tensor) -> None:
         parts: list[Any] = [Partial()] * self._mesh.ndim
@@ -200,7 +200,7 @@ class ShardedPolicy(Policy):
         with torch.no_grad():
             mirrored = {} if self._mirror is None else dict(self._mirror.model.named_parameters())
             for name, shard in self._shards.items():
-                whole = shard.full_tensor()
+                whole = gather(shard)
                 if mirrored:
                     mirrored[name].copy_(whole)
         return self.model if self._mirror is None else self._mirror.model
@@ -215,7 +215,7 @@ class ShardedPolicy(Policy):
         with self.autocast():
             hidden = self._hidden_states(input_ids=input_ids.to(self._device))[:, positions.to(self._device)]
             self.reshard()
-            weight, bias = (None if part is None else gather(part, dtype).to(self._device) for part in (head.weight, head.bias))
+            weight, bias = (None if part is None else gather(part, dtype) for part in (head.weight, head.bias))
             logits = torch.nn.functional.linear(hidden, cast(torch.Tensor, weight), bias) * head.logit_scale
         return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 

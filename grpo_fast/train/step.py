@@ -351,7 +351,7 @@ class Learner:
             )
         self._optimizer.step()
         self._optimizer.zero_grad()
-        sums.add("grad_norm", norm, reduction="max")
+        sums.add("grad_norm", norm.to(self._policy.device), reduction="max")  # shards may lie in the host's memory
 
 
 def _num_kept(sequences: Sequence[TrainingSequence]) -> int | None:

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as no_mode
@@ -18,6 +19,8 @@ _DEVICE = torch.device("cuda", 0)
 _BETWEEN_DEVICES = {"aten::copy_", "aten::_to_copy"}
 _INDEXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index"}
 """Where indices may lie on the host."""
+_OF_ONE_DEVICE = {"aten::cat", "aten::stack"}
+"""Where numbers of the host are not taken either."""
 _WAITS = {
     "aten::_local_scalar_dense", "aten::bincount", "aten::equal", "aten::histc", "aten::masked_select", "aten::nonzero",
     "aten::_unique2", "aten::unique_consecutive",
@@ -25,6 +28,8 @@ _WAITS = {
 """What gives a number, or a size that depends on numbers."""
 _SDPA_IN_PLAIN_OPERATIONS = 0
 on_wait: Callable[[str], None] = lambda operation: None  # noqa: E731
+_pinned: set[int] = set()
+"""Where memory of the host begins that has been pinned."""
 varlen_calls: list[tuple[int, ...]] = []
 """Shapes of the queries of ``varlen_attn``."""
 
@@ -95,10 +100,16 @@ def on_host(value: Any) -> Any:
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    if any(isinstance(tensor, DTensor) for tensor in tensors):
+        return NotImplemented  # comes back with what they hold
     here = [tensor for tensor in tensors if isinstance(tensor, OnDevice)]
     name = func._schema.name
     if name in {"aten::pin_memory", "aten::_pin_memory"}:
-        return args[0].clone()
+        pinned = args[0].clone()
+        _pinned.add(pinned.untyped_storage().data_ptr())
+        return pinned
+    if name == "aten::is_pinned":
+        return on_host(args[0]).untyped_storage().data_ptr() in _pinned
     if here and (stand_in := _STAND_INS.get(str(func)) or _own_op(name)) is not None:
         return stand_in(*args, **kwargs)
     asked = kwargs.get("device")
@@ -121,7 +132,8 @@ def _refuse_mixtures(name: str, args: Any, tensors: Sequence[torch.Tensor]) -> N
         return
     indexed = name in _INDEXED and isinstance(args[0], OnDevice)
     checked = [leaf for leaf in pytree.tree_leaves(args[2:]) if isinstance(leaf, torch.Tensor)] if indexed else tensors
-    if any(tensor.dim() > 0 and not isinstance(tensor, OnDevice) for tensor in checked):
+    least = 0 if name in _OF_ONE_DEVICE else 1
+    if any(tensor.dim() >= least and not isinstance(tensor, OnDevice) for tensor in checked):
         told = ", ".join(f"{tuple(tensor.shape)} on {tensor.device}" for tensor in tensors)
         raise RuntimeError(f"{name} was given tensors of several devices: {told}")
 
@@ -202,8 +214,10 @@ def _ends(query: OnDevice, key: OnDevice, tables: Sequence[OnDevice], most: Sequ
 
 
 def _varlen(*args: Any) -> tuple[OnDevice, ...]:
-    query, key, value, table, key_table, most, most_keys, _, scale, window, shares_keys, *_ = args
-    assert shares_keys or query.shape[1] == key.shape[1]
+    query, key, value, table, key_table, most, most_keys, _, scale, window, *shares_keys = (
+        args  # the last where it is no default
+    )
+    assert shares_keys[:1] == [True] or query.shape[1] == key.shape[1]
     if torch.cuda.get_device_capability() < (8, 0):
         raise RuntimeError("flash attention needs compute capability 8.0")
     ends = _ends(query, key, (table, key_table), (most, most_keys))
@@ -230,7 +244,6 @@ def _varlen_backward(*args: Any) -> tuple[OnDevice, ...]:
 
 
 _STAND_INS: dict[str, Callable[..., Any]] = {
-    "aten.is_pinned.default": lambda *_, **__: False,
     "aten._fused_sdp_choice.default": lambda *_, **__: _SDPA_IN_PLAIN_OPERATIONS,
     "torch_attn._varlen_attn.default": _varlen,
     "torch_attn._varlen_attn_backward.default": _varlen_backward,

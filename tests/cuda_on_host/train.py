@@ -64,6 +64,7 @@ def refusals(device: Device) -> list[str]:
     attempts: dict[str, Callable[[], object]] = {
         "a sum of both": lambda: there + here,
         "a change from the host": lambda: there.mul_(here),
+        "numbers of both in one": lambda: torch.stack([there.sum(), here.sum()]),
         "an array": there.numpy,
         "a kernel": lambda: token_logprob(there, LMHead(there), targets=targets, impl="triton"),
         "bfloat16": lambda: check_dtype(Config(dtype="bfloat16")),

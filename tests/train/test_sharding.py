@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +33,10 @@ from grpo_fast.train.sharding import (
 )
 from grpo_fast.train.step import Learner, UpdateResult
 from grpo_fast.types import Group
+from tests.cuda_on_host.build import build_torch_device
+from tests.cuda_on_host.shards import squared, updated
 
+ROOT = Path(__file__).parents[2]
 MakePolicy = Callable[..., Policy]
 
 
@@ -190,6 +198,31 @@ def test_saved_weights_come_back_bit_by_bit(world: World, make_policy: Callable[
     other = ShardedPolicy(make_policy(), make_policy(), config=settings(), world=world)
     other.load_weights(tmp_path)
     assert all(torch.equal(value, expected[name]) for name, value in other.whole_model().named_parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ is installed")
+@pytest.mark.skipif(torch.version.cuda is not None, reason="PyTorch is built for CUDA, and takes its own word for devices")
+def test_shards_of_a_gpu_may_lie_in_the_hosts_memory(tiny_model: Path, tmp_path: Path) -> None:
+    shared = {"model": str(tiny_model), "max_completion_length": 8, "dtype": "float32", "fsdp": "full_shard"}
+    kinds = [{}, {"fsdp_offload_params": True}, {"fsdp_offload_params": True, "fsdp_parallel_head": True}]
+    given = json.dumps([shared | {"device": "cuda"} | kind for kind in kinds])
+    command = [sys.executable, "-m", "tests.cuda_on_host.shards", str(build_torch_device(tmp_path / "device.so")), given]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    told = [line for line in done.stderr.splitlines() if "registered at" not in line]  # PyTorch lists all its kernels
+    assert done.returncode == 0, "\n".join(told[-60:])
+    runs = json.loads(done.stdout.splitlines()[-1])
+
+    config = Config.parse(shared | {"device": "cpu", "fsdp": "no_shard"})
+    whole = PolicySource(config).load()
+    expected = updated(whole, config)
+    for kind, run in zip(kinds, runs, strict=True):
+        assert run["shards"] == ["cpu" if kind else "cuda"], kind
+        assert run["gathered"] == ["cuda"], kind
+        for found, true in zip(run["metrics"], expected, strict=True):
+            assert found == pytest.approx(true, rel=1e-4, abs=1e-6), kind
+        assert run["squared"] == pytest.approx(squared(whole.model), rel=1e-6), kind
 
 
 def test_what_is_not_sharded_stays_as_it_is(tiny_model: Path, tiny_policy: MakePolicy) -> None:

@@ -94,7 +94,7 @@ def runs(seen: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def test_the_device_refuses_what_a_gpu_refuses(seen: dict[str, Any]) -> None:
     *told, of_an_older_one = seen["refused"]
-    assert told == ["a sum of both", "a change from the host", "an array", "a kernel"]
+    assert told == ["a sum of both", "a change from the host", "numbers of both in one", "an array", "a kernel"]
     assert of_an_older_one.startswith(
         "dtype='bfloat16': NVIDIA H100 80GB HBM3 has no bfloat16 (that takes compute capability 8.0)"
     )
