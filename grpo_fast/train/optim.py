@@ -15,6 +15,8 @@ from grpo_fast.train.policy_source import pick_device
 from grpo_fast.train.quantised import require_bitsandbytes
 
 _BITSANDBYTES = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit", "paged_adamw_32bit": "PagedAdamW32bit"}
+_PAGED = ("state1", "state2")
+"""What bitsandbytes keeps in paged memory of a weight."""
 
 
 def check_optimizer(config: Config) -> None:
@@ -59,6 +61,31 @@ def build_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optim
         return torch.optim.AdamW(groups, **settings, fused=True)
     found: torch.optim.Optimizer = getattr(import_module("bitsandbytes.optim"), _BITSANDBYTES[config.optim])(groups, **settings)
     return found
+
+
+def load_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Puts back a saved state; what was in paged memory goes there again.
+
+    bitsandbytes (0.50) would load all of it into plain memory of the GPU, and leave it there.
+
+    Args:
+        optimizer: of any kind.
+        saved: its ``state_dict`` on the CPU; moments may be taken out of it.
+    """
+    paged: Any = optimizer if getattr(optimizer, "is_paged", False) else None
+    moments = [_take_moments(saved, number) for group in saved["param_groups"] for number in group["params"] if paged]
+    optimizer.load_state_dict(saved)
+    weights = [weight for group in optimizer.param_groups for weight in group["params"] if paged]
+    for weight, found in zip(weights, moments, strict=True):
+        for name, value in found.items():
+            optimizer.state[weight][name] = paged.get_state_buffer(weight, dtype=value.dtype).copy_(value)
+
+
+def _take_moments(saved: dict[str, Any], number: int) -> dict[str, torch.Tensor]:
+    """A weight's; they stand among the rest of its state or, by bitsandbytes 0.50, a level deeper."""
+    state = saved["state"].get(number, {})
+    places = [state, *(place for place in state.values() if isinstance(place, dict))]
+    return {name: place.pop(name) for place in places for name in _PAGED if name in place}
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

@@ -42,6 +42,7 @@ from grpo_fast.config import Config, ConfigError
 from grpo_fast.rollout.whole_weights import gather, whole_weights
 from grpo_fast.train.distributed import World
 from grpo_fast.train.head_part import Head, HeadPart, first_token_of
+from grpo_fast.train.optim import load_state
 from grpo_fast.train.policy import Policy
 from grpo_fast.train.policy_source import PolicySource, pick_device
 from grpo_fast.train.quantised import give_shards_scales, make_shardable
@@ -293,7 +294,7 @@ def load_whole_optimizer(policy: Policy, optimizer: torch.optim.Optimizer, file:
             number: {name: _shard_like(parameters[number], value) for name, value in state.items()}
             for number, state in saved["state"].items()
         }
-    optimizer.load_state_dict(saved)
+    load_state(optimizer, saved)
 
 
 def _shard_like(parameter: DTensor, value: Any) -> Any:

@@ -14,7 +14,14 @@ from transformers import get_scheduler
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.tasks.task import Task
 from grpo_fast.train import GRPOTrainer
-from grpo_fast.train.optim import build_optimizer, check_optimizer, learning_rate_at, progress_schedule, set_learning_rate
+from grpo_fast.train.optim import (
+    build_optimizer,
+    check_optimizer,
+    learning_rate_at,
+    load_state,
+    progress_schedule,
+    set_learning_rate,
+)
 
 SHAPES = ("constant", "linear", "cosine")
 
@@ -172,6 +179,48 @@ def test_moments_of_eight_bits_are_a_quarter(wide_config: Callable[..., Config])
     optimizer.step()
     moments = [value for value in optimizer.state[model.weight].values() if torch.is_tensor(value) and value.numel() == 8192]
     assert [value.dtype for value in moments] == [torch.uint8] * 2
+
+
+def after_a_step(optim: str, device: torch.device) -> tuple[torch.nn.Linear, torch.optim.Optimizer]:
+    torch.manual_seed(1)
+    model = torch.nn.Linear(512, 256, bias=False, device=device)
+    optimizer = build_optimizer(model, Config.parse({"optim": optim, "learning_rate": 0.1}))
+    model.weight.grad = torch.randn(256, 512, generator=torch.Generator().manual_seed(2)).to(device)
+    optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("optim", ["paged_adamw_8bit", "paged_adamw_32bit"])
+@pytest.mark.parametrize("device", [torch.device("cpu"), pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)], ids=str)
+def test_paged_moments_are_loaded_into_paged_memory(
+    optim: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs_what_it_takes({"optim": optim})
+    straight, first = after_a_step(optim, device)
+    moments = [first.state[straight.weight][name] for name in ("state1", "state2")]
+    for moment in moments if device.type == "cpu" else ():
+        moment.is_paged = True  # as those in paged memory are; a file keeps it
+    torch.save(first.state_dict(), tmp_path / "saved.pt")
+    for moment in moments if device.type == "cpu" else ():
+        del moment.is_paged
+    model, optimizer = after_a_step(optim, device)
+    buffers: list[torch.Tensor] = []
+    paged: Any = optimizer
+    make = paged.get_state_buffer
+    monkeypatch.setattr(paged, "get_state_buffer", lambda *a, **k: buffers.append(make(*a, **k)) or buffers[-1])
+    load_state(optimizer, torch.load(tmp_path / "saved.pt", map_location="cpu", weights_only=True))
+
+    state, true = optimizer.state[model.weight], first.state[straight.weight]
+    assert [state["state1"] is buffers[0], state["state2"] is buffers[1]] == [True, True]
+    assert state.keys() == true.keys()
+    assert all(getattr(buffer, "is_paged", False) == (device.type == "cuda") for buffer in buffers)
+    for name, value in true.items():
+        assert torch.equal(torch.as_tensor(state[name]), torch.as_tensor(value)), name
+    for other, steps in ((straight, first), (model, optimizer)):
+        other.weight.grad = torch.ones_like(other.weight)
+        steps.step()
+    assert torch.equal(model.weight, straight.weight)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
