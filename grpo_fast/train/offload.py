@@ -4,12 +4,17 @@ With every layer checkpointed, what is left to keep is each layer's input. It is
 a stream of its own, and fetched while the backward pass is at the layer after it. On the device lie the inputs of two layers
 then, whatever their number. Nothing is rounded: the bits that come back are those that went.
 
+The host launches work long before the device does it. Who lets go of memory that another stream uses by ``record_stream`` has
+the allocator keep it until the device has got there, and that is every layer's input before the first is away. So it is held
+here, and let go of when the stream that made it, and that gets its memory next, has been told to wait for the copy.
+
 PyTorch's ``torch.autograd.graph.save_on_cpu`` does the same with copies that the device waits for.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,6 +22,8 @@ import torch
 
 _LEAST_BYTES = 2**16
 """What is smaller stays: a copy would cost more than the memory is worth."""
+_LEAVING = 2
+"""Tensors that may be on their way at a time, before the device waits for the first."""
 
 
 @dataclass(eq=False, slots=True)
@@ -28,6 +35,11 @@ class _Waiting:
     """What left before it, and is needed after it."""
     back: torch.Tensor | None = None
     arrived: torch.cuda.Event | None = None
+
+    def __del__(self) -> None:
+        """What came back and nobody asked for is not given away before it has arrived."""
+        if self.back is not None and self.arrived is not None:
+            torch.cuda.current_stream(self.back.device).wait_event(self.arrived)
 
 
 class HostActivations:
@@ -41,6 +53,7 @@ class HostActivations:
         self._device = device
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._last: _Waiting | None = None
+        self._leaving: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
 
     @contextlib.contextmanager
     def keep(self) -> Iterator[None]:
@@ -50,6 +63,7 @@ class HostActivations:
                 yield
         finally:
             self._last = None
+            self._let_go(all_but=0)
 
     def _put(self, tensor: torch.Tensor) -> torch.Tensor | _Waiting:
         if tensor.is_leaf or tensor.nbytes < _LEAST_BYTES or tensor.device.type != self._device.type:
@@ -61,7 +75,8 @@ class HostActivations:
             self._copies.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(self._copies):
                 host.copy_(tensor.detach(), non_blocking=True)
-            tensor.record_stream(self._copies)  # its memory is not given away before the copy is made
+            self._leaving.append((tensor.detach(), self._copies.record_event()))
+            self._let_go(all_but=_LEAVING)
         self._last = _Waiting(host, self._last)
         return self._last
 
@@ -74,9 +89,7 @@ class HostActivations:
         back, kept.back = kept.back, None
         assert back is not None
         if kept.arrived is not None:
-            here = torch.cuda.current_stream(self._device)
-            here.wait_event(kept.arrived)
-            back.record_stream(here)
+            torch.cuda.current_stream(self._device).wait_event(kept.arrived)
         return back
 
     def _fetch(self, kept: _Waiting) -> None:
@@ -85,6 +98,15 @@ class HostActivations:
         if self._copies is None:
             kept.back = kept.host.to(self._device, copy=True)
             return
+        here = torch.cuda.current_stream(self._device)
+        kept.back = torch.empty_like(kept.host, device=self._device)  # of the memory of the stream that will let go of it
+        self._copies.wait_stream(here)  # which may still be at what lay there before
         with torch.cuda.stream(self._copies):
-            kept.back = kept.host.to(self._device, non_blocking=True)
+            kept.back.copy_(kept.host, non_blocking=True)
             kept.arrived = self._copies.record_event()
+
+    def _let_go(self, *, all_but: int) -> None:
+        """Of those that left first, once the device is told to wait for their copies."""
+        while len(self._leaving) > all_but:
+            tensor, copied = self._leaving.popleft()
+            torch.cuda.current_stream(tensor.device).wait_event(copied)

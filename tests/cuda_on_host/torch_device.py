@@ -42,6 +42,7 @@ class Device:
         self.launched: Counter[str] = Counter()
         """Kernels of Triton by name."""
         self.varlen = torch_tensors.varlen_calls
+        self.pinned = torch_tensors.pinned
         self.waits: Counter[str] = Counter()
         """How often the host waited for the device, by the package's functions that led there."""
         torch_tensors.on_wait = self._count

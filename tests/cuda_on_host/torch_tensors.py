@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as no_mode
 
-__all__ = ["Mode", "OnDevice", "no_mode", "on_host", "on_wait", "varlen_calls"]
+__all__ = ["Mode", "OnDevice", "no_mode", "on_host", "on_wait", "pinned", "varlen_calls"]
 
 _DEVICE = torch.device("cuda", 0)
 _BETWEEN_DEVICES = {"aten::copy_", "aten::_to_copy"}
@@ -28,7 +28,7 @@ _WAITS = {
 """What gives a number, or a size that depends on numbers."""
 _SDPA_IN_PLAIN_OPERATIONS = 0
 on_wait: Callable[[str], None] = lambda operation: None  # noqa: E731
-_pinned: set[int] = set()
+pinned: set[int] = set()
 """Where memory of the host begins that has been pinned."""
 varlen_calls: list[tuple[int, ...]] = []
 """Shapes of the queries of ``varlen_attn``."""
@@ -77,8 +77,6 @@ class OnDevice(torch.Tensor):
         on_wait("tolist")
         return self.inner.detach().tolist()
 
-    def record_stream(self, stream: Any) -> None: ...
-
     def untyped_storage(self) -> Any:
         return self.inner.untyped_storage()
 
@@ -104,13 +102,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return NotImplemented  # comes back with what they hold
     here = [tensor for tensor in tensors if isinstance(tensor, OnDevice)]
     name = func._schema.name
-    if name in {"aten::pin_memory", "aten::_pin_memory"}:
-        pinned = args[0].clone()
-        _pinned.add(pinned.untyped_storage().data_ptr())
-        return pinned
-    if name == "aten::is_pinned":
-        return on_host(args[0]).untyped_storage().data_ptr() in _pinned
-    if here and (stand_in := _STAND_INS.get(str(func)) or _own_op(name)) is not None:
+    stand_in = _OF_THE_HOST.get(name) or (here and (_STAND_INS.get(str(func)) or _own_op(name)))
+    if stand_in:
         return stand_in(*args, **kwargs)
     asked = kwargs.get("device")
     to_device = bool(here) if asked is None else torch.device(asked).type == "cuda"
@@ -119,12 +112,19 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if (here or to_device) and _waits(name, args, kwargs, to_device=to_device):
         on_wait(str(func))
     options = kwargs | ({"device": torch.device("cpu")} if asked is not None else {})
-    options |= {"pin_memory": False} if "pin_memory" in options else {}
+    pins = bool(options.pop("pin_memory", False))
     found = func(*pytree.tree_map(on_host, args), **pytree.tree_map(on_host, options))
+    if pins:
+        return _pinned(found)
     if not to_device:
         return found.clone() if any(found is tensor.inner for tensor in here) else found
     known = {id(on_host(tensor)): tensor for tensor in tensors}  # what is written in place stays the same object
     return pytree.tree_map_only(torch.Tensor, lambda made: known[id(made)] if id(made) in known else OnDevice(made), found)
+
+
+def _pinned(tensor: torch.Tensor) -> torch.Tensor:
+    pinned.add(tensor.untyped_storage().data_ptr())
+    return tensor
 
 
 def _refuse_mixtures(name: str, args: Any, tensors: Sequence[torch.Tensor]) -> None:
@@ -243,6 +243,11 @@ def _varlen_backward(*args: Any) -> tuple[OnDevice, ...]:
     return tuple(map(OnDevice, found))
 
 
+_OF_THE_HOST: dict[str, Callable[..., Any]] = {
+    "aten::pin_memory": lambda tensor, *_, **__: _pinned(tensor.clone()),
+    "aten::_pin_memory": lambda tensor, *_, **__: _pinned(tensor.clone()),
+    "aten::is_pinned": lambda tensor, *_, **__: on_host(tensor).untyped_storage().data_ptr() in pinned,
+}
 _STAND_INS: dict[str, Callable[..., Any]] = {
     "aten._fused_sdp_choice.default": lambda *_, **__: _SDPA_IN_PLAIN_OPERATIONS,
     "torch_attn._varlen_attn.default": _varlen,

@@ -3,7 +3,7 @@
     python -m tests.cuda_on_host.train LIBRARY CONFIGURATIONS
 
 Configurations are a JSON list of settings. What is printed is JSON too: what the device refused, and of each run metrics,
-kernels, calls and waits.
+kernels, calls, waits and memory of the host that was pinned.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ def trained(device: Device, settings: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from grpo_fast import Config, GRPOTrainer
+    from grpo_fast.train import offload
 
+    offload._LEAST_BYTES = 2**8  # what a tiny model keeps is small
     device.launched.clear()
     device.varlen.clear()
     device.waits.clear()
+    device.pinned.clear()
     steps, waits = [], []
     device.be_of(*settings.pop("capability", (9, 0)))
     with GRPOTrainer(Config.parse(settings)) as trainer:
@@ -47,6 +50,7 @@ def trained(device: Device, settings: dict[str, Any]) -> dict[str, Any]:
         "kernels": sorted(device.launched),
         "varlen": len(device.varlen),
         "waits": waits,
+        "pinned": len(device.pinned),
     }
 
 

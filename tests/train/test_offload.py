@@ -23,9 +23,9 @@ DEVICES = [torch.device("cpu"), pytest.param(torch.device("cuda"), marks=pytest.
 class Layers(torch.nn.Module):
     """A stack in which every layer is checkpointed, and which notes its layers' inputs."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, count: int = 5, width: int = 128) -> None:
         super().__init__()
-        self.layers = torch.nn.ModuleList(torch.nn.Linear(128, 128) for _ in range(5)).to(device)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(width, width) for _ in range(count)).to(device)
         self.inputs: list[weakref.ref[torch.Tensor]] = []
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -57,6 +57,20 @@ def test_gradients_are_the_same_bits_and_no_input_stays(device: torch.device) ->
     for found, expected in zip(gradients(offloaded=True), gradients(offloaded=False), strict=True):
         assert torch.equal(found, expected)
     assert kept._last is None, "what waited is let go"
+
+
+@pytest.mark.gpu
+def test_of_many_layers_the_inputs_of_few_lie_on_a_gpu_that_is_behind_the_host() -> None:
+    device = torch.device("cuda")
+    model, kept = Layers(device, count=24, width=1024), HostActivations(device)
+    hidden = torch.randn(2**14, 1024, device=device, requires_grad=True)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with kept.keep():
+        loss = model(hidden).sum()
+    loss.backward()
+    assert torch.cuda.max_memory_allocated() - before < 12 * hidden.nbytes
 
 
 def test_each_is_fetched_while_the_one_after_it_is_in_use() -> None:

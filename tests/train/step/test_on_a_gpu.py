@@ -28,6 +28,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "vllm_importance_sampling_mode": "geometric_truncate",
         "tokens_per_microbatch": 32,
     },
+    "adapters, checkpoints": {"use_peft": True, "gradient_checkpointing": True},
     "adapters, checkpoints in host memory": {
         "use_peft": True,
         "gradient_checkpointing": True,
@@ -121,6 +122,13 @@ def test_its_kernels_make_the_loss(runs: dict[str, dict[str, Any]], name: str) -
     assert all(step["grad_norm"] > 0 for step in run["steps"])
     kept = name == "of what top_p keeps"  # log-probabilities in there have no kernel
     assert set(run["kernels"]) >= ({"_policy_loss_sum_kernel"} if kept else LOSS)
+
+
+def test_what_waits_in_host_memory_changes_no_bit(runs: dict[str, dict[str, Any]]) -> None:
+    kept, waited = (runs[f"adapters, checkpoints{where}"] for where in ("", " in host memory"))
+    assert waited["pinned"] > kept["pinned"] == 0
+    for name in ("loss", "grad_norm", "reward"):
+        assert [step[name] for step in waited["steps"]] == [step[name] for step in kept["steps"]], name
 
 
 def test_sequences_are_packed_for_the_attention_kernel_of_sixteen_bits(runs: dict[str, dict[str, Any]]) -> None:
