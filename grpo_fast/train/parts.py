@@ -195,6 +195,7 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
         rewards.start(prompts.columns)
         replies = _check_replies(config, data, prompts, source)
         whole = source.load()
+        shape, num_parameters = ModelShape.from_model(whole.model), count_parameters(whole.model)  # before it is spread
         streams = world.size > 1 and "engine" not in given and streams_weights(config)
         policy = whole if world.size == 1 else spread(source, whole, config=config, world=world, streams=streams)
         read = policy if streams else whole
@@ -216,8 +217,8 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
             else InTurns(engine, environments, replies, max_turns=config.max_turns, world=world),
             rewards=rewards,
             eval_rewards=_build_pool(config, (data.task.eval_reward,), (), world=world) if data.task.eval_reward else rewards,
-            predictor=given.get("predictor") or _build_predictor(config, prior, num_parameters=count_parameters(whole.model)),
-            meter=_build_meter(config, whole, facts=facts, num_devices=world.size),
+            predictor=given.get("predictor") or _build_predictor(config, prior, num_parameters=num_parameters),
+            meter=_build_meter(config, policy, shape=shape, facts=facts, num_devices=world.size),
             budget=budget,
             record=record,
             sinks=sinks,
@@ -279,13 +280,13 @@ def _build_predictor(config: Config, prior: Prior, *, num_parameters: int) -> On
     )
 
 
-def _build_meter(config: Config, whole: Policy, *, facts: DeviceFacts, num_devices: int) -> ComputeMeter:
+def _build_meter(config: Config, policy: Policy, *, shape: ModelShape, facts: DeviceFacts, num_devices: int) -> ComputeMeter:
     return ComputeMeter(
-        ModelShape.from_model(whole.model),
+        shape,
         power=energy_source(facts, num_devices=num_devices),
         price_per_gpu_hour=config.price_per_gpu_hour,
         num_devices=num_devices,
-        peak_flops=facts.peak_bf16_flops if whole.autocast_dtype is not None else None,
+        peak_flops=facts.peak_bf16_flops if policy.autocast_dtype is not None else None,
     )
 
 

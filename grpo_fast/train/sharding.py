@@ -249,10 +249,10 @@ class ShardedPolicy(Policy):
 
 
 def spread(source: PolicySource, whole: Policy, *, config: Config, world: World, streams: bool = False) -> Policy:
-    """The policy to train: ``whole`` itself, or a sharded one that keeps ``whole`` as its mirror where that is needed.
+    """The policy to train: ``whole`` itself, or a sharded one, which is made of ``whole`` or, where needed, mirrored by it.
 
     Args:
-        source: of another one.
+        source: of another one, beside a mirror.
         whole: as loaded.
         config: of the run.
         world: its ranks.
@@ -260,9 +260,10 @@ def spread(source: PolicySource, whole: Policy, *, config: Config, world: World,
     """
     if config.fsdp == "no_shard":
         return whole
+    if streams or (config.rollout != "transformers" and not world.is_main):
+        return ShardedPolicy(whole, None, config=config, world=world, streams=streams)
     whole.model.requires_grad_(False)
-    mirrored = not streams and (config.rollout == "transformers" or world.is_main)
-    return ShardedPolicy(source.load(), whole if mirrored else None, config=config, world=world, streams=streams)
+    return ShardedPolicy(source.load(), whole, config=config, world=world)
 
 
 def save_optimizer(policy: ShardedPolicy, optimizer: torch.optim.Optimizer, directory: Path) -> None:

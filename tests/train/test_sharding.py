@@ -233,6 +233,22 @@ def test_what_is_not_sharded_stays_as_it_is(tiny_model: Path, tiny_policy: MakeP
     assert whole.whole_model() is whole.model
 
 
+@pytest.mark.parametrize("streams", [True, False])
+def test_a_model_is_read_again_for_a_mirror_alone(streams: bool, world: World, tiny_model: Path) -> None:
+    config = settings(model=str(tiny_model), rollout="transformers")
+    whole = PolicySource(config).load()
+    before = {name: value.detach().clone() for name, value in whole.model.named_parameters()}
+    policy = spread(PolicySource(config), whole, config=config, world=world, streams=streams)
+    assert (policy.model is whole.model) == streams
+    for name, value in policy.model.named_parameters():
+        assert isinstance(value, DTensor)
+        assert value.requires_grad
+        assert torch.equal(value.full_tensor(), before[name])
+    if not streams:
+        assert policy.whole_model() is whole.model
+        assert not any(value.requires_grad or isinstance(value, DTensor) for value in whole.model.parameters())
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
