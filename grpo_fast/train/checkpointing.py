@@ -35,6 +35,15 @@ KEPT_OPS = frozenset(
     }
 )
 """What ``selective`` does not run again."""
+_KEPT_NAMES = frozenset(
+    {
+        "torch_attn::_varlen_attn",
+        "flash_attn::_flash_attn_forward",
+        "flash_attn::_flash_attn_varlen_forward",
+        "flash_attn_3::_flash_attn_forward",
+    }
+)
+"""Attention that is no op before its library is imported."""
 
 
 def checkpoint_layers(model: PreTrainedModel, mode: CheckpointingMode) -> None:
@@ -79,4 +88,5 @@ def _evaluated(layer: torch.nn.Module, run: Callable[..., Any], *given: Any) -> 
 
 
 def _policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in KEPT_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+    kept = op in KEPT_OPS or op.name() in _KEPT_NAMES
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -28,6 +28,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "vllm_importance_sampling_mode": "geometric_truncate",
         "tokens_per_microbatch": 32,
     },
+    "selective checkpoints": {"gradient_checkpointing": True, "gradient_checkpointing_mode": "selective"},
     "adapters, checkpoints": {"use_peft": True, "gradient_checkpointing": True},
     "adapters, checkpoints in host memory": {
         "use_peft": True,
@@ -142,6 +143,11 @@ def test_heads_are_multiplied_in_the_type_of_the_run_and_attention_makes_no_plan
     for name, run in runs.items():
         assert run["operands"] == ("None" if RUNS[name].get("dtype") == "float32" else "torch.bfloat16"), name
         assert not run["cudnn"], name
+
+
+def test_selective_checkpoints_compute_no_attention_again(runs: dict[str, dict[str, Any]]) -> None:
+    plain, selective, full = (runs[name]["varlen"] for name in ("bfloat16", "selective checkpoints", "adapters, checkpoints"))
+    assert selective == plain < full
 
 
 @pytest.mark.parametrize("name", RUNS)
