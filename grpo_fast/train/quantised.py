@@ -67,7 +67,9 @@ def loading_arguments(config: Config, *, dtype: torch.dtype, device: torch.devic
         bnb_4bit_use_double_quant=config.use_bnb_nested_quant,
         bnb_4bit_compute_dtype=dtype,
     )
-    return {"quantization_config": settings, "device_map": {"": device}}
+    # by its number: transformers loads in threads of its own, and the GPU of the rank is that of this thread alone
+    place = torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
+    return {"quantization_config": settings, "device_map": {"": place}}
 
 
 def keep_as_loaded(model: torch.nn.Module) -> None:

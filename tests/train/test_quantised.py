@@ -26,7 +26,7 @@ from grpo_fast.train import GRPOTrainer
 from grpo_fast.train.export import export_merged
 from grpo_fast.train.policy import Policy, count_parameters
 from grpo_fast.train.policy_source import PolicySource
-from grpo_fast.train.quantised import dequantised, refuse_ragged_blocks
+from grpo_fast.train.quantised import dequantised, loading_arguments, refuse_ragged_blocks
 
 FOUR_BIT: dict[str, Any] = {"use_peft": True, "load_in_4bit": True, "use_bnb_nested_quant": True}
 NF4 = (
@@ -167,6 +167,14 @@ def test_on_a_gpu_it_computes_in_bfloat16_with_paged_moments(
         types = {(".lora_" in name, value.dtype) for name, value in trainer.policy.model.named_parameters()}
     assert types == {(False, torch.uint8), (False, torch.bfloat16), (True, torch.float32)}
     assert all(step.metrics["sampling/kl"] < 5e-3 for step in steps)
+
+
+@needs_bitsandbytes
+def test_it_is_loaded_onto_the_gpu_of_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    for device, place in ((torch.device("cuda"), torch.device("cuda", 3)), (torch.device("cpu"), torch.device("cpu"))):
+        found = loading_arguments(Config.parse(FOUR_BIT), dtype=torch.float32, device=device)
+        assert found["device_map"] == {"": place}
 
 
 def test_without_bitsandbytes_the_cure_is_told(wide_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
