@@ -26,6 +26,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from grpo_fast.train.host_memory import HostBlocks, by_itself
+
 _BLOCK = 2**20
 """Numbers of a weight that are rounded by one generator's draws."""
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -120,8 +122,9 @@ class OffloadedAdamW(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[Any], *, lr: float, betas: tuple[float, float], eps: float) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        self._memory = HostBlocks(pinned=self._on_gpu)
         groups = [
-            group | {"params": [torch.nn.Parameter(_hosted(weight)) for weight in group["params"]]}
+            group | {"params": [torch.nn.Parameter(self._hosted(weight)) for weight in group["params"]]}
             for group in self.param_groups
         ]
         self._masters = torch.optim.AdamW(groups, fused=True)
@@ -136,10 +139,10 @@ class OffloadedAdamW(torch.optim.Optimizer):
                 if weight.grad is None:
                     master.grad = None
                 elif master.grad is None:
-                    master.grad = _hosted(weight.grad)
+                    master.grad = self._hosted(weight.grad)
                 else:
                     master.grad.copy_(_own(weight.grad), non_blocking=True)
-        if any(weight.is_cuda for group in self.param_groups for weight in group["params"]):
+        if self._on_gpu:
             torch.cuda.synchronize()
         self._masters.step()
         for weight, master in self._pairs():
@@ -160,6 +163,15 @@ class OffloadedAdamW(torch.optim.Optimizer):
                 self._masters.state[master] = moments
                 self._show(weight, master)
 
+    @property
+    def _on_gpu(self) -> bool:
+        return any(weight.is_cuda for group in self.param_groups for weight in group["params"])
+
+    def _hosted(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A float32 copy in the host's memory."""
+        own = _own(tensor.detach())
+        return self._memory.empty(own.shape, torch.float32).copy_(own)
+
     def _pairs(self) -> list[tuple[torch.Tensor, torch.nn.Parameter]]:
         groups = zip(self.param_groups, self._masters.param_groups, strict=True)
         return [pair for own, host in groups for pair in zip(own["params"], host["params"], strict=True)]
@@ -167,7 +179,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
     def _show(self, weight: torch.Tensor, master: torch.nn.Parameter) -> None:
         """Master and moments as this optimiser's own state, in the same memory: what checkpoints read."""
         state = self._masters.state[master]
-        shown = {"master": master.detach()} | {name: state[name] for name in _MOMENTS}
+        shown = {"master": by_itself(master.detach())} | {name: state[name] for name in _MOMENTS}
         self.state[weight] = {"step": state["step"]} | {name: _as_part_of(weight, value) for name, value in shown.items()}
 
 
@@ -197,10 +209,3 @@ def _place(weight: torch.Tensor) -> int:
         return 0
     _, first = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
     return first[0] * (weight.numel() // weight.shape[0])
-
-
-def _hosted(tensor: torch.Tensor) -> torch.Tensor:
-    """A float32 copy in memory of the host that the GPU can reach while the host goes on."""
-    own = _own(tensor.detach())
-    host = own.to("cpu", torch.float32, copy=True)
-    return host.pin_memory() if own.is_cuda else host

@@ -145,6 +145,10 @@ def test_heads_are_multiplied_in_the_type_of_the_run_and_attention_makes_no_plan
         assert not run["cudnn"], name
 
 
+def test_what_is_updated_in_host_memory_lies_there_together(runs: dict[str, dict[str, Any]]) -> None:
+    assert runs["short weights, moments in host memory"]["pinned"] == 1
+
+
 def test_selective_checkpoints_compute_no_attention_again(runs: dict[str, dict[str, Any]]) -> None:
     plain, selective, full = (runs[name]["varlen"] for name in ("bfloat16", "selective checkpoints", "adapters, checkpoints"))
     assert selective == plain < full

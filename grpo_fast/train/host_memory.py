@@ -1,0 +1,64 @@
+"""Many tensors in pinned memory of the host, without the half of it that goes to waste.
+
+PyTorch rounds each pinned allocation up to a power of two (``CachingHostAllocator``), 272 MiB to 512 for a matrix of a model of
+7 billion weights. Here blocks are powers of two to begin with, and are filled with tensors of any sizes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_LEAST_BLOCK_BYTES = 2**20
+_MOST_BLOCK_BYTES = 2**31
+"""But for tensors that are larger."""
+_ALIGNMENT = 64
+
+
+@dataclass(slots=True)
+class _Block:
+    memory: torch.Tensor
+    used: int = 0
+
+
+class HostBlocks:
+    """Memory for tensors that stay: none of it is given to another one later.
+
+    Args:
+        pinned: whether a GPU is to reach them while the host goes on.
+    """
+
+    def __init__(self, *, pinned: bool) -> None:
+        self._pinned = pinned
+        self._blocks: list[_Block] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Of all blocks."""
+        return sum(block.memory.nbytes for block in self._blocks)
+
+    def empty(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of any numbers; a new block is about a quarter of what there is: few are needed, and little is free."""
+        size = shape.numel() * dtype.itemsize
+        taken = -(-size // _ALIGNMENT) * _ALIGNMENT
+        block = next((block for block in self._blocks if block.used + taken <= block.memory.nbytes), None)
+        if block is None:
+            wanted = max(taken, _LEAST_BLOCK_BYTES, min(_MOST_BLOCK_BYTES, self.nbytes // 4))
+            block = _Block(torch.empty(1 << (wanted - 1).bit_length(), dtype=torch.uint8, pin_memory=self._pinned))
+            self._blocks.append(block)
+        found = block.memory[block.used : block.used + size].view(dtype).view(shape)
+        block.used += taken
+        return found
+
+
+def by_itself(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers in the same memory, without what lies around them: files take the whole of what a tensor is in.
+
+    Args:
+        tensor: contiguous.
+    """
+    first = tensor.storage_offset() * tensor.itemsize
+    own: Any = tensor.untyped_storage()[first : first + tensor.nbytes]
+    return torch.empty(0, dtype=tensor.dtype).set_(own, 0, tensor.shape, tensor.stride())
