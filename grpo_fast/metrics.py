@@ -116,7 +116,7 @@ class PhaseTimer:
         return lap
 
     def _charge(self) -> None:
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():  # a run on the CPU takes nothing of a GPU that is there
             torch.cuda.synchronize()
         now = time.perf_counter()
         self.seconds[self._inside] += now - self._mark

@@ -87,6 +87,16 @@ def test_phases_sum_to_wall_time() -> None:
     assert least - 1e-9 <= total <= most + 1e-9
 
 
+def test_the_clock_waits_for_a_gpu_only_where_one_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[None] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(None))
+    for in_use in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda in_use=in_use: in_use)
+        PhaseTimer().lap()
+        assert len(waits) == in_use
+
+
 def test_lap_starts_anew() -> None:
     timer = PhaseTimer()
     with timer.phase("reward"):
