@@ -195,12 +195,13 @@ class _Rows(NamedTuple):
 
     @classmethod
     def of(cls, num_rows: int, device: torch.device, group: dist.ProcessGroup | None) -> _Rows:
-        counts = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=device)
+        told = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=device)
         rank = dist.get_rank(group)
-        counts[rank] = num_rows
-        dist.all_reduce(counts, group=group)
-        first = int(counts[:rank].sum())
-        return cls(counts.tolist(), slice(first, first + num_rows), group)
+        told[rank].fill_(num_rows)
+        dist.all_reduce(told, group=group)
+        counts = told.tolist()
+        first = sum(counts[:rank])
+        return cls(counts, slice(first, first + num_rows), group)
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows [T_r, ...] of each rank, one rank's below the other's."""

@@ -341,7 +341,8 @@ class Learner:
                 parameter.grad = torch.zeros_like(parameter)
         if not self._policy.sums_gradients:
             self._world.sum(parameter.grad for parameter in parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self._config.max_grad_norm or float("inf"))
+        together = True if self._policy.sums_gradients else None  # torch would take shards one by one
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self._config.max_grad_norm or float("inf"), foreach=together)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not torch.isfinite(norm):
             self._optimizer.zero_grad()

@@ -2,8 +2,8 @@
 
     python -m tests.cuda_on_host.shards LIBRARY CONFIGURATIONS
 
-Configurations are a JSON list of settings. What is printed is JSON too: of each, the metrics of two updates, where shards and
-gathered weights lie, and the sum of all squared weights.
+Configurations are a JSON list of settings. What is printed is JSON too: of each, the metrics of two updates, how the host waits
+within a parallel head, where shards and gathered weights lie, and the sum of all squared weights.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def squared(model: Any) -> float:
     return sum(weight.detach().double().square().sum().item() for weight in model.parameters())
 
 
-def sharded(settings: dict[str, Any]) -> dict[str, Any]:
+def sharded(device: Device, settings: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from grpo_fast import Config
@@ -55,11 +55,15 @@ def sharded(settings: dict[str, Any]) -> dict[str, Any]:
     config = Config.parse(settings)
     source = PolicySource(config)
     policy = spread(source, source.load(), config=config, world=World(0, 1))
+    device.waits.clear()
     metrics = updated(policy, config)
+    in_head = "/gathered_token_logprob/"
+    waits = sorted({place.partition(in_head)[2] for place in device.waits if in_head in place})
     weights: dict[str, Any] = dict(policy.model.named_parameters())
     with torch.no_grad():
         return {
             "metrics": metrics,
+            "waits": waits,
             "shards": sorted({weight.to_local().device.type for weight in weights.values()}),
             "gathered": sorted({whole.device.type for _, whole in whole_weights(policy.model, weights)}),
             "squared": squared(policy.whole_model()),
@@ -69,12 +73,12 @@ def sharded(settings: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     library, configurations = sys.argv[1:]
     load(Path(library))
-    Device()
+    device = Device()
 
     import torch.distributed as dist
 
     dist.init_process_group("cpu:gloo,cuda:gloo", store=dist.HashStore(), rank=0, world_size=1)
-    print(json.dumps([sharded(settings) for settings in json.loads(configurations)]))
+    print(json.dumps([sharded(device, settings) for settings in json.loads(configurations)]))
     dist.destroy_process_group()
 
 

@@ -114,6 +114,16 @@ def test_updates_are_those_of_the_whole_policy(
     assert all(isinstance(parameter, DTensor) for parameter in sharded.policy.model.parameters())
 
 
+def test_the_gradients_norm_is_taken_of_all_shards_at_once(
+    world: World, make_policy: Callable[[], Policy], groups: list[Group], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(ShardedPolicy(make_policy(), None, config=settings(), world=world), settings())
+    norms, norm_of_all = [], torch._foreach_norm
+    monkeypatch.setattr(torch, "_foreach_norm", lambda *given: norms.append(norm_of_all(*given)) or norms[-1])
+    bench.update(groups)
+    assert [len(of_each) for of_each in norms] == [len(list(bench.policy.model.parameters()))]
+
+
 def test_the_head_is_whole_where_it_is_asked_for(world: World, make_policy: Callable[[], Policy]) -> None:
     policy = ShardedPolicy(make_policy(), None, config=settings(), world=world)
     true = make_policy().head(1.0).weight
@@ -220,6 +230,7 @@ def test_shards_of_a_gpu_may_lie_in_the_hosts_memory(tiny_model: Path, tmp_path:
     for kind, run in zip(kinds, runs, strict=True):
         assert run["shards"] == ["cpu" if kind else "cuda"], kind
         assert run["gathered"] == ["cuda"], kind
+        assert run["waits"] == (["of/tolist"] if kind.get("fsdp_parallel_head") else []), kind
         for found, true in zip(run["metrics"], expected, strict=True):
             assert found == pytest.approx(true, rel=1e-4, abs=1e-6), kind
         assert run["squared"] == pytest.approx(squared(whole.model), rel=1e-6), kind
