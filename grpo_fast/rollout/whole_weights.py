@@ -46,5 +46,6 @@ def gather(weight: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tens
     if not hasattr(shard, "full_tensor"):
         return weight.detach()
     shard = shard.to(dtype) if dtype is not None and shard.is_floating_point() else shard
-    whole: torch.Tensor = shard.to(shard.device_mesh.device_type).full_tensor()
+    place = shard.device_mesh.device_type
+    whole: torch.Tensor = (shard if shard.device.type == place else shard.to(place)).full_tensor()
     return whole
