@@ -342,6 +342,11 @@ def _check_ranks(config: Config, num_ranks: int) -> None:
             f"rollout='vllm' runs inside one process, and this run has {num_ranks}; start servers with `grpo-fast serve` and "
             "use rollout='vllm-http'"
         )
+    if config.vllm_transport == "ipc":
+        raise ConfigError(
+            f"vllm_transport='ipc' with {num_ranks} processes: vLLM's CUDA IPC would have all of them send, and the first one "
+            "speaks to the servers; choose 'shared_memory', or 'nccl' for a server on other GPUs, here and with `serve`"
+        )
     if config.forecast == "ask" and config.ddp_timeout_s <= TIMEOUT_S:
         raise ConfigError(
             f"ddp_timeout_s={config.ddp_timeout_s:g} with forecast='ask': a question waits up to {TIMEOUT_S:g} s, and "

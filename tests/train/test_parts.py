@@ -290,6 +290,10 @@ def test_evaluation_without_held_out_rows_is_refused(tmp_path: Path) -> None:
     ("changes", "told"),
     [
         ({"rollout": "vllm"}, r"rollout='vllm' runs inside one process, and this run has 4.*vllm-http"),
+        (
+            {"rollout": "vllm-http", "vllm_server_urls": ["http://127.0.0.1:8000"], "vllm_transport": "ipc"},
+            r"vllm_transport='ipc' with 4 processes: .* choose 'shared_memory', or 'nccl'",
+        ),
         ({"max_staleness": 1}, r"max_staleness=1 .* this run has 4"),
         ({"forecast": "ask", "ddp_timeout_s": 600}, r"ddp_timeout_s=600 with forecast='ask': a question waits up to 600 s"),
     ],
