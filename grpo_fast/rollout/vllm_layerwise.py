@@ -40,7 +40,15 @@ class PolicyWeights(WeightSource):  # type: ignore[misc]
     @property
     def num_bytes(self) -> int:
         """Of the whole model on the way."""
-        return sum(torch.Size(meta.shape).numel() * meta.dtype.itemsize for meta in self.metadata())
+        return sum(self._sizes())
+
+    @property
+    def largest_bytes(self) -> int:
+        """Of the largest weight on the way."""
+        return max(self._sizes())
+
+    def _sizes(self) -> Iterator[int]:
+        return (torch.Size(meta.shape).numel() * meta.dtype.itemsize for meta in self.metadata())
 
     def metadata(self) -> list[ParamMeta]:
         """Name, type and whole shape of what iteration yields."""

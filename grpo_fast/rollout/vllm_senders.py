@@ -31,7 +31,7 @@ class WeightSender:
         transport: ``shared_memory``, ``sparse``, ``ipc`` or ``nccl``.
         client: vLLM's protocol of a weight sync client.
         source: the weights.
-        bucket_bytes: weights on the way at a time.
+        bucket_bytes: weights on the way at a time; a single weight that is larger goes whole.
         num_workers: vLLM's worker processes, which NCCL counts.
 
     Raises:
@@ -44,20 +44,27 @@ class WeightSender:
         self._source = source
         self._transport = transport
         with held_port() as port:
-            info = init_info(transport, bucket_bytes=bucket_bytes, num_workers=num_workers, port=port)
+            info = init_info(transport, source, bucket_bytes=bucket_bytes, num_workers=num_workers, port=port)
             self._engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
 
     def send_weights(self) -> int:
         """Sends all of them, from the update's start to the last weight; returns how many bytes went over."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # vLLM packs on a stream of its own, which knows of no step that another still writes
         with plain_segments() if self._transport == "ipc" else contextlib.nullcontext():
             self._engine.send_weights()
         return int(getattr(self._engine, "sent_bytes", self._source.num_bytes))
 
 
-def init_info(transport: str, *, bucket_bytes: int, num_workers: int, port: int) -> TrainerInitInfo:
-    """What vLLM's factory opens a transport by; the trainer's first rank sends, and listens at ``port`` where NCCL begins."""
+def init_info(transport: str, source: PolicyWeights, *, bucket_bytes: int, num_workers: int, port: int) -> TrainerInitInfo:
+    """What vLLM's factory opens a transport by; the trainer's first rank sends, and listens at ``port`` where NCCL begins.
+
+    Of vLLM's own, IPC refuses a weight that is larger than its buffer, as the embedding of a real model is. NCCL gathers and
+    packs in a stream for each buffer, so it has one: a second would read a sharded unit that the first still gathers, and what
+    it reads would be freed, and written to, under it. Half a bucket, as what is packed lies beside its copy.
+    """
     if transport == "ipc":
-        return IPCTrainerInitInfo(rank=0, packed=True, packed_buffer_size_bytes=bucket_bytes)
+        return IPCTrainerInitInfo(rank=0, packed=True, packed_buffer_size_bytes=max(bucket_bytes, source.largest_bytes))
     if transport == "nccl":
         return NCCLTrainerInitInfo(
             rank=0,
@@ -66,7 +73,7 @@ def init_info(transport: str, *, bucket_bytes: int, num_workers: int, port: int)
             world_size=1 + num_workers,
             packed=True,
             packed_buffer_size_bytes=bucket_bytes // 2,
-            packed_num_buffers=2,
+            packed_num_buffers=1,
         )
     kind = SparseInit if transport == "sparse" else SharedMemoryInit
     return kind(rank=0, bucket_bytes=bucket_bytes)

@@ -30,6 +30,7 @@ def test_what_comes_is_what_was_announced(model: torch.nn.Module) -> None:
     assert {meta.name: meta.dtype for meta in metas}["steps"] == torch.int64, "only what is a number of the model is converted"
     assert all(torch.equal(found[name], weight.to(found[name].dtype)) for name, weight in model.named_parameters())
     assert source.num_bytes == 2 * (24 + 12 + 3) + 8 * 3
+    assert source.largest_bytes == 2 * 24
     assert all(weight.data_ptr() == dict(model.named_parameters())[name].data_ptr() for name, weight in source.uncast())
 
 
