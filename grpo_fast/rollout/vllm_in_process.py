@@ -253,15 +253,24 @@ class InProcessVLLM:
         else:
             self._go.clear()
             with self._turn:  # a step that is under way
-                pass
+                self._hold()
 
     def _check_idle(self) -> None:
         with self._asked("sync_deadline_s") as llm:
             if llm.llm_engine.has_unfinished_requests():
                 raise RuntimeError("requests are running")
 
+    def _hold(self) -> None:
+        """Has an engine in a process of its own take no step, as it does unasked while it has requests; nothing sleeps."""
+        if self._watch:
+            with self._asked("sync_deadline_s") as llm:
+                llm.sleep(level=0, mode="keep")
+
     def resume(self) -> None:
         """Lets requests that were kept go on."""
+        if self._watch and self._delivery.pause_mode == "keep":
+            with self._asked("sync_deadline_s") as llm:
+                llm.wake_up(tags=["scheduling"])
         self._go.set()
 
     def sleep(self, level: int) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -195,3 +196,39 @@ def test_an_engine_in_a_process_of_its_own_takes_two_hundred_syncs_and_no_memory
 def test_another_process_cannot_read_weights_where_they_are(embedded: Any) -> None:
     with pytest.raises(ValueError, match="'direct' does not lead to an engine in a process of its own"):
         VLLMEngine(embedded.model, embedded.tokenizer, settings=VLLMSettings(own_process=True, transport="direct"))
+
+
+@pytest.mark.usefixtures("untraced")
+def test_a_process_of_its_own_takes_no_step_while_weights_change_under_requests_that_it_keeps(
+    embedded: Any, perturb: Callable[..., None]
+) -> None:
+    """Left alone it steps whenever it has requests, also between two buckets: on a CPU it meets layers without weights."""
+    model, tokenizer, _ = embedded
+    settings = VLLMSettings(
+        own_process=True, pause_mode="keep", bucket_bytes=300_000, sync_deadline_s=60, request_deadline_s=120
+    )
+    engine = VLLMEngine(model, tokenizer, settings=settings)
+    prompts = [[1] + [3 + (7 * (number + place)) % 50 for place in range(20)] for number in range(16)]
+    sampling = SamplingParams(max_tokens=100, temperature=1.5)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            kept = pool.submit(engine.generate, prompts, sampling, num_generations=16, seed=0)
+            while not engine._vllm._running:
+                time.sleep(0.01)
+            for version in (1, 2, 3):
+                perturb(model, seed=version, scale=0.02)
+                assert engine.sync_weights(model, version)["sync/probe_kl"] < 1e-8
+            assert not kept.done(), "the syncs came too late to meet requests that run"
+            answers = kept.result(timeout=120)
+        assert not engine._vllm._llm.llm_engine.is_sleeping()
+    finally:
+        engine.close()
+    versions = [set(completion.weight_versions) for group in answers for completion in group]
+    assert max(map(len, versions)) > 1
+    worst = 0.0
+    for prompt, completion in ((prompt, each) for prompt, group in zip(prompts, answers, strict=True) for each in group):
+        own = model(torch.tensor([[*prompt, *completion.token_ids]])).logits[0, len(prompt) - 1 : -1].detach() / 1.5
+        told = own.log_softmax(-1).gather(-1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        for here, there, version in zip(told.tolist(), completion.logprobs, completion.weight_versions, strict=False):
+            worst = max(worst, abs(here - there)) if version == 3 else worst
+    assert 0 < worst < 5e-5, "what was sampled since the last sync is the last weights'"
