@@ -27,6 +27,7 @@ memory, whose filling up by others ends them.
 """
 BINDING, UNBOUND = "VLLM_CPU_OMP_THREADS_BIND", "nobind"
 """Which cores vLLM's threads run on, on a CPU; its workers do as they are told there."""
+_THREADS = "OMP_NUM_THREADS"
 LOCK_BYTES = 2**20
 """Shared memory of the locks that an engine makes."""
 OWNER = "GRPO_FAST_VLLM_OWNER"
@@ -52,14 +53,23 @@ def load_beside_vllm(module: str) -> ModuleType:
 
 @contextlib.contextmanager
 def vllm_environment(*, own_process: bool = False, transport: str = "") -> Iterator[None]:
-    """The environment that vLLM reads while it builds an engine; it has no other switch for these."""
+    """The environment that vLLM reads while it builds an engine; it has no other switch for these.
+
+    In the trainer's process an engine on a GPU would leave torch one thread of the host for all that comes, the trainer's own
+    work too, unless a number of threads is told.
+    """
     pickles = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if transport == "ipc" else {}
-    wanted = pickles | {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(own_process)),
-        BINDING: UNBOUND,
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
-        OWNER: str(os.getpid()),
-    }
+    threads = {} if own_process else {_THREADS: os.environ.get(_THREADS, str(torch.get_num_threads()))}
+    wanted = (
+        pickles
+        | threads
+        | {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(own_process)),
+            BINDING: UNBOUND,
+            "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+            OWNER: str(os.getpid()),
+        }
+    )
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:

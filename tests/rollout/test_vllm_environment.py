@@ -30,6 +30,34 @@ def test_the_environment_is_vllms_inside_and_the_users_afterwards(monkeypatch: p
     assert dict(os.environ) == before
 
 
+def test_an_engine_in_the_trainers_process_is_told_how_many_threads_torch_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    with vllm_environment():
+        assert os.environ["OMP_NUM_THREADS"] == str(torch.get_num_threads())
+    with vllm_environment(own_process=True):
+        assert "OMP_NUM_THREADS" not in os.environ, "its own process is not the trainer's"
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    with vllm_environment():
+        assert os.environ["OMP_NUM_THREADS"] == "3"
+
+
+@pytest.mark.vllm
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_vllm_leaves_the_trainer_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its worker calls on a GPU at the end of loading a model."""
+    from vllm.utils.torch_utils import set_torch_threads_for_runtime
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    given = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with vllm_environment():
+            set_torch_threads_for_runtime()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(given)
+
+
 def test_a_port_that_is_held_can_be_listened_to() -> None:
     with held_port() as port, held_port() as other:
         assert port != other
