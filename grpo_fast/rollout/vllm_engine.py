@@ -45,6 +45,7 @@ _CPU_BLOCK_SIZE = 32
 _CPU_CACHE_BYTES = 2 * 2**30
 _CONCURRENT_ON_CPU = 256
 _COMPARED_TOKENS = 256
+_NO_SHARE = 1e-6
 _SHORTEST_CONTEXT = 512
 """Room for the proof of a sync, whatever the block size."""
 
@@ -89,6 +90,27 @@ def cpu_cache_bytes(position_bytes: int, context_length: int) -> int:
     return min(_CPU_CACHE_BYTES, position_bytes * context_length * _CONCURRENT_ON_CPU)
 
 
+def memory_arguments(settings: VLLMSettings, *, on_gpu: bool, cpu_bytes: int) -> dict[str, Any]:
+    """What vLLM is told of memory. Where that of its cache is told, a GPU's share says nothing.
+
+    vLLM (0.32) holds the share against what is free all the same, and does not start where that is less.
+
+    Args:
+        settings: of the engine.
+        on_gpu: where it runs.
+        cpu_bytes: memory of its cache on a CPU where nothing else is said.
+    """
+    cache_bytes = settings.kv_cache_bytes or (None if on_gpu else cpu_bytes)
+    share = {"gpu_memory_utilization": settings.gpu_memory_utilization}
+    if cache_bytes is None:
+        return share
+    return (share | ({"gpu_memory_utilization": _NO_SHARE} if on_gpu else {})) | {"kv_cache_memory_bytes": cache_bytes}
+
+
+def _deadlines(settings: VLLMSettings) -> dict[str, float]:
+    return {name: getattr(settings, name) for name in ("request_deadline_s", "sync_deadline_s")}
+
+
 def require_vllm() -> Version:
     """Checks that vLLM is there and new enough.
 
@@ -115,6 +137,7 @@ class VLLMEngine:
         tokenizer: decodes completions.
         autocast_dtype: what the policy computes in under autocast, and vLLM then too; ``None`` is the type of the weights.
         settings: memory and deadlines.
+        device: where the policy computes; ``None`` is where its weights lie.
 
     Raises:
         RolloutError: vLLM is missing or too old.
@@ -130,6 +153,7 @@ class VLLMEngine:
         *,
         autocast_dtype: torch.dtype | None = None,
         settings: VLLMSettings | None = None,
+        device: torch.device | None = None,
     ) -> None:
         version = require_vllm()
         settings = settings or VLLMSettings()
@@ -143,7 +167,8 @@ class VLLMEngine:
         self._vocabulary = int(config.vocab_size)
         self._version: int | None = None
         dtype = autocast_dtype or next(model.parameters()).dtype
-        on_gpu = next(model.parameters()).device.type == "cuda"
+        self._device = device or next(model.parameters()).device
+        on_gpu = self._device.type == "cuda"
         host, num_engines = self._host(settings)
         transport = choose_transport(settings.transport, host, on_gpu=on_gpu, num_engines=num_engines)
         self._delivery = Delivery(transport, settings.bucket_bytes, settings.pause_mode)
@@ -182,11 +207,10 @@ class VLLMEngine:
         return ("own process" if settings.own_process else "in process"), 1
 
     def _build(self, settings: VLLMSettings, dtype: torch.dtype, options: dict[str, Any]) -> Any:
-        on_cpu = next(self._model.parameters()).device.type == "cpu"
-        cache_bytes = settings.kv_cache_bytes or (self._cpu_cache_bytes(dtype) if on_cpu else None)
+        on_cpu = self._device.type == "cpu"
         arguments: dict[str, Any] = {
+            **memory_arguments(settings, on_gpu=not on_cpu, cpu_bytes=self._cpu_cache_bytes(dtype)),
             "max_model_len": self._context,
-            "gpu_memory_utilization": settings.gpu_memory_utilization,
             "enforce_eager": on_cpu,
             "seed": 0,
             "enable_sleep_mode": settings.enable_sleep_mode,
@@ -196,8 +220,6 @@ class VLLMEngine:
             arguments["distributed_executor_backend"] = NO_WORKER
             # A seeded request whose prompt is read in parts ends the engine: generators of a CPU have no offset to put back.
             arguments["enable_chunked_prefill"] = False
-        if cache_bytes is not None:
-            arguments["kv_cache_memory_bytes"] = cache_bytes
         check_room(LOCK_BYTES, "vLLM's locks")
         environment = vllm_environment(own_process=settings.own_process, transport=self._delivery.transport)
         with tempfile.TemporaryDirectory(prefix="grpo_fast-") as directory, undisturbed(), environment:
@@ -208,7 +230,7 @@ class VLLMEngine:
                 dtype=dtype,
                 delivery=self._delivery,
                 own_process=settings.own_process,
-                deadlines={name: getattr(settings, name) for name in ("request_deadline_s", "sync_deadline_s")},
+                deadlines=_deadlines(settings),
                 arguments={"model": directory, **arguments, **options, **settings.engine_args},
             )
 
@@ -371,6 +393,7 @@ class VLLMServerEngine(VLLMEngine):
             architecture in its type.
         autocast_dtype: what the policy computes in under autocast; the servers must compute in it too.
         settings: deadlines.
+        device: where the policy computes; ``None`` is where its weights lie, as they do but for shards in host memory.
 
     Raises:
         RolloutError: vLLM is missing or too old, or a server is gone.
@@ -386,12 +409,13 @@ class VLLMServerEngine(VLLMEngine):
         urls: Sequence[str],
         autocast_dtype: torch.dtype | None = None,
         settings: VLLMSettings | None = None,
+        device: torch.device | None = None,
     ) -> None:
         if not urls:
             raise ValueError("urls is empty; give at least one server")
         self._urls = tuple(urls)
         self._decodes_alike = False
-        super().__init__(model, tokenizer, autocast_dtype=autocast_dtype, settings=settings)
+        super().__init__(model, tokenizer, autocast_dtype=autocast_dtype, settings=settings, device=device)
 
     def _host(self, settings: VLLMSettings) -> tuple[Host, int]:
         return "server", len(self._urls)
@@ -403,10 +427,10 @@ class VLLMServerEngine(VLLMEngine):
         target = inside.HTTPVLLM(
             self._model,
             dtype=dtype,
+            device=self._device,
             delivery=self._delivery,
             urls=self._urls,
-            deadline_s=settings.request_deadline_s,
-            sync_deadline_s=settings.sync_deadline_s,
+            deadlines=_deadlines(settings),
         )
         length = min(self._context, settings.max_length or 1)
         needs = Needs(dtype, self._delivery.transport, context_length=length, sleeps=self._level > 0)

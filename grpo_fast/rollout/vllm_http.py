@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from typing import Any, TypeVar
 
@@ -27,6 +27,7 @@ from grpo_fast.rollout.vllm_layerwise import PolicyWeights
 from grpo_fast.rollout.vllm_sample import OVER_HTTP, Sample, version_name, version_number
 from grpo_fast.rollout.vllm_senders import WeightSender, json_safe
 from grpo_fast.rollout.vllm_sleep import Part, Sleeper
+from grpo_fast.rollout.vllm_watch import Setting
 
 _T = TypeVar("_T")
 _CONCURRENT_REQUESTS = 64
@@ -41,11 +42,12 @@ class HTTPVLLM:
     Args:
         policy: whose weights are sent.
         dtype: what the servers compute in.
+        device: where weights lie that go from GPU to GPU.
         delivery: how weights come; the servers must have been started for its transport.
         urls: of the servers.
-        deadline_s: longest time of one prompt's completions. ``VLLM_API_KEY`` is read from the environment, as vLLM's server
-            does.
-        sync_deadline_s: longest time of a phase of the sync.
+        deadlines: longest times of one prompt's completions and of a phase of the sync, in seconds.
+
+    ``VLLM_API_KEY`` is read from the environment, as vLLM's server does.
 
     Raises:
         ValueError: a server that is not on this machine.
@@ -59,15 +61,18 @@ class HTTPVLLM:
         policy: torch.nn.Module,
         *,
         dtype: torch.dtype,
+        device: torch.device,
         delivery: Delivery,
         urls: Sequence[str],
-        deadline_s: float,
-        sync_deadline_s: float,
+        deadlines: Mapping[Setting, float],
     ) -> None:
         key, self._run_name = os.environ.get("VLLM_API_KEY"), uuid.uuid4().hex
-        deadlines = {"deadline_s": deadline_s, "control_deadline_s": _LATER * sync_deadline_s}
-        self.servers = [VLLMServer(url, api_key=key, run=self._run_name, **deadlines) for url in urls]
-        self._weights = PolicyWeights(policy, dtype)
+        longest = {
+            "deadline_s": deadlines["request_deadline_s"],
+            "control_deadline_s": _LATER * deadlines["sync_deadline_s"],
+        }
+        self.servers = [VLLMServer(url, api_key=key, run=self._run_name, **longest) for url in urls]
+        self._weights = PolicyWeights(policy, dtype, device)
         self._delivery = delivery
         self._sender: WeightSender | None = None
         self._sleeper = Sleeper(

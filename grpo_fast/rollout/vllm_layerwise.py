@@ -31,11 +31,17 @@ class PolicyWeights(WeightSource):  # type: ignore[misc]
 
     Sharded parameters are gathered when their turn comes, in the engine's type, so no second copy of the model exists; see
     :func:`~grpo_fast.rollout.whole_weights.whole_weights`.
+
+    Args:
+        model: the policy.
+        dtype: what the engine computes in.
+        device: where what iteration yields lies; ``None`` leaves it where it is, as shards may be in host memory.
     """
 
-    def __init__(self, model: torch.nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, model: torch.nn.Module, dtype: torch.dtype, device: torch.device | None = None) -> None:
         self._model = model
         self._dtype = dtype
+        self._device = device
 
     @property
     def num_bytes(self) -> int:
@@ -59,7 +65,7 @@ class PolicyWeights(WeightSource):  # type: ignore[misc]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         def convert(named: tuple[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
-            return named[0], named[1].to(self._wire(named[1]))
+            return named[0], named[1].to(self._device, self._wire(named[1]))
 
         return map(convert, self.uncast())
 

@@ -429,6 +429,7 @@ def _build_engine(config: Config, policy: Policy, longest: int) -> RolloutEngine
             urls=config.vllm_server_urls,
             autocast_dtype=policy.autocast_dtype,
             settings=settings,
+            device=policy.device,
         )
     return VLLMEngine(policy.model, policy.tokenizer, autocast_dtype=policy.autocast_dtype, settings=settings)
 

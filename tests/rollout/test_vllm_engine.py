@@ -19,7 +19,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from grpo_fast import Config, GRPOTrainer
 from grpo_fast.ops import Kept, LMHead, kept_logprob
 from grpo_fast.rollout import RolloutEngine, RolloutError, SamplingParams, WeightSyncError, vllm_engine
-from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMSettings, require_vllm
+from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMServerEngine, VLLMSettings, memory_arguments, require_vllm
 from grpo_fast.rollout.vllm_sample import Telling
 from grpo_fast.types import Completion
 
@@ -361,6 +361,31 @@ def test_a_run_whose_rollouts_run_beside_its_training(pause_mode: str, embedded_
     assert len({group.prompt.index for step in steps for group in step.groups}) == 5 * config.prompts_per_step
     assert min(row["overlap/rollout_s"] for row in rows[1:]) > 0
     assert max(row["sampling/kl"] for row in rows) > 1e-6, "the sampler is another policy, and it is measured"
+
+
+def test_a_cache_that_is_told_frees_a_gpu_of_the_share() -> None:
+    """vLLM holds the share against what is free even where it says nothing of the cache, so 1 of it starts nowhere."""
+    told, left = VLLMSettings(kv_cache_bytes=2**30, gpu_memory_utilization=0.9), VLLMSettings(gpu_memory_utilization=0.9)
+    on_gpu = memory_arguments(told, on_gpu=True, cpu_bytes=5)
+    assert on_gpu["kv_cache_memory_bytes"] == 2**30
+    assert 0 < on_gpu["gpu_memory_utilization"] * 200e9 < 2**20
+    assert memory_arguments(left, on_gpu=True, cpu_bytes=5) == {"gpu_memory_utilization": 0.9}
+    assert memory_arguments(left, on_gpu=False, cpu_bytes=5) == {"gpu_memory_utilization": 0.9, "kv_cache_memory_bytes": 5}
+    assert memory_arguments(told, on_gpu=False, cpu_bytes=5)["kv_cache_memory_bytes"] == 2**30
+
+
+@pytest.mark.vllm
+def test_shards_in_host_memory_are_no_policy_on_a_cpu(embedded: Any) -> None:
+    """It is refused for what it lacks, a server, and not for want of a GPU."""
+    settings = VLLMSettings(transport="nccl", enable_sleep_mode=True)
+    with pytest.raises(RolloutError, match="is gone"):
+        VLLMServerEngine(
+            embedded.model,
+            embedded.tokenizer,
+            urls=["http://127.0.0.1:9"],
+            settings=settings,
+            device=torch.device("cuda"),
+        )
 
 
 def test_a_missing_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

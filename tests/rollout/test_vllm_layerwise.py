@@ -31,6 +31,8 @@ def test_what_comes_is_what_was_announced(model: torch.nn.Module) -> None:
     assert all(torch.equal(found[name], weight.to(found[name].dtype)) for name, weight in model.named_parameters())
     assert source.num_bytes == 2 * (24 + 12 + 3) + 8 * 3
     assert source.largest_bytes == 2 * 24
+    elsewhere = dict(PolicyWeights(model, torch.bfloat16, torch.device("meta")))
+    assert {weight.device.type for weight in elsewhere.values()} == {"meta"}
     assert all(weight.data_ptr() == dict(model.named_parameters())[name].data_ptr() for name, weight in source.uncast())
 
 
