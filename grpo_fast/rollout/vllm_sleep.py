@@ -51,6 +51,13 @@ def check_segments(vllm: Version, environment: Mapping[str, str]) -> None:
         )
 
 
+def free_unused() -> None:
+    """Gives back what torch holds of this process's GPU without need."""
+    if torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 class Sleeper:
     """Knows which parts of an engine sleep.
 
@@ -78,8 +85,6 @@ class Sleeper:
         """Wakes a part that sleeps; what torch holds of the GPU without need makes room for it."""
         if part not in self._asleep:
             return
-        if torch.cuda.is_initialized():
-            gc.collect()
-            torch.cuda.empty_cache()
+        free_unused()
         self._wake_up(part)
         self._asleep.remove(part)

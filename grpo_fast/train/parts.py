@@ -399,7 +399,7 @@ def _check_sampler(config: Config, source: PolicySource) -> None:
 def _share_engine(config: Config, policy: Policy, longest: int, *, given: RolloutEngine | None, world: World) -> RolloutEngine:
     """The engine, as all ranks use it together."""
     if given is None and config.rollout == "vllm-http" and world.size > 1:
-        return MainEngine(lambda: _build_engine(config, policy, longest), policy.reading(world))
+        return MainEngine(lambda: _build_engine(config, policy, longest), world, reading=policy.reading(world))
     engine = given or _build_engine(config, policy, longest)
     return engine if world.size == 1 else SharedEngine(engine, world)
 

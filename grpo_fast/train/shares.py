@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from grpo_fast.rewards import RewardPool, RewardReport
 from grpo_fast.rewards.report import Tally
 from grpo_fast.rollout.engine import RolloutEngine, SamplingParams
+from grpo_fast.rollout.vllm_sleep import free_unused
 from grpo_fast.train.distributed import World
 from grpo_fast.train.streaming import Once
 from grpo_fast.types import Completion, Group
@@ -93,17 +94,20 @@ class MainEngine:
 
     Args:
         build: makes rank 0's engine.
-        world: the ranks, or what has them gather the weights that the engine reads.
+        world: the ranks.
+        reading: what has them gather the weights that the engine reads; ``None`` where rank 0 has them whole.
     """
 
-    def __init__(self, build: Callable[[], RolloutEngine], world: Once) -> None:
+    def __init__(self, build: Callable[[], RolloutEngine], world: World, *, reading: Once | None = None) -> None:
         self._engine: RolloutEngine | None = None
-        self._world = world
+        self._ranks = world
+        self._world = reading or world
+        self._sleeps = False
 
         def keep() -> None:
             self._engine = build()
 
-        world.once(keep)
+        self._world.once(keep)
 
     def generate(
         self,
@@ -132,12 +136,16 @@ class MainEngine:
         )
 
     def sync_weights(self, policy: torch.nn.Module, version: int) -> dict[str, float]:
-        """Sends the policy's weights.
+        """Sends the policy's weights; a server that sleeps wakes on the GPUs of several ranks, which make room first.
 
         Raises:
             WeightSyncError: the engine may hold other weights.
         """
-        return self._world.once(lambda: self._main().sync_weights(policy, version))
+        if self._sleeps:
+            self._ranks.gather(free_unused)
+        metrics = self._world.once(lambda: self._main().sync_weights(policy, version))
+        self._sleeps = False
+        return metrics
 
     def sleep(self) -> None:
         """Puts rank 0's engine to sleep.
@@ -145,6 +153,7 @@ class MainEngine:
         Raises:
             RolloutError: it failed.
         """
+        self._sleeps = True
         self._world.once(lambda: self._main().sleep())
 
     def close(self) -> None:

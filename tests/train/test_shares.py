@@ -10,6 +10,7 @@ import torch
 from grpo_fast.rewards import RewardError, RewardPool
 from grpo_fast.rollout.engine import RolloutError, SamplingParams
 from grpo_fast.rollout.transformers_engine import TransformersEngine
+from grpo_fast.train import shares
 from grpo_fast.train.distributed import World
 from grpo_fast.train.policy import Policy
 from grpo_fast.train.shares import MainEngine, SharedEngine, SharedRewards
@@ -127,6 +128,27 @@ def test_servers_are_spoken_to_by_rank_0() -> None:
     assert first[1] == {"sync/version": 3.0}
     assert [[c.text for c in group] for group in first[0]] == [[str(len(prompt))] for prompt in PROMPTS]
     assert [(engine.calls, engine.sleeps, engine.closed) for engine in engines] == [(1, True, True)]
+
+
+def test_every_rank_makes_room_before_servers_that_sleep_wake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server's GPUs are those of several ranks, and each process alone can give back what it holds of its own."""
+    told: list[str] = []
+    monkeypatch.setattr(shares, "free_unused", lambda: told.append("room"))
+
+    class Waking(Counting):
+        def sync_weights(self, policy: torch.nn.Module, version: int) -> dict[str, float]:
+            told.append(f"sync {version}")
+            return super().sync_weights(policy, version)
+
+    def use(world: World) -> None:
+        engine = MainEngine(Waking, world)
+        engine.sync_weights(torch.nn.Module(), 1)
+        engine.sleep()
+        engine.sync_weights(torch.nn.Module(), 2)
+        engine.sync_weights(torch.nn.Module(), 3)
+
+    on_ranks(3, use)
+    assert told == ["sync 1", "room", "room", "room", "sync 2", "sync 3"]
 
 
 @pytest.mark.parametrize("broken", [0, 1])
