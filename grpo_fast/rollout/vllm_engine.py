@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata, util
@@ -32,6 +31,7 @@ from grpo_fast.rollout.sync_probe import SyncProbe
 from grpo_fast.rollout.transports import OLDEST_VLLM, Delivery, Host, Transport, choose_transport, sync_attempts
 from grpo_fast.rollout.vllm_adapters import AdapterTarget, AdapterVersions, policy_options
 from grpo_fast.rollout.vllm_client import Needs
+from grpo_fast.rollout.vllm_directory import model_directory
 from grpo_fast.rollout.vllm_environment import LOCK_BYTES, NO_WORKER, load_beside_vllm, undisturbed, vllm_environment
 from grpo_fast.rollout.vllm_sample import Sample, num_likeliest, sample_whole
 from grpo_fast.rollout.vllm_sleep import check_segments, sleep_level
@@ -222,25 +222,16 @@ class VLLMEngine:
             arguments["enable_chunked_prefill"] = False
         check_room(LOCK_BYTES, "vLLM's locks")
         environment = vllm_environment(own_process=settings.own_process, transport=self._delivery.transport)
-        with tempfile.TemporaryDirectory(prefix="grpo_fast-") as directory, undisturbed(), environment:
+        with model_directory(self._model, self._tokenizer) as directory, undisturbed(), environment:
             inside = load_beside_vllm("grpo_fast.rollout.vllm_in_process")
-            self._describe_model(directory)
             return inside.InProcessVLLM(
                 self._model,
                 dtype=dtype,
                 delivery=self._delivery,
                 own_process=settings.own_process,
                 deadlines=_deadlines(settings),
-                arguments={"model": directory, **arguments, **options, **settings.engine_args},
+                arguments={"model": str(directory), **arguments, **options, **settings.engine_args},
             )
-
-    def _describe_model(self, directory: str) -> None:
-        """Writes what vLLM reads of a model but its weights."""
-        config = self._model.config
-        values = config.to_dict() | {"architectures": config.architectures or [type(self._model).__name__]}
-        values.pop("quantization_config", None)  # weights in four bits are sent as what those stand for
-        type(config).from_dict(values).save_pretrained(directory)
-        self._tokenizer.save_pretrained(directory)
 
     def _cpu_cache_bytes(self, dtype: torch.dtype) -> int:
         return cpu_cache_bytes(cached_values(self._model.config.get_text_config(decoder=True)) * dtype.itemsize, self._context)
