@@ -32,7 +32,14 @@ from grpo_fast.rollout.transports import OLDEST_VLLM, Delivery, Host, Transport,
 from grpo_fast.rollout.vllm_adapters import AdapterTarget, AdapterVersions, policy_options
 from grpo_fast.rollout.vllm_client import Needs
 from grpo_fast.rollout.vllm_directory import model_directory
-from grpo_fast.rollout.vllm_environment import LOCK_BYTES, NO_WORKER, load_beside_vllm, undisturbed, vllm_environment
+from grpo_fast.rollout.vllm_environment import (
+    LOCK_BYTES,
+    NO_WORKER,
+    load_beside_vllm,
+    multiply_whole,
+    undisturbed,
+    vllm_environment,
+)
 from grpo_fast.rollout.vllm_sample import Sample, num_likeliest, sample_whole
 from grpo_fast.rollout.vllm_sleep import check_segments, sleep_level
 from grpo_fast.rollout.weight_sync import WeightSync
@@ -221,6 +228,7 @@ class VLLMEngine:
             # A seeded request whose prompt is read in parts ends the engine: generators of a CPU have no offset to put back.
             arguments["enable_chunked_prefill"] = False
         check_room(LOCK_BYTES, "vLLM's locks")
+        multiply_whole(dtype)
         environment = vllm_environment(own_process=settings.own_process, transport=self._delivery.transport)
         with model_directory(self._model, self._tokenizer) as directory, undisturbed(), environment:
             inside = load_beside_vllm("grpo_fast.rollout.vllm_in_process")

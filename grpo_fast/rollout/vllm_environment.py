@@ -30,6 +30,9 @@ BINDING, UNBOUND = "VLLM_CPU_OMP_THREADS_BIND", "nobind"
 _THREADS = "OMP_NUM_THREADS"
 LOCK_BYTES = 2**20
 """Shared memory of the locks that an engine makes."""
+FLOAT32_PRODUCTS = {"TRITON_F32_DEFAULT": "ieee"}
+"""Has Triton multiply float32 in all its digits. On a GPU vLLM's attention in float32 is Triton's, as FlashAttention has none,
+and says nothing of precision: products in TF32, of three digits, would pass no proof of a sync."""
 OWNER = "GRPO_FAST_VLLM_OWNER"
 """Tells vLLM's processes which process they belong to, so that they end with it; see
 :func:`~grpo_fast.rollout.vllm_transport.register`."""
@@ -80,6 +83,16 @@ def vllm_environment(*, own_process: bool = False, transport: str = "") -> Itera
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def multiply_whole(dtype: torch.dtype) -> None:
+    """Sets :data:`FLOAT32_PRODUCTS` for an engine in ``dtype``, where the user set nothing.
+
+    It stays: Triton reads it when it compiles a kernel, which it does when a request first needs it.
+    """
+    if dtype == torch.float32:
+        for name, value in FLOAT32_PRODUCTS.items():
+            os.environ.setdefault(name, value)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from grpo_fast.rollout.transports import BACKENDS, Transport, choose_transport
 from grpo_fast.rollout.vllm_adapters import lora_options
 from grpo_fast.rollout.vllm_client import ONE_REPLICA
 from grpo_fast.rollout.vllm_engine import require_vllm
-from grpo_fast.rollout.vllm_environment import BINDING, LOCK_BYTES, NO_WORKER, UNBOUND
+from grpo_fast.rollout.vllm_environment import BINDING, FLOAT32_PRODUCTS, LOCK_BYTES, NO_WORKER, UNBOUND
 from grpo_fast.rollout.vllm_sleep import check_segments, sleep_level
 
 HOST = "127.0.0.1"
@@ -88,7 +88,8 @@ def server_command(  # noqa: PLR0913 (what the command line offers)
     _check_length(max_model_len, config)
     # Not `vllm serve`: that command asks for a distribution named vllm, which vLLM's build for CPUs is not.
     arguments = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", HOST, "--port", str(port)]
-    arguments += ["--model", model, "--load-format", "dummy", "--dtype", dtype or ("float32" if on_cpu else "bfloat16")]
+    dtype = dtype or ("float32" if on_cpu else "bfloat16")
+    arguments += ["--model", model, "--load-format", "dummy", "--dtype", dtype]
     arguments += ["--weight-transfer-config", f'{{"backend": "{BACKENDS[way]}"}}', "--enable-scale-out"]
     arguments += ["--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1", "--disable-uvicorn-access-log"]
     if max_model_len is not None:
@@ -114,6 +115,8 @@ def server_command(  # noqa: PLR0913 (what the command line offers)
         forced["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     _check_options(vllm_options, taken=arguments)
     defaults = {"VLLM_LOGGING_LEVEL": "WARNING", BINDING: UNBOUND, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    if dtype in {"float32", "float"}:
+        defaults |= FLOAT32_PRODUCTS
     return ServerCommand([*arguments, *vllm_options], defaults | dict(os.environ) | forced)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from grpo_fast.rollout import RolloutError
-from grpo_fast.rollout.vllm_environment import OWNER, held_port, load_beside_vllm, undisturbed, vllm_environment
+from grpo_fast.rollout.vllm_environment import OWNER, held_port, load_beside_vllm, multiply_whole, undisturbed, vllm_environment
 
 
 def test_the_environment_is_vllms_inside_and_the_users_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,6 +56,21 @@ def test_vllm_leaves_the_trainer_its_threads(monkeypatch: pytest.MonkeyPatch) ->
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(given)
+
+
+def test_an_engine_in_float32_multiplies_whole_for_as_long_as_the_process_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's own reading of it is what counts: it decides how a kernel that says nothing is compiled."""
+    knobs = pytest.importorskip("triton").knobs
+    monkeypatch.setenv("TRITON_F32_DEFAULT", "put back at the end")
+    monkeypatch.delenv("TRITON_F32_DEFAULT")
+    multiply_whole(torch.bfloat16)
+    assert knobs.language.fp32_default is None
+    with vllm_environment():
+        multiply_whole(torch.float32)
+    assert knobs.language.fp32_default == "ieee"
+    monkeypatch.setenv("TRITON_F32_DEFAULT", "tf32x3")
+    multiply_whole(torch.float32)
+    assert knobs.language.fp32_default == "tf32x3"
 
 
 def test_a_port_that_is_held_can_be_listened_to() -> None:

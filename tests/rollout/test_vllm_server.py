@@ -61,6 +61,17 @@ def test_on_a_gpu_it_computes_as_the_trainer_does() -> None:
 
 
 @pytest.mark.vllm
+def test_in_float32_triton_multiplies_whole_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_F32_DEFAULT", raising=False)
+    command = server_command(MODEL, port=1, on_cpu=False, dtype="float32")
+    assert command.environment["TRITON_F32_DEFAULT"] == "ieee"
+    assert "TRITON_F32_DEFAULT" not in server_command(MODEL, port=1, on_cpu=False).environment
+    monkeypatch.setenv("TRITON_F32_DEFAULT", "tf32x3")
+    command = server_command(MODEL, port=1, on_cpu=False, dtype="float32")
+    assert command.environment["TRITON_F32_DEFAULT"] == "tf32x3"
+
+
+@pytest.mark.vllm
 def test_it_can_sleep_on_a_gpu_where_it_is_told_to() -> None:
     assert "--enable-sleep-mode" in server_command(MODEL, port=1, on_cpu=False, enable_sleep_mode=True).arguments
     assert "--enable-sleep-mode" not in server_command(MODEL, port=1, on_cpu=False).arguments
