@@ -11,13 +11,24 @@ divergence is the mean over both places of
 which is 0 only where all agree. All that is asked is known beforehand, so the policy can compute its part, in one pass, while
 the engine still loads.
 
-Source: the summand is the k3 of Schulman, "Approximating KL divergence" (2020).
+An engine in a short type rounds its logits, whose spacing u grows with them: in bfloat16 it is 0.25 from 32 on. Rounding shifts
+each by u / 2 at most, so p is q times a factor whose logarithm lies in a range of u, and by Hoeffding's lemma
+
+.. math:: KL(q \| p) = \log E_q e^{\delta} - E_q \delta \le u^2 / 8
+
+As much again is allowed for the layers before the head. The policy's own head is computed in float32 and rounds nothing; that
+of a sharded policy does, and takes the second share.
+
+Source: the summand is the k3 of Schulman, "Approximating KL divergence" (2020); the lemma is equation 4.16 of Hoeffding,
+"Probability inequalities for sums of bounded random variables" (1963).
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,10 +40,22 @@ NUM_CHOICES = 20
 """Tokens of which an engine tells them, at each; as many as vLLM does without being built for more."""
 
 _MAX_KL = {torch.float32: 1e-8, torch.bfloat16: 5e-3, torch.float16: 1e-3}
-"""Nats a token: differences of 1.4e-4, 0.1 and 0.045 (root mean square) by rounding are allowed, depending on the type."""
+"""Nats a token, where logits are small: differences of 1.4e-4, 0.1 and 0.045 (root mean square) by rounding are allowed,
+depending on the type."""
+_HEAD_ROWS = 16384
+"""Of the head that are in float32 at a time."""
 
 Choices = Mapping[int, float]
 """Tokens with their log-probabilities."""
+
+
+class Scores(NamedTuple):
+    """What the policy says of the prompt."""
+
+    logprobs: torch.Tensor
+    """Float64 [:data:`NUM_PLACES`, V], in the order of :attr:`SyncProbe.prompts`."""
+    largest_logit: float
+    """Of those of the likeliest tokens, in absolute value."""
 
 
 class Mismatch(NamedTuple):
@@ -50,9 +73,11 @@ class SyncProbe:
 
     prompt: tuple[int, ...]
     max_kl: float
-    """Largest divergence that rounding explains."""
+    """Largest divergence that rounding explains where logits are small."""
     autocast_dtype: torch.dtype | None = None
     """What the policy computes in under autocast; ``None`` is the type of its weights."""
+    engine_dtype: torch.dtype = torch.float32
+    """What the engine computes in, and rounds its logits to."""
 
     @classmethod
     def build(
@@ -84,27 +109,56 @@ class SyncProbe:
             )
         generator = torch.Generator().manual_seed(20)
         prompt = torch.randint(vocabulary, (length,), generator=generator).tolist()
-        return cls(tuple(prompt), _MAX_KL[engine_dtype], autocast_dtype)
+        return cls(tuple(prompt), _MAX_KL[engine_dtype], autocast_dtype, engine_dtype)
 
     @property
     def prompts(self) -> list[tuple[int, ...]]:
         """What an engine is asked, one after the other."""
         return [self.prompt, self.prompt[:-1]]
 
+    def allowed(self, scores: Scores) -> float:
+        """Largest divergence that rounding explains, in nats a token; see above."""
+        spacing = torch.finfo(self.engine_dtype).eps * 2.0 ** (math.frexp(scores.largest_logit)[1] - 1)
+        return max(self.max_kl, spacing**2 / 4)
+
     @torch.no_grad()
-    def score(self, policy: torch.nn.Module) -> torch.Tensor:
-        """The policy's log-probabilities, float64 [:data:`NUM_PLACES`, V], after each of :attr:`prompts`."""
+    def score(self, policy: torch.nn.Module) -> Scores:
+        """The policy's log-probabilities after each of :attr:`prompts`."""
         device = next(policy.parameters()).device
         ids = torch.tensor([self.prompt], device=device)
-        forward = getattr(policy, "module", policy).forward
+        model = getattr(policy, "module", policy)
         # The head is dear, and most positions need none. By index: a slice would lie in strides, for which the head is copied.
         last = torch.arange(len(self.prompt) - NUM_PLACES, len(self.prompt), device=device)
-        kept = {"logits_to_keep": last} if "logits_to_keep" in inspect.signature(forward).parameters else {}
+        kept = {"logits_to_keep": last} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         enabled = self.autocast_dtype is not None
         # No cast is needed twice, and fresh memory for all would cost more than they do: 0.65 against 0.41 s (0.5B, AMD EPYC).
-        with torch.autocast(device.type, dtype=self.autocast_dtype, enabled=enabled, cache_enabled=False):
-            logits: torch.Tensor = policy(input_ids=ids, use_cache=False, **kept).logits[0, -NUM_PLACES:]
-        return logits.double().log_softmax(-1).flip(0).cpu()
+        autocast = torch.autocast(device.type, dtype=self.autocast_dtype, enabled=enabled, cache_enabled=False)
+        with autocast, self._whole_head(model):
+            logits = policy(input_ids=ids, use_cache=False, **kept).logits[0, -NUM_PLACES:].double().flip(0).cpu()
+        largest = logits.topk(min(NUM_CHOICES, logits.shape[-1])).values.abs().max().item()
+        return Scores(logits.log_softmax(-1), largest)
+
+    @contextlib.contextmanager
+    def _whole_head(self, model: torch.nn.Module) -> Iterator[None]:
+        """Has a head of a short type multiply the same numbers in float32; one that is sharded or quantised stays as it is."""
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        short = self.engine_dtype
+        if short == torch.float32 or not isinstance(head, torch.nn.Linear) or hasattr(head.weight, "full_tensor"):
+            yield
+            return
+
+        def multiply(_: torch.nn.Module, given: tuple[torch.Tensor, ...], __: torch.Tensor) -> torch.Tensor:
+            hidden = given[0].to(short).float()
+            with torch.autocast(hidden.device.type, enabled=False):
+                parts = [hidden @ rows.to(short).float().T for rows in head.weight.split(_HEAD_ROWS)]
+            logits = torch.cat(parts, -1)
+            return logits if head.bias is None else logits + head.bias.to(short)
+
+        handle = head.register_forward_hook(multiply)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 def compare(own: torch.Tensor, theirs: Sequence[Choices]) -> Mismatch:

@@ -28,7 +28,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from grpo_fast.rollout.engine import WeightSyncError
-from grpo_fast.rollout.sync_probe import Choices, Mismatch, SyncProbe, compare
+from grpo_fast.rollout.sync_probe import Choices, Mismatch, Scores, SyncProbe, compare
 
 if TYPE_CHECKING:
     import torch
@@ -115,7 +115,7 @@ class WeightSync:
         """
         if self._left is not None and self._left.is_alive():
             raise WeightSyncError(f"{self._left.name!r} of an earlier sync hangs still, and would mix its weights with these")
-        own: Future[torch.Tensor] = Future()
+        own: Future[Scores] = Future()
 
         def work() -> None:
             try:
@@ -173,7 +173,7 @@ class WeightSync:
         self._timed("resume", target.resume)
         return num_bytes
 
-    def _probed(self, version: int, own: Future[torch.Tensor]) -> Mismatch:
+    def _probed(self, version: int, own: Future[Scores]) -> Mismatch:
         try:
             return self._timed("probe", lambda: self._prove(version, own))
         except Exception as error:
@@ -183,20 +183,21 @@ class WeightSync:
                 raise
             raise WeightSyncError(f"the sync of version {version} failed in its phase 'probe': {error}") from error
 
-    def _prove(self, version: int, own: Future[torch.Tensor]) -> Mismatch:
+    def _prove(self, version: int, own: Future[Scores]) -> Mismatch:
         probe = self._probe
         told = self._target.answer(probe.prompts)
         scores = own.result()
+        allowed = probe.allowed(scores)
 
         def worst(engines: Sequence[Sequence[Choices]]) -> Mismatch:
-            found = [compare(scores, choices) for choices in engines]
-            return next((each for each in found if not each.kl <= probe.max_kl), max(found))  # not so for NaN too
+            found = [compare(scores.logprobs, choices) for choices in engines]
+            return next((each for each in found if not each.kl <= allowed), max(found))  # not so for NaN too
 
         mismatch = worst(told)
-        if mismatch.kl <= probe.max_kl:
+        if mismatch.kl <= allowed:
             return mismatch
         fresh = worst(self._target.score(probe.prompt))
-        if fresh.kl <= probe.max_kl:
+        if fresh.kl <= allowed:
             cause = "computed without its prefix cache they agree: keys and values of older weights are still in that cache"
         else:
             cause = (
@@ -206,7 +207,7 @@ class WeightSync:
         raise WeightSyncError(
             f"after the sync of version {version} the engine does not sample from the policy: over {len(probe.prompt)} fixed "
             f"prompt tokens its log-probabilities differ by up to {mismatch.largest:.3g} nats (divergence {mismatch.kl:.3g}, "
-            f"allowed {probe.max_kl:.3g}); {cause}"
+            f"allowed {allowed:.3g}); {cause}"
         )
 
     def _timed(self, phase: str, work: Callable[[], _T]) -> _T:

@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from grpo_fast.rollout.sync_probe import NUM_PLACES, Choices, SyncProbe, compare
+from grpo_fast.rollout.sync_probe import NUM_PLACES, Choices, Scores, SyncProbe, compare
 
 
-def build_probe(block_size: int = 4, context_length: int = 64) -> SyncProbe:
+def build_probe(block_size: int = 4, context_length: int = 64, dtype: torch.dtype = torch.float32) -> SyncProbe:
     return SyncProbe.build(
-        vocabulary=40, block_size=block_size, context_length=context_length, engine_dtype=torch.float32, autocast_dtype=None
+        vocabulary=40,
+        block_size=block_size,
+        context_length=context_length,
+        engine_dtype=dtype,
+        autocast_dtype=None if dtype == torch.float32 else dtype,
     )
 
 
@@ -51,7 +56,7 @@ def test_a_context_without_room_for_two_blocks_is_refused() -> None:
 
 def test_scores_are_the_models_own(model: LlamaForCausalLM) -> None:
     probe = build_probe()
-    scores = probe.score(model)
+    scores = probe.score(model).logprobs
     assert scores.dtype == torch.float64
     assert scores.shape == (NUM_PLACES, 40)
     double = LlamaForCausalLM(model.config).double()
@@ -95,21 +100,65 @@ def test_what_is_no_number_is_found(side: str) -> None:
 
 def test_the_gate_lets_rounding_through_and_one_small_update_not(model: LlamaForCausalLM) -> None:
     probe = build_probe()
-    logprobs = probe.score(model)
+    own = probe.score(model)
+    logprobs = own.logprobs
     rounded = logprobs.float() + torch.linspace(-2e-5, 2e-5, logprobs.numel()).view_as(logprobs)
-    assert compare(logprobs, likeliest(rounded)).kl <= probe.max_kl
+    assert compare(logprobs, likeliest(rounded)).kl <= probe.allowed(own)
     moved = LlamaForCausalLM(model.config)
     moved.load_state_dict({name: weight + 1e-3 * weight.sign() for name, weight in model.state_dict().items()})
-    assert compare(probe.score(moved), likeliest(logprobs)).kl > probe.max_kl
+    assert compare(probe.score(moved).logprobs, likeliest(logprobs)).kl > probe.allowed(own)
 
 
 def test_one_weight_of_one_layer_is_enough(model: LlamaForCausalLM) -> None:
     """As where a single tensor did not arrive."""
     probe = build_probe()
-    logprobs = probe.score(model)
+    own = probe.score(model)
+    logprobs = own.logprobs
     for name, _ in model.named_parameters():
         moved = LlamaForCausalLM(model.config)
         moved.load_state_dict(model.state_dict())
         with torch.no_grad():
             moved.get_parameter(name).mul_(1.01)
-        assert compare(probe.score(moved), likeliest(logprobs)).kl > probe.max_kl, name
+        assert compare(probe.score(moved).logprobs, likeliest(logprobs)).kl > probe.allowed(own), name
+
+
+@pytest.mark.parametrize(("largest", "spacing"), [(16.0, 0.125), (31.9, 0.125), (32.0, 0.25), (63.0, 0.25), (100.0, 0.5)])
+def test_the_gate_grows_with_the_spacing_of_an_engines_logits(largest: float, spacing: float) -> None:
+    held = torch.tensor(largest, dtype=torch.bfloat16)
+    assert (torch.nextafter(held, torch.tensor(torch.inf, dtype=torch.bfloat16)) - held).item() == spacing
+    scores = Scores(torch.empty(0), largest)
+    assert build_probe(dtype=torch.bfloat16).allowed(scores) == max(5e-3, spacing**2 / 4)
+    assert build_probe(dtype=torch.bfloat16).allowed(Scores(torch.empty(0), 9.0)) == 5e-3
+    assert build_probe().allowed(scores) == 1e-8, "float32 rounds nothing that could be seen"
+
+
+@pytest.mark.parametrize("offset", [4.0, 40.0, 90.0])
+def test_large_logits_that_an_engine_rounds_pass_and_other_weights_do_not(model: LlamaForCausalLM, offset: float) -> None:
+    """An engine that errs in nothing but its last rounding; with this policy's own rounding beside it 5e-3 was not enough."""
+    probe = build_probe(dtype=torch.bfloat16)
+    large = copy.deepcopy(model)
+    with torch.no_grad():
+        hidden = large.model(torch.tensor([probe.prompt])).last_hidden_state[0, -NUM_PLACES:].mean(0)
+        large.lm_head.weight.add_(offset * hidden / hidden.square().sum())
+        logits = large(torch.tensor([probe.prompt])).logits[0, -NUM_PLACES:].flip(0)
+    own = probe.score(large)
+    assert own.largest_logit == pytest.approx(logits.topk(20).values.abs().max().item(), rel=2e-2)
+    rounded = likeliest(logits.bfloat16().double().log_softmax(-1))
+    assert compare(own.logprobs, rounded).kl <= probe.allowed(own)
+    with torch.no_grad():
+        large.model.layers[1].mlp.down_proj.weight.mul_(3.0)
+    assert compare(probe.score(large).logprobs, rounded).kl > probe.allowed(own)
+
+
+def test_of_a_short_type_the_head_alone_is_computed_in_float32(model: LlamaForCausalLM) -> None:
+    probe = build_probe(dtype=torch.bfloat16)
+    ids = torch.tensor([probe.prompt])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden = model.model(ids).last_hidden_state[0, -NUM_PLACES:].bfloat16()
+        short = model(ids).logits[0, -NUM_PLACES:]
+    exact = (hidden.double() @ model.lm_head.weight.bfloat16().double().T).log_softmax(-1).flip(0)
+    assert short.dtype == torch.bfloat16
+    assert (short.double().log_softmax(-1).flip(0) - exact).abs().max() > 1e-3
+    assert (probe.score(model).logprobs - exact).abs().max() < 1e-5
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(ids).logits[0, -NUM_PLACES:].equal(short), "the policy is left as it was"

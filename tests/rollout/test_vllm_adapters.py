@@ -161,7 +161,7 @@ def test_twenty_versions_without_a_reset_and_the_logprobs_are_the_policys_after_
 def test_both_scorings_of_the_probe_are_those_of_the_adapters(adapted: Adapted) -> None:
     target: Any = adapted.engine._vllm
     probe = adapted.engine._sync._probe
-    own = probe.score(adapted.model)
+    own = probe.score(adapted.model).logprobs
     for choices in (*target.answer(probe.prompts), *target.score(probe.prompt)):
         assert compare(own, choices).largest < 5e-5
 

@@ -31,7 +31,7 @@ def probe(embedded: Any) -> SyncProbe:
 
 def test_both_scorings_of_the_probe_are_the_policys(embedded: Any, probe: SyncProbe) -> None:
     target = embedded.engine._vllm
-    own = probe.score(embedded.model)
+    own = probe.score(embedded.model).logprobs
     for choices in (*target.answer(probe.prompts), *target.score(probe.prompt)):
         assert [len(each) >= NUM_CHOICES for each in choices] == [True] * NUM_PLACES
         assert compare(own, choices).largest < 5e-5

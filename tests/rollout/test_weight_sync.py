@@ -93,7 +93,7 @@ class SecondCopy:
 
 
 def likeliest(model: LlamaForCausalLM) -> list[Choices]:
-    found = PROBE.score(model).topk(20)
+    found = PROBE.score(model).logprobs.topk(20)
     return [dict(zip(*row, strict=True)) for row in zip(found.indices.tolist(), found.values.tolist(), strict=True)]
 
 

@@ -51,12 +51,12 @@ def test_the_probe_scores_shards_as_it_does_the_whole_model_after_an_update_too(
     model, whole = policy.whole_model(), make_model()
     assert all(isinstance(weight, DTensor) for weight in model.parameters())
     for _ in range(2):
-        found = policy.reading(world).once(lambda: PROBE.score(model))
-        assert (found - PROBE.score(whole)).abs().max() < 1e-5
+        found = policy.reading(world).once(lambda: PROBE.score(model)).logprobs
+        assert (found - PROBE.score(whole).logprobs).abs().max() < 1e-5
         with torch.no_grad():
             for weight in (*policy.model.parameters(), *whole.parameters()):
                 weight.mul_(1.5)
-    assert (found - PROBE.score(whole)).abs().max() > 1e-3
+    assert (found - PROBE.score(whole).logprobs).abs().max() > 1e-3
 
 
 def test_weights_come_a_unit_at_a_time(policy: ShardedPolicy, world: World, monkeypatch: pytest.MonkeyPatch) -> None:

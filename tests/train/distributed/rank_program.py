@@ -321,7 +321,7 @@ def streamed(world: World, values: dict[str, Any], directory: Path) -> dict[str,
     for name, weight in true.items():
         units[re.sub(r"(layers\.\d+)\..*", r"\1", name)] += 2 * weight.numel()
     wire, probe = Wire(policy.whole_model(), list(true)), SyncProbe(tuple(range(4, 12)), 1e-9)
-    wire.choices = [dict(enumerate(row.tolist())) for row in probe.score(whole.model)]
+    wire.choices = [dict(enumerate(row.tolist())) for row in probe.score(whole.model).logprobs]
 
     def attempt(*fates: str, deadline_s: float = 30.0) -> str:
         wire.fates = list(fates)
