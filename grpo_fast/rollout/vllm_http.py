@@ -197,6 +197,8 @@ class HTTPVLLM:
         """Puts them in force."""
         name = version_name(version, self._run_name)
         self.everywhere(lambda server: server.post("/finish_weight_update", {"weight_version": name}))
+        if self._sender is not None:
+            self._sender.release()
 
     def weight_version(self) -> int | None:
         """The version in force on every server; ``None`` where they differ, or hold no weights of this run."""

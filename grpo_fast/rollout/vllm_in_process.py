@@ -315,6 +315,8 @@ class InProcessVLLM:
         """Puts them in force."""
         with self._asked("sync_deadline_s") as llm:
             llm.finish_weight_update(version_name(version, self._run_name))
+        if self._sender is not None:
+            self._sender.release()
 
     def weight_version(self) -> int | None:
         """The version in force; ``None`` before the first."""

@@ -55,6 +55,11 @@ class WeightSender:
             self._engine.send_weights()
         return int(getattr(self._engine, "sent_bytes", self._source.num_bytes))
 
+    def release(self) -> None:
+        """Has torch take back what an engine held until the update was finished: the buffer of CUDA IPC."""
+        if self._transport == "ipc":
+            torch.cuda.ipc_collect()
+
 
 def init_info(transport: str, source: PolicyWeights, *, bucket_bytes: int, num_workers: int, port: int) -> TrainerInitInfo:
     """What vLLM's factory opens a transport by; the trainer's first rank sends, and listens at ``port`` where NCCL begins.

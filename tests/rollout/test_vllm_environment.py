@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import random
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -42,20 +43,18 @@ def test_an_engine_in_the_trainers_process_is_told_how_many_threads_torch_has(mo
 
 
 @pytest.mark.vllm
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_vllm_leaves_the_trainer_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What its worker calls on a GPU at the end of loading a model."""
-    from vllm.utils.torch_utils import set_torch_threads_for_runtime
-
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    given = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        with vllm_environment():
-            set_torch_threads_for_runtime()
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(given)
+def test_vllm_leaves_the_trainer_its_threads() -> None:
+    """What its worker calls on a GPU when it has loaded a model; in a process where none of a CPU took torch's call away."""
+    program = (
+        "import torch; from vllm.utils.torch_utils import set_torch_threads_for_runtime as limit\n"
+        "from grpo_fast.rollout.vllm_environment import vllm_environment\n"
+        "torch.set_num_threads(2)\n"
+        "with vllm_environment(): limit()\n"
+        "print('threads', torch.get_num_threads()); limit(); print('threads', torch.get_num_threads())"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    told = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True).stdout
+    assert [line for line in told.splitlines() if line.startswith("threads")] == ["threads 2", "threads 1"]
 
 
 def test_an_engine_in_float32_multiplies_whole_for_as_long_as_the_process_lasts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMSettings
 from grpo_fast.rollout.vllm_sleep import Sleeper, check_segments, sleep_level
 from grpo_fast.tasks.stream import PromptStream
 from grpo_fast.train.collect import Collector
+from grpo_fast.train.episodes import OneTurn
 from grpo_fast.types import Prompt
 
 PROMPTS = [[1] + [3 + (7 * place) % 50 for place in range(75)], [1, 4, 5, 6]]
@@ -123,7 +124,7 @@ def test_a_step_puts_vllm_to_sleep_when_all_its_rollouts_are_made(
     settings = {"rollout": "vllm", "vllm_enable_sleep_mode": True, "refill_rounds": 1}
     config = recipe("embedded", output_dir=tmp_path, prompts_per_step=2, num_generations=2, **settings)
     rewards = RewardPool([lambda prompts, completions, **_: [1.0] * len(completions)], workers=0)
-    collector = Collector(config, engine=engine, stream=PromptStream(prompts, seed=0, shuffle=False), rewards=rewards)
+    collector = Collector(config, sampler=OneTurn(engine), stream=PromptStream(prompts, seed=0, shuffle=False), rewards=rewards)
     for step in (1, 2):
         collector.collect(step, PhaseTimer())
         assert next(calls) == 3 * step, "groups without variance were not refilled"
