@@ -110,6 +110,7 @@ def shell(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "150")
+    monkeypatch.setattr(sys, "path", [*sys.path])
 
     def call(line: str, *more: str) -> tuple[int, str, str]:
         capfd.readouterr()

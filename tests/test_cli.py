@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -216,8 +215,7 @@ def test_a_crash_in_native_code_says_where_it_was(tmp_path: Path) -> None:
     )
     program = str(Path(sys.executable).with_name("grpo-fast"))
     command = [program, "train", *SMALL.split(), "--reward-funcs", "crash:score", "--output-dir", "run"]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGSEGV
     assert "Fatal Python error: Segmentation fault" in done.stderr
     assert f'File "{tmp_path / "crash.py"}", line 5 in score' in done.stderr
@@ -260,6 +258,17 @@ def test_report_of_a_run(trained: Path, shell: Shell) -> None:
     assert code == 0
     assert (trained / "run" / "report.html").exists()
     assert out.startswith("wrote ")
+
+
+def test_modules_of_the_current_folder_can_be_named(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "reward_of_this_folder.py").write_text("def score(wanted):\n    return []\n", encoding="utf-8")
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])  # as the installed command has it
+    asks = f"train {SMALL} --reward-funcs reward_of_this_folder:score --output-dir run"
+    code, _, err = shell(asks)
+    assert (code, "'score' needs a dataset column 'wanted'" in in_words(err)) == (1, True), err
+    assert sys.path[0] == str(tmp_path)
+    assert shell(asks)[0] == 1
+    assert sys.path.count(str(tmp_path)) == 1
 
 
 def test_a_failing_reward_is_told_without_a_traceback(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,7 +98,7 @@ class Shell:
 def run(command: list[str], home: Path) -> None:
     environment = os.environ | {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-        "PYTHONPATH": os.pathsep.join([str(home), str(ROOT)]),
+        "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "COLUMNS": "120",
     }

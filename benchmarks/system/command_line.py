@@ -19,6 +19,7 @@ from grpo_fast.cli import main
 from grpo_fast.tasks.load import load_task
 from grpo_fast.train import GRPOTrainer
 
+sys.path.remove("")  # the installed command has no such entry
 print("ready", flush=True)
 for line in sys.stdin:
     child = os.fork()
@@ -43,8 +44,7 @@ class CommandLine:
     def __init__(self, home: Path) -> None:
         self.home = home
         self._mark = uuid.uuid4().hex
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(home), os.environ.get("PYTHONPATH", "")])}
-        environment |= {"OMP_NUM_THREADS": "1", _MARK: self._mark}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", _MARK: self._mark}
         self._process = subprocess.Popen(
             [sys.executable, "-c", _FORKS], cwd=home, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
