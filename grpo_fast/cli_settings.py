@@ -40,6 +40,12 @@ def fill(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> 
     if resume is not None:
         if recipe is not None or file is not None:
             raise ConfigError("--resume uses the run's own configuration; leave out --recipe and --config")
+        output = given("--output-dir")
+        if output is not None and Path(output).absolute() != Path(resume).absolute():
+            raise ConfigError(
+                f"--resume {resume} goes on in that directory, and not in --output-dir {output}; leave one out (a copy "
+                "of a run is resumed where it is)"
+            )
         if not (Path(resume) / CONFIG_FILE).exists():
             raise ConfigError(f"there is no run in {resume}: no {CONFIG_FILE} is there; give the output_dir of a run")
         values = read_toml(Path(resume) / CONFIG_FILE)

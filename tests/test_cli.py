@@ -93,6 +93,11 @@ def test_commands_and_version(shell: Shell) -> None:
         ("train --recipe embedded --revision v1", "revision='v1' with model='embedded': only models of the hub have revisions"),
         ("train --resume none --recipe embedded", "--resume uses the run's own configuration; leave out --recipe and --config"),
         ("train --resume none --config some.toml", "--resume uses the run's own configuration"),
+        (
+            "train --resume none --output-dir other",
+            "--resume none goes on in that directory, and not in --output-dir other; leave one out",
+        ),
+        ("train --resume none --output-dir ./none", "there is no run in none"),
         ("train --model nowhere/[at]/all", "cannot load model 'nowhere/[at]/all'"),
         ("train --reward-funcs acuracy --max-completion-length 8", "unknown reward 'acuracy'; did you mean 'accuracy'"),
         ("report none", "none"),
