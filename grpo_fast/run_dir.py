@@ -12,6 +12,8 @@ from typing import BinaryIO
 CONFIG_FILE = "config.toml"
 """What makes a directory that of a run."""
 SUMMARY_FILE = "summary.json"
+LOCK_FILE = ".lock"
+"""What the process that writes to a run keeps locked; it stays when that has ended."""
 _PARTIAL = ".partial"
 
 
@@ -41,9 +43,9 @@ def is_cut_short(path: Path) -> bool:
 
 
 def empty_run(run_dir: Path) -> None:
-    """Deletes all of a run but its configuration, by which what is left after a kill is still known as a run."""
+    """Deletes all of a run but its configuration, by which what is left after a kill is still known as a run, and its lock."""
     for path in run_dir.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path.name != CONFIG_FILE:
+        elif path.name not in {CONFIG_FILE, LOCK_FILE}:
             path.unlink()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from grpo_fast.run_dir import CONFIG_FILE, empty_run, is_cut_short, write_whole
+from grpo_fast.run_dir import CONFIG_FILE, LOCK_FILE, empty_run, is_cut_short, write_whole
 
 
 def test_no_reader_sees_half_a_file(tmp_path: Path) -> None:
@@ -52,8 +52,9 @@ def test_what_a_kill_in_the_middle_of_deleting_leaves_is_still_a_run(tmp_path: P
             empty_run(tmp_path)
     assert (tmp_path / CONFIG_FILE).exists()
     assert len(list(tmp_path.iterdir())) > 1
+    (tmp_path / LOCK_FILE).touch()
     empty_run(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [CONFIG_FILE]
+    assert {path.name for path in tmp_path.iterdir()} == {CONFIG_FILE, LOCK_FILE}
 
 
 def _kill(path: Path) -> None:

@@ -25,13 +25,14 @@ from grpo_fast.rollout.vllm_arguments import check_engine_args
 from grpo_fast.rollout.vllm_client import VLLMServer
 from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMServerEngine, VLLMSettings, require_vllm
 from grpo_fast.rollout.vllm_sleep import sleep_level
-from grpo_fast.run_dir import CONFIG_FILE, empty_run, is_cut_short, write_whole
+from grpo_fast.run_dir import CONFIG_FILE, write_whole
 from grpo_fast.sinks import JsonlSink, RunInfo, Sink, SinkSet, build_sinks
 from grpo_fast.sinks.question import TIMEOUT_S
 from grpo_fast.tasks import PromptStream, Task
 from grpo_fast.tasks.encoded import EncodedPrompts
 from grpo_fast.tasks.remarks import plain_text, repeats
 from grpo_fast.tasks.replies import Replies
+from grpo_fast.train.claim import Claim
 from grpo_fast.train.data import Data, check_rows, choose_data, choose_environments, encoded_task
 from grpo_fast.train.distributed import ALONE, World, note_launch
 from grpo_fast.train.episodes import InTurns, OneTurn, Sampler
@@ -74,17 +75,15 @@ class Parts:
     facts: DeviceFacts
     remarks: Sequence[str]
     """What is odd about the data, to be told where a run begins."""
-    replaces_run: bool
-    """Whether an older run in the same directory is deleted when this one opens."""
+    claim: Claim
+    """What the process has of the run's directory."""
 
     def open(self, start_step: int) -> None:
         """Writes the resolved configuration and starts the sinks."""
         config = self.config
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        if self.replaces_run:
-            empty_run(config.output_dir)
-            self.replaces_run = False
-        write_whole(config.output_dir / CONFIG_FILE, config.to_toml())
+        self.claim.open()
+        # With either of these left in it, to begin another run from this file would delete this one, or go on with it.
+        write_whole(config.output_dir / CONFIG_FILE, config.replace(overwrite=False, resume_if_exists=False).to_toml())
         self.data.write_names(config.output_dir)
         note_launch(config.output_dir)
         self.sinks.start(
@@ -115,13 +114,16 @@ class Parts:
         )
 
     def close(self) -> None:
-        """Ends worker processes, the engine and the sinks."""
-        self.rewards.close()
-        self.eval_rewards.close()
-        self.engine.close()
-        if self.data.environments is not None:
-            self.data.environments.close()
-        self.sinks.close()
+        """Ends worker processes, the engine and the sinks, and leaves the directory to others."""
+        try:
+            self.rewards.close()
+            self.eval_rewards.close()
+            self.engine.close()
+            if self.data.environments is not None:
+                self.data.environments.close()
+            self.sinks.close()
+        finally:
+            self.claim.release()
 
 
 class Replacements(TypedDict, total=False):
@@ -173,7 +175,16 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
         ConfigError: whatever cannot work, before anything expensive is done.
         ValueError: numbers that the loss, a reward or a sink cannot work with, likewise.
     """
-    replaces_run = world.once(lambda: not resume and _holds_run(config))
+    claim = Claim(config)
+    world.once(lambda: claim.stake(resume=resume))
+    try:
+        return _build(config, given, claim, resume=resume, world=world)
+    except BaseException:
+        claim.release()
+        raise
+
+
+def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, world: World) -> Parts:
     _check(config, given, world)
     record, sinks = _build_sinks(config, given, world)
     budget = _build_budget(config, given.get("budget"))
@@ -227,7 +238,7 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
                 *repeats(prompts, eval_prompts[: config.eval_size], prompts_per_step=config.prompts_per_step),
                 *(plain_text(prompts.num_plain, len(prompts)) if source.chat else ()),
             ],
-            replaces_run=replaces_run,
+            claim=claim,
         )
         on_error.pop_all()
     return parts
@@ -309,23 +320,6 @@ def load_prior(config: Config) -> Prior:
         return Prior.load(config.forecast_prior)
     except (OSError, ValueError) as error:
         raise ConfigError(f"forecast_prior: {error}") from error
-
-
-def _holds_run(config: Config) -> bool:
-    """Whether ``output_dir`` holds a run that may be replaced; anything else that stands in the way is an error."""
-    run = config.output_dir
-    if run.exists() and not run.is_dir():
-        raise ConfigError(f"output_dir {run} is a file; name a directory")
-    if not run.is_dir() or all(is_cut_short(path) for path in run.iterdir()):
-        return False
-    if not (run / CONFIG_FILE).exists():
-        raise ConfigError(f"output_dir {run} holds files that are no run; name an empty or new directory")
-    if not config.overwrite:
-        raise ConfigError(
-            f"output_dir {run} already holds a run; go on with `grpo-fast train --resume {run}`, "
-            "let it go on by itself with --resume-if-exists, replace it with --overwrite, or name another directory"
-        )
-    return True
 
 
 def _build_budget(config: Config, given: Budget | None) -> Budget:

@@ -324,8 +324,8 @@ class GRPOTrainer:
         """Starts the sinks."""
         if self._opened:
             return
-        self._opened = True
         self._world.once(lambda: self._parts.open(self.global_step))
+        self._opened = True
         self._event("resume" if self.global_step else "start", self._parts.describe(self.global_step))
 
     def _measure_start(self) -> None:

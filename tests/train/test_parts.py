@@ -13,7 +13,7 @@ import pytest
 from grpo_fast.compute import Budget
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.rollout.vllm_environment import held_port
-from grpo_fast.run_dir import CONFIG_FILE
+from grpo_fast.run_dir import CONFIG_FILE, LOCK_FILE
 from grpo_fast.tasks.task import Task
 from grpo_fast.train import GRPOTrainer
 from grpo_fast.train.parts import Parts, _check_ranks, build_parts
@@ -106,7 +106,18 @@ def test_overwrite_removes_the_old_run_and_nothing_else(build: Any, tmp_path: Pa
     assert (tmp_path / "run" / "checkpoint-3").exists(), "as long as something may still be wrong with the new run"
     parts.open(0)
     assert (tmp_path / "beside").exists()
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {CONFIG_FILE, "sources.json"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {CONFIG_FILE, "sources.json", LOCK_FILE}
+
+
+@pytest.mark.parametrize("switch", ["overwrite", "resume_if_exists"])
+def test_to_begin_another_run_from_a_runs_own_configuration_leaves_that_run_alone(
+    switch: str, build: Any, tmp_path: Path
+) -> None:
+    parts = build(**{switch: True})
+    parts.open(0)
+    assert Config.from_toml(tmp_path / "run" / CONFIG_FILE) == parts.config.replace(**{switch: False})
+    with pytest.raises(ConfigError, match="already holds a run"):
+        build_parts(Config.from_toml(tmp_path / "run" / CONFIG_FILE), {}, resume=False)
 
 
 def test_rewards_given_in_python_are_needed_again_on_resume(build: Any) -> None:

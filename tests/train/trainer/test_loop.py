@@ -16,6 +16,7 @@ from benchmarks.system.soak import trace
 from grpo_fast.config import Config
 from grpo_fast.objective import OBJECTIVES
 from grpo_fast.ops import Kept, token_logprob
+from grpo_fast.run_dir import LOCK_FILE
 from grpo_fast.train import GRPOTrainer, StepResult, head_part
 from grpo_fast.train.checkpoint import list_checkpoints
 from tests.train.trainer.runs import LETTERS, Make, Straight, beliefs, events, rows, vowels, weights
@@ -43,7 +44,7 @@ def test_a_run_leaves_everything_a_reader_needs(whole: Straight) -> None:
     names = {path.name for path in run.iterdir()}
     expected = {"config.toml", "metrics.jsonl", "forecasts.jsonl", "events.jsonl", "completions.jsonl"}
     assert expected | {"trainer_state.json", "summary.json", "checkpoint-8"} <= names
-    assert not any(name.startswith(".") for name in names)
+    assert [name for name in names if name.startswith(".")] == [LOCK_FILE]
     assert Config.from_toml(run / "config.toml") == whole.config
     assert json.loads((run / "summary.json").read_text(encoding="utf-8")) == whole.summary
     assert [row["step"] for row in whole.trace] == list(range(9)), "step 0 is the evaluation before training"

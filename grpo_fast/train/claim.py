@@ -1,0 +1,108 @@
+"""A run's directory as its own: what stands there already is told, and a second process is kept out."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import socket
+from typing import TextIO
+
+from grpo_fast.config import Config, ConfigError
+from grpo_fast.run_dir import CONFIG_FILE, LOCK_FILE, empty_run, is_cut_short
+
+_log = logging.getLogger(__name__)
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+
+class Claim:
+    """What a process has of the directory that its run writes to.
+
+    The lock is the system's (``fcntl``), on a file in the directory: it is free once the process has ended, however it did, and
+    processes that it started do not have it. It is taken before anything is read where there is a run already, and where there
+    is none when the first file is written. A second trainer of the same process is let in: notebooks leave the first one open.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._run = config.output_dir
+        self._replaces_run = False
+        self._lock: TextIO | None = None
+
+    def stake(self, *, resume: bool) -> None:
+        """Checks what is in the directory, and locks it where that is a run; writes nothing else.
+
+        Args:
+            resume: the run that is there is gone on with.
+
+        Raises:
+            ConfigError: the directory cannot be used, or another process does.
+        """
+        self._replaces_run = not resume and self._holds_run()
+        if self._replaces_run or (resume and self._run.is_dir()):
+            self._take()
+
+    def open(self) -> None:
+        """Makes the directory, locks it and deletes the run that was in it, if it is to be replaced.
+
+        Raises:
+            ConfigError: another process uses it, or has since left a run there.
+        """
+        self._run.mkdir(parents=True, exist_ok=True)
+        if self._lock is None:
+            self._take()
+            self._replaces_run = self._holds_run()
+        if self._replaces_run:
+            empty_run(self._run)
+            self._replaces_run = False
+
+    def release(self) -> None:
+        """Lets others in; calling it twice is harmless."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _holds_run(self) -> bool:
+        """Whether there is a run that may be replaced; anything else that stands in the way is an error."""
+        run = self._run
+        if run.exists() and not run.is_dir():
+            raise ConfigError(f"output_dir {run} is a file; name a directory")
+        if not run.is_dir() or all(is_cut_short(path) or path.name == LOCK_FILE for path in run.iterdir()):
+            return False
+        if not (run / CONFIG_FILE).exists():
+            raise ConfigError(f"output_dir {run} holds files that are no run; name an empty or new directory")
+        if not self._config.overwrite:
+            raise ConfigError(
+                f"output_dir {run} already holds a run; go on with `grpo-fast train --resume {run}`, "
+                "let it go on by itself with --resume-if-exists, replace it with --overwrite, or name another directory"
+            )
+        return True
+
+    def _take(self) -> None:
+        lock = (self._run / LOCK_FILE).open("a+", encoding="utf-8")
+        try:
+            self._lock_file(lock)
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            lock.flush()
+        except BaseException:
+            lock.close()
+            raise
+        self._lock = lock
+
+    def _lock_file(self, lock: TextIO) -> None:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            lock.seek(0)
+            raise ConfigError(
+                f"output_dir {self._run} is in use by {lock.read() or 'another process'}; wait until that has ended, end "
+                "it, or name another directory"
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            _log.warning(
+                "%s cannot be locked (%s): see to it that no second process is started on this run", self._run, error.strerror
+            )

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_fast.config import Config, ConfigError
+from grpo_fast.run_dir import CONFIG_FILE, LOCK_FILE
+from grpo_fast.train import GRPOTrainer
+from grpo_fast.train.claim import Claim
+
+HOLDS = """
+import sys
+from grpo_fast.config import Config
+from grpo_fast.train.claim import Claim
+
+claim = Claim(Config(output_dir=sys.argv[1], overwrite=True))
+claim.open()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Any:
+    """Another process that has the run."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    (tmp_path / "run" / CONFIG_FILE).write_text(Config(output_dir=tmp_path / "run").to_toml(), encoding="utf-8")
+    yield process
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.slow
+def test_a_run_that_another_process_has_is_left_alone_until_that_was_killed(
+    holder: Any, tmp_path: Path, tiny_config: Callable[..., Config]
+) -> None:
+    run = tmp_path / "run"
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    in_use = rf"output_dir {run} is in use by process {holder.pid} on \S+; wait until that has ended, end it, or name another"
+    for config in (tiny_config(overwrite=True, model="no/such/model"), tiny_config(resume_if_exists=True)):
+        with pytest.raises(ConfigError, match=in_use):
+            Claim(config).stake(resume=config.resume_if_exists)
+    with pytest.raises(ConfigError, match=in_use):
+        GRPOTrainer(tiny_config(overwrite=True, model="no/such/model"))  # before anything is read
+    with pytest.raises(ConfigError, match=in_use):
+        GRPOTrainer.resume(run)
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    holder.kill()
+    holder.wait()
+    claim = Claim(tiny_config(overwrite=True))
+    claim.stake(resume=False)
+    claim.release()
+
+
+def test_a_directory_that_became_a_run_while_the_model_was_read_is_left_alone(
+    tmp_path: Path, tiny_config: Callable[..., Config]
+) -> None:
+    claim = Claim(tiny_config())
+    claim.stake(resume=False)
+    assert not (tmp_path / "run").exists(), "nothing is written yet"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / CONFIG_FILE).touch()
+    with pytest.raises(ConfigError, match="already holds a run"):
+        claim.open()
+    claim.release()
+
+
+def test_the_lock_outlives_an_emptied_run_and_is_no_run_itself(tmp_path: Path, tiny_config: Callable[..., Config]) -> None:
+    run = tmp_path / "run"
+    first = Claim(tiny_config())
+    first.open()
+    first.release()
+    first.release()
+    assert [path.name for path in run.iterdir()] == [LOCK_FILE]
+    again = Claim(tiny_config())
+    again.stake(resume=False)  # what a run leaves that never wrote a file is an empty directory
+    (run / CONFIG_FILE).touch()
+    (run / "metrics.jsonl").touch()
+    replacing = Claim(tiny_config(overwrite=True))
+    replacing.stake(resume=False)
+    assert (run / LOCK_FILE).read_text(encoding="utf-8").startswith(f"process {os.getpid()} on ")
+    number = (run / LOCK_FILE).stat().st_ino
+    replacing.open()
+    assert {path.name for path in run.iterdir()} == {CONFIG_FILE, LOCK_FILE}
+    assert (run / LOCK_FILE).stat().st_ino == number
+    replacing.release()
+
+
+def test_a_file_system_without_locks_is_told_and_stops_nothing(
+    tmp_path: Path, tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(number: int) -> Callable[..., None]:
+        def lockf(*_: Any) -> None:
+            raise OSError(number, os.strerror(number))
+
+        return lockf
+
+    monkeypatch.setattr(fcntl, "lockf", refuse(errno.ENOLCK))
+    claim = Claim(tiny_config())
+    claim.stake(resume=False)
+    claim.open()
+    claim.open()
+    claim.release()
+    assert [record.message for record in caplog.records] == [
+        f"{tmp_path / 'run'} cannot be locked (No locks available): see to it that no second process is started on this run"
+    ]
+    monkeypatch.setattr(fcntl, "lockf", refuse(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"):
+        Claim(tiny_config()).open()
