@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from grpo_fast.consistency import check_consistency
 from grpo_fast.explain import explain
+from grpo_fast.given_values import ONE_OR_SEVERAL, dataset_anywhere, expanded, model_anywhere, refuse_switches
 from grpo_fast.json_object import JsonObject
 
 LossType = Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "gspo", "rloo", "luspo", "sapo"]
@@ -46,7 +47,7 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
-    model: Annotated[str, _MODEL] = "embedded"
+    model: Annotated[str, AfterValidator(model_anywhere), _MODEL] = "embedded"
     """Causal language model: a directory, a hub id, or ``embedded`` for the tiny one in the package."""
     revision: Annotated[str | None, _MODEL] = None
     """Branch, tag or commit of a hub model."""
@@ -88,7 +89,7 @@ class Config(BaseModel):
     """Their update is multiplied by ``lora_alpha / lora_r``."""
     use_rslora: Annotated[bool, _LORA] = False
     """Multiply it by ``lora_alpha / sqrt(lora_r)`` instead."""
-    lora_target_modules: Annotated[tuple[str, ...], _LORA] = ("all-linear",)
+    lora_target_modules: Annotated[tuple[str, ...], ONE_OR_SEVERAL, _LORA] = ("all-linear",)
     """Modules with an adapter, by the ends of their names (``q_proj``, ...); ``all-linear``: every linear layer but the
     head."""
 
@@ -99,7 +100,7 @@ class Config(BaseModel):
     use_bnb_nested_quant: Annotated[bool, _LORA] = False
     """Quantise the scales too, to 8 bits: 0.4 bits a weight less."""
 
-    dataset: Annotated[str, _DATA] = "arithmetic"
+    dataset: Annotated[str, AfterValidator(dataset_anywhere), _DATA] = "arithmetic"
     """``arithmetic``, ``gsm8k``, ``countdown``, ``reasoning_gym:TASK``, a hub id, or a directory, parquet, JSONL or
     CSV file with a ``prompt`` column."""
     dataset_config: Annotated[str | None, _DATA] = None
@@ -125,7 +126,7 @@ class Config(BaseModel):
     shuffle: Annotated[bool, _DATA] = True
     """Visit the prompts in a new random order each epoch."""
 
-    reward_funcs: Annotated[tuple[str, ...], _REWARD] = ()
+    reward_funcs: Annotated[tuple[str, ...], ONE_OR_SEVERAL, _REWARD] = ()
     """Reward functions: built-in names (``accuracy``, ``format``, ...) or ``module:function``; empty takes the task's own."""
     reward_weights: Annotated[tuple[float, ...], _REWARD] = ()
     """One weight a reward function; empty weighs all by 1."""
@@ -140,7 +141,7 @@ class Config(BaseModel):
 
     rollout: Annotated[Literal["transformers", "vllm", "vllm-http"], _ROLLOUT] = "transformers"
     """Engine that samples completions: the policy itself, vLLM in the trainer's process, or vLLM's servers on this machine."""
-    vllm_server_urls: Annotated[tuple[str, ...], _ROLLOUT] = ()
+    vllm_server_urls: Annotated[tuple[str, ...], ONE_OR_SEVERAL, _ROLLOUT] = ()
     """Addresses of those servers, such as ``http://127.0.0.1:8000``; ``grpo-fast serve`` starts one."""
     vllm_gpu_memory_utilization: Annotated[float, _ROLLOUT] = Field(0.3, gt=0, le=1)
     """Share of the GPU's memory that vLLM takes for its weights and its cache."""
@@ -178,7 +179,7 @@ class Config(BaseModel):
     """Keep the k most probable tokens; 0 keeps all."""
     min_p: Annotated[float, _ROLLOUT] = Field(0.0, ge=0, lt=1)
     """Drop tokens under this share of the top probability; 0 drops none."""
-    stop: Annotated[tuple[str, ...], _ROLLOUT] = ()
+    stop: Annotated[tuple[str, ...], ONE_OR_SEVERAL, _ROLLOUT] = ()
     """Strings that end a completion; with an environment, a turn of it."""
     environment_factory: Annotated[str | None, _ROLLOUT] = None
     """Class whose instances answer the policy between its turns, as ``module:Class``: a calculator, a search, a game."""
@@ -297,7 +298,7 @@ class Config(BaseModel):
     forecast_reward_value: Annotated[float | None, _FORECAST] = Field(None, gt=0)
     """Money that one unit of reward is worth: a run also stops where no way on is expected to bring what it costs. It needs
     ``price_per_gpu_hour``."""
-    forecast_prior: Annotated[Path | None, _FORECAST, AfterValidator(lambda path: path and path.absolute())] = None
+    forecast_prior: Annotated[Path | None, _FORECAST, AfterValidator(lambda path: path and expanded(path).absolute())] = None
     """What is believed of runs beforehand: a file that ``grpo-fast law fit`` wrote; the package's own without one."""
     forecast_min_steps: Annotated[int, _FORECAST] = Field(20, ge=5)
     """Steps before which no forecast stops a run; nor does one before the learning rate is warm."""
@@ -306,7 +307,7 @@ class Config(BaseModel):
     collapse_action: Annotated[Literal["off", "warn", "stop"], _FORECAST] = "stop"
     """What a collapse of the policy does: nothing, a message, the end of the run; the best checkpoint from before is kept."""
 
-    output_dir: Annotated[Path, _RUN] = Path("runs/grpo")
+    output_dir: Annotated[Path, AfterValidator(expanded), _RUN] = Path("runs/grpo")
     """Where metrics, checkpoints and the report of the run go."""
     overwrite: Annotated[bool, _RUN] = False
     """Delete a run that is already in ``output_dir``; otherwise it is refused (resume it instead)."""
@@ -327,7 +328,7 @@ class Config(BaseModel):
     """Checkpoint every so many steps, after an evaluation better than any before, and at the end."""
     save_total_limit: Annotated[int, _RUN] = Field(2, ge=1)
     """Newest checkpoints kept, beside the best one, and beside the best one from before a fall that may be a collapse."""
-    sinks: Annotated[tuple[Literal["console", "tensorboard", "wandb", "trackio"], ...], _RUN] = ("console",)
+    sinks: Annotated[tuple[Literal["console", "tensorboard", "wandb", "trackio"], ...], ONE_OR_SEVERAL, _RUN] = ("console",)
     """Where metrics go beside the JSONL files."""
     fsdp: Annotated[Literal["no_shard", "full_shard", "shard_grad_op", "hybrid_shard"], _RUN] = "no_shard"
     """What processes of ``torchrun`` hold in parts: nothing; weights, gradients and moments; the same, but weights stay whole
@@ -351,6 +352,11 @@ class Config(BaseModel):
             except ValidationError as error:
                 told = (explain(item, known=type(self).model_fields) for item in error.errors())
                 raise ConfigError("\n".join(told)) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers(cls, values: Any) -> Any:
+        return refuse_switches(values, cls.model_fields)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -47,8 +47,9 @@ def test_where_settings_come_from_and_who_wins(tmp_path: Path) -> None:
             "chat_template_kwargs": {"thinking": False, "level": "3", "share": 0.5, "tools": [{"name": "a", "of": [1, 2]}]},
         },
         {"sinks": [], "shuffle": False, "report": False, "seed": 0, "log_completions": 0, "stop": ["1", "true"]},
+        {"reward_funcs": "accuracy", "sinks": "tensorboard", "stop": "a b, [c]"},
     ],
-    ids=["much", "nothing"],
+    ids=["much", "nothing", "alone"],
 )
 def test_a_file_means_the_same_as_in_python(values: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from grpo_fast.config import Config, ConfigError
+from grpo_fast.given_values import BUILT_IN_DATASETS
 from grpo_fast.tasks.arithmetic import arithmetic_task
 from grpo_fast.tasks.countdown import countdown_task
 from grpo_fast.tasks.files import table_task
@@ -14,9 +15,6 @@ from grpo_fast.tasks.gsm8k import gsm8k_task
 from grpo_fast.tasks.reasoning_gym import reasoning_gym_task
 from grpo_fast.tasks.tables import FILE_BUILDERS
 from grpo_fast.tasks.task import Task
-
-BUILT_IN = ("arithmetic", "countdown", "gsm8k", "reasoning_gym")
-"""Names that stand for a task of ours; a local directory of that name is given as ``./NAME``."""
 
 _ACCEPTED = (
     "A dataset is arithmetic, countdown, gsm8k, gsm8k:DIRECTORY, reasoning_gym:TASK, a directory, a .parquet, .jsonl, "
@@ -42,7 +40,7 @@ def load_task(config: Config, *, chat: bool, needs_reward: bool = True) -> Task:
             used.
     """
     kind, colon, argument = config.dataset.partition(":")
-    if kind not in BUILT_IN:
+    if kind not in BUILT_IN_DATASETS:
         return table_task(config, path=_find(config.dataset), needs_reward=needs_reward)
     wants_argument = {"gsm8k": bool(colon), "reasoning_gym": True}.get(kind, False)
     if bool(argument) != wants_argument or bool(colon) != wants_argument:
@@ -80,7 +78,7 @@ def _find(dataset: str) -> Path | None:
         return None
     if "/" in dataset:
         raise ConfigError(f"dataset {dataset!r}: there is no such file or directory. {_ACCEPTED}")
-    near = difflib.get_close_matches(dataset.partition(":")[0], BUILT_IN, n=1)
+    near = difflib.get_close_matches(dataset.partition(":")[0], BUILT_IN_DATASETS, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ConfigError(f"unknown dataset {dataset!r}; {hint}{_ACCEPTED}")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.environments import Environments
+from grpo_fast.given_values import dataset_anywhere
 from grpo_fast.rewards import reward_name
 from grpo_fast.run_dir import write_whole
 from grpo_fast.tasks import Rows, Task, encode_prompts, load_task, task_of
@@ -56,6 +57,8 @@ class Data:
         begun = json.loads(file.read_text(encoding="utf-8"))
         for name, now in self._names.items():
             before = begun.get(name)
+            if name == "dataset":  # older runs have it as it was given
+                before = dataset_anywhere(before)
             if before != now:
                 raise ConfigError(
                     f"the run in {run_dir} was begun with {name} {before!r} and would go on with {now!r}; where they were "

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,9 @@ def test_rows_come_from_one_source(given: dict[str, Any], message: str) -> None:
         check_rows(given)
 
 
-def test_a_run_goes_on_with_the_data_and_rewards_that_it_was_begun_with(letters: Task, tmp_path: Path) -> None:
+def test_a_run_goes_on_with_the_data_and_rewards_that_it_was_begun_with(
+    letters: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     begun = Data(letters, ["format", short])
     begun.check_names(tmp_path)
     begun.write_names(tmp_path)
@@ -89,6 +92,11 @@ def test_a_run_goes_on_with_the_data_and_rewards_that_it_was_begun_with(letters:
     other = choose_data(Config(), {"train_dataset": ROWS}, chat=False).task
     with pytest.raises(ConfigError, match=r"begun with dataset 'letters' and would go on with 'train_dataset'"):
         Data(other, ["format", short]).check_names(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "answer": "a"}\n' * 5, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    Data(dataclasses.replace(letters, name="rows.jsonl"), ["format"]).write_names(tmp_path)  # as older runs have it
+    choose_data(Config(dataset="rows.jsonl", reward_funcs="format"), {}, chat=False).check_names(tmp_path)  # type: ignore[arg-type]
+    begun.write_names(tmp_path)
     told = "begun with environment_factory None and would go on with 'Silent'"
     with Environments(Silent) as environments, pytest.raises(ConfigError, match=told):
         Data(letters, ["format", short], environments).check_names(tmp_path)

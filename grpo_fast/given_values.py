@@ -1,0 +1,62 @@
+"""What is made of values as people give them, before the configuration holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BeforeValidator
+from pydantic.fields import FieldInfo
+
+BUILT_IN_DATASETS = ("arithmetic", "countdown", "gsm8k", "reasoning_gym")
+"""Names that stand for a task of ours; a local directory of that name is given as ``./NAME``."""
+ONE_OR_SEVERAL = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+"""Of a field that holds several strings: one may stand alone."""
+
+
+def expanded(path: Path) -> Path:
+    """The path with ``~`` as the home directory.
+
+    Raises:
+        ValueError: nobody of that name has one.
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(str(error).rstrip(".")) from None
+
+
+def model_anywhere(name: str) -> str:
+    """A model's directory as it is found from any folder; another name, as of a hub model, as it is."""
+    return name if name == "embedded" else _anywhere(name, of_directory=True)
+
+
+def dataset_anywhere(name: str) -> str:
+    """The same of a dataset's file or directory, also of that in ``gsm8k:DIRECTORY``."""
+    kind, colon, argument = name.partition(":")
+    if kind not in BUILT_IN_DATASETS:
+        return _anywhere(name)
+    return kind + colon + _anywhere(argument, of_directory=True) if kind == "gsm8k" and argument else name
+
+
+def _anywhere(name: str, *, of_directory: bool = False) -> str:
+    path = expanded(Path(name))
+    return str(path.absolute()) if name and (path.is_dir() if of_directory else path.exists()) else name
+
+
+def refuse_switches(values: Any, fields: Mapping[str, FieldInfo]) -> Any:
+    """The values, none of which is True or False for a number: Python would take them for 1 and 0.
+
+    Args:
+        values: by the name of their field, as given.
+        fields: all there are.
+
+    Raises:
+        ValueError: one is; it is named.
+    """
+    for name, value in values.items() if isinstance(values, Mapping) else ():
+        kinds = {int, float} & {fields[name].annotation, *get_args(fields[name].annotation)} if name in fields else set()
+        if isinstance(value, bool) and kinds:
+            raise ValueError(f"{name}={value!r} is no number; give one, such as {name}={fields[name].default or 1}")
+    return values
