@@ -24,6 +24,7 @@ from grpo_fast.config import Config, ConfigError
 from grpo_fast.device import device_facts
 from grpo_fast.hub import out_of_reach, why_unread
 from grpo_fast.ops.products import use_products
+from grpo_fast.run_dir import CONFIG_FILE
 from grpo_fast.train.adapters import Adapters
 from grpo_fast.train.checkpointing import checkpoint_layers
 from grpo_fast.train.compiled import compile_layers, require_compiler
@@ -41,6 +42,7 @@ from grpo_fast.train.text_part import freeze_beside_text
 _log = logging.getLogger(__name__)
 _DEFAULT_CONTEXT = 4096
 _HUB_ID = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?")
+_ADAPTERS = "adapter_config.json"
 _RANDOM = ("dropout", "pdrop", "layerdrop")
 """Parts of the names under which modules keep rates of what is random in training mode."""
 _NOT_ON_A_CPU = (
@@ -183,6 +185,8 @@ def _find(config: Config) -> str:
             raise ConfigError(
                 f"revision={config.revision!r} with model={config.model!r}: only models of the hub have revisions; leave it out"
             )
+        if not (path / "config.json").exists():
+            _refuse_runs_and_adapters(path)
         return str(path)
     if _HUB_ID.fullmatch(config.model) is None:
         raise ConfigError(
@@ -190,6 +194,19 @@ def _find(config: Config) -> str:
             "and tokenizer, or a hub id, which is NAME or OWNER/NAME"
         )
     return config.model
+
+
+def _refuse_runs_and_adapters(path: Path) -> None:
+    """Names what to take in place of a directory that holds no model, but a run, or what one with ``use_peft`` left."""
+    checkpoints = sorted(path.glob("checkpoint-*"), key=lambda found: (len(found.name), found.name))
+    if (path / _ADAPTERS).exists() or any((checkpoint / _ADAPTERS).exists() for checkpoint in checkpoints):
+        ours = any((place / CONFIG_FILE).exists() for place in (path, path.parent))
+        merge = f"`grpo-fast export {path} --output DIRECTORY`" if ours else "peft's merge_and_unload"
+        raise ConfigError(f"cannot load model {str(path)!r}: it holds adapters alone; merge them first, by {merge}")
+    if (path / CONFIG_FILE).exists():
+        names = ", ".join(checkpoint.name for checkpoint in checkpoints)
+        fix = f"name one of its checkpoints: {names}" if names else "it has no checkpoint yet"
+        raise ConfigError(f"cannot load model {str(path)!r}: that is the directory of a run; {fix}")
 
 
 def attention_arguments(config: Config, model_config: PreTrainedConfig) -> dict[str, str]:

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from grpo_fast.config import Config, ConfigError
+from grpo_fast.run_dir import CONFIG_FILE
 from grpo_fast.train.policy_source import PolicySource, outline_of, pick_device
 
 
@@ -36,6 +37,27 @@ def test_the_embedded_model_loads() -> None:
 def test_missing_directory_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot load model '.*/nowhere'.*Give a directory with config\.json"):
         PolicySource(Config(model=str(tmp_path / "nowhere")))
+
+
+def test_a_run_is_no_model_and_its_checkpoints_are_named(tmp_path: Path) -> None:
+    (tmp_path / CONFIG_FILE).touch()
+    with pytest.raises(ConfigError, match="is the directory of a run; it has no checkpoint yet"):
+        PolicySource(Config(model=str(tmp_path)))
+    for step in (10, 8):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    with pytest.raises(ConfigError, match=r"of a run; name one of its checkpoints: checkpoint-8, checkpoint-10$"):
+        PolicySource(Config(model=str(tmp_path)))
+
+
+def test_adapters_alone_are_no_model_and_how_to_merge_them_is_told(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoint-8").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint-8" / "adapter_config.json").touch()
+    with pytest.raises(ConfigError, match="it holds adapters alone; merge them first, by peft's merge_and_unload"):
+        PolicySource(Config(model=str(tmp_path / "run" / "checkpoint-8")))
+    (tmp_path / "run" / CONFIG_FILE).touch()
+    for source in (tmp_path / "run" / "checkpoint-8", tmp_path / "run"):
+        with pytest.raises(ConfigError, match=f"adapters alone; merge .*`grpo-fast export {source} --output DIRECTORY`"):
+            PolicySource(Config(model=str(source)))
 
 
 def test_directory_without_weights_is_named(tiny_model: Path, tmp_path: Path) -> None:
