@@ -9,9 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, TextIO, TypeAlias
 
 from grpo_fast.rewards.worker import HEADER, Reply, pack
 
@@ -25,7 +26,7 @@ _CHUNK_BYTES = 1 << 20
 # -P keeps the current folder off the path until the parent's own path is taken over: a socket.py there must not come first.
 _BOOT = (
     "import sys; descriptor, parent = map(int, sys.argv[1:3]); sys.path[:] = sys.argv[3:]; "
-    "from grpo_fast.rewards.worker import serve; serve(descriptor, parent)"
+    "sys.stdout.reconfigure(line_buffering=True); from grpo_fast.rewards.worker import serve; serve(descriptor, parent)"
 )
 
 
@@ -48,10 +49,14 @@ class WorkerProcess:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", _BOOT, str(theirs.fileno()), str(os.getpid()), *path],
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
+                text=True,
+                errors="backslashreplace",
             )
+        self._printed = threading.Thread(target=_pass_on, args=(self._process.stdout,), daemon=True)
+        self._printed.start()
         self.state: State = "starting"
         self.deadline = time.monotonic() + START_TIMEOUT_S
         self._received = bytearray()
@@ -123,6 +128,7 @@ class WorkerProcess:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        self._printed.join(_GRACE_S)  # what has left the process group may still hold the other end
 
     def close(self) -> None:
         """Lets an idle worker end by itself, and kills it where it does not within two seconds."""
@@ -147,6 +153,15 @@ class WorkerProcess:
         name = signal.Signals(-code).name
         hint = " (the kernel does this when memory runs out)" if name == "SIGKILL" else ""
         return f"ended its worker process by {name}{hint}"
+
+
+def _pass_on(printed: TextIO) -> None:
+    """Writes what a worker prints to standard error as it is at the time: the live console puts that above its panel."""
+    with printed:
+        for line in printed:
+            with contextlib.suppress(OSError, ValueError):  # a closed one; the worker must be read from all the same
+                if sys.stderr is not None:
+                    sys.stderr.write(line)
 
 
 def _has_ended(process_id: int) -> bool:

@@ -1,8 +1,7 @@
 """The worker's side of the reward pool: a process that loads reward functions once and answers one call at a time.
 
 It is started as plain ``python -c``, so that the user's ``__main__`` is never imported a second time, and it speaks
-length-prefixed pickles over a socket of its own: what a reward function prints to standard output is dropped, standard error
-is left through.
+length-prefixed pickles over a socket of its own: what a reward function prints goes to the parent's standard error.
 It ends with its parent, however that one ends: an idle worker reads the end of the socket, a busy one sees its parent's id
 change, and one that is stuck in C code is ended by a timer that needs no interpreter.
 """

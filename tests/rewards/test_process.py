@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,8 @@ from typing import Any
 
 import cloudpickle
 import pytest
+from rich.console import Console
+from rich.live import Live
 
 from grpo_fast.rewards import process as process_module
 from grpo_fast.rewards.process import WorkerDiedError, WorkerProcess
@@ -85,6 +89,36 @@ def test_close_kills_a_busy_worker_at_once(monkeypatch: pytest.MonkeyPatch) -> N
     worker.close()
     assert time.monotonic() - start < 30
     assert worker._process.returncode == -signal.SIGKILL
+
+
+def test_what_a_function_prints_is_passed_on_at_once_and_stands_above_a_live_console(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def prints(completions: list[str]) -> list[float]:
+        print("seen:", completions[0])
+        os.write(1, b"\xff not text\n")
+        return [0.0]
+
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    screen = Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    worker = ready(prints)
+    with Live("the panel", console=Console(file=screen, force_terminal=True), auto_refresh=False):
+        submit(worker, completions=["a b"])
+        assert answer(worker)[:2] == ("ok", [0.0])
+        end = time.monotonic() + 60
+        while "not text" not in screen.getvalue() and time.monotonic() < end:
+            time.sleep(0.01)
+        assert worker.state == "idle"
+        shown = screen.getvalue()
+    assert "seen: a b\n" in shown
+    assert "\\xff not text\n" in shown
+    assert shown.rindex("the panel") > shown.rindex("not text"), "it is drawn anew below"
+    worker.kill()
+    assert not worker._printed.is_alive()
 
 
 def test_kill_takes_what_the_function_started_along() -> None:
