@@ -39,4 +39,4 @@ def build_sinks(names: Sequence[str], run_dir: str | Path, *, console: Console |
             raise ValueError(f"unknown sink {name!r}; known are {', '.join(known)} (the JSONL files are always written)")
     jsonl = JsonlSink(run_dir)
     others = [ConsoleSink(console) if name == "console" else TRACKERS[name]() for name in dict.fromkeys(names)]
-    return jsonl, SinkSet([jsonl, *others])
+    return jsonl, SinkSet([jsonl, *others], record=jsonl)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
+
+from grpo_fast.user_code import describe_failure
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,33 +88,43 @@ class Asks(Protocol):
 
 
 class SinkSet:
-    """Several sinks as one. The order is that of the calls; all are closed even where one fails to."""
+    """Several sinks as one. The order is that of the calls; all are closed even where one fails to.
 
-    def __init__(self, sinks: Sequence[Sink]) -> None:
+    A sink that raises once the run has begun is told as a warning and left out from there on: a run is worth more than what
+    shows it.
+
+    Args:
+        sinks: all of them.
+        record: the one that keeps the run's own files; what it raises is raised, as a full disk is.
+    """
+
+    def __init__(self, sinks: Sequence[Sink], *, record: Sink | None = None) -> None:
         self._sinks = tuple(sinks)
+        self._record = record
+        self._step = 0
 
     def __iter__(self) -> Iterator[Sink]:
         return iter(self._sinks)
 
     def start(self, info: RunInfo) -> None:
-        """Starts all."""
+        """Starts all; what one raises is raised, as nothing is lost yet."""
+        self._step = info.start_step
         for sink in self._sinks:
             sink.start(info)
 
     def log_step(self, metrics: Mapping[str, float], forecast: Mapping[str, Any] | None = None) -> None:
         """Hands a step to all."""
-        for sink in self._sinks:
-            sink.log_step(metrics, forecast)
+        self._step = int(metrics.get("step", self._step))
+        self._hand(lambda sink: sink.log_step(metrics, forecast))
 
     def log_event(self, step: int, event: str, message: str) -> None:
         """Hands an event to all."""
-        for sink in self._sinks:
-            sink.log_event(step, event, message)
+        self._step = step
+        self._hand(lambda sink: sink.log_event(step, event, message))
 
     def log_completions(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Hands completions to all."""
-        for sink in self._sinks:
-            sink.log_completions(rows)
+        self._hand(lambda sink: sink.log_completions(rows))
 
     def ask(self, question: str, answers: Mapping[str, str], *, give_up: Callable[[], bool]) -> str | None:
         """The answer of the first sink that has somebody to ask; see :class:`Asks`."""
@@ -117,7 +132,32 @@ class SinkSet:
         return next((answer for answer in asked if answer is not None), None)
 
     def close(self) -> None:
-        """Closes all, the last one first; the first error is raised once all had their turn."""
+        """Closes all, the last one first; what the record raises is raised once all had their turn."""
         with ExitStack() as stack:
             for sink in self._sinks:
-                stack.callback(sink.close)
+                stack.callback(self._close, sink)
+
+    def _hand(self, give: Callable[[Sink], None]) -> None:
+        for sink in self._sinks:
+            try:
+                give(sink)
+            except Exception as error:
+                if sink is self._record:
+                    raise
+                self._leave_out(sink, error)
+
+    def _leave_out(self, sink: Sink, error: Exception) -> None:
+        self._sinks = tuple(other for other in self._sinks if other is not sink)
+        message = f"the sink {type(sink).__name__} {describe_failure(error)}; the run goes on without it"
+        if all(other is self._record for other in self._sinks):  # which shows nothing
+            _log.warning("%s", message)
+        self.log_event(self._step, "warn", message)
+        self._close(sink)
+
+    def _close(self, sink: Sink) -> None:
+        try:
+            sink.close()
+        except Exception as error:
+            if sink is self._record:
+                raise
+            _log.warning("the sink %s %s when it was closed", type(sink).__name__, describe_failure(error))

@@ -277,7 +277,7 @@ def _build_sinks(config: Config, given: Replacements, world: World) -> tuple[Jso
     except ImportError as error:
         raise ConfigError(f"sinks={list(config.sinks)}: {error}") from error
     if "sinks" in given:
-        sinks = SinkSet([record, *given["sinks"]])
+        sinks = SinkSet([record, *given["sinks"]], record=record)
     return record, sinks if world.is_main else SinkSet([])
 
 

@@ -11,25 +11,28 @@ from grpo_fast.sinks import ConsoleSink, JsonlSink, RunInfo, Sink, SinkSet
 
 
 class _Recorder:
-    def __init__(self, name: str, calls: list[str], *, fails: bool = False) -> None:
-        self.name, self.calls, self.fails = name, calls, fails
+    def __init__(self, name: str, calls: list[str], *, fails_to: tuple[str, ...] = ()) -> None:
+        self.name, self.calls, self.fails_to = name, calls, fails_to
+
+    def _call(self, kind: str, *told: object) -> None:
+        self.calls.append(" ".join(map(str, (self.name, kind, *told))))
+        if kind in self.fails_to:
+            raise RuntimeError(f"{self.name} cannot {kind}")
 
     def start(self, info: RunInfo) -> None:
-        self.calls.append(f"{self.name} start {info.max_steps}")
+        self._call("start", info.max_steps)
 
     def log_step(self, metrics: Mapping[str, float], forecast: Mapping[str, Any] | None = None) -> None:
-        self.calls.append(f"{self.name} step {metrics['step']} {forecast}")
+        self._call("step", metrics["step"], forecast)
 
     def log_event(self, step: int, event: str, message: str) -> None:
-        self.calls.append(f"{self.name} event {step} {event} {message}")
+        self._call("event", step, event, message)
 
     def log_completions(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        self.calls.append(f"{self.name} rows {len(rows)}")
+        self._call("rows", len(rows))
 
     def close(self) -> None:
-        self.calls.append(f"{self.name} close")
-        if self.fails:
-            raise RuntimeError(f"{self.name} cannot close")
+        self._call("close")
 
 
 def test_a_set_hands_everything_to_all_in_order(tmp_path: Path) -> None:
@@ -44,11 +47,58 @@ def test_a_set_hands_everything_to_all_in_order(tmp_path: Path) -> None:
     assert [sink.name for sink in sinks] == ["a", "b"]  # type: ignore[attr-defined]
 
 
-def test_all_are_closed_where_one_fails() -> None:
+def test_all_are_closed_where_one_fails(caplog: pytest.LogCaptureFixture) -> None:
     calls: list[str] = []
+    sinks = [_Recorder("a", calls), _Recorder("b", calls, fails_to=("close",)), _Recorder("c", calls)]
+    SinkSet(sinks).close()
+    assert calls == ["c close", "b close", "a close"]
+    [told] = [record.message for record in caplog.records]
+    assert told.startswith("the sink _Recorder raised RuntimeError: b cannot close (")
+    assert told.endswith(" when it was closed")
     with pytest.raises(RuntimeError, match="b cannot close"):
-        SinkSet([_Recorder("a", calls), _Recorder("b", calls, fails=True), _Recorder("c", calls)]).close()
-    assert sorted(calls) == ["a close", "b close", "c close"]
+        SinkSet(sinks, record=sinks[1]).close()
+    assert calls == ["c close", "b close", "a close"] * 2
+
+
+@pytest.mark.parametrize("fails_to", ["step", "event", "rows"])
+def test_a_sink_that_fails_is_told_once_and_left_out(fails_to: str, caplog: pytest.LogCaptureFixture) -> None:
+    calls: list[str] = []
+    record, failing, other = _Recorder("a", calls), _Recorder("b", calls, fails_to=(fails_to, "close")), _Recorder("c", calls)
+    sinks = SinkSet([record, failing, other], record=record)
+
+    def run() -> None:
+        sinks.log_step({"step": 3})
+        sinks.log_event(3, "eval", "x")
+        sinks.log_completions([{}])
+
+    run()
+    warned = [call for call in calls if " warn " in call]
+    assert [call.partition(" raised ")[0] for call in warned] == [f"{name} event 3 warn the sink _Recorder" for name in "ac"]
+    assert f"RuntimeError: b cannot {fails_to} (" in warned[0]
+    assert warned[0].endswith("; the run goes on without it")
+    assert calls.count("b close") == 1
+    assert [record.message.rpartition(" when ")[2] for record in caplog.records] == ["it was closed"]
+    calls.clear()
+    run()
+    sinks.close()
+    assert calls == [f"{name} {call}" for call in ("step 3 None", "event 3 eval x", "rows 1") for name in "ac"] + [
+        "c close",
+        "a close",
+    ]
+
+
+def test_where_no_sink_shows_a_warning_it_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    record = _Recorder("a", [])
+    SinkSet([record, _Recorder("b", [], fails_to=("step",))], record=record).log_step({"step": 1})
+    assert "b cannot step" in caplog.text
+
+
+def test_what_the_record_raises_is_raised_and_so_is_what_keeps_a_sink_from_starting(tmp_path: Path) -> None:
+    record = _Recorder("a", [], fails_to=("step", "start"))
+    with pytest.raises(RuntimeError, match="a cannot step"):
+        SinkSet([record], record=record).log_step({"step": 1})
+    with pytest.raises(RuntimeError, match="a cannot start"):
+        SinkSet([record]).start(RunInfo(run_dir=tmp_path, model="m", dataset="d", max_steps=7))
 
 
 class _Asking(_Recorder):
