@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,8 @@ class TensorBoardSink:
 class WandbSink:
     """Logs to Weights & Biases, online or offline as ``WANDB_MODE`` and ``wandb offline`` say.
 
-    The run's id is kept in ``<run>/wandb_id``, so that a resumed run goes on in the same place.
+    The project is ``grpo-fast`` and the run has its directory's name, unless ``WANDB_PROJECT`` and ``WANDB_NAME`` say others. The
+    run's id is kept in ``<run>/wandb_id``, so that a resumed run goes on in the same place.
 
     Raises:
         ImportError: wandb is not installed.
@@ -99,9 +101,9 @@ class WandbSink:
         """Opens the run."""
         identity = info.run_dir / "wandb_id"
         known = identity.read_text(encoding="utf-8").strip() if info.start_step and identity.exists() else None
+        ours = {"project": PROJECT, "name": info.run_dir.name}
         self._run = self._wandb.init(
-            project=PROJECT,
-            name=info.run_dir.name,
+            **{key: value for key, value in ours.items() if not os.environ.get(f"WANDB_{key.upper()}")},
             dir=str(info.run_dir),
             config=dict(info.config),
             id=known,

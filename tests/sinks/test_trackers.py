@@ -91,6 +91,33 @@ def test_wandb_offline_keeps_the_run_and_its_name(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        ({}, ("grpo-fast", "run")),
+        ({"WANDB_PROJECT": "mine"}, ("mine", "run")),
+        ({"WANDB_PROJECT": "mine", "WANDB_NAME": "first"}, ("mine", "first")),
+    ],
+    ids=["neither", "project", "both"],
+)
+def test_what_wandb_reads_from_the_environment_wins(
+    said: dict[str, str], wanted: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
+    wandb.teardown()  # the environment is read once
+    for name in ("WANDB_PROJECT", "WANDB_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", **said}.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "run").mkdir()
+    sink = WandbSink()
+    sink.start(RunInfo(run_dir=tmp_path / "run", model="m", dataset="d", max_steps=9))
+    assert (sink._run.project, sink._run.name) == wanted
+    sink.close()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 def test_trackio_stores_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "store"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
