@@ -86,8 +86,8 @@ class TensorBoardSink:
 class WandbSink:
     """Logs to Weights & Biases, online or offline as ``WANDB_MODE`` and ``wandb offline`` say.
 
-    The project is ``grpo-fast`` and the run has its directory's name, unless ``WANDB_PROJECT`` and ``WANDB_NAME`` say others. The
-    run's id is kept in ``<run>/wandb_id``, so that a resumed run goes on in the same place.
+    The project is ``grpo-fast`` and the run has its directory's name, unless ``WANDB_PROJECT`` and ``WANDB_NAME`` say others.
+    The run's id is kept in ``<run>/wandb_id``, so that a resumed run goes on in the same place.
 
     Raises:
         ImportError: wandb is not installed.

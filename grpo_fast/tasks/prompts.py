@@ -155,6 +155,12 @@ def _messages(prompt: Any, *, index: int) -> list[Message]:
     for message in prompt:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
             raise ConfigError(f"the prompt of row {index} holds {_shown(message)}, which is no message; {fix}")
+        for part in message["content"] if isinstance(message["content"], list | tuple) else ():
+            if isinstance(part, Mapping) and part.get("type") not in (None, "text"):
+                raise ConfigError(
+                    f"the prompt of row {index} holds content of the type {part['type']!r}, and models are trained on text "
+                    "alone here; leave such parts, or such rows, out"
+                )
         messages.append({key: value for key, value in message.items() if value is not None or key == "content"})
     return messages
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import datasets
 
 from grpo_fast.tasks.encoded import token_ids_of
+from grpo_fast.tasks.task import Rows
 from grpo_fast.types import Prompt
 
 _MANY = 0.1
 _SHOWN_CHARACTERS = 60
+_MEDIA = tuple(getattr(datasets, name) for name in ("Image", "Audio", "Video") if hasattr(datasets, name))
 
 
 def repeats(prompts: Sequence[Prompt], eval_prompts: Sequence[Prompt], *, prompts_per_step: int) -> list[str]:
@@ -56,6 +61,22 @@ def plain_text(count: int, num_prompts: int) -> list[str]:
         'instruct model, give messages ([{"role": "user", "content": ...}]) or a system_prompt'
     )
     return [remark]
+
+
+def unseen(rows: Rows) -> list[str]:
+    """A remark on columns of pictures, films or sound: reward functions are given them, the model is not."""
+    features: Mapping[str, Any] = rows.features if isinstance(rows, datasets.Dataset) else {}
+    found = [name for name, kind in features.items() if _holds_media(kind)]
+    if not found:
+        return []
+    told = f"the columns {', '.join(map(repr, found))} hold" if len(found) > 1 else f"the column {found[0]!r} holds"
+    return [f"{told} images, film or sound, which the model is not shown: it is trained on the text of the prompts alone"]
+
+
+def _holds_media(kind: Any) -> bool:
+    """Whether a column's type is one of ``datasets`` for media, or has such in lists or records."""
+    inner = kind.values() if isinstance(kind, Mapping) else kind if isinstance(kind, list) else [getattr(kind, "feature", None)]
+    return isinstance(kind, _MEDIA) or any(part is not None and _holds_media(part) for part in inner)
 
 
 def _key(token_ids: Sequence[int]) -> int:

@@ -30,7 +30,7 @@ from grpo_fast.sinks import JsonlSink, RunInfo, Sink, SinkSet, build_sinks
 from grpo_fast.sinks.question import TIMEOUT_S
 from grpo_fast.tasks import PromptStream, Task
 from grpo_fast.tasks.encoded import EncodedPrompts
-from grpo_fast.tasks.remarks import plain_text, repeats
+from grpo_fast.tasks.remarks import plain_text, repeats, unseen
 from grpo_fast.tasks.replies import Replies
 from grpo_fast.train.claim import Claim
 from grpo_fast.train.data import Data, check_rows, choose_data, choose_environments, encoded_task
@@ -237,6 +237,7 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
             remarks=[
                 *repeats(prompts, eval_prompts[: config.eval_size], prompts_per_step=config.prompts_per_step),
                 *(plain_text(prompts.num_plain, len(prompts)) if source.chat else ()),
+                *unseen(data.task.train),
             ],
             claim=claim,
         )

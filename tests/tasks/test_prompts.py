@@ -168,6 +168,12 @@ def test_a_prompt_is_text_or_messages(prompt: Any) -> None:
         encode_one(prompt)
 
 
+def test_parts_of_a_message_are_text() -> None:
+    parts: list[Any] = [{"type": "image"}, {"type": "text", "text": "what is it?"}]
+    with pytest.raises(ConfigError, match="row 0 holds content of the type 'image', and models are trained on text alone"):
+        encode_one([{"role": "user", "content": parts}])
+
+
 @pytest.mark.parametrize("message", ["hello", {"role": "user"}, {"content": "a"}, {"role": 1, "content": "a"}])
 def test_a_message_has_role_and_content(message: Any) -> None:
     with pytest.raises(ConfigError, match=r"row 0 holds .* which is no message"):

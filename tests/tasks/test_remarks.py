@@ -1,6 +1,10 @@
 from __future__ import annotations
 
-from grpo_fast.tasks.remarks import plain_text, repeats
+import numpy as np
+import pytest
+from datasets import Audio, Dataset, Features, Image, Sequence, Value
+
+from grpo_fast.tasks.remarks import plain_text, repeats, unseen
 from grpo_fast.types import Prompt
 
 
@@ -32,3 +36,21 @@ def test_plain_text_is_told_and_messages_are_not() -> None:
     assert told.startswith("2 of 3 prompts are plain text")
     assert "system_prompt" in told
     assert plain_text(0, 3) == []
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [Image(), Audio(), Sequence(Image()), [Image()], {"seen": Image()}, Sequence({"seen": Image(), "at": Value("int32")})],
+)
+def test_what_the_model_is_not_shown_is_told(kind: object) -> None:
+    text = {"prompt": Value("string"), "parts": Sequence(Value("string"))}
+    (told,) = unseen(Dataset.from_dict({"prompt": [], "parts": [], "given": []}, features=Features(text | {"given": kind})))
+    assert told.startswith("the column 'given' holds images, film or sound, which the model is not shown")
+    assert unseen(Dataset.from_dict({"prompt": [], "parts": []}, features=Features(text))) == []
+    assert unseen([{"prompt": "a", "given": "b"}]) == []
+
+
+def test_pictures_in_hand_are_told_by_the_names_of_their_columns() -> None:
+    image = pytest.importorskip("PIL.Image", reason="Pillow is not installed").fromarray(np.zeros((2, 2, 3), np.uint8))
+    (told,) = unseen(Dataset.from_list([{"prompt": "a", "image": image, "images": [image]}]))
+    assert told.startswith("the columns 'image', 'images' hold images")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset, Image
 
 from grpo_fast.compute import Budget
 from grpo_fast.config import Config, ConfigError
@@ -216,16 +217,17 @@ def test_a_column_that_a_reward_needs_is_missed_before_the_weights_are_read(buil
 
 
 def test_what_is_odd_about_the_data_is_told_where_a_run_begins(tmp_path: Path) -> None:
-    rows = [{"prompt": "1+1=", "answer": "2"}]
+    rows = Dataset.from_list([{"prompt": "1+1=", "answer": "2", "seen": None}]).cast_column("seen", Image())
     task = Task("own", rows, rows, reward_funcs=("exact_match",), eval_reward="exact_match")
     config = Config(output_dir=tmp_path / "run", max_completion_length=8, sinks=(), prompts_per_step=3)
     parts = build_parts(config, {"task": task}, resume=False)
     parts.open(0)
     parts.close()
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [event["event"] for event in events] == ["warn", "warn"]
+    assert [event["event"] for event in events] == ["warn", "warn", "warn"]
     assert "1 of 1 held-out prompts are trained on too" in events[0]["message"]
     assert "prompts_per_step=3 is more than the 1 prompts" in events[1]["message"]
+    assert "the column 'seen' holds images" in events[2]["message"]
 
 
 @pytest.mark.parametrize(
