@@ -28,6 +28,25 @@ def explain(item: Any, *, known: Iterable[str]) -> str:
     return f"{key}: {message} (got {item['input']!r}){_hint(item)}" if key else message
 
 
+def meant(part: str, *, parts: Iterable[str], settings: Iterable[str]) -> str:
+    """What may have been meant by a part that a trainer has not.
+
+    Args:
+        part: its name, as given.
+        parts: all there are.
+        settings: names of the configuration's fields.
+
+    Returns:
+        A sentence with a space behind it; empty where nothing is near.
+    """
+    if part in HERE:
+        return f"it is TRL's, and here it is {HERE[part]}. "
+    if part in settings:
+        return f"it is a setting, Config({part}=...). "
+    near = difflib.get_close_matches(part, list(parts), n=1)
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
 def _hint(item: Any) -> str:
     """What may have been meant by a value of the wrong form."""
     given, field = item["input"], str(item["loc"][0])

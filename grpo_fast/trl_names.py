@@ -1,4 +1,4 @@
-"""Settings of TRL that go by another name here, for people who bring a script or a configuration along."""
+"""Settings, and parts of a trainer, that TRL has under another name or alone, for people who bring a script of its along."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 _BATCH = "prompts_per_step, the prompts of a step over all processes; tokens_per_microbatch bounds memory and changes no result"
 _SERVER = "rollout='vllm-http' with vllm_server_urls; `grpo-fast serve` starts one"
+_SAMPLING = "temperature, top_p, top_k, min_p and stop; what else changes logits samples from another policy than is trained"
 
 HERE: Mapping[str, str] = MappingProxyType(
     {
@@ -20,27 +21,44 @@ HERE: Mapping[str, str] = MappingProxyType(
         "generation_batch_size": _BATCH,
         "steps_per_generation": "num_iterations; every step samples anew",
         "num_train_epochs": "max_steps; an epoch is the number of prompts over prompts_per_step",
+        "model_init_kwargs": "model, revision, dtype and attn_implementation",
         "bf16": "dtype='bfloat16', which is the default on a GPU",
+        "fp16": "nothing: dtype is bfloat16 or float32, by 'auto' as the GPU has it",
         "use_cpu": "device='cpu'",
         "use_vllm": "rollout='vllm', or 'vllm-http' for servers",
+        "peft_config": "use_peft with lora_r, lora_alpha and lora_target_modules",
+        "lora_dropout": "nothing: it would keep the ratio of an on-policy step from being 1",
+        "generation_kwargs": _SAMPLING,
+        "repetition_penalty": _SAMPLING,
         "vllm_mode": "rollout='vllm' for colocate, 'vllm-http' for server",
         "vllm_server_base_url": _SERVER,
         "vllm_server_host": _SERVER,
         "vllm_server_port": _SERVER,
         "vllm_server_timeout": "sync_deadline_s",
+        "vllm_max_model_length": "nothing: max_prompt_length and max_completion_length decide it",
+        "vllm_tensor_parallel_size": "`grpo-fast serve MODEL -- --tensor-parallel-size N`, with rollout='vllm-http'",
+        "vllm_importance_sampling_cap": "vllm_importance_sampling_clip_max",
+        "sync_ref_model": "nothing: the reference policy, where beta is above 0, is the model as the run found it",
         "importance_sampling_level": "loss_type='gspo' for sequence",
         "max_tool_calling_iterations": "max_turns, with environment_factory",
         "shuffle_dataset": "shuffle",
         "data_seed": "seed",
         "report_to": "sinks",
+        "run_name": "output_dir, whose last part names the run; W&B takes WANDB_NAME from the environment",
+        "logging_dir": "output_dir; TensorBoard's files are in its folder tensorboard",
         "logging_steps": "nothing: every step is logged",
         "num_completions_to_print": "log_completions",
         "eval_strategy": "eval_steps",
         "save_strategy": "save_steps",
         "resume_from_checkpoint": "resume_if_exists, or `grpo-fast train --resume RUN`",
+        "push_to_hub": "nothing: checkpoints are what from_pretrained reads, and `hf upload REPOSITORY CHECKPOINT` sends one",
+        "metric_for_best_model": "nothing: it is the held-out reward, or without evaluation the training's",
         "load_best_model_at_end": "nothing: the best checkpoint is kept, and summary.json names it",
         "ddp_timeout": "ddp_timeout_s",
         "deepspeed": "fsdp",
+        "args": "config, the trainer's first argument",
+        "processing_class": "nothing: the tokeniser is the model's",
+        "callbacks": "the loop, `for step in trainer.steps()`, and sinks",
     }
 )
 """What to set here, by the name that TRL's scripts and ``GRPOConfig`` have for it."""

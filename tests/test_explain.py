@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from grpo_fast.explain import explain
+from grpo_fast.explain import explain, meant
 
 
 class Settings(BaseModel):
@@ -34,3 +34,17 @@ def test_key_value_and_fix_are_named(values: dict[str, object], told: str) -> No
         Settings(**values)  # type: ignore[arg-type]
     [item] = caught.value.errors()
     assert fnmatchcase(explain(item, known=Settings.model_fields), told)
+
+
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [
+        ("peft_config", "it is TRL's, and here it is use_peft with lora_r, lora_alpha and lora_target_modules. "),
+        ("processing_class", "it is TRL's, and here it is nothing: the tokeniser is the model's. "),
+        ("level", "it is a setting, Config(level=...). "),
+        ("reward_func", "did you mean 'reward_funcs'? "),
+        ("zzzzzz", ""),
+    ],
+)
+def test_a_part_that_there_is_not_is_told_what_may_be_meant(part: str, told: str) -> None:
+    assert meant(part, parts=["reward_funcs", "engine"], settings=Settings.model_fields) == told

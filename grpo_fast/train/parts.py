@@ -6,7 +6,6 @@ Output directory, rewards, data and tokeniser are checked before the weights are
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast
 from grpo_fast.compute import Budget, ComputeMeter, ModelShape
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.device import DeviceFacts, device_facts, energy_source
+from grpo_fast.explain import meant
 from grpo_fast.law import OnlinePredictor, Prior, RunFacts
 from grpo_fast.objective import OBJECTIVES
 from grpo_fast.rewards import RewardPool
@@ -161,8 +161,7 @@ def check_given(config: object, given: Mapping[str, Any]) -> None:
     known = Replacements.__annotations__
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = meant(name, parts=known, settings=Config.model_fields)
             raise TypeError(
                 f"a trainer has no part {name!r} to be given; {hint}There are: {', '.join(known)}; all else is in Config"
             )

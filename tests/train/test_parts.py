@@ -234,7 +234,9 @@ def test_what_is_odd_about_the_data_is_told_where_a_run_begins(tmp_path: Path) -
     ("config", "given", "told"),
     [
         (Config(), {"reward_func": []}, r"no part 'reward_func' to be given; did you mean 'reward_funcs'\?"),
-        (Config(), {"args": 1}, r"no part 'args' to be given; There are: reward_funcs, train_dataset, .*all else is in Config"),
+        (Config(), {"argz": 1}, r"no part 'argz' to be given; There are: reward_funcs, train_dataset, .*all else is in Config"),
+        (Config(), {"callbacks": []}, r"'callbacks' to be given; it is TRL's, and here it is the loop, .*\. There are: reward"),
+        (Config(), {"model": "m"}, r"no part 'model' to be given; it is a setting, Config\(model=\.\.\.\)\. There are"),
         ("Qwen/Qwen3-0.6B", {}, r"first argument is a Config, not 'Qwen/Qwen3-0.6B'; make one"),
         ({"model": "embedded"}, {}, r"not \{'model': 'embedded'\}"),
     ],
