@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks the run to save and end, the second ends it at once."""
+"""Ctrl-C, SIGTERM and a terminal that closes: the first asks the run to save and end, the second ends it at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class InterruptFlag:
@@ -27,7 +27,8 @@ class InterruptFlag:
     def __enter__(self) -> Self:
         self.name = ""
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+            kept = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()  # by nohup
+            self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS if number not in kept}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -36,6 +37,8 @@ class InterruptFlag:
         self._previous = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.name and number == signal.SIGHUP:  # nobody's haste: a shell sends it too, and a logout after SIGTERM
+            return
         if self.name:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name

@@ -4,12 +4,40 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 
 from grpo_fast.train.interrupt import InterruptFlag
 
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+
+
+@pytest.fixture(autouse=True)
+def _in_a_terminal() -> Iterator[None]:
+    """Tests may be run by nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_a_terminal_that_closes_asks_for_an_end_and_never_hastens_it() -> None:
+    for first, name in ((signal.SIGHUP, "SIGHUP"), (signal.SIGTERM, "SIGTERM")):
+        with InterruptFlag() as flag:
+            for number in (first, signal.SIGHUP):
+                os.kill(os.getpid(), number)
+                time.sleep(0.001)
+            assert flag.name == name
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+
+
+def test_a_run_under_nohup_outlives_its_terminal() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with InterruptFlag() as flag:
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(0.001)
+        assert not flag
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 @SIGNALS
