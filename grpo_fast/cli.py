@@ -20,6 +20,7 @@ from grpo_fast import __version__
 from grpo_fast.cli_settings import fill
 from grpo_fast.config import Config
 from grpo_fast.mistakes import in_words
+from grpo_fast.run_dir import CONFIG_FILE
 from grpo_fast.types import TrainingError
 
 if TYPE_CHECKING:
@@ -63,9 +64,12 @@ def train(
     del recipe, config  # already in the settings
     from grpo_fast.train import GRPOTrainer  # noqa: PLC0415 (--help must not wait for torch)
 
-    with GRPOTrainer.resume(resume, config=settings) if resume is not None else GRPOTrainer(settings) as trainer:
-        summary = trainer.train()
-        run = trainer.config.output_dir
+    run = resume or settings.output_dir
+    try:
+        with GRPOTrainer.resume(resume, config=settings) if resume is not None else GRPOTrainer(settings) as trainer:
+            summary = trainer.train()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_after_interrupt(run)) from None
     if not trainer.is_main_process:
         return 0
     console = Console()
@@ -77,6 +81,12 @@ def train(
             told += f"; its adapters are merged by `grpo-fast export {run} --output DIRECTORY`"
         console.print(told, highlight=False, markup=False, soft_wrap=True)
     return report(run) if settings.report else 0
+
+
+def _after_interrupt(run: Path) -> str:
+    if (run / CONFIG_FILE).exists():
+        return f"`grpo-fast train --resume {run}` goes on from its newest checkpoint, or anew where it has none"
+    return f"the run in {run} had not begun"
 
 
 @app.command
@@ -416,8 +426,8 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(in_words(error))
     except (ValueError, OSError, TrainingError) as error:
         _fail(str(error))
-    except KeyboardInterrupt:
-        _fail("stopped at once; `grpo-fast train --resume RUN` goes on from the newest checkpoint", code=_INTERRUPTED)
+    except KeyboardInterrupt as interrupt:
+        _fail("; ".join(filter(None, ("stopped at once", str(interrupt)))), code=_INTERRUPTED)
 
 
 def _fail(message: str, *, code: int = 1) -> None:

@@ -286,6 +286,13 @@ def test_a_failing_reward_is_told_without_a_traceback(shell: Shell, tmp_path: Pa
     assert (tmp_path / "run" / "checkpoint-0").is_dir()
 
 
+def test_an_interrupt_before_the_run_begins_does_not_tell_how_to_go_on(shell: Shell, tmp_path: Path) -> None:
+    (tmp_path / "impatient_reward.py").write_text("raise KeyboardInterrupt\n", encoding="utf-8")
+    code, _, err = shell(f"train {SMALL} --reward-funcs impatient_reward:score --output-dir run")
+    assert (code, in_words(err)) == (128 + signal.SIGINT, "error: stopped at once; the run in run had not begun")
+    assert not (tmp_path / "run").exists()
+
+
 def test_doctor_speaks(shell: Shell) -> None:
     code, out, _ = shell("doctor")
     assert code in {0, 1}

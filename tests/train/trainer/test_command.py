@@ -102,7 +102,7 @@ def test_ctrl_c_once_saves_and_twice_ends_at_once(times: int, command: tuple[Com
         assert list_checkpoints(run)[-1].name == "checkpoint-13"
     else:
         assert code == 128 + signal.SIGINT
-        assert "error: stopped at once" in told
+        assert "error: stopped at once; `grpo-fast train --resume" in told
         assert list_checkpoints(run)[-1].name == "checkpoint-10"
     assert shell.run("train", "--resume", str(run)) == 0
     assert trace(run) == trace(undisturbed)
