@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from array import array
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,30 +76,40 @@ def _check_reward(config: Config, table: Dataset, told: str, *, needs_reward: bo
 
 
 def _task(config: Config, name: str, train: Dataset, held_out: Dataset | None) -> Task:
+    kept: Sequence[int] | None = None
     if held_out is None:
-        train, held_out = hold_out(train, config.eval_size, seed=config.seed)
+        kept, chosen = hold_out(len(train), config.eval_size, seed=config.seed)
+        train, held_out = train.select(kept), train.select(chosen)
     else:
-        held_out = evenly(held_out, config.eval_size)
+        chosen = evenly(len(held_out), config.eval_size)
+        held_out = held_out.select(chosen)
     default = ("accuracy",) if "answer" in train.column_names else ()
-    return Task(name=name, train=train, eval=held_out, reward_funcs=default, eval_reward="")
+    return Task(
+        name=name,
+        train=train,
+        eval=held_out,
+        reward_funcs=default,
+        eval_reward="",
+        train_numbers=kept,
+        eval_numbers=chosen,
+    )
 
 
-def hold_out(table: Dataset, count: int, *, seed: int) -> tuple[Dataset, Dataset]:
+def hold_out(size: int, count: int, *, seed: int) -> tuple[Sequence[int], Sequence[int]]:
     """Splits rows off, the same ones for the same seed and number of rows.
 
     Args:
-        table: all rows.
-        count: rows to split off; a fifth of the table at most.
+        size: number of all rows.
+        count: rows to split off; a fifth of all at most.
         seed: decides which.
 
     Returns:
-        The rows that stay and those split off, both in the table's order.
+        The numbers of the rows that stay and of those split off, both in order.
     """
-    size = len(table)
     count = min(count, size // _LARGEST_EVAL_SHARE)
     chosen = np.zeros(size, dtype=bool)
     chosen[np.random.default_rng([seed, size]).permutation(size)[:count]] = True
-    return table.select(np.flatnonzero(~chosen)), table.select(np.flatnonzero(chosen))
+    return array("q", np.flatnonzero(~chosen).tobytes()), array("q", np.flatnonzero(chosen).tobytes())
 
 
 def _read(config: Config, path: Path | None, *, split: str) -> Dataset:

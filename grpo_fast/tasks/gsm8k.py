@@ -38,7 +38,8 @@ def gsm8k_task(config: Config, *, chat: bool, directory: Path | None) -> Task:
         ConfigError: the data cannot be read or has other columns.
     """
     instruction = INSTRUCTION if config.system_prompt is None else ""
-    held_out = evenly(_read(config, directory, split=config.eval_split or _EVAL_SPLIT), config.eval_size)
+    held_out = _read(config, directory, split=config.eval_split or _EVAL_SPLIT)
+    held_out = held_out.select(evenly(len(held_out), config.eval_size))
     return Task(
         name="gsm8k",
         train=_rows(_read(config, directory, split=config.dataset_split), instruction=instruction, chat=chat),

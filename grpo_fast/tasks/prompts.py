@@ -44,7 +44,7 @@ class _Read(NamedTuple):
     token_ids: list[int]
 
 
-def encode_prompts(
+def encode_prompts(  # noqa: PLR0913 (each a setting of its own)
     rows: Rows,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -52,6 +52,7 @@ def encode_prompts(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     max_prompt_length: int | None = None,
     overlong: Literal["error", "drop"] = "error",
+    numbers: Sequence[int] | None = None,
 ) -> EncodedPrompts:
     """Tokenises every row, in one pass.
 
@@ -62,6 +63,7 @@ def encode_prompts(
         chat_template_kwargs: variables of the chat template, such as ``{"enable_thinking": False}``.
         max_prompt_length: longest prompt, in tokens; ``None`` for no limit.
         overlong: refuse a longer one, or leave it out and log how many were.
+        numbers: those by which errors name the rows, where they were taken from a greater table.
 
     Returns:
         Prompts in the rows' order; ``index`` is the row, ``columns`` holds all other columns.
@@ -75,17 +77,19 @@ def encode_prompts(
     ask = functools.partial(_asked, system_prompt=system_prompt)
     prompts = EncodedPrompts(rows, ask)
     num_dropped = 0
+    named = range(len(rows)) if numbers is None else numbers
     for chunk in _chunks(rows):
-        asked = [ask(row, index) for index, row in chunk]
-        read = _read(asked, tokenizer, chat_template_kwargs or {}, first=chunk[0][0])
+        asked = [ask(row, named[index]) for index, row in chunk]
+        read = _read(asked, tokenizer, chat_template_kwargs or {}, numbers=[named[index] for index, _ in chunk])
         for (index, row), prompt, (text, ids) in zip(chunk, asked, read, strict=True):
             if not ids:
-                raise ConfigError(f"the prompt of row {index} is empty; leave the row out")
+                raise ConfigError(f"the prompt of row {named[index]} is empty; leave the row out")
             if max_prompt_length is not None and len(ids) > max_prompt_length:
                 if overlong == "error":
                     raise ConfigError(
-                        f"the prompt of row {index} has {len(ids)} tokens, more than max_prompt_length={max_prompt_length} "
-                        f"({_shown(prompt)}); raise the limit, or set overlong_prompts='drop' to leave such rows out"
+                        f"the prompt of row {named[index]} has {len(ids)} tokens, more than "
+                        f"max_prompt_length={max_prompt_length} ({_shown(prompt)}); raise the limit, or set "
+                        "overlong_prompts='drop' to leave such rows out"
                     )
                 num_dropped += 1
                 continue
@@ -185,12 +189,16 @@ def _check_variables(given: Mapping[str, Any], tokenizer: PreTrainedTokenizerBas
 
 
 def _read(
-    prompts: Sequence[PromptText], tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any], *, first: int
+    prompts: Sequence[PromptText],
+    tokenizer: PreTrainedTokenizerBase,
+    variables: Mapping[str, Any],
+    *,
+    numbers: Sequence[int],
 ) -> list[_Read]:
-    """What the model reads of each prompt; ``first`` is the row of the first one."""
+    """What the model reads of each prompt; ``numbers`` are those of their rows."""
     plain = {place: prompt for place, prompt in enumerate(prompts) if isinstance(prompt, str)}
     rendered = {
-        place: _rendered(prompt, tokenizer, variables, index=first + place)
+        place: _rendered(prompt, tokenizer, variables, index=numbers[place])
         for place, prompt in enumerate(prompts)
         if not isinstance(prompt, str)
     }

@@ -111,10 +111,9 @@ def read_directory(directory: Path, *, name: str | None, split: str) -> Dataset:
         raise ConfigError(f"cannot read split {split!r} of the directory {directory}: {_reason(error)}") from error
 
 
-def evenly(table: Dataset, count: int) -> Dataset:
-    """At most ``count`` rows, spread evenly and in order, so that a sorted table is represented too."""
-    size = len(table)
-    return table if size <= count else table.select([row * size // count for row in range(count)])
+def evenly(size: int, count: int) -> Sequence[int]:
+    """Numbers of at most ``count`` of ``size`` rows, spread evenly and in order: a sorted table is represented too."""
+    return range(size) if size <= count else [row * size // count for row in range(count)]
 
 
 def _chosen(saved: Mapping[str, Dataset], split: str) -> Dataset:

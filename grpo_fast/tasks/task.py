@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -32,3 +32,7 @@ class Task:
     """Names the reward pool resolves (built-in or ``module:function``), used where the user names none."""
     eval_reward: str
     """The reward whose mean on held-out rows is the task's accuracy; empty where what rewards training is to measure."""
+    train_numbers: Sequence[int] | None = None
+    """Numbers of ``train``'s rows in the table that they were taken from, for errors; ``None`` where they are its own."""
+    eval_numbers: Sequence[int] | None = None
+    """The same of ``eval``'s."""

@@ -125,8 +125,8 @@ def choose_data(config: Config, given: Mapping[str, Any], *, chat: bool, environ
     return Data(task, chosen, environments)
 
 
-def encoded(config: Config, rows: Rows, source: PolicySource) -> EncodedPrompts:
-    """Rows as the model reads them.
+def encoded(config: Config, rows: Rows, source: PolicySource, *, numbers: Sequence[int] | None = None) -> EncodedPrompts:
+    """Rows as the model reads them; ``numbers`` are those by which errors name them.
 
     Raises:
         ConfigError: prompts that cannot be read, or are too long.
@@ -138,6 +138,7 @@ def encoded(config: Config, rows: Rows, source: PolicySource) -> EncodedPrompts:
         chat_template_kwargs=config.chat_template_kwargs,
         max_prompt_length=source.max_prompt_length,
         overlong=config.overlong_prompts,
+        numbers=numbers,
     )
 
 
@@ -147,7 +148,8 @@ def encoded_task(config: Config, task: Task, source: PolicySource) -> tuple[Enco
     Raises:
         ConfigError: as :func:`encoded`; or nothing is held out, and evaluation is on.
     """
-    prompts, eval_prompts = encoded(config, task.train, source), encoded(config, task.eval, source)
+    prompts = encoded(config, task.train, source, numbers=task.train_numbers)
+    eval_prompts = encoded(config, task.eval, source, numbers=task.eval_numbers)
     if config.eval_steps and not eval_prompts:
         raise ConfigError(f"eval_steps={config.eval_steps} and {task.name} holds no rows out; set eval_split, or eval_steps=0")
     return prompts, eval_prompts

@@ -185,7 +185,7 @@ def _data(config: Config, inputs: PlanInputs, source: PolicySource | None, notes
         characters = sum(len(_text(row["prompt"])) for row in rows) / len(rows)
         notes.append(f"prompts have {characters:.0f} characters in the mean, and {_CHARACTERS_A_TOKEN:g} are taken for a token")
         return task.name, count, max(1.0, characters / _CHARACTERS_A_TOKEN)
-    prompts = encoded(config, task.train, source)
+    prompts = encoded(config, task.train, source, numbers=task.train_numbers)
     return task.name, inputs.data_size or len(prompts), prompts.mean_length
 
 

@@ -124,13 +124,21 @@ def test_a_hub_dataset_that_cannot_be_fetched_says_what_to_give(monkeypatch: pyt
 
 @given(size=st.integers(1, 60), count=st.integers(1, 30), seed=st.integers(0, 1000))
 def test_held_out_rows_are_few_disjoint_and_decided_by_the_seed(size: int, count: int, seed: int) -> None:
-    table = Dataset.from_dict({"prompt": list(map(str, range(size)))})
-    kept, held_out = (part["prompt"][:] for part in hold_out(table, count, seed=seed))
+    kept, held_out = hold_out(size, count, seed=seed)
     assert len(held_out) == min(count, size // 5)
-    assert sorted([*kept, *held_out], key=int) == list(map(str, range(size)))
-    assert held_out == hold_out(table, count, seed=seed)[1]["prompt"][:]
+    assert list(kept) == sorted(set(range(size)) - set(held_out))
+    assert (kept, held_out) == hold_out(size, count, seed=seed)
 
 
 def test_another_seed_holds_other_rows_out() -> None:
-    table = Dataset.from_dict({"prompt": list(map(str, range(200)))})
-    assert hold_out(table, 20, seed=0)[1]["prompt"][:] != hold_out(table, 20, seed=1)[1]["prompt"][:]
+    assert hold_out(200, 20, seed=0)[1] != hold_out(200, 20, seed=1)[1]
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["held out", "given apart"])
+def test_rows_are_known_by_their_numbers_in_the_table(apart: bool) -> None:
+    rows = [{"prompt": str(number), "answer": ""} for number in range(50)]
+    task = task_of(Config(eval_size=7), rows, rows if apart else None, needs_reward=True)
+    for part, numbers in ((task.train, task.train_numbers), (task.eval, task.eval_numbers)):
+        named = range(50) if numbers is None else numbers
+        assert [row["prompt"] for row in part] == [str(number) for number in named]  # type: ignore[attr-defined]
+    assert len(task.eval) == 7

@@ -160,6 +160,8 @@ def test_messages_need_a_chat_template(prompt: Any, system_prompt: str | None) -
 def test_what_the_template_refuses_names_the_row() -> None:
     with pytest.raises(ConfigError, match=r"template refuses the prompt of row 1 .*no such role"):
         encode_prompts([{"prompt": "a"}, {"prompt": [{"role": "bad", "content": "a"}]}], tokenizer())
+    with pytest.raises(ConfigError, match=r"template refuses the prompt of row 70 "):
+        encode_prompts([{"prompt": "a"}, {"prompt": [{"role": "bad", "content": "a"}]}], tokenizer(), numbers=[7, 70])
 
 
 @pytest.mark.parametrize("prompt", [None, 3, [], b"hello", {"role": "user", "content": "a"}, {}])

@@ -114,5 +114,5 @@ def test_progress_bars_are_as_they_were(tmp_path: Path) -> None:
 
 
 def test_rows_are_taken_evenly() -> None:
-    assert evenly(TABLE, 3)["answer"][:] == ["0", "2", "4"]
-    assert evenly(TABLE, 6).to_list() == evenly(TABLE, 100).to_list() == TABLE.to_list()
+    assert list(evenly(6, 3)) == [0, 2, 4]
+    assert list(evenly(6, 6)) == list(evenly(6, 100)) == list(range(6))

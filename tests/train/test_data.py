@@ -67,6 +67,16 @@ def test_rows_in_hand_take_the_place_of_the_dataset(tiny_config: Callable[..., C
     choose_data(config, {"train_dataset": [{"prompt": "a"}], "reward_funcs": short}, chat=False)
 
 
+def test_a_prompt_that_cannot_be_used_is_named_by_its_row_in_the_table(tiny_config: Callable[..., Config]) -> None:
+    config = tiny_config()
+    source = PolicySource(config)
+    for number in range(len(ROWS)):  # of which some are held out
+        rows = [*ROWS[:number], {"prompt": "", "answer": ""}, *ROWS[number + 1 :]]
+        task = choose_data(config, {"train_dataset": rows}, chat=False).task
+        with pytest.raises(ConfigError, match=f"the prompt of row {number} is empty"):
+            encoded_task(config, task, source)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
