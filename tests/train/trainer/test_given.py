@@ -58,6 +58,21 @@ def test_parts_can_be_given(make: Make, tmp_path: Path) -> None:
     assert len(rows(tmp_path / "run")) == 4, "the run's own files are written all the same"
 
 
+def test_a_sink_that_fails_does_not_end_the_run(make: Make, tmp_path: Path) -> None:
+    class Failing(Listening):
+        def log_step(self, metrics: Any, forecast: Any = None) -> None:
+            super().log_step(metrics, forecast)
+            if metrics["step"] == 2:
+                raise ValueError("no such chart")
+
+    failing, other = Failing(), Listening()
+    with make({"sinks": [failing, other]}, max_steps=4) as trainer:
+        assert trainer.train()["stopped_by"] == "max_steps"
+    assert (failing.steps, failing.closed, other.steps) == ([1, 2], 1, [1, 2, 3, 4])
+    [told] = [event["message"] for event in rows(tmp_path / "run", "events") if event["event"] == "warn"]
+    assert told.startswith("the sink Failing raised ValueError: no such chart (")
+
+
 def test_an_engine_can_be_given(tiny_config: Callable[..., Config], letters: Task, tmp_path: Path) -> None:
     class Fixed:
         """Says the same to everything, in two ways."""
