@@ -149,38 +149,6 @@ def test_prompts_may_have_limits_of_their_own(embedded: Any) -> None:
         engine.generate(PROMPTS, SAMPLING, num_generations=2, seed=4, max_tokens=limits[:3])
 
 
-class Relay:
-    """Asks for another sum after each of the first two answers."""
-
-    def reset(self, prompt: str) -> None:
-        self.turns = self.length = 0
-
-    def step(self, completion: str) -> str | None:
-        self.turns, self.length = self.turns + 1, self.length + len(completion)
-        return f"\n{self.turns}7+39=" if self.turns < 3 else None
-
-    def get_reward(self) -> float:
-        return self.length / 100
-
-
-@pytest.mark.vllm
-@pytest.mark.usefixtures("untraced")
-@pytest.mark.parametrize("cut", [{}, {"top_k": 8}], ids=["whole", "cut"])
-def test_an_environment_answers_in_turn(cut: dict[str, int], embedded_config: Callable[..., Config]) -> None:
-    settings = {"rollout": "vllm", "max_completion_length": 96, "max_steps": 2, "eval_steps": 0, "baseline_probe": 0}
-    with GRPOTrainer(embedded_config(**settings, **cut), environment_factory=Relay) as trainer:
-        steps = list(trainer.steps())
-    for step in steps:
-        assert step.metrics["num_turns/max"] == 3
-        assert abs(step.metrics["sampling/kl"]) < 1e-6
-        assert step.metrics["sampling/sampling_logp_difference/mean"] < 1e-5
-        for completion in (each for group in step.groups for each in group.completions):
-            assert completion.episode is not None
-            assert len(completion.token_ids) <= 96
-            assert completion.kept is None or len(completion.kept) == completion.num_sampled
-            assert completion.text.count("+39=") == completion.episode.num_turns - 1
-
-
 @torch.no_grad()
 def over_kept(model: Any, ids: torch.Tensor, kept: Kept) -> torch.Tensor:
     """The policy's log-probabilities of the last tokens, as many as there are in ``kept``, at temperature 1.6."""
@@ -298,6 +266,38 @@ def test_a_tied_head_moves_with_its_embedding(
         engine.close()
     with pytest.raises(WeightSyncError, match="nothing can be sampled"):
         engine.generate(PROMPTS, SAMPLING, num_generations=1, seed=0)
+
+
+class Relay:
+    """Asks for another sum after each of the first two answers."""
+
+    def reset(self, prompt: str) -> None:
+        self.turns = self.length = 0
+
+    def step(self, completion: str) -> str | None:
+        self.turns, self.length = self.turns + 1, self.length + len(completion)
+        return f"\n{self.turns}7+39=" if self.turns < 3 else None
+
+    def get_reward(self) -> float:
+        return self.length / 100
+
+
+@pytest.mark.vllm
+@pytest.mark.usefixtures("untraced")
+@pytest.mark.parametrize("cut", [{}, {"top_k": 8}], ids=["whole", "cut"])
+def test_an_environment_answers_in_turn(cut: dict[str, int], embedded_config: Callable[..., Config]) -> None:
+    settings = {"rollout": "vllm", "max_completion_length": 96, "max_steps": 2, "eval_steps": 0, "baseline_probe": 0}
+    with GRPOTrainer(embedded_config(**settings, **cut), environment_factory=Relay) as trainer:
+        steps = list(trainer.steps())
+    for step in steps:
+        assert step.metrics["num_turns/max"] == 3
+        assert abs(step.metrics["sampling/kl"]) < 1e-6
+        assert step.metrics["sampling/sampling_logp_difference/mean"] < 1e-5
+        for completion in (each for group in step.groups for each in group.completions):
+            assert completion.episode is not None
+            assert len(completion.token_ids) <= 96
+            assert completion.kept is None or len(completion.kept) == completion.num_sampled
+            assert completion.text.count("+39=") == completion.episode.num_turns - 1
 
 
 @pytest.mark.vllm
