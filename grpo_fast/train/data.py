@@ -31,6 +31,11 @@ class Data:
     """What answers the policy between its turns; started."""
 
     @property
+    def measure(self) -> str:
+        """The task's own reward of held-out answers; empty where what rewards training measures them, as it does episodes."""
+        return self.task.eval_reward if self.environments is None else ""
+
+    @property
     def _names(self) -> dict[str, Any]:
         return {
             "dataset": self.task.name,

@@ -226,7 +226,7 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
             if environments is None
             else InTurns(engine, environments, replies, max_turns=config.max_turns, world=world),
             rewards=rewards,
-            eval_rewards=_build_pool(config, (data.task.eval_reward,), (), world=world) if data.task.eval_reward else rewards,
+            eval_rewards=_build_pool(config, (data.measure,), (), world=world) if data.measure else rewards,
             predictor=given.get("predictor") or _build_predictor(config, prior, num_parameters=num_parameters),
             meter=_build_meter(config, policy, shape=shape, facts=facts, num_devices=world.size),
             budget=budget,

@@ -48,6 +48,8 @@ def test_an_environment_that_rates_is_the_reward_where_no_other_is_named(letters
     assert choose_data(Config(), given, chat=False, environments=silent).reward_funcs == ("exact_match",)
     both = Config(reward_funcs=("environment", "format"))
     assert choose_data(both, given, chat=False, environments=rating).reward_funcs == ("environment", "format")
+    assert choose_data(both.replace(reward_funcs=()), given, chat=False).measure == "exact_match"
+    assert choose_data(Config(), given, chat=False, environments=rating).measure == "", "a task's own reads one answer"
     choose_data(Config(), {"train_dataset": [{"prompt": "a"}]}, chat=False, environments=rating)  # no answer is needed
     with pytest.raises(ConfigError, match="get_reward says, and 'Silent' has none; add it"):
         choose_data(both, given, chat=False, environments=silent)

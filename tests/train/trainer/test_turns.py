@@ -12,6 +12,7 @@ import torch
 from benchmarks.system.soak import trace
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.environments import EnvironmentFailedError
+from grpo_fast.rollout.engine import SamplingParams
 from grpo_fast.train import GRPOTrainer
 from grpo_fast.train.checkpoint import list_checkpoints
 from tests.train.trainer.runs import LETTERS, Make, rows, vowels, weights
@@ -51,6 +52,11 @@ def test_an_environment_rates_the_run_where_nothing_else_is_named(tiny_config: C
                     )
                     heard = completion.finish_reason == "stop"
                     assert reward == pytest.approx(said / 10) if heard else reward <= said / 10
+        prompts, greedy = trainer._parts.eval_prompts, SamplingParams(max_tokens=20, temperature=0.0)
+        played = trainer._parts.sampler.sample(prompts, greedy, num_generations=1, seed=5)
+        earned = [completion.episode.reward for group in played for completion in group.completions if completion.episode]
+        assert trainer.evaluate() == pytest.approx(sum(earned) / len(prompts))
+        assert sum(earned) > 0
     found = [row for row in rows(tmp_path / "run") if row["step"] > 0]
     assert len(found) == 3
     assert all(row["rewards/environment/mean"] == pytest.approx(row["reward"]) for row in found)
