@@ -40,7 +40,8 @@ def _game(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_environment_rates_the_run_where_nothing_else_is_named(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
-    with GRPOTrainer(tiny_config(**SETTINGS, max_steps=3, eval_steps=3), task=LETTERS) as trainer:
+    held_out = {"eval_steps": 3, "eval_temperature": 1.5, "num_generations_eval": 8}
+    with GRPOTrainer(tiny_config(**SETTINGS, **held_out, max_steps=3), task=LETTERS) as trainer:
         for step in trainer.steps():
             for group in step.groups:
                 for completion, reward in zip(group.completions, group.reward, strict=True):
@@ -52,10 +53,10 @@ def test_an_environment_rates_the_run_where_nothing_else_is_named(tiny_config: C
                     )
                     heard = completion.finish_reason == "stop"
                     assert reward == pytest.approx(said / 10) if heard else reward <= said / 10
-        prompts, greedy = trainer._parts.eval_prompts, SamplingParams(max_tokens=20, temperature=0.0)
-        played = trainer._parts.sampler.sample(prompts, greedy, num_generations=1, seed=5)
+        prompts, sampling = trainer._parts.eval_prompts, SamplingParams(max_tokens=20, temperature=1.5)
+        played = trainer._parts.sampler.sample(prompts, sampling, num_generations=8, seed=trainer.config.seed)
         earned = [completion.episode.reward for group in played for completion in group.completions if completion.episode]
-        assert trainer.evaluate() == pytest.approx(sum(earned) / len(prompts))
+        assert trainer.evaluate() == pytest.approx(sum(earned) / len(earned))
         assert sum(earned) > 0
     found = [row for row in rows(tmp_path / "run") if row["step"] > 0]
     assert len(found) == 3
