@@ -10,20 +10,18 @@ from __future__ import annotations
 import math
 import multiprocessing
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeAlias
 
-from grpo_fast.types import Message, Prompt, TrainingError
-from grpo_fast.user_code import accepted_arguments, awaited, describe_failure, import_object, name_of
+from grpo_fast.types import Message, Prompt, TrainingError, is_message
+from grpo_fast.user_code import accepted_arguments, awaited, describe_failure, import_object, name_of, shown
 
 Reply: TypeAlias = str | list[Message]
 """What an environment said: text, or to a prompt of messages, messages."""
-
-_SHOWN_CHARACTERS = 60
 
 
 class Environment(Protocol):
@@ -151,7 +149,7 @@ class Environments:
         for answer, prompt in zip(self.run("reset", calls), prompts, strict=True):
             if answer is not None:
                 raise EnvironmentFailedError(
-                    f"environment {self.name!r}: reset returned {_shown(answer)} for row {prompt.index}; what the policy reads "
+                    f"environment {self.name!r}: reset returned {shown(answer)} for row {prompt.index}; what the policy reads "
                     "first is the dataset's prompt, so it must return None"
                 )
         return episodes
@@ -218,7 +216,7 @@ class Environments:
         if self._make is None:
             found = import_object(self._factory, kind="environment") if isinstance(self._factory, str) else self._factory
             if not callable(found):
-                raise ValueError(f"environment {self.name!r} is {_shown(found)}, which makes nothing; name a class")
+                raise ValueError(f"environment {self.name!r} is {shown(found)}, which makes nothing; name a class")
             self._make = found
         try:
             return self._make()
@@ -278,11 +276,11 @@ class Episodes:
             return answer
         messages = answer if isinstance(answer, Sequence) and not isinstance(answer, str) else [answer]
         messages = [{"role": "user", "content": each} if isinstance(each, str) and each else each for each in messages]
-        if chat and messages and all(_is_message(each) for each in messages):
+        if chat and messages and all(is_message(each) for each in messages):
             return [dict(each) for each in messages]
         wanted = "text or messages like {'role': 'tool', 'content': '...'}" if chat else "text, as the prompt is"
         raise EnvironmentFailedError(
-            f"environment {self._owner.name!r}: step returned {_shown(answer)} for row {prompt.index}; it must return "
+            f"environment {self._owner.name!r}: step returned {shown(answer)} for row {prompt.index}; it must return "
             f"{wanted}, or None at the end of the episode"
         )
 
@@ -292,7 +290,7 @@ class Episodes:
             return None
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise EnvironmentFailedError(
-                f"environment {self._owner.name!r}: get_reward returned {_shown(value)} for row {prompt.index}; it must return "
+                f"environment {self._owner.name!r}: get_reward returned {shown(value)} for row {prompt.index}; it must return "
                 "a finite number or None"
             )
         return float(value)
@@ -301,12 +299,3 @@ class Episodes:
 def environment_name(factory: str | Callable[[], Any]) -> str:
     """What stands behind the colon, or the ``__name__``."""
     return factory.partition(":")[2] if isinstance(factory, str) else name_of(factory)
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, Mapping) and isinstance(value.get("role"), str) and "content" in value
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return f"{text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + '...'} ({type(value).__name__})"

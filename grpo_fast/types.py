@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeGuard
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +37,11 @@ Message: TypeAlias = dict[str, Any]
 
 PromptText: TypeAlias = str | list[Message]
 """What a dataset's ``prompt`` column holds: plain text or chat messages."""
+
+
+def is_message(value: object) -> TypeGuard[Mapping[str, Any]]:
+    """Whether a value can be a :data:`Message`."""
+    return isinstance(value, Mapping) and isinstance(value.get("role"), str) and "content" in value
 
 
 class TrainingError(RuntimeError):

@@ -117,6 +117,12 @@ async def _wait(awaitable: Awaitable[Any]) -> Any:
     return await awaitable
 
 
+def shown(value: Any) -> str:
+    """A value with its type, as errors show it."""
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+
+
 def describe_failure(error: BaseException) -> str:
     """One line on what a call raised: the exception, and the line of the traceback it came from."""
     text = "".join(traceback.format_exception_only(error)).strip()

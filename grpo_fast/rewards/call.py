@@ -10,7 +10,7 @@ from typing import Any
 
 from grpo_fast import user_code
 from grpo_fast.rewards.functions import BUILT_IN
-from grpo_fast.user_code import accepted_arguments, awaited, import_object, name_of
+from grpo_fast.user_code import accepted_arguments, awaited, import_object, name_of, shown
 
 BATCH_ARGUMENTS = ("prompts", "completions", "completion_ids", "completion_openings", "environment_rewards")
 """What every reward call is given beside the dataset's columns."""
@@ -126,7 +126,7 @@ def _checked(result: Any, length: int) -> list[float | None]:
     if hasattr(result, "tolist"):
         result = result.tolist()
     if isinstance(result, str | bytes | Mapping) or not isinstance(result, Iterable):
-        raise InvalidRewardError(f"returned {_shown(result)}; it must return a list with one float or None a completion")
+        raise InvalidRewardError(f"returned {shown(result)}; it must return a list with one float or None a completion")
     values = list(result)
     if len(values) != length:
         raise InvalidRewardError(f"returned {len(values)} values for {length} completions; it must return one each")
@@ -139,13 +139,8 @@ def _number(value: Any, index: int) -> float | None:
     if hasattr(value, "item"):
         value = value.item()
     if not isinstance(value, int | float):
-        raise InvalidRewardError(f"returned {_shown(value)} for completion {index}; a reward is a float or None")
+        raise InvalidRewardError(f"returned {shown(value)} for completion {index}; a reward is a float or None")
     number = float(value)
     if math.isinf(number):
         raise InvalidRewardError(f"returned {number} for completion {index}; a reward must be finite (None leaves it out)")
     return None if math.isnan(number) else number
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"

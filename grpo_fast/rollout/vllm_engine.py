@@ -108,10 +108,10 @@ def memory_arguments(settings: VLLMSettings, *, on_gpu: bool, cpu_bytes: int) ->
         cpu_bytes: memory of its cache on a CPU where nothing else is said.
     """
     cache_bytes = settings.kv_cache_bytes or (None if on_gpu else cpu_bytes)
-    share = {"gpu_memory_utilization": settings.gpu_memory_utilization}
     if cache_bytes is None:
-        return share
-    return (share | ({"gpu_memory_utilization": _NO_SHARE} if on_gpu else {})) | {"kv_cache_memory_bytes": cache_bytes}
+        return {"gpu_memory_utilization": settings.gpu_memory_utilization}
+    share = _NO_SHARE if on_gpu else settings.gpu_memory_utilization
+    return {"gpu_memory_utilization": share, "kv_cache_memory_bytes": cache_bytes}
 
 
 def _deadlines(settings: VLLMSettings) -> dict[str, float]:

@@ -22,7 +22,7 @@ from jinja2 import Environment
 from grpo_fast.config import ConfigError
 from grpo_fast.tasks.encoded import EncodedPrompts
 from grpo_fast.tasks.task import Rows
-from grpo_fast.types import Message, PromptText
+from grpo_fast.types import Message, PromptText, is_message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -157,7 +157,7 @@ def _messages(prompt: Any, *, index: int) -> list[Message]:
         raise ConfigError(f"the prompt of row {index} is {_shown(prompt)}; {fix}")
     messages = []
     for message in prompt:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+        if not is_message(message):
             raise ConfigError(f"the prompt of row {index} holds {_shown(message)}, which is no message; {fix}")
         for part in message["content"] if isinstance(message["content"], list | tuple) else ():
             if isinstance(part, Mapping) and part.get("type") not in (None, "text"):

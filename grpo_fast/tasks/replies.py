@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from grpo_fast.config import ConfigError
+from grpo_fast.rollout.stop_strings import decode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,9 +53,7 @@ class Replies:
 
     def decode(self, token_ids: tuple[int, ...]) -> str:
         """Text of what the policy said, without special tokens."""
-        text = self._tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
-        return text
+        return decode(self._tokenizer, token_ids)
 
     def _rendered(self, messages: list[Message]) -> str:
         said = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": _SAID}]

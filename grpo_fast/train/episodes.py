@@ -89,7 +89,7 @@ class _Sequence:
         return [token for turn, reply in self.parts for token in (*turn.token_ids, *reply)]
 
 
-class InTurns:
+class InTurns(OneTurn):
     """Completions in which an environment answers the policy until it has no more to say, or a limit is reached.
 
     Args:
@@ -103,7 +103,7 @@ class InTurns:
     def __init__(
         self, engine: RolloutEngine, environments: Environments, replies: Replies, *, max_turns: int, world: World
     ) -> None:
-        self._engine = engine
+        super().__init__(engine)
         self._environments = environments
         self._replies = replies
         self._max_turns = max_turns
@@ -115,7 +115,7 @@ class InTurns:
         Raises:
             ConfigError: the chat template refuses what an environment said.
         """
-        groups = OneTurn(self._engine).sample(prompts, sampling, num_generations=num_generations, seed=seed)
+        groups = super().sample(prompts, sampling, num_generations=num_generations, seed=seed)
         grown = [_Sequence(group.prompt) for group in groups for _ in group.completions]
         share = self._world.share(len(grown))
         begun: list[Episodes] = []
@@ -127,10 +127,6 @@ class InTurns:
             rewards = [value for part in self._world.gather(episodes.rewards) for value in part]
         whole = iter([self._completion(each, reward) for each, reward in zip(grown, rewards, strict=True)])
         return [Group(group.prompt, [next(whole) for _ in group.completions]) for group in groups]
-
-    def sleep(self) -> None:
-        """Lets the engine sleep."""
-        self._engine.sleep()
 
     def _play(
         self, grown: Sequence[_Sequence], episodes: Episodes, share: slice, *, sampling: SamplingParams, seed: int
