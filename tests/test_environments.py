@@ -149,12 +149,12 @@ def test_what_hangs_is_named_with_its_row_and_does_not_come_back() -> None:
                 released.wait(60)
             return "done"
 
-    with Environments(Hanging, timeout_s=0.3, workers=2) as environments:
+    with Environments(Hanging, timeout_s=1.0, workers=2) as environments:
         episodes = environments.begin(prompts("a", "hang", "b"))
         begin = time.monotonic()
-        with pytest.raises(EnvironmentFailedError, match=r"step took longer than 0\.3 s for row 8 \(environment_timeout_s\)"):
+        with pytest.raises(EnvironmentFailedError, match=r"step took longer than 1 s for row 8 \(environment_timeout_s\)"):
             episodes.step([0, 1, 2], ["x"] * 3)
-        assert time.monotonic() - begin < 5
+        assert time.monotonic() - begin < 30
         with environments.begin(prompts("a", "b")) as episodes:
             assert episodes.step([0, 1], ["x"] * 2) == ["done"] * 2
     released.set()
