@@ -25,6 +25,7 @@ from grpo_fast.law.stacking import Say, Stack, bounds_of
 NUM_BAND = 25
 _NUM_AHEAD = 8
 _MIN_OBSERVATIONS = 5
+_LAST = 0.1  # share of the budget over which, at least, a plateau brings nothing
 _LEVELS = np.array([0.05, 0.25, 0.5, 0.75, 0.95])
 _IDENTIFIABLE_WIDTH = 0.6
 _MIN_RECENT = 10
@@ -193,14 +194,21 @@ class OnlinePredictor:
         share = math.nan if start is None else (start - floor) / self._unit
         return RunScale(self._unit, low, high, share, math.sqrt(self.posterior.noise * self.posterior.ratio))
 
+    @property
+    def _all_equal(self) -> bool:
+        return self._extremes[0] >= self._extremes[1]
+
     def say(self) -> Say:
         """What plain forecasts say of this run, and how much that counts."""
         return self._stack.say(self.posterior, bounds_of(self.reward_range, self._extremes), self._unit)
 
     def believed(self) -> Believed:
-        """The prior in this run's units; where no range is known, the end lies within reach of what was seen."""
+        """The prior in this run's units; where no range is known, the end lies within reach of what was seen.
+
+        A few rewards, or many that are all equal, show no range: nothing is within reach of them rather than of others.
+        """
         known = self.prior.believed(self.facts, self.scale, horizon=self.horizon)
-        if self.reward_range is not None or not self.rows:
+        if self.reward_range is not None or self.num_observations < _MIN_OBSERVATIONS or self._all_equal:
             return known
         low, high = self._extremes
         reach = _REACH * max(high - low, self.epsilon)
@@ -219,9 +227,9 @@ class OnlinePredictor:
         marks = np.linspace(0.0, self.horizon, NUM_BAND)
         ahead = np.linspace(step, self.horizon, _NUM_AHEAD + 1)[1:]
         levels, expected = self._along(draws, clock.progress_at(marks), clock.progress_at(ahead))
-        reached, whole = GRID.rise(np.array([progress, 1.0]))[draws.shape].T
+        reached, before_last, whole = GRID.rise(np.array([progress, min(progress, 1.0 - _LAST), 1.0]))[draws.shape].T
         gain = draws.rise * (whole - reached)
-        phases = self._phases(draws, reached, gain)
+        phases = self._phases(draws, reached, gain, (before_last, draws.rise * (whole - before_last)))
         identifiable, reason = self._identifiable(levels[0, 0], levels[4, 0])
         timed = identifiable and levels[4, -1] - levels[0, -1] <= _IDENTIFIABLE_WIDTH * self._width_before * self._unit
         trend = self._trend()
@@ -372,16 +380,24 @@ class OnlinePredictor:
         ends = quantiles(self._curves(draws, np.ones(1)), draws.weight, _LEVELS)
         return float(ends[4, 0] - ends[0, 0]) / self._unit
 
-    def _phases(self, draws: Draws, reached: Array, gain: Array) -> tuple[float, float, float]:
-        done = reached / np.maximum(GRID.asymptote[draws.shape], 1e-9)
-        flat = (gain < self.epsilon) | (done >= 0.95)
-        slow = ~flat & (done < 0.1)
+    def _phases(self, draws: Draws, reached: Array, gain: Array, late: tuple[Array, Array]) -> tuple[float, float, float]:
+        """Probabilities of :data:`PHASES`.
+
+        ``late`` are the share of the rise and the gain left a tenth of the budget before its end, or now if that is earlier: at
+        the end little is left to gain of any rise, which alone makes no plateau.
+        """
+        whole = np.maximum(GRID.asymptote[draws.shape], 1e-9)
+        slow = (gain >= self.epsilon) & (reached < 0.1 * whole)
+        flat = ~slow & ((late[1] < self.epsilon) | (late[0] >= 0.95 * whole))
         at_rest, at_start = float(draws.weight @ flat), float(draws.weight @ slow)
         return at_start, max(0.0, 1.0 - at_rest - at_start), at_rest
 
     def _identifiable(self, low: float, high: float) -> tuple[bool, str]:
         if self.num_observations < _MIN_OBSERVATIONS:
             return False, f"only {self.num_observations} rewards so far; {_MIN_OBSERVATIONS} are the least"
+        if self.reward_range is None and self._all_equal:
+            level = self._extremes[0]
+            return False, f"every reward so far is {level:g}, and the range of rewards is not known: a first rise may be ahead"
         share = (high - low) / (self._width_before * self._unit)
         if share > _IDENTIFIABLE_WIDTH:
             return False, f"the end may lie anywhere in {low:.3g} to {high:.3g}, {share:.0%} of the width before the first step"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from grpo_fast.law import Forecast, OnlinePredictor, Prior, RunFacts, Spending
+from grpo_fast.law import Forecast, OnlinePredictor, Prior, RunFacts, Spending, StoppingRule
 from grpo_fast.law.prior import FEATURES, PARTS
 from grpo_fast.law.shapes import CLASSES
 
@@ -129,6 +129,34 @@ def test_a_constant_curve_has_nothing_left_to_gain(level):
     assert forecast.p_gain_below_eps > 0.9
     assert forecast.median == pytest.approx(level, abs=0.01)
     assert forecast.x80 is None
+
+
+def test_equal_rewards_of_an_unknown_range_foretell_nothing_and_stop_nothing():
+    """A first right answer may be ahead: where rewards could go is not known before two of them differ."""
+    predictor, rule = OnlinePredictor(200), StoppingRule()
+    for step in range(1, 200):
+        forecast = predictor.observe(step, step / 200, 0.0, num_prompts=16, num_generations=8)
+        decision = rule.update(forecast)
+        assert not decision.stop
+    assert forecast.reason.startswith("every reward so far is 0, and the range of rewards is not known")
+    assert decision.veto == "not identifiable"
+    assert told([0.5] * 40, 200, reward_range=UNIT).identifiable, "of a known range they tell that nothing moves"
+
+
+def test_a_few_rewards_of_an_unknown_range_bound_nothing():
+    one = told([0.9], 100)
+    assert one.high - one.low > 1.0
+    for many in (4, 5):
+        believed = fed(0.9 + 0.01 * np.arange(many), 100).believed()
+        assert np.isfinite([believed.low, believed.high]).all() == (many == 5)
+
+
+def test_the_end_of_the_budget_is_no_plateau_by_itself():
+    """Nothing is left to gain there, of whatever rises too."""
+    rising, flat = told(0.1 + 0.6 * STEPS, 200, reward_range=UNIT), told(noisy(0.5 + 0 * STEPS, 0), 200, reward_range=UNIT)
+    assert rising.p_gain_below_eps == flat.p_gain_below_eps == pytest.approx(1.0)
+    assert rising.phase == "rapid improvement"
+    assert flat.phase == "plateau"
 
 
 def test_a_reward_near_its_greatest_leaves_little_room():
