@@ -1,6 +1,7 @@
-"""Writes what is generated from ``benchmarks/results``: the tables of the README and ``benchmarks/RESULTS.md``.
+"""Writes what is generated from ``benchmarks/results``: figures and tables of README and docs, and ``benchmarks/RESULTS.md``.
 
-``--check`` only says whether they are up to date.
+A page says where: between ``<!-- generated: NAME ... -->`` and ``<!-- end -->`` stands what :data:`MADE` has under that name.
+``--check`` only says whether all pages are up to date.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import argparse
 import json
 import re
 import sys
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -23,52 +26,116 @@ from benchmarks.transfer import report as transfer  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 README = ROOT / "README.md"
+DOCS = ROOT / "docs"
 RESULTS_PAGE = Path(__file__).parent / "RESULTS.md"
-_TABLE = re.compile(r"(<!-- (?P<name>(?:law |stop |ops |sync )?table): [^\n]*-->\n).*?(<!-- table end -->)", re.DOTALL)
+_MARKED = re.compile(r"(<!-- generated: (?P<name>\w+)[^\n]*-->\n).*?(<!-- end -->\n)", re.DOTALL)
+_WIDTH = 120
+_MODELS = {"the embedded model": "", "SmolLM2-135M": "_smollm2"}
+_MACHINES = ("", "_zen4")
 
 
-def readme_table() -> str:
-    """The first screen's table: what the embedded run does on a CPU, and what a step costs beside TRL."""
-    embedded = _read("cpu/embedded_run.json")
-    machines = [[_read(f"cpu/step_time{model}{machine}.json") for model in ("", "_smollm2")] for machine in ("", "_zen4")]
-    runs = embedded["runs"]
-    kept = [run["stop"]["accuracy"] / run["final_accuracy"] for run in runs]
-    cores = embedded["device"]["num_cores"]
+def highlights() -> str:
+    """The README's first figures, each with what it was measured on."""
+    return "".join(
+        textwrap.fill(point, _WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False) + "\n"
+        for point in (_faster(), _smaller(), _stops_by_itself(), _accountable())
+    )
+
+
+def _faster() -> str:
+    (small, small_elsewhere), (large, large_elsewhere) = (
+        [_read(f"cpu/step_time{model}{machine}.json") for machine in _MACHINES] for model in _MODELS.values()
+    )
+    here, elsewhere = (result["machine"].removesuffix(", quiet") for result in (small, small_elsewhere))
+    ratios = [f"{result['median_ratio_trl_over_ours']:.1f}x" for result in (small_elsewhere, large_elsewhere)]
+    return (
+        f"**Faster.** A training step of the embedded model (0.67 M parameters) takes {_beside_trl(small)}, and a step of "
+        f"SmolLM2-135M {_beside_trl(large)}. These are medians of {small['num_steps']} and {large['num_steps']} steps, ours "
+        f"and those of TRL {small['versions']['trl']} in turns, with {small['torch_threads']} threads on an {here}. On an "
+        f"{elsewhere} the ratios are {' and '.join(ratios)}."
+    )
+
+
+def _beside_trl(result: dict[str, Any]) -> str:
+    ours, theirs = (report.duration(1000 * result[name]["p50"]) for name in ("grpo_fast_step_s", "trl_step_s"))
+    return f"{ours} against TRL's {theirs} ({result['median_ratio_trl_over_ours']:.1f}x)"
+
+
+def _smaller() -> str:
+    content = _read("cpu/ops.json")
+    record = content["cases"][0]
+    told = {
+        row["contender"]: f"{report.duration(row['p50_ms'])} and {report.size(row['peak_extra_bytes'])}"
+        for row in record["rows"]
+        if "p50_ms" in row
+    }
+    sizes = record["parameters"]
+    return (
+        f"**Smaller.** For {sizes['num_tokens']:,} tokens of {sizes['model']['name']}, whose vocabulary has "
+        f"{sizes['model']['vocab_size']:,} entries, the loss and its gradients take {told['grpo_fast']} of memory by "
+        f"{content['torch_threads']} threads on a CPU. TRL's chunked loss takes {told['trl chunked_logprob']}, plain PyTorch "
+        f"{told['torch eager']}."
+    )
+
+
+def _stops_by_itself() -> str:
+    runs, found = _read("cpu/embedded_run.json")["runs"], _read("law/published.json")
+    rule = found["stopping"]["all"][found["stop_rule"]]
+    kept = min(run["stop"]["accuracy"] / run["final_accuracy"] for run in runs)
+    return (
+        f"**Stops by itself.** On the embedded task the forecast ended all {len(runs)} runs early (seeds "
+        f"{', '.join(str(run['seed']) for run in runs)}). That saved {_flops_saved(runs):.0%} of the FLOPs and kept at least "
+        f"{kept:.1%} of the final accuracy. Replayed on {found['stopping']['all']['curves']} published reward curves of real "
+        f"GRPO runs, it saves {rule['saved'][0]:.0%} of the compute at a mean loss of "
+        f"{rule['lost'][0]:.4f} reward on a scale of 0 to 1; {rule['false'][0]:.1%} of the runs lose more than 0.02."
+    )
+
+
+def _accountable() -> str:
+    content = _read("cpu/sync.json")
+    case = content["cases"][0]
+    return (
+        "**Accountable.** Every step is charged with its tokens, FLOPs, device time, energy and money, and a run's report says "
+        "why it ended. After every update vLLM must prove that it holds the new weights; the proof takes "
+        f"{report.duration(case['probe_ms'])} of a weight sync of {report.duration(case['rows']['grpo_fast']['p50_ms'])} for "
+        f"{case['layout']} on {content['cores']} CPU cores."
+    )
+
+
+def step_table() -> str:
+    """A whole training step beside TRL's, with the memory of the process at its fullest."""
+    rows = []
+    for model, of_model in _MODELS.items():
+        for of_machine in _MACHINES:
+            found = _read(f"cpu/step_time{of_model}{of_machine}.json")
+            times = [report.duration(1000 * found[f"{name}_step_s"]["p50"]) for name in ("grpo_fast", "trl")]
+            peaks = [report.size(round(found["peak_memory_mib"][name] * 2**20)) for name in ("grpo_fast", "trl")]
+            rows.append([f"{model}, {found['machine']}", *times, f"{found['median_ratio_trl_over_ours']:.1f}x", *peaks])
+    head = f"median step, {found['torch_threads']} threads, torch {found['versions']['torch']}"
+    return _markdown([head, "grpo_fast", f"TRL {found['versions']['trl']}", "ratio", "peak memory", "TRL's"], rows)
+
+
+def early_stop_table() -> str:
+    """Runs of the embedded model that the forecast ended, beside the whole budget, which was trained too."""
+    found = _read("cpu/embedded_run.json")
     rows = [
-        ("held-out accuracy before training", f"{mean(run['initial_accuracy'] for run in runs):.2f}"),
-        (
-            "stopped by the forecast at step",
-            ", ".join(str(run["stop"]["step"]) for run in runs) + f" of {runs[0]['max_steps']}",
-        ),
-        ("accuracy there", ", ".join(f"{run['stop']['accuracy']:.3f}" for run in runs)),
-        ("accuracy after the whole budget", ", ".join(f"{run['final_accuracy']:.3f}" for run in runs)),
-        ("share of it kept, worst seed", f"{min(kept):.3f}"),
-        ("FLOPs saved, mean", f"{mean(1 - run['stop']['flops'] / run['flops'] for run in runs):.0%}"),
-        *(_beside_trl(*results) for results in machines),
-        (
-            "peak memory, ours / TRL",
-            "{:.1f} GiB / {:.1f} GiB; SmolLM2-135M {:.1f} GiB / {:.1f} GiB".format(
-                *(result["peak_memory_mib"][name] / 1024 for result in machines[-1] for name in ("grpo_fast", "trl"))
-            ),
-        ),
+        [
+            str(run["seed"]),
+            f"{run['initial_accuracy']:.3f}",
+            f"{run['stop']['step']} of {run['max_steps']}",
+            f"{run['stop']['accuracy']:.3f}",
+            f"{run['final_accuracy']:.3f}",
+            f"{_flops_saved([run]):.0%}",
+            f"{run['stop']['seconds']:.0f} s of {run['seconds']:.0f} s",
+        ]
+        for run in found["runs"]
     ]
-    head = f"| embedded model, {cores} CPU cores, torch {embedded['versions']['torch']} | seeds 0, 1, 2 |\n|---|---|\n"
-    return head + "".join(f"| {name} | {value} |\n" for name, value in rows)
+    head = ["seed", "accuracy at the start", "stopped at step", "accuracy there", "accuracy after all steps", "FLOPs saved"]
+    return _markdown([*head, f"time on {found['device']['num_cores']} CPU cores"], rows)
 
 
-def _beside_trl(steps: dict[str, Any], large: dict[str, Any]) -> tuple[str, str]:
-    """Median steps of one machine, of the embedded model and of SmolLM2-135M."""
-    told = [
-        "{:.{digits}f} {unit} / {:.{digits}f} {unit} ({:.1f}x)".format(
-            *(scale * result[name]["p50"] for name in ("grpo_fast_step_s", "trl_step_s")),
-            result["median_ratio_trl_over_ours"],
-            digits=digits,
-            unit=unit,
-        )
-        for result, scale, digits, unit in ((steps, 1e3, 0, "ms"), (large, 1, 1, "s"))
-    ]
-    name = f"median step, ours / TRL {steps['versions']['trl']}: {steps['machine']}"
-    return name, f"{told[0]}; SmolLM2-135M {told[1]}"
+def _flops_saved(runs: list[dict[str, Any]]) -> float:
+    return mean(1 - run["stop"]["flops"] / run["flops"] for run in runs)
 
 
 def law_table() -> str:
@@ -83,8 +150,9 @@ def law_table() -> str:
         rivals = found["against_best"]["error"][group][: len(shares)]
         errors = found["forecasts"][group]["level"]["error"]
         best = [f"{errors[row['best']][at][0]:.3f} ({row['best']})" for at, row in enumerate(rivals)]
-        rows += [("best rival at that point", best), ("ratio, 90 % interval", [_interval(row["ratio"]) for row in rivals])]
-        rows.append(("ratio to the rival that is best elsewhere", [_interval(row["chosen"]) for row in rivals]))
+        rows.append(("best rival at that point", best))
+        rows.append(("ours over that, 90 % interval", [_interval(row["ratio"]) for row in rivals]))
+        rows.append(("ours over the rival that is best elsewhere", [_interval(row["chosen"]) for row in rivals]))
     bounds = found["limits"]
     rows.append(
         ("error of this law if it knew that the run will rise", [f"{value:.3f}" for value in bounds["told"][: len(shares)]])
@@ -100,6 +168,18 @@ def law_table() -> str:
     return _markdown(head, [[name, *cells] for name, cells in rows])
 
 
+def interval_table() -> str:
+    """How often the law's 90 % intervals held what came, by the kind of curve."""
+    found = _read("law/published.json")
+    shares = ("20 %", "40 %", "60 %", "80 %")
+    groups = {"all curves": "all", **{name: f"class: {name}" for name in found["about"]["classes"]}}
+    rows = []
+    for label, group in sorted(groups.items(), key=lambda item: (item[1] != "all", item)):
+        inside = found["forecasts"][group]["level"]["inside90"][found["law"]]
+        rows.append([f"{label} ({found['forecasts'][group]['curves']})", *(f"{value[0]:.0%}" for value in inside)])
+    return _markdown(["kind of curve", *(f"{share} seen" for share in shares)], rows)
+
+
 def stop_table() -> str:
     """The law's stop against simple ones, replayed on the same curves."""
     found = _read("law/published.json")
@@ -109,7 +189,8 @@ def stop_table() -> str:
     for name in [*names, "hindsight oracle"]:
         row = {measure: rules[name][measure][0] for measure in ("saved", "lost", "false", "bad")}
         rows.append([name, f"{row['saved']:.0%}", f"{row['lost']:.4f}", f"{row['false']:.1%}", f"{row['bad']:.1%}"])
-    return _markdown(["rule", "compute saved", "mean reward lost", "lost over 0.02", "lost over 0.05"], rows)
+    head = f"rule, on {rules['curves']} curves"
+    return _markdown([head, "compute saved", "mean reward lost", "lost over 0.02", "lost over 0.05"], rows)
 
 
 def ops_table() -> str:
@@ -150,12 +231,43 @@ def sync_table() -> str:
     return _markdown([head, "weights", "sync", "unproven: vLLM's reload", "unproven: safetensors on a RAM disk"], rows)
 
 
-def rendered_readme() -> str:
-    """The README with its tables as the results have them."""
-    text = README.read_text(encoding="utf-8")
-    made = {"table": readme_table, "law table": law_table, "stop table": stop_table, "ops table": ops_table}
-    made["sync table"] = sync_table
-    return _TABLE.sub(lambda match: match[1] + made[match["name"]]() + match[3], text)
+def slower_ops() -> str:
+    """What is slower here than elsewhere: the two small ops on a CPU, when they are called alone."""
+    cases = {record["kind"]: record for record in reversed(_read("cpu/ops.json")["cases"])}
+    told = {
+        kind: [
+            report.duration(row["p50_ms"])
+            for name in ("grpo_fast", "torch eager", "torch.compile")
+            for row in cases[kind]["rows"]
+            if row["contender"] == name
+        ]
+        for kind in ("loss", "advantage")
+    }
+    tokens, groups = cases["loss"]["parameters"]["num_tokens"], cases["advantage"]["parameters"]
+    text = (
+        "Two small ops are slower on a CPU than plain PyTorch when they are called alone: `policy_loss` over {:,} tokens takes "
+        "{}, eager PyTorch {}, `torch.compile` {}; `group_advantage` over {:,} groups of {} takes {}, eager PyTorch {}, "
+        "`torch.compile` {}."
+    ).format(tokens, *told["loss"], groups["num_prompts"], groups["group_size"], *told["advantage"])
+    return textwrap.fill(text, _WIDTH) + "\n"
+
+
+MADE: dict[str, Callable[[], str]] = {
+    "highlights": highlights,
+    "step_table": step_table,
+    "ops_table": ops_table,
+    "slower_ops": slower_ops,
+    "early_stop_table": early_stop_table,
+    "law_table": law_table,
+    "interval_table": interval_table,
+    "stop_table": stop_table,
+    "sync_table": sync_table,
+}
+
+
+def rendered(page: Path) -> str:
+    """A page with what is generated of it as the results have it."""
+    return _MARKED.sub(lambda match: match[1] + MADE[match["name"]]() + match[3], page.read_text(encoding="utf-8"))
 
 
 def _markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -175,7 +287,7 @@ def _read(name: str) -> dict[str, Any]:
 def pages() -> dict[Path, str]:
     """Every generated file, as the results have it."""
     return {
-        README: rendered_readme(),
+        **{page: rendered(page) for page in (README, *sorted(DOCS.glob("*.md")))},
         RESULTS_PAGE: "\n".join([report.page(), transfer.section(), rollout.section(), system.section()]),
     }
 

@@ -1,9 +1,10 @@
-"""What the README says is run: its Python, its commands, its table."""
+"""What the README says is run: its Python and its commands. Its figures are checked in ``benchmarks/test_tables.py``."""
 
 from __future__ import annotations
 
 import contextlib
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,17 +12,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.system.command_line import CommandLine
-from benchmarks.tables import rendered_readme
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 SHELL = [block.replace("\\\n", " ") for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)]
 COMMANDS = [line.strip() for block in SHELL for line in block.splitlines() if line.startswith("grpo-fast")]
-
-
-def test_the_table_is_what_the_results_say() -> None:
-    assert rendered_readme() == README, "run `python benchmarks/tables.py`"
 
 
 @pytest.mark.slow
@@ -41,12 +37,12 @@ def test_the_python_example_runs(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("untraced")
 def test_the_commands_of_the_embedded_model_run(tmp_path: Path) -> None:
     local = [command for command in COMMANDS if "--model" not in command]  # those that need no hub
-    assert len(local) == 9
+    assert len(local) == 3
     with contextlib.closing(CommandLine(tmp_path)) as shell:
         for command in local:
-            assert shell.run(*command.split()[1:]) == 0, f"{command}\n{shell.log()}"
+            assert shell.run(*shlex.split(command, comments=True)[1:]) == 0, f"{command}\n{shell.log()}"
     assert (tmp_path / "runs/first/report.html").exists()
-    assert (tmp_path / "runs/first/checkpoint-25/model.safetensors").exists()
+    assert (tmp_path / "runs/first/checkpoint-20/model.safetensors").exists()
 
 
 def test_every_flag_of_training_in_the_readme_exists() -> None:
@@ -54,7 +50,7 @@ def test_every_flag_of_training_in_the_readme_exists() -> None:
 
     known = {name.replace("_", "-") for name in Config.model_fields} | {"config", "recipe", "resume", "help"}
     training = [command for command in COMMANDS if command.startswith("grpo-fast train")]
-    assert len(training) >= 4
+    assert len(training) == 2
     for command in training:
         for flag in re.findall(r"--([a-z0-9-]+)", command):
             assert flag in known, f"--{flag} in the README is no flag"

@@ -1,8 +1,9 @@
-"""Generated pages: each marker of the README gets its own table, the numbers are those of the results, nothing is old."""
+"""Generated pages: each marker gets its own figures, the figures are those of the results, nothing is old."""
 
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -14,6 +15,30 @@ FIGURE = [0.1234, 0.1, 0.2]
 def test_the_page_of_results_is_what_the_results_say():
     for path, text in tables.pages().items():
         assert path.read_text(encoding="utf-8") == text, f"{path.name} is old: run `python benchmarks/tables.py`"
+
+
+def test_everything_that_is_made_stands_on_one_page():
+    text = "".join(path.read_text(encoding="utf-8") for path in (tables.README, *tables.DOCS.glob("*.md")))
+    assert sorted(re.findall(r"<!-- generated: (\w+)", text)) == sorted(tables.MADE)
+    assert text.count("<!-- end -->") == len(tables.MADE)
+
+
+def test_the_first_figures_are_those_of_the_tables():
+    said = " ".join(tables.highlights().split())
+    ops = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:]] for row in tables.ops_table().splitlines()}
+    for name in ("grpo_fast", "torch eager"):
+        assert f"{ops[name][0]} and {ops[name][2]}" in said
+    steps = [[cell.strip() for cell in row.split("|")] for row in tables.step_table().splitlines()[2:]]
+    for row in steps:
+        if "Zen 5" in row[1]:
+            assert f"{row[2]} against TRL's {row[3]} ({row[4]})" in said
+        else:
+            assert row[4] in said.split("On an AMD EPYC (Zen 4)")[1]
+    saved, lost, over = (cell.strip() for cell in tables.stop_table().splitlines()[2].split("|")[2:5])
+    assert f"saves {saved} of the compute at a mean loss of {lost} reward" in said
+    assert f"{over} of the runs lose more than 0.02" in said
+    stops = [row.split("|") for row in tables.early_stop_table().splitlines()[2:]]
+    assert f"at least {min(float(row[4]) / float(row[5]) for row in stops):.1%} of the final accuracy" in said
 
 
 def test_the_table_of_the_ops_is_that_of_the_promised_case():
@@ -35,7 +60,7 @@ def results(tmp_path, monkeypatch):
     ]
     rules = ["grpo_fast.law, 0.9", "patience 20%", "patience 10%", "fixed 40%", "fixed 80%"]
     rules += ["plug-in, exponential + R0", "hindsight oracle"]
-    stops = {name: dict.fromkeys(("saved", "lost", "false", "bad"), FIGURE) for name in rules}
+    stops = {name: dict.fromkeys(("saved", "lost", "false", "bad"), FIGURE) for name in rules} | {"curves": 163}
     found = {
         "about": {"curves": 204, "repositories": 27},
         "law": "grpo_fast.law",
@@ -51,19 +76,26 @@ def results(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_each_marker_gets_its_own_table(results, monkeypatch):
-    readme = results / "README.md"
-    readme.write_text(
-        "a\n<!-- law table: x -->\nold\n<!-- table end -->\nb\n<!-- stop table: x -->\nold\n<!-- table end -->\nc\n",
+def test_each_marker_gets_its_own_table(results):
+    page = results / "page.md"
+    page.write_text(
+        "a\n<!-- generated: law_table, by x -->\nold\n<!-- end -->\nb\n<!-- generated: stop_table -->\nold\n<!-- end -->\nc\n",
         encoding="utf-8",
     )
-    monkeypatch.setattr(tables, "README", readme)
-    text = tables.rendered_readme()
+    text = tables.rendered(page)
     assert "old" not in text
     assert text.index("27 repositories") < text.index("\nb\n") < text.index("hindsight oracle")
+    assert "| rule, on 163 curves |" in text
     assert "| 0.123 (last value) |" in text
     assert "| 0.80 (0.70 to 0.90) |" in text
     assert "| patience 20% | 12% | 0.1234 | 12.3% | 12.3% |" in text
     for line in text.splitlines():
         if line.startswith("| error"):
             assert line.count("|") == 5
+
+
+def test_a_marker_of_an_unknown_name_is_an_error(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- generated: lore_table -->\n<!-- end -->\n", encoding="utf-8")
+    with pytest.raises(KeyError, match="lore_table"):
+        tables.rendered(page)
