@@ -1,4 +1,4 @@
-"""grpo_fast: GRPO as fast as the hardware allows, every unit of compute metered, stopped when the law sees the plateau.
+"""grpo_fast: GRPO training that meters its compute and stops when its forecast says that more training no longer pays.
 
 The library API; each name is imported when it is first used, so that ``import grpo_fast`` costs nothing.
 """
