@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from grpo_fast.consistency import check_consistency
 from grpo_fast.explain import explain
-from grpo_fast.given_values import ONE_OR_SEVERAL, dataset_anywhere, expanded, model_anywhere, refuse_switches
+from grpo_fast.given_values import ONE_OR_SEVERAL, SchedulerType, dataset_anywhere, expanded, model_anywhere, refuse_switches
 from grpo_fast.json_object import JsonObject
 
 LossType = Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "gspo", "rloo", "luspo", "sapo"]
@@ -252,10 +252,12 @@ class Config(BaseModel):
     ones count in the mean; with ``offload_optimizer`` they are made in the float32 copy instead."""
     learning_rate: Annotated[float, _OPTIM] = Field(1e-6, gt=0)
     """Peak learning rate."""
-    lr_scheduler_type: Annotated[Literal["constant", "linear", "cosine"], _OPTIM] = "constant"
-    """Shape of the learning rate after warm-up, over ``max_steps``."""
+    lr_scheduler_type: Annotated[SchedulerType, _OPTIM] = "constant"
+    """Shape of the learning rate after warm-up, over ``max_steps``; one of transformers' schedules."""
+    lr_scheduler_kwargs: Annotated[JsonObject, _OPTIM] = Field(default_factory=dict)
+    """Its other arguments, such as ``{"min_lr_rate": 0.1}`` for ``cosine_with_min_lr``."""
     warmup_steps: Annotated[float, _OPTIM] = Field(0, ge=0)
-    """Steps over which the learning rate rises from 0; below 1, a share of ``max_steps``."""
+    """Steps over which the learning rate rises from 0, by every schedule; below 1, a share of ``max_steps``."""
     weight_decay: Annotated[float, _OPTIM] = Field(0.0, ge=0)
     """Decoupled weight decay."""
     adam_beta1: Annotated[float, _OPTIM] = Field(0.9, ge=0, lt=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
@@ -13,6 +13,39 @@ BUILT_IN_DATASETS = ("arithmetic", "countdown", "gsm8k", "reasoning_gym")
 """Names that stand for a task of ours; a local directory of that name is given as ``./NAME``."""
 ONE_OR_SEVERAL = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
 """Of a field that holds several strings: one may stand alone."""
+_BY_METRIC = ("reduce_lr_on_plateau", "greedy")
+
+
+def _foreseeable(name: Any) -> Any:
+    """A schedule's name, not of one that goes by what a run shows.
+
+    Raises:
+        ValueError: it does.
+    """
+    if name in _BY_METRIC:
+        raise ValueError(
+            "goes by a metric as it comes, and the forecast counts in learning rate spent, which must be known beforehand; "
+            "take another, such as 'cosine' or 'warmup_stable_decay' (what a plateau does is forecast's to say)"
+        )
+    return name
+
+
+SchedulerType = Annotated[
+    Literal[
+        "constant",
+        "constant_with_warmup",
+        "linear",
+        "polynomial",
+        "inverse_sqrt",
+        "warmup_stable_decay",
+        "cosine",
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "cosine_warmup_with_min_lr",
+    ],
+    BeforeValidator(_foreseeable),
+]
+"""Schedules of transformers, by its names, whose rates are known before the first step; ``constant`` warms up too."""
 
 
 def expanded(path: Path) -> Path:

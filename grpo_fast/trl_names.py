@@ -25,6 +25,7 @@ HERE: Mapping[str, str] = MappingProxyType(
         "bf16": "dtype='bfloat16', which is the default on a GPU",
         "fp16": "nothing: dtype is bfloat16 or float32, by 'auto' as the GPU has it",
         "use_cpu": "device='cpu'",
+        "warmup_ratio": "warmup_steps, which below 1 is a share of max_steps",
         "use_vllm": "rollout='vllm', or 'vllm-http' for servers",
         "peft_config": "use_peft with lora_r, lora_alpha and lora_target_modules",
         "lora_dropout": "nothing: it would keep the ratio of an on-policy step from being 1",

@@ -41,6 +41,7 @@ from grpo_fast.train.plan_memory import check_room
 from grpo_fast.train.policy import BasePolicy, Policy, Scorer, count_parameters
 from grpo_fast.train.policy_source import PolicySource, check_dtype, pick_device
 from grpo_fast.train.resumable import LIMITS
+from grpo_fast.train.schedule import learning_rates
 from grpo_fast.train.sharding import ShardedPolicy, check_sharding, shards_of_one, spread
 from grpo_fast.train.shares import MainEngine, Rewards, SharedEngine, SharedRewards
 from grpo_fast.train.streaming import streams_weights
@@ -268,6 +269,7 @@ def _check(config: Config, given: Replacements, world: World) -> None:
         _check_ranks(config, world.size)
     check_sharding(config)
     check_optimizer(config)
+    learning_rates(config)
 
 
 def _build_sinks(config: Config, given: Replacements, world: World) -> tuple[JsonlSink, SinkSet]:

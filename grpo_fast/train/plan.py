@@ -25,12 +25,12 @@ from grpo_fast.law.posterior import quantiles
 from grpo_fast.law.prospect import Prospect
 from grpo_fast.sinks.quantities import duration, percent, si, significant
 from grpo_fast.train.activations import UncountableError
-from grpo_fast.train.optim import progress_schedule
 from grpo_fast.train.parts import load_prior
 from grpo_fast.train.plan_facts import PlanFacts, PlanInputs, gather
 from grpo_fast.train.plan_memory import Change, MemoryInputs, MemoryPlanner, device_room
 from grpo_fast.train.plan_memory import to_dict as memory_to_dict
 from grpo_fast.train.policy_source import PolicySource
+from grpo_fast.train.schedule import falls_if_shorter, progress_schedule
 
 SHARES = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 """Shares of the run at which its rewards are foretold."""
@@ -231,6 +231,7 @@ def make_plan(config: Config, inputs: PlanInputs | None = None) -> Plan:
     """
     if config.max_money is not None and config.price_per_gpu_hour == 0:
         raise ConfigError(f"a budget of money ({config.max_money:g}) needs price_per_gpu_hour above 0")
+    clock = np.concatenate([[0.0], progress_schedule(config)])
     prior = load_prior(config)
     inputs = inputs or PlanInputs()
     config = _in_its_arithmetic(config, inputs.gpu)
@@ -253,7 +254,6 @@ def make_plan(config: Config, inputs: PlanInputs | None = None) -> Plan:
         normals=normals,
     )
     ends, ended_by = _ends(config, costs)
-    clock = np.concatenate([[0.0], progress_schedule(config)])
     at_end = np.interp(ends, np.arange(clock.size), clock)
     end = _quantiles(ends, prospect.weight, whole=True)
     assert end["median"] is not None
@@ -387,7 +387,7 @@ def _notes(config: Config, known: PlanFacts, end: float) -> list[str]:
         )
     if config.reward_range is None:
         notes.append("reward_range is not given: rewards are taken to be of the order of 1")
-    if end < _FEW_OF_BUDGET * config.max_steps and config.lr_scheduler_type != "constant":
+    if end < _FEW_OF_BUDGET * config.max_steps and falls_if_shorter(config, max(1, int(end))):
         notes.append(
             f"the run ends at step {end:.0f}, long before the learning rate, laid over max_steps={config.max_steps}, has "
             f"fallen; max_steps={end:.0f} would let it fall"

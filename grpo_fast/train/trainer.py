@@ -28,13 +28,14 @@ from grpo_fast.train.collect import Collected, Collector, charge_rollout
 from grpo_fast.train.distributed import World, is_restart
 from grpo_fast.train.evaluate import evaluate, probe
 from grpo_fast.train.interrupt import InterruptFlag
-from grpo_fast.train.optim import build_optimizer, learning_rate_at, progress_schedule
+from grpo_fast.train.optim import build_optimizer
 from grpo_fast.train.oversight import Oversight, Verdict
 from grpo_fast.train.parts import Parts, Replacements, build_parts, check_given
 from grpo_fast.train.policy import Policy
 from grpo_fast.train.policy_source import pick_device
 from grpo_fast.train.resumable import check_resumable, config_of, takes_up_run
 from grpo_fast.train.rng import load_rng_state, rng_state
+from grpo_fast.train.schedule import learning_rate_at, progress_schedule
 from grpo_fast.train.step import Learner, NonFiniteGradientError, UpdateResult
 from grpo_fast.train.summary import Ending, Outcome, write_summary
 from grpo_fast.types import Group

@@ -13,8 +13,8 @@ import pytest
 from grpo_fast.config import Config
 from grpo_fast.law import Forecast, OnlinePredictor, Prior, RunFacts, Spending, StoppingRule
 from grpo_fast.sinks import SinkSet
-from grpo_fast.train.optim import progress_schedule
 from grpo_fast.train.oversight import Oversight, Verdict, build_rule
+from grpo_fast.train.schedule import progress_schedule
 
 METRICS = {"reward": 0.9, "reward_std": 0.1, "frac_reward_all_wrong": 0.0, "frac_reward_zero_std": 0.0}
 
