@@ -48,7 +48,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     model: Annotated[str, AfterValidator(model_anywhere), _MODEL] = "embedded"
-    """Causal language model: a directory, a hub id, or ``embedded`` for the tiny one in the package."""
+    """Causal language model, or LoRA adapters of one: a directory, a hub id, or ``embedded`` for the package's tiny one."""
     revision: Annotated[str | None, _MODEL] = None
     """Branch, tag or commit of a hub model."""
     trust_remote_code: Annotated[bool, _MODEL] = False
@@ -81,8 +81,10 @@ class Config(BaseModel):
     embedded model, 1.00 on SmolLM2-135M, after half a minute of compilation. On a GPU it has not been measured."""
 
     use_peft: Annotated[bool, _LORA] = False
-    """Train LoRA adapters over frozen weights. The reference policy is then the model with its adapters off. They have no
-    dropout: it would keep the ratio of an on-policy step from being 1."""
+    """Train LoRA adapters over frozen weights: new ones, or those that ``model`` names. The reference policy has them off, or
+    as they were saved. They have no dropout: it would keep the ratio of an on-policy step from being 1."""
+    base_model: Annotated[str | None, AfterValidator(lambda name: name and model_anywhere(name)), _LORA] = None
+    """Model under adapters that ``model`` names, in place of the one that they name themselves."""
     lora_r: Annotated[int, _LORA] = Field(16, ge=1)
     """Rank of the adapters."""
     lora_alpha: Annotated[int, _LORA] = Field(32, ge=1)

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 _NEEDED_BY = {
     "gradient_checkpointing": ("gradient_checkpointing_mode",),
-    "use_peft": ("lora_r", "lora_alpha", "use_rslora", "lora_target_modules", "load_in_4bit"),
+    "use_peft": ("base_model", "lora_r", "lora_alpha", "use_rslora", "lora_target_modules", "load_in_4bit"),
     "load_in_4bit": ("bnb_4bit_quant_type", "use_bnb_nested_quant"),
 }
 """Fields that would do nothing without another one."""

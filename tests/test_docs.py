@@ -46,6 +46,8 @@ OTHER_NAMES = {
     "trainer_state",
     "log_extra",
     "log_metric",
+    "merge_and_unload",
+    "reduce_lr_on_plateau",
 }
 COMMANDS = {"train", "plan", "forecast", "law", "export", "report", "doctor", "serve"}
 

@@ -1,4 +1,4 @@
-"""LoRA adapters inside the policy's own module, by peft: trained and saved alone, switched off for the reference policy.
+"""LoRA adapters inside the policy's own module, by peft: trained and saved alone, put back as they began for the reference.
 
 peft puts its layers into the model in place, so whatever reads the model (rollout engine, FLOP model, head) goes on reading the
 same module. This is the package's one door to peft.
@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from grpo_fast.config import Config, ConfigError
@@ -23,16 +24,17 @@ from grpo_fast.train.text_part import beside_text
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+SETTINGS_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-"""peft's own name; with ``adapter_config.json`` it is all of an adapter."""
+"""peft's own name; with the settings it is all of an adapter."""
 _EXPECTED = (r"The following \w+_pattern keys did not match", "fan_in_fan_out is set to False")
 """What peft tells of a model whose experts, or whose layers as in GPT-2, it then treats as it must."""
 
 
 class Adapters:
-    """Puts new adapters into a model, in place; from then on nothing else of it is trained.
+    """Puts adapters into a model, in place; from then on nothing else of it is trained.
 
-    They start as no change at all: B is 0, and A is drawn from the run's seed.
+    They start as no change at all: B is 0, and A is drawn from the run's seed; by :meth:`begin_from`, as saved ones.
 
     Args:
         model: the base, with or without its weights.
@@ -73,6 +75,8 @@ class Adapters:
                     f"lora_target_modules={list(targets)}: {error} Linear layers are {', '.join(sorted(linear))}."
                 ) from error
         self._adapted = model
+        self.begun = False
+        """Whether they began from saved ones, not as no change."""
         self._refuse_ends()
 
     def _refuse_ends(self) -> None:
@@ -89,13 +93,49 @@ class Adapters:
     def off(self) -> Iterator[None]:
         """The model is its base in here."""
         self._wrapped.base_model.disable_adapter_layers()
-        for name, weight in self._adapted.named_parameters():
-            if ".lora_" in name:  # peft has marked it as frozen, and FSDP holds on to what its first pass finds
-                weight.requires_grad_(True)
+        for _, weight in self._weights():  # peft has marked them as frozen, and FSDP holds on to what its first pass finds
+            weight.requires_grad_(True)
         try:
             yield
         finally:
             self._wrapped.base_model.enable_adapter_layers()
+
+    def begin_from(self, directory: Path) -> None:
+        """Takes over saved adapters as the run's start, which the reference policy is then too.
+
+        Args:
+            directory: where peft has written them.
+
+        Raises:
+            ValueError: as :meth:`check_fits`.
+        """
+        self.load(directory)
+        self.begun = True
+
+    def copies(self) -> dict[str, torch.Tensor]:
+        """Their weights as they are now, for :meth:`holding`."""
+        return {name: weight.detach().clone() for name, weight in self._weights()}
+
+    @contextlib.contextmanager
+    def holding(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """The adapters have these weights in here, and their own again afterwards; for passes without gradient.
+
+        Args:
+            weights: all of them, as of :meth:`copies`.
+        """
+        now = self.copies()
+        self._put(weights)
+        try:
+            yield
+        finally:
+            self._put(now)
+
+    def _put(self, weights: Mapping[str, torch.Tensor]) -> None:
+        for name, weight in self._weights():
+            weight.data.copy_(weights[name])  # behind autograd's back: a backward pass to come finds them as they were
+
+    def _weights(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [(name, weight) for name, weight in self._adapted.named_parameters() if ".lora_" in name]
 
     def save(self, directory: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
         """Writes the adapters in peft's format, a file of weights and one of settings.
@@ -108,34 +148,53 @@ class Adapters:
         # "auto" would ask the hub
         self._wrapped.save_pretrained(str(directory), state_dict=named, save_embedding_layers=False)
 
-    @torch.no_grad()
-    def load(self, directory: Path, *, part: Callable[[Any, torch.Tensor], torch.Tensor] = lambda _, value: value) -> None:
-        """Takes over saved adapters, in place, bit for bit.
+    def check_fits(self, directory: Path) -> None:
+        """Sees that saved adapters are these, by names and shapes alone.
 
         Args:
-            directory: where :meth:`save` has written them.
-            part: gives of a weight's saved value what this process holds of it.
+            directory: where :meth:`save`, or peft, has written them.
 
         Raises:
             ValueError: they are those of another model or of other settings.
         """
-        from peft import get_peft_model_state_dict  # noqa: PLC0415 (as above)
-
-        saved = load_file(directory / WEIGHTS_FILE)
-        own = get_peft_model_state_dict(self._wrapped, save_embedding_layers=False)
-        missing, unknown = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
+        with safe_open(directory / WEIGHTS_FILE, framework="pt") as saved:
+            shapes = {name: tuple(saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118 (no mapping)
+        own = self._own()
+        missing, unknown = sorted(own.keys() - shapes.keys()), sorted(shapes.keys() - own.keys())
         if missing or unknown:
             raise ValueError(
                 f"{directory / WEIGHTS_FILE} does not fit the model's adapters: {len(missing)} are missing and "
                 f"{len(unknown)} unknown, such as {[*missing, *unknown][0]}"
             )
         for name, weight in own.items():
-            if weight.shape != saved[name].shape:
+            if tuple(weight.shape) != shapes[name]:
                 raise ValueError(
-                    f"{directory / WEIGHTS_FILE} does not fit the model's adapters: {name} is {tuple(saved[name].shape)} there "
-                    f"and {tuple(weight.shape)} here"
+                    f"{directory / WEIGHTS_FILE} does not fit the model's adapters: {name} is {shapes[name]} there and "
+                    f"{tuple(weight.shape)} here"
                 )
+
+    @torch.no_grad()
+    def load(self, directory: Path, *, part: Callable[[Any, torch.Tensor], torch.Tensor] = lambda _, value: value) -> None:
+        """Takes over saved adapters, in place, bit for bit.
+
+        Args:
+            directory: where :meth:`save`, or peft, has written them.
+            part: gives of a weight's saved value what this process holds of it.
+
+        Raises:
+            ValueError: as :meth:`check_fits`.
+        """
+        self.check_fits(directory)
+        saved = load_file(directory / WEIGHTS_FILE)
+        for name, weight in self._own().items():
             weight.copy_(part(weight, saved[name]))
+
+    def _own(self) -> dict[str, torch.Tensor]:
+        """The adapters' weights, by the names they are saved under."""
+        from peft import get_peft_model_state_dict  # noqa: PLC0415 (as above)
+
+        found: dict[str, torch.Tensor] = get_peft_model_state_dict(self._wrapped, save_embedding_layers=False)
+        return found
 
     def merge(self) -> PreTrainedModel:
         """Adds the adapters to the base's weights and takes their layers out; they are gone then.

@@ -192,7 +192,7 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
     source = PolicySource(config)
     if "engine" not in given:
         _check_sampler(config, source)
-    check_room(source.model_config, config, num_devices=world.size)
+    check_room(source.model_config, source.config, num_devices=world.size)
     environments = choose_environments(config, given)
     data = choose_data(config, given, chat=source.chat, environments=environments)
     rewards = _build_pool(config, data.reward_funcs, config.reward_weights, world=world)
@@ -304,7 +304,7 @@ def _build_meter(config: Config, policy: Policy, *, shape: ModelShape, facts: De
 
 
 def _reference(source: PolicySource, policy: Policy, *, config: Config, world: World) -> Scorer:
-    if policy.adapters is not None:
+    if policy.adapters is not None and not (policy.adapters.begun and policy.sums_gradients):
         return BasePolicy(policy, policy.adapters)
     reference = source.load()
     return ShardedPolicy(reference, None, config=config, world=world) if policy.sums_gradients else reference

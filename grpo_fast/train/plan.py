@@ -297,7 +297,8 @@ def _memory(config: Config, inputs: PlanInputs, known: PlanFacts) -> tuple[Memor
         num_devices=inputs.num_devices,
         completion_tokens=known.sampled_lengths,
     )
-    planner = MemoryPlanner(PolicySource(config).model_config, config, place)
+    source = PolicySource(config)
+    planner = MemoryPlanner(source.model_config, source.config, place)
     plan = planner.plan()
     return plan, [] if plan.fits else planner.changes()
 

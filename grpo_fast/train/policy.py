@@ -209,15 +209,20 @@ class Policy:
 
 
 class BasePolicy:
-    """A policy with its adapters off: the reference policy of a LoRA run, in no memory of its own."""
+    """A policy with its adapters as they began, off or as they were saved: the reference policy of a LoRA run.
+
+    Its own memory is that of the saved adapters. It must be made before the first update. Not for a sharded policy that began
+    from saved ones: passes leave weights gathered there, which nothing written to the shards would reach.
+    """
 
     def __init__(self, policy: Policy, adapters: Adapters) -> None:
         self._policy = policy
         self._adapters = adapters
+        self._start = adapters.copies() if adapters.begun else None
 
     def scored_hidden_states(self, batch: TokenBatch) -> torch.Tensor:
-        """Hidden states [T, H] of the base that predict the batch's targets."""
-        with self._adapters.off():
+        """Hidden states [T, H] of the start that predict the batch's targets."""
+        with self._adapters.off() if self._start is None else self._adapters.holding(self._start):
             return self._policy.scored_hidden_states(batch)
 
     def head(self, temperature: float) -> Head:

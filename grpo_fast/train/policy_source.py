@@ -25,7 +25,8 @@ from grpo_fast.device import device_facts
 from grpo_fast.hub import out_of_reach, why_unread
 from grpo_fast.ops.products import use_products
 from grpo_fast.run_dir import CONFIG_FILE
-from grpo_fast.train.adapters import Adapters
+from grpo_fast.train.adapter_start import find_start
+from grpo_fast.train.adapters import SETTINGS_FILE, Adapters
 from grpo_fast.train.checkpointing import checkpoint_layers
 from grpo_fast.train.compiled import compile_layers, require_compiler
 from grpo_fast.train.liger import require_liger, use_liger_kernels
@@ -42,7 +43,6 @@ from grpo_fast.train.text_part import freeze_beside_text
 _log = logging.getLogger(__name__)
 _DEFAULT_CONTEXT = 4096
 _HUB_ID = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?")
-_ADAPTERS = "adapter_config.json"
 _RANDOM = ("dropout", "pdrop", "layerdrop")
 """Parts of the names under which modules keep rates of what is random in training mode."""
 _NOT_ON_A_CPU = (
@@ -60,17 +60,17 @@ class PolicySource:
     """
 
     def __init__(self, config: Config) -> None:
-        self._config = config
         self._device = pick_device(config.device)
-        path = _find(config)
+        path = _find(config.model, config.revision)
         self._unreached = None if Path(path).is_dir() else out_of_reach()
-        self._arguments = {
-            "pretrained_model_name_or_path": path,
-            "revision": config.revision,
-            "trust_remote_code": config.trust_remote_code,
-            "local_files_only": self._unreached is not None,
-        }
-        self.tokenizer: PreTrainedTokenizerBase = self._read(AutoTokenizer)
+        self._start = find_start(config, path, local_files_only=self._unreached is not None)
+        self.config = config if self._start is None else self._start.applied(config)
+        """The run's, with rank, scale and modules of adapters that it begins from, and the revision of their base."""
+        config = self.config
+        self._arguments = {"trust_remote_code": config.trust_remote_code, **self._place(path)}
+        beside = self._start.directory if self._start is not None and self._start.has_tokenizer else None
+        place = {} if beside is None else {"pretrained_model_name_or_path": str(beside), "revision": None}
+        self.tokenizer: PreTrainedTokenizerBase = self._read(AutoTokenizer, **place)
         self.model_config: PreTrainedConfig = self._read(AutoConfig)
         """Sizes and kind of the model, as transformers reads them."""
         text_config = self.model_config.get_text_config()
@@ -88,9 +88,21 @@ class PolicySource:
         """Longest prompt that leaves room for a completion."""
         self._refuse_what_cannot_work()
 
+    def _place(self, path: str) -> dict[str, Any]:
+        """Where transformers finds the model, or the base of the adapters that are at ``path``."""
+        if self._start is not None:
+            path = _find(self._start.base, self._start.base_revision, field="base_model")
+            if self._unreached is None and not Path(path).is_dir():
+                self._unreached = out_of_reach()
+        return {
+            "pretrained_model_name_or_path": path,
+            "revision": self.config.revision,
+            "local_files_only": self._unreached is not None,
+        }
+
     def _refuse_what_cannot_work(self) -> None:
         """Names settings that this device, what is installed, or the model's kind and sizes rule out."""
-        config, device = self._config, self._device
+        config, device = self.config, self._device
         for field, value, reason in _NOT_ON_A_CPU if device.type == "cpu" else ():
             if getattr(config, field) == value:
                 raise ConfigError(f"{field}={value!r} on a CPU{reason}")
@@ -110,7 +122,7 @@ class PolicySource:
 
     @property
     def _computes_in_bfloat16(self) -> bool:
-        return computes_in_bfloat16(self._config, self._device.type)
+        return computes_in_bfloat16(self.config, self._device.type)
 
     @property
     def chat(self) -> bool:
@@ -123,7 +135,7 @@ class PolicySource:
         Raises:
             ConfigError: see :func:`outline_of`.
         """
-        return outline_of(self.model_config, self._config)
+        return outline_of(self.model_config, self.config, start=None if self._start is None else self._start.directory)
 
     def load(self) -> Policy:
         """Reads the weights.
@@ -131,7 +143,7 @@ class PolicySource:
         Raises:
             ConfigError: they cannot be read, or the model computes its logits in a way the head does not describe.
         """
-        config = self._config
+        config = self.config
         wants_bf16 = self._computes_in_bfloat16
         # a frozen weight has no update that bfloat16 could lose
         short = config.use_peft or config.weights_dtype == "bfloat16"
@@ -152,6 +164,8 @@ class PolicySource:
         else:  # cuDNN's plans are made for one shape, tens of milliseconds each, and lengths are others every time
             torch.backends.cuda.enable_cudnn_sdp(False)
         adapters = Adapters(model, config) if config.use_peft else None
+        if adapters is not None and self._start is not None:
+            adapters.begin_from(self._start.directory)
         if config.gradient_checkpointing:
             checkpoint_layers(model, config.gradient_checkpointing_mode)
         policy = Policy(
@@ -168,42 +182,41 @@ class PolicySource:
 
     def _read(self, auto_class: Any, **arguments: Any) -> Any:
         try:
-            return auto_class.from_pretrained(**self._arguments, **arguments)
+            return auto_class.from_pretrained(**self._arguments | arguments)
         except (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError) as error:
             reason = why_unread(error, self._unreached)
             fix = "Give a directory with config.json, safetensors and tokenizer, or a hub id that this machine can reach."
             if "attn_implementation" in arguments and re.search("attn|attention", reason, re.IGNORECASE):
                 fix = f"That is attn_implementation={arguments['attn_implementation']!r}; 'auto' takes what is there."
-            raise ConfigError(f"cannot load model {self._config.model!r}: {reason} {fix}") from error
+            base = "" if self._start is None else f", the base of the adapters in {self.config.model!r}"
+            name = self.config.model if self._start is None else self._start.base
+            raise ConfigError(f"cannot load model {name!r}{base}: {reason} {fix}") from error
 
 
-def _find(config: Config) -> str:
-    """The directory or hub id that a configuration means."""
-    path = embedded_model_dir() if config.model == "embedded" else Path(config.model).expanduser()
+def _find(name: str, revision: str | None, *, field: str = "model") -> str:
+    """The directory or hub id that is meant by what ``field`` says, or adapters say of their base."""
+    path = embedded_model_dir() if name == "embedded" else Path(name).expanduser()
     if path.is_dir():
-        if config.revision is not None:
+        if revision is not None:
             raise ConfigError(
-                f"revision={config.revision!r} with model={config.model!r}: only models of the hub have revisions; leave it out"
+                f"revision={revision!r} with {field}={name!r}: only models of the hub have revisions; leave it out"
             )
-        if not (path / "config.json").exists():
-            _refuse_runs_and_adapters(path)
+        if not any((path / file).exists() for file in ("config.json", SETTINGS_FILE)):
+            _refuse_run(path)
         return str(path)
-    if _HUB_ID.fullmatch(config.model) is None:
+    if _HUB_ID.fullmatch(name) is None:
+        told = "" if field == "model" else f"; {field} says where it is now, if adapters name a place that it has left"
         raise ConfigError(
-            f"cannot load model {config.model!r}: there is no such directory. Give a directory with config.json, safetensors "
-            "and tokenizer, or a hub id, which is NAME or OWNER/NAME"
+            f"cannot load {field.replace('_', ' ')} {name!r}: there is no such directory. Give a directory with config.json, "
+            f"safetensors and tokenizer, or a hub id, which is NAME or OWNER/NAME{told}"
         )
-    return config.model
+    return name
 
 
-def _refuse_runs_and_adapters(path: Path) -> None:
-    """Names what to take in place of a directory that holds no model, but a run, or what one with ``use_peft`` left."""
-    checkpoints = sorted(path.glob("checkpoint-*"), key=lambda found: (len(found.name), found.name))
-    if (path / _ADAPTERS).exists() or any((checkpoint / _ADAPTERS).exists() for checkpoint in checkpoints):
-        ours = any((place / CONFIG_FILE).exists() for place in (path, path.parent))
-        merge = f"`grpo-fast export {path} --output DIRECTORY`" if ours else "peft's merge_and_unload"
-        raise ConfigError(f"cannot load model {str(path)!r}: it holds adapters alone; merge them first, by {merge}")
+def _refuse_run(path: Path) -> None:
+    """Names what to take in place of a directory that holds no model, but a run."""
     if (path / CONFIG_FILE).exists():
+        checkpoints = sorted(path.glob("checkpoint-*"), key=lambda found: (len(found.name), found.name))
         names = ", ".join(checkpoint.name for checkpoint in checkpoints)
         fix = f"name one of its checkpoints: {names}" if names else "it has no checkpoint yet"
         raise ConfigError(f"cannot load model {str(path)!r}: that is the directory of a run; {fix}")
@@ -225,12 +238,13 @@ def _attention_of_choice(model_config: PreTrainedConfig) -> dict[str, str]:
     return {} if softcap is None else {"attn_implementation": "eager"}
 
 
-def outline_of(model_config: PreTrainedConfig, config: Config) -> PreTrainedModel:
+def outline_of(model_config: PreTrainedConfig, config: Config, *, start: Path | None = None) -> PreTrainedModel:
     """A model without weights: modules and sizes alone, adapters included, in no memory.
 
     Args:
         model_config: of the model.
         config: of the run.
+        start: where the adapters are that it begins from.
 
     Raises:
         ConfigError: it is no causal language model, has another attention than is wanted, or the adapters do not fit it.
@@ -257,8 +271,17 @@ def outline_of(model_config: PreTrainedConfig, config: Config) -> PreTrainedMode
             raise ConfigError(f"attn_implementation='sdpa': {type(model).__name__} has no such attention; leave it at 'auto'")
         freeze_beside_text(model)
         if config.use_peft:
-            Adapters(model, config)
+            adapters = Adapters(model, config)
+            if start is not None:
+                _refuse_misfit(adapters, start)
     return model
+
+
+def _refuse_misfit(adapters: Adapters, start: Path) -> None:
+    try:
+        adapters.check_fits(start)
+    except (ValueError, OSError, SafetensorError) as error:
+        raise ConfigError(f"cannot begin from the adapters in {str(start)!r}: {error}") from error
 
 
 def computes_in_bfloat16(config: Config, kind: str) -> bool:

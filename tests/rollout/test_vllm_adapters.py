@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -209,6 +210,39 @@ def test_a_sync_that_breaks_off_brings_the_base_too_when_it_is_done_again(
     assert not tries[0].path.exists()
     answers = engine.generate(PROMPTS, SAMPLING, num_generations=2, seed=0)
     assert measure_errors(model, PROMPTS, answers, SAMPLING.temperature).agrees
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.usefixtures("untraced")
+def test_a_run_over_vllm_begins_from_saved_adapters(embedded_config: Callable[..., Config], tmp_path: Path) -> None:
+    """What it samples before the first update is already theirs: they are version 0."""
+    model: Any = adapted_model()
+    stir(model, seed=1)
+    stirred = {name: weight.clone() for name, weight in model.named_parameters() if ".lora_" in name}
+    versions = AdapterVersions(model)
+    shutil.copytree(versions.write().path, tmp_path / "saved")
+    versions.close()
+    config = embedded_config(
+        model=str(tmp_path / "saved"),
+        rollout="vllm",
+        use_peft=True,
+        beta=0.01,
+        learning_rate=1e-2,
+        warmup_steps=0,
+        prompts_per_step=8,
+        max_steps=2,
+        eval_steps=0,
+        baseline_probe=0,
+        reward_workers=0,
+    )
+    with GRPOTrainer(config) as trainer:
+        begun = dict(trainer.policy.model.named_parameters())
+        assert all(torch.equal(begun[name], weight) for name, weight in stirred.items())
+        steps = list(trainer.steps())
+    assert [step.metrics["sync/version"] for step in steps] == [1, 2]
+    assert all(step.metrics["sampling/sampling_logp_difference/max"] < 1e-4 for step in steps)
+    assert steps[0].metrics["kl"] < 1e-6 < steps[1].metrics["kl"]
 
 
 @pytest.mark.vllm

@@ -49,17 +49,6 @@ def test_a_run_is_no_model_and_its_checkpoints_are_named(tmp_path: Path) -> None
         PolicySource(Config(model=str(tmp_path)))
 
 
-def test_adapters_alone_are_no_model_and_how_to_merge_them_is_told(tmp_path: Path) -> None:
-    (tmp_path / "run" / "checkpoint-8").mkdir(parents=True)
-    (tmp_path / "run" / "checkpoint-8" / "adapter_config.json").touch()
-    with pytest.raises(ConfigError, match="it holds adapters alone; merge them first, by peft's merge_and_unload"):
-        PolicySource(Config(model=str(tmp_path / "run" / "checkpoint-8")))
-    (tmp_path / "run" / CONFIG_FILE).touch()
-    for source in (tmp_path / "run" / "checkpoint-8", tmp_path / "run"):
-        with pytest.raises(ConfigError, match=f"adapters alone; merge .*`grpo-fast export {source} --output DIRECTORY`"):
-            PolicySource(Config(model=str(source)))
-
-
 def test_directory_without_weights_is_named(tiny_model: Path, tmp_path: Path) -> None:
     for file in tiny_model.iterdir():
         if file.suffix != ".safetensors":

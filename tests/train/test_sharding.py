@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from grpo_fast.config import Config, ConfigError
 from grpo_fast.metrics import PhaseTimer
 from grpo_fast.train.distributed import World
 from grpo_fast.train.optim import build_optimizer
+from grpo_fast.train.parts import _reference
 from grpo_fast.train.policy import Policy
 from grpo_fast.train.policy_source import PolicySource
 from grpo_fast.train.sharding import (
@@ -258,6 +259,29 @@ def test_a_model_is_read_again_for_a_mirror_alone(streams: bool, world: World, t
     if not streams:
         assert policy.whole_model() is whole.model
         assert not any(value.requires_grad or isinstance(value, DTensor) for value in whole.model.parameters())
+
+
+@pytest.mark.parametrize("fsdp", ["full_shard", "shard_grad_op"])
+def test_the_reference_of_saved_adapters_is_what_they_were(
+    fsdp: str, world: World, tiny_model: Path, tmp_path: Path, groups: list[Group]
+) -> None:
+    config = settings(model=str(tiny_model), use_peft=True, lora_r=4, beta=0.05, fsdp=fsdp)
+    saved = PolicySource(config).load()
+    torch.manual_seed(5)
+    for name, weight in saved.model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(weight, std=0.2)
+    saved.save(tmp_path)
+    config = settings(model=str(tmp_path), use_peft=True, beta=0.05, fsdp=fsdp)
+    source = PolicySource(config)
+    policies = [source.load(), spread(source, source.load(), config=config, world=world)]
+    whole, sharded = (
+        Bench(policy, config, cast("Policy", _reference(source, policy, config=config, world=world))) for policy in policies
+    )
+    for step in range(3):
+        found = sharded.update(groups).metrics
+        assert found == pytest.approx(whole.update(groups).metrics, rel=1e-4, abs=1e-7)
+        assert (found["kl"] < 1e-7) == (step == 0)
 
 
 @pytest.mark.parametrize(
