@@ -44,8 +44,28 @@ def is_message(value: object) -> TypeGuard[Mapping[str, Any]]:
     return isinstance(value, Mapping) and isinstance(value.get("role"), str) and "content" in value
 
 
+COMPLETION_COLUMNS = ("step", "prompt", "completion", "reward", "advantage")
+"""What the table of completions holds; what reward functions log of a completion stands beside it."""
+
+
 class TrainingError(RuntimeError):
     """A run cannot go on; the message says why, what is safe, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerState:
+    """How far a run is, for reward functions that ask for ``trainer_state``; names as in ``transformers.TrainerState``."""
+
+    epoch: float = 0.0
+    """Passes over the prompts until then."""
+    global_step: int = 0
+    """Steps done: 0 while the first one is rewarded."""
+    max_steps: int = 0
+    """Steps at most."""
+    num_train_epochs: int = 0
+    """Passes that ``max_steps`` begin, without those prompts that refilling draws."""
+    is_world_process_zero: bool = True
+    """Whether the reward is computed for the main process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +144,8 @@ class Group:
     """[G]: weighted sum over the functions; NaN where every function gave ``None``."""
     advantages: list[float] = field(default_factory=list)
     """[G]: set once the whole step is scored."""
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+    """[G] a column: what reward functions logged of each completion, ``None`` where nothing; numbers, texts and switches."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,19 +9,28 @@ import importlib
 import inspect
 import threading
 import traceback
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any
 
 _MAX_CHARACTERS = 1000
-_OF_TRL = {"trainer_state", "log_extra", "log_metric"}
-"""What TRL hands to reward functions beside columns."""
 
 
 def name_of(function: Callable[..., Any]) -> str:
     """The ``__name__`` of what is called in the end, or of its class."""
+    function = _called_in_the_end(function)
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    """Whether what is called in the end, or its class's ``__call__``, is an ``async def``."""
+    function = _called_in_the_end(function)
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
+
+
+def _called_in_the_end(function: Callable[..., Any]) -> Callable[..., Any]:
     while isinstance(function, functools.partial):
         function = function.func
-    return str(getattr(function, "__name__", type(function).__name__))
+    return function
 
 
 def import_object(spec: str, *, kind: str) -> Any:
@@ -71,10 +80,6 @@ def accepted_arguments(
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     for parameter in parameters:
         if parameter.kind in named and parameter.default is parameter.empty and parameter.name not in arguments:
-            if parameter.name in _OF_TRL:
-                raise LookupError(
-                    f"asks for {parameter.name!r}, which TRL gives, and nothing here; what it logs can be a reward of weight 0"
-                )
             columns = [name for name in arguments if name not in always]
             near = difflib.get_close_matches(parameter.name, arguments, n=1)
             raise LookupError(
@@ -87,21 +92,50 @@ def accepted_arguments(
     return {name: value for name, value in arguments.items() if name in names}
 
 
+class AsyncCode:
+    """One event loop for async code, kept from one call to the next: clients and locks that it keeps are bound to theirs.
+
+    It may be used inside a running loop, as notebooks have one, and by one thread after the other.
+    """
+
+    def __init__(self) -> None:
+        self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+
+    def awaited(self, result: Any) -> Any:
+        """What a call gave in the end: an awaitable is waited for."""
+        if not inspect.isawaitable(result):
+            return result
+        return _outside_loops(lambda: self._runner.run(_wait(result)))
+
+    def together(self, awaitables: Sequence[Awaitable[None]]) -> None:
+        """Waits for several at once; where one raises, the others are cancelled and its exception is raised."""
+        if awaitables:
+            self.awaited(_gather(awaitables))
+
+    def close(self) -> None:
+        """Cancels what still runs and closes the loop; calling it twice is harmless."""
+        _outside_loops(self._runner.close)
+
+
 def awaited(result: Any) -> Any:
-    """What a call gave in the end: an awaitable is waited for, inside an event loop too, as notebooks have one."""
+    """What a call gave in the end: an awaitable is waited for in a loop of its own, inside a running one too."""
     if not inspect.isawaitable(result):
         return result
+    return _outside_loops(lambda: asyncio.run(_wait(result)))
+
+
+def _outside_loops(call: Callable[[], Any]) -> Any:
+    """Calls here, or where a loop runs here, which cannot be entered a second time, in a thread of its own."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(_wait(result))
-    # A running loop cannot be entered a second time from the same thread.
+        return call()
     outcome: list[Any] = []
     failure: list[BaseException] = []
 
     def target() -> None:
         try:
-            outcome.append(asyncio.run(_wait(result)))
+            outcome.append(call())
         except BaseException as error:
             failure.append(error)
 
@@ -115,6 +149,16 @@ def awaited(result: Any) -> Any:
 
 async def _wait(awaitable: Awaitable[Any]) -> Any:
     return await awaitable
+
+
+async def _gather(awaitables: Sequence[Awaitable[None]]) -> None:
+    tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def shown(value: Any) -> str:

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from collections.abc import Awaitable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from grpo_fast.user_code import accepted_arguments, awaited, describe_failure, import_object, name_of
+from grpo_fast.user_code import AsyncCode, accepted_arguments, awaited, describe_failure, import_object, is_async, name_of
 
 
 def test_names_are_those_of_what_is_called_in_the_end() -> None:
@@ -47,8 +48,6 @@ def test_a_function_gets_what_it_names() -> None:
     assert accepted_arguments(max, given, always=("prompt",)) == given, "its signature cannot be read"
     with pytest.raises(LookupError, match="needs a dataset column 'solution'; the dataset has answer, level"):
         accepted_arguments(other, given, always=("prompt",))
-    with pytest.raises(LookupError, match=r"asks for 'log_metric', which TRL gives, and nothing here; .* a reward of weight 0"):
-        accepted_arguments(lambda prompt, log_metric: None, given, always=("prompt",))
     with pytest.raises(LookupError, match="the dataset has no column but the prompt"):
         accepted_arguments(other, {"prompt": "p"}, always=("prompt",))
 
@@ -69,6 +68,82 @@ def test_what_is_awaited_may_stand_in_a_running_loop_too() -> None:
     assert awaited(3) == 3
     assert awaited(later(4)) == 4
     assert asyncio.run(in_a_notebook()) == 4
+
+
+def test_async_functions_are_told_by_what_is_called_in_the_end() -> None:
+    class Machine:
+        async def __call__(self) -> None: ...
+
+    async def later(scale: float) -> None: ...
+
+    def plain() -> None: ...
+
+    assert all(map(is_async, (later, functools.partial(functools.partial(later, scale=1.0)), Machine())))
+    assert not any(map(is_async, (plain, functools.partial(plain), max, functools.partial)))
+
+
+@pytest.fixture
+def loop() -> Iterator[AsyncCode]:
+    code = AsyncCode()
+    yield code
+    code.close()
+    code.close()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_loop_is_kept_from_call_to_call(loop: AsyncCode, inside: bool) -> None:
+    async def running() -> asyncio.AbstractEventLoop:
+        return asyncio.get_running_loop()
+
+    async def in_a_notebook() -> set[asyncio.AbstractEventLoop]:
+        return {loop.awaited(running()) for _ in range(3)}
+
+    found = asyncio.run(in_a_notebook()) if inside else {loop.awaited(running()) for _ in range(3)}
+    assert len(found | {loop.awaited(running())}) == 1
+    assert loop.awaited(3) == 3
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_several_are_awaited_at_once(loop: AsyncCode, inside: bool) -> None:
+    done: list[str] = []
+
+    def meeting() -> list[Awaitable[None]]:
+        first, second = asyncio.Event(), asyncio.Event()
+
+        async def waits(name: str, own: asyncio.Event, other: asyncio.Event) -> None:
+            own.set()
+            await other.wait()
+            done.append(name)
+
+        return [waits("a", first, second), waits("b", second, first)]
+
+    async def in_a_notebook() -> None:
+        loop.together(meeting())
+
+    if inside:
+        asyncio.run(in_a_notebook())
+    else:
+        loop.together(meeting())
+    assert sorted(done) == ["a", "b"]
+    loop.together([])
+
+
+def test_where_one_fails_the_others_are_cancelled(loop: AsyncCode) -> None:
+    ended: list[str] = []
+
+    async def waits() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("cancelled")
+
+    async def fails() -> None:
+        await asyncio.sleep(0)
+        raise KeyError("inside")
+
+    with pytest.raises(KeyError, match="inside"):
+        loop.together([waits(), fails()])
+    assert ended == ["cancelled"]
 
 
 def test_failures_tell_where_they_happened_and_are_not_endless() -> None:

@@ -1,7 +1,8 @@
 """Reward functions and the pool of worker processes that runs them under a deadline.
 
 A reward function has TRL's signature, ``fn(prompts, completions, completion_ids, **columns) -> list[float | None]``, and may be
-``async``. It is also given ``completion_openings``, the text with which each prompt began the answer, such as ``<think>``.
+``async``. As there it is also given ``trainer_state``, ``log_extra(column, values)`` and ``log_metric(name, value)``, and here
+``completion_openings``, the text with which each prompt began the answer, such as ``<think>``.
 Nothing here imports torch, so that a worker starts in a fraction of a second.
 """
 

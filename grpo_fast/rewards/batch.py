@@ -6,8 +6,8 @@ import pickle
 from collections.abc import Sequence
 from typing import Any
 
-from grpo_fast.rewards.call import BATCH_ARGUMENTS
-from grpo_fast.types import Completion, Group, Message
+from grpo_fast.rewards.call import BATCH_ARGUMENTS, GIVEN
+from grpo_fast.types import Completion, Group, Message, TrainerState
 
 
 def column_names(groups: Sequence[Group]) -> list[str]:
@@ -17,26 +17,27 @@ def column_names(groups: Sequence[Group]) -> list[str]:
         ValueError: a column has the name of an argument that every reward call is given.
     """
     columns = list(dict.fromkeys(name for group in groups for name in group.prompt.columns))
-    for name in BATCH_ARGUMENTS:
+    for name in GIVEN:
         if name in columns:
             raise ValueError(f"the dataset column {name!r} has the name of something every reward function is given; rename it")
     return columns
 
 
-def call_arguments(groups: Sequence[Group], columns: Sequence[str]) -> dict[str, list[Any]]:
-    """What a reward function is given for some groups: one entry a completion, in order.
+def call_arguments(groups: Sequence[Group], columns: Sequence[str], state: TrainerState) -> dict[str, Any]:
+    """What a reward function is given for some groups: lists with one entry a completion, in order, and the trainer's state.
 
     Args:
         groups: P groups.
         columns: names of the dataset columns.
+        state: how far the run is.
 
     Returns:
         ``prompts`` (as in the dataset), ``completions`` (a text, or for a chat prompt a list with the assistant's message, in
         an episode with all messages that followed), ``completion_ids`` (lists of token ids), ``completion_openings`` (how the
         prompt began the answer, as with ``<think>``; mostly empty), ``environment_rewards`` (the environment's own, or
-        ``None``), and each dataset column; a row without the column gives ``None``.
+        ``None``), each dataset column, where a row without the column gives ``None``, and ``trainer_state``.
     """
-    arguments: dict[str, list[Any]] = {name: [] for name in (*BATCH_ARGUMENTS, *columns)}
+    arguments: dict[str, Any] = {name: [] for name in (*BATCH_ARGUMENTS, *columns)}
     for group in groups:
         for completion in group.completions:
             arguments["prompts"].append(group.prompt.prompt)
@@ -46,7 +47,7 @@ def call_arguments(groups: Sequence[Group], columns: Sequence[str]) -> dict[str,
             arguments["environment_rewards"].append(None if completion.episode is None else completion.episode.reward)
         for name in columns:
             arguments[name] += [group.prompt.columns.get(name)] * len(group.completions)
-    return arguments
+    return arguments | {"trainer_state": state}
 
 
 def _as_asked(completion: Completion, *, chat: bool) -> str | list[Message]:
@@ -58,7 +59,7 @@ def _as_asked(completion: Completion, *, chat: bool) -> str | list[Message]:
     return [{"role": "assistant", "content": completion.text}]
 
 
-def pickled(arguments: dict[str, list[Any]]) -> bytes:
+def pickled(arguments: dict[str, Any]) -> bytes:
     """The arguments as bytes for a worker.
 
     Raises:

@@ -1,19 +1,24 @@
-"""From a name to a reward function, and from a reward function to checked numbers."""
+"""From a name to a reward function, and from a reward function to checked numbers and what it logs beside them."""
 
 from __future__ import annotations
 
 import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from grpo_fast import user_code
 from grpo_fast.rewards.functions import BUILT_IN
-from grpo_fast.user_code import accepted_arguments, awaited, import_object, name_of, shown
+from grpo_fast.user_code import AsyncCode, accepted_arguments, import_object, name_of, shown
 
 BATCH_ARGUMENTS = ("prompts", "completions", "completion_ids", "completion_openings", "environment_rewards")
-"""What every reward call is given beside the dataset's columns."""
+"""Lists that every reward call is given beside the dataset's columns, one entry a completion."""
+
+TRAINER_ARGUMENTS = ("trainer_state", "log_extra", "log_metric")
+"""What it is given of the trainer, as by TRL's."""
+
+GIVEN = (*BATCH_ARGUMENTS, *TRAINER_ARGUMENTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +27,18 @@ class RewardFunction:
 
     name: str
     function: Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What came of a reward call."""
+
+    values: list[float | None]
+    """One finite number or ``None`` a completion."""
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    """What was logged by ``log_metric``, by name."""
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+    """What was logged by ``log_extra``, by column: a number, text, switch or ``None`` a completion."""
 
 
 class InvalidRewardError(ValueError):
@@ -87,27 +104,35 @@ def check_columns(reward: RewardFunction, columns: Sequence[str]) -> None:
         InvalidRewardError: it needs a column that is not there; the message names the function.
     """
     try:
-        _accepted(reward, dict.fromkeys((*BATCH_ARGUMENTS, *columns)))
+        _accepted(reward, dict.fromkeys((*GIVEN, *columns)))
     except InvalidRewardError as error:
         raise InvalidRewardError(f"reward function {reward.name!r} {error}") from None
 
 
-def call_reward(reward: RewardFunction, arguments: Mapping[str, Any]) -> list[float | None]:
-    """Calls a reward function once, awaiting it where it is async, and checks what it returns.
+def call_reward(reward: RewardFunction, arguments: Mapping[str, Any], loop: AsyncCode) -> Scored:
+    """Calls a reward function once, awaiting what it returns where that is to be, and checks what came of it.
 
     Args:
         reward: the function.
-        arguments: those of :data:`BATCH_ARGUMENTS` and one list a dataset column, all of one length.
+        arguments: those of :data:`BATCH_ARGUMENTS` and one list a dataset column, all of one length, and ``trainer_state``.
+        loop: where it is awaited.
 
     Returns:
-        One finite float or ``None`` (also for NaN) a completion.
+        Its values, where NaN is ``None``, and what it logged.
 
     Raises:
-        InvalidRewardError: a column the function needs is not there, or it returned the wrong number or kind of values.
+        InvalidRewardError: a column the function needs is not there, it returned the wrong number or kind of values, or logged
+            what is no number, or a column of the wrong length.
         Exception: whatever the function raises.
     """
-    result = awaited(reward.function(**_accepted(reward, arguments)))
-    return _checked(result, len(arguments["completions"]))
+    log = _Log()
+    return _scored(loop.awaited(_called(reward, arguments, log)), log, len(arguments["completions"]))
+
+
+async def await_reward(reward: RewardFunction, arguments: Mapping[str, Any]) -> Scored:
+    """As :func:`call_reward`, for an async function beside others on one loop."""
+    log = _Log()
+    return _scored(await _called(reward, arguments, log), log, len(arguments["completions"]))
 
 
 def describe_failure(error: BaseException) -> str:
@@ -115,11 +140,65 @@ def describe_failure(error: BaseException) -> str:
     return str(error) if isinstance(error, InvalidRewardError) else user_code.describe_failure(error)
 
 
+class _Log:
+    """Keeps what a function logs in one call."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, list[Any]] = {}
+        self.extra: dict[str, list[Any]] = {}
+
+    def log_metric(self, name: str, value: float) -> None:
+        self.metrics.setdefault(name, []).append(value)
+
+    def log_extra(self, column: str, values: Iterable[Any]) -> None:
+        self.extra.setdefault(column, []).extend(values)
+
+
+def _called(reward: RewardFunction, arguments: Mapping[str, Any], log: _Log) -> Any:
+    given = {**arguments, "log_extra": log.log_extra, "log_metric": log.log_metric}
+    return reward.function(**_accepted(reward, given))
+
+
 def _accepted(reward: RewardFunction, arguments: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        return accepted_arguments(reward.function, arguments, always=BATCH_ARGUMENTS)
+        return accepted_arguments(reward.function, arguments, always=GIVEN)
     except LookupError as error:
         raise InvalidRewardError(str(error)) from None
+
+
+def _scored(result: Any, log: _Log, length: int) -> Scored:
+    return Scored(
+        _checked(result, length),
+        {_name(name): [_metric(name, value) for value in values] for name, values in log.metrics.items()},
+        {_name(column): _column(column, values, length) for column, values in log.extra.items()},
+    )
+
+
+def _name(name: Any) -> str:
+    if not isinstance(name, str) or not name:
+        raise InvalidRewardError(f"logged under the name {shown(name)}; a name is a text that is not empty")
+    return name
+
+
+def _metric(name: str, value: Any) -> float:
+    value = _single(value)
+    if not isinstance(value, int | float):
+        raise InvalidRewardError(f"logged {shown(value)} as the metric {name!r}; log_metric takes one number")
+    return float(value)
+
+
+def _column(column: str, values: Sequence[Any], length: int) -> list[Any]:
+    if len(values) != length:
+        raise InvalidRewardError(
+            f"logged {len(values)} values in the column {column!r} for {length} completions; log_extra takes one each"
+        )
+    cells = map(_single, values)
+    return [cell if cell is None or isinstance(cell, str | int | float) else str(cell) for cell in cells]
+
+
+def _single(value: Any) -> Any:
+    """The number in an array or tensor that holds no more than one."""
+    return value.item() if hasattr(value, "item") and math.prod(getattr(value, "shape", ())) == 1 else value
 
 
 def _checked(result: Any, length: int) -> list[float | None]:

@@ -16,10 +16,20 @@ from typing import Any, Literal, Self, TypeAlias
 import cloudpickle  # type: ignore[import-untyped]
 
 from grpo_fast.rewards.batch import call_arguments, column_names, pickled
-from grpo_fast.rewards.call import RewardFunction, call_reward, check_columns, describe_failure, resolve_reward, reward_name
+from grpo_fast.rewards.call import (
+    RewardFunction,
+    await_reward,
+    call_reward,
+    check_columns,
+    describe_failure,
+    resolve_reward,
+    reward_name,
+)
 from grpo_fast.rewards.process import WorkerDiedError, WorkerProcess
 from grpo_fast.rewards.report import RewardReport, Tally
-from grpo_fast.types import Group, TrainingError
+from grpo_fast.rewards.worker import Reply
+from grpo_fast.types import Group, TrainerState, TrainingError
+from grpo_fast.user_code import AsyncCode, is_async
 
 OnError: TypeAlias = Literal["raise", "none"]
 
@@ -42,9 +52,10 @@ class RewardError(TrainingError):
 
 @dataclass(slots=True)
 class _Call:
-    """One function on one slice of the groups."""
+    """One function, or all async ones together, on one slice of the groups."""
 
-    function: int
+    functions: list[int]
+    """Those that have not answered yet."""
     first: int
     """First completion of the slice."""
     count: int
@@ -58,9 +69,10 @@ class RewardPool:
 
     With workers, functions run in processes that are started when first needed and then kept. A call (one function, one batch)
     that misses its deadline has its process killed; a process that ends by itself is noticed at once; both are replaced. With
-    more than one worker a batch is cut between groups, so that a function sees whole groups, but not the whole batch.
+    more than one worker a batch is cut between groups, so that a function sees whole groups, but not the whole batch. Async
+    functions are called first and awaited together, on a loop that each process keeps; the deadline holds for each of them.
 
-    What a function prints to standard output in a worker is dropped (it would tear the live console); standard error is shown.
+    What a function prints in a worker goes to standard error, where it does not tear the live console.
     A function defined in a script or a notebook is sent by value; one that lives in a module is imported from there.
 
     Args:
@@ -104,6 +116,9 @@ class RewardPool:
         self._local: list[RewardFunction] | None = None
         self._slots: list[WorkerProcess | None] = [None] * workers
         self._columns: Sequence[str] | None = None
+        self._are_async: list[bool] | None = None
+        """One a function, known once they are loaded."""
+        self._loop = AsyncCode()
         self._closed = False
         self._lock = threading.Lock()
 
@@ -127,36 +142,41 @@ class RewardPool:
                 return
             self._drive([], Tally(self.names, 0), start=self.workers)
 
-    def score(self, groups: Sequence[Group]) -> RewardReport:
-        """Fills ``rewards`` and ``reward`` of every group in place.
+    def score(self, groups: Sequence[Group], state: TrainerState | None = None) -> RewardReport:
+        """Fills ``rewards``, ``reward`` and ``extra`` of every group in place.
 
         ``reward`` is the weighted sum over the functions that gave a value, NaN where none did.
 
         Args:
             groups: groups with their completions.
+            state: how far the run is, for functions that ask for ``trainer_state``; without one, nothing is done yet.
 
         Returns:
-            Statistics and counts of what failed.
+            Statistics, what was logged, and counts of what failed.
 
         Raises:
             RewardError: a call failed and ``on_error`` is ``raise``. The groups are as they were; the pool can be used again.
             ValueError: a function cannot be found, imported or loaded; a column has a reserved name; the pool is closed.
             TypeError: a dataset column cannot be sent to a process.
         """
-        tally = self.tally(groups)
+        tally = self.tally(groups, state or TrainerState())
         tally.fill(groups, self.weights)
         return tally.report()
 
-    def tally(self, groups: Sequence[Group]) -> Tally:
+    def tally(self, groups: Sequence[Group], state: TrainerState) -> Tally:
         """What the functions give the completions of some groups, as :meth:`score`, but nothing is filled."""
         with self._lock:
             self._require_open()
             tally = Tally(self.names, sum(len(group.completions) for group in groups))
             columns = column_names(groups)
-            if self.workers:
-                self._drive(self._calls(groups, columns), tally, start=0)
-            elif tally.num_completions:
-                self._score_here(call_arguments(groups, columns), tally)
+            if not tally.num_completions:
+                return tally
+            if not self.workers:
+                self._score_here(call_arguments(groups, columns, state), tally)
+                return tally
+            if self._are_async is None:
+                self._drive([], tally, start=1)
+            self._drive(self._calls(groups, columns, state), tally, start=0)
             return tally
 
     def close(self) -> None:
@@ -167,6 +187,7 @@ class RewardPool:
                 if worker is not None:
                     worker.close()
                 self._slots[slot] = None
+            self._loop.close()
 
     def __enter__(self) -> Self:
         return self
@@ -189,28 +210,46 @@ class RewardPool:
             self._local = [RewardFunction(name, reward.function) for name, reward in zip(self.names, found, strict=True)]
         return self._local
 
-    def _score_here(self, arguments: dict[str, list[Any]], tally: Tally) -> None:
-        for index, reward in enumerate(self._resolve_here()):
-            try:
-                values = call_reward(reward, arguments)
-            except Exception as error:
-                self._fail(index, describe_failure(error), tally, cause=error)
-            else:
-                tally.store(index, values)
+    def _score_here(self, arguments: dict[str, Any], tally: Tally) -> None:
+        def failed(function: int, error: Exception) -> None:
+            self._fail(function, describe_failure(error), tally, cause=error)
 
-    def _calls(self, groups: Sequence[Group], columns: Sequence[str]) -> list[_Call]:
+        async def later(function: int, reward: RewardFunction) -> None:
+            try:
+                tally.store(function, await await_reward(reward, arguments))
+            except Exception as error:
+                failed(function, error)
+
+        rewards = list(enumerate(self._resolve_here()))
+        self._loop.together([later(function, reward) for function, reward in rewards if is_async(reward.function)])
+        for function, reward in rewards:
+            if is_async(reward.function):
+                continue
+            try:
+                tally.store(function, call_reward(reward, arguments, self._loop))
+            except Exception as error:
+                failed(function, error)
+
+    def _calls(self, groups: Sequence[Group], columns: Sequence[str], state: TrainerState) -> list[_Call]:
+        """Those of async functions come first, so that all of them are under way at once."""
+        assert self._are_async is not None
+        together = [function for function, is_one in enumerate(self._are_async) if is_one]
+        alone = [[function] for function, is_one in enumerate(self._are_async) if not is_one]
         parts = min(self.workers, len(groups))
-        bounds = [len(groups) * part // max(1, parts) for part in range(parts + 1)]
-        calls: list[_Call] = []
+        bounds = [len(groups) * part // parts for part in range(parts + 1)]
+        first_of_all: list[_Call] = []
+        others: list[_Call] = []
         first = 0
         for low, high in itertools.pairwise(bounds):
-            arguments = call_arguments(groups[low:high], columns)
+            arguments = call_arguments(groups[low:high], columns, state)
             count = len(arguments["completions"])
             if count:
                 payload = pickled(arguments)
-                calls += [_Call(function, first, count, payload) for function in range(len(self._specs))]
+                if together:
+                    first_of_all.append(_Call([*together], first, count, payload))
+                others += [_Call([*functions], first, count, payload) for functions in alone]
             first += count
-        return calls
+        return first_of_all + others
 
     def _drive(self, calls: Sequence[_Call], tally: Tally, *, start: int) -> None:
         """Runs calls on the workers until none is left, first starting workers so that at least ``start`` are ready."""
@@ -248,15 +287,15 @@ class RewardPool:
                 continue
             call = waiting.popleft()
             try:
-                worker.submit(call.function, call.arguments, timeout_s=self.timeout_s)
+                worker.submit(call.functions, call.arguments, timeout_s=self.timeout_s)
             except TimeoutError:
                 self._drop(slot, tally)
-                self._fail(call.function, "could not be given its batch in time; its worker was killed", tally, timeout=True)
+                self._fail_all(call, "could not be given its batch in time; its worker was killed", tally, timeout=True)
             except WorkerDiedError as death:
                 self._drop(slot, tally)
                 call.attempts += 1
                 if call.attempts == _MAX_ATTEMPTS:
-                    self._fail(call.function, f"{death}, before it was called, {_MAX_ATTEMPTS} times running", tally)
+                    self._fail_all(call, f"{death}, before it was called, {_MAX_ATTEMPTS} times running", tally)
                 else:  # lost between two calls, which is no function's fault: the call is still to be made
                     waiting.appendleft(call)
             else:
@@ -278,26 +317,33 @@ class RewardPool:
         assert worker is not None
         starting = worker.state == "starting"
         try:
-            reply = worker.receive()
+            replies = worker.receive()
         except WorkerDiedError as death:
             self._drop(slot, tally)
             if starting:
                 raise RewardError(", ".join(self.names), f"{death} while it was loaded") from None
-            self._fail(running.pop(slot).function, str(death), tally)
+            self._fail_all(running.pop(slot), str(death), tally)
             return
-        if reply is None:
-            return
-        status, value, trace = reply
-        if starting:
-            if status != "ok":
-                self._drop(slot, tally)
-                raise ValueError(value)
-            return
-        call = running.pop(slot)
-        if status == "ok":
-            tally.store(call.function, value, first=call.first)
+        for reply in replies:
+            if starting:
+                self._learn(slot, reply, tally)
+            else:
+                self._keep(running[slot], reply, tally)
+        if worker.state == "idle":
+            running.pop(slot, None)
+
+    def _learn(self, slot: int, reply: Reply, tally: Tally) -> None:
+        if reply.status != "ok":
+            self._drop(slot, tally)
+            raise ValueError(reply.value)
+        self._are_async = reply.value
+
+    def _keep(self, call: _Call, reply: Reply, tally: Tally) -> None:
+        call.functions.remove(reply.function)
+        if reply.status == "ok":
+            tally.store(reply.function, reply.value, first=call.first)
         else:
-            self._fail(call.function, value, tally, trace=trace)
+            self._fail(reply.function, reply.value, tally, trace=reply.trace)
 
     def _expire(self, running: dict[int, _Call], tally: Tally) -> None:
         now = time.monotonic()
@@ -312,7 +358,7 @@ class RewardPool:
             message = (
                 f"took longer than {self.timeout_s:g} s for {call.count} completions; its worker was killed (reward_timeout_s)"
             )
-            self._fail(call.function, message, tally, timeout=True)
+            self._fail_all(call, message, tally, timeout=True)
 
     def _drop(self, slot: int, tally: Tally) -> None:
         worker = self._slots[slot]
@@ -320,6 +366,13 @@ class RewardPool:
         worker.kill()
         self._slots[slot] = None
         tally.restarts += 1
+
+    def _fail_all(self, call: _Call, message: str, tally: Tally, *, timeout: bool = False) -> None:
+        """Whichever of the functions it was that took the process along."""
+        for function in call.functions:
+            others = [repr(self.names[other]) for other in call.functions if other != function]
+            beside = f"; it was awaited together with {', '.join(others)}, and any of them may be the cause" if others else ""
+            self._fail(function, message + beside, tally, timeout=timeout)
 
     def _fail(
         self,

@@ -58,6 +58,7 @@ class WorkerProcess:
         self._printed = threading.Thread(target=_pass_on, args=(self._process.stdout,), daemon=True)
         self._printed.start()
         self.state: State = "starting"
+        self._expected = 1
         self.deadline = time.monotonic() + START_TIMEOUT_S
         self._received = bytearray()
         self._open = True
@@ -70,12 +71,12 @@ class WorkerProcess:
         """Process id, which is also the id of the process group that the worker leads."""
         return self._process.pid
 
-    def submit(self, index: int, arguments: bytes, *, timeout_s: float) -> None:
+    def submit(self, functions: Sequence[int], arguments: bytes, *, timeout_s: float) -> None:
         """Hands an idle worker a call, whose deadline starts now.
 
         Args:
-            index: which reward function.
-            arguments: its pickled keyword arguments.
+            functions: number of the reward function, or those of several async ones.
+            arguments: their pickled keyword arguments.
             timeout_s: deadline of the call, in seconds.
 
         Raises:
@@ -83,20 +84,20 @@ class WorkerProcess:
             TimeoutError: it does not read its socket.
         """
         self.deadline = time.monotonic() + timeout_s
-        self.state = "busy"
+        self.state, self._expected = "busy", len(functions)
         self.channel.settimeout(timeout_s)
         try:
-            self.channel.sendall(pack(pickle.dumps((index, timeout_s, arguments))))
+            self.channel.sendall(pack(pickle.dumps((list(functions), timeout_s, arguments))))
         except TimeoutError:
             raise
         except OSError:
             raise WorkerDiedError(self._cause_of_death()) from None
 
-    def receive(self) -> Reply | None:
+    def receive(self) -> list[Reply]:
         """Reads what has arrived; to be called when the socket is readable.
 
         Returns:
-            The answer once it is complete, else ``None``.
+            The answers that are complete, one a function; the worker is idle when all have come.
 
         Raises:
             WorkerDiedError: the process has ended.
@@ -108,15 +109,17 @@ class WorkerProcess:
         if not part:
             raise WorkerDiedError(self._cause_of_death())
         self._received += part
-        if len(self._received) < HEADER.size:
-            return None
-        end = HEADER.size + HEADER.unpack_from(self._received)[0]
-        if len(self._received) < end:
-            return None
-        reply: Reply = pickle.loads(bytes(self._received[HEADER.size : end]))
-        self._received.clear()
-        self.state = "idle"
-        return reply
+        replies: list[Reply] = []
+        while len(self._received) >= HEADER.size:
+            end = HEADER.size + HEADER.unpack_from(self._received)[0]
+            if len(self._received) < end:
+                break
+            replies.append(pickle.loads(bytes(self._received[HEADER.size : end])))
+            del self._received[:end]
+        self._expected -= len(replies)
+        if not self._expected:
+            self.state = "idle"
+        return replies
 
     def kill(self) -> None:
         """Ends the worker and whatever its reward functions started, at once; calling it twice is harmless."""

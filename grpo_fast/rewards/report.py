@@ -1,12 +1,15 @@
-"""What the reward functions gave in one step, and what went wrong."""
+"""What the reward functions gave and logged in one step, and what went wrong."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
 
-from grpo_fast.types import Group
+from grpo_fast.rewards.call import Scored
+from grpo_fast.types import COMPLETION_COLUMNS, Group
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,9 @@ class RewardReport:
     """Workers lost, each replaced when it is next needed."""
     problems: tuple[str, ...]
     """One line for each failed call."""
+    logged: dict[str, float] = field(default_factory=dict)
+    """By metric, the mean of what functions gave to ``log_metric``: each finite number weighs as many completions as its call
+    had, so that it is no matter into how many calls a step was cut. NaN where there is none."""
 
     def metrics(self) -> dict[str, float]:
         """Flat metrics under TRL's names, with the counts of what went wrong where something did."""
@@ -51,11 +57,16 @@ class Tally:
     timeouts: list[int] = field(init=False)
     restarts: int = 0
     problems: list[str] = field(default_factory=list)
+    metrics: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
+    """By name, the numbers that were logged, each with the completions of its call."""
+    extra: list[dict[str, list[Any]]] = field(init=False)
+    """[F] by column, [N] what was logged of each completion, ``None`` where nothing (yet)."""
 
     def __post_init__(self) -> None:
         self.values = [[math.nan] * self.num_completions for _ in self.names]
         self.errors = [0] * len(self.names)
         self.timeouts = [0] * len(self.names)
+        self.extra = [{} for _ in self.names]
 
     @classmethod
     def joined(cls, parts: Sequence[Tally]) -> Tally:
@@ -66,19 +77,29 @@ class Tally:
         result.timeouts = [sum(counts) for counts in zip(*(part.timeouts for part in parts), strict=True)]
         result.restarts = sum(part.restarts for part in parts)
         result.problems = [problem for part in parts for problem in part.problems]
+        first = 0
+        for part in parts:
+            result._log(part.metrics)
+            for function, columns in enumerate(part.extra):
+                result._place(function, columns, first=first)
+            first += part.num_completions
         return result
 
-    def store(self, function: int, values: Sequence[float | None], *, first: int = 0) -> None:
-        """Keeps what function number ``function`` gave the completions from number ``first`` on."""
-        numbers = [math.nan if value is None else value for value in values]
+    def store(self, function: int, scored: Scored, *, first: int = 0) -> None:
+        """Keeps what function number ``function`` gave, and logged of, the completions from number ``first`` on."""
+        numbers = [math.nan if value is None else value for value in scored.values]
         self.values[function][first : first + len(numbers)] = numbers
+        self._log({name: [(value, len(numbers)) for value in values] for name, values in scored.metrics.items()})
+        self._place(function, scored.extra, first=first)
 
     def fill(self, groups: Sequence[Group], weights: Sequence[float]) -> None:
-        """Sets ``rewards`` and ``reward`` of the groups whose completions, in order, were scored."""
+        """Sets ``rewards``, ``reward`` and ``extra`` of the groups whose completions, in order, were scored."""
         rows = zip(*self.values, strict=True)
+        columns = {name: iter(values) for name, values in self._columns().items()}
         for group in groups:
             group.rewards = [list(next(rows)) for _ in group.completions]
             group.reward = [_weighted_sum(row, weights) for row in group.rewards]
+            group.extra = {name: list(islice(values, len(group.completions))) for name, values in columns.items()}
 
     def report(self) -> RewardReport:
         """The statistics of what was kept."""
@@ -94,12 +115,37 @@ class Tally:
             timeouts=dict(zip(self.names, self.timeouts, strict=True)),
             restarts=self.restarts,
             problems=tuple(self.problems),
+            logged={name: _weighted_mean(values) for name, values in sorted(self.metrics.items())},
         )
+
+    def _log(self, metrics: Mapping[str, Sequence[tuple[float, int]]]) -> None:
+        for name, values in metrics.items():
+            self.metrics.setdefault(name, []).extend(values)
+
+    def _place(self, function: int, columns: Mapping[str, Sequence[Any]], *, first: int) -> None:
+        for name, values in columns.items():
+            whole = self.extra[function].setdefault(name, [None] * self.num_completions)
+            whole[first : first + len(values)] = values
+
+    def _columns(self) -> dict[str, list[Any]]:
+        """The columns of all functions; a name that is taken has that of the function before it."""
+        found: dict[str, list[Any]] = {}
+        for function, columns in zip(self.names, self.extra, strict=True):
+            for name, values in sorted(columns.items()):
+                found[f"{function}/{name}" if name in found or name in COMPLETION_COLUMNS else name] = values
+        return found
 
 
 def _weighted_sum(row: Sequence[float], weights: Sequence[float]) -> float:
     parts = [weight * value for weight, value in zip(weights, row, strict=True) if not math.isnan(value)]
     return math.fsum(parts) if parts else math.nan
+
+
+def _weighted_mean(values: Sequence[tuple[float, int]]) -> float:
+    """Sums are exact, so that the order in which calls come back is no matter."""
+    known = [(value, weight) for value, weight in values if math.isfinite(value)]
+    total = sum(weight for _, weight in known)
+    return math.fsum(value * weight for value, weight in known) / total if known else math.nan
 
 
 def _mean(values: Sequence[float]) -> float:

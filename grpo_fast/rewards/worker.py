@@ -1,4 +1,4 @@
-"""The worker's side of the reward pool: a process that loads reward functions once and answers one call at a time.
+"""The worker's side of the reward pool: a process that loads reward functions once and answers one request at a time.
 
 It is started as plain ``python -c``, so that the user's ``__main__`` is never imported a second time, and it speaks
 length-prefixed pickles over a socket of its own: what a reward function prints goes to the parent's standard error.
@@ -8,6 +8,7 @@ change, and one that is stuck in C code is ended by a timer that needs no interp
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import pickle
@@ -17,13 +18,24 @@ import struct
 import threading
 import time
 import traceback
-from collections.abc import Sequence
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
-from grpo_fast.rewards.call import RewardFunction, call_reward, check_columns, describe_failure, resolve_reward
+from grpo_fast.rewards.call import RewardFunction, await_reward, call_reward, check_columns, describe_failure, resolve_reward
+from grpo_fast.user_code import AsyncCode, is_async
 
-Reply: TypeAlias = tuple[str, Any, str]
-"""``("ok", value, "")`` or ``("error", one line, traceback)``."""
+
+class Reply(NamedTuple):
+    """What a worker says of the functions that it has loaded, or of one that it has called."""
+
+    status: Literal["ok", "error"]
+    value: Any
+    """Loaded: which functions are async; called: a :class:`~grpo_fast.rewards.call.Scored`; failed: one line."""
+    trace: str = ""
+    """The traceback of what failed."""
+    function: int = -1
+    """Number of the function that was called."""
+
 
 HEADER = struct.Struct("!Q")
 """Length in bytes of the pickle that follows."""
@@ -42,8 +54,8 @@ def serve(descriptor: int, parent_id: int) -> None:
     """Answers requests until the socket ends.
 
     The first request holds the reward functions, names as they are and callables pickled, and the dataset's columns, ``None``
-    where they are not known yet; each later one a function's
-    index, its deadline in seconds and its pickled arguments.
+    where they are not known yet. Each later one holds the numbers of one function, or of several async ones that are awaited
+    together, the deadline in seconds and the pickled arguments; each function is answered as soon as it is through.
 
     Args:
         descriptor: the inherited socket.
@@ -52,14 +64,14 @@ def serve(descriptor: int, parent_id: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable(file=_STDERR)
     threading.Thread(target=_end_with_parent, args=(parent_id,), daemon=True).start()
-    with socket.socket(fileno=descriptor) as channel:
+    with socket.socket(fileno=descriptor) as channel, contextlib.closing(AsyncCode()) as loop:
         order = _read(channel)
         if order is None:
             return
         reply, rewards = _loaded(*pickle.loads(order))
         _send(channel, reply)
         while (request := _read(channel)) is not None:
-            _send(channel, _answer(rewards, request))
+            _answer(channel, rewards, request, loop)
 
 
 def _loaded(specs: Sequence[str | bytes], columns: Sequence[str] | None) -> tuple[Reply, list[RewardFunction]]:
@@ -69,25 +81,50 @@ def _loaded(specs: Sequence[str | bytes], columns: Sequence[str] | None) -> tupl
             for reward in rewards:
                 check_columns(reward, columns)
     except (ValueError, TypeError) as error:
-        return ("error", str(error), traceback.format_exc()), []
+        return Reply("error", str(error), traceback.format_exc()), []
     except BaseException as error:
         message = (
             f"a reward function cannot be loaded in a worker process: {describe_failure(error)}; "
             "give it as 'module:function' with its folder on the Python path, or set reward_workers to 0"
         )
-        return ("error", message, traceback.format_exc()), []
-    return ("ok", None, ""), rewards
+        return Reply("error", message, traceback.format_exc()), []
+    return Reply("ok", [is_async(reward.function) for reward in rewards]), rewards
 
 
-def _answer(rewards: Sequence[RewardFunction], request: bytes) -> Reply:
-    index, timeout_s, arguments = pickle.loads(request)
+def _answer(channel: socket.socket, rewards: Sequence[RewardFunction], request: bytes, loop: AsyncCode) -> None:
+    functions, timeout_s, pickled = pickle.loads(request)
     faulthandler.dump_traceback_later(timeout_s + _ORPHAN_GRACE_S, exit=True, file=_STDERR)
     try:
-        return "ok", call_reward(rewards[index], pickle.loads(arguments)), ""
-    except BaseException as error:  # SystemExit too must not end the worker
-        return "error", describe_failure(error), traceback.format_exc()
+        arguments = pickle.loads(pickled)
+    except BaseException as error:
+        for function in functions:
+            _send(channel, _failed(function, error))
+    else:
+        if len(functions) == 1:
+            _send(channel, _called(functions[0], rewards, arguments, loop))
+        else:
+            loop.together([_await_and_send(channel, function, rewards[function], arguments) for function in functions])
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+def _called(function: int, rewards: Sequence[RewardFunction], arguments: Mapping[str, Any], loop: AsyncCode) -> Reply:
+    try:
+        return Reply("ok", call_reward(rewards[function], arguments, loop), function=function)
+    except BaseException as error:  # SystemExit too must not end the worker
+        return _failed(function, error)
+
+
+async def _await_and_send(channel: socket.socket, function: int, reward: RewardFunction, arguments: Mapping[str, Any]) -> None:
+    try:
+        reply = Reply("ok", await await_reward(reward, arguments), function=function)
+    except BaseException as error:
+        reply = _failed(function, error)
+    _send(channel, reply)
+
+
+def _failed(function: int, error: BaseException) -> Reply:
+    return Reply("error", describe_failure(error), "".join(traceback.format_exception(error)), function)
 
 
 def _read(channel: socket.socket) -> bytes | None:

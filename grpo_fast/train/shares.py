@@ -8,6 +8,7 @@ of its own rank in a call, as it sees those of one worker.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from grpo_fast.rewards import RewardPool, RewardReport
@@ -16,7 +17,7 @@ from grpo_fast.rollout.engine import RolloutEngine, SamplingParams
 from grpo_fast.rollout.vllm_sleep import free_unused
 from grpo_fast.train.distributed import World
 from grpo_fast.train.streaming import Once
-from grpo_fast.types import Completion, Group
+from grpo_fast.types import Completion, Group, TrainerState
 
 if TYPE_CHECKING:
     import torch
@@ -187,14 +188,15 @@ class SharedRewards:
         """
         self._world.gather(lambda: self._pool.start(columns))
 
-    def score(self, groups: Sequence[Group]) -> RewardReport:
-        """Fills ``rewards`` and ``reward`` of every group; see :meth:`~grpo_fast.rewards.RewardPool.score`.
+    def score(self, groups: Sequence[Group], state: TrainerState | None = None) -> RewardReport:
+        """Fills ``rewards``, ``reward`` and ``extra`` of every group; see :meth:`~grpo_fast.rewards.RewardPool.score`.
 
         Raises:
             RewardError: a call failed on any rank, and ``on_error`` is ``raise``.
         """
         own = groups[self._world.share(len(groups))]
-        tally = Tally.joined(self._world.gather(lambda: self._pool.tally(own)))
+        known = replace(state or TrainerState(), is_world_process_zero=self._world.is_main)
+        tally = Tally.joined(self._world.gather(lambda: self._pool.tally(own, known)))
         tally.fill(groups, self._pool.weights)
         return tally.report()
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from grpo_fast.rewards.batch import call_arguments, column_names, pickled
-from grpo_fast.rewards.call import BATCH_ARGUMENTS
-from grpo_fast.types import Completion, Episode, Group, Prompt
+from grpo_fast.rewards.call import GIVEN
+from grpo_fast.types import Completion, Episode, Group, Prompt, TrainerState
 
 
 def group(prompt: Any, *texts: str, opening: str = "", **columns: Any) -> Group:
@@ -20,7 +20,8 @@ def group(prompt: Any, *texts: str, opening: str = "", **columns: Any) -> Group:
 def test_arguments_are_aligned_with_completions() -> None:
     chat = [{"role": "user", "content": "q"}]
     groups = [group("p", "a", "bb", answer="1"), group(chat, "c", opening="<think>", answer="2", level=3)]
-    assert call_arguments(groups, column_names(groups)) == {
+    state = TrainerState(global_step=3)
+    assert call_arguments(groups, column_names(groups), state) == {
         "prompts": ["p", "p", chat],
         "completions": ["a", "bb", [{"role": "assistant", "content": "c"}]],
         "completion_ids": [[0], [0, 1], [0]],
@@ -28,6 +29,7 @@ def test_arguments_are_aligned_with_completions() -> None:
         "environment_rewards": [None, None, None],
         "answer": ["1", "1", "2"],
         "level": [None, None, 3],
+        "trainer_state": state,
     }
 
 
@@ -37,12 +39,12 @@ def test_an_episode_is_given_whole_and_with_its_reward() -> None:
     for each, messages, reward in ((chat, said, 0.5), (plain, (), None)):
         episode = Episode((True,) * 9, messages, 2, reward)
         each.completions = [replace(completion, episode=episode) for completion in each.completions]
-    found = call_arguments([chat, plain], [])
+    found = call_arguments([chat, plain], [], TrainerState())
     assert found["completions"] == [list(said), "6*7 42 c"]
     assert found["environment_rewards"] == [0.5, None]
 
 
-@pytest.mark.parametrize("name", BATCH_ARGUMENTS)
+@pytest.mark.parametrize("name", GIVEN)
 def test_a_column_may_not_hide_an_argument(name: str) -> None:
     with pytest.raises(ValueError, match=f"column '{name}'.*rename it"):
         column_names([group("p", "a", **{name: 1})])

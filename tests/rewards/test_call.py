@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import math
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -10,27 +12,39 @@ import numpy as np
 import pytest
 
 from grpo_fast.rewards.call import (
-    BATCH_ARGUMENTS,
+    GIVEN,
     InvalidRewardError,
     RewardFunction,
+    Scored,
+    await_reward,
     call_reward,
+    check_columns,
     describe_failure,
     resolve_reward,
     reward_name,
 )
+from grpo_fast.types import TrainerState
+from grpo_fast.user_code import AsyncCode
 
-ARGUMENTS = {
+STATE = TrainerState(epoch=0.5, global_step=3, max_steps=10)
+ARGUMENTS: dict[str, Any] = {
     "prompts": ["p", "q"],
     "completions": ["a", "bb"],
     "completion_ids": [[1], [1, 2]],
     "completion_openings": ["", ""],
     "environment_rewards": [None, 0.5],
     "answer": ["a", "b"],
+    "trainer_state": STATE,
 }
 
 
-def call(function: Any, arguments: dict[str, list[Any]] | None = None) -> list[float | None]:
-    return call_reward(RewardFunction("f", function), ARGUMENTS if arguments is None else arguments)
+def scored(function: Any, arguments: dict[str, Any] | None = None) -> Scored:
+    with contextlib.closing(AsyncCode()) as loop:
+        return call_reward(RewardFunction("f", function), ARGUMENTS if arguments is None else arguments, loop)
+
+
+def call(function: Any, arguments: dict[str, Any] | None = None) -> list[float | None]:
+    return scored(function, arguments).values
 
 
 @pytest.mark.parametrize("name", ["accuracy", "exact_match", "format", "boxed_format", "environment"])
@@ -96,7 +110,8 @@ def test_a_function_is_given_what_its_signature_takes() -> None:
         return [scale * (text == right) for text, right in zip(completions, answer, strict=True)]
 
     call(everything)
-    assert seen == ARGUMENTS
+    assert {name: seen[name] for name in ARGUMENTS} == ARGUMENTS
+    assert set(seen) == {*GIVEN, "answer"}
     assert call(some) == [3.0, 0.0]
     assert call(lambda: [1.0, 1.0]) == [1.0, 1.0]
 
@@ -109,7 +124,7 @@ def test_a_function_without_readable_signature_is_given_everything() -> None:
 def test_a_missing_column_is_named() -> None:
     with pytest.raises(InvalidRewardError, match="needs a dataset column 'solution'; the dataset has answer"):
         call(lambda completions, solution: [0.0])
-    bare = {name: ARGUMENTS[name] for name in BATCH_ARGUMENTS}
+    bare = {name: ARGUMENTS[name] for name in ARGUMENTS if name != "answer"}
     with pytest.raises(InvalidRewardError, match="needs a dataset column 'answer'; the dataset has no column but the prompt"):
         call(resolve_reward("accuracy").function, bare)
 
@@ -170,6 +185,66 @@ def test_async_functions_are_awaited() -> None:
         return [], ""
 
     assert asyncio.run(in_a_notebook()) == ([1.0, 2.0], "'inside'")
+
+
+def logs(*, metrics: Any = (), extra: Any = ()) -> Any:
+    def function(completions: list[str], log_metric: Any, log_extra: Any) -> list[float]:
+        for name, value in metrics:
+            log_metric(name, value)
+        for column, values in extra:
+            log_extra(column=column, values=values)
+        return [0.0] * len(completions)
+
+    return function
+
+
+def test_what_trl_gives_is_given_and_what_is_logged_comes_back_in_plain_values() -> None:
+    def all_of_it(completions: list[str], trainer_state: TrainerState, log_metric: Any, **columns: Any) -> list[float]:
+        log_metric("share", np.float32(0.5))
+        log_metric("share", np.array([2]))
+        log_metric(name="steps", value=trainer_state.global_step)
+        columns["log_extra"]("length", np.array([1, 2]))
+        columns["log_extra"]("parsed", [Fraction(1, 2), None])
+        for text in completions:
+            columns["log_extra"]("one by one", [text])
+        return [1.0] * len(completions)
+
+    expected = Scored(
+        [1.0, 1.0],
+        {"share": [0.5, 2.0], "steps": [3.0]},
+        {"length": [1, 2], "parsed": ["1/2", None], "one by one": ["a", "bb"]},
+    )
+    found = scored(all_of_it)
+    assert found == expected
+    assert all(type(value) is int for value in found.extra["length"])
+    assert all(type(value) is float for values in found.metrics.values() for value in values)
+    check_columns(RewardFunction("f", all_of_it), [])
+
+    async def later(completions: list[str], log_metric: Any) -> list[float]:
+        await asyncio.sleep(0)
+        log_metric("share", 1)
+        return [1.0, 1.0]
+
+    assert asyncio.run(await_reward(RewardFunction("f", later), ARGUMENTS)) == Scored([1.0, 1.0], {"share": [1.0]})
+    assert scored(later).metrics == {"share": [1.0]}
+    assert scored(lambda: [1.0, 1.0]) == Scored([1.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("logged", "message"),
+    [
+        ({"metrics": [("share", "high")]}, r"logged 'high' \(str\) as the metric 'share'; log_metric takes one number"),
+        ({"metrics": [("share", [1.0])]}, r"logged \[1.0\] \(list\) as the metric 'share'"),
+        ({"metrics": [(3, 1.0)]}, r"logged under the name 3 \(int\)"),
+        ({"metrics": [("", 1.0)]}, "a text that is not empty"),
+        ({"extra": [("parsed", ["a"])]}, "logged 1 values in the column 'parsed' for 2 completions; log_extra takes one each"),
+        ({"extra": [("parsed", ["a", "b"])] * 2}, "logged 4 values in the column 'parsed' for 2"),
+        ({"extra": [("parsed", "abc")]}, "logged 3 values in the column 'parsed' for 2"),
+    ],
+)
+def test_what_cannot_be_logged_is_refused(logged: Any, message: str) -> None:
+    with pytest.raises(InvalidRewardError, match=message):
+        scored(logs(**logged))
 
 
 def test_failures_are_described_by_exception_and_line() -> None:

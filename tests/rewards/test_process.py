@@ -16,8 +16,10 @@ from rich.console import Console
 from rich.live import Live
 
 from grpo_fast.rewards import process as process_module
+from grpo_fast.rewards.call import Scored
 from grpo_fast.rewards.process import WorkerDiedError, WorkerProcess
 from grpo_fast.rewards.worker import Reply
+from grpo_fast.types import TrainerState
 
 
 def alive(process_id: int) -> bool:
@@ -30,8 +32,9 @@ def alive(process_id: int) -> bool:
 
 def answer(worker: WorkerProcess, *, within_s: float = 60.0) -> Reply:
     worker.channel.settimeout(within_s)
-    while (reply := worker.receive()) is None:
+    while not (replies := worker.receive()):
         pass
+    [reply] = replies
     return reply
 
 
@@ -42,7 +45,8 @@ def ready(function: Any) -> WorkerProcess:
 
 
 def submit(worker: WorkerProcess, timeout_s: float = 60.0, **arguments: Any) -> None:
-    worker.submit(0, pickle.dumps(arguments or {"completions": ["a"]}), timeout_s=timeout_s)
+    given = (arguments or {"completions": ["a"]}) | {"trainer_state": TrainerState()}
+    worker.submit([0], pickle.dumps(given), timeout_s=timeout_s)
 
 
 @pytest.fixture
@@ -56,17 +60,34 @@ def test_a_worker_answers_call_after_call(by_length: WorkerProcess) -> None:
     for _ in range(2):
         submit(by_length, completions=["a", "bb"])
         assert by_length.state == "busy"
-        assert answer(by_length) == ("ok", [1.0, 2.0], "")
+        assert answer(by_length) == Reply("ok", Scored([1.0, 2.0]), function=0)
         assert by_length.state == "idle"
+
+
+def test_answers_that_arrive_together_or_in_pieces_are_told_apart() -> None:
+    async def same(completions: list[str]) -> list[float]:
+        return [float(len(text)) for text in completions]
+
+    worker = WorkerProcess([cloudpickle.dumps(same)] * 3)
+    assert answer(worker).value == [True, True, True]
+    arguments = {"completions": ["abc"] * 200_000, "trainer_state": TrainerState()}  # more than one read, and no end of one
+    worker.submit([2, 0, 1], pickle.dumps(arguments), timeout_s=60.0)
+    found: list[Reply] = []
+    while worker.state == "busy":
+        worker.channel.settimeout(60.0)
+        found += worker.receive()
+    worker.kill()
+    assert sorted(reply.function for reply in found) == [0, 1, 2]
+    assert all(reply.value == Scored([3.0] * 200_000) for reply in found)
 
 
 def test_a_large_batch_passes(by_length: WorkerProcess) -> None:
     size = 3_000_000
     submit(by_length, completions=["a" * size] + [""] * 200_000)
-    status, values, _ = answer(by_length)
-    assert status == "ok"
-    assert values[0] == size
-    assert len(values) == 200_001
+    reply = answer(by_length)
+    assert reply.status == "ok"
+    assert reply.value.values[0] == size
+    assert len(reply.value.values) == 200_001
 
 
 def test_close_lets_the_process_end_by_itself(by_length: WorkerProcess) -> None:
@@ -108,7 +129,7 @@ def test_what_a_function_prints_is_passed_on_at_once_and_stands_above_a_live_con
     worker = ready(prints)
     with Live("the panel", console=Console(file=screen, force_terminal=True), auto_refresh=False):
         submit(worker, completions=["a b"])
-        assert answer(worker)[:2] == ("ok", [0.0])
+        assert answer(worker)[:2] == ("ok", Scored([0.0]))
         end = time.monotonic() + 60
         while "not text" not in screen.getvalue() and time.monotonic() < end:
             time.sleep(0.01)
@@ -129,7 +150,7 @@ def test_kill_takes_what_the_function_started_along() -> None:
 
     worker = ready(starts_another)
     submit(worker)
-    child = int(answer(worker)[1][0])
+    child = int(answer(worker).value.values[0])
     assert alive(child)
     worker.kill()
     end = time.monotonic() + 60

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import os
 import pickle
 import signal
@@ -14,25 +15,27 @@ from typing import Any
 import cloudpickle
 import pytest
 
+from grpo_fast.rewards.call import Scored
 from grpo_fast.rewards.process import WorkerProcess
 from grpo_fast.rewards.worker import HEADER, Reply, pack
+from grpo_fast.types import TrainerState
 
 
-def serve(specs: list[str | bytes], *requests: tuple[int, float, dict[str, Any]]) -> list[Reply]:
+def serve(specs: list[str | bytes], *requests: tuple[list[int], float, dict[str, Any]]) -> list[Reply]:
     """Every reply of a worker that is sent all requests, then the end."""
     worker = WorkerProcess(specs)
+    waiting = list(requests)
     replies: list[Reply] = []
     try:
         worker.channel.settimeout(60)
         while True:
-            reply = worker.receive()
-            if reply is None:
+            replies += worker.receive()
+            if worker.state != "idle":
                 continue
-            replies.append(reply)
-            if len(replies) > len(requests) or (reply[0] != "ok" and len(replies) == 1):
+            if not waiting or replies[0].status != "ok":
                 return replies
-            index, timeout_s, arguments = requests[len(replies) - 1]
-            worker.submit(index, pickle.dumps(arguments), timeout_s=timeout_s)
+            functions, timeout_s, arguments = waiting.pop(0)
+            worker.submit(functions, pickle.dumps(arguments | {"trainer_state": TrainerState()}), timeout_s=timeout_s)
     finally:
         worker.close()
 
@@ -40,8 +43,12 @@ def serve(specs: list[str | bytes], *requests: tuple[int, float, dict[str, Any]]
 def test_names_and_pickled_functions_are_served() -> None:
     double = cloudpickle.dumps(lambda completions: [2.0 * len(text) for text in completions])
     arguments = {"completions": ["\\boxed{18}", "no"], "answer": ["18", "18"]}
-    replies = serve(["accuracy", double], (0, 60.0, arguments), (1, 60.0, arguments))
-    assert replies == [("ok", None, ""), ("ok", [1.0, 0.0], ""), ("ok", [20.0, 4.0], "")]
+    replies = serve(["accuracy", double], ([0], 60.0, arguments), ([1], 60.0, arguments))
+    assert replies == [
+        Reply("ok", [False, False]),
+        Reply("ok", Scored([1.0, 0.0]), function=0),
+        Reply("ok", Scored([20.0, 4.0]), function=1),
+    ]
 
 
 def test_a_failed_call_is_reported_and_the_next_one_served() -> None:
@@ -52,19 +59,61 @@ def test_a_failed_call_is_reported_and_the_next_one_served() -> None:
 
     replies = serve(
         [cloudpickle.dumps(breaks)],
-        (0, 60.0, {"completions": [""]}),
-        (0, 60.0, {"completions": ["exit"]}),
-        (0, 60.0, {"completions": ["ok"]}),
+        ([0], 60.0, {"completions": [""]}),
+        ([0], 60.0, {"completions": ["exit"]}),
+        ([0], 60.0, {"completions": ["ok"]}),
     )
-    assert [status for status, _, _ in replies] == ["ok", "error", "error", "ok"]
-    assert replies[1][1].startswith("raised ZeroDivisionError: ")
-    assert "Traceback" in replies[1][2]
-    assert replies[2][1].startswith("raised SystemExit: enough")
-    assert replies[3][1] == [0.5]
+    assert [reply.status for reply in replies] == ["ok", "error", "error", "ok"]
+    assert replies[1].value.startswith("raised ZeroDivisionError: ")
+    assert "Traceback" in replies[1].trace
+    assert replies[2].value.startswith("raised SystemExit: enough")
+    assert replies[3].value == Scored([0.5])
+
+
+def test_async_functions_are_awaited_together_and_answered_as_they_end() -> None:
+    async def first(completions: list[str], log_metric: Any) -> list[float]:
+        import builtins
+
+        meeting = builtins.__dict__.setdefault("meeting", asyncio.Event())  # whichever of the two comes first
+        await meeting.wait()
+        log_metric("met", 1.0)
+        return [1.0]
+
+    async def second(completions: list[str]) -> list[float]:
+        import builtins
+
+        builtins.__dict__.setdefault("meeting", asyncio.Event()).set()
+        raise LookupError("met, but no answer")
+
+    async def third(completions: list[str]) -> list[float]:
+        raise SystemExit("enough")
+
+    specs: list[str | bytes] = [cloudpickle.dumps(function) for function in (first, second, third)]
+    loaded, *replies = serve([*specs, "format"], ([0, 1, 2], 60.0, {"completions": ["a"]}), ([0], 60.0, {"completions": ["a"]}))
+    assert loaded.value == [True, True, True, False]
+    told = {reply.function: reply for reply in replies[:3]}
+    assert told[0] == Reply("ok", Scored([1.0], {"met": [1.0]}), function=0)
+    assert told[1].value.startswith("raised LookupError: met, but no answer (")
+    assert "Traceback" in told[1].trace
+    assert told[2].value.startswith("raised SystemExit: enough")
+    assert [reply.function for reply in replies] == [1, 2, 0, 0], "each as it ended; then the worker goes on"
+
+
+def test_arguments_that_cannot_be_read_are_reported_for_each_function() -> None:
+    class Local:
+        def __reduce__(self) -> Any:
+            return exec, ("raise LookupError('not here')",)
+
+    async def one() -> list[float]:
+        return [1.0]
+
+    replies = serve([cloudpickle.dumps(one)] * 2, ([0, 1], 60.0, {"column": [Local()]}))
+    assert [(reply.status, reply.function) for reply in replies[1:]] == [("error", 0), ("error", 1)]
+    assert replies[1].value.startswith("raised LookupError: not here")
 
 
 def test_a_function_that_cannot_be_found_or_loaded_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    [(status, message, _)] = serve(["absent_module:f"])
+    [(status, message, *_)] = serve(["absent_module:f"])
     assert status == "error"
     assert "cannot import 'absent_module'" in message
     (tmp_path / "gone_for_worker.py").write_text("def f(completions):\n    return [1.0]\n")
@@ -73,7 +122,7 @@ def test_a_function_that_cannot_be_found_or_loaded_is_reported(tmp_path: Path, m
 
     frozen = cloudpickle.dumps(gone_for_worker.f)
     monkeypatch.undo()
-    [(status, message, _)] = serve([frozen])
+    [(status, message, *_)] = serve([frozen])
     assert status == "error"
     assert "ModuleNotFoundError" in message
     assert "'module:function'" in message
@@ -94,7 +143,7 @@ def test_a_worker_ignores_interrupts_and_imports_no_torch() -> None:
         ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         return [float(ignored), float("torch" in sys.modules), float("numpy" in sys.modules)]
 
-    assert serve([cloudpickle.dumps(probe)], (0, 60.0, {"completions": ["", "", ""]}))[1] == ("ok", [1.0, 0.0, 0.0], "")
+    assert serve([cloudpickle.dumps(probe)], ([0], 60.0, {"completions": ["", "", ""]}))[1].value == Scored([1.0, 0.0, 0.0])
 
 
 def test_output_of_reward_functions(tmp_path: Path) -> None:

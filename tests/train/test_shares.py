@@ -14,7 +14,7 @@ from grpo_fast.train import shares
 from grpo_fast.train.distributed import World
 from grpo_fast.train.policy import Policy
 from grpo_fast.train.shares import MainEngine, SharedEngine, SharedRewards
-from grpo_fast.types import Completion, Group
+from grpo_fast.types import Completion, Group, TrainerState
 
 T = TypeVar("T")
 SAMPLING = SamplingParams(max_tokens=5)
@@ -201,6 +201,33 @@ def test_rewards_of_all_ranks_are_those_of_one(make_group: Callable[..., Group])
         assert not isinstance(found, Exception)
         assert str(found[0]) == str([group.reward for group in alone])
         assert found[1] == report
+
+
+def test_what_is_logged_on_any_rank_is_known_to_all(make_group: Callable[..., Group]) -> None:
+    def logs(
+        completions: list[str], trainer_state: TrainerState, log_metric: Any, log_extra: Any, environment_rewards: Any
+    ) -> list[float]:
+        log_metric("global mean", sum(range(len(completions))) / len(completions))
+        if trainer_state.is_world_process_zero:
+            log_metric("of the main process", trainer_state.global_step)
+        else:
+            log_extra("elsewhere", range(len(completions)))
+        log_extra("everywhere", ["x"] * len(completions))
+        return [1.0] * len(completions)
+
+    def score(world: World) -> Any:
+        rewards = SharedRewards(RewardPool([logs], workers=0), world)
+        own = [make_group(index, [0.0] * 2) for index in range(5)]
+        return rewards.score(own, TrainerState(global_step=6)).logged, [group.extra for group in own]
+
+    by_rank = [1, 2, 2]  # groups, of two completions each
+    mean = sum(2 * groups * (2 * groups - 1) / 2 for groups in by_rank) / 10
+    for found in on_ranks(3, score):
+        assert not isinstance(found, Exception)
+        logged, extra = found
+        assert logged == {"global mean": pytest.approx(mean), "of the main process": 6.0}
+        assert [columns["everywhere"] for columns in extra] == [["x", "x"]] * 5
+        assert [columns["elsewhere"] for columns in extra] == [[None, None], [0, 1], [2, 3], [0, 1], [2, 3]]
 
 
 def test_a_reward_that_fails_is_told_on_all_ranks_or_counted(make_group: Callable[..., Group]) -> None:
