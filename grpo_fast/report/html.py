@@ -18,6 +18,7 @@ from grpo_fast.report.run import Run
 from grpo_fast.report.theme import DARK, LIGHT, drawing, png
 from grpo_fast.run_dir import write_whole
 from grpo_fast.sinks.quantities import duration, percent, si, significant
+from grpo_fast.types import COMPLETION_COLUMNS
 
 REPORT = "report.html"
 _SAMPLES_A_STEP = 3
@@ -214,10 +215,18 @@ def samples(run: Run) -> list[dict[str, Any]]:
                 "completion": _shortened(str(row.get("completion", ""))),
                 "reward": significant(_number(row.get("reward"))),
                 "advantage": significant(_number(row.get("advantage"))),
+                "extra": {
+                    name: _cell(value) for name, value in row.items() if name not in COMPLETION_COLUMNS and value is not None
+                },
             }
             for row in of_step
         ]
     return rows
+
+
+def _cell(value: Any) -> str:
+    """What a reward function logged of a completion."""
+    return significant(value) if isinstance(value, int | float) and not isinstance(value, bool) else _shortened(str(value))
 
 
 def changed_settings(config: Mapping[str, Any]) -> dict[str, str]:

@@ -61,7 +61,7 @@ class Sink(Protocol):
         ...
 
     def log_completions(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Takes sample completions: ``step``, ``prompt``, ``completion``, ``reward``, ``advantage``."""
+        """Takes sample completions: :data:`~grpo_fast.types.COMPLETION_COLUMNS`, and what reward functions logged of each."""
         ...
 
     def close(self) -> None:

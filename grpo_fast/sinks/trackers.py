@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_fast.sinks.sink import RunInfo
+from grpo_fast.types import COMPLETION_COLUMNS
 
 PROJECT = "grpo-fast"
 _FORECAST_VALUES = ("median", "low", "high", "plateau", "plateau_low", "plateau_high", "x80", "x95", "p_gain_below_eps")
@@ -36,6 +37,18 @@ def _words(prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in prompt)
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+    """Completions as names of columns and rows of cells; a column whose cells are of several kinds is text."""
+    columns = list(dict.fromkeys([*COMPLETION_COLUMNS, *(name for row in rows for name in row)]))
+    cells = {name: [row.get(name) for row in rows] for name in columns}
+    cells["prompt"] = [_words(prompt) for prompt in cells["prompt"]]
+    for name, values in cells.items():
+        kinds = {float if type(value) is int else type(value) for value in values if value is not None}
+        if len(kinds) > 1:
+            cells[name] = [None if value is None else str(value) for value in values]
+    return columns, [list(row) for row in zip(*cells.values(), strict=True)]
 
 
 class TensorBoardSink:
@@ -70,7 +83,8 @@ class TensorBoardSink:
         """Writes the completions of a step as one text."""
         if rows:
             parts = [
-                f"reward {row['reward']}, advantage {row['advantage']}\n\n"
+                ", ".join(f"{name} {value}" for name, value in row.items() if name not in ("step", "prompt", "completion"))
+                + "\n\n"
                 + "\n".join("    " + line for line in f"{_words(row['prompt'])}\n>>> {row['completion']}".splitlines())
                 for row in rows
             ]
@@ -123,8 +137,7 @@ class WandbSink:
     def log_completions(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Logs the completions of a step as a table, with the metrics of the same step."""
         if rows:
-            columns = ["step", "prompt", "completion", "reward", "advantage"]
-            data = [[_words(row[key]) if key == "prompt" else row[key] for key in columns] for row in rows]
+            columns, data = _table(rows)
             self._run.log({"completions": self._wandb.Table(columns=columns, data=data)}, step=int(rows[0]["step"]))
 
     def close(self) -> None:
@@ -163,10 +176,8 @@ class TrackioSink:
         """Logs the completions of a step as a table."""
         if rows:
             pandas = _require("pandas", sink="trackio", package="pandas")
-            columns = ["prompt", "completion", "reward", "advantage"]
-            frame = pandas.DataFrame(
-                [{key: _words(row[key]) if key == "prompt" else row[key] for key in columns} for row in rows]
-            )
+            columns, data = _table(rows)
+            frame = pandas.DataFrame(data, columns=columns).drop(columns="step")
             self._trackio.log({"completions": self._trackio.Table(dataframe=frame)}, step=int(rows[0]["step"]))
 
     def close(self) -> None:

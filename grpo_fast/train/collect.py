@@ -19,9 +19,10 @@ from grpo_fast.rewards import RewardReport
 from grpo_fast.rollout.engine import SamplingParams
 from grpo_fast.tasks.stream import PromptStream
 from grpo_fast.train.episodes import Sampler
+from grpo_fast.train.logged import named_apart
 from grpo_fast.train.rng import derive_seed
 from grpo_fast.train.shares import Rewards
-from grpo_fast.types import Completion, Episode, Group, Prompt
+from grpo_fast.types import Completion, Episode, Group, Prompt, TrainerState
 
 
 @dataclass(slots=True)
@@ -33,7 +34,8 @@ class Collected:
     sampled: list[Group]
     """Every group that was sampled, those that refilling replaced included, for the meter."""
     metrics: dict[str, float]
-    """Reward and length statistics of the *first* draw: refilling must not flatter the learning curve."""
+    """Reward and length statistics, and what reward functions logged, of the *first* draw: refilling must not flatter the
+    learning curve."""
     problems: list[str]
     """One line for each reward call that failed and was counted."""
     stream: dict[str, Any]
@@ -42,10 +44,10 @@ class Collected:
     @property
     def epoch(self) -> float:
         """Passes over the prompts until then."""
-        return float(self.stream["pass"] + self.stream["position"] / self.stream["num_prompts"])
+        return _epoch(self.stream)
 
     def samples(self, count: int) -> list[dict[str, Any]]:
-        """The first ``count`` completions with what became of them, for people."""
+        """The first ``count`` completions with what became of them and what reward functions logged of them, for people."""
         pairs = [(group, i) for group in self.groups for i in range(len(group.completions))]
         return [
             {
@@ -54,6 +56,7 @@ class Collected:
                 "reward": group.reward[i],
                 "advantage": group.advantages[i],
             }
+            | {name: values[i] for name, values in group.extra.items()}
             for group, i in pairs[:count]
         ]
 
@@ -67,6 +70,7 @@ class Collected:
                 "completions": [_completion_to_dict(completion) for completion in group.completions],
                 "rewards": group.rewards,
                 "reward": group.reward,
+                "extra": group.extra,
             }
             for group in self.sampled
         ]
@@ -81,6 +85,7 @@ class Collected:
                 completions=[_completion_from_dict(item) for item in row["completions"]],
                 rewards=row["rewards"],
                 reward=row["reward"],
+                extra=row.get("extra", {}),
             )
             for row in state["groups"]
         ]
@@ -129,10 +134,11 @@ class Collector:
             RolloutError: the engine failed.
             RewardError: a reward function failed and ``reward_on_error`` is ``raise``.
         """
-        groups, report = self._sample(self._config.prompts_per_step, step, round_=0, timer=timer)
+        state = trainer_state(self._config, step - 1, self._stream.state_dict())
+        groups, report = self._sample(self._config.prompts_per_step, step, round_=0, state=state, timer=timer)
         least = self._config.reward_range[0] if self._config.reward_range is not None else 0.0
         lives = self._lives
-        metrics = describe(groups, least_reward=least, lives=lives) | report.metrics()
+        metrics = describe(groups, least_reward=least, lives=lives) | report.metrics() | named_apart(report.logged)
         problems = list(report.problems)
         if math.isnan(metrics["reward"]) and not problems and not self._has_told:
             self._has_told = True
@@ -142,7 +148,7 @@ class Collector:
             dead = [group for group in groups if not lives(group)]
             if not dead:
                 break
-            fresh, report = self._sample(len(dead), step, round_=round_, timer=timer)
+            fresh, report = self._sample(len(dead), step, round_=round_, state=state, timer=timer)
             sampled += fresh
             problems += report.problems
             useful = [group for group in fresh if lives(group)]
@@ -154,7 +160,9 @@ class Collector:
                 self._sampler.sleep()
         return Collected(groups, sampled, metrics, problems, self._stream.state_dict())
 
-    def _sample(self, count: int, step: int, *, round_: int, timer: PhaseTimer) -> tuple[list[Group], RewardReport]:
+    def _sample(
+        self, count: int, step: int, *, round_: int, state: TrainerState, timer: PhaseTimer
+    ) -> tuple[list[Group], RewardReport]:
         config = self._config
         prompts = self._stream.take(count)
         with timer.phase("rollout"):
@@ -162,7 +170,27 @@ class Collector:
                 prompts, self._params, num_generations=config.num_generations, seed=derive_seed(config.seed, step, round_)
             )
         with timer.phase("reward"):
-            return groups, self._rewards.score(groups)
+            return groups, self._rewards.score(groups, state)
+
+
+def trainer_state(config: Config, global_step: int, stream: Mapping[str, Any]) -> TrainerState:
+    """What reward functions are told of the run.
+
+    Args:
+        config: the run's configuration.
+        global_step: steps done.
+        stream: where the stream of prompts stood then.
+    """
+    return TrainerState(
+        epoch=_epoch(stream),
+        global_step=global_step,
+        max_steps=config.max_steps,
+        num_train_epochs=math.ceil(config.max_steps * config.prompts_per_step / stream["num_prompts"]),
+    )
+
+
+def _epoch(stream: Mapping[str, Any]) -> float:
+    return float(stream["pass"] + stream["position"] / stream["num_prompts"])
 
 
 def charge_rollout(meter: ComputeMeter, groups: Sequence[Group]) -> None:

@@ -10,12 +10,14 @@ import numpy as np
 from grpo_fast.config import Config
 from grpo_fast.metrics import PhaseTimer, mean_known
 from grpo_fast.rollout.engine import SamplingParams
-from grpo_fast.train.collect import charge_rollout, sampling_params
+from grpo_fast.train.collect import charge_rollout, sampling_params, trainer_state
+from grpo_fast.train.logged import named_apart
 from grpo_fast.train.parts import Parts
 from grpo_fast.train.rng import derive_seed
+from grpo_fast.types import TrainerState
 
 
-def evaluate(config: Config, parts: Parts) -> dict[str, float]:
+def evaluate(config: Config, parts: Parts, state: TrainerState | None = None) -> dict[str, float]:
     """Answers to the held-out prompts, by default a greedy one each, and what they earn.
 
     The same draws are made each time, so that what changes is the policy's doing.
@@ -23,10 +25,11 @@ def evaluate(config: Config, parts: Parts) -> dict[str, float]:
     Args:
         config: the run's configuration.
         parts: engine, held-out prompts and the evaluation's reward pool.
+        state: how far the run is, for reward functions that ask; without one, nothing is done yet.
 
     Returns:
         ``eval_reward``, the mean over the answers; NaN where none has a reward. Of several reward functions it is that of their
-        weighted sum, as in training, and ``eval_rewards/NAME/mean`` says it of each.
+        weighted sum, as in training, and ``eval_rewards/NAME/mean`` says it of each. What they log is ``eval_METRIC``.
     """
     if not parts.eval_prompts:
         return {"eval_reward": math.nan}
@@ -35,9 +38,10 @@ def evaluate(config: Config, parts: Parts) -> dict[str, float]:
     else:
         sampling = SamplingParams(max_tokens=config.max_completion_length, temperature=0.0, stop=config.stop)
     groups = parts.sampler.sample(parts.eval_prompts, sampling, num_generations=config.num_generations_eval, seed=config.seed)
-    report = parts.eval_rewards.score(groups)
+    report = parts.eval_rewards.score(groups, state)
     each = {f"eval_rewards/{name}/mean": mean for name, mean in report.mean.items()} if len(report.mean) > 1 else {}
-    return {"eval_reward": mean_known(value for group in groups for value in group.reward)} | each
+    logged = {f"eval_{name}": mean for name, mean in named_apart(report.logged).items()}
+    return {"eval_reward": mean_known(value for group in groups for value in group.reward)} | each | logged
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +75,7 @@ def probe(config: Config, parts: Parts, timer: PhaseTimer) -> Baseline:
     with timer.phase("rollout"):
         groups = parts.sampler.sample(prompts, sampling_params(config), num_generations=1, seed=seed)
     with timer.phase("reward"):
-        parts.rewards.score(groups)
+        parts.rewards.score(groups, trainer_state(config, 0, parts.stream.state_dict()))
     charge_rollout(parts.meter, groups)
     rewards = np.array([value for group in groups for value in group.reward], dtype=np.float64)
     known = rewards[np.isfinite(rewards)]

@@ -24,7 +24,7 @@ from grpo_fast.rollout import RolloutError, WeightSyncError
 from grpo_fast.train.ahead import Rollouts
 from grpo_fast.train.best import BestCheckpoints, way_back
 from grpo_fast.train.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
-from grpo_fast.train.collect import Collected, Collector, charge_rollout
+from grpo_fast.train.collect import Collected, Collector, charge_rollout, trainer_state
 from grpo_fast.train.distributed import World, is_restart
 from grpo_fast.train.evaluate import evaluate, probe
 from grpo_fast.train.interrupt import InterruptFlag
@@ -247,7 +247,7 @@ class GRPOTrainer:
         return self._evaluate()["eval_reward"]
 
     def _evaluate(self) -> dict[str, float]:
-        metrics = evaluate(self.config, self._parts)
+        metrics = evaluate(self.config, self._parts, trainer_state(self.config, self.global_step, self._stream_state))
         self._evals.setdefault("first", metrics["eval_reward"])
         self._evals |= {"last": metrics["eval_reward"], "step": self.global_step}
         return metrics

@@ -161,6 +161,19 @@ def test_samples_are_of_the_first_middle_and_last_step_and_cut(make_run: MakeRun
     assert rows[0]["reward"] == "0"
 
 
+def test_what_reward_functions_logged_stands_beside_a_sample(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grpo_fast.report.html.pictures_of", lambda run: {"phases": PICTURES["phases"]})
+    path = make_run(steps=20)
+    kept = [json.loads(line) for line in (path / "completions.jsonl").read_text().splitlines()]
+    logged = {"parsed": INJECTION, "share": 1 / 3, "right": True, "missing": None}
+    (path / "completions.jsonl").write_text("".join(json.dumps(row | logged) + "\n" for row in kept))
+    assert samples(Run.load(path))[0]["extra"] == {"parsed": INJECTION, "share": "0.333", "right": "True"}
+    text, page = _parsed(write_report(path))
+    assert text.count("&middot; share <b>0.333</b>") == text.count("advantage <b>") == 9
+    assert text.count(str(escape(INJECTION))) >= 9
+    assert "script" not in page.tags
+
+
 def test_only_changed_settings_are_told() -> None:
     told = changed_settings({"learning_rate": 1e-3, "seed": 0, "stop": ["a", "b"], "shuffle": False, "not_ours": 3})
     assert told == {"learning_rate": "0.001", "stop": "a, b", "shuffle": "no", "not_ours": "3"}

@@ -10,12 +10,19 @@ from typing import Any
 
 import pytest
 
-from grpo_fast.sinks import RunInfo, Sink, TensorBoardSink, TrackioSink, WandbSink
+from grpo_fast.sinks import RunInfo, Sink, TensorBoardSink, TrackioSink, WandbSink, trackers
 
 ROWS = [{"step": 2, "prompt": [{"role": "user", "content": "2+2"}], "completion": "4", "reward": 1.0, "advantage": 0.5}]
 
 
-def _use(sink: Sink, run: Path, *, start_step: int = 0, steps: tuple[int, ...] = (1, 2)) -> None:
+LOGGED = [
+    {**ROWS[0], "parsed": "4", "length": 1, "mixed": 0.5, "maybe": None},
+    {**ROWS[0], "parsed": "5", "length": 2.5, "mixed": "half"},
+    {**ROWS[0], "maybe": True},
+]
+
+
+def _use(sink: Sink, run: Path, *, start_step: int = 0, steps: tuple[int, ...] = (1, 2), rows: Any = ROWS) -> None:
     run.mkdir(parents=True, exist_ok=True)
     config = {"learning_rate": 1e-3, "output_dir": str(run)}
     sink.start(RunInfo(run_dir=run, model="m", dataset="d", max_steps=9, start_step=start_step, config=config))
@@ -24,7 +31,7 @@ def _use(sink: Sink, run: Path, *, start_step: int = 0, steps: tuple[int, ...] =
         sink.log_step({"step": step, "reward": step / 10, "entropy": math.nan}, forecast)
     sink.log_event(2, "warn", "look")
     sink.log_completions([])
-    sink.log_completions(ROWS)
+    sink.log_completions(rows)
     sink.close()
     sink.close()
 
@@ -39,7 +46,7 @@ def test_a_missing_package_is_named_with_its_cure(sink: type[Any], module: str, 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard", "ignore::DeprecationWarning:google")
 def test_tensorboard_files_hold_the_run(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
-    _use(TensorBoardSink(), tmp_path)
+    _use(TensorBoardSink(), tmp_path, rows=LOGGED)
     events = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
     read = events.EventAccumulator(str(tmp_path / "tensorboard"))
     read.Reload()
@@ -50,6 +57,7 @@ def test_tensorboard_files_hold_the_run(tmp_path: Path) -> None:
     assert text["event/warn/text_summary"] == "look"
     assert "user: 2+2" in text["completions/text_summary"]
     assert ">>> 4" in text["completions/text_summary"]
+    assert "reward 1.0, advantage 0.5, parsed 4, length 1, mixed 0.5" in text["completions/text_summary"]
     assert "learning_rate = 0.001" in text["config/text_summary"]
 
 
@@ -64,6 +72,13 @@ def test_a_resumed_tensorboard_run_hides_what_was_undone(tmp_path: Path) -> None
     assert [event.step for event in read.Scalars("reward")] == [1, 2]
 
 
+def test_a_table_has_all_columns_and_one_kind_of_cell_in_each() -> None:
+    columns, data = trackers._table(LOGGED)
+    assert columns == ["step", "prompt", "completion", "reward", "advantage", "parsed", "length", "mixed", "maybe"]
+    assert [row[:5] for row in data] == [[2, "user: 2+2", "4", 1.0, 0.5]] * 3
+    assert [row[5:] for row in data] == [["4", 1, "0.5", None], ["5", 2.5, "half", None], [None, None, None, True]]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_wandb_offline_keeps_the_run_and_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +86,7 @@ def test_wandb_offline_keeps_the_run_and_its_name(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     run = tmp_path / "run"
-    _use(WandbSink(), run)
+    _use(WandbSink(), run, rows=LOGGED)
     wandb.teardown()  # its service process writes the file's last block when it goes
     identity = (run / "wandb_id").read_text().strip()
     (log,) = (run / "wandb").glob("offline-run-*/run-*.wandb")
@@ -122,7 +137,7 @@ def test_trackio_stores_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "store"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     pytest.importorskip("trackio", reason="trackio is not installed")
-    _use(TrackioSink(), tmp_path / "run")
+    _use(TrackioSink(), tmp_path / "run", rows=LOGGED)
     (database,) = (tmp_path / "store").glob("grpo-fast*.db")
     with sqlite3.connect(database) as connection:
         rows = connection.execute("select step, metrics from metrics order by step, id").fetchall()

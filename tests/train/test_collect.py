@@ -18,7 +18,7 @@ from grpo_fast.tasks.stream import PromptStream
 from grpo_fast.train.collect import Collected, Collector, describe, has_variance
 from grpo_fast.train.episodes import OneTurn, Sampler
 from grpo_fast.train.policy import Policy
-from grpo_fast.types import Completion, Episode, Group, Prompt
+from grpo_fast.types import Completion, Episode, Group, Prompt, TrainerState
 
 Build = Callable[..., Collector]
 PROMPTS = [Prompt(10 + i, f"{letter}=", (4 + i, 16), {"answer": letter}) for i, letter in enumerate("abcdefghi")]
@@ -190,6 +190,43 @@ def test_functions_are_told_apart_in_the_metrics(build: Build) -> None:
     assert metrics["rewards/numbered/std"] == pytest.approx(math.sqrt(15 / 11))
     assert math.isnan(metrics["rewards/nothing/mean"])
     assert metrics["reward"] == 1.5
+
+
+def logging(prompts: list[str], trainer_state: TrainerState, log_metric: Any, log_extra: Any, **columns: Any) -> list[float]:
+    """Rewards of which those for ``b`` are dead."""
+    log_metric("number", len(prompts))
+    log_metric("kl", trainer_state.global_step)
+    log_extra("letter", [prompt[0] for prompt in prompts])
+    return dead_for("b")(prompts, prompts)
+
+
+def test_what_functions_log_of_the_first_draw_is_measured_and_of_each_completion_shown(build: Build) -> None:
+    found = build(logging, refill_rounds=1).collect(3, PhaseTimer())
+    assert len(found.sampled) == 4
+    assert found.metrics["number"] == 12.0, "refilling, which asked for 4, is left out"
+    assert found.metrics["logged/kl"] == 2.0
+    for group in found.sampled:
+        group.advantages = [0.0] * 4
+    assert [row["letter"] for row in found.samples(12)] == [letter for letter in "acd" for _ in range(4)]
+    again = Collected.from_dict(
+        json.loads(json.dumps(found.to_dict())), {prompt.index: prompt for prompt in PROMPTS}.__getitem__
+    )
+    assert [group.extra for group in again.sampled] == [group.extra for group in found.sampled]
+    assert again.metrics == found.metrics
+
+
+def test_reward_functions_are_told_how_far_the_run_is(build: Build) -> None:
+    told: list[TrainerState] = []
+
+    def asks(completions: list[str], trainer_state: TrainerState) -> list[float]:
+        told.append(trainer_state)
+        return [0.0] * len(completions)
+
+    collector = build(asks, max_steps=7)
+    for step in (1, 2, 3, 4):
+        collector.collect(step, PhaseTimer())
+    assert [(state.global_step, state.epoch) for state in told] == [(0, 0.0), (1, 1 / 3), (2, 2 / 3), (3, 1.0)]
+    assert {(state.max_steps, state.num_train_epochs) for state in told} == {(7, 3)}, "21 prompts are over 2 passes over 9"
 
 
 def test_a_failing_reward_is_an_error_or_a_problem(build: Build) -> None:

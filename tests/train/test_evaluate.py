@@ -12,6 +12,7 @@ from grpo_fast.rollout.engine import SamplingParams
 from grpo_fast.tasks.task import Task
 from grpo_fast.train.evaluate import evaluate, probe
 from grpo_fast.train.parts import Parts, build_parts
+from grpo_fast.types import TrainerState
 
 
 @pytest.fixture
@@ -68,9 +69,9 @@ def test_answers_may_be_sampled_and_several(build: Callable[..., tuple[Config, P
         asked.append((sampling, num_generations))
         return generate(prompts, sampling, num_generations=num_generations, seed=seed)
 
-    def halves(groups: list[Any]) -> Any:
+    def halves(groups: list[Any], state: Any) -> Any:
         scored.extend([completion.text for completion in group.completions] for group in groups)
-        report = score(groups)
+        report = score(groups, state)
         for group in groups:
             group.reward = [0.0, 0.5, 1.0]
         return report
@@ -89,7 +90,7 @@ def test_stop_strings_hold_for_held_out_prompts_too(build: Callable[..., tuple[C
     config, stopped = build(stop=(first[2],))
     answers: list[str] = []
     score = stopped.eval_rewards.score
-    stopped.eval_rewards.score = lambda groups: answers.extend(g.completions[0].text for g in groups) or score(groups)  # type: ignore[method-assign]
+    stopped.eval_rewards.score = lambda groups, state: answers.extend(g.completions[0].text for g in groups) or score(groups)  # type: ignore[method-assign]
     evaluate(config, stopped)
     assert answers[0] == first[: first.index(first[2])]
 
@@ -125,6 +126,22 @@ def test_without_a_measure_of_its_own_a_task_is_measured_by_what_rewards_trainin
         parts.close()
 
 
+def test_what_rewards_log_is_told_of_the_evaluation(tiny_config: Callable[..., Config]) -> None:
+    rows = [{"prompt": f"{a}{b}=", "answer": a} for a in "abcdefgh" for b in "abcd"]
+
+    def logs(completions: list[str], trainer_state: TrainerState, log_metric: Any, **columns: Any) -> list[float]:
+        log_metric("number", len(completions))
+        log_metric("reward", trainer_state.global_step)
+        return [0.5] * len(completions)
+
+    config = tiny_config()
+    parts = build_parts(config, {"train_dataset": rows, "reward_funcs": [logs]}, resume=False)
+    expected = {"eval_reward": 0.5, "eval_number": float(config.eval_size)}
+    assert evaluate(config, parts, TrainerState(global_step=4)) == expected | {"eval_logged/reward": 4.0}
+    assert evaluate(config, parts) == expected | {"eval_logged/reward": 0.0}
+    parts.close()
+
+
 def test_a_probe_asks_training_prompts_once_each_and_is_charged_for(
     build: Callable[..., tuple[Config, Parts]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,7 +173,7 @@ def test_a_probe_is_scored_by_the_training_rewards(build: Callable[..., tuple[Co
     config, parts = build(baseline_probe=1000, reward_funcs=("exact_match", "format"), reward_weights=(0.0, 0.25))
     groups = []
     score = parts.rewards.score
-    parts.rewards.score = lambda rows: groups.extend(rows) or score(rows)  # type: ignore[assignment, func-returns-value]
+    parts.rewards.score = lambda rows, state: groups.extend(rows) or score(rows)  # type: ignore[assignment, func-returns-value]
     found = probe(config, parts, PhaseTimer())
     assert found.num_prompts == len(parts.prompts) == len(groups)
     assert found.reward == pytest.approx(sum(group.reward[0] for group in groups) / len(groups))
