@@ -20,8 +20,9 @@ from grpo_fast import Forecast, ops
 from grpo_fast.config import Config
 from grpo_fast.law.posterior import GRID
 from grpo_fast.objective import OBJECTIVES
-from grpo_fast.rewards.call import BATCH_ARGUMENTS
+from grpo_fast.rewards.call import GIVEN
 from grpo_fast.trl_names import HERE
+from grpo_fast.types import TrainerState
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -43,9 +44,6 @@ OTHER_NAMES = {
     "grad_norm",
     "num_tokens",
     "get_reward",
-    "trainer_state",
-    "log_extra",
-    "log_metric",
     "merge_and_unload",
     "reduce_lr_on_plateau",
 }
@@ -181,7 +179,8 @@ def test_every_name_in_the_text_exists(page: Path) -> None:
         *(field.name for field in fields(Forecast)),
         *OBJECTIVES,
         *ops.__all__,
-        *BATCH_ARGUMENTS,
+        *GIVEN,
+        *(field.name for field in fields(TrainerState)),
         *OTHER_NAMES,
         *(HERE if page.stem == "from-trl" else ()),
     } | values
