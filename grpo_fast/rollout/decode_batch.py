@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
@@ -31,15 +32,26 @@ _COMPACT_SHARE = 16
 """Rows are moved once one in so many can be dropped: each move costs a few small copies a layer."""
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What is known beforehand of N sequences."""
+
+    source: NDArray[np.int64]
+    """[N], ascending: which prompt each continues."""
+    limits: NDArray[np.int64]
+    """[N], longest completion of each, in tokens."""
+    draws: NDArray[np.float64]
+    """[max_tokens, N], uniform numbers."""
+
+
 class DecodeBatch:
     """N sequences that are sampled together.
 
     Args:
         model: the policy, in evaluation mode.
         prompts: U distinct prompts.
-        source: [N], ascending: which prompt each sequence continues.
-        draws: float64 [max_tokens, N], uniform numbers.
-        sampling: how to sample.
+        rows: the N sequences.
+        sampling: how to sample; its ``max_tokens`` is no less than any limit.
         stepping: ``shared`` and ``fused`` step with :class:`LlamaStep`, over prompts kept once or copied; ``masked`` with the
             module, given a finished mask; ``plain`` with the module, which builds its mask from the padding.
     """
@@ -48,28 +60,29 @@ class DecodeBatch:
         self,
         model: PreTrainedModel,
         prompts: Sequence[Sequence[int]],
+        rows: Rows,
         *,
-        source: NDArray[np.int64],
-        draws: NDArray[np.float64],
         sampling: SamplingParams,
         stepping: Stepping,
     ) -> None:
         weight = next(model.parameters())
         self._model, self._device, self._dtype = model, weight.device, weight.dtype
-        self._prompts, self._source, self._sampling = prompts, source, sampling
+        self._prompts, self._source, self._sampling = prompts, rows.source, sampling
         self._lengths = np.array([len(prompt) for prompt in prompts])
         self._width = int(self._lengths.max())
         self._seen = self._width
-        self._draws = torch.from_numpy(draws).to(self._device)
-        self._positions = torch.from_numpy(self._lengths[source]).to(self._device)
+        self._draws = torch.from_numpy(rows.draws).to(self._device)
+        lengths = self._lengths[rows.source]
+        self._positions = torch.from_numpy(lengths).to(self._device)
+        self._last_positions = torch.from_numpy(lengths + rows.limits - 1).to(self._device)
         fused = stepping in {"shared", "fused"}
         self._llama_step = None
         if fused:
             limit = sampling.max_tokens
-            self._llama_step = LlamaStep(model, self._width + limit, num_rows=len(source), num_steps=limit)
+            self._llama_step = LlamaStep(model, self._width + limit, num_rows=len(lengths), num_steps=limit)
         self._stepping = stepping
         self._mask = self._decode_mask()
-        self._rows = np.arange(len(source))
+        self._rows = np.arange(len(lengths))
 
     def _decode_mask(self) -> torch.Tensor | None:
         if (self._lengths == self._width).all() or self._stepping == "shared":
@@ -159,7 +172,8 @@ class DecodeBatch:
         """Appends one token to every row and returns the logits [n, V] of the next."""
         self._seen += 1
         mask = None if self._mask is None else self._mask[..., : self._seen]
-        positions, self._positions = self._positions, self._positions + 1
+        # Rows that have ended go on until they are moved out: past its last position a model may have no embedding.
+        positions, self._positions = self._positions, torch.minimum(self._positions + 1, self._last_positions)
         if self._llama_step is not None:
             return self._llama_step(cache, tokens, positions, mask)
         logits = self._model(
@@ -187,6 +201,7 @@ class DecodeBatch:
         cache.move(source, target, count)
         order = torch.arange(count, device=self._device).index_copy_(0, target, source)
         self._positions = self._positions[order]
+        self._last_positions = self._last_positions[order]
         self._draws = self._draws[:, order]
         if self._mask is not None:
             self._mask = self._mask[order]

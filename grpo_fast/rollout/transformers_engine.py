@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from grpo_fast.rollout.decode_batch import DecodeBatch, Stepping
+from grpo_fast.rollout.decode_batch import DecodeBatch, Rows, Stepping
 from grpo_fast.rollout.end_tokens import end_token_ids
 from grpo_fast.rollout.llama_step import supports
 from grpo_fast.rollout.request import check_request
@@ -203,15 +203,18 @@ class TransformersEngine:
         positions = list(dict.fromkeys(row.prompt for row in rows))
         number = {position: index for index, position in enumerate(positions)}
         places = [first_prompt + row.prompt for row in rows]
+        lengths = np.array([limits[row.prompt] for row in rows])
         batch = DecodeBatch(
             self._model,
             [prompts[position] for position in positions],
-            source=np.array([number[row.prompt] for row in rows]),
-            draws=uniforms(seed, places, [row.generation for row in rows], sampling.max_tokens),
+            Rows(
+                source=np.array([number[row.prompt] for row in rows]),
+                limits=lengths,
+                draws=uniforms(seed, places, [row.generation for row in rows], sampling.max_tokens),
+            ),
             sampling=sampling,
             stepping=self._stepping,
         )
-        lengths = np.array([limits[row.prompt] for row in rows])
         transcript = Transcript(lengths, sampling, is_end=self._is_end, tokenizer=self._tokenizer)
         batch.run(transcript, self._check_every)
         return transcript

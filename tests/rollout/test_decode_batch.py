@@ -6,7 +6,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from grpo_fast.rollout import SamplingParams
-from grpo_fast.rollout.decode_batch import DecodeBatch, Stepping
+from grpo_fast.rollout.decode_batch import DecodeBatch, Rows, Stepping
 
 
 class Recorder:
@@ -50,7 +50,8 @@ def test_rows_leave_when_they_end_and_the_others_go_on_undisturbed(stepping: Ste
 
     def run(limits: list[int]) -> Recorder:
         recorder = Recorder(limits)
-        batch = DecodeBatch(model, prompts, source=source, draws=draws, sampling=sampling, stepping=stepping)
+        rows = Rows(source, np.array(limits), draws)
+        batch = DecodeBatch(model, prompts, rows, sampling=sampling, stepping=stepping)
         batch.run(recorder, 1)
         return recorder
 

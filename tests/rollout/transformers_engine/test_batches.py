@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from grpo_fast.rollout import SamplingParams, decode_batch
 from grpo_fast.rollout.transformers_engine import TransformersEngine
-from tests.rollout.transformers_engine.tiny import PROMPTS, flat
+from tests.rollout.transformers_engine.tiny import PROMPTS, build, flat, forward_logprobs
 
 
 def test_same_call_same_tokens_and_no_global_random_state(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -67,3 +67,19 @@ def test_the_context_can_be_filled_to_the_last_position(llama: PreTrainedModel, 
     engine = TransformersEngine(llama, tokenizer, eos_token_ids=[])
     (completion,) = flat(engine.generate([[4] * 54], SamplingParams(max_tokens=10), num_generations=1, seed=0))
     assert len(completion.token_ids) == 10
+
+
+@pytest.mark.parametrize("every", [1, 8])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_row_near_the_end_of_the_context_is_not_carried_past_it(
+    name: str, every: int, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = build(name)
+    engine = TransformersEngine(model, tokenizer, eos_token_ids=[], check_every=every)
+    prompts, limits = [[4] * 57, *[[5, 6, 7]] * 20], [4, *[50] * 20]  # one is closed long before it is worth a move
+    groups = engine.generate(prompts, SamplingParams(max_tokens=50), num_generations=1, seed=1, max_tokens=limits)
+    assert [len(completion.token_ids) for completion in flat(groups)] == limits
+    for prompt, (completion,) in zip(prompts, groups, strict=True):
+        torch.testing.assert_close(
+            torch.tensor(completion.logprobs).double(), forward_logprobs(model, prompt, completion, 1.0), rtol=0, atol=1e-5
+        )
