@@ -62,7 +62,7 @@ class Data:
         begun = json.loads(file.read_text(encoding="utf-8"))
         for name, now in self._names.items():
             before = begun.get(name)
-            if name == "dataset":  # older runs have it as it was given
+            if name == "dataset" and before != now:  # older runs have it as it was given
                 before = dataset_anywhere(before)
             if before != now:
                 raise ConfigError(

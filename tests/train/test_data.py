@@ -108,7 +108,9 @@ def test_a_run_goes_on_with_the_data_and_rewards_that_it_was_begun_with(
     monkeypatch.chdir(tmp_path)
     Data(dataclasses.replace(letters, name="rows.jsonl"), ["format"]).write_names(tmp_path)  # as older runs have it
     choose_data(Config(dataset="rows.jsonl", reward_funcs="format"), {}, chat=False).check_names(tmp_path)  # type: ignore[arg-type]
+    (tmp_path / "letters").mkdir()  # what is given in Python has a name, and no place on the disk
     begun.write_names(tmp_path)
+    begun.check_names(tmp_path)
     told = "begun with environment_factory None and would go on with 'Silent'"
     with Environments(Silent) as environments, pytest.raises(ConfigError, match=told):
         Data(letters, ["format", short], environments).check_names(tmp_path)
