@@ -7,6 +7,7 @@ import fcntl
 import logging
 import os
 import socket
+import weakref
 from typing import TextIO
 
 from grpo_fast.config import Config, ConfigError
@@ -16,10 +17,32 @@ _log = logging.getLogger(__name__)
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
+class _Lock:
+    """A file that this process has locked, until the last claim that has this lets go of it."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
+        weakref.finalize(self, file.close)
+
+
+_locks: weakref.WeakValueDictionary[tuple[int, int], _Lock] = weakref.WeakValueDictionary()
+"""Those of this process, by device and number of the file."""
+
+
+def _leave_to_parent() -> None:
+    """A fork would have the lock too, and keep it when the process that took it has ended."""
+    for lock in _locks.values():
+        lock.file.close()
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
+
+
 class Claim:
     """What a process has of the directory that its run writes to.
 
-    The lock is the system's (``fcntl``), on a file in the directory: it is free once the process has ended, however it did, and
+    The lock is the system's (``flock``), on a file in the directory: it is free once the process has ended, however it did, and
     processes that it started do not have it. It is taken before anything is read where there is a run already, and where there
     is none when the first file is written. A second trainer of the same process is let in: notebooks leave the first one open.
     """
@@ -28,7 +51,7 @@ class Claim:
         self._config = config
         self._run = config.output_dir
         self._replaces_run = False
-        self._lock: TextIO | None = None
+        self._lock: _Lock | None = None
 
     def stake(self, *, resume: bool) -> None:
         """Checks what is in the directory, and locks it where that is a run; writes nothing else.
@@ -59,9 +82,7 @@ class Claim:
 
     def release(self) -> None:
         """Lets others in; calling it twice is harmless."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._lock = None
 
     def _holds_run(self) -> bool:
         """Whether there is a run that may be replaced; anything else that stands in the way is an error."""
@@ -80,24 +101,30 @@ class Claim:
         return True
 
     def _take(self) -> None:
-        lock = (self._run / LOCK_FILE).open("a+", encoding="utf-8")
+        file = (self._run / LOCK_FILE).open("a+", encoding="utf-8")
         try:
-            self._lock_file(lock)
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-            lock.flush()
+            found = os.fstat(file.fileno())
+            place = found.st_dev, found.st_ino
+            self._lock = _locks.get(place)
+            if self._lock is not None:
+                file.close()
+                return
+            self._lock_file(file)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
         except BaseException:
-            lock.close()
+            file.close()
             raise
-        self._lock = lock
+        self._lock = _locks[place] = _Lock(file)
 
-    def _lock_file(self, lock: TextIO) -> None:
+    def _lock_file(self, file: TextIO) -> None:
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # that of lockf goes when any handle of the file is closed
         except (BlockingIOError, PermissionError):
-            lock.seek(0)
+            file.seek(0)
             raise ConfigError(
-                f"output_dir {self._run} is in use by {lock.read() or 'another process'}; wait until that has ended, end "
+                f"output_dir {self._run} is in use by {file.read() or 'another process'}; wait until that has ended, end "
                 "it, or name another directory"
             ) from None
         except OSError as error:

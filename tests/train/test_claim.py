@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,6 +26,39 @@ claim = Claim(Config(output_dir=sys.argv[1], overwrite=True))
 claim.open()
 print("held", flush=True)
 sys.stdin.read()
+"""
+
+TRIES = """
+import sys
+from grpo_fast.config import Config, ConfigError
+from grpo_fast.train.claim import Claim
+
+for line in sys.stdin:
+    claim = Claim(Config(output_dir=line.strip(), overwrite=True))
+    try:
+        claim.open()
+    except ConfigError as error:
+        print(error, flush=True)
+    else:
+        print("free", flush=True)
+    claim.release()
+"""
+FORKS = """
+import os
+import sys
+from grpo_fast.config import Config
+from grpo_fast.train.claim import Claim
+
+claim = Claim(Config(output_dir=sys.argv[1]))
+claim.open()
+reads, writes = os.pipe()
+if os.fork() == 0:
+    os.write(writes, b"x")
+    sys.stdin.read()
+    os._exit(0)
+os.read(reads, 1)
+print("forked", flush=True)
+os._exit(0)
 """
 
 
@@ -62,6 +96,48 @@ def test_a_run_that_another_process_has_is_left_alone_until_that_was_killed(
     claim = Claim(tiny_config(overwrite=True))
     claim.stake(resume=False)
     claim.release()
+
+
+@pytest.mark.slow
+def test_another_process_is_kept_out_until_the_last_claim_of_this_one_is_released(
+    tmp_path: Path, tiny_config: Callable[..., Config]
+) -> None:
+    run = tmp_path / "run"
+    (tmp_path / "link").symlink_to(run)
+    with subprocess.Popen([sys.executable, "-c", TRIES], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+
+        def tries() -> str:
+            assert other.stdin is not None
+            assert other.stdout is not None
+            print(run, file=other.stdin, flush=True)
+            return other.stdout.readline()
+
+        first, second = Claim(tiny_config()), Claim(tiny_config(output_dir=tmp_path / "link", overwrite=True))
+        first.open()
+        in_use = f"output_dir {run} is in use by process {os.getpid()} on "
+        assert tries().startswith(in_use)
+        shutil.copytree(run, tmp_path / "copy")  # as who uploads a run reads all of its files
+        assert tries().startswith(in_use)
+        second.open()
+        second.release()
+        assert tries().startswith(in_use)
+        second.open()
+        first.release()
+        assert tries().startswith(in_use)
+        second.release()
+        assert tries() == "free\n"
+
+
+@pytest.mark.slow
+def test_a_fork_that_outlives_a_run_does_not_hold_it(tmp_path: Path, tiny_config: Callable[..., Config]) -> None:
+    command = [sys.executable, "-c", FORKS, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "forked\n"
+        assert process.wait() == 0
+        claim = Claim(tiny_config())
+        claim.open()
+        claim.release()
 
 
 def test_a_directory_that_became_a_run_while_the_model_was_read_is_left_alone(
@@ -102,12 +178,12 @@ def test_a_file_system_without_locks_is_told_and_stops_nothing(
     tmp_path: Path, tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(number: int) -> Callable[..., None]:
-        def lockf(*_: Any) -> None:
+        def flock(*_: Any) -> None:
             raise OSError(number, os.strerror(number))
 
-        return lockf
+        return flock
 
-    monkeypatch.setattr(fcntl, "lockf", refuse(errno.ENOLCK))
+    monkeypatch.setattr(fcntl, "flock", refuse(errno.ENOLCK))
     claim = Claim(tiny_config())
     claim.stake(resume=False)
     claim.open()
@@ -116,6 +192,6 @@ def test_a_file_system_without_locks_is_told_and_stops_nothing(
     assert [record.message for record in caplog.records] == [
         f"{tmp_path / 'run'} cannot be locked (No locks available): see to it that no second process is started on this run"
     ]
-    monkeypatch.setattr(fcntl, "lockf", refuse(errno.EIO))
+    monkeypatch.setattr(fcntl, "flock", refuse(errno.EIO))
     with pytest.raises(OSError, match="Input/output error"):
         Claim(tiny_config()).open()
