@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from json import dumps as to_json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -412,15 +413,16 @@ def doctor() -> int:
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; errors that the user can mend are one message without a traceback, exit code 1.
 
-    Modules of the current folder can be named, as ``python -m grpo_fast`` has it. Where a signal ends the process inside native
-    code, every thread's Python stack is printed.
+    Modules of the current folder can be named; those of Python and of packages come first, also under the same name. Where a
+    signal ends the process inside native code, every thread's Python stack is printed.
     """
     if sys.__stderr__ is not None and not faulthandler.is_enabled():
         faulthandler.enable(sys.__stderr__)
     try:
-        here = str(Path.cwd())
-        if not sys.flags.safe_path and here not in sys.path and "" not in sys.path:
-            sys.path.insert(0, here)
+        with suppress(FileNotFoundError):  # the current folder may be deleted
+            here = str(Path.cwd())
+            if not sys.flags.safe_path and here not in sys.path and "" not in sys.path:
+                sys.path.append(here)
         sys.exit(app(arguments, exit_on_error=False, print_error=False))
     except CycloptsError as error:
         _fail(in_words(error))

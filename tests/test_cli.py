@@ -271,9 +271,27 @@ def test_modules_of_the_current_folder_can_be_named(shell: Shell, tmp_path: Path
     asks = f"train {SMALL} --reward-funcs reward_of_this_folder:score --output-dir run"
     code, _, err = shell(asks)
     assert (code, "'score' needs a dataset column 'wanted'" in in_words(err)) == (1, True), err
-    assert sys.path[0] == str(tmp_path)
+    assert sys.path[-1] == str(tmp_path)
     assert shell(asks)[0] == 1
     assert sys.path.count(str(tmp_path)) == 1
+
+
+@pytest.mark.slow
+def test_a_file_of_the_current_folder_takes_no_place_of_pythons_own(tmp_path: Path) -> None:
+    (tmp_path / "profile.py").write_text("raise RuntimeError('not of Python')\n", encoding="utf-8")  # torch reads Python's
+    program = str(Path(sys.executable).with_name("grpo-fast"))
+    done = subprocess.run([program, "doctor"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_deleted_folder_hinders_nothing_that_does_not_need_it(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert shell("--version")[:2] == (0, f"{__version__}\n")
 
 
 def test_a_failing_reward_is_told_without_a_traceback(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
