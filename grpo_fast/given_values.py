@@ -11,9 +11,18 @@ from pydantic.fields import FieldInfo
 
 BUILT_IN_DATASETS = ("arithmetic", "countdown", "gsm8k", "reasoning_gym")
 """Names that stand for a task of ours; a local directory of that name is given as ``./NAME``."""
-ONE_OR_SEVERAL = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
-"""Of a field that holds several strings: one may stand alone."""
 _BY_METRIC = ("reduce_lr_on_plateau", "greedy")
+
+
+def _several(value: Any) -> Any:
+    several = (value,) if isinstance(value, str) else value
+    if isinstance(several, list | tuple) and "" in several:
+        raise ValueError("an empty string stands for nothing; leave it out")
+    return several
+
+
+ONE_OR_SEVERAL = BeforeValidator(_several)
+"""Of a field that holds several strings: one may stand alone; an empty one is refused."""
 
 
 def _foreseeable(name: Any) -> Any:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,16 @@ def test_one_string_may_stand_alone_where_several_may_be_given(field: str, value
 def test_a_string_that_stands_alone_is_checked_as_the_others() -> None:
     with pytest.raises(ConfigError, match=r"sinks\.0: .*did you mean 'wandb'"):
         Config(sinks="wandbb")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", ["", ("",), ["a", ""]])
+@pytest.mark.parametrize("field", ["reward_funcs", "sinks", "stop", "lora_target_modules", "vllm_server_urls"])
+def test_an_empty_string_among_several_is_refused(field: str, value: Any) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"^{field}: an empty string stands for nothing; leave it out \(got {re.escape(repr(value))}\)$"
+    ):
+        Config(**{field: value})
+    assert Config(stop=()) == Config(stop=[]) == Config()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
