@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import tomllib
+from datetime import date, time
 from typing import Annotated, Any
 
 import tomli_w
@@ -17,7 +19,8 @@ def read_object(value: Any) -> Any:
         value: a dict, or its JSON.
 
     Raises:
-        ValueError: text that is no JSON, or values that TOML has no form for, as null.
+        ValueError: text that is no JSON; values that TOML has no form for, as null, or JSON has none for, as dates; or a number
+            that is not finite.
     """
     if isinstance(value, str):
         try:
@@ -27,9 +30,24 @@ def read_object(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     try:
-        return tomllib.loads(tomli_w.dumps(value))
+        found = tomllib.loads(tomli_w.dumps(value))
     except (TypeError, AttributeError) as error:
         raise ValueError(f"holds what a run's TOML cannot ({error}); take text, numbers, switches, lists and objects") from None
+
+    _check_values(found)
+    return found
+
+
+def _check_values(value: Any) -> None:
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            _check_values(each)
+    elif isinstance(value, date | time):
+        raise ValueError(  # noqa: TRY004 (pydantic tells ValueError alone)
+            f'holds the date or time {value}, for which JSON has no form; put it in quotes: "{value}"'
+        )
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"holds {value}; give a finite number, or text")
 
 
 JsonObject = Annotated[dict[str, Any], BeforeValidator(read_object)]

@@ -82,5 +82,8 @@ def test_objects_are_json_on_the_command_line_and_take_the_place_of_a_files(tmp_
     assert settings("--config", str(file)).chat_template_kwargs == {"level": 3, "thinking": True}
     given = settings("--config", str(file), "--chat-template-kwargs", '{"thinking": false}')
     assert given.chat_template_kwargs == {"thinking": False}
+    file.write_text("[chat_template_kwargs]\ndate_string = 2024-07-26\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r'^chat_template_kwargs: holds the date .* put it in quotes: "2024-07-26"'):
+        settings("--config", str(file))
     with pytest.raises(ConfigError, match=r"""^--chat-template-kwargs.a-b: .* --chat-template-kwargs '{"a_b": \.\.\.}'$"""):
         settings("--chat-template-kwargs.a-b", "false")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from datetime import date, time
 from typing import Any
 
 import pytest
@@ -29,6 +30,13 @@ def test_an_object_is_what_toml_would_give_back(given: Any, expected: dict[str, 
         ('{"a": [null]}', "holds what a run's TOML cannot"),
         ({"a": object()}, "holds what a run's TOML cannot"),
         ({1: 2}, "holds what a run's TOML cannot"),
+        (
+            {"a": date(2024, 7, 26)},
+            'holds the date or time 2024-07-26, for which JSON has no form; put it in quotes: "2024-07-26"',
+        ),
+        ({"a": [{"b": time(7, 30)}]}, 'put it in quotes: "07:30:00"'),
+        ('{"a": NaN}', "holds nan; give a finite number, or text"),
+        ({"a": {"b": [1.0, float("inf")]}}, "holds inf; give a finite number"),
     ],
 )
 def test_what_could_not_be_written_into_a_run_is_refused(given: Any, message: str) -> None:
