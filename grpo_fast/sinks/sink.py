@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from grpo_fast.user_code import describe_failure
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +129,11 @@ class SinkSet:
 
     def ask(self, question: str, answers: Mapping[str, str], *, give_up: Callable[[], bool]) -> str | None:
         """The answer of the first sink that has somebody to ask; see :class:`Asks`."""
-        asked = (sink.ask(question, answers, give_up=give_up) for sink in self._sinks if isinstance(sink, Asks))
-        return next((answer for answer in asked if answer is not None), None)
+
+        def ask(sink: Sink) -> str | None:
+            return sink.ask(question, answers, give_up=give_up) if isinstance(sink, Asks) else None
+
+        return next((answer for answer in self._returned(ask) if answer is not None), None)
 
     def close(self) -> None:
         """Closes all, the last one first; what the record raises is raised once all had their turn."""
@@ -138,13 +142,22 @@ class SinkSet:
                 stack.callback(self._close, sink)
 
     def _hand(self, give: Callable[[Sink], None]) -> None:
+        for _ in self._returned(give):
+            pass
+
+    def _returned(self, call: Callable[[Sink], _T]) -> Iterator[_T]:
+        """What each sink returns; those that raise are left out."""
         for sink in self._sinks:
+            if not any(sink is other for other in self._sinks):  # it raised when it was told of another
+                continue
             try:
-                give(sink)
+                returned = call(sink)
             except Exception as error:
                 if sink is self._record:
                     raise
                 self._leave_out(sink, error)
+            else:
+                yield returned
 
     def _leave_out(self, sink: Sink, error: Exception) -> None:
         self._sinks = tuple(other for other in self._sinks if other is not sink)

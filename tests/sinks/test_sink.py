@@ -87,6 +87,23 @@ def test_a_sink_that_fails_is_told_once_and_left_out(fails_to: str, caplog: pyte
     ]
 
 
+def test_a_sink_that_fails_to_tell_of_anothers_failure_is_left_out_at_once() -> None:
+    calls: list[str] = []
+    fails_to = ("step", "event")
+    record, other = _Recorder("a", calls), _Recorder("d", calls)
+    sinks = SinkSet(
+        [record, _Recorder("b", calls, fails_to=fails_to), _Recorder("c", calls, fails_to=fails_to), other], record=record
+    )
+    sinks.log_step({"step": 1})
+    assert list(sinks) == [record, other]
+    assert [call.partition(" warn ")[0] for call in calls] == [
+        *("a step 1 None", "b step 1 None"),
+        *("a event 1", "c event 1", "a event 1", "d event 1", "c close"),  # c fails to tell of b
+        *("d event 1", "b close"),
+        "d step 1 None",
+    ]
+
+
 def test_where_no_sink_shows_a_warning_it_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     record = _Recorder("a", [])
     SinkSet([record, _Recorder("b", [], fails_to=("step",))], record=record).log_step({"step": 1})
@@ -102,12 +119,12 @@ def test_what_the_record_raises_is_raised_and_so_is_what_keeps_a_sink_from_start
 
 
 class _Asking(_Recorder):
-    def __init__(self, name: str, calls: list[str], answer: str | None) -> None:
-        super().__init__(name, calls)
+    def __init__(self, name: str, calls: list[str], answer: str | None, *, fails_to: tuple[str, ...] = ()) -> None:
+        super().__init__(name, calls, fails_to=fails_to)
         self.answer = answer
 
     def ask(self, question: str, answers: Mapping[str, str], *, give_up: Callable[[], bool]) -> str | None:
-        self.calls.append(f"{self.name} asks {question} {list(answers)} {give_up()}")
+        self._call("asks", question, list(answers), give_up())
         return self.answer
 
 
@@ -118,6 +135,18 @@ def test_one_sink_with_somebody_there_is_asked() -> None:
     assert sinks.ask("well?", {"yes": "do"}, give_up=lambda: True) == ""
     assert calls == ["a asks well? ['yes'] True", "c asks well? ['yes'] True"]
     assert SinkSet([nobody, _Recorder("b", calls)]).ask("well?", {}, give_up=bool) is None
+
+
+def test_a_sink_that_fails_to_ask_is_left_out_and_the_next_one_asked() -> None:
+    calls: list[str] = []
+    record = _Recorder("a", calls)
+    failing, other = _Asking("b", calls, "no", fails_to=("asks",)), _Asking("c", calls, "yes")
+    sinks = SinkSet([record, failing, other], record=record)
+    assert sinks.ask("well?", {}, give_up=bool) == "yes"
+    assert list(sinks) == [record, other]
+    told = [call.partition(" raised ")[0] for call in calls]
+    warned = "event 0 warn the sink _Asking"
+    assert told == ["b asks well? [] False", f"a {warned}", f"c {warned}", "b close", "c asks well? [] False"]
 
 
 def test_the_sinks_keep_the_protocol(tmp_path: Path) -> None:
