@@ -50,6 +50,7 @@ def encode_prompts(  # noqa: PLR0913 (each a setting of its own)
     *,
     system_prompt: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
     max_prompt_length: int | None = None,
     overlong: Literal["error", "drop"] = "error",
     numbers: Sequence[int] | None = None,
@@ -61,6 +62,7 @@ def encode_prompts(  # noqa: PLR0913 (each a setting of its own)
         tokenizer: the model's.
         system_prompt: put before every prompt as a system message, in place of one that the prompt has.
         chat_template_kwargs: variables of the chat template, such as ``{"enable_thinking": False}``.
+        tools: JSON schemas of tools, which the template tells the model of.
         max_prompt_length: longest prompt, in tokens; ``None`` for no limit.
         overlong: refuse a longer one, or leave it out and log how many were.
         numbers: those by which errors name the rows, where they were taken from a greater table.
@@ -70,18 +72,25 @@ def encode_prompts(  # noqa: PLR0913 (each a setting of its own)
 
     Raises:
         ConfigError: a prompt that is missing, empty, neither a string nor messages, or too long; messages for a tokeniser
-            without a chat template; variables that it does not read, or with no prompt to apply it to; no prompt left.
+            without a chat template; variables that it does not read, or with no prompt to apply it to; tools for a prompt of
+            plain text; no prompt left.
     """
     if chat_template_kwargs:
         _check_variables(chat_template_kwargs, tokenizer)
+    variables = with_tools(chat_template_kwargs or {}, tools)
     ask = functools.partial(_asked, system_prompt=system_prompt)
     prompts = EncodedPrompts(rows, ask)
     num_dropped = 0
     named = range(len(rows)) if numbers is None else numbers
     for chunk in _chunks(rows):
         asked = [ask(row, named[index]) for index, row in chunk]
-        read = _read(asked, tokenizer, chat_template_kwargs or {}, numbers=[named[index] for index, _ in chunk])
+        read = _read(asked, tokenizer, variables, numbers=[named[index] for index, _ in chunk])
         for (index, row), prompt, (text, ids) in zip(chunk, asked, read, strict=True):
+            if tools and isinstance(prompt, str):
+                raise ConfigError(
+                    f"the prompt of row {named[index]} is plain text, and tools are told of by the chat template, which is for "
+                    "messages; give prompts as messages, or set system_prompt"
+                )
             if not ids:
                 raise ConfigError(f"the prompt of row {named[index]} is empty; leave the row out")
             if max_prompt_length is not None and len(ids) > max_prompt_length:
@@ -107,6 +116,19 @@ def encode_prompts(  # noqa: PLR0913 (each a setting of its own)
             )
         _log.warning("%d of %d prompts have more than %d tokens and are left out", num_dropped, len(rows), max_prompt_length)
     return prompts
+
+
+def with_tools(variables: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Variables of the chat template, the tools among them where there are any.
+
+    Raises:
+        ConfigError: the variables bring tools of their own along.
+    """
+    if tools and "tools" in variables:
+        raise ConfigError(
+            "chat_template_kwargs: 'tools' are those that a run has by tools or environment_factory; leave it out"
+        )
+    return {**variables, "tools": list(tools)} if tools else variables
 
 
 def _chunks(rows: Rows) -> Iterator[list[tuple[int, Mapping[str, Any]]]]:
@@ -197,18 +219,29 @@ def _read(
 ) -> list[_Read]:
     """What the model reads of each prompt; ``numbers`` are those of their rows."""
     plain = {place: prompt for place, prompt in enumerate(prompts) if isinstance(prompt, str)}
-    rendered = {
-        place: _rendered(prompt, tokenizer, variables, index=numbers[place])
+    texts = {
+        place: rendered(prompt, tokenizer, variables, index=numbers[place])
         for place, prompt in enumerate(prompts)
         if not isinstance(prompt, str)
     }
     ids = dict(zip(plain, _plain_ids(list(plain.values()), tokenizer), strict=True))
-    ids |= zip(rendered, _encoded(list(rendered.values()), tokenizer, special=False), strict=True)
-    texts = plain | rendered
+    ids |= zip(texts, _encoded(list(texts.values()), tokenizer, special=False), strict=True)
+    texts |= plain
     return [_Read(texts[place], ids[place]) for place in range(len(prompts))]
 
 
-def _rendered(messages: list[Message], tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any], *, index: int) -> str:
+def rendered(messages: list[Message], tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any], *, index: int) -> str:
+    """A prompt of messages as the model reads it.
+
+    Args:
+        messages: the prompt.
+        tokenizer: has the chat template.
+        variables: of the template.
+        index: row of the dataset, for errors.
+
+    Raises:
+        ConfigError: there is no chat template, or it refuses the messages.
+    """
     if tokenizer.chat_template is None:
         raise ConfigError(
             f"the prompt of row {index} is chat messages (or system_prompt is set), but the model's tokeniser has no chat "

@@ -1,4 +1,4 @@
-"""What an environment says between two turns of the policy, as the model reads it.
+"""What an environment says before and between the turns of the policy, as the model reads it.
 
 Text goes on as it is. Messages get the chat template: what it puts behind an assistant's message, the messages themselves, and
 what begins the next answer. The conversation so far is never rendered again, so that what the policy sampled stays as it is,
@@ -7,16 +7,17 @@ thoughts included, which templates take out of earlier turns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from grpo_fast.config import ConfigError
 from grpo_fast.rollout.stop_strings import decode
+from grpo_fast.tasks.prompts import rendered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from grpo_fast.types import Message
+    from grpo_fast.types import Message, PromptText
 
 _SAID = "what the policy said"
 """Stands for it in the conversation that is rendered; what comes behind it does not depend on it."""
@@ -46,14 +47,54 @@ class Replies:
             ConfigError: the chat template refuses the messages.
         """
         text = reply if isinstance(reply, str) else self._rendered(reply)
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)[
-            "input_ids"
-        ]
+        ids = self._ids(text)
         return ids[1:] if not isinstance(reply, str) and ids[:1] == [last_token] else ids
 
-    def decode(self, token_ids: tuple[int, ...]) -> str:
+    def prompt_ids(self, messages: list[Message], *, index: int) -> tuple[int, ...]:
+        """Tokens of a prompt that an environment has put something behind.
+
+        Args:
+            messages: as :meth:`observed` makes them.
+            index: row of the dataset, for errors.
+
+        Raises:
+            ConfigError: the chat template refuses the messages.
+        """
+        text = rendered(messages, self._tokenizer, self._variables, index=index)
+        return tuple(self._ids(text))
+
+    @staticmethod
+    def observed(prompt: PromptText, observation: str) -> list[Message]:
+        """A prompt of messages with an observation behind the last one's content."""
+        assert not isinstance(prompt, str)
+        content = prompt[-1]["content"]
+        part = {"type": "text", "text": observation}
+        put = f"{content or ''}{observation}" if isinstance(content, str | None) else [*content, part]
+        return [*prompt[:-1], {**prompt[-1], "content": put}]
+
+    def said(self, token_ids: Sequence[int], *, context: Sequence[int]) -> Message:
+        """What the policy said, as a message.
+
+        Args:
+            token_ids: that it sampled.
+            context: tokens before them.
+        """
+        del context
+        return {"role": "assistant", "content": self.decode(token_ids)}
+
+    def heard(self, message: Message) -> str | Message:
+        """What of a message of the policy's its environment hears."""
+        return str(message["content"])
+
+    def decode(self, token_ids: Sequence[int]) -> str:
         """Text of what the policy said, without special tokens."""
         return decode(self._tokenizer, token_ids)
+
+    def _ids(self, text: str) -> list[int]:
+        found: list[int] = self._tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
+        return found
 
     def _rendered(self, messages: list[Message]) -> str:
         said = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": _SAID}]
@@ -74,3 +115,9 @@ class Replies:
                 "take a model whose template keeps it"
             )
         return rest
+
+
+def num_shared(sequences: Sequence[Sequence[Any]]) -> int:
+    """How many first items all of some sequences share."""
+    pairs = enumerate(zip(*sequences, strict=False))
+    return next((place for place, items in pairs if any(item != items[0] for item in items)), min(map(len, sequences)))

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from grpo_fast.config import ConfigError
-from grpo_fast.tasks.replies import Replies
+from grpo_fast.tasks.replies import Replies, num_shared
 
 # As templates of thinking models do: an end mark and a space behind each message, the tool's words inside the user's, thoughts
 # of earlier turns left out, and an empty one put before an answer that is the last.
@@ -77,3 +77,22 @@ def test_what_a_template_cannot_take_is_told(tokenizer: PreTrainedTokenizerFast)
     tokenizer.chat_template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
     with pytest.raises(ConfigError, match="leaves out what the assistant said before"):
         Replies(tokenizer, {}).token_ids([{"role": "user", "content": "go on"}], last_token=2)
+
+
+def test_an_observation_stands_behind_the_last_message(tokenizer: PreTrainedTokenizerFast) -> None:
+    replies = Replies(tokenizer, {"thinking": True})
+    prompt = [{"role": "user", "content": "what"}]
+    asked = replies.observed(prompt, " a question")
+    assert (asked, prompt) == ([{"role": "user", "content": "what a question"}], [{"role": "user", "content": "what"}])
+    assert words(replies.prompt_ids(asked, index=3)) == "<s> <user> what a question </s> <assistant> <think>"
+    parts = replies.observed([{"role": "user", "content": [{"type": "text", "text": "what"}]}], "on")
+    assert parts == [{"role": "user", "content": [{"type": "text", "text": "what"}, {"type": "text", "text": "on"}]}]
+    with pytest.raises(ConfigError, match=r"refuses the prompt of row 3 .*no such role"):
+        replies.prompt_ids([{"role": "bad", "content": ""}], index=3)
+
+
+def test_shared_beginnings_are_counted() -> None:
+    assert num_shared([(1, 2, 3), (1, 2), (1, 2, 4)]) == 2
+    assert num_shared([(1, 2), (3,)]) == 0
+    assert num_shared(["abc", "abd"]) == 2
+    assert num_shared([[1, 2, 3]]) == 3

@@ -1,0 +1,157 @@
+"""Tools: Python functions, and methods of an environment, that the policy calls in the form that its chat template has.
+
+Those of an episode are called by an environment of their own, :class:`ToolEnvironment`. What goes wrong in a call is told to
+the policy and counted, and the run goes on: tools that are not there and arguments that do not fit are the policy's doing.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from transformers.utils.chat_template_utils import get_json_schema
+
+from grpo_fast.types import Message
+from grpo_fast.user_code import import_object, name_of, shown
+
+Tool: TypeAlias = Callable[..., Any]
+
+_NO_TOOLS = ("reset", "get_reward", "close")
+"""Public methods that a run calls itself."""
+
+
+class NoEnvironment:
+    """Stands where tools need no environment."""
+
+    def reset(self) -> None:
+        """Nothing is kept from one episode to the next."""
+
+
+def find_tools(given: Sequence[str | Tool]) -> dict[str, Tool]:
+    """Tools by name.
+
+    Args:
+        given: ``module:function``, imported here, or functions.
+
+    Raises:
+        ValueError: one cannot be found or imported, or has another one's name.
+        TypeError: one is no function.
+    """
+    found: dict[str, Tool] = {}
+    for spec in given:
+        if isinstance(spec, str) and not all(spec.partition(":")):
+            raise ValueError(f"tool {spec!r} names no function; write 'module:function'")
+        tool = import_object(spec, kind="tool") if isinstance(spec, str) else spec
+        if isinstance(tool, type) or not callable(tool):
+            raise TypeError(f"tool {spec if isinstance(spec, str) else shown(tool)} is no function")
+        if name_of(tool) in found:
+            raise ValueError(f"two tools have the name {name_of(tool)!r}; rename one")
+        found[name_of(tool)] = tool
+    return found
+
+
+def methods_of(environment: Any) -> dict[str, Tool]:
+    """Methods of an environment that are tools: all public ones but ``reset``, ``get_reward`` and ``close``."""
+    functions = inspect.getmembers(type(environment), predicate=inspect.isfunction)  # of the class: properties stay unread
+    names = [name for name, _ in functions if not name.startswith("_") and name not in _NO_TOOLS]
+    return {name: getattr(environment, name) for name in names}
+
+
+def schemas_of(tools: Mapping[str, Tool]) -> list[dict[str, Any]]:
+    """What chat templates tell a model of tools: JSON schemas, from type hints and docstrings.
+
+    Raises:
+        ValueError: hints or descriptions are missing; the tool is named.
+    """
+    schemas = []
+    for name, tool in tools.items():
+        try:
+            schemas.append(get_json_schema(tool))
+        except Exception as error:  # of several kinds, by what is missing
+            raise ValueError(
+                f"tool {name!r} cannot be described to the model: {error}; each argument needs a type hint, and a line under "
+                "'Args:' in the docstring"
+            ) from error
+    return schemas
+
+
+class ToolEnvironment:
+    """Calls tools for an episode; an :class:`~grpo_fast.environments.Environment` that hears whole messages.
+
+    Args:
+        own: what methods that are tools belong to; it has ``reset``.
+        functions: other tools, by name.
+
+    Raises:
+        ValueError: a method has the name of a function.
+    """
+
+    def __init__(self, own: Any, functions: Mapping[str, Tool]) -> None:
+        methods = methods_of(own)
+        for name in methods:
+            if name in functions:
+                raise ValueError(f"two tools have the name {name!r}: a function and a method of the environment; rename one")
+        self.own = own
+        self.tools: dict[str, Tool] = {**functions, **methods}
+        """By name."""
+        self.num_calls = 0
+        """Calls in the present episode."""
+        self.num_failures = 0
+        """Calls of them that failed."""
+        for name in ("get_reward", "close"):
+            if callable(getattr(own, name, None)):
+                setattr(self, name, getattr(own, name))
+        self.reset = self._counting_anew(own.reset)
+        """Begins an episode; what it returns is put behind the prompt."""
+
+    async def step(self, message: Message) -> list[Message] | None:
+        """Calls what the policy asked for, one after another.
+
+        Args:
+            message: what it said; ``tool_calls`` holds its calls.
+
+        Returns:
+            One message a call; ``None`` where there was none, which ends the episode.
+        """
+        calls = [call["function"] for call in message.get("tool_calls") or ()]
+        return [await self._reply(call["name"], call["arguments"]) for call in calls] or None
+
+    async def _reply(self, name: str, arguments: Any) -> Message:
+        self.num_calls += 1
+        try:
+            result = self._tool(name)(**arguments)
+            if inspect.isawaitable(result):
+                result = await result
+        except Exception as error:
+            self.num_failures += 1
+            result = {"error": str(error)}
+        return {"role": "tool", "name": name, "content": as_text(result)}
+
+    def _tool(self, name: str) -> Tool:
+        if name not in self.tools:
+            raise LookupError(f"there is no tool {name!r}; there are: {', '.join(self.tools)}")
+        return self.tools[name]
+
+    def _counting_anew(self, reset: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(reset)
+        def counted(**arguments: Any) -> Any:
+            self.num_calls = self.num_failures = 0
+            return reset(**arguments)
+
+        return counted
+
+
+def as_text(result: Any) -> str:
+    """What a tool returned, as the policy reads it: a list of content parts by its texts, all else by ``str``.
+
+    Raises:
+        ValueError: a part is no text.
+    """
+    if not isinstance(result, list) or not result or not all(isinstance(part, Mapping) and "type" in part for part in result):
+        return str(result)
+    for part in result:
+        if part["type"] != "text":
+            raise ValueError(f"content of the type {part['type']!r} was returned, and models are trained on text alone here")
+    return "".join(str(part["text"]) for part in result)

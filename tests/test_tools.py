@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_fast.tools import NoEnvironment, ToolEnvironment, as_text, find_tools, methods_of, schemas_of
+
+
+def add(a: int, b: int = 1) -> int:
+    """Adds two numbers.
+
+    Args:
+        a: The first.
+        b: The second.
+
+    Returns:
+        Their sum.
+    """
+    return a + b
+
+
+async def look_up(word: str) -> str:
+    """Looks a word up.
+
+    Args:
+        word: What to look up. (choices: ["tea", "thé"])
+    """
+    await asyncio.sleep(0)
+    return f"{word} is a drink"
+
+
+class Guessing:
+    """As TRL has environments: methods are tools."""
+
+    closed = 0
+
+    def reset(self, secret: str, **columns: Any) -> str:
+        self.secret, self.guesses = secret, list[str]()
+        return f" It has {len(secret)} letters."
+
+    def guess(self, letter: str) -> str:
+        """Guesses a letter.
+
+        Args:
+            letter: One letter.
+        """
+        self.guesses.append(letter)
+        if letter not in self.secret:
+            raise ValueError("no such letter")
+        return "".join(each if each in self.guesses else "_" for each in self.secret)
+
+    def _hidden(self) -> None: ...
+
+    @property
+    def costly(self) -> int:
+        raise AssertionError("properties are left alone")
+
+    def get_reward(self) -> float:
+        return float(set(self.secret) <= set(self.guesses))
+
+    def close(self) -> None:
+        type(self).closed += 1
+
+
+def said(*calls: tuple[str, Any]) -> dict[str, Any]:
+    functions = [{"type": "function", "function": {"name": name, "arguments": arguments}} for name, arguments in calls]
+    return {"role": "assistant", "content": "", "tool_calls": functions}
+
+
+def contents(replies: list[dict[str, Any]] | None) -> list[tuple[str, str]]:
+    assert replies is not None
+    assert {reply["role"] for reply in replies} == {"tool"}
+    return [(reply["name"], reply["content"]) for reply in replies]
+
+
+def test_calls_are_answered_in_their_order_and_mistakes_are_told() -> None:
+    environment = ToolEnvironment(NoEnvironment(), find_tools([add, look_up]))
+    environment.reset()
+    calls = said(("look_up", {"word": "thé"}), ("add", {"a": 2, "b": 3}), ("add", {"a": 1, "c": 2}), ("sub", {}), ("add", 4))
+    answers = contents(asyncio.run(environment.step(calls)))
+    assert answers[:2] == [("look_up", "thé is a drink"), ("add", "5")]
+    assert "unexpected keyword argument 'c'" in answers[2][1]
+    assert answers[2][1].startswith("{'error': ")
+    assert answers[3] == ("sub", str({"error": "there is no tool 'sub'; there are: add, look_up"}))
+    assert "must be a mapping" in answers[4][1]
+    assert (environment.num_calls, environment.num_failures) == (5, 3)
+    assert asyncio.run(environment.step({"role": "assistant", "content": "It is 5."})) is None
+    environment.reset()
+    assert (environment.num_calls, environment.num_failures) == (0, 0)
+
+
+def test_methods_of_an_environment_are_tools() -> None:
+    environment = ToolEnvironment(Guessing(), find_tools([add]))
+    assert list(environment.tools) == ["add", "guess"]
+    assert environment.reset(secret="tea", answer=3) == " It has 3 letters."
+    answers = contents(asyncio.run(environment.step(said(("guess", {"letter": "e"}), ("guess", {"letter": "x"})))))
+    assert answers == [("guess", "_e_"), ("guess", str({"error": "no such letter"}))]
+    assert environment.get_reward() == 0.0  # type: ignore[attr-defined]
+    environment.close()  # type: ignore[attr-defined]
+    assert Guessing.closed == 1
+    assert environment.own.guesses == ["e", "x"]
+
+
+def test_schemas_are_made_of_hints_and_docstrings() -> None:
+    adding, looking = schemas_of(find_tools([add, look_up]))
+    assert adding["function"]["description"] == "Adds two numbers."
+    assert adding["function"]["parameters"] == {
+        "type": "object",
+        "properties": {
+            "a": {"type": "integer", "description": "The first."},
+            "b": {"type": "integer", "description": "The second."},
+        },
+        "required": ["a"],
+    }
+    assert looking["function"]["parameters"]["properties"]["word"]["enum"] == ["tea", "thé"]
+    [guessing] = schemas_of(methods_of(Guessing()))
+    assert list(guessing["function"]["parameters"]["properties"]) == ["letter"]
+
+
+def test_tools_that_cannot_be_used_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bare(word): ...  # type: ignore[no-untyped-def]
+
+    def untold(word: str) -> None:
+        """Does something."""
+
+    with pytest.raises(ValueError, match=r"tool 'bare' cannot be described to the model: .*no docstring"):
+        schemas_of({"bare": bare})
+    with pytest.raises(ValueError, match=r"tool 'untold' .*no description for the argument 'word'; each argument needs"):
+        schemas_of({"untold": untold})
+    (tmp_path / "brought_tools.py").write_text("def add(a): ...\nnumber = 3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert list(find_tools(["brought_tools:add"])) == ["add"]
+    with pytest.raises(ValueError, match="two tools have the name 'add'"):
+        find_tools([add, "brought_tools:add"])
+    with pytest.raises(ValueError, match=r"two tools have the name 'guess': a function and a method"):
+        ToolEnvironment(Guessing(), {"guess": add})
+    with pytest.raises(TypeError, match="tool brought_tools:number is no function"):
+        find_tools(["brought_tools:number"])
+    with pytest.raises(ValueError, match=r"tool 'brought_tools:ad': .* did you mean 'add'\?"):
+        find_tools(["brought_tools:ad"])
+    with pytest.raises(ValueError, match="tool 'brought_tools' names no function; write 'module:function'"):
+        find_tools(["brought_tools"])
+
+
+def test_results_are_read_as_text() -> None:
+    assert as_text({"sum": 3}) == "{'sum': 3}"
+    assert as_text(["a", "b"]) == "['a', 'b']"
+    assert as_text([]) == "[]"
+    assert as_text([{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]) == "one two"
+    with pytest.raises(ValueError, match="content of the type 'image' was returned, and models are trained on text alone"):
+        as_text([{"type": "image", "image": None}])
