@@ -97,6 +97,15 @@ class Episode:
     """How often the policy spoke."""
     reward: float | None = None
     """The environment's own, where it gives one."""
+    judgements: tuple[float | None, ...] = ()
+    """Of the reward functions that read environments, one value each."""
+    asked: tuple[Message, ...] = ()
+    """The prompt with what the environment put behind it; empty where it put nothing. What of it stands behind
+    ``Prompt.token_ids`` begins the completion's tokens."""
+    num_tool_calls: int | None = None
+    """Calls of tools; ``None`` where there are no tools."""
+    num_tool_failures: int = 0
+    """Those of them that failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +155,11 @@ class Group:
     """[G]: set once the whole step is scored."""
     extra: dict[str, list[Any]] = field(default_factory=dict)
     """[G] a column: what reward functions logged of each completion, ``None`` where nothing; numbers, texts and switches."""
+
+    def asked(self, completion: Completion) -> PromptText:
+        """The prompt as one of the completions read it: where an environment put something behind it, with that."""
+        episode = completion.episode
+        return list(episode.asked) if episode is not None and episode.asked else self.prompt.prompt
 
 
 @dataclass(frozen=True, slots=True)

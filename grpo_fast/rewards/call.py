@@ -12,7 +12,10 @@ from grpo_fast import user_code
 from grpo_fast.rewards.functions import BUILT_IN
 from grpo_fast.user_code import AsyncCode, accepted_arguments, import_object, name_of, shown
 
-BATCH_ARGUMENTS = ("prompts", "completions", "completion_ids", "completion_openings", "environment_rewards")
+BATCH_ARGUMENTS = (
+    *("prompts", "completions", "completion_ids", "completion_openings"),
+    *("environment_rewards", "environment_judgements"),
+)
 """Lists that every reward call is given beside the dataset's columns, one entry a completion."""
 
 TRAINER_ARGUMENTS = ("trainer_state", "log_extra", "log_metric")

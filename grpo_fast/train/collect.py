@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import repeat
 from typing import Any
@@ -51,7 +51,7 @@ class Collected:
         pairs = [(group, i) for group in self.groups for i in range(len(group.completions))]
         return [
             {
-                "prompt": group.prompt.prompt,
+                "prompt": group.asked(group.completions[i]),
                 "completion": group.completions[i].text,
                 "reward": group.reward[i],
                 "advantage": group.advantages[i],
@@ -66,6 +66,7 @@ class Collected:
         rows = [
             {
                 "prompt": group.prompt.index,
+                "prompt_length": len(group.prompt.token_ids),
                 "place": place.get(id(group)),
                 "completions": [_completion_to_dict(completion) for completion in group.completions],
                 "rewards": group.rewards,
@@ -81,7 +82,7 @@ class Collected:
         """Rebuilds what :meth:`to_dict` wrote, from the same prompts."""
         sampled = [
             Group(
-                prompt=prompt_of_row(row["prompt"]),
+                prompt=_cut(prompt_of_row(row["prompt"]), row.get("prompt_length")),
                 completions=[_completion_from_dict(item) for item in row["completions"]],
                 rewards=row["rewards"],
                 reward=row["reward"],
@@ -96,6 +97,11 @@ class Collected:
         return cls(groups, sampled, dict(state["metrics"]), list(state["problems"]), dict(state["stream"]))
 
 
+def _cut(prompt: Prompt, length: int | None) -> Prompt:
+    """The prompt as an environment that changed its end had it; ``None`` in checkpoints of before there were such."""
+    return prompt if length in (None, len(prompt.token_ids)) else replace(prompt, token_ids=prompt.token_ids[:length])
+
+
 def _completion_to_dict(completion: Completion) -> dict[str, Any]:
     kept = None if completion.kept is None else completion.kept.to_lists()
     episode = None if completion.episode is None else asdict(completion.episode)
@@ -106,7 +112,8 @@ def _completion_from_dict(item: Mapping[str, Any]) -> Completion:
     tuples = {name: tuple(item.get(name, ())) for name in ("token_ids", "logprobs", "weight_versions")}
     kept, episode = item.get("kept"), item.get("episode")
     if episode is not None:
-        episode = Episode(**{**episode, "sampled": tuple(episode["sampled"]), "messages": tuple(episode["messages"])})
+        tuples_of = {name: tuple(value) for name, value in episode.items() if isinstance(value, list)}
+        episode = Episode(**{**episode, **tuples_of})
     return Completion(**{**item, **tuples, "kept": None if kept is None else KeptTokens.from_lists(kept), "episode": episode})
 
 
@@ -256,10 +263,21 @@ def describe(
     turns = np.array([completion.episode.num_turns for completion in completions if completion.episode is not None])
     if turns.size:
         metrics |= {"num_turns/mean": float(turns.mean()), "num_turns/max": float(turns.max())}
+    metrics |= _tool_use(completions)
     if ended.size:
         terminated = {"mean": ended.mean(), "min": ended.min(), "max": ended.max()}
         metrics |= {f"completions/{name}_terminated_length": float(value) for name, value in terminated.items()}
     return metrics
+
+
+def _tool_use(completions: Sequence[Completion]) -> dict[str, float]:
+    """Calls of tools a completion, and the share of them that failed."""
+    episodes = [completion.episode for completion in completions if completion.episode is not None]
+    calls = [episode.num_tool_calls for episode in episodes if episode.num_tool_calls is not None]
+    if not calls:
+        return {}
+    failures = sum(episode.num_tool_failures for episode in episodes)
+    return {"tools/call_frequency": sum(calls) / len(calls), "tools/failure_frequency": failures / max(1, sum(calls))}
 
 
 def _all_wrong(group: Group, least_reward: float) -> bool:

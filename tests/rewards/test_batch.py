@@ -27,6 +27,7 @@ def test_arguments_are_aligned_with_completions() -> None:
         "completion_ids": [[0], [0, 1], [0]],
         "completion_openings": ["", "", "<think>"],
         "environment_rewards": [None, None, None],
+        "environment_judgements": [(), (), ()],
         "answer": ["1", "1", "2"],
         "level": [None, None, 3],
         "trainer_state": state,
@@ -42,6 +43,16 @@ def test_an_episode_is_given_whole_and_with_its_reward() -> None:
     found = call_arguments([chat, plain], [], TrainerState())
     assert found["completions"] == [list(said), "6*7 42 c"]
     assert found["environment_rewards"] == [0.5, None]
+    assert found["prompts"] == [[{"role": "user", "content": "q"}], "q"]
+    asked = ({"role": "user", "content": "q: the board is empty"},)
+    chat.completions = [
+        replace(each, episode=replace(each.episode, asked=asked, judgements=(0.5, None)))
+        for each in chat.completions
+        if each.episode is not None
+    ]
+    found = call_arguments([chat, plain], [])
+    assert found["prompts"] == [list(asked), "q"]
+    assert found["environment_judgements"] == [(0.5, None), ()]
 
 
 @pytest.mark.parametrize("name", GIVEN)

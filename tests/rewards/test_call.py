@@ -33,6 +33,7 @@ ARGUMENTS: dict[str, Any] = {
     "completion_ids": [[1], [1, 2]],
     "completion_openings": ["", ""],
     "environment_rewards": [None, 0.5],
+    "environment_judgements": [(), ()],
     "answer": ["a", "b"],
     "trainer_state": STATE,
 }

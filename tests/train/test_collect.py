@@ -152,10 +152,19 @@ class Episodes(OneTurn):
     def sample(self, prompts: Sequence[Prompt], sampling: SamplingParams, **options: Any) -> list[Group]:
         def episode(completion: Completion) -> Episode:
             said = tuple(place % 2 == 0 for place in range(len(completion.token_ids)))
-            return Episode(said, ({"role": "assistant", "content": "a"}, {"role": "tool", "content": "b"}), 2, 0.25)
+            messages = ({"role": "assistant", "content": "a"}, {"role": "tool", "content": "b"})
+            of_tools = {"judgements": (0.5, None), "num_tool_calls": 4, "num_tool_failures": 1}
+            return Episode(said, messages, 2, 0.25, asked=({"role": "user", "content": "c"},), **of_tools)
 
         groups = super().sample(prompts, sampling, **options)
-        return [replace(group, completions=[replace(c, episode=episode(c)) for c in group.completions]) for group in groups]
+        return [
+            replace(
+                group,
+                prompt=replace(group.prompt, token_ids=group.prompt.token_ids[:1]),
+                completions=[replace(completion, episode=episode(completion)) for completion in group.completions],
+            )
+            for group in groups
+        ]
 
 
 def test_episodes_survive_json_and_are_counted(build: Build, tiny_policy: Callable[..., Policy]) -> None:
@@ -166,10 +175,15 @@ def test_episodes_survive_json_and_are_counted(build: Build, tiny_policy: Callab
         json.loads(json.dumps(found.to_dict())), {prompt.index: prompt for prompt in PROMPTS}.__getitem__
     )
     assert [group.completions for group in again.groups] == [group.completions for group in found.groups]
+    assert [group.prompt for group in again.groups] == [group.prompt for group in found.groups]
+    assert {len(group.prompt.token_ids) for group in again.groups} == {1}
+    assert found.groups[0].asked(found.groups[0].completions[0]) == [{"role": "user", "content": "c"}]
     lengths = [(len(completion.token_ids) + 1) // 2 for group in found.groups for completion in group.completions]
     assert found.metrics["completions/mean_length"] == pytest.approx(sum(lengths) / len(lengths))
     assert found.metrics["completions/max_length"] == max(lengths)
     assert found.metrics["num_turns/mean"] == found.metrics["num_turns/max"] == 2.0
+    assert found.metrics["tools/call_frequency"] == 4.0
+    assert found.metrics["tools/failure_frequency"] == 0.25
 
 
 def nothing(completions: list[str], **columns: Any) -> list[None]:
