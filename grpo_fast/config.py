@@ -184,9 +184,12 @@ class Config(BaseModel):
     stop: Annotated[tuple[str, ...], ONE_OR_SEVERAL, _ROLLOUT] = ()
     """Strings that end a completion; with an environment, a turn of it."""
     environment_factory: Annotated[str | None, _ROLLOUT] = None
-    """Class whose instances answer the policy between its turns, as ``module:Class``: a calculator, a search, a game."""
+    """Class whose instances answer the policy between its turns, as ``module:Class``: a game, a sandbox, a search. It has a
+    method ``step``, or, as in TRL, methods that are tools."""
+    tools: Annotated[tuple[str, ...], ONE_OR_SEVERAL, _ROLLOUT] = ()
+    """Functions that the policy may call, as ``module:function``, described by their type hints and docstrings."""
     max_turns: Annotated[int, _ROLLOUT] = Field(8, ge=1)
-    """How often the policy speaks in a completion at most, where there is an environment."""
+    """How often the policy speaks in a completion at most, where there is an environment or tools."""
     environment_timeout_s: Annotated[float, _ROLLOUT] = Field(60.0, gt=0)
     """Longest time of one call of an environment, in seconds; what takes longer ends the run with a checkpoint."""
     environment_workers: Annotated[int, _ROLLOUT] = Field(16, ge=1)

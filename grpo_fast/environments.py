@@ -3,6 +3,9 @@
 They run in threads of this process, since what they mostly do is to wait: for a search, a sandbox, another model. They may hold
 what no other process could be sent, and need no pickling. An instance is made once and used again and again, one episode after
 the other.
+
+A class without ``step`` is one as TRL has them, whose public methods are tools that the policy calls: see
+:mod:`grpo_fast.tools`.
 """
 
 from __future__ import annotations
@@ -10,13 +13,14 @@ from __future__ import annotations
 import math
 import multiprocessing
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeAlias
 
+from grpo_fast.tools import NoEnvironment, Tool, ToolEnvironment, as_text, methods_of, schemas_of
 from grpo_fast.types import Message, Prompt, TrainingError, is_message
 from grpo_fast.user_code import accepted_arguments, awaited, describe_failure, import_object, name_of, shown
 
@@ -69,6 +73,7 @@ class Environments:
 
     Args:
         factory: ``module:Class``, or what makes an environment when it is called without arguments.
+        tools: functions that the policy may call, by name, beside methods of environments that have no ``step``.
         timeout_s: longest time of one call, in seconds.
         workers: calls at a time.
 
@@ -77,7 +82,14 @@ class Environments:
         TypeError: what was given makes nothing.
     """
 
-    def __init__(self, factory: str | Callable[[], Any], *, timeout_s: float = 60.0, workers: int = 16) -> None:
+    def __init__(
+        self,
+        factory: str | Callable[[], Any],
+        *,
+        tools: Mapping[str, Tool] | None = None,
+        timeout_s: float = 60.0,
+        workers: int = 16,
+    ) -> None:
         if not isinstance(factory, str) and not callable(factory):
             raise TypeError(f"environment_factory={factory!r:.80} makes no environments; give a class, or 'module:Class'")
         if isinstance(factory, str) and not all(factory.partition(":")):
@@ -90,6 +102,9 @@ class Environments:
         """As in errors and records."""
         self.timeout_s = timeout_s
         self.workers = workers
+        self.schemas: list[dict[str, Any]] = []
+        """What a chat template tells of the tools; empty where there are none; known once started."""
+        self._tools = tools or {}
         self._factory = factory
         self._make: Callable[[], Any] | None = None
         self._free: list[Any] = []
@@ -101,14 +116,24 @@ class Environments:
         """Makes the first environment now, so that what is wrong with it is known before the first step.
 
         Raises:
-            ValueError: it cannot be found, imported or made, or lacks a method.
+            ValueError: it cannot be found, imported or made, lacks a method, or has a tool that cannot be described.
         """
         made = self._new()
-        missing = [name for name in ("reset", "step") if not callable(getattr(made, name, None))]
-        if missing:
+        if isinstance(made, ToolEnvironment):
+            if not made.tools:
+                raise ValueError(
+                    f"environment {self.name!r} has no method 'step', which answers the policy, and no public method that is a "
+                    "tool for it to call (docs/environments.md)"
+                )
+            try:
+                self.schemas = schemas_of(made.tools)
+            except ValueError as error:
+                own = f"environment {self.name!r} has no method 'step', so that its public methods are tools: "
+                raise ValueError(f"{own if methods_of(made.own) else ''}{error}") from error
+        elif self._tools:
             raise ValueError(
-                f"environment {self.name!r} has no method {missing[0]!r}: reset begins an episode, step answers the policy and "
-                "calls what tools there are (docs/environments.md)"
+                f"tools {', '.join(self._tools)} are given beside environment {self.name!r}, whose step answers the policy "
+                "itself; call them there, or make its public methods tools by leaving step out"
             )
         self._can_rate = callable(getattr(made, "get_reward", None))
         self._free.append(made)
@@ -126,6 +151,19 @@ class Environments:
             accepted_arguments(self._free[0].reset, dict.fromkeys(("prompt", *columns)), always=("prompt",))
         except LookupError as error:
             raise ValueError(f"environment {self.name!r}: reset {error}") from None
+
+    @property
+    def sources(self) -> dict[str, Any]:
+        """Names of what was given, by the settings that would have it."""
+        return {
+            "environment_factory": None if self._factory is NoEnvironment else self.name,
+            "tools": list(self._tools) or None,
+        }
+
+    @property
+    def tool_names(self) -> list[str]:
+        """Functions and methods that the policy may call; known once started."""
+        return [schema["function"]["name"] for schema in self.schemas]
 
     @property
     def can_rate(self) -> bool:
@@ -146,12 +184,7 @@ class Environments:
         for each, prompt in zip(made, prompts, strict=True):
             given = {"prompt": prompt.prompt, **prompt.columns}
             calls.append(_Call(partial(each.reset, **accepted_arguments(each.reset, given, always=("prompt",))), prompt))
-        for answer, prompt in zip(self.run("reset", calls), prompts, strict=True):
-            if answer is not None:
-                raise EnvironmentFailedError(
-                    f"environment {self.name!r}: reset returned {shown(answer)} for row {prompt.index}; what the policy reads "
-                    "first is the dataset's prompt, so it must return None"
-                )
+        episodes.observations = [self._observation(*told) for told in zip(self.run("reset", calls), made, prompts, strict=True)]
         return episodes
 
     def run(self, method: str, calls: Sequence[_Call]) -> list[Any]:
@@ -219,9 +252,31 @@ class Environments:
                 raise ValueError(f"environment {self.name!r} is {shown(found)}, which makes nothing; name a class")
             self._make = found
         try:
-            return self._make()
+            made = self._make()
         except Exception as error:
             raise ValueError(f"environment {self.name!r} cannot be made: {describe_failure(error)}") from error
+        if getattr(made, "reset", None) is None:
+            raise ValueError(
+                f"environment {self.name!r} has no method 'reset', which begins an episode; beside it stands step, or methods "
+                "that are tools do (docs/environments.md)"
+            )
+        return made if callable(getattr(made, "step", None)) else ToolEnvironment(made, self._tools)
+
+    def _observation(self, answer: Any, made: Any, prompt: Prompt) -> str:
+        """What ``reset`` would have put behind the prompt."""
+        if answer is None:
+            return ""
+        takes_text = isinstance(made, ToolEnvironment)
+        if takes_text and isinstance(answer, str | list):
+            try:
+                return as_text(answer)
+            except ValueError as error:
+                raise EnvironmentFailedError(f"environment {self.name!r}: reset, row {prompt.index}: {error}") from None
+        wanted = "text to put behind the prompt, or None" if takes_text else "None"
+        raise EnvironmentFailedError(
+            f"environment {self.name!r}: reset returned {shown(answer)} for row {prompt.index}; it must return {wanted}: what "
+            "the policy reads first is the dataset's prompt"
+        )
 
 
 class Episodes:
@@ -237,16 +292,32 @@ class Episodes:
         self._owner = owner
         self._made = made
         self._prompts = prompts
+        self.observations: list[str] = []
+        """[N], what environments put behind their prompts; empty where they put nothing."""
 
-    def step(self, places: Sequence[int], texts: Sequence[str]) -> list[Reply | None]:
+    @property
+    def environments(self) -> list[Any]:
+        """[N], as the factory made them."""
+        return [each.own if isinstance(each, ToolEnvironment) else each for each in self._made]
+
+    @property
+    def tool_calls(self) -> list[tuple[int, int] | None]:
+        """[N], how many tools were called, and how many of the calls failed; ``None`` where there are no tools."""
+        return [(each.num_calls, each.num_failures) if isinstance(each, ToolEnvironment) else None for each in self._made]
+
+    def step(self, places: Sequence[int], said: Sequence[str | Message]) -> list[Reply | None]:
         """What the environments at some places say to what the policy said.
+
+        Args:
+            places: of the episodes.
+            said: what the policy said in each; as a message, with its calls, where there are tools.
 
         Raises:
             EnvironmentFailedError: a call failed, or returned what cannot be read.
         """
         calls = [
-            _Call(partial(self._made[place].step, text), self._prompts[place])
-            for place, text in zip(places, texts, strict=True)
+            _Call(partial(self._made[place].step, heard), self._prompts[place])
+            for place, heard in zip(places, said, strict=True)
         ]
         answers = self._owner.run("step", calls)
         return [self._reply(answer, call.prompt) for answer, call in zip(answers, calls, strict=True)]
@@ -262,6 +333,21 @@ class Episodes:
         calls = [_Call(each.get_reward, prompt) for each, prompt in zip(self._made, self._prompts, strict=True)]
         values = self._owner.run("get_reward", calls)
         return [self._number(value, prompt) for value, prompt in zip(values, self._prompts, strict=True)]
+
+    def ask(self, name: str, function: Callable[[list[Any]], list[float | None]]) -> list[float | None]:
+        """What a function of users' says of the environments; it is given all of them.
+
+        Args:
+            name: what it is, in errors.
+            function: gives one value an environment.
+
+        Raises:
+            EnvironmentFailedError: it failed, or took too long.
+        """
+        if not self._made:
+            return []
+        [values] = self._owner.run(name, [_Call(partial(function, self.environments), self._prompts[0])])
+        return list(values)
 
     def __enter__(self) -> Self:
         return self

@@ -41,7 +41,7 @@ HERE: Mapping[str, str] = MappingProxyType(
         "vllm_importance_sampling_cap": "vllm_importance_sampling_clip_max",
         "sync_ref_model": "nothing: the reference policy, where beta is above 0, is the model as the run found it",
         "importance_sampling_level": "loss_type='gspo' for sequence",
-        "max_tool_calling_iterations": "max_turns, with environment_factory",
+        "max_tool_calling_iterations": "max_turns, which counts the answer behind the last call too: one more",
         "shuffle_dataset": "shuffle",
         "data_seed": "seed",
         "report_to": "sinks",

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from grpo_fast.environments import EnvironmentFailedError, Environments
+from grpo_fast.tools import NoEnvironment
 from grpo_fast.types import Prompt
+from tests.test_tools import Guessing, add
 
 CHAT = [{"role": "user", "content": "q"}]
 
@@ -186,6 +188,7 @@ def test_what_is_no_environment_is_refused_at_the_start(tmp_path: Path, monkeypa
     (tmp_path / "brought_games.py").write_text(
         "class Game:\n    def reset(self, prompt, level): ...\n    def step(self, completion): ...\n"
         "class Tools:\n    def reset(self): ...\n    def add(self, a: int, b: int) -> int: ...\n"
+        "class Deaf:\n    def reset(self): ...\n"
         "class Broken:\n    def __init__(self): self.page = {}['start']\nnumber = 3\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -197,8 +200,10 @@ def test_what_is_no_environment_is_refused_at_the_start(tmp_path: Path, monkeypa
 
     with pytest.raises(ValueError, match="environment 'Game': reset needs a dataset column 'level'; the dataset has answer"):
         start("brought_games:Game").check_columns(["answer"])
-    with pytest.raises(ValueError, match=r"'Tools' has no method 'step': reset begins an episode, step answers the policy"):
+    with pytest.raises(ValueError, match=r"'Tools' has no method 'step', so .* tool 'add' cannot .* no docstring"):
         start("brought_games:Tools")
+    with pytest.raises(ValueError, match=r"'Deaf' has no method 'step', .* and no public method that is a tool"):
+        start("brought_games:Deaf")
     with pytest.raises(ValueError, match=r"'Gane'; did you mean 'Game'\?"):
         start("brought_games:Gane")
     with pytest.raises(ValueError, match=r"'Broken' cannot be made: raised KeyError: 'start'"):
@@ -212,3 +217,44 @@ def test_what_is_no_environment_is_refused_at_the_start(tmp_path: Path, monkeypa
     for settings, told in (({"timeout_s": 0.0}, "timeout_s=0.0"), ({"workers": 0}, "workers=0")):
         with pytest.raises(ValueError, match=told):
             Environments(Counting, **settings)  # type: ignore[arg-type]
+
+
+def test_methods_and_functions_are_tools_where_there_is_no_step() -> None:
+    with Environments(Guessing, tools={"add": add}) as environments:
+        assert environments.tool_names == ["add", "guess"]
+        assert environments.sources == {"environment_factory": "Guessing", "tools": ["add"]}
+        assert environments.can_rate
+        call = {"type": "function", "function": {"name": "guess", "arguments": {"letter": "t"}}}
+        message = {"role": "assistant", "content": "", "tool_calls": [call]}
+        asked = prompts([{"role": "user", "content": "Go."}], secret="tea")
+        for _ in range(2):
+            with environments.begin(asked) as episodes:
+                assert episodes.observations == [" It has 3 letters."]
+                assert episodes.step([0], [message]) == [[{"role": "tool", "name": "guess", "content": "t__"}]]
+                assert episodes.tool_calls == [(1, 0)]
+                assert [type(each) for each in episodes.environments] == [Guessing]
+                assert episodes.ask("lengths", lambda own: [len(own[0].guesses)]) == [1]
+                with pytest.raises(EnvironmentFailedError, match=r"'Guessing': lengths raised KeyError: 'x' .* for row 7"):
+                    episodes.ask("lengths", lambda own: {}["x"])
+                assert episodes.rewards() == [0.0]
+    with Environments(NoEnvironment, tools={"add": add}) as environments:
+        assert environments.sources == {"environment_factory": None, "tools": ["add"]}
+        assert not environments.can_rate
+    with pytest.raises(ValueError, match="tools add are given beside environment 'Counting', whose step answers the policy"):
+        Environments(Counting, tools={"add": add}).start()
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (5, r"reset returned 5 \(int\) for row 7; it must return text to put behind the prompt, or None"),
+        ([{"type": "image"}], "reset, row 7: content of the type 'image' was returned"),
+    ],
+)
+def test_what_cannot_stand_behind_a_prompt_is_told(answer: Any, told: str) -> None:
+    class Odd(Guessing):
+        def reset(self, secret: str) -> Any:  # type: ignore[override]
+            return answer
+
+    with Environments(Odd) as environments, pytest.raises(EnvironmentFailedError, match=told):
+        environments.begin(prompts([{"role": "user", "content": "Go."}], secret="tea"))

@@ -11,10 +11,15 @@ from typing import Any
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.environments import Environments
 from grpo_fast.given_values import dataset_anywhere
-from grpo_fast.rewards import reward_name
+from grpo_fast.rewards import RewardFunction, reward_name
+from grpo_fast.rewards.call import check_columns
+from grpo_fast.rewards.judged import ARGUMENT, set_apart
 from grpo_fast.run_dir import write_whole
 from grpo_fast.tasks import Rows, Task, encode_prompts, load_task, task_of
 from grpo_fast.tasks.encoded import EncodedPrompts
+from grpo_fast.tasks.replies import Replies
+from grpo_fast.tasks.tool_calls import ToolReplies
+from grpo_fast.tools import NoEnvironment, find_tools
 from grpo_fast.train.policy_source import PolicySource
 
 _FILE = "sources.json"
@@ -29,6 +34,8 @@ class Data:
     """What rewards training: names, or functions as they were given."""
     environments: Environments | None = None
     """What answers the policy between its turns; started."""
+    judges: Sequence[RewardFunction] = ()
+    """Reward functions that read environments; in ``reward_funcs`` others stand for them."""
 
     @property
     def measure(self) -> str:
@@ -40,8 +47,7 @@ class Data:
         return {
             "dataset": self.task.name,
             "reward_funcs": [reward_name(function) for function in self.reward_funcs],
-            "environment_factory": None if self.environments is None else self.environments.name,
-        }
+        } | ({"environment_factory": None, "tools": None} if self.environments is None else self.environments.sources)
 
     def write_names(self, run_dir: Path) -> None:
         """Leaves in a run's directory what its configuration does not tell where data or rewards were given in Python."""
@@ -84,20 +90,59 @@ def check_rows(given: Mapping[str, Any]) -> None:
 
 
 def choose_environments(config: Config, given: Mapping[str, Any]) -> Environments | None:
-    """Environments as given or configured, started; ``None`` where there are none.
+    """Environments and tools as given or configured, started; ``None`` where there are none.
 
     Raises:
-        ConfigError: they cannot be found, or are none.
+        ConfigError: they cannot be found, are none, or do not go together.
     """
     factory = given.get("environment_factory", config.environment_factory)
-    if factory is None:
-        return None
+    functions = given.get("tools", config.tools) or ()
     try:
-        environments = Environments(factory, timeout_s=config.environment_timeout_s, workers=config.environment_workers)
+        tools = find_tools([functions] if isinstance(functions, str) or callable(functions) else functions)
+        if factory is None and not tools:
+            return None
+        environments = Environments(
+            NoEnvironment if factory is None else factory,
+            tools=tools,
+            timeout_s=config.environment_timeout_s,
+            workers=config.environment_workers,
+        )
         environments.start()
     except (TypeError, ValueError) as error:
         raise ConfigError(str(error)) from error
     return environments
+
+
+def choose_replies(config: Config, environments: Environments | None, source: PolicySource) -> Replies:
+    """What tokenises an environment's answers, and reads the policy's calls of tools.
+
+    Raises:
+        ConfigError: there are tools, and the model's chat template does not know how to tell of them.
+    """
+    if environments is None or not environments.schemas:
+        return Replies(source.tokenizer, config.chat_template_kwargs)
+    try:
+        return ToolReplies(source.tokenizer, config.chat_template_kwargs, environments.schemas)
+    except ConfigError as error:
+        raise ConfigError(f"tools {', '.join(environments.tool_names)} cannot be used by {config.model}: {error}") from error
+
+
+def check_episodes(data: Data, prompts: EncodedPrompts, replies: Replies) -> None:
+    """Tries what episodes will need.
+
+    Raises:
+        ConfigError: the chat template refuses an answer, or the dataset lacks a column.
+    """
+    if data.environments is None:
+        return
+    if prompts.num_plain < len(prompts):
+        replies.token_ids([{"role": "user", "content": "go on"}], last_token=-1)
+    try:
+        data.environments.check_columns(prompts.columns)
+        for reward in data.judges:
+            check_columns(reward, [*prompts.columns, ARGUMENT])
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def choose_data(config: Config, given: Mapping[str, Any], *, chat: bool, environments: Environments | None = None) -> Data:
@@ -127,11 +172,28 @@ def choose_data(config: Config, given: Mapping[str, Any], *, chat: bool, environ
             "the reward 'environment' is what an environment's get_reward says, and "
             + ("there is none; set environment_factory" if environments is None else f"{environments.name!r} has none; add it")
         )
-    return Data(task, chosen, environments)
+    if environments is None:
+        return Data(task, chosen)
+    stand_ins, judges = set_apart(chosen)
+    return Data(task, stand_ins, environments, judges)
 
 
-def encoded(config: Config, rows: Rows, source: PolicySource, *, numbers: Sequence[int] | None = None) -> EncodedPrompts:
-    """Rows as the model reads them; ``numbers`` are those by which errors name them.
+def encoded(
+    config: Config,
+    rows: Rows,
+    source: PolicySource,
+    *,
+    tools: Sequence[Mapping[str, Any]] = (),
+    numbers: Sequence[int] | None = None,
+) -> EncodedPrompts:
+    """Rows as the model reads them.
+
+    Args:
+        config: the run's configuration.
+        rows: each with a prompt.
+        source: has the tokeniser.
+        tools: JSON schemas of the tools that the model is told of.
+        numbers: those by which errors name the rows.
 
     Raises:
         ConfigError: prompts that cannot be read, or are too long.
@@ -141,20 +203,23 @@ def encoded(config: Config, rows: Rows, source: PolicySource, *, numbers: Sequen
         source.tokenizer,
         system_prompt=config.system_prompt,
         chat_template_kwargs=config.chat_template_kwargs,
+        tools=tools,
         max_prompt_length=source.max_prompt_length,
         overlong=config.overlong_prompts,
         numbers=numbers,
     )
 
 
-def encoded_task(config: Config, task: Task, source: PolicySource) -> tuple[EncodedPrompts, EncodedPrompts]:
-    """Prompts to train on, and those held out.
+def encoded_task(
+    config: Config, task: Task, source: PolicySource, *, tools: Sequence[Mapping[str, Any]] = ()
+) -> tuple[EncodedPrompts, EncodedPrompts]:
+    """Prompts to train on, and those held out; ``tools`` as in :func:`encoded`.
 
     Raises:
         ConfigError: as :func:`encoded`; or nothing is held out, and evaluation is on.
     """
-    prompts = encoded(config, task.train, source, numbers=task.train_numbers)
-    eval_prompts = encoded(config, task.eval, source, numbers=task.eval_numbers)
+    prompts = encoded(config, task.train, source, tools=tools, numbers=task.train_numbers)
+    eval_prompts = encoded(config, task.eval, source, tools=tools, numbers=task.eval_numbers)
     if config.eval_steps and not eval_prompts:
         raise ConfigError(f"eval_steps={config.eval_steps} and {task.name} holds no rows out; set eval_split, or eval_steps=0")
     return prompts, eval_prompts

@@ -10,13 +10,16 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, repeat
 from typing import Protocol
 
-from grpo_fast.environments import Environments, Episodes, Reply
+from grpo_fast.environments import EnvironmentFailedError, Environments, Episodes, Reply
 from grpo_fast.kept_tokens import KeptTokens
+from grpo_fast.rewards import RewardFunction
+from grpo_fast.rewards.judged import judge
 from grpo_fast.rollout.engine import RolloutEngine, SamplingParams
-from grpo_fast.tasks.replies import Replies
+from grpo_fast.tasks.replies import Replies, num_shared
 from grpo_fast.train.distributed import World
 from grpo_fast.train.rng import derive_seed
 from grpo_fast.types import Completion, Episode, Group, Message, Prompt
@@ -65,6 +68,10 @@ class _Sequence:
     """One completion as it grows."""
 
     prompt: Prompt
+    asked: list[Message] = field(default_factory=list)
+    """The prompt with what the environment put behind it; empty where it put nothing."""
+    opening: list[int] = field(default_factory=list)
+    """Tokens of that which stand behind the prompt's own."""
     turns: list[Completion] = field(default_factory=list)
     replies: list[list[int]] = field(default_factory=list)
     """Tokens that stand behind each turn but the last."""
@@ -72,10 +79,11 @@ class _Sequence:
     cut: bool = False
     """Whether what the environment said would have exceeded the length limit."""
 
-    def said(self, turn: Completion, text: str) -> None:
+    def said(self, turn: Completion, replies: Replies) -> None:
         """The policy said something."""
+        message = replies.said(turn.token_ids, context=[*self.prompt.token_ids, *self.token_ids])
         self.turns.append(turn)
-        self.messages.append({"role": "assistant", "content": text})
+        self.messages.append(message)
 
     @property
     def parts(self) -> Iterator[tuple[Completion, list[int]]]:
@@ -86,7 +94,7 @@ class _Sequence:
     @property
     def token_ids(self) -> list[int]:
         """All of it so far."""
-        return [token for turn, reply in self.parts for token in (*turn.token_ids, *reply)]
+        return self.opening + [token for turn, reply in self.parts for token in (*turn.token_ids, *reply)]
 
 
 class InTurns(OneTurn):
@@ -95,19 +103,28 @@ class InTurns(OneTurn):
     Args:
         engine: samples, for all ranks.
         environments: of this rank.
-        replies: tokenises what they say.
+        replies: tokenises what they say, and reads what the policy says.
         max_turns: how often the policy speaks at most.
         world: the ranks; each plays its share of the episodes' other side.
+        judges: reward functions that read environments.
     """
 
     def __init__(
-        self, engine: RolloutEngine, environments: Environments, replies: Replies, *, max_turns: int, world: World
+        self,
+        engine: RolloutEngine,
+        environments: Environments,
+        replies: Replies,
+        *,
+        max_turns: int,
+        world: World,
+        judges: Sequence[RewardFunction] = (),
     ) -> None:
         super().__init__(engine)
         self._environments = environments
         self._replies = replies
         self._max_turns = max_turns
         self._world = world
+        self._judges = judges
 
     def sample(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, num_generations: int, seed: int) -> list[Group]:
         """Has each prompt answered; see :class:`Sampler`.
@@ -115,18 +132,51 @@ class InTurns(OneTurn):
         Raises:
             ConfigError: the chat template refuses what an environment said.
         """
-        groups = super().sample(prompts, sampling, num_generations=num_generations, seed=seed)
-        grown = [_Sequence(group.prompt) for group in groups for _ in group.completions]
+        grown = [_Sequence(prompt) for prompt in prompts for _ in range(num_generations)]
         share = self._world.share(len(grown))
-        begun: list[Episodes] = []
-        self._world.gather(lambda: begun.append(self._environments.begin([each.prompt for each in grown[share]])))
-        with begun[0] as episodes:
-            for each, turn in zip(grown, (completion for group in groups for completion in group.completions), strict=True):
-                each.said(turn, self._replies.decode(turn.token_ids))
+        with self._begin(grown, share, num_generations=num_generations, max_tokens=sampling.max_tokens) as episodes:
+            if any(each.asked for each in grown):
+                self._speak(grown, sampling, seed)
+            else:
+                groups = super().sample(prompts, sampling, num_generations=num_generations, seed=seed)
+                for each, turn in zip(grown, (turn for group in groups for turn in group.completions), strict=True):
+                    each.said(turn, self._replies)
             self._play(grown, episodes, share, sampling=sampling, seed=seed)
-            rewards = [value for part in self._world.gather(episodes.rewards) for value in part]
-        whole = iter([self._completion(each, reward) for each, reward in zip(grown, rewards, strict=True)])
-        return [Group(group.prompt, [next(whole) for _ in group.completions]) for group in groups]
+            whole = self._completions(grown, episodes, share)
+        firsts = range(0, len(grown), num_generations)
+        return [Group(grown[first].prompt, whole[first : first + num_generations]) for first in firsts]
+
+    def _begin(self, grown: Sequence[_Sequence], share: slice, *, num_generations: int, max_tokens: int) -> Episodes:
+        """Begins episodes, and puts behind the prompts what environments have to say there."""
+        begun: list[Episodes] = []
+
+        def begin() -> list[str]:
+            begun.append(self._environments.begin([each.prompt for each in grown[share]]))
+            return begun[0].observations
+
+        told = [observation for part in self._world.gather(begin) for observation in part]
+        if any(told):
+            for first in range(0, len(grown), num_generations):
+                group = slice(first, first + num_generations)
+                self._observe(grown[group], told[group], max_tokens=max_tokens)
+        return begun[0]
+
+    def _observe(self, group: Sequence[_Sequence], told: Sequence[str], *, max_tokens: int) -> None:
+        """Puts observations behind a prompt; its tokens are then those that all of its completions begin with."""
+        prompt = group[0].prompt
+        read = [prompt.token_ids]
+        for each, observation in zip(group, told, strict=True):
+            each.asked = self._replies.observed(prompt.prompt, observation) if observation else []
+            read.append(self._replies.prompt_ids(each.asked, index=prompt.index) if observation else prompt.token_ids)
+        shared = num_shared(read)
+        for each, ids in zip(group, read[1:], strict=True):
+            each.prompt = replace(prompt, token_ids=ids[:shared])
+            each.opening = list(ids[shared:])
+            if len(each.opening) >= max_tokens:
+                raise EnvironmentFailedError(
+                    f"environment {self._environments.name!r}: what reset put behind the prompt of row {prompt.index} has "
+                    f"{len(each.opening)} tokens, which leaves no room in max_completion_length={max_tokens}; raise it"
+                )
 
     def _play(
         self, grown: Sequence[_Sequence], episodes: Episodes, share: slice, *, sampling: SamplingParams, seed: int
@@ -134,7 +184,9 @@ class InTurns(OneTurn):
         """Lets environments and policy speak in turn until every episode has ended."""
         speaking = [place for place, each in enumerate(grown) if not each.turns[-1].truncated]
         for turn in range(1, self._max_turns + 1):
-            replies = self._replies_to([grown[place].messages[-1]["content"] for place in speaking], speaking, episodes, share)
+            replies = self._replies_to(
+                [self._replies.heard(grown[place].messages[-1]) for place in speaking], speaking, episodes, share
+            )
             if turn == self._max_turns:
                 return
             told = zip(speaking, replies, strict=True)
@@ -144,10 +196,12 @@ class InTurns(OneTurn):
             self._speak([grown[place] for place in speaking], sampling, derive_seed(seed, turn))
             speaking = [place for place in speaking if not grown[place].turns[-1].truncated]
 
-    def _replies_to(self, texts: Sequence[str], places: Sequence[int], episodes: Episodes, share: slice) -> list[Reply | None]:
-        """What environments say to the texts of some sequences; each rank asks its own."""
+    def _replies_to(
+        self, said: Sequence[str | Message], places: Sequence[int], episodes: Episodes, share: slice
+    ) -> list[Reply | None]:
+        """What environments say to what the policy said in some sequences; each rank asks its own."""
         own = slice(bisect_left(places, share.start), bisect_left(places, share.stop))
-        told = self._world.gather(lambda: episodes.step([place - share.start for place in places[own]], texts[own]))
+        told = self._world.gather(lambda: episodes.step([place - share.start for place in places[own]], said[own]))
         return [reply for part in told for reply in part]
 
     def _goes_on(self, each: _Sequence, reply: Reply | None, max_tokens: int) -> bool:
@@ -174,30 +228,58 @@ class InTurns(OneTurn):
             max_tokens=limits,
         )
         for each, [turn] in zip(grown, answers, strict=True):
-            each.said(turn, self._replies.decode(turn.token_ids))
+            each.said(turn, self._replies)
 
-    def _completion(self, each: _Sequence, reward: float | None) -> Completion:
-        sampled: list[bool] = []
-        logprobs: list[float] = []
+    def _completions(self, grown: Sequence[_Sequence], episodes: Episodes, share: slice) -> list[Completion]:
+        """What became of the sequences, each with what its environment says of it."""
+        ends = self._world.gather(lambda: list(zip(episodes.rewards(), episodes.tool_calls, strict=True)))
+        played = [_episode(each, *end) for each, end in zip(grown, (end for part in ends for end in part), strict=True)]
+        whole = [self._completion(each, episode) for each, episode in zip(grown, played, strict=True)]
+        if not self._judges:
+            return whole
+
+        def judgements() -> list[tuple[float | None, ...]]:
+            groups = [Group(each.prompt, [completion]) for each, completion in zip(grown[share], whole[share], strict=True)]
+            said = [episodes.ask(f"reward function {reward.name!r}", partial(judge, reward, groups)) for reward in self._judges]
+            return list(zip(*said, strict=True))
+
+        told = [values for part in self._world.gather(judgements) for values in part]
+        return [
+            replace(completion, episode=replace(episode, judgements=values))
+            for completion, episode, values in zip(whole, played, told, strict=True)
+        ]
+
+    def _completion(self, each: _Sequence, episode: Episode) -> Completion:
+        logprobs = [0.0] * len(each.opening)
         versions: list[int] = []
         for turn, reply in each.parts:
-            sampled += [True] * len(turn.token_ids) + [False] * len(reply)
             logprobs += [*turn.logprobs, *[0.0] * len(reply)]
             of_turn = turn.weight_versions or [turn.weight_version] * len(turn.token_ids)
             versions += [*of_turn, *[of_turn[-1]] * len(reply)]
+        versions = [versions[0]] * len(each.opening) + versions
         token_ids, kept = tuple(each.token_ids), [turn.kept for turn in each.turns if turn.kept is not None]
         return Completion(
             token_ids=token_ids,
             logprobs=tuple(logprobs),
             finish_reason="length" if each.cut else each.turns[-1].finish_reason,
-            text=self._replies.decode(token_ids),
+            text=self._replies.decode(token_ids[len(each.opening) :]),
             weight_version=versions[0],
             weight_versions=tuple(versions) if len(set(versions)) > 1 else (),
             kept=KeptTokens.joined(kept) if kept else None,
-            episode=Episode(
-                sampled=tuple(sampled),
-                messages=() if isinstance(each.prompt.prompt, str) else tuple(each.messages),
-                num_turns=len(each.turns),
-                reward=reward,
-            ),
+            episode=episode,
         )
+
+
+def _episode(each: _Sequence, reward: float | None, calls: tuple[int, int] | None) -> Episode:
+    sampled = [False] * len(each.opening)
+    for turn, reply in each.parts:
+        sampled += [True] * len(turn.token_ids) + [False] * len(reply)
+    return Episode(
+        sampled=tuple(sampled),
+        messages=() if isinstance(each.prompt.prompt, str) else tuple(each.messages),
+        num_turns=len(each.turns),
+        reward=reward,
+        asked=tuple(each.asked),
+        num_tool_calls=None if calls is None else calls[0],
+        num_tool_failures=0 if calls is None else calls[1],
+    )

@@ -31,9 +31,16 @@ from grpo_fast.sinks.question import TIMEOUT_S
 from grpo_fast.tasks import PromptStream, Task
 from grpo_fast.tasks.encoded import EncodedPrompts
 from grpo_fast.tasks.remarks import plain_text, repeats, unseen
-from grpo_fast.tasks.replies import Replies
 from grpo_fast.train.claim import Claim
-from grpo_fast.train.data import Data, check_rows, choose_data, choose_environments, encoded_task
+from grpo_fast.train.data import (
+    Data,
+    check_episodes,
+    check_rows,
+    choose_data,
+    choose_environments,
+    choose_replies,
+    encoded_task,
+)
 from grpo_fast.train.distributed import ALONE, World, note_launch
 from grpo_fast.train.episodes import InTurns, OneTurn, Sampler
 from grpo_fast.train.optim import check_optimizer
@@ -141,6 +148,8 @@ class Replacements(TypedDict, total=False):
     """Prompts and rewards together, in place of ``config.dataset``."""
     environment_factory: str | Callable[[], Any]
     """What makes the environments that answer the policy, in place of ``config.environment_factory``: a class, most often."""
+    tools: str | Callable[..., Any] | Sequence[str | Callable[..., Any]]
+    """Functions that the policy may call, in place of ``config.tools``; one may stand alone."""
     budget: Budget
     """Limits in place of the configuration's; ``config.max_steps`` holds beside it, as the horizon."""
     engine: RolloutEngine
@@ -194,17 +203,19 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
         _check_sampler(config, source)
     check_room(source.model_config, source.config, num_devices=world.size)
     environments = choose_environments(config, given)
+    replies = choose_replies(config, environments, source)
     data = choose_data(config, given, chat=source.chat, environments=environments)
     rewards = _build_pool(config, data.reward_funcs, config.reward_weights, world=world)
     if resume:
         world.once(lambda: data.check_names(config.output_dir))
-    prompts, eval_prompts = encoded_task(config, data.task, source)
+    schemas = () if environments is None else environments.schemas
+    prompts, eval_prompts = encoded_task(config, data.task, source, tools=schemas)
     with contextlib.ExitStack() as on_error:
         on_error.callback(rewards.close)
         if environments is not None:
             on_error.callback(environments.close)
         rewards.start(prompts.columns)
-        replies = _check_replies(config, data, prompts, source)
+        check_episodes(data, prompts, replies)
         whole = source.load()
         shape, num_parameters = ModelShape.from_model(whole.model), count_parameters(whole.model)  # before it is spread
         streams = world.size > 1 and "engine" not in given and streams_weights(config)
@@ -225,7 +236,7 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
             engine=engine,
             sampler=OneTurn(engine)
             if environments is None
-            else InTurns(engine, environments, replies, max_turns=config.max_turns, world=world),
+            else InTurns(engine, environments, replies, max_turns=config.max_turns, world=world, judges=data.judges),
             rewards=rewards,
             eval_rewards=_build_pool(config, (data.measure,), (), world=world) if data.measure else rewards,
             predictor=given.get("predictor") or _build_predictor(config, prior, num_parameters=num_parameters),
@@ -243,19 +254,6 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
         )
         on_error.pop_all()
     return parts
-
-
-def _check_replies(config: Config, data: Data, prompts: EncodedPrompts, source: PolicySource) -> Replies:
-    """What tokenises an environment's answers, tried before the model is read."""
-    replies = Replies(source.tokenizer, config.chat_template_kwargs)
-    if data.environments is not None:
-        if prompts.num_plain < len(prompts):
-            replies.token_ids([{"role": "user", "content": "go on"}], last_token=-1)
-        try:
-            data.environments.check_columns(prompts.columns)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-    return replies
 
 
 def _check(config: Config, given: Replacements, world: World) -> None:

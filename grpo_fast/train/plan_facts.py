@@ -18,6 +18,7 @@ from grpo_fast.device import device_facts, gpu_spec
 from grpo_fast.law import RunFacts
 from grpo_fast.metrics import PhaseTimer
 from grpo_fast.tasks import load_task
+from grpo_fast.tools import find_tools, schemas_of
 from grpo_fast.train.collect import Collector
 from grpo_fast.train.data import encoded
 from grpo_fast.train.evaluate import evaluate, probe
@@ -185,7 +186,8 @@ def _data(config: Config, inputs: PlanInputs, source: PolicySource | None, notes
         characters = sum(len(_text(row["prompt"])) for row in rows) / len(rows)
         notes.append(f"prompts have {characters:.0f} characters in the mean, and {_CHARACTERS_A_TOKEN:g} are taken for a token")
         return task.name, count, max(1.0, characters / _CHARACTERS_A_TOKEN)
-    prompts = encoded(config, task.train, source, numbers=task.train_numbers)
+    tools = schemas_of(find_tools(config.tools))
+    prompts = encoded(config, task.train, source, tools=tools, numbers=task.train_numbers)
     return task.name, inputs.data_size or len(prompts), prompts.mean_length
 
 

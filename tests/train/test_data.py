@@ -10,8 +10,17 @@ import pytest
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.environments import Environments
 from grpo_fast.tasks.task import Task
-from grpo_fast.train.data import Data, check_rows, choose_data, choose_environments, encoded_task
+from grpo_fast.train.data import (
+    Data,
+    check_episodes,
+    check_rows,
+    choose_data,
+    choose_environments,
+    choose_replies,
+    encoded_task,
+)
 from grpo_fast.train.policy_source import PolicySource
+from tests.test_tools import Guessing, add
 
 
 class Silent:
@@ -114,3 +123,36 @@ def test_a_run_goes_on_with_the_data_and_rewards_that_it_was_begun_with(
     told = "begun with environment_factory None and would go on with 'Silent'"
     with Environments(Silent) as environments, pytest.raises(ConfigError, match=told):
         Data(letters, ["format", short], environments).check_names(tmp_path)
+
+
+def test_tools_are_chosen_as_given_or_configured() -> None:
+    assert choose_environments(Config(), {}) is None
+    assert choose_environments(Config(), {"tools": ()}) is None
+    for given in (add, [add]):
+        found = choose_environments(Config(environment_factory="missing:Game"), {"tools": given, "environment_factory": None})
+        assert found is not None
+        assert found.tool_names == ["add"]
+    found = choose_environments(Config(tools="tests.test_tools:add"), {"environment_factory": Guessing})  # type: ignore[arg-type]
+    assert found is not None
+    assert found.tool_names == ["add", "guess"]
+    with pytest.raises(ConfigError, match=r"tool 3 \(int\) is no function"):
+        choose_environments(Config(), {"tools": [3]})
+    with pytest.raises(ConfigError, match="makes no environments; give a class"):
+        choose_environments(Config(), {"environment_factory": {"game": Guessing}})
+
+
+def test_rewards_that_read_environments_are_set_apart_and_held_against_the_columns(letters: Task, tiny_model: Path) -> None:
+    def score(environments: list[Any], solution: list[str]) -> list[float]:
+        return [0.0 for _ in environments]
+
+    config = Config(model=str(tiny_model), max_completion_length=20)
+    source = PolicySource(config)
+    environments = choose_environments(config, {"environment_factory": Silent})
+    data = choose_data(config, {"task": letters, "reward_funcs": [score, short]}, chat=False, environments=environments)
+    assert [judge.function for judge in data.judges] == [score]
+    assert data.reward_funcs[1] is short
+    prompts, _ = encoded_task(config, letters, source)
+    replies = choose_replies(config, environments, source)
+    with pytest.raises(ConfigError, match="reward function 'score' needs a dataset column 'solution'; the dataset has answer"):
+        check_episodes(data, prompts, replies)
+    assert choose_data(config, {"task": letters, "reward_funcs": [score]}, chat=False).judges == ()

@@ -1,21 +1,27 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from grpo_fast.environments import Environments
+from grpo_fast.environments import EnvironmentFailedError, Environments
+from grpo_fast.rewards.call import RewardFunction
 from grpo_fast.rollout.engine import SamplingParams
 from grpo_fast.rollout.transformers_engine import TransformersEngine
+from grpo_fast.tasks.prompts import encode_prompts
 from grpo_fast.tasks.replies import Replies
+from grpo_fast.tasks.tool_calls import ToolReplies
+from grpo_fast.tools import NoEnvironment
 from grpo_fast.train.distributed import ALONE, World
 from grpo_fast.train.episodes import InTurns, OneTurn
 from grpo_fast.train.policy import Policy
 from grpo_fast.train.shares import SharedEngine
 from grpo_fast.types import Completion, Group, Prompt
+from tests.test_tools import Guessing, add
+from tests.tool_chat import byte_tokenizer
 from tests.train.test_shares import on_ranks
 
 MakePolicy = Callable[..., Policy]
@@ -39,6 +45,10 @@ class Echo:
         return float(len(self.texts))
 
 
+def texts_heard(environments: list[Echo], **columns: Any) -> list[float]:
+    return [len("".join(each.texts)) + ord(each.answer) for each in environments]
+
+
 def in_turns(policy: Policy, environments: Environments, *, max_turns: int = 8, world: World = ALONE) -> InTurns:
     engine = TransformersEngine(policy.model, policy.tokenizer)
     return InTurns(
@@ -47,6 +57,7 @@ def in_turns(policy: Policy, environments: Environments, *, max_turns: int = 8, 
         Replies(policy.tokenizer, {}),
         max_turns=max_turns,
         world=world,
+        judges=[RewardFunction("texts_heard", texts_heard)],
     )
 
 
@@ -230,3 +241,138 @@ def test_a_conversation_of_messages_is_kept_as_messages(tiny_policy: MakePolicy)
         )
         assert before[-1] == 2, "the end token was sampled, and is not repeated"
         assert policy.tokenizer.decode(list(reply)) == "<unk>42<eos>a"
+
+
+class Scripted:
+    """An engine that says what it is told to, a line a turn, and remembers what it was asked."""
+
+    def __init__(self, tokenizer: Any, *lines: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._lines = iter(lines)
+        self.asked: list[list[list[int]]] = []
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, num_generations: int, **options: Any
+    ) -> list[list[Completion]]:
+        self.asked.append([list(ids) for ids in prompts])
+        texts = iter(next(self._lines))
+        return [[self._said(next(texts)) for _ in range(num_generations)] for _ in prompts]
+
+    def _said(self, text: str) -> Completion:
+        ids = tuple(self._tokenizer(text + "<|im_end|>")["input_ids"])
+        return Completion(ids, (-0.5,) * len(ids), "stop", text)
+
+
+def call(name: str, arguments: str) -> str:
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+
+def play(
+    engine_lines: Sequence[Sequence[str]], environments: Environments, **settings: Any
+) -> tuple[Scripted, list[Group], Any]:
+    """Two completions of one prompt."""
+    tokenizer = byte_tokenizer()
+    engine = Scripted(tokenizer, *engine_lines)
+    rows = [{"prompt": [{"role": "user", "content": "Go."}], "secret": "tea"}]
+    with environments:
+        prompts = list(encode_prompts(rows, tokenizer, tools=environments.schemas))
+        replies = ToolReplies(tokenizer, {}, environments.schemas)
+        judges = settings.pop("judges", ())
+        limit = SamplingParams(max_tokens=settings.pop("max_tokens", 400))
+        player = InTurns(engine, environments, replies, max_turns=8, world=ALONE, judges=judges)  # type: ignore[arg-type]
+        return engine, player.sample(prompts, limit, num_generations=2, seed=0), tokenizer
+
+
+def test_tools_are_called_and_what_they_say_is_read_behind_the_very_tokens_that_were_sampled() -> None:
+    both = call("add", '{"a": 2, "b": 40}') + "\n" + call("add", '{"c": 1}')
+    lines = [[both, "No need."], ["It is 42."]]
+    engine, [group], tokenizer = play(lines, Environments(NoEnvironment, tools={"add": add}))
+    calling, silent = group.completions
+    first, second = engine.asked
+    assert [tuple(ids) for ids in first] == [group.prompt.token_ids]
+    assert second == [[*group.prompt.token_ids, *calling.token_ids[: len(second[0]) - len(group.prompt.token_ids)]]]
+    assert calling.episode is not None
+    assert silent.episode is not None
+    _, answered, failed, last = calling.episode.messages
+    assert answered == {"role": "tool", "name": "add", "content": "42"}
+    assert "unexpected keyword argument 'c'" in failed["content"]
+    assert last == {"role": "assistant", "content": "It is 42."}
+    (_, before), (_, reply), (_, after) = [(mine, ids) for mine, ids in said_by(calling)]
+    assert before == tuple(tokenizer(both + "<|im_end|>")["input_ids"])
+    assert after == tuple(tokenizer("It is 42.<|im_end|>")["input_ids"])
+    asked = [{"role": "user", "content": "Go."}, *calling.episode.messages[:3]]
+    whole = tokenizer.apply_chat_template(asked, tools=[add], tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode([*group.prompt.token_ids, *before, *reply]) == whole
+    assert (calling.episode.num_tool_calls, calling.episode.num_tool_failures, calling.episode.num_turns) == (2, 1, 2)
+    assert (silent.episode.num_tool_calls, silent.episode.num_tool_failures, silent.episode.num_turns) == (0, 0, 1)
+    assert silent.episode.messages == ({"role": "assistant", "content": "No need."},)
+
+
+def said_by(completion: Completion) -> list[tuple[bool, tuple[int, ...]]]:
+    """Who said what, in turn, of texts with marks of their own."""
+    assert completion.episode is not None
+    found: list[tuple[bool, tuple[int, ...]]] = []
+    for token, sampled in zip(completion.token_ids, completion.episode.sampled, strict=True):
+        if found and found[-1][0] == sampled:
+            found[-1] = (sampled, (*found[-1][1], token))
+        else:
+            found.append((sampled, (token,)))
+    return found
+
+
+def test_what_reset_returns_is_read_behind_the_prompt_and_environments_are_judged_when_they_end() -> None:
+    seen: list[Any] = []
+
+    class Different(Guessing):
+        made = 0
+
+        def __init__(self) -> None:
+            type(self).made += 1
+            self.number = type(self).made
+
+        def reset(self, secret: str) -> str | None:  # type: ignore[override]
+            super().reset(secret)
+            return f" Board {self.number}."
+
+    def guesses(completions: list[Any], environments: list[Any], secret: list[str], **columns: Any) -> list[float]:
+        seen.append(
+            [(len(completion), type(environment)) for completion, environment in zip(completions, environments, strict=True)]
+        )
+        return [float(len(environment.guesses)) for environment in environments]
+
+    lines = [[call("guess", '{"letter": "t"}'), "Nothing."], ["Enough."]]
+    engine, [group], tokenizer = play(lines, Environments(Different), judges=[RewardFunction("guesses", guesses)])
+    assert seen == [[(3, Different), (1, Different)]]
+    one, other = group.completions
+    texts = [tokenizer.decode(ids) for ids in engine.asked[0]]
+    for number, (text, completion) in enumerate(zip(texts, group.completions, strict=True), start=1):
+        assert completion.episode is not None
+        asked = {"role": "user", "content": f"Go. Board {number}."}
+        assert completion.episode.asked == (asked,)
+        schemas = Environments(Different)
+        with schemas:
+            whole = tokenizer.apply_chat_template([asked], tools=schemas.schemas, tokenize=False, add_generation_prompt=True)
+        assert text == whole
+        (mine, opening), (_, sampled), *_ = said_by(completion)
+        assert not mine
+        assert [*group.prompt.token_ids, *opening] == tokenizer(whole)["input_ids"]
+        assert completion.text.startswith(("<tool_call>", "Nothing."))
+        assert completion.logprobs[: len(opening) + 1] == (*[0.0] * len(opening), -0.5)
+        assert sampled[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(list(group.prompt.token_ids)).endswith("<|im_start|>user\nGo.")
+    assert one.episode is not None
+    assert other.episode is not None
+    assert (one.episode.judgements, other.episode.judgements) == ((1.0,), (0.0,))
+    assert engine.asked[1] == [
+        [*group.prompt.token_ids, *one.token_ids[: len(engine.asked[1][0]) - len(group.prompt.token_ids)]]
+    ]
+    assert (one.episode.reward, other.episode.reward) == (0.0, 0.0)
+
+
+def test_an_observation_that_leaves_no_room_is_told() -> None:
+    class Wordy(Guessing):
+        def reset(self, secret: str) -> str:  # type: ignore[override]
+            return "word " * 30
+
+    with pytest.raises(EnvironmentFailedError, match=r"row 0 has \d+ tokens, which leaves no room in max_completion_length=20"):
+        play([], Environments(Wordy), max_tokens=20)
