@@ -46,6 +46,7 @@ OTHER_NAMES = {
     "get_reward",
     "merge_and_unload",
     "reduce_lr_on_plateau",
+    "response_template",
 }
 COMMANDS = {"train", "plan", "forecast", "law", "export", "report", "doctor", "serve"}
 
