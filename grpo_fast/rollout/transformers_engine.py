@@ -275,10 +275,14 @@ def _copied(model: PreTrainedModel, autocast_dtype: torch.dtype | None) -> PreTr
     """
     frozen = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}  # they never change: shared
     copied = copy.deepcopy(model, frozen).requires_grad_(False)
-    looked_up = {id(module.weight) for module in copied.modules() if isinstance(module, torch.nn.Embedding)}
-    for module in copied.modules() if autocast_dtype is not None else ():
-        if isinstance(module, torch.nn.Linear) and id(module.weight) not in looked_up | frozen.keys():
-            module.weight = torch.nn.Parameter(module.weight.to(autocast_dtype), requires_grad=False)
+    if autocast_dtype is None:
+        return copied
+    as_they_are = frozen.keys() | {id(module.weight) for module in copied.modules() if isinstance(module, torch.nn.Embedding)}
+    rounded: dict[torch.nn.Parameter, torch.nn.Parameter] = {}  # layers that share a weight share what it becomes
+    for module in copied.modules():
+        if isinstance(module, torch.nn.Linear) and id(module.weight) not in as_they_are:
+            weight = module.weight
+            module.weight = rounded.setdefault(weight, torch.nn.Parameter(weight.to(autocast_dtype), requires_grad=False))
     return copied
 
 

@@ -74,6 +74,23 @@ def test_weights_of_its_own_are_those_that_autocast_would_make(tokenizer: PreTra
     assert all(weight.dtype == torch.float32 for weight in model.parameters())
 
 
+def test_layers_that_share_a_weight_share_it_in_the_copy(tokenizer: PreTrainedTokenizerFast) -> None:
+    model, params = build("llama"), SamplingParams(max_tokens=6)
+    first, second = model.model.layers
+    second.mlp.up_proj.weight = first.mlp.up_proj.weight
+    engine, shared = (
+        TransformersEngine(model, tokenizer, autocast_dtype=torch.bfloat16, own_weights=own) for own in (True, False)
+    )
+    own = [layer.mlp.up_proj.weight for layer in engine._model.model.layers]
+    assert own[0] is own[1]
+    assert own[0].dtype == torch.bfloat16
+    with torch.no_grad():
+        first.mlp.up_proj.weight.neg_()
+    engine.sync_weights(model, 0)
+    expected = shared.generate(PROMPTS, params, num_generations=2, seed=0)
+    assert engine.generate(PROMPTS, params, num_generations=2, seed=0) == expected
+
+
 def test_of_a_model_with_adapters_those_alone_are_copied(tokenizer: PreTrainedTokenizerFast) -> None:
     model = build("llama")
     peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False), model)
