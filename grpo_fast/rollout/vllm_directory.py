@@ -98,8 +98,8 @@ def _hold(written: Path, place: Path) -> int:
 
 
 def _remove_unheld(place: Path) -> None:
-    """Removes a directory that no process has locked."""
-    with contextlib.suppress(FileNotFoundError, BlockingIOError):
+    """Removes a directory that no process has locked; anything else is left."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, BlockingIOError):
         handle = _open(place)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -66,6 +66,15 @@ def test_what_a_killed_process_left_is_not_taken_for_whole(model: Any, tokenizer
         assert [path.name for path in home.iterdir()] == [place.name]
 
 
+def test_what_is_no_directory_is_left_alone(model: Any, tokenizer: Any, home: Path, tmp_path: Path) -> None:
+    home.mkdir(mode=0o700)
+    (home / "note").touch()
+    (home / "link").symlink_to(home / "nowhere")
+    with model_directory(model, tokenizer) as place:
+        assert place.is_dir()
+    assert {path.name for path in home.iterdir()} == {"note", "link"}
+
+
 def test_many_at_once_have_it_whole_as_long_as_they_need_it(model: Any, tokenizer: Any, home: Path) -> None:
     def use(_: int) -> list[bytes]:
         with model_directory(model, tokenizer) as place:
