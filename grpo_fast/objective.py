@@ -165,6 +165,8 @@ def decoupled_advantages(rewards: torch.Tensor, weights: Sequence[float]) -> tor
     total = torch.tensordot(factors, each.advantages.view(num_rewards, num_prompts, group_size), dims=1)
     scored = ~rewards.isnan().all(2)
     known = total[scored]
+    if known.numel() < 2:  # nothing differs, and one number has no spread
+        return torch.zeros_like(total)
     advantages = (total - known.mean()) / (known.std() + STD_EPSILON)
     tells = ~each.zero_variance.view(num_rewards, num_prompts) & (factors != 0)[:, None]
     return torch.where(scored & tells.any(0)[:, None], advantages, 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -328,6 +329,13 @@ def test_rewards_that_cancel_teach_where_they_are_scaled_one_by_one(weights: lis
     unequal = decoupled_advantages(rewards, [1.0, 0.5, 0.0])
     assert unequal[0].sign().tolist() == [1.0, 0.0, -1.0]
     assert torch.equal(unequal[1:], torch.zeros(2, 3)), "exactly: such rows never enter the model"
+
+
+@pytest.mark.parametrize("known", [0, 1])
+def test_a_step_of_fewer_than_two_scored_completions_has_no_advantages_scaled_one_by_one(known: int) -> None:
+    rewards = torch.full((2, 3, 2), math.nan)
+    rewards[1, 2, :known] = 5.0
+    assert torch.equal(decoupled_advantages(rewards, [1.0, 0.5]), torch.zeros(2, 3))
 
 
 def test_sequence_kl_sums_over_each_completion() -> None:
