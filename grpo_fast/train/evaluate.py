@@ -37,7 +37,8 @@ def evaluate(config: Config, parts: Parts, state: TrainerState | None = None) ->
         sampling = replace(sampling_params(config), temperature=config.eval_temperature)
     else:
         sampling = SamplingParams(max_tokens=config.max_completion_length, temperature=0.0, stop=config.stop)
-    groups = parts.sampler.sample(parts.eval_prompts, sampling, num_generations=config.num_generations_eval, seed=config.seed)
+    seed = derive_seed(config.seed, 0, 1)  # the probe has (0, 0), and training its steps from 1 on
+    groups = parts.sampler.sample(parts.eval_prompts, sampling, num_generations=config.num_generations_eval, seed=seed)
     report = parts.eval_rewards.score(groups, state)
     each = {f"eval_rewards/{name}/mean": mean for name, mean in report.mean.items()} if len(report.mean) > 1 else {}
     logged = {f"eval_{name}": mean for name, mean in named_apart(report.logged).items()}

@@ -12,7 +12,7 @@ import torch
 
 
 def derive_seed(*parts: int) -> int:
-    """One seed from several numbers, well mixed."""
+    """One seed from several numbers, well mixed; zeros at the end change nothing, so ``(1,)`` and ``(1, 0)`` give the same."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

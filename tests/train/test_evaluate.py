@@ -12,6 +12,7 @@ from grpo_fast.rollout.engine import SamplingParams
 from grpo_fast.tasks.task import Task
 from grpo_fast.train.evaluate import evaluate, probe
 from grpo_fast.train.parts import Parts, build_parts
+from grpo_fast.train.rng import derive_seed
 from grpo_fast.types import TrainerState
 
 
@@ -62,11 +63,13 @@ def test_sampling_settings_and_seed_do_not_matter(build: Callable[..., tuple[Con
 def test_answers_may_be_sampled_and_several(build: Callable[..., tuple[Config, Parts]]) -> None:
     config, parts = build(eval_temperature=1.5, num_generations_eval=3, top_k=5)
     asked: list[tuple[SamplingParams, int]] = []
+    seeds: set[int] = set()
     scored: list[list[str]] = []
     generate, score = parts.engine.generate, parts.eval_rewards.score
 
     def listening(prompts: Any, sampling: SamplingParams, *, num_generations: int, seed: int) -> Any:
         asked.append((sampling, num_generations))
+        seeds.add(seed)
         return generate(prompts, sampling, num_generations=num_generations, seed=seed)
 
     def halves(groups: list[Any], state: Any) -> Any:
@@ -82,6 +85,9 @@ def test_answers_may_be_sampled_and_several(build: Callable[..., tuple[Config, P
     assert len(scored) == 2 * config.eval_size
     assert scored[: config.eval_size] == scored[config.eval_size :], "the same draws each time"
     assert any(len(set(texts)) > 1 for texts in scored)
+    [seed] = seeds
+    turns = {seed, *(derive_seed(seed, turn) for turn in range(1, 9))}  # as episodes have them
+    assert not turns & {derive_seed(config.seed, step, round_) for step in range(1, 99) for round_ in range(9)}
 
 
 def test_stop_strings_hold_for_held_out_prompts_too(build: Callable[..., tuple[Config, Parts]]) -> None:

@@ -59,3 +59,4 @@ def test_seeds_are_mixed_and_fit_an_int64() -> None:
     assert len(seeds) == len(parts)
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert derive_seed(1, 2, 3) == derive_seed(1, 2, 3)
+    assert derive_seed(1, 2) == derive_seed(1, 2, 0)

@@ -15,6 +15,7 @@ from grpo_fast.environments import EnvironmentFailedError
 from grpo_fast.rollout.engine import SamplingParams
 from grpo_fast.train import GRPOTrainer
 from grpo_fast.train.checkpoint import list_checkpoints
+from grpo_fast.train.rng import derive_seed
 from tests.train.trainer.runs import LETTERS, Make, rows, vowels, weights
 
 GAME = """
@@ -54,7 +55,8 @@ def test_an_environment_rates_the_run_where_nothing_else_is_named(tiny_config: C
                     heard = completion.finish_reason == "stop"
                     assert reward == pytest.approx(said / 10) if heard else reward <= said / 10
         prompts, sampling = trainer._parts.eval_prompts, SamplingParams(max_tokens=20, temperature=1.5)
-        played = trainer._parts.sampler.sample(prompts, sampling, num_generations=8, seed=trainer.config.seed)
+        seed = derive_seed(trainer.config.seed, 0, 1)
+        played = trainer._parts.sampler.sample(prompts, sampling, num_generations=8, seed=seed)
         earned = [completion.episode.reward for group in played for completion in group.completions if completion.episode]
         assert trainer.evaluate() == pytest.approx(sum(earned) / len(earned))
         assert sum(earned) > 0
