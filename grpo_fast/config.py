@@ -326,7 +326,7 @@ class Config(BaseModel):
     eval_steps: Annotated[int, _RUN] = Field(0, ge=0)
     """Evaluate on held-out prompts every so many steps, and at the end; 0 never."""
     eval_size: Annotated[int, _RUN] = Field(256, ge=1)
-    """Held-out prompts of an evaluation, answered greedily."""
+    """Held-out prompts of an evaluation."""
     eval_temperature: Annotated[float, _RUN] = Field(0.0, ge=0)
     """Temperature of answers to held-out prompts; 0 takes the likeliest tokens, by which thinking models may go round."""
     num_generations_eval: Annotated[int, _RUN] = Field(1, ge=1)

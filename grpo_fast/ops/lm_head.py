@@ -85,16 +85,26 @@ class LMHead:
         """Hidden rows or weight as they are multiplied, in a type of their own; rounding lets gradients through."""
         if self.operand_dtype is None or values.dtype == self.operand_dtype:
             return values
-        return values + (values.detach().to(self.operand_dtype).to(values.dtype) - values.detach())
+        return _rounded(values, self.operand_dtype)
 
     def logits_of(self, products: torch.Tensor) -> torch.Tensor:
         """Logits z of ``h W^T + b``, in any shape and the type of ``products``; rounding lets gradients through."""
-        if self.rounds_logits:
-            products = products + (products.detach().to(self.logits_dtype).to(products.dtype) - products.detach())
+        if self.logits_dtype is not None and self.rounds_logits:
+            products = _rounded(products, self.logits_dtype)
         products = products * self.logit_scale
         if self.softcap is not None:
             products = self.softcap * torch.tanh(products / self.softcap)
         return products / self.temperature
+
+
+def _rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Values as a coarser type has them, in their own; gradients go through.
+
+    Exactly those: a value and what it is rounded to are within a factor of two, or the latter is 0, so that their difference is
+    a number of the finer type (Sterbenz), and the sum is one too.
+    """
+    plain = values.detach()
+    return values + (plain.to(dtype).to(values.dtype) - plain)
 
 
 HeadOptions: TypeAlias = tuple[float, float | None, float, torch.dtype | None, torch.dtype | None, int | None]

@@ -44,6 +44,7 @@ _OF_SEVERAL_DEVICES = (
     "nnodes",
     "node_rank",
 )
+"""How names of arguments begin; the other collections hold whole names."""
 _NOT_COVERED = {
     "quantization": "weights come as they are trained, and would be sent to others",
     "speculative_config": "a draft model gets no new weights",

@@ -42,7 +42,7 @@ class HTTPVLLM:
     Args:
         policy: whose weights are sent.
         dtype: what the servers compute in.
-        device: where weights lie that go from GPU to GPU.
+        device: where weights are brought before they are sent: shards may lie in the host's memory.
         delivery: how weights come; the servers must have been started for its transport.
         urls: of the servers.
         deadlines: longest times of one prompt's completions and of a phase of the sync, in seconds.

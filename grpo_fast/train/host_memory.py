@@ -24,7 +24,7 @@ class _Block:
 
 
 class HostBlocks:
-    """Memory for tensors that stay: none of it is given to another one later.
+    """Memory for tensors that stay: none of it is given to another one later, and each keeps its whole block alive.
 
     Args:
         pinned: whether a GPU is to reach them while the host goes on.
@@ -55,6 +55,8 @@ class HostBlocks:
 
 def by_itself(tensor: torch.Tensor) -> torch.Tensor:
     """The same numbers in the same memory, without what lies around them: files take the whole of what a tensor is in.
+
+    All of that memory lives on as long as the result does.
 
     Args:
         tensor: contiguous.

@@ -102,13 +102,13 @@ class MainEngine:
     def __init__(self, build: Callable[[], RolloutEngine], world: World, *, reading: Once | None = None) -> None:
         self._engine: RolloutEngine | None = None
         self._ranks = world
-        self._world = reading or world
+        self._reading = reading or world
         self._sleeps = False
 
         def keep() -> None:
             self._engine = build()
 
-        self._world.once(keep)
+        self._reading.once(keep)
 
     def generate(
         self,
@@ -125,7 +125,7 @@ class MainEngine:
         Raises:
             RolloutError: the engine failed.
         """
-        return self._world.once(
+        return self._reading.once(
             lambda: self._main().generate(
                 prompts,
                 sampling,
@@ -144,7 +144,7 @@ class MainEngine:
         """
         if self._sleeps:
             self._ranks.gather(free_unused)
-        metrics = self._world.once(lambda: self._main().sync_weights(policy, version))
+        metrics = self._reading.once(lambda: self._main().sync_weights(policy, version))
         self._sleeps = False
         return metrics
 
@@ -155,7 +155,7 @@ class MainEngine:
             RolloutError: it failed.
         """
         self._sleeps = True
-        self._world.once(lambda: self._main().sleep())
+        self._reading.once(lambda: self._main().sleep())
 
     def close(self) -> None:
         """Closes rank 0's engine."""
