@@ -129,7 +129,7 @@ def _replayed(
     decisions: list[StopDecision] = []
     groups = _groups(log)
     if len(groups) < log.steps.size:
-        notes.append(f"{log.steps.size} rows: the law sees means of {groups[0].size} neighbours")
+        notes.append(f"{log.steps.size} rows: the forecast is made from means of {groups[0].size} neighbouring rows")
     stride = _stride(len(groups), log, rule, notes)
     for left, group in zip(reversed(range(len(groups))), groups, strict=True):
         last = group[-1]
@@ -152,7 +152,7 @@ def _replayed(
 
 
 def _collapses(log: RewardLog, alarm: CollapseAlarm) -> list[Collapse]:
-    """What the alarm would have told, by the rewards that the law sees and nothing beside them."""
+    """Alarms that the collapse alarm would have raised, from the rewards alone."""
     told = []
     for group in _groups(log):
         step = int(log.steps[group[-1]])
@@ -171,7 +171,7 @@ def _stride(count: int, log: RewardLog, rule: StoppingRule, notes: list[str]) ->
         return 1
     stride = math.ceil(count / _MAX_FORECASTS)
     if stride > 1:
-        notes.append(f"the law sees {count} rewards and says something after every {stride}")
+        notes.append(f"{count} rewards: a forecast is made after every {stride} of them")
     return stride
 
 
@@ -187,17 +187,17 @@ def _spending(log: RewardLog, place: int) -> Spending | None:
 
 
 def facts_of(told: RunFacts | None, own: RunSettings) -> RunFacts:
-    """What was told of a run, completed by what it wrote itself.
+    """The given facts of a run, completed by those that it wrote itself.
 
     Raises:
-        LogError: what it wrote cannot be used.
+        LogError: its facts.json cannot be used.
     """
     told = told or RunFacts()
     try:
         known = RunFacts(**own.facts)
     except (TypeError, ValueError) as error:
         raise LogError(
-            f"what the run knew of itself cannot be used ({error}); its facts.json was changed, or is newer"
+            f"facts.json of this run cannot be used ({error}); it was edited, or written by a newer version"
         ) from error
     start, spread = (known.start, known.start_error) if told.start is None else (told.start, told.start_error)
     lora, validation = told.lora or known.lora, told.validation or known.validation
@@ -211,7 +211,7 @@ def _prior(told: Prior | None, own: RunSettings) -> tuple[Prior, str | None]:
         try:
             told = Prior.load(path)
         except (OSError, ValueError) as error:
-            raise LogError(f"the prior that the run began from cannot be read; give it, or another ({error})") from error
+            raise LogError(f"the prior of this run cannot be read ({error}); give it, or another one, with --prior") from error
     if told is None or told.to_dict() == Prior.default().to_dict():
         return Prior.default(), None
     about = ", ".join(f"{name} {value}" for name, value in told.about.items() if isinstance(value, (str, int, float)))
@@ -231,7 +231,7 @@ def progress_of(log: RewardLog, horizon: int, notes: list[str]) -> Array:
     if log.progress is not None and horizon == log.max_steps:
         if (np.diff(log.progress) >= 0).all():
             return log.progress
-        notes.append("the run was resumed with a longer budget; progress is counted anew")
+        notes.append("the run was resumed with a longer budget; progress is computed again")
     linear = log.steps / horizon
     rate = log.learning_rate
     if rate is None:
@@ -242,7 +242,7 @@ def progress_of(log: RewardLog, horizon: int, notes: list[str]) -> Array:
     if log.steps[known][-1] < horizon:
         ahead = _schedule_ahead(log.steps[known].astype(np.float64), rate[known], steps)
         if ahead is None:
-            notes.append("the learning rate follows no schedule that is known here; progress is counted in steps")
+            notes.append("the learning rate follows no known schedule; progress is counted in steps")
             return np.asarray(linear)
         name, future = ahead
         if name != "constant":
@@ -283,13 +283,11 @@ def _horizon(log: RewardLog, asked: int | None, notes: list[str]) -> int:
     last = int(log.steps[-1])
     if asked is not None:
         if asked < last:
-            raise LogError(f"max_steps={asked} lies before the log's last step, {last}; it is the steps of the whole budget")
+            raise LogError(f"max_steps={asked} is below the log's last step, {last}; give the steps of the whole budget")
         return asked
     if log.max_steps is not None:
         return log.max_steps
-    notes.append(
-        f"the log does not tell how many steps were planned; it is taken to end at {last}. Look ahead with --max-steps"
-    )
+    notes.append(f"the log does not contain the number of planned steps; {last} is assumed. Set it with --max-steps")
     return last
 
 
@@ -298,13 +296,13 @@ def _epsilon(log: RewardLog, notes: list[str]) -> float:
     alone = _alone(rewards)
     if alone.any():
         worst = rewards[alone][np.argmax(np.abs(rewards[alone] - np.median(rewards)))]
-        told = counted(int(alone.sum()), "reward", "stands|stand alone, far from all others")
-        notes.append(f"{told}: {worst:.4g}. Intervals are wider for that; leave out what is an error")
+        told = counted(int(alone.sum()), "reward", "is|are far from all others")
+        notes.append(f"{told}: {worst:.4g}. Such outliers make intervals wider; remove errors from the log")
     span = float(np.ptp(rewards[~alone]))
     if span <= _NARROW_SPAN:
         if 0 < span < _NARROWEST:
             notes.append(
-                f"the rewards span {span:.2g}: a gain of less than 0.01 counts as none; choose otherwise with --epsilon"
+                f"the rewards span {span:.2g}, and a gain below 0.01 counts as none; choose another limit with --epsilon"
             )
         return 0.01
     epsilon = float(f"{span / 100:.1g}")
@@ -323,7 +321,7 @@ def _alone(rewards: Array) -> npt.NDArray[np.bool_]:
 def _checked(log: RewardLog, asked: tuple[float, float] | None) -> tuple[float, float] | None:
     low, high = float(np.nanmin(log.rewards)), float(np.nanmax(log.rewards))
     if asked is not None and (low < asked[0] or high > asked[1]):
-        raise LogError(f"rewards run from {low:g} to {high:g}, outside reward_range={asked}")
+        raise LogError(f"rewards run from {low:g} to {high:g}, outside reward_range={asked}; correct the range")
     return asked
 
 
@@ -331,12 +329,12 @@ def reward_bounds(log: RewardLog, start: float | None, notes: list[str]) -> tupl
     """The range that a log's rewards, and the start, show, told in ``notes``; None where they show none."""
     seen = log.rewards if start is None else np.append(log.rewards, start)
     low, high = float(np.nanmin(seen)), float(np.nanmax(seen))
-    told = "and that is taken for their range; give another with --reward-range"
+    told = "which is taken for their range; give another with --reward-range"
     if low >= 0 and high <= 1 and low < high:
-        notes.append(f"all rewards lie in 0 to 1, {told}")
+        notes.append(f"all rewards are between 0 and 1, {told}")
         return 0.0, 1.0
     if low >= 0 and _NARROW_SPAN < high <= 100 and _A_SHARE.search(log.reward_column.lower()):
-        notes.append(f"{log.reward_column!r} lies in 0 to 100 as per cent do, {told}")
+        notes.append(f"{log.reward_column!r} is between 0 and 100, as percentages are, {told}")
         return 0.0, 100.0
     return None
 

@@ -137,19 +137,19 @@ class FittedPrior:
         ]
 
     def verdict(self) -> str:
-        """What the figures say, in one sentence."""
+        """A summary of the figures, in one sentence."""
         if not self.errors:
             return (
-                f"{self.num_sources} source{'' if self.num_sources == 1 else 's'}: whether the new prior foretells better can "
-                f"be told from {_FEWEST_SOURCES} on"
+                f"{self.num_sources} source{'' if self.num_sources == 1 else 's'}: at least {_FEWEST_SOURCES} are needed to "
+                "check whether the new prior forecasts better"
             )
         before, after = (float(np.mean([pair[place] for pair in self.errors.values()])) for place in (0, 1))
         change = 1.0 - after / before if before > 0 else 0.0
         if abs(change) < 0.01:
-            return "On runs that it has not seen the new prior is as good as the old one"
+            return "On held-out sources the new prior forecasts as well as the old one"
         return (
-            f"On runs that it has not seen the new prior's error is {abs(change):.0%} {'smaller' if change > 0 else 'larger'}: "
-            f"{after:.3f} for {before:.3f} of the range" + ("" if change > 0 else "; the old one is the better choice")
+            f"On held-out sources the new prior's error is {abs(change):.0%} {'smaller' if change > 0 else 'larger'}: "
+            f"{after:.3f} of the range instead of {before:.3f}" + ("" if change > 0 else "; the old one is the better choice")
         )
 
 
@@ -158,7 +158,7 @@ def fit_law(paths: Sequence[str | Path], *, base: Prior | None = None, facts: Ru
 
     Args:
         paths: run directories, logs, and directories of them.
-        base: what is believed without them; the prior that ships without one.
+        base: the prior without them. Default: the prior in the package.
         facts: what holds of every run and its log does not tell.
 
     Raises:
@@ -221,7 +221,7 @@ def _read(path: Path, *, source: str, facts: RunFacts) -> PooledRun:
     planned, last = log.max_steps or int(log.steps[-1]), int(log.steps[-1])
     reason = _cut_short(path, last / planned, known=log.max_steps is not None)
     if int(known.sum()) < _FEWEST:
-        reason = f"it has {int(known.sum())} rewards; {_FEWEST} are the least"
+        reason = f"it has {int(known.sum())} rewards; at least {_FEWEST} are needed"
     if reason:
         return PooledRun(str(path), source, left_out=reason, notes=log.notes)
     return PooledRun(str(path), source, curve=_curve(log, known, planned, source=source, facts=facts), notes=log.notes)
@@ -264,7 +264,7 @@ def _said(run: PooledRun, one: Witness, base: Prior) -> str:
     shape, sure = witnessed_shape(one, base)
     rewards = run.curve.rewards
     start, share = float(rewards[: max(3, rewards.size // 20)].mean()), float(run.curve.progress[-1])
-    seen = "" if share > 0.99 else f", seen to {share:.0%} of the budget"
+    seen = "" if share > 0.99 else f", logged up to {share:.0%} of the budget"
     return f"from {start:.3g} to {one.level:.3g}{seen}; {shape} ({sure:.0%})"
 
 

@@ -1,4 +1,4 @@
-"""What the law says of a log, as an object, as JSON and in words."""
+"""The forecast from a log, as an object, as JSON and in words."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Collapse:
 
 @dataclass(frozen=True)
 class LogForecast:
-    """What the law says of a log.
+    """The forecast from a log.
 
     Attributes:
         log: the log, with its notes.
@@ -119,7 +119,7 @@ class LogForecast:
         words = {
             "source": log.source,
             "reward column": log.reward_column,
-            "step column": log.step_column or "none: rows are counted",
+            "step column": log.step_column or "none (rows are counted)",
             "seen": seen,
             "last reward": f"{log.last_reward:.4g}",
             f"forecast for step {self.horizon}": _interval(now.median, now.low, now.high),
@@ -157,7 +157,7 @@ def _interval(value: float, low: float, high: float) -> str:
 
 def _when(step: int | None, interval: tuple[int | None, int | None] | None, spending: Spending | None) -> str:
     if step is None or interval is None:
-        return "unknown, or after the budget's end"
+        return "unknown, or after the end of the budget"
     low, high = ("after the end" if end is None else str(end) for end in interval)
     told = f"step {step} (90 % interval {low} to {high})"
     costs = _costs(spending)

@@ -110,7 +110,7 @@ class PlateauStopCallback(TrainerCallback, ExportableState):
         self._begin(1 if horizon is None else horizon)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the arguments, and of each reward seen the tokens spent by it and its groups' variance."""
+        """State for a checkpoint: the arguments, and for each reward seen the tokens spent and its groups' variance."""
         seen = {"rewards": self.rewards, "tokens": self.tokens, "zero_std": self.zero_std}
         return {"args": self._args, "attributes": seen}
 
@@ -149,7 +149,7 @@ class PlateauStopCallback(TrainerCallback, ExportableState):
             return
         if step > self.predictor.horizon:
             self._say_once(
-                "horizon", f"step {step} lies beyond horizon={self.predictor.horizon}; no forecasts from here", state
+                "horizon", f"step {step} is beyond horizon={self.predictor.horizon}; no forecasts from here on", state
             )
             return
         tokens = _tokens(logs) or state.num_input_tokens_seen or None
@@ -165,7 +165,9 @@ class PlateauStopCallback(TrainerCallback, ExportableState):
         if not self.decision.stop:
             return
         if self._args["mode"] == "warn":
-            self._say_once("stop", f"the plateau is reached, and training goes on: {self.decision.reason}", state)
+            self._say_once(
+                "stop", f"the plateau is reached, but training continues (mode='warn'): {self.decision.reason}", state
+            )
             return
         self._say_once("stop", f"training stops at the plateau: {self.decision.reason}", state)
         control.should_training_stop = True
@@ -199,7 +201,8 @@ class PlateauStopCallback(TrainerCallback, ExportableState):
             reward = math.nan
         bounds = self.predictor.reward_range
         if bounds is not None and not (math.isnan(reward) or bounds[0] <= reward <= bounds[1]):
-            self._say_once("range", f"the reward {reward:g} of step {step} lies outside reward_range={bounds}, dropped", state)
+            said = f"the reward {reward:g} of step {step} is outside reward_range={bounds}; the range is ignored from here on"
+            self._say_once("range", said, state)
             self._forget_range()
         num_prompts, num_generations = self._counts
         self.forecast = self.predictor.observe(

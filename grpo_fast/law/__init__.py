@@ -1,7 +1,7 @@
-"""The law: what a reward curve will come to, from numpy and scipy alone.
+"""The law: forecasts of reward curves, with numpy and scipy alone.
 
 ``OnlinePredictor`` turns observed rewards into forecasts, ``StoppingRule`` turns forecasts into a decision, ``CollapseAlarm``
-tells a policy that comes apart, ``Prior`` holds what is believed of a run beforehand and ``fit_prior`` learns one from finished
+detects a collapsing policy, ``Prior`` holds the expectations before the first reward and ``fit_prior`` learns one from finished
 runs; ``forms`` holds the curves themselves.
 """
 

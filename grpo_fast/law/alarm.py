@@ -1,4 +1,4 @@
-"""The collapse alarm: a policy that comes apart is told from one that has reached its plateau, or had an unlucky batch.
+"""The collapse alarm: it tells a collapsing policy from one that has reached its plateau or had an unlucky batch.
 
 The reward is judged against its own recent level, and what tends to move with a collapse against its own recent trend: entropy
 (either way), gradient norm, share of truncated completions, KL, share of groups without variance. Each goes through a one-sided
@@ -45,7 +45,7 @@ _ABSOLUTE_DIFFERENCE_TO_SD = 0.8862269254527580  # of two normals: E|a - b| = 2 
 
 @dataclass(frozen=True)
 class Signal:
-    """Something beside the reward that moves when a policy collapses.
+    """A metric other than the reward that moves when a policy collapses.
 
     Attributes:
         metric: its name among the metrics of a step.
@@ -68,7 +68,7 @@ class Signal:
         return math.log(max(value, 1e-6)) if self.factor else value
 
     def show(self, judged: float) -> float:
-        """What :meth:`read` took in."""
+        """Inverse of :meth:`read`."""
         return math.exp(judged) if self.factor else judged
 
     @property
@@ -85,18 +85,18 @@ SIGNALS = {
     "kl": Signal("kl", "KL", 1, 2.0, factor=True, floor=0.1),
     "zero_std": Signal("frac_reward_zero_std", "share of groups without variance", 1, 0.2, factor=False, floor=0.05),
 }
-"""What is watched beside the reward, by the name that states and metrics use."""
+"""Signals that are watched in addition to the reward, by their name in states and metrics."""
 
 
 @dataclass(frozen=True)
 class AlarmState:
-    """What the alarm says after a step.
+    """State of the alarm after a step.
 
     Attributes:
         confirmed: whether a collapse is confirmed at this step.
         onset: first step of the reward's present fall; None while it does not fall.
-        levels: each detector's S as a share of what it takes alone; "reward" and the names of :data:`SIGNALS`.
-        moved: signals beside the reward that are over their thresholds.
+        levels: each detector's S as a share of its own threshold; "reward" and the names of :data:`SIGNALS`.
+        moved: signals other than the reward that are over their thresholds.
         reason: where ``confirmed``, one sentence with numbers on what moved.
     """
 
@@ -108,7 +108,7 @@ class AlarmState:
 
     @property
     def level(self) -> float:
-        """How near the reward's detector is to an alarm of its own, 1 being there."""
+        """The reward detector's S as a share of its own threshold; it raises the alarm at 1."""
         return self.levels.get("reward", 0.0)
 
     @property
@@ -118,7 +118,7 @@ class AlarmState:
         if self.confirmed:
             return f"collapse since step {self.onset}"
         if self.level >= TOGETHER / ALONE:
-            return f"watching: reward falls since step {self.onset}" + (f", {others} moved" if others else "")
+            return f"watching: reward falling since step {self.onset}" + (f", {others} moved" if others else "")
         return f"watching: {others} moved" if others else "quiet"
 
 
@@ -186,7 +186,7 @@ class Cusum:
         return len(self.excursion) >= _SHORTEST and self.direction * (self.now - self.before) >= least
 
     def state_dict(self) -> dict[str, Any]:
-        """What continues it, as JSON values."""
+        """State to continue from, as JSON values."""
         return {"total": self.total, "onset": self.onset, "reference": self.reference, "excursion": self.excursion}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -230,8 +230,7 @@ class CollapseAlarm:
 
     Args:
         epsilon: reward difference that does not matter; a collapse is at least two of them deep.
-        least_reward: the least mean reward that is possible, where that is known. Without one it is 0, or the least reward seen
-            where that is below 0.
+        least_reward: the lowest possible mean reward, if known. Default: 0, or the lowest reward seen if that is below 0.
 
     Raises:
         ValueError: an epsilon that is not positive.
@@ -247,13 +246,13 @@ class CollapseAlarm:
         self._others = {name: Cusum(signal.direction, floor=signal.floor, trend=True) for name, signal in SIGNALS.items()}
 
     def update(self, step: int, reward: float, metrics: Mapping[str, float] | None = None) -> AlarmState:
-        """Takes a step. After a confirmed collapse the alarm starts again and learns what is usual from there on.
+        """Takes a step. After a confirmed collapse the alarm starts again and learns the usual level from there on.
 
         Args:
             step: its number, larger than every one before.
             reward: its mean reward; NaN is passed over.
-            metrics: whatever was measured beside it, under TRL's names; what :data:`SIGNALS` does not know is left alone, and
-                what is missing or not finite is passed over.
+            metrics: the step's other metrics, under TRL's names; only those in :data:`SIGNALS` are read, and missing or
+                infinite ones are skipped.
         """
         for name, signal in SIGNALS.items():
             value = (metrics or {}).get(signal.metric, math.nan)
@@ -296,6 +295,6 @@ class CollapseAlarm:
             parts.append(f"{signal.words} {way} from {signal.show(other.lately):.3g} to {signal.show(other.now):.3g}")
         beside = f", with {' and '.join(parts)}" if parts else ""
         return (
-            f"The policy collapses: by step {step} the reward fell from {reward.lately:.3f} to {reward.now:.3f} "
-            f"since step {reward.onset}{beside}"
+            f"The policy is collapsing: the reward fell from {reward.lately:.3f} to {reward.now:.3f} "
+            f"from step {reward.onset} to step {step}{beside}"
         )

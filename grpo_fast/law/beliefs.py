@@ -1,4 +1,4 @@
-"""What a prior says in plain numbers: how likely rises of which size are, and which shapes."""
+"""A prior in plain numbers: the probabilities of rises by size, and of shapes."""
 
 from __future__ import annotations
 

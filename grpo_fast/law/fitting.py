@@ -2,7 +2,7 @@
 
 Each curve bears witness once: the evidence of every (part, class) for the whole of it, everything else averaged out. The
 tables of logits then maximise the mean log evidence, each source of curves counting as one whatever its size, less a ridge that
-holds the tables to "nothing is known". With few curves the shipped prior is what the ridge holds to.
+pulls the tables towards "nothing is known". With few curves the shipped prior is what the ridge holds to.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class RewardCurve:
     def __post_init__(self) -> None:
         if self.rewards.shape != self.progress.shape or self.rewards.size < 2:
             raise ValueError(
-                f"{self.rewards.size} rewards at {self.progress.size} places; a curve needs two, each with its progress"
+                f"{self.rewards.size} rewards with {self.progress.size} values of progress; a curve needs at least 2 of each, "
+                "and as many of one as of the other"
             )
         if not np.all(np.isfinite(self.rewards)):
             raise ValueError("a curve's rewards must be finite; leave steps without one out")
@@ -85,7 +86,7 @@ class RewardCurve:
 
 
 class Seen(NamedTuple):
-    """What was known of a run at a time: the posterior's sums, the units, and what plain forecasts said."""
+    """State of knowledge about a run at one time: the posterior's sums, the units, and the plain forecasts."""
 
     posterior: Posterior
     scale: RunScale
@@ -94,7 +95,7 @@ class Seen(NamedTuple):
 
 @dataclass(frozen=True)
 class Witness:
-    """What a curve says, whatever the prior.
+    """Evidence of one curve, independent of the prior.
 
     Attributes:
         source: of the curve.
@@ -118,7 +119,7 @@ class Witness:
 
 
 def witness(curve: RewardCurve) -> Witness:
-    """Lets a curve bear witness; about 0.3 ms a point.
+    """Computes the evidence of a curve; takes about 0.3 ms per point.
 
     Its evidence is that of at most 200 points, so that how often a run was logged matters little; forecasts are what they would
     have been on the way.
@@ -161,7 +162,7 @@ def fit_prior(curves: Sequence[RewardCurve], *, base: Prior | None = None) -> Pr
 
     Args:
         curves: at least one.
-        base: what is believed without them; None takes "nothing is known".
+        base: the prior without them; None takes "nothing is known".
 
     Raises:
         ValueError: no curve.
@@ -170,7 +171,7 @@ def fit_prior(curves: Sequence[RewardCurve], *, base: Prior | None = None) -> Pr
 
 
 def fit_witnesses(witnesses: Sequence[Witness], *, base: Prior | None = None) -> Prior:
-    """As :func:`fit_prior`, from what the curves said."""
+    """As :func:`fit_prior`, from the evidence of the curves."""
     if not witnesses:
         raise ValueError("a prior needs at least one finished run")
     start = base or _NEUTRAL

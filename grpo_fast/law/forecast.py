@@ -1,4 +1,4 @@
-"""What is believed of a run after a step, as plain numbers."""
+"""The forecast of a run after a step, as plain numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ROW = (
 
 @dataclass(frozen=True)
 class Spending:
-    """Compute that is spent by a step, since the first.
+    """Compute spent from the start of the run to a step.
 
     Attributes:
         tokens: trained and sampled, whatever the meter counts.
@@ -45,7 +45,7 @@ class Band:
 
 @dataclass(frozen=True)
 class GainPath:
-    """What going on is expected to bring, by where it would end: (K,) each, the last being the budget's end."""
+    """Expected gain of further training, by the step at which it would end: (K,) each, the last being the budget's end."""
 
     step: tuple[float, ...]
     gain: tuple[float, ...]
@@ -53,7 +53,7 @@ class GainPath:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What is believed after a step. Rewards are in the units they came in; intervals hold 90 % unless they say otherwise.
+    """The forecast after a step. Rewards are in the units they came in; intervals are 90 % intervals unless stated otherwise.
 
     Attributes:
         step: last step seen.
@@ -71,24 +71,24 @@ class Forecast:
         x95: the same for 95 %.
         x80_interval: 90 % interval of that step, None at an end that lies beyond the budget; None where ``x80`` is.
         x95_interval: the same for 95 %.
-        p_gain_below_eps: probability that the shape believed in gains less than epsilon from here to the end of the budget. A
-            second rise that nothing announces is not in it.
+        p_gain_below_eps: probability that the forecast curve gains less than epsilon from here to the end of the budget. A
+            second rise of which the rewards show no sign is not included.
         expected_gain: expected gain of the posterior's mean curve, drift and all, from here to the end of the budget.
-        epsilon: the gain that is not worth having.
-        gain_path: expected gain by where the run would end.
-        trend: gain by the end of the budget if the recent slope went on.
+        epsilon: a smaller gain is not worth training for.
+        gain_path: expected gain by the step at which the run would end.
+        trend: gain by the end of the budget if the recent slope continued.
         trend_low: lower end of its interval.
         trend_high: upper end.
         phase: the likeliest of "slow start" (under 10 % of the rise done), "rapid improvement" and "plateau" (95 % done, or
             less than epsilon left).
         phase_probabilities: of the three, in that order.
         identifiable: whether the rewards, rather than the prior, decide where the budget ends.
-        reason: why it is not, in words; empty when it is.
+        reason: why the rewards do not decide it, in words; empty when they do.
         num_observations: rewards that were used.
         num_skipped: steps whose reward was NaN.
         band: the mean curve over the whole run.
-        spent: compute by the last step; None where it was not told.
-        x80_spending: compute by ``x80``, at the pace of late.
+        spent: compute spent by the last step; None if not known.
+        x80_spending: compute spent by ``x80``, at the recent pace.
         x95_spending: compute by ``x95``.
         end_spending: compute by the end of the budget.
     """

@@ -1,4 +1,4 @@
-"""What a run's rewards say about its end: one observation in, one forecast out.
+"""Forecasts the end of a run from its rewards: one observation in, one forecast out.
 
 The predictor is independent of any trainer. It sees a step, the share of the training budget behind it (in summed learning
 rate, so that a plateau made by the schedule is not taken for one of the policy), and the mean reward of the step.
@@ -49,18 +49,18 @@ class Observation:
 
 
 class OnlinePredictor:
-    """Learns a run's reward curve step by step and says where it will end.
+    """Learns a run's reward curve step by step and forecasts its end.
 
     Args:
         horizon: steps of the whole budget.
-        epsilon: remaining gain under which going on is not worth it, in reward units.
-        reward_range: least and greatest mean reward that is possible, where that is known. Without one, the unit is the range
-            seen so far, so that rewards of any scale do; intervals are then wider.
+        epsilon: remaining gain below which training on is not worth it, in reward units.
+        reward_range: lowest and highest possible mean reward, if known. Without it, the unit is the range seen so far, so that
+            rewards of any scale work; intervals are then wider.
         facts: what is known of the run.
-        prior: what is believed of runs; None takes the one that ships.
+        prior: expectations before the first reward. Default: the prior in the package.
 
     Attributes:
-        rows: what was observed, but for steps without a usable reward.
+        rows: the observations, except steps without a usable reward.
         posterior: the running sums.
 
     Raises:
@@ -81,7 +81,7 @@ class OnlinePredictor:
         if not (epsilon > 0 and math.isfinite(epsilon)):
             raise ValueError(f"epsilon={epsilon} must be a positive reward difference")
         if reward_range is not None and not -math.inf < reward_range[0] < reward_range[1] < math.inf:
-            raise ValueError(f"reward_range={reward_range} must be (least, greatest) of finite rewards, or None when unknown")
+            raise ValueError(f"reward_range={reward_range} must be finite numbers (lowest, highest), or None when unknown")
         self.horizon = horizon
         self.epsilon = epsilon
         self.reward_range = None if reward_range is None else (float(reward_range[0]), float(reward_range[1]))
@@ -288,9 +288,9 @@ class OnlinePredictor:
 
     def _check(self, step: int, progress: float, reward: float, *, num_prompts: int, num_generations: int) -> None:
         if not self._last[0] < step <= self.horizon:
-            raise ValueError(f"step={step} must lie above the last one ({self._last[0]}) and not beyond horizon={self.horizon}")
+            raise ValueError(f"step={step} must be above the last one ({self._last[0]}) and at most horizon={self.horizon}")
         if not (0.0 < progress <= 1.0 and progress >= self._last[1]):
-            raise ValueError(f"progress={progress} must lie in (0, 1] and not below the last one ({self._last[1]})")
+            raise ValueError(f"progress={progress} must be in (0, 1] and not below the last one ({self._last[1]})")
         if math.isinf(reward):
             raise ValueError(f"reward={reward} at step {step} is infinite; pass NaN for a step without a usable reward")
         self._check_range(reward, f"step {step}")
@@ -365,7 +365,7 @@ class OnlinePredictor:
         return told
 
     def _stretched(self, values: Array, weight: Array, x: Array) -> Array:
-        """Samples (N, K) as the stack moves and widens them and the prior's spread stretches them; the past stays as it is."""
+        """Samples (N, K), moved and widened by the stack and stretched by the prior's spread; past steps stay unchanged."""
         low, middle, high = quantiles(values, weight, _LEVELS[[0, 2, 4]])
         say, factor = self.say(), np.where(x > self._last[1], self.prior.spread_at(self._last[1]), 1.0)
         moved, wider = say.correction(x, middle, high - low)
@@ -394,13 +394,15 @@ class OnlinePredictor:
 
     def _identifiable(self, low: float, high: float) -> tuple[bool, str]:
         if self.num_observations < _MIN_OBSERVATIONS:
-            return False, f"only {self.num_observations} rewards so far; {_MIN_OBSERVATIONS} are the least"
+            return False, f"only {self.num_observations} rewards so far; at least {_MIN_OBSERVATIONS} are needed"
         if self.reward_range is None and self._all_equal:
             level = self._extremes[0]
             return False, f"every reward so far is {level:g}, and the range of rewards is not known: a first rise may be ahead"
         share = (high - low) / (self._width_before * self._unit)
         if share > _IDENTIFIABLE_WIDTH:
-            return False, f"the end may lie anywhere in {low:.3g} to {high:.3g}, {share:.0%} of the width before the first step"
+            return False, (
+                f"the final reward may be anywhere from {low:.3g} to {high:.3g}, {share:.0%} of the width before the first step"
+            )
         return True, ""
 
     def _time_to(self, share: float, draws: Draws, clock: StepClock) -> tuple[int | None, tuple[int | None, int | None] | None]:

@@ -1,4 +1,4 @@
-"""What is believed of a run before its first reward: how much it rises, in which way, and how sure that is.
+"""The prior: how much, and in which shape, a run is expected to rise before its first reward is known.
 
 Two tables of logits, linear in what is known of the run, give the probabilities of the normals that the rise may come from and
 of the classes of shapes. They are fitted on finished runs (:mod:`grpo_fast.law.fitting`); the one that ships was fitted on
@@ -37,7 +37,7 @@ _FILE = "default_prior.json"
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What is known of a run before it begins; everything may be missing.
+    """Facts about a run that are known before it begins; each of them may be missing.
 
     Attributes:
         size_b: parameters of the model in 1e9.
@@ -98,8 +98,8 @@ class Prior:
         class_logits: (9, 7) of :data:`~grpo_fast.law.shapes.CLASSES` by features.
         drift_none: probability that a run does not drift.
         drift_median: median of the drift's standard deviation over a budget where there is one, in units of the range.
-        spread: what forecasts' intervals are stretched by at :data:`SHARES`, so that they hold what they promise.
-        about: where it comes from, with its figures.
+        spread: factors by which forecasts' intervals are stretched at :data:`SHARES`, so that 90 % intervals hold 90 %.
+        about: where the prior comes from, with its figures.
 
     Raises:
         ValueError: tables of another size, or numbers out of range.
@@ -158,7 +158,7 @@ class Prior:
             ValueError: another format, or numbers out of range.
         """
         if values["format"] != _FORMAT:
-            raise ValueError(f"its format is {values['format']} and {_FORMAT} is known; fit it anew")
+            raise ValueError(f"its format is {values['format']}, but this version reads format {_FORMAT}; fit it again")
         return cls(
             part_logits=np.asarray(values["part_logits"], dtype=np.float64),
             class_logits=np.asarray(values["class_logits"], dtype=np.float64),
@@ -190,7 +190,7 @@ class Prior:
         )
 
     def spread_at(self, share: float) -> float:
-        """What intervals are stretched by after a share of the budget."""
+        """Factor by which intervals are stretched after a share of the budget."""
         return float(np.interp(share, SHARES, self.spread))
 
     def _log_drifts(self, scale: RunScale) -> Array:

@@ -1,4 +1,4 @@
-"""Which way a run may go, and when: what a plan asks before the first step, and anyone after it."""
+"""Probabilities of the ways a run may go, and when, before the first step (as in a plan) or after any step."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Prospect:
 
     @classmethod
     def of(cls, predictor: OnlinePredictor) -> Prospect:
-        """What a predictor believes, with or without rewards."""
+        """The predictor's present sample of runs, with or without rewards."""
         draws = predictor.posterior.draws(predictor.believed())
         return cls(draws.weight, draws.rise, draws.shape, predictor.epsilon)
 

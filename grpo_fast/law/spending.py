@@ -1,4 +1,4 @@
-"""Compute by step: as it was told behind, and at the pace of late ahead."""
+"""Compute spent by step: as measured for past steps, at the recent pace for later ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from grpo_fast.law.forecast import Spending
 
 
 class SpendingCurve:
-    """What a run has spent after each of its steps; what is added last is kept in order, so that a look-up is a bisection."""
+    """Compute that a run has spent after each of its steps, kept in order, so that a look-up is a bisection."""
 
     def __init__(self) -> None:
         self._curves: dict[str, tuple[list[int], list[float]]] = {part.name: ([0], [0.0]) for part in fields(Spending)}
@@ -24,7 +24,7 @@ class SpendingCurve:
                 values.append(float(value))
 
     def at(self, step: int | None) -> Spending | None:
-        """What is, or will be, spent by a step; ``None`` for no step, or where nothing was ever told."""
+        """Compute that is, or will be, spent by a step; ``None`` for no step, or if no spending is known."""
         found = {name: None if step is None else _at(step, *curve) for name, curve in self._curves.items()}
         return Spending(**found) if any(value is not None for value in found.values()) else None
 

@@ -68,7 +68,7 @@ _TINY = 1e-12
 
 @dataclass(frozen=True)
 class Say:
-    """What plain forecasts say of the whole budget, and their weights.
+    """Plain forecasts of the whole budget, and their weights.
 
     Attributes:
         weights: (3,) of :data:`EXPERTS`; what is missing to 1 is the posterior's.
@@ -81,7 +81,7 @@ class Say:
     now: float
 
     def correction(self, x: Array, median: Array, width: Array) -> tuple[Array, Array]:
-        """What the posterior's median is to be moved by, and deviations from it multiplied by, as forecasters disagree.
+        """Shift of the posterior's median, and the factor for deviations from it, where the forecasters disagree.
 
         Args:
             x: (K,) progress.
@@ -126,7 +126,7 @@ class Stack:
             self._records.append((size, self._plain(*least_squares(posterior, bounds))[0]))
 
     def say(self, posterior: Posterior, bounds: tuple[float, float], unit: float) -> Say:
-        """What plain forecasts say now; ``unit`` is the range of rewards."""
+        """The plain forecasts now; ``unit`` is the range of rewards."""
         size = len(self._places)
         if size < _FEWEST:
             return Say(np.zeros(len(EXPERTS)), np.zeros((len(EXPERTS), _PLACES.size)), posterior.progress)

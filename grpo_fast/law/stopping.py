@@ -1,4 +1,4 @@
-"""When a forecast is reason enough to stop, and what forbids it."""
+"""The stopping rule: when a forecast is reason enough to stop a run, and what forbids it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from grpo_fast.law.forecast import Forecast
 
 STILL_STEPS = 20
-"""Steps in a row without two different rewards in any group, after which nothing more is to be expected."""
+"""Number of consecutive steps without two different rewards in any group after which no more gain is expected."""
 _MAX_SLOW_START = 0.2
 _MAX_ALL_WRONG = 0.6
 _RECENT = 10
@@ -21,14 +21,14 @@ _SETTINGS = ("epsilon", "confidence", "patience", "min_steps", "warmup_steps", "
 
 @dataclass(frozen=True)
 class StopDecision:
-    """What the rule says after a step.
+    """The rule's decision after a step.
 
     Attributes:
         stop: whether to end the run.
         reason: one sentence with numbers.
-        veto: what alone kept the rule from counting this step: "warm-up", "min_steps", "not identifiable", "inflection ahead",
-            "all wrong" or "rising slope"; empty when nothing did.
-        count: steps in a row that spoke for stopping, this one included.
+        veto: the only reason why this step does not count towards a stop: "warm-up", "min_steps", "not identifiable",
+            "inflection ahead", "all wrong" or "rising slope"; empty if there is none.
+        count: consecutive steps that spoke for stopping, this one included.
     """
 
     stop: bool
@@ -38,23 +38,23 @@ class StopDecision:
 
 
 class StoppingRule:
-    """Stops when forecasts say, for a while, that going on is not worth it.
+    """Stops a run when forecasts say, for a while, that training on is not worth it.
 
-    A forecast says so where the probability of a remaining gain below epsilon is at least ``confidence`` and the expected gain
-    is below epsilon too, or, with a ``reward_value``, where no further step of the budget is expected to bring what it costs. A
-    veto breaks the row. So does a forecast that falls short. On the last step of the budget nothing is stopped.
+    A forecast says so if the probability of a remaining gain below epsilon is at least ``confidence`` and the expected gain is
+    below epsilon too, or, with a ``reward_value``, if the gain of no further number of steps is expected to be worth its cost.
+    A veto, or a forecast that does not say so, resets the count. Nothing is stopped on the last step of the budget.
 
-    Whatever is forecast, a policy does not change without a gradient: where no group of the last :data:`STILL_STEPS` steps held
-    two different rewards, that speaks for stopping too, unless they were all wrong.
+    A policy does not change without a gradient, whatever is forecast: if no group of the last :data:`STILL_STEPS` steps held
+    two different rewards, that speaks for stopping too, unless all answers were wrong.
 
     Args:
-        epsilon: remaining gain that is not worth having; the forecasts must be made for the same.
-        confidence: probability that is demanded, in (0.5, 1).
-        patience: for how long forecasts must say so without a break: below 1 a share of the budget, and at least 3
-            forecasts; from 1 on a number of forecasts.
-        min_steps: steps before which nothing stops a run.
-        warmup_steps: steps over which the learning rate rises; nothing stops a run before they are over.
-        reward_value: money that one unit of reward is worth, for forecasts that know the money spent; None leaves cost out.
+        epsilon: remaining gain that is not worth training for; the forecasts must be made for the same.
+        confidence: required probability, in (0.5, 1).
+        patience: how long forecasts must say so without a break: below 1, a share of the budget, and at least 3 forecasts;
+            from 1 on, a number of forecasts.
+        min_steps: no stop before this step.
+        warmup_steps: steps over which the learning rate rises; no stop before they are over.
+        reward_value: money that one unit of reward is worth, for forecasts that know the money spent; None ignores cost.
 
     Raises:
         ValueError: a value out of range.
@@ -94,16 +94,18 @@ class StoppingRule:
         """Takes the forecast of one step.
 
         Args:
-            forecast: what is believed after the step.
-            all_wrong: share of the step's groups in which every completion had the least reward, where that is known.
-            still: steps in a row, this one included, in which no group held two different rewards, and nothing else was learnt
-                from.
+            forecast: the forecast after the step.
+            all_wrong: share of the step's groups in which every completion had the lowest reward, if known.
+            still: consecutive steps, this one included, in which no group held two different rewards and no other loss term
+                gave a gradient.
 
         Raises:
             ValueError: the forecast was made for another epsilon.
         """
         if forecast.epsilon != self.epsilon:
-            raise ValueError(f"the forecast is for epsilon={forecast.epsilon}, the rule for {self.epsilon}; give both the same")
+            raise ValueError(
+                f"the forecast was made for epsilon={forecast.epsilon}, the rule for {self.epsilon}; give both the same"
+            )
         if all_wrong is not None and math.isfinite(all_wrong):
             self._all_wrong = [*self._all_wrong, all_wrong][-_RECENT:]
         if forecast.step >= forecast.horizon:
@@ -117,10 +119,11 @@ class StoppingRule:
         self.count += 1
         self._since = forecast.step if self._since is None else self._since
         if not self._long_enough(forecast):
-            return StopDecision(False, f"{said}, {self.count} times in a row; patience={self.patience:g}", count=self.count)
-        times = "" if self.count == 1 else f", {self.count} times in a row since step {self._since}"
+            said = f"{said}; {self.count} forecasts in a row, not enough yet for patience={self.patience:g}"
+            return StopDecision(False, said, count=self.count)
+        times = "" if self.count == 1 else f"; {self.count} forecasts in a row, since step {self._since}"
         reason = (
-            f"{said}{times}: the forecast for the end is {forecast.median:.3f} "
+            f"{said}{times}. The forecast for the end is {forecast.median:.3f} "
             f"(90 % interval {forecast.low:.3f} to {forecast.high:.3f})"
         )
         return StopDecision(True, reason, count=self.count)
@@ -157,28 +160,28 @@ class StoppingRule:
         """Whether a step speaks for stopping, and how, in numbers."""
         if still >= STILL_STEPS:
             return True, (
-                f"In the {still} steps to step {forecast.step} no group held two different rewards, so that nothing was learnt"
+                f"In the {still} steps up to step {forecast.step} no group held two different rewards, so nothing was learnt"
             )
         if self.reward_value is not None:
             worth = self._best_value(forecast)
             if worth is not None and worth[0] <= 0.0:
                 gain, cost = worth[1:]
                 return True, (
-                    f"At step {forecast.step} no way on is worth its price: the best would bring {gain:.4f} of reward, worth "
-                    f"{gain * self.reward_value:.4g}, for {cost:.4g}"
+                    f"At step {forecast.step} no further training is worth its cost: at best it would gain {gain:.4f} reward, "
+                    f"worth {gain * self.reward_value:.4g}, for {cost:.4g}"
                 )
         said = (
-            f"At step {forecast.step} the gain left in the budget is below {self.epsilon:g} "
-            f"with probability {forecast.p_gain_below_eps:.1%} and {forecast.expected_gain:.3f} in expectation"
+            f"At step {forecast.step} there is a {forecast.p_gain_below_eps:.1%} chance that less than {self.epsilon:g} reward "
+            f"is left to gain in the budget (expected gain {forecast.expected_gain:.3f})"
         )
         if forecast.p_gain_below_eps < self.confidence:
-            return False, f"{said}; {self.confidence:.0%} would be enough"
+            return False, f"{said}; a stop needs a chance of {self.confidence:.0%}"
         if forecast.expected_gain >= self.epsilon:
-            return False, f"{said}; that too must be below {self.epsilon:g}"
+            return False, f"{said}; a stop needs an expected gain below {self.epsilon:g} too"
         return True, said
 
     def _best_value(self, forecast: Forecast) -> tuple[float, float, float] | None:
-        """Greatest (worth of the expected gain less cost, gain, cost) over where the run could end; None without prices."""
+        """Highest (value of the expected gain minus cost, gain, cost) over the steps at which to end; None without prices."""
         if self.reward_value is None or forecast.spent is None or forecast.end_spending is None:
             return None
         now, end = forecast.spent.money, forecast.end_spending.money
@@ -197,11 +200,11 @@ class StoppingRule:
         slope = f"the recent slope would add {forecast.trend:.3f} (at least {forecast.trend_low:.3f}) by the end"
         moves = still < STILL_STEPS  # else it does not matter what is forecast
         vetoes = (
-            (forecast.step <= self.warmup_steps, "warm-up", f"the learning rate rises until step {self.warmup_steps}"),
+            (forecast.step <= self.warmup_steps, "warm-up", f"the learning rate warms up until step {self.warmup_steps}"),
             (forecast.step < self.min_steps, "min_steps", f"nothing stops a run before step {self.min_steps}"),
             (moves and not forecast.identifiable, "not identifiable", forecast.reason),
             (moves and slow > _MAX_SLOW_START, "inflection ahead", f"the rise may not have begun (probability {slow:.0%})"),
-            (wrong > _MAX_ALL_WRONG, "all wrong", f"{wrong:.0%} of the groups hold no right answer: a rise may be ahead"),
+            (wrong > _MAX_ALL_WRONG, "all wrong", f"{wrong:.0%} of the groups hold no right answer, so a rise may be ahead"),
             (moves and rising, "rising slope", slope),
         )
         return next(((name, why) for forbidden, name, why in vetoes if forbidden), ("", ""))

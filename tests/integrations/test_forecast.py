@@ -67,8 +67,8 @@ def test_what_is_assumed_is_told() -> None:
     assert found.horizon == 20
     assert found.reward_range == (0.0, 1.0)
     assert [note.split(";")[0].split(",")[0] for note in found.notes] == [
-        "the log does not tell how many steps were planned",
-        "all rewards lie in 0 to 1",
+        "the log does not contain the number of planned steps",
+        "all rewards are between 0 and 1",
     ]
     told = forecast_log(log_of(s_curve(20), max_steps=30), reward_range=(-1, 1), epsilon=0.02)
     assert (told.horizon, told.reward_range, told.epsilon, told.notes) == (30, (-1, 1), 0.02, [])
@@ -86,7 +86,7 @@ def test_rewards_in_percent() -> None:
 def test_an_epsilon_that_most_of_a_curve_hides_in_is_told() -> None:
     tiny = forecast_log(log_of(s_curve(40, scale=0.02), max_steps=60))
     assert tiny.epsilon == 0.01
-    assert "the rewards span 0.015: a gain of less than 0.01 counts as none; choose otherwise with --epsilon" in tiny.notes
+    assert "the rewards span 0.015, and a gain below 0.01 counts as none; choose another limit with --epsilon" in tiny.notes
     assert not any("--epsilon" in note for note in forecast_log(log_of(s_curve(40, scale=0.02)), epsilon=0.001).notes)
 
 
@@ -96,7 +96,7 @@ def test_a_spike_is_told_and_no_measure_of_a_gain(spike: float) -> None:
     rewards[40] = spike
     found = forecast_log(log_of(rewards, max_steps=80))
     assert found.epsilon == 0.01, "the others span less than 3"
-    told = f"1 reward stands alone, far from all others: {spike:g}. Intervals are wider for that; leave out what is an error"
+    told = f"1 reward is far from all others: {spike:g}. Such outliers make intervals wider; remove errors from the log"
     assert found.notes[0] == told
     sparse, steep = (forecast_log(log_of(curve, max_steps=80)) for curve in (np.eye(60)[50], s_curve(60, rise=1)))
     assert not any("alone" in note for note in (*sparse.notes, *steep.notes)), "a success after many failures is none"
@@ -105,7 +105,7 @@ def test_a_spike_is_told_and_no_measure_of_a_gain(spike: float) -> None:
 def test_a_share_in_percent_has_its_range() -> None:
     found = forecast_log(log_of(s_curve(40, scale=100.0), max_steps=50, reward_column="train/accuracy"))
     assert found.reward_range == (0.0, 100.0)
-    assert "'train/accuracy' lies in 0 to 100 as per cent do" in found.notes[1]
+    assert "'train/accuracy' is between 0 and 100, as percentages are" in found.notes[1]
 
 
 def test_the_history_of_beliefs() -> None:
@@ -148,7 +148,7 @@ def test_a_long_log_is_told_something_less_often(monkeypatch: pytest.MonkeyPatch
     assert thinned.stop_step is not None
     assert whole.stop_step is not None
     assert 0 <= thinned.stop_step - whole.stop_step < 6
-    assert "the law sees 50 rewards and says something after every 3" in thinned.notes
+    assert "50 rewards: a forecast is made after every 3 of them" in thinned.notes
     for each in (
         forecast_log(log_of(rewards, max_steps=75, source="grpo_fast run")),
         forecast_log(log_of(rewards), patience=4),
@@ -162,7 +162,7 @@ def test_missing_rewards_and_long_logs() -> None:
     rewards[:40:4] = np.nan
     rewards[100:102] = np.nan
     found = forecast_log(log_of(rewards, steps=np.arange(1, 2501), max_steps=3000))
-    assert "2500 rows: the law sees means of 2 neighbours" in found.notes
+    assert "2500 rows: the forecast is made from means of 2 neighbouring rows" in found.notes
     assert found.forecast.num_observations == 1249, "a pair without any number is skipped"
     assert found.forecast.step == 2500
     assert found.forecast.low < 0.85 < found.forecast.high
@@ -218,10 +218,10 @@ def test_a_run_of_our_own_gets_its_own_numbers(tmp_path: Path) -> None:
     told = forecast_log(read_log(tmp_path), facts=RunFacts(start=0.2)).facts
     assert (told.start, told.start_error) == (0.2, None), "a told start has its own error"
     (tmp_path / "mine.json").unlink()
-    with pytest.raises(LogError, match=r"the prior that the run began from cannot be read; .*mine\.json"):
+    with pytest.raises(LogError, match=r"the prior of this run cannot be read .*mine\.json"):
         forecast_log(read_log(tmp_path))
     (tmp_path / "facts.json").write_text('{"size": 3}', encoding="utf-8")
-    with pytest.raises(LogError, match=r"what the run knew of itself cannot be used .*'size'"):
+    with pytest.raises(LogError, match=r"facts.json of this run cannot be used .*'size'"):
         forecast_log(read_log(tmp_path))
 
 
@@ -253,7 +253,7 @@ def test_a_value_of_reward_stops_a_run_that_costs_too_much() -> None:
     settings: dict[str, Any] = {"reward_range": (0.0, 1.0), "confidence": 0.999, "patience": 3}
     dear, cheap = (forecast_log(log, reward_value=value, **settings) for value in (0.01, 1e9))
     assert dear.stop_step is not None
-    assert "no way on is worth its price" in dear.stop_reason
+    assert "no further training is worth its cost" in dear.stop_reason
     assert cheap.stop_step is None or cheap.stop_step > dear.stop_step
 
 
@@ -311,13 +311,13 @@ def test_progress_in_steps_where_the_schedule_is_unknown() -> None:
     for rate in (1e-6 * steps, 1e-6 * (1 + (steps < 20))):
         notes = []
         assert progress_of(log_of(np.zeros(40), learning_rate=rate), 80, notes).tolist() == (steps / 80).tolist()
-        assert notes == ["the learning rate follows no schedule that is known here; progress is counted in steps"]
+        assert notes == ["the learning rate follows no known schedule; progress is counted in steps"]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_steps": 20}, "max_steps=20 lies before the log's last step, 30"),
+        ({"max_steps": 20}, "max_steps=20 is below the log's last step, 30"),
         ({"reward_range": (0.2, 0.5)}, "outside reward_range"),
         ({"epsilon": -1.0}, "epsilon=-1.0"),
         ({"epsilon": 0.0}, "epsilon=0.0"),
@@ -383,7 +383,7 @@ def test_the_command_prints_json_and_draws(curve: Path, shell: Shell, tmp_path: 
     [
         (["none.csv"], "none.csv does not exist"),
         (["{curve}", "--reward-column", "rewards"], "no column 'rewards'; did you mean 'reward'?"),
-        (["{curve}", "--max-steps", "10"], "max_steps=10 lies before the log's last step, 75"),
+        (["{curve}", "--max-steps", "10"], "max_steps=10 is below the log's last step, 75"),
         (["{curve}", "--max-steps", "0"], "Must be >= 1"),
         (["{curve}", "--num-prompts", "0"], "Must be >= 1"),
         (["{curve}", "--plot", "picture.jpg"], "picture.jpg must end in .png"),

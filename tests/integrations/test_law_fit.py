@@ -113,7 +113,7 @@ def test_what_runs_of_ones_own_tell_is_used(own: Write, tmp_path: Path) -> None:
     assert whole.facts == RunFacts(size_b=1.5, start=0.11, start_error=0.02, lora=True)
     assert (whole.num_prompts, whole.num_generations, whole.reward_range, whole.horizon) == (32, 8, (0.0, 1.0), 80)
     assert stopped.progress[-1] == pytest.approx(0.5)
-    assert "seen to 50% of the budget" in found.runs[1].said
+    assert "logged up to 50% of the budget" in found.runs[1].said
 
 
 def test_what_is_no_finished_run_is_left_out_and_told(own: Write, write: Write) -> None:
@@ -134,7 +134,7 @@ def test_what_is_no_finished_run_is_left_out_and_told(own: Write, write: Write) 
         "it is unfinished: 50% of its steps are logged",
         "it was interrupted",
         "it collapsed",
-        "it has 12 rewards; 20 are the least",
+        "it has 12 rewards; at least 20 are needed",
     ]
     assert "notes.txt" in reasons[5]
     assert [words[2] for words in found.run_words()][3] == "left out: it collapsed"

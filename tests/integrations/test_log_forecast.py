@@ -66,7 +66,7 @@ def test_words_tell_only_what_is_known(metered: LogForecast) -> None:
     belief = replace(metered.forecast, x80=7, x80_interval=(6, None), x80_spending=Spending(device_hours=1.5), x95=None)
     words = replace(metered, forecast=belief).to_words()
     assert words["80 % of the rise"] == "step 7 (90 % interval 6 to after the end), for 1.5 device hours"
-    assert words["95 % of the rise"] == "unknown, or after the budget's end"
+    assert words["95 % of the rise"] == "unknown, or after the end of the budget"
 
 
 def test_what_the_forecast_began_from() -> None:
@@ -89,7 +89,9 @@ def test_a_collapse_is_told() -> None:
     assert 50 <= first.step <= 62
     assert first.onset is not None
     assert 48 <= first.onset <= 54
-    assert found.to_words()["collapse"].startswith(f"The policy collapses: by step {first.step} the reward fell from 0.695 to ")
+    told = found.to_words()["collapse"]
+    assert told.startswith("The policy is collapsing: the reward fell from 0.695 to ")
+    assert f" from step {first.onset} to step {first.step}" in told
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["collapses"][0] == asdict(first)
     assert {"80 % of the fall", "95 % of the fall"} <= set(found.to_words()), "what falls does not rise"
     many = replace(found, collapses=[first] * 5).to_words()["collapse"]

@@ -109,7 +109,7 @@ def test_trl_stops_at_a_constant_reward(tmp_path: Path, caplog: pytest.LogCaptur
     assert [row["step"] for row in callback.history] == list(range(1, stopped + 1)), "evaluations are not observations"
     said = [record.getMessage() for record in caplog.records if record.name.startswith("grpo_fast")]
     assert len(said) == 1
-    told = f"training stops at the plateau: In the {stopped} steps to step {stopped} no group held two different rewards"
+    told = f"training stops at the plateau: In the {stopped} steps up to step {stopped} no group held two different rewards"
     assert told in said[0]
     rows = [row for row in trainer.state.log_history if "reward" in row]
     assert len(rows) == stopped
@@ -149,7 +149,7 @@ def test_warn_says_it_once_and_goes_on(tmp_path: Path, caplog: pytest.LogCapture
     assert [row["step"] for row in callback.history] == list(range(2, 25, 2))
     said = [record.getMessage() for record in caplog.records if record.name.startswith("grpo_fast")]
     assert len(said) == 1
-    assert said[0].startswith("the plateau is reached, and training goes on: At step")
+    assert said[0].startswith("the plateau is reached, but training continues (mode='warn'): At step")
 
 
 @trl
@@ -310,7 +310,7 @@ def test_what_is_no_observation(tmp_path: Path, said: Callable[[], list[str]]) -
     assert math.isnan(callback.rewards[1][1])
     for step in (4, 5):
         assert "forecast/median" not in loop.log(step, reward=0.2)
-    assert said() == ["step 4 lies beyond horizon=3; no forecasts from here"]
+    assert said() == ["step 4 is beyond horizon=3; no forecasts from here on"]
 
 
 def test_rewards_that_were_not_expected(tmp_path: Path, said: Callable[[], list[str]]) -> None:
@@ -321,7 +321,7 @@ def test_rewards_that_were_not_expected(tmp_path: Path, said: Callable[[], list[
         free.log(step, **{"rewards/score/mean": value})
     assert callback.forecast == free.callback.forecast, "as if no range had been given"
     told = [message for message in said() if "outside" in message]
-    assert told == ["the reward 1.5 of step 4 lies outside reward_range=(0.0, 1.0), dropped"]
+    assert told == ["the reward 1.5 of step 4 is outside reward_range=(0.0, 1.0); the range is ignored from here on"]
     assert "the reward of step 2 is infinite and counts as missing" in said()
     assert callback.state()["args"]["reward_range"] is None
 

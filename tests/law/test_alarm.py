@@ -115,7 +115,7 @@ def test_the_sentence_names_what_moved_with_numbers():
     state = states[step - 1]
     assert state.moved == ("entropy_up",)
     assert state.onset == 41
-    assert state.reason.startswith(f"The policy collapses: by step {step} the reward fell from 0.610 to 0.100 since step 41")
+    assert state.reason.startswith(f"The policy is collapsing: the reward fell from 0.610 to 0.100 from step 41 to step {step}")
     assert "entropy up from 0.5" in state.reason
     assert state.reason.endswith("to 2")
     assert state.words == "collapse since step 41"

@@ -59,8 +59,8 @@ def test_stops_after_a_count_in_a_row():
     assert not rule.update(changed(p_gain_below_eps=0.75)).stop  # breaks the row
     decisions = [rule.update(READY) for _ in range(3)]
     assert [(decision.stop, decision.count) for decision in decisions] == [(False, 1), (False, 2), (True, 3)]
-    assert "2 times in a row; patience=3" in decisions[1].reason
-    for number in ("step 100", "0.01", "95.0%", "0.002", "3 times in a row since step 100", "0.900", "0.880", "0.930"):
+    assert "2 forecasts in a row, not enough yet for patience=3" in decisions[1].reason
+    for number in ("step 100", "0.01", "95.0%", "0.002", "3 forecasts in a row, since step 100", "0.900", "0.880", "0.930"):
         assert number in decisions[2].reason
     assert "in a row" not in StoppingRule(patience=1).update(READY).reason
 
@@ -74,7 +74,7 @@ def test_patience_below_one_is_a_share_of_the_budget():
     assert not rule.update(changed(step=110)).stop
     decision = rule.update(changed(step=111))
     assert decision.stop, "steps count, not forecasts"
-    assert "4 times in a row since step 100" in decision.reason
+    assert "4 forecasts in a row, since step 100" in decision.reason
 
 
 def test_a_share_means_three_forecasts_at_least():
@@ -92,8 +92,8 @@ def test_a_count_does_not_look_at_the_steps_between():
     ("values", "words"),
     [
         ({"p_gain_below_eps": 0.77}, "77.0%"),
-        ({"expected_gain": 0.01}, "0.010 in expectation; that too must be below 0.01"),
-        ({"p_gain_below_eps": 0.99, "expected_gain": 0.05}, "0.050 in expectation"),
+        ({"expected_gain": 0.01}, "(expected gain 0.010); a stop needs an expected gain below 0.01 too"),
+        ({"p_gain_below_eps": 0.99, "expected_gain": 0.05}, "expected gain 0.050"),
     ],
 )
 def test_confidence_and_a_small_expected_gain_are_both_needed(values, words):
@@ -105,10 +105,10 @@ def test_confidence_and_a_small_expected_gain_are_both_needed(values, words):
 
 
 def test_a_forecast_that_falls_short_says_what_would_be_enough():
-    assert "78% would be enough" in StoppingRule(patience=1).update(changed(p_gain_below_eps=0.7)).reason
+    assert "a stop needs a chance of 78%" in StoppingRule(patience=1).update(changed(p_gain_below_eps=0.7)).reason
     strict = StoppingRule(patience=1, confidence=0.97)
     assert not strict.update(READY).stop
-    assert "97% would be enough" in strict.update(READY).reason
+    assert "a stop needs a chance of 97%" in strict.update(READY).reason
 
 
 def test_a_forecast_that_falls_short_breaks_the_row():
@@ -126,7 +126,7 @@ def test_a_forecast_that_falls_short_breaks_the_row():
         ("not identifiable", {"identifiable": False, "reason": "only 3 rewards so far"}, "only 3 rewards"),
         ("inflection ahead", {"phase_probabilities": (0.3, 0.1, 0.6)}, "30%"),
         ("rising slope", {"trend": 0.05, "trend_low": 0.011}, "0.050 (at least 0.011)"),
-        ("warm-up", {"step": 25}, "rises until step 25"),
+        ("warm-up", {"step": 25}, "warms up until step 25"),
     ],
 )
 def test_each_veto_breaks_the_row_and_says_why(veto, values, words):
@@ -135,7 +135,7 @@ def test_each_veto_breaks_the_row_and_says_why(veto, values, words):
     decision = rule.update(changed(**values))
     assert (decision.stop, decision.veto, decision.count) == (False, veto, 0)
     assert words in decision.reason
-    assert "with probability 95.0%" in decision.reason
+    assert "a 95.0% chance" in decision.reason
     assert not rule.update(READY).stop
     assert rule.update(READY).stop
 
@@ -182,7 +182,7 @@ def test_where_nothing_is_learnt_nothing_is_waited_for():
     decision = rule.update(changed(step=101, **rising), still=21)
     assert decision.stop
     assert decision.reason.startswith(
-        "In the 21 steps to step 101 no group held two different rewards, so that nothing was learnt"
+        "In the 21 steps up to step 101 no group held two different rewards, so nothing was learnt"
     )
     assert not rule.update(changed(**rising)).count, "one group that differs breaks the row"
 
@@ -213,7 +213,7 @@ def test_by_value_a_run_stops_where_no_way_on_is_worth_its_price():
     assert not rule.update(dear).stop
     decision = rule.update(dear)
     assert decision.stop
-    for words in ("no way on is worth its price", "0.0200 of reward, worth 20, for 25", "2 times in a row"):
+    for words in ("no further training is worth its cost", "0.0200 reward, worth 20, for 25", "2 forecasts in a row"):
         assert words in decision.reason
 
 

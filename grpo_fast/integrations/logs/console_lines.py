@@ -106,14 +106,14 @@ class _BarsBeside:
         for total in sorted(self._at, reverse=True):
             counts = [at.get(total, 0) for _, at in self._rows]
             if counts[0] > 0 and all(before < after for before, after in pairwise(counts)):
-                notes.append(f"the rows tell no step; those of the progress bar beside them, of {total}, are used")
+                notes.append(f"the rows contain no step; the steps of the progress bar between them, of {total}, are used")
                 return self._numbered(counts, total)
         total, moves = self._moves.most_common(1)[0]
         done = self._at[total]
         stride = done // size
         if moves < size or stride < 1 or done - stride * size >= stride:
             return None
-        notes.append(f"the rows tell no step; {size} of them on {done} steps of a progress bar: one every {stride}")
+        notes.append(f"the rows contain no step; {size} rows on {done} steps of a progress bar are taken as one every {stride}")
         return self._numbered([stride * place for place in range(1, size + 1)], total)
 
     def _numbered(self, steps: list[int], total: int) -> int:
@@ -159,9 +159,9 @@ def _bars(bars: list[tuple[int, int, Row]]) -> RawLog:
             before, begun = before + last, begun + 1
         last = count
         rows.append({"step": float(before + count)} | row)
-    notes = ["steps are counted by a progress bar"]
+    notes = ["steps are read from a progress bar"]
     if begun:
-        notes.append(counted(begun, "time", "the bar began anew; its counts are added up"))
+        notes.append(counted(begun, "time", "the bar started again; its counts are added up"))
     return RawLog(rows, "progress bars", None if begun else bars[-1][1], notes=notes)
 
 

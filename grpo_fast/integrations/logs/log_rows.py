@@ -61,7 +61,7 @@ def read_rows(path: Path, names: Names) -> RawLog:
         raise LogError(f"{path} is empty")
     found = read_json(text, names) or read_json_lines(text, names)
     if found is None and path.suffix == ".json":
-        raise LogError(f"{path} is not whole JSON of rows; was it cut off?")
+        raise LogError(f"{path} is not complete JSON with rows; was it cut off?")
     found = found or read_console(text, names) or read_table(text, names)
     if found is None:
         raise LogError(_unknown(path, text))
@@ -92,15 +92,15 @@ def _text(path: Path, notes: list[str]) -> str:
     if zeros:
         notes.append(counted(zeros, "zero byte", "was|were left out"))
     if "\ufffd" in text:
-        notes.append("some bytes are no UTF-8; they were passed over, and names of columns may suffer")
+        notes.append("some bytes are not UTF-8; they were skipped, and names of columns may be damaged")
     return text
 
 
 def _unknown(path: Path, text: str) -> str:
     if is_header_alone(text):
-        return f"{path} holds a header and no rows"
+        return f"{path} has a header but no rows"
     return (
-        f"{path} is of no known format; known are trainer_state.json, JSON lines, CSV with a header, verl and OpenRLHF "
+        f"{path} has an unknown format; known are trainer_state.json, JSON lines, CSV with a header, verl and OpenRLHF "
         "console logs and TensorBoard event directories"
     )
 
@@ -119,10 +119,10 @@ def _directory(path: Path, names: Names) -> RawLog:
             return read_rows(path / name, names)
     inner = sorted({str(found.parent) for name in (*LOGS, _HISTORY, "*.tfevents.*") for found in path.rglob(name)})
     if not inner:
-        raise LogError(f"{path} holds no log: no {METRICS}, no {TRAINER_STATE}, no TensorBoard events; name the file itself")
+        raise LogError(f"{path} contains no log: no {METRICS}, no {TRAINER_STATE}, no TensorBoard events; name the file itself")
     if len(inner) == 1:
         return read_rows(Path(inner[0]), names)
-    raise LogError(f"{path} holds {len(inner)} runs; name one of them: {', '.join(inner[:8])}{', ...' if inner[8:] else ''}")
+    raise LogError(f"{path} contains {len(inner)} runs; name one of them: {', '.join(inner[:8])}{', ...' if inner[8:] else ''}")
 
 
 def _events(path: Path, names: Names) -> RawLog:
@@ -165,5 +165,5 @@ def _facts(path: Path, notes: list[str]) -> dict[str, Any]:
         found = None
     if isinstance(found, dict):
         return found
-    notes.append(f"{path.name} cannot be read; the forecast begins without what the run knew of itself")
+    notes.append(f"{path.name} cannot be read; the forecast does without the facts in it")
     return {}

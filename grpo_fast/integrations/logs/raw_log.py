@@ -1,4 +1,4 @@
-"""What a log holds before a column is chosen, and which of its columns are worth keeping."""
+"""A log before a column is chosen, and the choice of columns worth keeping."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class LogError(ValueError):
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What a run of grpo_fast says of its rewards, its forecast and its stop; the defaults where the log is of another tool.
+    """A run's settings for its rewards, forecast and stop; the defaults if the log is of another tool.
 
     Attributes:
         num_prompts: prompts a step.

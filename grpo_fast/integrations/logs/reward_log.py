@@ -108,7 +108,7 @@ def read_log(path: str | Path, *, reward_column: str | None = None, run: str | N
         notes.append(f"other columns that could be meant: {', '.join(columns.others[:6])}")
     rows = _placed(_rows_of(found, run, notes), columns, notes)
     if not np.isfinite(rows.rewards).any():
-        raise LogError(f"{path} ({found.source}): column {columns.reward!r} holds no number at a known step")
+        raise LogError(f"{path} ({found.source}): column {columns.reward!r} has no number at a known step")
     log = _log(one_run(rows, notes), columns, found, notes=notes)
     notes.extend(_oddities(log))
     return log
@@ -118,14 +118,14 @@ def _rows_of(found: RawLog, run: str | None, notes: list[str]) -> list[dict[str,
     """The rows of one run, where a column names the run of each, without those of evaluations, where one tells them."""
     names = list(dict.fromkeys(found.runs or ()))
     if run is not None and run not in names:
-        known = f"it holds {', '.join(names[:8])}" if names else "no column tells runs apart"
+        known = f"it contains {', '.join(names[:8])}" if names else "no column separates runs"
         raise LogError(f"the log has no run {run!r}; {known}")
     rows, splits = found.rows, found.splits
     if found.runs is not None and len(names) > 1:
         chosen = found.runs[-1] if run is None else run
         if run is None:
             listed = ", ".join(names[:6]) + (", ..." if names[6:] else "")
-            notes.append(f"the file holds {len(names)} runs ({listed}); {chosen}, the last one, is used. Choose with --run")
+            notes.append(f"the file contains {len(names)} runs ({listed}); {chosen}, the last one, is used. Choose with --run")
         mine = [name == chosen for name in found.runs]
         rows, splits = list(compress(rows, mine)), None if splits is None else list(compress(splits, mine))
     return rows if splits is None else _of_training(rows, splits, notes)
@@ -157,7 +157,7 @@ def _placed(rows: list[dict[str, float]], columns: Columns, notes: list[str]) ->
     whole = known & (steps >= 0) & (steps == np.floor(steps)) & (steps < 2**62)
     if (known & ~whole).any():
         count = int((known & ~whole).sum())
-        notes.append(counted(count, "row", "has|have a step that is negative or no whole number and was|were left out"))
+        notes.append(counted(count, "row", "has|have a step that is negative or not a whole number and was|were left out"))
     return Rows(np.where(whole, steps, 0).astype(np.int64), rewards, read).at(whole)
 
 
@@ -175,7 +175,7 @@ def _within_reason(rewards: Floats, notes: list[str]) -> Floats:
     far = ~infinite & (sizes > _FAR * max(usual, 0.01))
     if far.any():
         worst = rewards[far][np.argmax(sizes[far])]
-        words = "lies|lie a hundred times beyond all others and counts|count as missing"
+        words = "is|are a hundred times beyond all others and counts|count as missing"
         notes.append(f"{counted(int(far.sum()), 'reward', words)}: {worst:g}")
     return np.where(infinite | far, np.nan, rewards)
 
@@ -192,7 +192,7 @@ def _log(rows: Rows, columns: Columns, found: RawLog, *, notes: list[str]) -> Re
     own = found.source == OWN_RUN
     planned, last = found.max_steps, int(rows.steps[-1])
     if planned is not None and planned < last:
-        notes.append(f"the log goes on to step {last}, past the {planned} steps that it says were planned")
+        notes.append(f"the log continues to step {last}, past its {planned} planned steps")
         planned = None
     log = RewardLog(
         steps=rows.steps,
@@ -213,7 +213,7 @@ def _log(rows: Rows, columns: Columns, found: RawLog, *, notes: list[str]) -> Re
         still=column("steps_without_variance") if own else None,
     )
     if log.device_seconds is not None and columns.seconds is not None and plain(columns.seconds) != DEVICE_SECONDS:
-        notes.append(f"hours are those of the clock, from {columns.seconds!r}: device hours where the run held one device")
+        notes.append(f"hours are wall-clock hours, from {columns.seconds!r}: they are device hours if the run used one device")
     rate = log.learning_rate
     return replace(log, learning_rate=None) if rate is not None and not np.nanmax(rate) > 0 else log
 
@@ -226,7 +226,7 @@ def _are_sums(name: str, values: Floats, steps: npt.NDArray[np.int64], *, notes:
     sure = plain(name) not in _UNCLEAR or (values.size >= _FEW and grown)
     if values[0] >= 0 and (np.diff(values) > 0).all() and sure:
         return True
-    notes.append(f"{name!r} does not hold sums since the first step; what steps cost is not taken from it")
+    notes.append(f"{name!r} is not a running total since the first step; it is not used for costs")
     return False
 
 
@@ -244,15 +244,15 @@ def _oddities(log: RewardLog) -> list[str]:
     if missing:
         notes.append(counted(missing, "step", f"is|are missing between step {first} and step {last}"))
     if first > stride and first > _LONG_BEFORE * (last - first):
-        notes.append(f"the log begins at step {first}; what came before is unknown")
+        notes.append(f"the log begins at step {first}; earlier steps are unknown")
     if finite.size < _FEW:
         notes.append(f"only {counted(finite.size, 'reward', '')}: too few to say much".replace(" :", ":"))
     if _look_smoothed(finite):
-        notes.append("neighbouring rewards move together, as in a smoothed log; give raw rewards, or intervals are too narrow")
+        notes.append("the rewards look smoothed; give raw rewards, or intervals are too narrow")
     if finite.size > 1 and np.ptp(finite) == 0:
         notes.append(f"the reward is {finite[0]:g} throughout")
     if np.ptp(finite) > _WIDE_SPAN:
-        notes.append(f"rewards run from {finite.min():g} to {finite.max():g}: no range is taken for granted")
+        notes.append(f"rewards run from {finite.min():g} to {finite.max():g}: no range is assumed")
     return notes
 
 

@@ -111,7 +111,7 @@ def _newest(steps: Whole, notes: list[str]) -> Whole:
     if resumed:
         shown = ", ".join(map(str, resumed[:5])) + (", ..." if resumed[5:] else "")
         times = "once" if len(resumed) == 1 else f"{len(resumed)} times"
-        notes.append(f"the run was resumed {times}, at step {shown}; what it did again was used")
+        notes.append(f"the run was resumed {times}, at step {shown}; of repeated steps the later row was used")
     if runs:
-        notes.append(f"the file holds {runs + 1} runs one after the other; the last one is used")
+        notes.append(f"the file contains {runs + 1} runs one after the other; the last one is used")
     return np.array(kept, dtype=np.int64)

@@ -73,11 +73,11 @@ def read_table(text: str, names: Names) -> RawLog | None:
     header = _told_apart(header, notes)
     rows, runs, splits = _rows(itertools.chain(sample, table), header, cells, names=names)
     if cells.percent:
-        notes.append("values with a per cent sign are read as hundredths: 50 % is 0.5")
+        notes.append("values with a percent sign are read as hundredths: 50 % is 0.5")
     if cells.decimal_comma:
-        notes.append("numbers are written with a decimal comma")
+        notes.append("numbers are read with a decimal comma")
     if cells.thousands:
-        notes.append("marks between thousands were taken out of numbers")
+        notes.append("thousands separators were removed from numbers")
     reward = next((name for name in header if name.lower() == "value"), None) if _is_tensorboard(header) else None
     return RawLog(rows, _source(header), reward_column=reward, notes=notes, runs=runs, splits=splits)
 
@@ -158,7 +158,7 @@ def _told_apart(header: list[str], notes: list[str]) -> list[str]:
     twice = [name for name, count in seen.items() if count > 1 and name]
     if twice:
         notes.append(
-            f"{counted(len(twice), 'column', 'stands|stand')} more than once: {', '.join(twice[:5])}; the first is read"
+            f"{counted(len(twice), 'column', 'occurs|occur')} more than once: {', '.join(twice[:5])}; the first is read"
         )
     return result
 

@@ -284,7 +284,7 @@ class PowerInError:
         return np.asarray(1.0 - 10.0**self.log_error * np.asarray(t, dtype=np.float64) ** -self.efficiency)
 
     def time_to(self, share: float) -> float:
-        """What has to be spent, X, for a share of the error at ``X = 1`` to be gone."""
+        """The spending X at which a share of the error at ``X = 1`` is gone."""
         return float((1.0 - checked_share(share)) ** (-1.0 / self.efficiency))
 
 

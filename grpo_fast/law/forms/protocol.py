@@ -1,4 +1,4 @@
-"""What every law has, and the checks that they share."""
+"""The protocol of every law, and the checks that they share."""
 
 from __future__ import annotations
 

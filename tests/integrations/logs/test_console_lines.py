@@ -75,10 +75,10 @@ def test_progress_bars() -> None:
     assert (found.source, found.max_steps) == ("progress bars", 300)
     assert found.rows[0] == {"step": 1, "act_loss": -0.0123, "reward": 0.1, "actor_lr": 5e-7}
     assert [row["step"] for row in found.rows] == [1, 2, 2, 3]
-    assert found.notes == ["steps are counted by a progress bar"]
+    assert found.notes == ["steps are read from a progress bar"]
     anew = read(bar(1, 2, 0.1), bar(2, 2, 0.2), bar(1, 2, 0.3), bar(2, 2, 0.4))
     assert [row["step"] for row in anew.rows] == [1, 2, 3, 4]
-    assert (anew.max_steps, anew.notes[1]) == (None, "1 time the bar began anew; its counts are added up")
+    assert (anew.max_steps, anew.notes[1]) == (None, "1 time the bar started again; its counts are added up")
     better = read(bar(1, 300, 0.5), "{'reward': 0.3}")
     assert better.rows == [{"reward": 0.3}], "a bar's three digits are the last resort"
 
@@ -96,7 +96,7 @@ def test_a_bar_beside_rows_without_steps() -> None:
     found = read(named, bare_bar(10), trl(0.1), bare_bar(3, 5), bare_bar(5, 5), f"{bare_bar(11)}{bare_bar(20)}{trl(0.2)}")
     assert [row["step"] for row in found.rows] == [10, 20]
     assert found.max_steps == 200
-    assert found.notes == ["the rows tell no step; those of the progress bar beside them, of 200, are used"]
+    assert found.notes == ["the rows contain no step; the steps of the progress bar between them, of 200, are used"]
     own = read(bare_bar(10), "{'reward': 0.1, 'step': 7}")
     assert (own.rows, own.max_steps, own.notes) == ([{"reward": 0.1, "step": 7}], None, []), "rows that tell a step keep it"
 
@@ -106,7 +106,7 @@ def test_a_bar_before_rows_that_were_written_at_once() -> None:
     found = read(*bars[:31], trl(0.1), trl(0.2), *bars[31:], trl(0.3), trl(0.4))
     assert [row["step"] for row in found.rows] == [10, 20, 30, 40]
     assert found.max_steps == 200
-    assert found.notes == ["the rows tell no step; 4 of them on 40 steps of a progress bar: one every 10"]
+    assert found.notes == ["the rows contain no step; 4 rows on 40 steps of a progress bar are taken as one every 10"]
     for unclear in (
         read(*bars, *map(trl, range(27))),  # 40 steps for 27 rows
         read("  0%| | 0/9 [0<0, 1s/it]", trl(0.1), trl(0.2)),

@@ -47,7 +47,7 @@ def test_directories(tmp_path: Path) -> None:
     found = read(tmp_path / "mine")
     assert (found.rows, found.max_steps, found.source, found.reward_column) == (ROWS, 77, "grpo_fast run", "reward")
     assert read(tmp_path / "mine" / "metrics.jsonl") == found
-    with pytest.raises(LogError, match=r"holds 4 runs; name one of them: .*mine"):
+    with pytest.raises(LogError, match=r"contains 4 runs; name one of them: .*mine"):
         read(tmp_path)
     write(tmp_path / "outer" / "one" / "metrics.jsonl", lines(*ROWS))
     assert read(tmp_path / "outer").rows == ROWS
@@ -55,7 +55,7 @@ def test_directories(tmp_path: Path) -> None:
     write(tmp_path / "printed" / "output.log", "{'reward': 0.1, 'step': 1}\n{'reward': 0.2, 'step': 2}\n")
     assert read(tmp_path / "wandb").rows == read(tmp_path / "printed").rows == ROWS
     (tmp_path / "bare").mkdir()
-    with pytest.raises(LogError, match="bare holds no log"):
+    with pytest.raises(LogError, match="bare contains no log"):
         read(tmp_path / "bare")
 
 
@@ -100,7 +100,7 @@ def test_a_run_whose_facts_are_broken(tmp_path: Path, text: str) -> None:
     write(tmp_path / "facts.json", text)
     found = read(tmp_path)
     assert found.settings == RunSettings(warmup_steps=2)
-    assert found.notes == ["facts.json cannot be read; the forecast begins without what the run knew of itself"]
+    assert found.notes == ["facts.json cannot be read; the forecast does without the facts in it"]
 
 
 def test_every_format_is_found(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_bytes_between_the_lines(tmp_path: Path) -> None:
     found = read(path)
     assert (found.rows, found.notes) == (
         ROWS,
-        ["some bytes are no UTF-8; they were passed over, and names of columns may suffer"],
+        ["some bytes are not UTF-8; they were skipped, and names of columns may be damaged"],
     )
     path.write_bytes(b"step,reward\n1,0.1\n" + bytes(9) + b"2,0.2\n")
     found = read(path)
@@ -140,14 +140,14 @@ def test_bytes_between_the_lines(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("empty.csv", b" \n", "is empty"),
-        ("prose.txt", b"Once upon a time,\nthere was a reward.\n", "of no known format; known are"),
-        ("numbers.csv", b"1,2,3\n4,5,6\n", "of no known format"),
+        ("prose.txt", b"Once upon a time,\nthere was a reward.\n", "has an unknown format; known are"),
+        ("numbers.csv", b"1,2,3\n4,5,6\n", "has an unknown format"),
         ("model.bin", b"\x00\x01\x02", "is a binary file"),
         ("run-1.wandb", b":W&B\x00", "W&B's own binary format; export"),
         ("plot.png", b"\x89PNG\r\n\x1a\n" + bytes(range(1, 256)) * 9, "is a binary file"),
         ("cut.csv.gz", b"\x1f\x8b\x08\x00", "cannot be unpacked"),
-        ("head.csv", b"step,reward\n", "holds a header and no rows"),
-        ("trainer_state.json", b'{"log_history": [{"reward": 1}', "is not whole JSON of rows; was it cut off"),
+        ("head.csv", b"step,reward\n", "has a header but no rows"),
+        ("trainer_state.json", b'{"log_history": [{"reward": 1}', "is not complete JSON with rows; was it cut off"),
     ],
 )
 def test_nonsense(tmp_path: Path, name: str, content: bytes, message: str) -> None:

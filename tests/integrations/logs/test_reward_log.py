@@ -73,14 +73,14 @@ def test_a_resumed_run(tmp_path: Path) -> None:
     log = read_log(csv(tmp_path / "log.csv", *rising(range(1, 31)), *rising(range(21, 26), start=0.5)))
     assert log.steps.tolist() == list(range(1, 26)), "what came after the checkpoint is forgotten"
     assert log.rewards[19:21].tolist() == [0.2, 0.71]
-    assert log.notes == ["the run was resumed once, at step 21; what it did again was used"]
+    assert log.notes == ["the run was resumed once, at step 21; of repeated steps the later row was used"]
 
 
 def test_two_runs_in_a_file(tmp_path: Path) -> None:
     log = read_log(csv(tmp_path / "log.csv", *rising(range(1, 31)), *rising(range(1, 16), start=0.5)))
     assert log.steps.tolist() == list(range(1, 16))
     assert log.rewards[0] == 0.51
-    assert log.notes == ["the file holds 2 runs one after the other; the last one is used"]
+    assert log.notes == ["the file contains 2 runs one after the other; the last one is used"]
 
 
 def test_rows_out_of_order(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_steps_that_are_none(tmp_path: Path) -> None:
     assert log.rewards[1] == 0.01
     assert log.notes == [
         "1 reward has no step and was left out",
-        "2 rows have a step that is negative or no whole number and were left out",
+        "2 rows have a step that is negative or not a whole number and were left out",
         "steps count from 0 in this log; 1 is added to each",
     ]
     counted = read_log(csv(tmp_path / "bare.csv", *((step / 50,) for step in range(1, 21)), header="reward"))
@@ -107,7 +107,7 @@ def test_few_constant_and_wide(tmp_path: Path) -> None:
     few = read_log(csv(tmp_path / "few.csv", (1, 0.5), (2, 0.5)))
     assert few.notes == ["only 2 rewards: too few to say much", "the reward is 0.5 throughout"]
     wide = read_log(csv(tmp_path / "wide.csv", *((step, 4 * step) for step in range(1, 21))))
-    assert wide.notes == ["rewards run from 4 to 80: no range is taken for granted"]
+    assert wide.notes == ["rewards run from 4 to 80: no range is assumed"]
     one = read_log(csv(tmp_path / "one.csv", (1, 0.5)))
     assert one.notes == ["only 1 reward: too few to say much"]
 
@@ -117,7 +117,7 @@ def test_a_reward_beyond_all_reason(tmp_path: Path) -> None:
     rows[40] = (41, -1e9)
     log = read_log(csv(tmp_path / "log.csv", *rows))
     assert np.isnan(log.rewards[40])
-    assert log.notes[0] == "1 reward lies a hundred times beyond all others and counts as missing: -1e+09"
+    assert log.notes[0] == "1 reward is a hundred times beyond all others and counts as missing: -1e+09"
     sparse = read_log(csv(tmp_path / "sparse.csv", *((step, float(step == 50)) for step in range(1, 61))))
     assert sparse.rewards[49] == 1, "the first success after many failures is no mistake"
 
@@ -131,7 +131,7 @@ def test_what_steps_cost(tmp_path: Path) -> None:
     assert log.device_seconds is not None
     assert log.device_seconds[-1] == 100
     assert (log.money, log.all_wrong) == (None, None), "what they mean is known in runs of grpo_fast alone"
-    assert log.notes == ["hours are those of the clock, from 'wall_s': device hours where the run held one device"]
+    assert log.notes == ["hours are wall-clock hours, from 'wall_s': they are device hours if the run used one device"]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_columns_that_are_no_sums(tmp_path: Path, name: str, values: list[float]
     rows = [(step, step / 100, value) for step, value in enumerate(values, 1)]
     log = read_log(csv(tmp_path / "log.csv", *rows, header=f"step,reward,{name}"))
     assert (log.tokens, log.device_seconds) == (None, None)
-    assert f"{name!r} does not hold sums since the first step; what steps cost is not taken from it" in log.notes
+    assert f"{name!r} is not a running total since the first step; it is not used for costs" in log.notes
 
 
 def test_what_steps_of_our_own_cost(tmp_path: Path) -> None:
@@ -170,12 +170,12 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
     path = csv(tmp_path / "log.csv", *rows, header="run,step,reward")
     log = read_log(path)
     assert log.rewards[-1] == 0.24
-    assert log.notes == ["the file holds 2 runs (a, b); b, the last one, is used. Choose with --run"]
+    assert log.notes == ["the file contains 2 runs (a, b); b, the last one, is used. Choose with --run"]
     chosen = read_log(path, run="a")
     assert (chosen.rewards[-1], chosen.notes) == (0.12, [])
-    with pytest.raises(LogError, match="the log has no run 'c'; it holds a, b"):
+    with pytest.raises(LogError, match="the log has no run 'c'; it contains a, b"):
         read_log(path, run="c")
-    with pytest.raises(LogError, match="no column tells runs apart"):
+    with pytest.raises(LogError, match="no column separates runs"):
         read_log(csv(tmp_path / "one.csv", *rising(range(1, 5))), run="a")
 
 
@@ -215,7 +215,7 @@ def test_steps_of_other_rows_place_no_reward(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("memory", "few", "many"), [(0.0, 0, 1), (0.9, 8, 10)])
 def test_a_smoothed_log_is_told(tmp_path: Path, memory: float, few: int, many: int) -> None:
-    told = "neighbouring rewards move together, as in a smoothed log; give raw rewards, or intervals are too narrow"
+    told = "the rewards look smoothed; give raw rewards, or intervals are too narrow"
     steps = np.arange(1, 121)
     count = 0
     for seed in range(10):
@@ -227,7 +227,7 @@ def test_a_smoothed_log_is_told(tmp_path: Path, memory: float, few: int, many: i
 
 def test_a_log_that_begins_late(tmp_path: Path) -> None:
     log = read_log(csv(tmp_path / "log.csv", *rising(range(5001, 5101))))
-    assert "the log begins at step 5001; what came before is unknown" in log.notes
+    assert "the log begins at step 5001; earlier steps are unknown" in log.notes
 
 
 @pytest.mark.slow
@@ -265,7 +265,7 @@ def test_a_budget_that_the_log_outran(tmp_path: Path) -> None:
     path.write_text(json.dumps({"max_steps": 10, "log_history": rows}), encoding="utf-8")
     log = read_log(path)
     assert log.max_steps is None
-    assert log.notes == ["the log goes on to step 20, past the 10 steps that it says were planned"]
+    assert log.notes == ["the log continues to step 20, past its 10 planned steps"]
 
 
 def test_our_run_knows_its_column(tmp_path: Path) -> None:
@@ -282,8 +282,8 @@ def test_our_run_knows_its_column(tmp_path: Path) -> None:
     [
         ("step,loss", (1, 0.5), r"log.csv \(CSV\): no column is known to be a reward"),
         ("step,reward,train/reward", (1, 0.5, 0.5), "more than one column may be the reward"),
-        ("step,reward", (1, "nan"), "column 'reward' holds no number at a known step"),
-        ("step,reward", (0.5, 1), "column 'reward' holds no number at a known step"),
+        ("step,reward", (1, "nan"), "column 'reward' has no number at a known step"),
+        ("step,reward", (0.5, 1), "column 'reward' has no number at a known step"),
     ],
 )
 def test_nothing_to_forecast_from(tmp_path: Path, header: str, row: tuple[object, ...], message: str) -> None:

@@ -57,8 +57,8 @@ def test_resumed_begun_anew_and_backwards() -> None:
     found = one_run(rows((3, 0.3), (2, 0.2), (1, 0.1)), notes)
     assert found.rewards.tolist() == [0.1, 0.2, 0.3]
     assert notes == [
-        "the run was resumed once, at step 3; what it did again was used",
-        "the file holds 2 runs one after the other; the last one is used",
+        "the run was resumed once, at step 3; of repeated steps the later row was used",
+        "the file contains 2 runs one after the other; the last one is used",
         "steps count from 0 in this log; 1 is added to each",
         "the rows were not in the order of their steps and were sorted",
     ]

@@ -8,9 +8,9 @@ from grpo_fast.integrations.logs.raw_log import Names, RawLog
 from grpo_fast.integrations.logs.text_tables import is_header_alone, read_table
 
 ROWS = [{"step": 1.0, "reward": 0.1}, {"step": 2.0, "reward": 0.2}]
-PERCENT = "values with a per cent sign are read as hundredths: 50 % is 0.5"
-COMMA = "numbers are written with a decimal comma"
-THOUSANDS = "marks between thousands were taken out of numbers"
+PERCENT = "values with a percent sign are read as hundredths: 50 % is 0.5"
+COMMA = "numbers are read with a decimal comma"
+THOUSANDS = "thousands separators were removed from numbers"
 
 
 def read(text: str) -> RawLog:
@@ -74,7 +74,7 @@ def test_thousands() -> None:
 def test_a_name_that_stands_twice() -> None:
     found = read("step,reward,reward\n1,0.1,9\n2,0.2,9\n")
     assert found.rows == ROWS
-    assert found.notes == ["1 column stands more than once: reward; the first is read"]
+    assert found.notes == ["1 column occurs more than once: reward; the first is read"]
 
 
 def test_runs_are_told_apart() -> None:
