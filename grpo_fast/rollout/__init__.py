@@ -1,4 +1,4 @@
-"""Where completions come from. Engines are imported from their own modules, so that the protocol costs no torch."""
+"""Rollout engines, which sample completions. Each is imported from its own module, so that the protocol costs no torch."""
 
 from __future__ import annotations
 

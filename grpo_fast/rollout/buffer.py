@@ -38,7 +38,7 @@ class RolloutBuffer(Generic[T]):
 
     def __init__(self, produce: Callable[[int], T], *, max_staleness: int, last_step: int) -> None:
         if max_staleness < 1:
-            raise ValueError(f"max_staleness={max_staleness}; nothing is made ahead with less than 1")
+            raise ValueError(f"max_staleness={max_staleness} must be at least 1; with less, no rollouts are made ahead")
         self._produce = produce
         self._max_staleness = max_staleness
         self._last_step = last_step
@@ -57,7 +57,7 @@ class RolloutBuffer(Generic[T]):
         self._ready = deque(Produced(value, 0.0, 0.0) for value in ready)
 
     def ready(self) -> list[T]:
-        """What is made and not taken, oldest first."""
+        """Rollouts that are made and not taken, oldest first."""
         with self._changed:
             return [produced.value for produced in self._ready]
 
@@ -95,7 +95,7 @@ class RolloutBuffer(Generic[T]):
             self._wait(lambda: self._thread is None or self._error is not None or self._next > self._allowed)
 
     def close(self) -> None:
-        """Ends the thread when what it makes is made, or has failed; calling it twice is harmless."""
+        """Ends the thread once its present rollouts are made, or have failed; calling it twice is harmless."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

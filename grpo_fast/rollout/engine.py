@@ -1,4 +1,4 @@
-"""What the trainer needs of anything that samples completions.
+"""The protocol of rollout engines: all that the trainer needs of anything that samples completions.
 
 The trainer knows this protocol and nothing else: transformers, vLLM in-process and vLLM servers all stand behind it.
 """
@@ -20,7 +20,7 @@ class RolloutError(TrainingError):
 
 
 class WeightSyncError(RolloutError):
-    """The engine does not have the policy's weights, or that cannot be proven; nothing was sampled from what it has."""
+    """The engine does not have the policy's weights, or that cannot be proven; nothing was sampled from its weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,5 +114,5 @@ class RolloutEngine(Protocol):
         ...
 
     def close(self) -> None:
-        """Frees what the engine holds; calling it twice is harmless."""
+        """Frees the engine's resources; calling it twice is harmless."""
         ...

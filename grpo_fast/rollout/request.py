@@ -1,4 +1,4 @@
-"""What every engine refuses before it computes anything."""
+"""Checks of a request that every engine makes before it computes anything."""
 
 from __future__ import annotations
 
@@ -52,6 +52,6 @@ def check_request(
             )
         if not 0 <= min(prompt) <= max(prompt) < vocabulary:
             raise ValueError(
-                f"prompt {position} holds token ids from {min(prompt)} to {max(prompt)}; the model knows 0 to {vocabulary - 1}"
+                f"prompt {position} has token ids from {min(prompt)} to {max(prompt)}; the model's are 0 to {vocabulary - 1}"
             )
     return limits

@@ -33,7 +33,7 @@ _NUCLEUS_WIDTH = 512
 
 
 class Draw(NamedTuple):
-    """What was drawn for n rows."""
+    """Tokens drawn for n rows."""
 
     tokens: torch.Tensor
     """int64 [n]."""

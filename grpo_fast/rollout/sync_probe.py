@@ -50,7 +50,7 @@ Choices = Mapping[int, float]
 
 
 class Scores(NamedTuple):
-    """What the policy says of the prompt."""
+    """The policy's scores of the prompt."""
 
     logprobs: torch.Tensor
     """Float64 [:data:`NUM_PLACES`, V], in the order of :attr:`SyncProbe.prompts`."""
@@ -75,9 +75,9 @@ class SyncProbe:
     max_kl: float
     """Largest divergence that rounding explains where logits are small."""
     autocast_dtype: torch.dtype | None = None
-    """What the policy computes in under autocast; ``None`` is the type of its weights."""
+    """Type that the policy computes in under autocast; ``None`` is the type of its weights."""
     engine_dtype: torch.dtype = torch.float32
-    """What the engine computes in, and rounds its logits to."""
+    """Type that the engine computes in and rounds its logits to."""
 
     @classmethod
     def build(
@@ -113,7 +113,7 @@ class SyncProbe:
 
     @property
     def prompts(self) -> list[tuple[int, ...]]:
-        """What an engine is asked, one after the other."""
+        """The prompts of the probe, asked one after the other."""
         return [self.prompt, self.prompt[:-1]]
 
     def allowed(self, scores: Scores) -> float:

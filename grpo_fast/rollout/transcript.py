@@ -1,4 +1,4 @@
-"""What the host knows of a batch that is being sampled: tokens so far, which sequences have ended, and why."""
+"""The host's record of a batch that is being sampled: tokens so far, which sequences have ended, and why."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Transcript:
         valid = np.arange(start, stop) < self._lengths[running, None]
         if not np.isfinite(self._logprobs[running, start:stop][valid]).all():
             raise FloatingPointError(
-                f"the model gave logits that are not finite within the first {stop} tokens of a completion; "
+                f"the model's logits are not finite within the first {stop} tokens of a completion; "
                 "its weights have diverged, or its dtype overflows"
             )
         return ~self._open[sequences]

@@ -118,7 +118,7 @@ class TransformersEngine:
         return self._version
 
     def sleep(self) -> None:
-        """Does nothing: what it holds between two calls is what is trained, or the copy that it samples from."""
+        """Does nothing: between two calls the engine holds only the trained model, or the copy that it samples from."""
 
     def sync_weights(self, policy: torch.nn.Module, version: int) -> dict[str, float]:
         """Records ``version``; the weights are shared, so nothing moves, or copied, where the engine has its own.
@@ -128,8 +128,8 @@ class TransformersEngine:
         """
         if policy is not self._policy and getattr(policy, "module", None) is not self._policy:
             raise ValueError(
-                "the transformers engine samples from the module it was given and cannot take the weights of another "
-                f"{type(policy).__name__}; build a new engine over that one"
+                "the transformers engine samples from the module that it was built with and cannot take the weights of "
+                f"another {type(policy).__name__}; build a new engine with that module"
             )
         if self._model is not self._policy:
             with torch.no_grad():
@@ -231,7 +231,7 @@ class TransformersEngine:
 
 
 def foreign_parts(config: PreTrainedConfig, kind: type[PreTrainedModel] | None = None) -> str | None:
-    """What of a model the engine cannot run, in words; ``None`` where it runs all of it.
+    """The parts of a model that the engine cannot run, in words; ``None`` if it runs all of them.
 
     Args:
         config: the model's.
@@ -261,8 +261,8 @@ def _choose_stepping(model: PreTrainedModel, impl: Literal["auto", "fused", "mod
         return "shared" if weight.device.type == "cpu" and weight.dtype == torch.float32 else "fused"
     if impl == "fused":
         raise ValueError(
-            f"impl='fused' does not fit this {type(model).__name__}: it takes Llama, Mistral, Qwen2 and Qwen3 models with full "
-            "attention (sdpa or eager) and plain linear layers; use impl='auto'"
+            f"impl='fused' does not support this {type(model).__name__}: it runs Llama, Mistral, Qwen2 and Qwen3 models with "
+            "full attention (sdpa or eager) and plain linear layers; use impl='auto'"
         )
     return "plain" if plain else "masked"
 

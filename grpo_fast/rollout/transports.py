@@ -1,4 +1,4 @@
-"""How weights may reach an engine, by name; what cannot work is refused before anything is built.
+"""Transports by which weights reach an engine; those that cannot work are refused before anything is built.
 
 ================= ==============================================================================================
 Name              Way
@@ -70,21 +70,21 @@ def choose_transport(name: Transport, host: Host, *, on_gpu: bool, num_engines: 
     if name == "auto":
         return offered[0]
     if name not in offered:
-        raise ValueError(f"transport={name!r} does not lead to an engine {_WHERE[host]}; choose {' or '.join(offered)}")
+        raise ValueError(f"transport={name!r} cannot reach an engine {_WHERE[host]}; choose {' or '.join(offered)}")
     if name in {"ipc", "nccl"} and not on_gpu:
-        raise ValueError(f"transport={name!r} moves weights between GPUs, and the policy is on a CPU; choose shared_memory")
+        raise ValueError(f"transport={name!r} moves weights between GPUs, but the policy is on a CPU; choose shared_memory")
     if name in {"ipc", "nccl"} and num_engines > 1:
-        raise ValueError(f"transport={name!r} takes one server, not {num_engines}; choose shared_memory")
+        raise ValueError(f"transport={name!r} supports one server, not {num_engines}; choose shared_memory")
     return name
 
 
 def sync_attempts(transport: str) -> int:
-    """How often a whole update may be tried."""
+    """How many times a whole update is tried."""
     return 1 if transport in {"ipc", "nccl"} else 2
 
 
 _WHERE: dict[Host, str] = {
     "in process": "in the trainer's process",
-    "own process": "in a process of its own on the trainer's GPU",
+    "own process": "in its own process on the trainer's GPU",
     "server": "behind a server",
 }

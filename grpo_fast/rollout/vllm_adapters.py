@@ -32,17 +32,17 @@ _PREFIX = "grpo_fast-adapters-"
 _YOUNG_S = 60.0
 _ADAPTER = "default"
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Those that vLLM makes room for."""
+"""Ranks that vLLM supports."""
 
 
 def policy_options(policy: torch.nn.Module) -> dict[str, Any] | None:
-    """What vLLM is built with for a policy's adapters; ``None`` for a policy without."""
+    """Options of vLLM for a policy's adapters; ``None`` for a policy without adapters."""
     settings: Any = getattr(policy, "peft_config", None)
     return None if settings is None else lora_options(settings[_ADAPTER].r, sorted(settings[_ADAPTER].target_modules))
 
 
 def lora_options(rank: int, targets: Sequence[str]) -> dict[str, Any]:
-    """What vLLM is built with so that it takes adapters of a rank, the next version beside the last.
+    """Options of vLLM for adapters of a rank, with room for the next version beside the last.
 
     Args:
         rank: the largest.
@@ -54,7 +54,7 @@ def lora_options(rank: int, targets: Sequence[str]) -> dict[str, Any]:
     """
     room = next((size for size in _RANKS if size >= rank), None)
     if room is None:
-        raise ValueError(f"vLLM takes adapters up to rank {_RANKS[-1]}, not {rank}; lower lora_r")
+        raise ValueError(f"vLLM supports adapters up to rank {_RANKS[-1]}, not {rank}; lower lora_r")
     return {
         "enable_lora": True,
         "max_lora_rank": room,
@@ -141,7 +141,7 @@ def _sweep(home: Path) -> None:
 
 
 class AdapterHost(SyncTarget, Protocol):
-    """What an engine offers beyond whole models."""
+    """An engine that also takes adapters."""
 
     def load_adapter(self, adapter: AdapterVersion) -> None:
         """Reads an adapter; requests are answered with it from then on."""

@@ -1,4 +1,4 @@
-"""Arguments of vLLM's engine that are a user's to give, and those that the weight sync or a setting of the run decides."""
+"""Arguments of vLLM's engine: those that a user may give, and those that the weight sync or a setting of the run decides."""
 
 from __future__ import annotations
 
@@ -46,37 +46,37 @@ _OF_SEVERAL_DEVICES = (
 )
 """How names of arguments begin; the other collections hold whole names."""
 _NOT_COVERED = {
-    "quantization": "weights come as they are trained, and would be sent to others",
+    "quantization": "the weights that are sent are not quantised",
     "speculative_config": "a draft model gets no new weights",
 }
 _ON_A_CPU = ("block_size", "distributed_executor_backend", "enable_chunked_prefill")
 
 
 def check_engine_args(given: Mapping[str, Any], *, on_gpu: bool) -> None:
-    """Refuses what is not the user's to give, and names that vLLM does not know; for these vLLM is loaded.
+    """Refuses arguments that a user may not give, and names that vLLM does not know; for the latter vLLM is loaded.
 
     Args:
         given: arguments of vLLM's ``EngineArgs``, by name.
         on_gpu: where the engine runs.
 
     Raises:
-        ValueError: such a one; the message names it and the fix.
-        RolloutError: vLLM is another than those that were tested, and lacks its arguments.
+        ValueError: there is such an argument; the message names it and the fix.
+        RolloutError: this version of vLLM, which was not tested, has no such arguments.
     """
     for name in given:
         if name in _SETTINGS:
-            raise ValueError(f"engine argument {name!r} is decided by {_SETTINGS[name]}; set that")
+            raise ValueError(f"engine argument {name!r} is decided by {_SETTINGS[name]}; set that instead")
         if name in _OF_THE_SYNC:
             raise ValueError(f"engine argument {name!r} is decided by the weight sync; leave it out")
         if name in _NOT_COVERED:
-            raise ValueError(f"engine argument {name!r} is not covered: {_NOT_COVERED[name]}; leave it out")
+            raise ValueError(f"engine argument {name!r} is not supported: {_NOT_COVERED[name]}; leave it out")
         if name.startswith(_OF_SEVERAL_DEVICES):
             raise ValueError(
-                f"engine argument {name!r}: the trainer's engine runs on its device; for several start a server, as with "
-                "`grpo-fast serve MODEL -- --tensor-parallel-size 2`, and use rollout='vllm-http'"
+                f"engine argument {name!r}: rollout='vllm' runs on one device, the trainer's; for several, start a server, as "
+                "with `grpo-fast serve MODEL -- --tensor-parallel-size 2`, and use rollout='vllm-http'"
             )
         if name in _ON_A_CPU and not on_gpu:
-            raise ValueError(f"engine argument {name!r} leaves no choice on a CPU; leave it out")
+            raise ValueError(f"engine argument {name!r} cannot be changed on a CPU; leave it out")
     if not given:
         return
     with undisturbed(), vllm_environment():

@@ -25,7 +25,7 @@ from grpo_fast.rollout.transports import BACKENDS, OLDEST_VLLM
 from grpo_fast.rollout.vllm_adapters import AdapterVersion
 from grpo_fast.rollout.vllm_sample import PROBE_PARAMS, SCORE_PARAMS, Sample, kept_tokens, token_versions
 
-ONE_REPLICA = "a sync proves itself in one engine a server; start a server for each replica and give the URLs of all"
+ONE_REPLICA = "a weight sync checks one engine per server; start one server per replica and give all their URLs"
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 _GENERATE = "/inference/v1/generate"
 _HINTS = {
@@ -67,16 +67,16 @@ class Calls:
 
 
 class Needs(NamedTuple):
-    """What a server must have been started with."""
+    """Settings that a server must have been started with."""
 
     dtype: torch.dtype
-    """What the trainer takes it to compute in."""
+    """Type that the server must compute in."""
     transport: str
-    """How weights come."""
+    """Transport of the weights."""
     context_length: int
     """Longest sequence, in tokens."""
     sleeps: bool
-    """Whether its memory is to be taken back while the policy trains."""
+    """Whether it must free its memory while the policy trains."""
 
 
 class VLLMServer:
@@ -98,11 +98,11 @@ class VLLMServer:
     ) -> None:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme != "http" or parts.hostname is None or parts.port is None:
-            raise ValueError(f"{url!r} is no server's address; give one such as http://127.0.0.1:8000")
+            raise ValueError(f"{url!r} is not the address of a server; give one such as http://127.0.0.1:8000")
         if parts.hostname not in _LOOPBACK:
             raise ValueError(
-                f"{url} is on another machine: weights go through shared memory, and the routes that change them know no API "
-                "key; give a server on 127.0.0.1"
+                f"{url} is on another machine, but weights are sent through shared memory, and vLLM's routes that change them "
+                "are not protected by an API key; give a server on 127.0.0.1"
             )
         self.url = url
         self._host, self._port = parts.hostname, parts.port
@@ -143,7 +143,7 @@ class VLLMServer:
             raise RolloutError(f"vLLM's server {self.url} did not answer {path} within {deadline_s:g} s ({setting})") from None
         except (OSError, http.client.HTTPException) as error:
             raise RolloutError(
-                f"vLLM's server {self.url} is gone ({type(error).__name__} at {path}); start it again with `grpo-fast serve`"
+                f"vLLM's server {self.url} is gone ({type(error).__name__} at {path}); restart it with `grpo-fast serve`"
             ) from error
         finally:
             calls.drop(connection)
@@ -174,14 +174,16 @@ class VLLMServer:
         """Tokens of a block of the prefix cache."""
         found = re.search(r'vllm:cache_config_info\{[^}]*\bblock_size="(\d+)"', self.call("GET", "/metrics"))
         if found is None:
-            raise RolloutError(f"vLLM's server {self.url} does not tell its cache's block size under /metrics")
+            raise RolloutError(
+                f"vLLM's server {self.url} does not report its cache's block size at /metrics; start it with `grpo-fast serve`"
+            )
         return int(found[1])
 
     def check(self, needs: Needs) -> None:
         """Checks that the server was started as the trainer needs it.
 
         Raises:
-            RolloutError: it was not; every difference is named, with the option that mends it.
+            RolloutError: it was not; every difference is named, with the option that fixes it.
         """
         try:
             settings = self.get("/server_info?config_format=json")["vllm_config"]
@@ -189,12 +191,12 @@ class VLLMServer:
             if '"Not Found"' not in str(error):
                 raise
             raise RolloutError(
-                f"vLLM's server {self.url} has no routes that take weights; start it with `grpo-fast serve`, or with "
+                f"vLLM's server {self.url} has no routes that receive weights; start it with `grpo-fast serve`, or with "
                 "VLLM_SERVER_DEV_MODE=1"
             ) from error
         problems = misfits(settings, self.get("/version")["version"], needs)
         if problems:
-            raise RolloutError(f"vLLM's server {self.url} cannot be trained with: {'; '.join(problems)}")
+            raise RolloutError(f"vLLM's server {self.url} cannot be used for training: {'; '.join(problems)}")
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text that the server's tokeniser makes of tokens."""
@@ -204,7 +206,7 @@ class VLLMServer:
         """Runs one request to its end.
 
         Raises:
-            RolloutError: also where other weights sampled than this run's.
+            RolloutError: the request failed, or another run's weights sampled.
         """
         try:
             choices = self._generate(list(prompt), {"logprobs": 0} | params, calls)["choices"]
@@ -212,8 +214,8 @@ class VLLMServer:
             if "sample logprobs" not in str(error):
                 raise
             raise RolloutError(
-                f"vLLM's server {self.url} does not tell the {params['logprobs']} likeliest tokens that a cut support needs; "
-                f"start it with `grpo-fast serve`, or with --max-logprobs {params['logprobs']}"
+                f"vLLM's server {self.url} returns fewer than the {params['logprobs']} log-probabilities per token that top_p, "
+                f"top_k or min_p need; start it with `grpo-fast serve`, or with --max-logprobs {params['logprobs']}"
             ) from error
         return [
             Sample(
@@ -230,8 +232,8 @@ class VLLMServer:
         found = token_versions(((span["version"], span["start"], span["end"]) for span in spans), self._run)
         if spans and not found:
             raise RolloutError(
-                f"vLLM's server {self.url} sampled from weights that this run did not send: it was started again since the "
-                "last sync, or another run uses it too; give each run servers of its own"
+                f"vLLM's server {self.url} sampled from weights that this run did not send: it was restarted after the last "
+                "sync, or another run uses it too; give each run its own servers"
             )
         return found
 
@@ -252,10 +254,10 @@ class VLLMServer:
         return json.loads(self.call("POST", _GENERATE, body, calls=calls))
 
     def load_adapter(self, adapter: AdapterVersion) -> None:
-        """Has the server read a LoRA adapter; requests are answered with it from then on.
+        """Makes the server load a LoRA adapter and answer requests with it from then on.
 
         Raises:
-            RolloutError: it cannot, for want of room, or because it was not started to.
+            RolloutError: it cannot, because it has no room for it or was not started with adapters enabled.
         """
         try:
             self.call("POST", "/v1/load_lora_adapter", {"lora_name": adapter.name, "lora_path": str(adapter.path)})
@@ -263,20 +265,20 @@ class VLLMServer:
             if '"Not Found"' not in str(error):  # there is no such route; a file that is not there is told in other words
                 raise
             raise RolloutError(
-                f"vLLM's server {self.url} takes no adapters; start it with `grpo-fast serve --max-lora-rank`, at least lora_r"
+                f"vLLM's server {self.url} accepts no adapters; start it with `grpo-fast serve --max-lora-rank N`, N >= lora_r"
             ) from error
         self.adapter = adapter.name
 
     def unload_adapter(self, adapter: AdapterVersion) -> None:
-        """Has the server forget a LoRA adapter."""
+        """Makes the server unload a LoRA adapter."""
         self.call("POST", "/v1/unload_lora_adapter", {"lora_name": adapter.name})
 
 
 def misfits(settings: Mapping[str, Any], version: str, needs: Needs) -> list[str]:
-    """What of a server's settings a trainer cannot work with, one line each with its remedy.
+    """Settings of a server that a trainer cannot work with, one line each with its fix.
 
     Args:
-        settings: vLLM's, as its server tells them.
+        settings: vLLM's, as its server reports them.
         version: vLLM's.
         needs: the trainer's.
     """
@@ -289,15 +291,15 @@ def misfits(settings: Mapping[str, Any], version: str, needs: Needs) -> list[str
             Version(version).release >= Version(OLDEST_VLLM).release
         ),
         f"it computes in {dtype}, the trainer in {needed}; start it with --dtype {needed}": dtype == needed,
-        f"its log-probabilities are {model['logprobs_mode']}, not those that tokens are sampled by; start it with "
+        f"its log-probabilities are {model['logprobs_mode']}, not those that tokens are sampled from; start it with "
         "--logprobs-mode processed_logprobs": model["logprobs_mode"] == "processed_logprobs",
-        f"its weights are quantised ({model['quantization']}), and those that come are not; start it without --quantization": (
+        f"its weights are quantised ({model['quantization']}), the trainer's are not; start it without --quantization": (
             model["quantization"] is None
         ),
-        f"it takes weights by {backend!r}, not by {wanted!r}; start it with `grpo-fast serve --transport {needs.transport}`": (
+        f"it receives weights by {backend!r}, not {wanted!r}; start it with `grpo-fast serve --transport {needs.transport}`": (
             backend == wanted
         ),
-        f"it takes {length} tokens, and prompt and completion may have {needs.context_length}; start it with --max-model-len "
+        f"it takes {length} tokens, but prompt and completion may have {needs.context_length}; start it with --max-model-len "
         f"{needs.context_length}": length >= needs.context_length,
         f"it has {replicas} data-parallel engines, and {ONE_REPLICA}": replicas == 1,
         "it cannot sleep; start it with `grpo-fast serve --enable-sleep-mode`": sleeps or not needs.sleeps,

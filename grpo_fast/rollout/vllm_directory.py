@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def model_directory(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[Path]:
-    """What vLLM reads of a model but its weights, on disk for as long as the context lasts.
+    """Everything but the weights that vLLM reads of a model, on disk for as long as the context lasts.
 
     Args:
         model: the policy.
@@ -61,7 +61,7 @@ def _home() -> Path:
     home.mkdir(mode=0o700, exist_ok=True)
     found = home.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise RolloutError(f"{home} is not this user's alone; remove it, or name another place for temporary files in TMPDIR")
+        raise RolloutError(f"{home} is not a private directory of this user; remove it, or set TMPDIR to another directory")
     return home
 
 

@@ -59,7 +59,7 @@ _SHORTEST_CONTEXT = 512
 
 @dataclass(frozen=True, slots=True)
 class VLLMSettings:
-    """How the engine is built."""
+    """Settings of the engine."""
 
     gpu_memory_utilization: float = 0.3
     """Share of the GPU's memory for weights and cache of the engine; the trainer needs the rest."""
@@ -80,7 +80,7 @@ class VLLMSettings:
     transport: Transport = "auto"
     """How weights reach the engine, see :mod:`~grpo_fast.rollout.transports`."""
     pause_mode: Literal["wait", "keep"] = "wait"
-    """What a sync does with requests that run: wait until none does, or keep them, so that they go on by the new weights."""
+    """Treatment of running requests at a sync: wait for their end, or keep them, so that they continue on the new weights."""
     bucket_bytes: int = 256 * 2**20
     """Weights on the way at a time, through shared memory."""
     enable_sleep_mode: bool = False
@@ -98,9 +98,9 @@ def cpu_cache_bytes(position_bytes: int, context_length: int) -> int:
 
 
 def memory_arguments(settings: VLLMSettings, *, on_gpu: bool, cpu_bytes: int) -> dict[str, Any]:
-    """What vLLM is told of memory. Where that of its cache is told, a GPU's share says nothing.
+    """Memory options of vLLM. If the size of its cache is given, the share of the GPU's memory has no effect.
 
-    vLLM (0.32) holds the share against what is free all the same, and does not start where that is less.
+    vLLM (0.32) checks the share against the free memory all the same, and does not start if less is free.
 
     Args:
         settings: of the engine.
@@ -210,7 +210,7 @@ class VLLMEngine:
         return self._version
 
     def _host(self, settings: VLLMSettings) -> tuple[Host, int]:
-        """Where the engine runs, and how many there are."""
+        """Where the engine runs, and the number of engines."""
         return ("own process" if settings.own_process else "in process"), 1
 
     def _build(self, settings: VLLMSettings, dtype: torch.dtype, options: dict[str, Any]) -> Any:
@@ -256,7 +256,7 @@ class VLLMEngine:
         """
         if policy is not self._model and getattr(policy, "module", None) is not self._model:
             raise ValueError(
-                f"the engine was built over another module and cannot take the weights of this {type(policy).__name__}"
+                f"the engine was built with another module and cannot take the weights of this {type(policy).__name__}"
             )
         try:
             metrics = self._sync.run(policy, version)
@@ -328,7 +328,7 @@ class VLLMEngine:
         return [[self._completion(sample, sampling) for sample in samples] for samples in answers]
 
     def _check_decoding(self) -> None:
-        """Does nothing: vLLM in this engine's hands has the policy's own tokeniser."""
+        """Does nothing: this engine's vLLM has the policy's own tokeniser."""
 
     def _params(
         self, sampling: SamplingParams, num_generations: int, seed: int, first_prompt: int, limits: Sequence[int]
@@ -352,18 +352,18 @@ class VLLMEngine:
     def _completion(self, sample: Sample, sampling: SamplingParams) -> Completion:
         tokens, versions = sample.token_ids, sample.versions
         if sample.finish_reason not in {"stop", "length"}:
-            raise RolloutError(f"vLLM ended a request with {sample.finish_reason!r} after {len(tokens)} tokens")
+            raise RolloutError(f"vLLM ended a request unfinished, with {sample.finish_reason!r} after {len(tokens)} tokens")
         if not math.isfinite(sum(sample.logprobs)):
-            raise FloatingPointError(
-                "the model gave logits that are not finite; its weights have diverged, or its dtype overflows"
-            )
+            raise FloatingPointError("the model's logits are not finite; its weights have diverged, or its dtype overflows")
         if not len(versions) == len(sample.logprobs) == len(tokens):
             raise RolloutError(
-                f"vLLM told the weight version of {len(versions)} and the log-probability of {len(sample.logprobs)} of "
-                f"{len(tokens)} tokens"
+                f"of {len(tokens)} tokens vLLM returned the weight version of {len(versions)} and the log-probability of "
+                f"{len(sample.logprobs)}; please report the vLLM version"
             )
         if sample.kept is not None and len(sample.kept) != len(tokens):
-            raise RolloutError(f"vLLM told what it kept of {len(sample.kept)} of {len(tokens)} tokens")
+            raise RolloutError(
+                f"vLLM returned the sampling support of {len(sample.kept)} of {len(tokens)} tokens; please report its version"
+            )
         return Completion(
             token_ids=tokens,
             logprobs=sample.logprobs,

@@ -1,4 +1,4 @@
-"""What stands around vLLM while the trainer's process loads and builds it: its environment, and what it must leave alone."""
+"""vLLM's surroundings while the trainer's process loads and builds it: its environment, and state that it must not change."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def load_beside_vllm(module: str) -> ModuleType:
     except ImportError as error:
         [package, *_] = metadata.packages_distributions().get("vllm", ["vllm"])
         raise RolloutError(
-            f"vLLM {metadata.version(package)} lacks what a weight sync needs of it ({error}); install one that was tested, "
+            f"vLLM {metadata.version(package)} lacks a module that the weight sync needs ({error}); install a tested version, "
             f"{OLDEST_VLLM} to {NEWEST_TESTED}"
         ) from error
 

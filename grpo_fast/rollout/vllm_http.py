@@ -170,7 +170,7 @@ class HTTPVLLM:
             if found != text:
                 raise RolloutError(
                     f"vLLM's server {server.url} has another tokeniser than the policy, and would look for stop strings in "
-                    f"other text ({found[:40]!r} for {text[:40]!r}); start it with the policy's model, or with --tokenizer"
+                    f"other text ({found[:40]!r} instead of {text[:40]!r}); start it with the policy's model or --tokenizer"
                 )
 
     def sleep(self, level: int) -> None:
@@ -238,7 +238,7 @@ class HTTPVLLM:
         return all(self.everywhere(lambda server: bool(server.post(path)["success"])))
 
     def answer(self, prompts: Sequence[Sequence[int]]) -> list[list[Choices]]:
-        """What every server says comes next: of one prompt after the other."""
+        """Every server's log-probabilities of the next token, for one prompt after the other."""
         return self.everywhere(lambda server: [server.answer(prompt) for prompt in prompts])
 
     def score(self, prompt: Sequence[int]) -> list[list[Choices]]:

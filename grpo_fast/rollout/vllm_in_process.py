@@ -154,7 +154,7 @@ class InProcessVLLM:
                 if self._cache_is_broken:
                     self._cache_is_broken = not llm.reset_prefix_cache()
                 if self._cache_is_broken:
-                    raise RuntimeError("after a failure before, its cache could not be emptied; sync its weights again")
+                    raise RuntimeError("vLLM's cache could not be emptied after an earlier failure; sync the weights again")
                 for name, prompt, each in zip(names, prompts, params, strict=True):
                     each.output_kind = RequestOutputKind.FINAL_ONLY
                     llm.llm_engine.add_request(name, tokens_input(list(prompt)), each, lora_request=self._adapter)
@@ -206,9 +206,7 @@ class InProcessVLLM:
             if self._llm is None:
                 raise
             names = list(self._running)
-            failed = RolloutError(
-                f"vLLM broke off with {type(error).__name__}: {error}; its {len(names)} requests were dropped"
-            )
+            failed = RolloutError(f"vLLM failed with {type(error).__name__}: {error}; its {len(names)} requests were dropped")
             failed.__cause__ = error
             self._finished |= dict.fromkeys(names, failed)
             self._running.clear()
@@ -228,7 +226,7 @@ class InProcessVLLM:
         self._go.clear()
         if not self._turn.acquire(timeout=_SHUTDOWN_S if self._watch else self._step_s):
             if not self._watch:
-                raise RolloutError(f"vLLM's step did not end within {self._step_s:g} s (sync_deadline_s); it is left behind")
+                raise RolloutError(f"vLLM's step did not end within {self._step_s:g} s (sync_deadline_s) and still runs")
             self._watch.kill("was closed before it answered")
             self._turn.acquire()
         try:
@@ -258,7 +256,7 @@ class InProcessVLLM:
     def _check_idle(self) -> None:
         with self._asked("sync_deadline_s") as llm:
             if llm.llm_engine.has_unfinished_requests():
-                raise RuntimeError("requests are running")
+                raise RuntimeError("vLLM still has unfinished requests; wait for generate() to return")
 
     def _hold(self) -> None:
         """Has an engine in a process of its own take no step, as it does unasked while it has requests; nothing sleeps."""

@@ -1,4 +1,4 @@
-"""What every transport of whole models shares: where the weights come from, and how a vLLM worker takes them.
+"""Common to every transport of whole models: the source of the weights, and how a vLLM worker loads them.
 
 A worker loads weights layer by layer through vLLM's own reload, so that whatever vLLM makes of a weight (fused, repacked,
 sharded) is made anew.
@@ -45,12 +45,12 @@ class PolicyWeights(WeightSource):  # type: ignore[misc]
 
     @property
     def num_bytes(self) -> int:
-        """Of the whole model on the way."""
+        """Bytes of the whole model, as it is sent."""
         return sum(self._sizes())
 
     @property
     def largest_bytes(self) -> int:
-        """Of the largest weight on the way."""
+        """Bytes of the largest weight, as it is sent."""
         return max(self._sizes())
 
     def _sizes(self) -> Iterator[int]:
@@ -133,8 +133,8 @@ class LayerwiseReceiver(WeightTransferEngine):  # type: ignore[misc]
             loaded = self.model.load_weights(map(note, weights))
         except (AssertionError, KeyError, ValueError, RuntimeError) as error:
             raise RuntimeError(
-                f"the engine's {type(self.model).__name__} has no place for the policy's {last} ({type(error).__name__}: "
-                f"{error}); it must be built from the policy's configuration"
+                f"the engine's {type(self.model).__name__} cannot load the policy's {last} ({type(error).__name__}: "
+                f"{error}); build the engine from the policy's configuration"
             ) from error
         if loaded is None:
             self._names_known = False
@@ -152,7 +152,7 @@ class LayerwiseReceiver(WeightTransferEngine):  # type: ignore[misc]
         self._repack_heads()
         if self._names_known and self._missing:
             names = sorted(self._missing)
-            raise RuntimeError(f"{len(names)} parameters of the engine's model did not come: {', '.join(names[:5])}")
+            raise RuntimeError(f"{len(names)} parameters of the engine's model were not sent: {', '.join(names[:5])}")
 
     def _heads(self) -> Iterator[Any]:
         for module in self.model.modules():

@@ -1,4 +1,4 @@
-"""What is asked of vLLM and what comes back, in this process and over HTTP alike."""
+"""Requests to vLLM and its answers, in this process and over HTTP alike."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROBE_PARAMS: dict[str, Any] = {
     "ignore_eos": True,
     "detokenize": False,
 }
-"""How a prompt of a sync's probe is answered."""
+"""Sampling parameters of the prompts of a sync's probe."""
 _MORE = 8
 """So many times as many are asked for where that was too few."""
 _AT_ONCE = 1024
@@ -32,16 +32,16 @@ _FLATTEST = 0.25
 _TOLD_BYTES = 4 * 2**30
 _FEWEST_TOLD = 64
 _OUTSIDE = -9999.0
-"""What a server says for minus infinity, which JSON does not know."""
+"""A server's value for minus infinity, which JSON does not have."""
 SCORE_PARAMS: dict[str, Any] = {"temperature": 1.0, "max_tokens": 1, "prompt_logprobs": NUM_CHOICES, "detokenize": False}
-"""The same without the prefix cache, which a request for its prompt's log-probabilities does not read."""
+"""The same without the prefix cache, which a request for prompt log-probabilities does not read."""
 
 
 class Telling(NamedTuple):
-    """What it takes that vLLM tells of likeliest tokens."""
+    """The costs of vLLM's answers with most likely tokens."""
 
     num_first: int
-    """How many are asked for first under ``top_p``, which bounds in no way how many are kept: the cheapest that was measured
+    """Number asked for first under ``top_p``, which does not limit how many are kept: the cheapest that was measured
     (``benchmarks/rollout/supports.py``)."""
     entry_bytes: int
     """Host memory of one, until its completion is whole."""
@@ -60,7 +60,7 @@ class Sample(NamedTuple):
     versions: tuple[int, ...]
     """Version of the weights that sampled each token; empty where vLLM names one that no sync of the run gave."""
     kept: KeptTokens | None = None
-    """Of what vLLM told, what it kept; where likeliest tokens were asked for."""
+    """The tokens that vLLM kept, if most likely tokens were asked for."""
     short: tuple[int, ...] = ()
     """Positions of which it may have kept more than it told."""
 
@@ -90,7 +90,7 @@ def num_likeliest(sampling: SamplingParams, vocabulary: int, telling: Telling, n
 def kept_tokens(
     token_ids: Sequence[int], logprobs: Sequence[float], firsts: Sequence[int], sizes: Sequence[int]
 ) -> tuple[KeptTokens, tuple[int, ...]]:
-    """What the tokens of a completion were drawn from.
+    """The tokens that each token of a completion was drawn from.
 
     Args:
         token_ids: [M], told of n positions; of each the drawn token, and the likeliest, which may be the drawn one again.

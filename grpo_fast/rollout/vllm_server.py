@@ -123,7 +123,9 @@ def server_command(  # noqa: PLR0913 (what the command line offers)
 def _check_options(options: Sequence[str], *, taken: Sequence[str]) -> None:
     """Options of vLLM's against those that are set already."""
     if options and not options[0].startswith("-"):
-        raise ValueError(f"{options[0]!r} is no option; give vLLM's own after --, such as -- --tensor-parallel-size 2")
+        raise ValueError(
+            f"{options[0]!r} is not an option; give vLLM's own options after --, such as -- --tensor-parallel-size 2"
+        )
 
     def name(option: str) -> str:
         return option.partition("=")[0].replace("_", "-").replace("--no-", "--", 1)
@@ -144,7 +146,7 @@ def _check_free(port: int) -> None:
             probe.bind((HOST, port))
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                raise ValueError(f"port {port} is taken, by another server perhaps; choose another with --port") from error
+                raise ValueError(f"port {port} is in use, perhaps by another server; choose another with --port") from error
 
 
 def _read_config(model: str, unreached: str | None) -> PreTrainedConfig:

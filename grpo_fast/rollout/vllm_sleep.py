@@ -27,9 +27,7 @@ def sleep_level(*, on_gpu: bool, has_adapters: bool) -> int:
         ValueError: there is no GPU, where alone vLLM can sleep.
     """
     if not on_gpu:
-        raise ValueError(
-            "vLLM sleeps on GPUs only: on a CPU its memory stays where it is, and it refuses; leave vllm_enable_sleep_mode off"
-        )
+        raise ValueError("vLLM's sleep mode works on GPUs only; set vllm_enable_sleep_mode=False")
     return 1 if has_adapters else 2
 
 
@@ -46,8 +44,8 @@ def check_segments(vllm: Version, environment: Mapping[str, str]) -> None:
     settings = environment.get("PYTORCH_ALLOC_CONF", "")
     if "expandable_segments:True" in settings and vllm.release < _READS_ALLOC_CONF.release:
         raise ValueError(
-            f"PYTORCH_ALLOC_CONF={settings!r}: memory in expandable segments cannot sleep; vLLM {vllm} switches them off "
-            f"for its own only where PYTORCH_CUDA_ALLOC_CONF names them; use that variable, or vLLM {_READS_ALLOC_CONF}"
+            f"PYTORCH_ALLOC_CONF={settings!r}: sleep mode cannot free memory in expandable segments. vLLM {vllm} disables them "
+            f"only if PYTORCH_CUDA_ALLOC_CONF sets them; set that variable, or install vLLM {_READS_ALLOC_CONF} or newer"
         )
 
 

@@ -1,4 +1,4 @@
-"""What changed since the last sync, and only that, through shared memory, as a backend of vLLM's own weight transfer.
+"""Sends only the weights that changed since the last sync, through shared memory, as a backend of vLLM's weight transfer.
 
 Both ends keep the weights as they went over last, in host memory: a second copy at each. Of every bucket the trainer sends the
 values whose bits changed, with their places, and a checksum of the bucket as it must be after them; where that would be more
@@ -77,7 +77,9 @@ class SparseReceiver(SharedMemoryReceiver):
         delta = update_info.delta(place)
         if held is None:
             if update_info.num_changed is not None:
-                raise RuntimeError(f"changes came of bucket {update_info.number}, which was never here whole; send all of it")
+                raise RuntimeError(
+                    f"received changes of bucket {update_info.number} before its first full copy; send the full bucket"
+                )
             held = torch.empty_like(place)
         apply_delta(held.view(delta.values.dtype), delta)
         self._held[update_info.number] = held
@@ -91,7 +93,7 @@ class SparseReceiver(SharedMemoryReceiver):
 
 @dataclass
 class SparseInit(SharedMemoryInit):
-    """What the trainer decides."""
+    """Settings of the trainer's side."""
 
     backend: ClassVar[str] = SPARSE_BACKEND
 

@@ -135,9 +135,9 @@ class SharedMemoryReceiver(LayerwiseReceiver):
             RuntimeError: it is not this file, or none was opened.
         """
         if self._buffer is None:
-            raise RuntimeError("weights came before the trainer's shared memory was opened")
+            raise RuntimeError("weights arrived before the trainer's shared memory was opened")
         if update_info.path != self._path:
-            raise RuntimeError("the shared memory of another trainer was opened since; both would have to share this engine")
+            raise RuntimeError("another trainer has connected to this engine since the last sync; give each run its own engine")
         return self._buffer[update_info.place : update_info.place + update_info.num_bytes]
 
     def shutdown(self) -> None:
@@ -147,7 +147,7 @@ class SharedMemoryReceiver(LayerwiseReceiver):
 
 @dataclass
 class SharedMemoryInit(TrainerInitInfo):  # type: ignore[misc]
-    """What the trainer decides."""
+    """Settings of the trainer's side."""
 
     backend: ClassVar[str] = BACKEND
     bucket_bytes: int = 256 * 2**20
@@ -241,7 +241,7 @@ class SharedMemorySender(TrainerWeightTransferEngine[SharedMemoryInit]):  # type
         for name, view in bucket.views(data):
             found, weight = next(weights, ("nothing", view))
             if found != name:
-                raise RuntimeError(f"the policy gave {found} where {name} was announced; its parameters have changed")
+                raise RuntimeError(f"the policy's parameters changed during the run: expected {name}, got {found}")
             view.copy_(weight)
             del weight  # before the next is gathered
 

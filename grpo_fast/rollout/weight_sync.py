@@ -1,4 +1,4 @@
-"""How an engine gets the policy's weights: one sequence of phases for every transport, each with a deadline, proven at the end.
+"""Weight sync to an engine: one sequence of phases for every transport, each with a deadline, and a proof at the end.
 
 ====================== ==============================================================================
 Phase                  What it does
@@ -37,10 +37,10 @@ _T = TypeVar("_T")
 
 
 class SyncTarget(Protocol):
-    """What the sync asks of an engine; each method returns when its work is done."""
+    """Operations that the sync needs of an engine; each method returns when its work is done."""
 
     def pause(self) -> None:
-        """Lets no request run."""
+        """Pauses all requests."""
         ...
 
     def wake(self, part: Literal["weights", "kv_cache"]) -> None:
@@ -72,11 +72,11 @@ class SyncTarget(Protocol):
         ...
 
     def answer(self, prompts: Sequence[Sequence[int]]) -> list[list[Choices]]:
-        """What every engine behind this says comes next: of one prompt after the other, as any request reads the cache."""
+        """Every engine's log-probabilities of the next token, for one prompt after the other, with the prefix cache."""
         ...
 
     def score(self, prompt: Sequence[int]) -> list[list[Choices]]:
-        """The same of a prompt and of the prompt without its last token, computed without the prefix cache."""
+        """The same for a prompt and for the prompt without its last token, computed without the prefix cache."""
         ...
 
     def resume(self) -> None:
@@ -101,7 +101,7 @@ class WeightSync:
         self._attempts = attempts
         self._phase = ""
         self._left: threading.Thread | None = None
-        """What hung, and was left behind."""
+        """The thread of a phase that hung and still runs."""
 
     def run(self, policy: torch.nn.Module, version: int) -> dict[str, float]:
         """Makes ``policy``'s weights those of the engine.
@@ -114,7 +114,10 @@ class WeightSync:
             WeightSyncError: the phase is named, with its cause; the engine must not be sampled from.
         """
         if self._left is not None and self._left.is_alive():
-            raise WeightSyncError(f"{self._left.name!r} of an earlier sync hangs still, and would mix its weights with these")
+            raise WeightSyncError(
+                f"an earlier sync still hangs in {self._left.name!r}, and a new one could mix two weight versions; restart the "
+                "engine"
+            )
         own: Future[Scores] = Future()
 
         def work() -> None:
@@ -155,7 +158,8 @@ class WeightSync:
                 cause = f"the sync of version {version} failed in its phase {self._phase!r}: {error}"
                 self._undo(cause)
                 if attempt == self._attempts:
-                    raise WeightSyncError(f"{cause}; {attempt} attempts were made and nothing was sampled since") from error
+                    told = f"{cause} (attempt {attempt} of {self._attempts}); nothing was sampled from incomplete weights"
+                    raise WeightSyncError(told) from error
         raise AssertionError("the last attempt returns or raises")
 
     def _transfer(self, version: int) -> int:
@@ -166,9 +170,9 @@ class WeightSync:
         self._timed("finish", lambda: target.finish(version))
         found = self._timed("finish", target.weight_version)
         if found != version:
-            raise RuntimeError(f"the engine says that version {found} is in force")
+            raise RuntimeError(f"the engine reports version {found} instead")
         if not self._timed("reset_prefix_cache", target.reset_prefix_cache):
-            raise RuntimeError("the engine refused to forget the keys and values of older weights; requests still hold them")
+            raise RuntimeError("the engine refused to reset its prefix cache, because unfinished requests still use it")
         self._timed("wake_kv_cache", lambda: target.wake("kv_cache"))
         self._timed("resume", target.resume)
         return num_bytes
@@ -198,14 +202,14 @@ class WeightSync:
             return mismatch
         fresh = worst(self._target.score(probe.prompt))
         if fresh.kl <= allowed:
-            cause = "computed without its prefix cache they agree: keys and values of older weights are still in that cache"
+            cause = "they agree if its prefix cache is not used, so that cache still holds keys and values of older weights"
         else:
             cause = (
-                f"computed without its prefix cache they differ too (by up to {fresh.largest:.3g}): some weights did not "
+                f"they differ without its prefix cache too (by up to {fresh.largest:.3g}), so some weights did not "
                 "arrive, or the engine computes the model in another way than transformers"
             )
         raise WeightSyncError(
-            f"after the sync of version {version} the engine does not sample from the policy: over {len(probe.prompt)} fixed "
+            f"after the sync of version {version} the engine does not match the policy: over {len(probe.prompt)} fixed "
             f"prompt tokens its log-probabilities differ by up to {mismatch.largest:.3g} nats (divergence {mismatch.kl:.3g}, "
             f"allowed {allowed:.3g}); {cause}"
         )
@@ -230,7 +234,7 @@ class WeightSync:
         if not outcome:
             self._left = thread
             raise WeightSyncError(
-                f"the weight sync hung in its phase {phase!r}: it was not done after {self._deadline_s:g} s and is left behind"
+                f"the weight sync hung in its phase {phase!r}, not done after {self._deadline_s:g} s (sync_deadline_s)"
             )
         return outcome[0]
 
@@ -238,4 +242,4 @@ class WeightSync:
         try:
             self._timed("undo", self._target.undo)
         except Exception as error:
-            raise WeightSyncError(f"{cause}; the update that had begun could not be left either: {error}") from error
+            raise WeightSyncError(f"{cause}; the unfinished update could not be cancelled either: {error}") from error

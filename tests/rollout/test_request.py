@@ -43,8 +43,8 @@ def test_prompts_may_have_limits_of_their_own() -> None:
         ([[1]], {"num_generations": 0}, "num_generations must be at least 1, got 0"),
         ([[1], []], {}, "prompt 1 is empty"),
         ([[1] * 7], {}, "prompt 0 has 7 tokens, which with max_tokens=4 exceeds the model's context of 10"),
-        ([[1, 20]], {}, "prompt 0 holds token ids from 1 to 20; the model knows 0 to 19"),
-        ([[-1, 3]], {}, "prompt 0 holds token ids from -1 to 3"),
+        ([[1, 20]], {}, "prompt 0 has token ids from 1 to 20; the model's are 0 to 19"),
+        ([[-1, 3]], {}, "prompt 0 has token ids from -1 to 3"),
     ],
 )
 def test_what_does_not_fit_is_named(prompts: list[list[int]], changes: dict[str, int], message: str) -> None:

@@ -17,11 +17,11 @@ def test_auto_is_what_works_everywhere(host: str, chosen: str, on_gpu: bool) -> 
     ("name", "host", "num_engines", "message"),
     [
         ("direct", "server", 1, "an engine behind a server; choose shared_memory or sparse or ipc or nccl"),
-        ("direct", "own process", 1, "'direct' does not lead to an engine in a process of its own"),
+        ("direct", "own process", 1, "'direct' cannot reach an engine in its own process"),
         ("ipc", "in process", 1, "an engine in the trainer's process; choose direct or shared_memory or sparse"),
-        ("nccl", "own process", 1, "'nccl' does not lead to an engine in a process of its own on the trainer's GPU"),
-        ("ipc", "server", 2, "'ipc' takes one server, not 2"),
-        ("nccl", "server", 2, "'nccl' takes one server, not 2"),
+        ("nccl", "own process", 1, "'nccl' cannot reach an engine in its own process on the trainer's GPU"),
+        ("ipc", "server", 2, "'ipc' supports one server, not 2"),
+        ("nccl", "server", 2, "'nccl' supports one server, not 2"),
     ],
 )
 def test_what_leads_nowhere_is_refused(name: str, host: str, num_engines: int, message: str) -> None:
@@ -31,7 +31,7 @@ def test_what_leads_nowhere_is_refused(name: str, host: str, num_engines: int, m
 
 @pytest.mark.parametrize("name", ["ipc", "nccl"])
 def test_without_a_gpu_vllms_own_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"'{name}' moves weights between GPUs, and the policy is on a CPU"):
+    with pytest.raises(ValueError, match=f"'{name}' moves weights between GPUs, but the policy is on a CPU"):
         choose_transport(name, "server", on_gpu=False)  # type: ignore[arg-type]
     assert choose_transport(name, "server", on_gpu=True) == name  # type: ignore[arg-type]
 

@@ -116,7 +116,7 @@ def test_ranks_are_those_that_vllm_has_room_for() -> None:
     )
     assert policy_options(torch.nn.Linear(2, 2)) is None
     assert [lora_options(rank, [])["max_lora_rank"] for rank in (1, 8, 9, 64, 257)] == [8, 8, 16, 64, 320]
-    with pytest.raises(ValueError, match="vLLM takes adapters up to rank 512, not 513; lower lora_r"):
+    with pytest.raises(ValueError, match="vLLM supports adapters up to rank 512, not 513; lower lora_r"):
         lora_options(513, [])
 
 
@@ -365,7 +365,7 @@ def test_versions_and_what_changed_of_the_base_go_to_an_engine_in_a_process_of_i
         engine._sync._deadline_s = 2.0
         processes = target._host._watch._tree
         processes[0].suspend()
-        with pytest.raises(WeightSyncError, match=r"hung in its phase '\w+': it was not done after 2 s"):
+        with pytest.raises(WeightSyncError, match=r"hung in its phase '\w+', not done after 2 s"):
             engine.sync_weights(model, 26)
     finally:
         begin = time.monotonic()

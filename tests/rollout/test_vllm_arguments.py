@@ -16,11 +16,11 @@ from grpo_fast.rollout.vllm_arguments import check_engine_args
         ("gpu_memory_utilization", "'gpu_memory_utilization' is decided by vllm_gpu_memory_utilization; set that"),
         ("max_model_len", "'max_model_len' is decided by max_prompt_length and max_completion_length"),
         ("enable_prefix_caching", "'enable_prefix_caching' is decided by the weight sync; leave it out"),
-        ("quantization", "'quantization' is not covered: weights come as they are trained"),
-        ("speculative_config", "'speculative_config' is not covered: a draft model gets no new weights"),
+        ("quantization", "'quantization' is not supported: the weights that are sent are not quantised"),
+        ("speculative_config", "'speculative_config' is not supported: a draft model gets no new weights"),
         ("tensor_parallel_size", "grpo-fast serve MODEL -- --tensor-parallel-size 2"),
-        ("data_parallel_size", "the trainer's engine runs on its device"),
-        ("block_size", "'block_size' leaves no choice on a CPU"),
+        ("data_parallel_size", "rollout='vllm' runs on one device"),
+        ("block_size", "'block_size' cannot be changed on a CPU"),
     ],
 )
 def test_what_is_decided_elsewhere_is_refused(name: str, message: str) -> None:

@@ -42,9 +42,9 @@ def silent() -> Iterator[str]:
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("http://192.0.2.1:8000", "is on another machine: weights go through shared memory"),
-        ("127.0.0.1:8000", "is no server's address"),
-        ("http://127.0.0.1", "is no server's address"),
+        ("http://192.0.2.1:8000", "is on another machine, but weights are sent through shared memory"),
+        ("127.0.0.1:8000", "is not the address of a server"),
+        ("http://127.0.0.1", "is not the address of a server"),
     ],
 )
 def test_servers_elsewhere_are_refused(url: str, message: str) -> None:
@@ -98,7 +98,7 @@ def test_a_refusal_says_what_mends_it(status: int) -> None:
         thread = threading.Thread(target=answer)
         thread.start()
         server = VLLMServer(f"http://127.0.0.1:{listening.getsockname()[1]}", api_key=None, deadline_s=20)
-        message = "has no routes that take weights" if status == 404 else f"refused .* with status {status}.*{hints[status]}"
+        message = "has no routes that receive weights" if status == 404 else f"refused .* with status {status}.*{hints[status]}"
         with pytest.raises(RolloutError, match=message):
             server.check(NEEDS)
         thread.join()
@@ -119,14 +119,14 @@ def test_a_server_as_it_should_be_has_no_misfit() -> None:
         ),
         (("model_config", "logprobs_mode"), "raw_logprobs", "are raw_logprobs, .*--logprobs-mode processed_logprobs"),
         (("model_config", "quantization"), "fp8", r"quantised \(fp8\)"),
-        (("model_config", "max_model_len"), 64, "takes 64 tokens, and prompt and completion may have 100"),
+        (("model_config", "max_model_len"), 64, "takes 64 tokens, but prompt and completion may have 100"),
         (
             ("weight_transfer_config",),
             None,
-            "by None, not by 'grpo_fast_shm'; start it with `grpo-fast serve",
+            "by None, not 'grpo_fast_shm'; start it with `grpo-fast serve",
         ),
-        (("weight_transfer_config", "backend"), "nccl", "by 'nccl', not by 'grpo_fast_shm'"),
-        (("parallel_config", "data_parallel_size"), 2, "has 2 data-parallel engines, and .*start a server for each replica"),
+        (("weight_transfer_config", "backend"), "nccl", "by 'nccl', not 'grpo_fast_shm'"),
+        (("parallel_config", "data_parallel_size"), 2, "has 2 data-parallel engines, and .*start one server per replica"),
     ],
 )
 def test_what_does_not_fit_is_named_with_its_remedy(path: tuple[str, ...], value: Any, message: str) -> None:

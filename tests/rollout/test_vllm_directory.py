@@ -90,13 +90,13 @@ def test_a_place_that_others_can_write_to_is_refused(model: Any, tokenizer: Any,
     home.mkdir()
     home.chmod(0o777)
     with (
-        pytest.raises(RolloutError, match=r"is not this user's alone; remove it, or .* TMPDIR"),
+        pytest.raises(RolloutError, match=r"is not a private directory of this user; remove it, or .* TMPDIR"),
         model_directory(model, tokenizer),
     ):
         pass
     home.rmdir()
     home.symlink_to(home.parent)
-    with pytest.raises(RolloutError, match="is not this user's alone"), model_directory(model, tokenizer):
+    with pytest.raises(RolloutError, match="is not a private directory of this user"), model_directory(model, tokenizer):
         pass
 
 

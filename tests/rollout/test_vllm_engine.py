@@ -63,7 +63,7 @@ def test_keys_and_values_of_older_weights_are_found_where_the_cache_is_not_reset
     perturb(model, seed=50)
     with monkeypatch.context() as patch:
         patch.setattr(engine._vllm, "reset_prefix_cache", lambda: True)
-        with pytest.raises(WeightSyncError, match="keys and values of older weights are still in that cache"):
+        with pytest.raises(WeightSyncError, match="so that cache still holds keys and values of older weights"):
             engine.sync_weights(model, 2)
     with pytest.raises(WeightSyncError, match="the last weight sync failed"):
         engine.generate(PROMPTS, SAMPLING, num_generations=1, seed=0)
@@ -94,7 +94,9 @@ def test_a_sync_that_breaks_off_half_way_is_done_again_whole(
             if times == 1:
                 engine.sync_weights(model, version)
             else:
-                with pytest.raises(WeightSyncError, match="phase 'send': the wire broke; 2 attempts were made"):
+                with pytest.raises(
+                    WeightSyncError, match=r"phase 'send': the wire broke \(attempt 2 of 2\); nothing was sampled"
+                ):
                     engine.sync_weights(model, version)
                 assert engine.weight_version is None
         assert len(buckets) > 10 if times == 1 else len(buckets) == 4
@@ -203,7 +205,7 @@ def test_the_policy_over_what_vllm_kept_has_its_log_probabilities(
 def test_what_does_not_fit_is_refused_before_anything_runs(embedded: Any) -> None:
     with pytest.raises(ValueError, match="exceeds the model's context of 128"):
         embedded.engine.generate([[1] * 100], SamplingParams(max_tokens=29), num_generations=1, seed=0)
-    with pytest.raises(ValueError, match="built over another module"):
+    with pytest.raises(ValueError, match="built with another module"):
         embedded.engine.sync_weights(torch.nn.Linear(1, 1), 1)
 
 

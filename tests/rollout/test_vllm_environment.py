@@ -100,6 +100,8 @@ def test_a_vllm_that_lacks_something_is_named(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "of_a_later_vllm.py").write_text("from packaging import moved_away", encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr("importlib.metadata.version", lambda package: "0.99.0")
-    with pytest.raises(RolloutError, match=r"vLLM 0\.99\.0 lacks what a weight sync needs of it \(cannot import name 'moved"):
+    with pytest.raises(
+        RolloutError, match=r"vLLM 0\.99\.0 lacks a module that the weight sync needs \(cannot import name 'moved"
+    ):
         load_beside_vllm("of_a_later_vllm")
     assert "of_a_later_vllm" not in sys.modules

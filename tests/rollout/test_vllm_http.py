@@ -87,7 +87,7 @@ def test_keys_and_values_of_older_weights_are_found_where_the_cache_is_not_reset
     perturb(model, seed=50)
     with monkeypatch.context() as patch:
         patch.setattr(engine._vllm, "reset_prefix_cache", lambda: True)
-        with pytest.raises(WeightSyncError, match="keys and values of older weights are still in that cache"):
+        with pytest.raises(WeightSyncError, match="so that cache still holds keys and values of older weights"):
             engine.sync_weights(model, 2)
     engine.sync_weights(model, 2)
 
@@ -119,7 +119,8 @@ def test_the_policy_over_what_servers_kept_has_their_log_probabilities(
             ]
             assert completion.logprobs == pytest.approx(expected, abs=5e-5)
     with pytest.raises(
-        RolloutError, match=r"does not tell the 1000000 likeliest tokens that a cut support needs; start it with"
+        RolloutError,
+        match=r"returns fewer than the 1000000 log-probabilities per token that top_p, top_k or min_p need; start it with",
     ):
         served.engine._vllm.sample([PROMPTS[3]], [{"max_tokens": 1, "logprobs": 10**6}])
 
@@ -208,10 +209,10 @@ def test_a_server_of_other_settings_is_refused_with_all_of_them_named(served: Se
     with pytest.raises(RolloutError) as caught:
         served.engine._vllm.check(needs)
     assert str(caught.value).endswith(
-        "cannot be trained with: it computes in float32, the trainer in bfloat16; start it with --dtype bfloat16; it takes "
-        "weights by 'grpo_fast_shm', not by 'grpo_fast_sparse'; start it with `grpo-fast serve --transport sparse`; it takes "
-        "128 tokens, and prompt and completion may have 200; start it with --max-model-len 200; it cannot sleep; start it with "
-        "`grpo-fast serve --enable-sleep-mode`"
+        "cannot be used for training: it computes in float32, the trainer in bfloat16; start it with --dtype bfloat16; it "
+        "receives weights by 'grpo_fast_shm', not 'grpo_fast_sparse'; start it with `grpo-fast serve --transport sparse`; it "
+        "takes 128 tokens, but prompt and completion may have 200; start it with --max-model-len 200; it cannot sleep; start "
+        "it with `grpo-fast serve --enable-sleep-mode`"
     )
 
 
@@ -219,7 +220,7 @@ def test_stop_strings_are_looked_for_in_the_policys_text_alone(served: Served, m
     sampling = replace(SAMPLING, stop=("9",))
     with monkeypatch.context() as patch:
         patch.setattr(served.engine._tokenizer, "decode", lambda ids: "other text")
-        with pytest.raises(RolloutError, match=r"has another tokeniser than the policy.*for 'other text'"):
+        with pytest.raises(RolloutError, match=r"has another tokeniser than the policy.*instead of 'other text'"):
             served.engine.generate(PROMPTS, sampling, num_generations=1, seed=0)
     stopped = flat(served.engine.generate(PROMPTS, sampling, num_generations=8, seed=0))
     assert any(completion.finish_reason == "stop" for completion in stopped)
@@ -232,7 +233,7 @@ def test_where_one_request_fails_it_is_told_at_once_and_no_other_runs_on(served:
     endless = {"max_tokens": 100, "n": 64, "seed": 0, "ignore_eos": True, "temperature": 1.0}
     prompts = [[1, 3 + number % 50] for number in range(60)]
     begin = time.monotonic()
-    with pytest.raises(RolloutError, match="does not tell the 1000000 likeliest"):
+    with pytest.raises(RolloutError, match="returns fewer than the 1000000 log-probabilities"):
         target.sample([*prompts, [1, 9]], [*[endless] * len(prompts), {"max_tokens": 1, "logprobs": 10**6}])
     assert not target._running
     served.engine.sync_weights(served.model, 32)
@@ -288,7 +289,7 @@ def test_requests_without_the_key_are_refused(served: Served, servers: Any) -> N
 
 def test_a_server_that_was_not_started_for_adapters_says_how(served: Served, tmp_path: Path) -> None:
     server = served.engine._vllm.servers[0]
-    with pytest.raises(RolloutError, match="takes no adapters; start it with `grpo-fast serve --max-lora-rank`"):
+    with pytest.raises(RolloutError, match="accepts no adapters; start it with `grpo-fast serve --max-lora-rank"):
         server.load_adapter(AdapterVersion("policy", 1, tmp_path, 0))
     assert server.adapter is None
 

@@ -92,7 +92,7 @@ def test_a_step_that_fails_leaves_nothing_behind(embedded: Any, probe: SyncProbe
     whole = engine.generate(prompts, sampling, num_generations=4, seed=1)
     assert engine._vllm.reset_prefix_cache()
     failed = pytest.raises(
-        RolloutError, match=r"vLLM broke off with MemoryError: no room for a layer; its [12] requests were dropped"
+        RolloutError, match=r"vLLM failed with MemoryError: no room for a layer; its [12] requests were dropped"
     )
     with failing_step(embedded, step), failed as caught:
         engine.generate(prompts, sampling, num_generations=4, seed=1)
@@ -140,7 +140,7 @@ def test_after_an_interrupt_the_cache_is_emptied_before_the_next_request(
         patch.setattr(target._llm, "reset_prefix_cache", lambda **_: asked.append("reset"))
         with pytest.raises(KeyboardInterrupt):
             engine.generate([probe.prompt], SamplingParams(max_tokens=4), num_generations=2, seed=1)
-        with pytest.raises(RolloutError, match="its cache could not be emptied; sync its weights again"):
+        with pytest.raises(RolloutError, match="cache could not be emptied after an earlier failure; sync the weights again"):
             engine.generate([probe.prompt], SamplingParams(max_tokens=4), num_generations=2, seed=1)
     assert asked == ["reset"]
     assert engine.generate([probe.prompt], SamplingParams(max_tokens=4), num_generations=2, seed=1) == whole
@@ -149,7 +149,7 @@ def test_after_an_interrupt_the_cache_is_emptied_before_the_next_request(
 def test_what_vllm_itself_refuses_leaves_no_request_behind(embedded: Any) -> None:
     target = embedded.engine._vllm
     params = [{"max_tokens": 4}, {"max_tokens": 4, "logit_bias": {10_000: 1.0}}]
-    with pytest.raises(RolloutError, match=r"vLLM broke off with \w+: .*10000"):
+    with pytest.raises(RolloutError, match=r"vLLM failed with \w+: .*10000"):
         target.sample([[1, 4], [1, 5]], params)
     target.pause()
 
@@ -186,7 +186,7 @@ def test_an_engine_in_a_process_of_its_own_takes_two_hundred_syncs_and_no_memory
         assert all(now - then < 4 * weights for then, now in zip(held, resident_mib(), strict=True))
         for process in started:
             process.kill()
-        with pytest.raises(RolloutError, match=r"vLLM broke off with (EngineDeadError|EOFError|RolloutError): .*dropped"):
+        with pytest.raises(RolloutError, match=r"vLLM failed with (EngineDeadError|EOFError|RolloutError): .*dropped"):
             engine.generate(prompts, sampling, num_generations=2, seed=0)
         with pytest.raises(WeightSyncError, match=r"the engine's process has ended|EngineDead"):
             engine.sync_weights(model, 201)
@@ -196,7 +196,7 @@ def test_an_engine_in_a_process_of_its_own_takes_two_hundred_syncs_and_no_memory
 
 
 def test_another_process_cannot_read_weights_where_they_are(embedded: Any) -> None:
-    with pytest.raises(ValueError, match="'direct' does not lead to an engine in a process of its own"):
+    with pytest.raises(ValueError, match="'direct' cannot reach an engine in its own process"):
         VLLMEngine(embedded.model, embedded.tokenizer, settings=VLLMSettings(own_process=True, transport="direct"))
 
 

@@ -75,7 +75,7 @@ def test_in_float32_triton_multiplies_whole_unless_the_user_says_otherwise(monke
 def test_it_can_sleep_on_a_gpu_where_it_is_told_to() -> None:
     assert "--enable-sleep-mode" in server_command(MODEL, port=1, on_cpu=False, enable_sleep_mode=True).arguments
     assert "--enable-sleep-mode" not in server_command(MODEL, port=1, on_cpu=False).arguments
-    with pytest.raises(ValueError, match="vLLM sleeps on GPUs only"):
+    with pytest.raises(ValueError, match="sleep mode works on GPUs only"):
         server_command(MODEL, port=1, on_cpu=True, enable_sleep_mode=True)
 
 
@@ -104,7 +104,7 @@ def test_a_port_out_of_range_is_refused(port: int) -> None:
 def test_a_port_that_is_taken_is_refused_and_one_that_is_held_for_the_server_is_not() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        with pytest.raises(ValueError, match=f"port {port} is taken, by another server perhaps; choose another with --port"):
+        with pytest.raises(ValueError, match=f"port {port} is in use, perhaps by another server; choose another with --port"):
             server_command(MODEL, port=port, on_cpu=True)
     with held_port() as port:
         assert str(port) in server_command(MODEL, port=port, on_cpu=True).arguments
@@ -158,8 +158,8 @@ def test_options_of_vllms_own_go_to_it_and_workers_take_the_place_of_none() -> N
         (["--host=0.0.0.0"], "--host=0.0.0.0 is set by `grpo-fast serve` itself; leave it out, or give serve's own option"),
         (["--load_format", "auto"], "--load_format is set by"),
         (["--enable-chunked-prefill"], "--enable-chunked-prefill is set by"),
-        (["-dp", "2"], "-dp is refused: a sync proves itself in one engine a server; start a server for each replica"),
-        (["more"], "'more' is no option; give vLLM's own after --"),
+        (["-dp", "2"], "-dp is refused: a weight sync checks one engine per server; start one server per replica"),
+        (["more"], "'more' is not an option; give vLLM's own options after --"),
     ],
 )
 def test_options_that_a_sync_does_not_leave_open_are_refused(options: list[str], message: str) -> None:

@@ -29,14 +29,14 @@ SAMPLING = SamplingParams(max_tokens=8)
 def test_the_level_follows_what_the_next_sync_brings() -> None:
     assert sleep_level(on_gpu=True, has_adapters=False) == 2
     assert sleep_level(on_gpu=True, has_adapters=True) == 1
-    with pytest.raises(ValueError, match=r"vLLM sleeps on GPUs only.*leave vllm_enable_sleep_mode off"):
+    with pytest.raises(ValueError, match=r"sleep mode works on GPUs only; set vllm_enable_sleep_mode=False"):
         sleep_level(on_gpu=False, has_adapters=False)
 
 
 def test_expandable_segments_that_vllm_would_not_see_are_refused() -> None:
     expandable = {"PYTORCH_ALLOC_CONF": "max_split_size_mb:512,expandable_segments:True"}
     with pytest.raises(
-        ValueError, match=r"expandable_segments:True'.*vLLM 0\.31\.2 switches.*use that variable, or vLLM 0\.32"
+        ValueError, match=r"expandable_segments:True'.*vLLM 0\.31\.2 disables.*set that variable, or install vLLM 0\.32"
     ):
         check_segments(Version("0.31.2"), expandable)
     check_segments(Version("0.32.0"), expandable)
@@ -140,7 +140,7 @@ def test_requests_that_run_keep_vllm_awake(embedded: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr(engine, "_level", 2)
     core = engine._vllm._llm.llm_engine
     name = core.add_request("running", {"prompt_token_ids": [1, 4]}, VLLMSamplingParams(max_tokens=4))
-    with pytest.raises(RolloutError, match="vLLM could not be put to sleep: requests are running"):
+    with pytest.raises(RolloutError, match="vLLM could not be put to sleep: vLLM still has unfinished requests"):
         engine.sleep()
     core.abort_request([name], internal=True)
     engine.sync_weights(embedded.model, 2)
@@ -148,7 +148,7 @@ def test_requests_that_run_keep_vllm_awake(embedded: Any, monkeypatch: pytest.Mo
 
 @pytest.mark.vllm
 def test_an_engine_without_a_gpu_is_refused_before_it_is_built(embedded: Any) -> None:
-    with pytest.raises(ValueError, match="vLLM sleeps on GPUs only"):
+    with pytest.raises(ValueError, match="sleep mode works on GPUs only"):
         VLLMEngine(embedded.model, embedded.tokenizer, settings=VLLMSettings(enable_sleep_mode=True))
 
 

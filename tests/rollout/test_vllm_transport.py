@@ -110,7 +110,7 @@ def test_a_policy_whose_parameters_changed_is_refused(model: torch.nn.Sequential
     client = Recorder()
     sender = build_sender(model, client)
     model[1] = torch.nn.Linear(7, 300, bias=False)
-    with pytest.raises(RuntimeError, match=r"gave 2\.weight where 1\.bias was announced"):
+    with pytest.raises(RuntimeError, match=r"expected 1\.bias, got 2\.weight"):
         sender.send_weights()
     assert "finish" not in client.calls
 
@@ -133,7 +133,7 @@ def test_a_weight_that_does_not_come_is_named(embedded: Any, monkeypatch: pytest
     )
     sender.send_weights()
     with pytest.raises(
-        RuntimeError, match=r"1 parameters of the engine's model did not come: model\.layers\.2\.self_attn\.o_proj"
+        RuntimeError, match=r"1 parameters of the engine's model were not sent: model\.layers\.2\.self_attn\.o_proj"
     ):
         vllm.finish(9)
     assert vllm.weight_version() == 0
@@ -153,7 +153,7 @@ def test_a_weight_for_which_there_is_no_place_is_named(embedded: Any) -> None:
         SharedMemoryInit(rank=0), client=vllm._sender.client, source=PolicyWeights(wider, torch.float32)
     )
     shape = re.escape(str(list(wider.get_input_embeddings().weight.shape)))
-    with pytest.raises(RuntimeError, match=rf"no place for the policy's model\.embed_tokens\.weight of shape {shape}"):
+    with pytest.raises(RuntimeError, match=rf"cannot load the policy's model\.embed_tokens\.weight of shape {shape}"):
         sender.send_weights()
     vllm.undo()
     assert embedded.engine.sync_weights(embedded.model, 8)["sync/probe_kl"] < 1e-8
@@ -176,7 +176,7 @@ def test_an_engine_that_another_trainer_took_since_is_taken_back_and_never_read_
     )
     stranger.send_weights()
     vllm.finish(7)
-    with pytest.raises(RuntimeError, match="the shared memory of another trainer was opened since"):
+    with pytest.raises(RuntimeError, match="another trainer has connected to this engine since the last sync"):
         own.send_weights()
     vllm.undo()
     engine.sync_weights(model, 2)

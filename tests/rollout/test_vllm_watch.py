@@ -192,7 +192,7 @@ def test_a_run_whose_engine_stops_ends_with_a_checkpoint_and_leaves_no_process(
         vllm.step = stopped_step
         begin = time.monotonic()
         killed = r"the engine's process did not answer within 3 s \(request_deadline_s\) and was killed"
-        with pytest.raises(RolloutError, match=rf"vLLM broke off with RolloutError: {killed}; its 4 requests were dropped"):
+        with pytest.raises(RolloutError, match=rf"vLLM failed with RolloutError: {killed}; its 4 requests were dropped"):
             next(steps)
         with pytest.raises(WeightSyncError, match=f"phase 'pause': {killed}"):
             engine.sync_weights(engine._model, 9)

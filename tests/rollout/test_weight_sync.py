@@ -203,7 +203,8 @@ def test_a_phase_that_fails_again_ends_the_sync_before_anything_is_sampled(
 ) -> None:
     target.faults[phase] = fail(2)
     name = {"weight_version": "finish"}.get(phase, phase)
-    with pytest.raises(WeightSyncError, match=f"version 3 failed in its phase '{name}': the wire broke; 2 attempts were made"):
+    message = rf"version 3 failed in its phase '{name}': the wire broke \(attempt 2 of 2\); nothing was sampled"
+    with pytest.raises(WeightSyncError, match=message):
         WeightSync(target, PROBE).run(policy, 3)
     assert target.calls[-1] == "undo"
     assert "answer" not in target.calls
@@ -228,7 +229,7 @@ def test_no_sync_begins_beside_what_an_earlier_one_left_behind(policy: LlamaForC
     with pytest.raises(WeightSyncError, match="hung in its phase 'send'"):
         sync.run(policy, 1)
     calls = list(target.calls)
-    with pytest.raises(WeightSyncError, match="'weight sync: send' of an earlier sync hangs still"):
+    with pytest.raises(WeightSyncError, match="an earlier sync still hangs in 'weight sync: send'"):
         sync.run(policy, 2)
     assert target.calls == calls
     let_go.set()
@@ -247,7 +248,7 @@ def test_a_phase_that_hangs_is_named_and_left_behind(phase: str, policy: LlamaFo
         if calls == expected:
             break
     assert calls == expected
-    assert f"hung in its phase '{name}': it was not done after {deadline_s:g} s" in message
+    assert f"hung in its phase '{name}', not done after {deadline_s:g} s" in message
 
 
 def test_a_probe_that_is_not_answered_ends_the_sync_with_requests_held_up(policy: LlamaForCausalLM, target: SecondCopy) -> None:
@@ -259,19 +260,19 @@ def test_a_probe_that_is_not_answered_ends_the_sync_with_requests_held_up(policy
 
 def test_an_update_that_cannot_be_left_ends_the_sync(policy: LlamaForCausalLM, target: SecondCopy) -> None:
     target.faults |= {"send": fail(1), "undo": fail(1)}
-    with pytest.raises(WeightSyncError, match="the wire broke; the update that had begun could not be left either: the wire"):
+    with pytest.raises(WeightSyncError, match="the wire broke; the unfinished update could not be cancelled either: the wire"):
         WeightSync(target, PROBE).run(policy, 1)
 
 
 def test_another_version_in_force_is_refused(policy: LlamaForCausalLM, target: SecondCopy) -> None:
     target.faults["weight_version"] = lambda: setattr(target, "version", 8)
-    with pytest.raises(WeightSyncError, match="phase 'finish': the engine says that version 8 is in force"):
+    with pytest.raises(WeightSyncError, match="phase 'finish': the engine reports version 8 instead"):
         WeightSync(target, PROBE).run(policy, 9)
 
 
 def test_a_refused_reset_is_a_failure(policy: LlamaForCausalLM, target: SecondCopy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(target, "reset_prefix_cache", lambda: False)
-    with pytest.raises(WeightSyncError, match="phase 'reset_prefix_cache': the engine refused to forget"):
+    with pytest.raises(WeightSyncError, match="phase 'reset_prefix_cache': the engine refused to reset its prefix cache"):
         WeightSync(target, PROBE).run(policy, 1)
     assert "answer" not in target.calls
 
@@ -283,9 +284,7 @@ def test_weights_that_did_not_arrive_are_found_by_the_probe(
     with torch.no_grad():
         policy.model.layers[1].mlp.up_proj.weight.mul_(1.01)
     monkeypatch.setattr(target, "send", lambda: 1)
-    with pytest.raises(
-        WeightSyncError, match=r"version 2 the engine does not sample from the policy: .*some weights did not arrive"
-    ):
+    with pytest.raises(WeightSyncError, match=r"version 2 the engine does not match the policy: .*some weights did not arrive"):
         WeightSync(target, PROBE).run(policy, 2)
     assert target.calls[-2:] == ["score", "pause"]
 
@@ -299,7 +298,7 @@ def test_a_cache_of_older_weights_is_found_by_the_probe(
     with torch.no_grad():
         policy.model.layers[1].mlp.up_proj.weight.mul_(1.01)
     monkeypatch.setattr(target, "reset_prefix_cache", lambda: True)
-    with pytest.raises(WeightSyncError, match="keys and values of older weights are still in that cache"):
+    with pytest.raises(WeightSyncError, match="so that cache still holds keys and values of older weights"):
         sync.run(policy, 2)
 
 

@@ -64,7 +64,7 @@ def test_refuses_models_it_cannot_run(tokenizer: PreTrainedTokenizerFast) -> Non
 
 @pytest.mark.parametrize("name", ["gpt2", "mistral-windowed"])
 def test_fused_is_refused_where_it_does_not_fit(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ValueError, match="impl='fused' does not fit this"):
+    with pytest.raises(ValueError, match="impl='fused' does not support this"):
         TransformersEngine(build(name), tokenizer, impl="fused")
 
 

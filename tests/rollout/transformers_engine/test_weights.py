@@ -117,7 +117,7 @@ def test_sync_takes_a_wrapper_and_refuses_a_stranger(llama: PreTrainedModel, tok
     wrapper.module = llama
     engine.sync_weights(wrapper, 5)
     assert engine.weight_version == 5
-    with pytest.raises(ValueError, match="samples from the module it was given"):
+    with pytest.raises(ValueError, match="samples from the module that it was built with"):
         engine.sync_weights(build("qwen2"), 6)
     assert engine.weight_version == 5
 
