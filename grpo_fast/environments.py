@@ -25,11 +25,11 @@ from grpo_fast.types import Message, Prompt, TrainingError, is_message
 from grpo_fast.user_code import accepted_arguments, awaited, describe_failure, import_object, name_of, shown
 
 Reply: TypeAlias = str | list[Message]
-"""What an environment said: text, or to a prompt of messages, messages."""
+"""An environment's reply: text, or messages if the prompt is messages."""
 
 
 class Environment(Protocol):
-    """What a class for ``environment_factory`` has; a third method, ``get_reward() -> float | None``, may rate the episode.
+    """Protocol of a class for ``environment_factory``; a third method, ``get_reward() -> float | None``, may rate the episode.
 
     All of them may be async. What an episode leaves behind, ``reset`` has to clear: the next one meets the same instance.
     """

@@ -33,7 +33,7 @@ def out_of_reach() -> str | None:
 
 
 def why_unread(error: Exception, unreached: str | None) -> str:
-    """Why transformers could not read a model, in a sentence.
+    """The reason why transformers could not read a model, in a sentence.
 
     Args:
         error: what it raised.

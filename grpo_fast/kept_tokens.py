@@ -1,4 +1,4 @@
-"""Which tokens a sampler with a cut support (``top_k``, ``top_p``, ``min_p``) had left to draw from."""
+"""The tokens that a sampler restricted by ``top_k``, ``top_p`` or ``min_p`` could draw from."""
 
 from __future__ import annotations
 

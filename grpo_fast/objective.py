@@ -57,7 +57,7 @@ class Objective:
     """One row of the table."""
 
     name: str
-    """What ``Config.loss_type`` calls it."""
+    """Its name in ``Config.loss_type``."""
     surrogate: Surrogate
     importance_sampling_level: RatioLevel
     normalizer: Normalizer
@@ -111,7 +111,7 @@ class Objective:
         num_sequences: int | None = None,
         num_items_in_batch: int | None = None,
     ) -> torch.Tensor:
-        """What the loss of each token of a sequence is multiplied with, so that parts of a step add up to the step.
+        """Weights of the loss of each token of a sequence, chosen so that parts of a step add up to the step.
 
         Args:
             completion_lengths: int [N], tokens of each sequence that are in the loss; 0 for a masked one.

@@ -36,7 +36,7 @@ Message: TypeAlias = dict[str, Any]
 """One chat message, ``{"role": ..., "content": ...}``, as in Hugging Face chat templates."""
 
 PromptText: TypeAlias = str | list[Message]
-"""What a dataset's ``prompt`` column holds: plain text or chat messages."""
+"""Content of a dataset's ``prompt`` column: plain text or chat messages."""
 
 
 def is_message(value: object) -> TypeGuard[Mapping[str, Any]]:
@@ -81,20 +81,20 @@ class Prompt:
     columns: Mapping[str, Any] = field(default_factory=dict)
     """Every other column of the row, handed to reward functions by keyword."""
     opening: str = ""
-    """How it begins the answer for the model, so that completions do not: ``<think>`` and what follows, as chat templates of
-    reasoning models end."""
+    """Text with which it begins the answer for the model, so that completions do not contain it: ``<think>`` and what follows,
+    as chat templates of reasoning models end."""
 
 
 @dataclass(frozen=True, slots=True)
 class Episode:
-    """What came of a completion in which an environment answered the policy between its turns."""
+    """A completion in which an environment answered the policy between its turns."""
 
     sampled: tuple[bool, ...]
-    """Of each token, whether the policy sampled it. The others are the environment's: read, never trained on."""
+    """For each token, whether the policy sampled it. The others are the environment's: read, never trained on."""
     messages: tuple[Message, ...]
     """The conversation after a prompt of messages, for reward functions; empty after plain text."""
     num_turns: int
-    """How often the policy spoke."""
+    """Number of the policy's turns."""
     reward: float | None = None
     """The environment's own, where it gives one."""
     judgements: tuple[float | None, ...] = ()
@@ -125,8 +125,8 @@ class Completion:
     weight_versions: tuple[int, ...] = ()
     """Version of each token, where weights changed within the completion; empty where ``weight_version`` holds for all."""
     kept: KeptTokens | None = None
-    """What each sampled token was drawn from, where ``top_k``, ``top_p`` or ``min_p`` cut the support; ``logprobs`` are over
-    that."""
+    """Tokens that each sampled token was drawn from, if ``top_k``, ``top_p`` or ``min_p`` restricted sampling; ``logprobs`` are
+    over those."""
     episode: Episode | None = None
     """Its turns, where there is an environment."""
 
@@ -191,7 +191,7 @@ class TokenBatch:
     packed_layout: PackedLayout | None = None
     """Packed: where each sequence lies."""
     kept: Kept | None = None
-    """What each of the T tokens was drawn from; ``None``: the whole vocabulary."""
+    """Tokens that each of the T tokens was drawn from; ``None``: the whole vocabulary."""
 
     @property
     def num_sequences(self) -> int:

@@ -19,12 +19,14 @@ def column_names(groups: Sequence[Group]) -> list[str]:
     columns = list(dict.fromkeys(name for group in groups for name in group.prompt.columns))
     for name in GIVEN:
         if name in columns:
-            raise ValueError(f"the dataset column {name!r} has the name of something every reward function is given; rename it")
+            raise ValueError(
+                f"the dataset column {name!r} has the name of an argument that every reward function receives; rename it"
+            )
     return columns
 
 
 def call_arguments(groups: Sequence[Group], columns: Sequence[str], state: TrainerState) -> dict[str, Any]:
-    """What a reward function is given for some groups: lists with one entry a completion, in order, and the trainer's state.
+    """Arguments of a reward call for some groups: lists with one entry per completion, in order, and the trainer's state.
 
     Args:
         groups: P groups.

@@ -16,10 +16,10 @@ BATCH_ARGUMENTS = (
     *("prompts", "completions", "completion_ids", "completion_openings"),
     *("environment_rewards", "environment_judgements"),
 )
-"""Lists that every reward call is given beside the dataset's columns, one entry a completion."""
+"""Lists that every reward call gets in addition to the dataset's columns, one entry per completion."""
 
 TRAINER_ARGUMENTS = ("trainer_state", "log_extra", "log_metric")
-"""What it is given of the trainer, as by TRL's."""
+"""Arguments about the trainer, as in TRL."""
 
 GIVEN = (*BATCH_ARGUMENTS, *TRAINER_ARGUMENTS)
 
@@ -66,7 +66,7 @@ def reward_name(spec: str | Callable[..., Any]) -> str:
         near = difflib.get_close_matches(spec, BUILT_IN, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""
         if "," in spec:
-            hint = "several are given one by one, not in one text. "
+            hint = "give several names separately, not in one string. "
         elif spec.endswith(".py"):
             hint = f"a function of that file is '{spec.removesuffix('.py')}:FUNCTION'. "
         raise ValueError(f"unknown reward {spec!r}; {hint}Built-in: {', '.join(sorted(BUILT_IN))}; your own: 'module:function'")

@@ -111,7 +111,7 @@ def boxed_format(completions: Sequence[Any], **columns: Any) -> list[float | Non
 
 
 def environment(environment_rewards: Sequence[float | None], **columns: Any) -> list[float | None]:
-    """What the environment itself says of an episode (its ``get_reward``).
+    """The environment's own reward of an episode (its ``get_reward``).
 
     Args:
         environment_rewards: N rewards, ``None`` where it said nothing.
@@ -182,7 +182,7 @@ def final_answer(text: str) -> tuple[str, bool]:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands in the last closed ``\boxed{...}``, or ``None`` where there is none."""
+    r"""Content of the last closed ``\boxed{...}``, or ``None`` if there is none."""
     end = len(text)
     while (start := text.rfind("\\boxed{", 0, end)) >= 0:
         depth = 0

@@ -398,7 +398,7 @@ def _freeze(name: str, spec: str | Callable[..., Any]) -> str | bytes:
         return bytes(cloudpickle.dumps(spec))
     except Exception as error:
         raise TypeError(
-            f"reward function {name!r} cannot be sent to a worker process ({error}); make what it holds inside the function, "
+            f"reward function {name!r} cannot be sent to a worker process ({error}); create its objects inside the function, "
             "give it as 'module:function', or set reward_workers to 0"
         ) from error
 

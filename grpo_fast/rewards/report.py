@@ -1,4 +1,4 @@
-"""What the reward functions gave and logged in one step, and what went wrong."""
+"""Rewards, logged values and failures of the reward functions in one step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from grpo_fast.types import COMPLETION_COLUMNS, Group
 
 @dataclass(frozen=True, slots=True)
 class RewardReport:
-    """What one :meth:`RewardPool.score` saw, by the name of the reward function."""
+    """Statistics of one :meth:`RewardPool.score`, by the name of the reward function."""
 
     mean: dict[str, float]
     """Mean over the completions that got a value; NaN where none did."""

@@ -1,4 +1,4 @@
-"""Where prompts come from: built-in and generated tasks, hub datasets and files, tokenised and drawn in a fixed order.
+"""Sources of prompts: built-in and generated tasks, hub datasets and files, tokenised and drawn in a fixed order.
 
 Each name is imported when it is first used, so that a reward worker that imports one task's reward loads no other.
 """

@@ -61,7 +61,7 @@ def arithmetic_accuracy(
         N rewards.
 
     Raises:
-        ValueError: as many answers as completions are not there.
+        ValueError: the numbers of answers and completions differ.
     """
     return [float(given_answer(text) == right) for text, right in zip(completions, answer, strict=True)]
 

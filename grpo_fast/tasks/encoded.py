@@ -1,4 +1,4 @@
-"""Prompts of a whole table, tokenised: kept are their tokens alone, a prompt is made when it is asked for."""
+"""Tokenised prompts of a whole table: only their tokens are kept, and a prompt is made when it is asked for."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class EncodedPrompts(Sequence[Prompt]):
         self._numbers = array("q")
         """Rows that are kept, in their order."""
         self._ends = array("q", [0])
-        """Where each one's tokens end; the first number is where they begin."""
+        """End of each prompt's tokens; the first number is the beginning of the first one."""
         self._tokens = array("i")
         self._openings: list[str] = []
         self._columns: dict[str, None] = {}

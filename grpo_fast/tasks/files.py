@@ -1,4 +1,4 @@
-"""Datasets of one's own: a hub dataset, a directory, a parquet, JSONL or CSV file, or one in hand, with a column of prompts."""
+"""Your own datasets: a hub dataset, a directory, a parquet, JSONL or CSV file, or rows in Python, with a column of prompts."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def table_task(config: Config, *, path: Path | None, needs_reward: bool) -> Task
 
 
 def task_of(config: Config, train_dataset: Any, eval_dataset: Any = None, *, needs_reward: bool) -> Task:
-    """The same of rows in hand.
+    """The task of rows given in Python.
 
     Args:
         config: ``eval_size``, ``prompt_column``, ``answer_column``, ``seed`` and ``reward_funcs`` are read.
@@ -124,7 +124,7 @@ def _read(config: Config, path: Path | None, *, split: str) -> Dataset:
 
 
 def _table(given: Any, name: str) -> Dataset:
-    """Rows in hand as a table; ``name`` is the argument's."""
+    """Rows given in Python as a table; ``name`` is the argument's."""
     if isinstance(given, Mapping):
         first = next(iter(given), "train")
         raise ConfigError(f"{name} holds splits ({', '.join(map(str, given))}); give one of them, as {name}=data[{first!r}]")

@@ -66,7 +66,7 @@ def _refuse_idle(config: Config, fields: tuple[str, ...], *, task: str) -> None:
     for field in fields:
         value = getattr(config, field)
         if value != Config.model_fields[field].default:
-            raise ConfigError(f"{field}={value!r} means nothing to {task} {config.dataset!r}; leave it out")
+            raise ConfigError(f"{field}={value!r} has no effect on {task} {config.dataset!r}; leave it out")
 
 
 def _find(dataset: str) -> Path | None:

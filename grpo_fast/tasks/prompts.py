@@ -184,15 +184,15 @@ def _messages(prompt: Any, *, index: int) -> list[Message]:
         for part in message["content"] if isinstance(message["content"], list | tuple) else ():
             if isinstance(part, Mapping) and part.get("type") not in (None, "text"):
                 raise ConfigError(
-                    f"the prompt of row {index} holds content of the type {part['type']!r}, and models are trained on text "
-                    "alone here; leave such parts, or such rows, out"
+                    f"the prompt of row {index} holds content of the type {part['type']!r}, but only text can be trained on "
+                    "here; leave such parts, or such rows, out"
                 )
         messages.append({key: value for key, value in message.items() if value is not None or key == "content"})
     return messages
 
 
 def _check_variables(given: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Holds names against the chat template, which ignores those that it does not know."""
+    """Checks names against the chat template, which ignores those that it does not know."""
     if tokenizer.chat_template is None:
         raise ConfigError(
             f"chat_template_kwargs={dict(given)}, but the model's tokeniser has no chat template; leave it out, or take a "
@@ -203,11 +203,11 @@ def _check_variables(given: Mapping[str, Any], tokenizer: PreTrainedTokenizerBas
     read = {text for _, kind, text in Environment(autoescape=True).lex(template) if kind == "name"} - ours
     for name in given:
         if name in ours:
-            raise ConfigError(f"chat_template_kwargs: {name!r} is decided by the trainer; leave it out")
+            raise ConfigError(f"chat_template_kwargs: {name!r} is set by the trainer; leave it out")
         if name not in read:
             near = difflib.get_close_matches(name, read, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"chat_template_kwargs: the model's chat template reads no {name!r}{hint}")
+            raise ConfigError(f"chat_template_kwargs: the model's chat template has no variable {name!r}{hint}")
 
 
 def _read(

@@ -80,7 +80,7 @@ def reasoning_gym_task(name: str, *, size: int, eval_size: int, seed: int, chat:
 
 
 def reasoning_gym_reward(completions: Sequence[Any], task: Sequence[str], entry: Sequence[str], **columns: Any) -> list[float]:
-    """What the task's own verifier gives the answer: 1.0 where it is right, for some tasks a part of it where it is close.
+    """The score of the task's own verifier: 1.0 for a right answer, and for some tasks a part of it for a close one.
 
     The answer is what stands in the last ``<answer>...</answer>``, or else the whole completion, stripped. An answer on which
     the verifier fails (several raise on text they cannot parse) is worth 0.0, and so is one with a tower of powers. A verifier

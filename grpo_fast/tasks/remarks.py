@@ -1,4 +1,4 @@
-"""What is odd about prompts, and is told when a run begins."""
+"""Warnings about prompts, shown when a run starts."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ def repeats(prompts: Sequence[Prompt], eval_prompts: Sequence[Prompt], *, prompt
     known = {_key(token_ids) for token_ids in token_ids_of(prompts)}
     found = []
     if len(prompts) - len(known) > _MANY * len(prompts):
-        found.append(f"only {len(known)} of {len(prompts)} prompts are different ones")
+        found.append(f"only {len(known)} of {len(prompts)} prompts are distinct")
     seen = [prompt for prompt in eval_prompts if _key(prompt.token_ids) in known]
     if seen:
         found.append(
-            f"{len(seen)} of {len(eval_prompts)} held-out prompts are trained on too, such as {_shown(seen[0])}: the held-out "
-            "reward does not tell of new prompts then; give another eval_split, or leave repetitions out"
+            f"{len(seen)} of {len(eval_prompts)} held-out prompts are trained on too, such as {_shown(seen[0])}, so the "
+            "held-out reward does not measure new prompts; give another eval_split, or remove the repetitions"
         )
     if prompts_per_step > len(prompts):
         found.append(
-            f"prompts_per_step={prompts_per_step} is more than the {len(prompts)} prompts there are: a step takes some of them "
+            f"prompts_per_step={prompts_per_step} exceeds the number of prompts, {len(prompts)}: a step uses some of them "
             "more than once"
         )
     return found
@@ -57,20 +57,20 @@ def plain_text(count: int, num_prompts: int) -> list[str]:
     if not count:
         return []
     remark = (
-        f"{count} of {num_prompts} prompts are plain text, which gets no chat template, and the model has one: if it is an "
+        f"{count} of {num_prompts} prompts are plain text, to which the model's chat template is not applied; if it is an "
         'instruct model, give messages ([{"role": "user", "content": ...}]) or a system_prompt'
     )
     return [remark]
 
 
 def unseen(rows: Rows) -> list[str]:
-    """A remark on columns of pictures, films or sound: reward functions are given them, the model is not."""
+    """A remark on columns of images, video or audio: reward functions receive them, the model does not."""
     features: Mapping[str, Any] = rows.features if isinstance(rows, datasets.Dataset) else {}
     found = [name for name, kind in features.items() if _holds_media(kind)]
     if not found:
         return []
     told = f"the columns {', '.join(map(repr, found))} hold" if len(found) > 1 else f"the column {found[0]!r} holds"
-    return [f"{told} images, film or sound, which the model is not shown: it is trained on the text of the prompts alone"]
+    return [f"{told} images, video or audio, which the model does not see: it is trained only on the text of the prompts"]
 
 
 def _holds_media(kind: Any) -> bool:

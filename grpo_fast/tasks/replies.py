@@ -1,4 +1,4 @@
-"""What an environment says before and between the turns of the policy, as the model reads it.
+"""Tokenises an environment's messages before and between the turns of the policy, as the model reads them.
 
 Text goes on as it is. Messages get the chat template: what it puts behind an assistant's message, the messages themselves, and
 what begins the next answer. The conversation so far is never rendered again, so that what the policy sampled stays as it is,
@@ -111,8 +111,8 @@ class Replies:
         _, found, rest = whole.partition(_SAID)
         if not found:
             raise ConfigError(
-                "the model's chat template leaves out what the assistant said before, so that an environment cannot answer it; "
-                "take a model whose template keeps it"
+                "the model's chat template drops earlier assistant turns, so an environment cannot answer them; choose a model "
+                "whose template keeps them"
             )
         return rest
 

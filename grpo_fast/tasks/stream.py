@@ -80,12 +80,12 @@ class PromptStream:
         for key, value in self._identity.items():
             if state.get(key) != value:
                 raise ValueError(
-                    f"the saved data position is of another stream: {key} was {state.get(key)!r} and is {value!r} now; resume "
-                    "with the same dataset, tokeniser and seed"
+                    f"the saved data position is of another data order: {key} was {state.get(key)!r} and is {value!r} now; "
+                    "resume with the same dataset, tokeniser and seed"
                 )
         epoch, position = state.get("pass"), state.get("position")
         if not (isinstance(epoch, int) and epoch >= 0 and isinstance(position, int) and 0 <= position < len(self._prompts)):
-            raise ValueError(f"pass={epoch!r} and position={position!r} are no place in {len(self._prompts)} prompts")
+            raise ValueError(f"pass={epoch!r} and position={position!r} are not a position in {len(self._prompts)} prompts")
         self._pass, self._position = epoch, position
         self._order = self._order_of(epoch)
 

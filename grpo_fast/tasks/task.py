@@ -1,4 +1,4 @@
-"""What a task is: prompts to train on, prompts held out, and how answers are rewarded."""
+"""The protocol of a task: prompts to train on, prompts held out, and how answers are rewarded."""
 
 from __future__ import annotations
 

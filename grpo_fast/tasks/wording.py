@@ -1,11 +1,11 @@
-"""How tasks put a question to chat and base models, and where they look for the answer."""
+"""Wording of questions for chat and base models, and the place of the answer in the reply."""
 
 from __future__ import annotations
 
 from grpo_fast.types import PromptText
 
 ANSWER_TAGS = "Think it through first. Then write the final answer, and nothing else, between <answer> and </answer>."
-"""What a prompt says where :func:`tagged_answer` reads the reply."""
+"""Instruction in prompts whose replies :func:`tagged_answer` reads."""
 
 
 def ask(text: str, *, chat: bool) -> PromptText:
@@ -14,7 +14,7 @@ def ask(text: str, *, chat: bool) -> PromptText:
 
 
 def tagged_answer(text: str) -> str | None:
-    """What stands in the last ``<answer>...</answer>``, stripped; ``None`` where there is none."""
+    """Content of the last ``<answer>...</answer>``, stripped; ``None`` if there is none."""
     head, closed, _ = text.rpartition("</answer>")
     _, opened, inside = head.rpartition("<answer>")
     return inside.strip() if closed and opened else None

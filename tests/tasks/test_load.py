@@ -45,7 +45,7 @@ def test_a_name_that_stands_for_nothing_is_explained(dataset: str, message: str)
 
 @pytest.mark.parametrize("option", [{"dataset_config": "main"}, {"dataset_split": "test"}, {"eval_split": "test"}])
 def test_generated_tasks_have_no_splits(option: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match=f"{next(iter(option))}='.*' means nothing to the generated task 'countdown'"):
+    with pytest.raises(ConfigError, match=f"{next(iter(option))}='.*' has no effect on the generated task 'countdown'"):
         load_task(Config(dataset="countdown", **option), chat=True)
 
 
@@ -54,7 +54,7 @@ def test_generated_tasks_have_no_splits(option: dict[str, str]) -> None:
     [("arithmetic", {"prompt_column": "question"}), ("gsm8k", {"answer_column": "solution"}), ("gsm8k", {"dataset_size": 8})],
 )
 def test_what_is_for_other_data_is_refused(dataset: str, option: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=f"{next(iter(option))}=.* means nothing to .*{dataset!r}; leave it out"):
+    with pytest.raises(ConfigError, match=f"{next(iter(option))}=.* has no effect on .*{dataset!r}; leave it out"):
         load_task(Config.parse({"dataset": dataset} | option), chat=True)
 
 

@@ -131,10 +131,10 @@ def test_a_thought_that_the_prompt_opens_is_told(prompt: Any, opening: str) -> N
 @pytest.mark.parametrize(
     ("given", "chat", "prompt", "message"),
     [
-        ({"thinkin": True}, True, [user("hello")], r"reads no 'thinkin'; did you mean 'thinking'\?"),
-        ({"zzz": True}, True, [user("hello")], r"reads no 'zzz'$"),
-        ({"add_generation_prompt": False}, True, [user("hello")], r"'add_generation_prompt' is decided by the trainer"),
-        ({"messages": []}, True, [user("hello")], r"'messages' is decided by the trainer"),
+        ({"thinkin": True}, True, [user("hello")], r"has no variable 'thinkin'; did you mean 'thinking'\?"),
+        ({"zzz": True}, True, [user("hello")], r"has no variable 'zzz'$"),
+        ({"add_generation_prompt": False}, True, [user("hello")], r"'add_generation_prompt' is set by the trainer"),
+        ({"messages": []}, True, [user("hello")], r"'messages' is set by the trainer"),
         ({"thinking": True}, False, "hello", r"tokeniser has no chat template; leave it out"),
         ({"thinking": True}, True, "hello", r"changes nothing: all prompts are plain text"),
     ],
@@ -172,7 +172,7 @@ def test_a_prompt_is_text_or_messages(prompt: Any) -> None:
 
 def test_parts_of_a_message_are_text() -> None:
     parts: list[Any] = [{"type": "image"}, {"type": "text", "text": "what is it?"}]
-    with pytest.raises(ConfigError, match="row 0 holds content of the type 'image', and models are trained on text alone"):
+    with pytest.raises(ConfigError, match="row 0 holds content of the type 'image', but only text can be trained on"):
         encode_one([{"role": "user", "content": parts}])
 
 

@@ -19,11 +19,11 @@ def test_different_prompts_are_nothing_to_speak_of() -> None:
 
 def test_what_comes_again_is_told() -> None:
     (told,) = repeats(prompts(*"aabbccdd"), [], prompts_per_step=4)
-    assert told == "only 4 of 8 prompts are different ones"
+    assert told == "only 4 of 8 prompts are distinct"
     (told,) = repeats(prompts(*"abc"), prompts("x", "b", "c"), prompts_per_step=3)
     assert told.startswith("2 of 3 held-out prompts are trained on too, such as 'b'")
     (told,) = repeats(prompts(*"abc"), [], prompts_per_step=4)
-    assert told.startswith("prompts_per_step=4 is more than the 3 prompts there are")
+    assert told.startswith("prompts_per_step=4 exceeds the number of prompts, 3")
 
 
 def test_a_long_prompt_is_not_shown_whole() -> None:
@@ -45,7 +45,7 @@ def test_plain_text_is_told_and_messages_are_not() -> None:
 def test_what_the_model_is_not_shown_is_told(kind: object) -> None:
     text = {"prompt": Value("string"), "parts": Sequence(Value("string"))}
     (told,) = unseen(Dataset.from_dict({"prompt": [], "parts": [], "given": []}, features=Features(text | {"given": kind})))
-    assert told.startswith("the column 'given' holds images, film or sound, which the model is not shown")
+    assert told.startswith("the column 'given' holds images, video or audio, which the model does not see")
     assert unseen(Dataset.from_dict({"prompt": [], "parts": []}, features=Features(text))) == []
     assert unseen([{"prompt": "a", "given": "b"}]) == []
 

@@ -84,5 +84,5 @@ def test_refuses_the_state_of_another_stream() -> None:
     with pytest.raises(ValueError, match="prompts_crc32"):
         PromptStream(make(5)[1:], seed=0).load_state_dict(state)
     for damaged in ({"position": 4}, {"position": None}, {"pass": -1}):
-        with pytest.raises(ValueError, match="no place in 4 prompts"):
+        with pytest.raises(ValueError, match="not a position in 4 prompts"):
             PromptStream(make(4), seed=0).load_state_dict(state | damaged)
