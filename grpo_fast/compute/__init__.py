@@ -1,4 +1,4 @@
-"""What training costs: the FLOP model, the meter and the budget it is held against."""
+"""Costs of training: the FLOP model, the meter, and the budget that limits them."""
 
 from __future__ import annotations
 

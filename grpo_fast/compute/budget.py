@@ -1,4 +1,4 @@
-"""What a run may use, and which limit it reached."""
+"""Limits of a run, and which of them it has reached."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Self
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a run has used so far, in the units of :class:`Budget`."""
+    """Usage of a run so far, in the units of :class:`Budget`."""
 
     steps: int
     tokens: int
@@ -49,7 +49,7 @@ class BudgetVerdict:
     limit: str
     """Field of :class:`Budget`."""
     used: float
-    """What the run has used of it."""
+    """Usage of the run."""
     allowed: float
     """The limit."""
 
@@ -66,7 +66,7 @@ class BudgetVerdict:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a run may use at most; whatever is reached first ends it. ``None`` sets no limit.
+    """Limits of a run; the first one reached ends it. ``None`` sets no limit.
 
     Raises:
         ValueError: a limit that is not a positive finite number.

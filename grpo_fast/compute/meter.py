@@ -14,7 +14,7 @@ TokenKind: TypeAlias = Literal["prompt", "completion", "trained", "dropped"]
 FLOP_PHASES: tuple[FlopPhase, ...] = ("prefill", "decode", "reference", "forward", "backward")
 TOKEN_KINDS: tuple[TokenKind, ...] = ("prompt", "completion", "trained", "dropped")
 CLOCK_PHASES = ("rollout", "reward", "score", "train", "sync", "other")
-"""What seconds are charged to."""
+"""Phases to which seconds are charged."""
 
 JOULES_PER_KWH = 3.6e6
 
@@ -177,7 +177,7 @@ class ComputeMeter:
         return "+".join(sorted(self._joules)) or self._power.name
 
     def usage(self, steps: int) -> Usage:
-        """What :meth:`Budget.check` is asked about, after ``steps`` finished steps."""
+        """The usage that :meth:`Budget.check` checks, after ``steps`` finished steps."""
         return Usage(
             steps=steps,
             tokens=self._tokens["prompt"] + self._tokens["completion"],
@@ -237,7 +237,9 @@ class ComputeMeter:
             same = key in own and key in state
             parts = same and isinstance(own[key], dict) and key != "joules"
             if not same or (parts and own[key].keys() != state[key].keys()):
-                raise ValueError(f"the compute meter's state does not fit at {key!r}; it is of another version of grpo-fast")
+                raise ValueError(
+                    f"the compute meter's state does not fit at {key!r}; it was written by another version of grpo-fast"
+                )
         self._tokens, self._flops = dict(state["tokens"]), dict(state["flops"])
         self._seconds, self._gpu_seconds = dict(state["seconds"]), dict(state["gpu_seconds"])
         self._joules, self._money = dict(state["joules"]), float(state["money"])

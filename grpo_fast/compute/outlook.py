@@ -1,4 +1,4 @@
-"""What a run will cost, before it has begun: a step's tokens, FLOPs and seconds from sizes, each with its spread.
+"""Predicted costs of a run before it begins: a step's tokens, FLOPs and seconds from sizes, each with its spread.
 
 A step is charged as :class:`~grpo_fast.compute.meter.ComputeMeter` will charge it, at mean lengths: attention over lengths that
 scatter costs a little more.
@@ -21,7 +21,7 @@ Array = npt.NDArray[np.float64]
 _Z90 = 1.6448536269514722
 _GRID = 9
 COSTS = ("tokens", "flops", "device_hours", "wall_hours", "money", "energy_kwh")
-"""What a step costs, by name."""
+"""Kinds of cost of a step, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Guess:
     def __post_init__(self) -> None:
         if not (self.value > 0 and math.isfinite(self.value)) or not self.factor >= 1:
             raise ValueError(
-                f"a guess of {self.value} times or over {self.factor} is none: give a positive value and a factor from 1"
+                f"a guess of {self.value} within a factor of {self.factor} is invalid; give a positive value and a factor >= 1"
             )
 
     def draws(self, normals: Array) -> Array:
@@ -150,7 +150,7 @@ class Pace:
 def step_costs(
     work: StepWork, pace: Pace, *, completion_tokens: Guess, trained_share: Guess, normals: Array
 ) -> dict[str, Array]:
-    """What a step costs, as N equally likely guesses: (N,) for each of :data:`COSTS`, NaN where it is unknown.
+    """Costs of a step, as N equally likely guesses: (N,) for each of :data:`COSTS`, NaN where it is unknown.
 
     Args:
         work: the step's sizes.

@@ -16,7 +16,7 @@ import torch
 from grpo_fast.ops import jit
 
 Impl: TypeAlias = Literal["auto", "triton", "native", "torch"]
-"""What a caller may ask for: the best that runs, Triton kernels, the compiled extension, or plain PyTorch."""
+"""Implementations to choose from: the best that runs, Triton kernels, the compiled extension, or plain PyTorch."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -25,7 +25,7 @@ _announced: set[tuple[str, str, str]] = set()
 
 
 def nothing(like: torch.Tensor) -> None:
-    """The answer of an implementation that nothing can be missing for."""
+    """The obstacle of an implementation that always runs: none."""
 
 
 @dataclass(frozen=True, slots=True)

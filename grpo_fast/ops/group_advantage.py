@@ -41,7 +41,7 @@ STD_EPSILON = 1e-4
 
 
 class GroupAdvantage(NamedTuple):
-    """What the rewards of a step say of its completions."""
+    """Advantages and group statistics of a step's rewards."""
 
     advantages: torch.Tensor
     """[P, G]; 0 where there was no reward."""
@@ -301,7 +301,7 @@ def _group_advantage_triton(rewards: torch.Tensor, *, scale_rewards: ScaleReward
 
 def _obstacle(like: torch.Tensor) -> str | None:
     if like.ndim == 2 and like.shape[1] > _MAX_GROUP:
-        return f"a program holds groups of at most {_MAX_GROUP} and here are {like.shape[1]}"
+        return f"the kernel takes groups of at most {_MAX_GROUP}, here they have {like.shape[1]}"
     # This kernel, unlike the others, computes in float64 anyway.
     return kernels.obstacle(like.new_empty(0, dtype=torch.float32))
 

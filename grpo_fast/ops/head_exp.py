@@ -47,7 +47,7 @@ __all__ = [
 
 
 class HeadExp(NamedTuple):
-    """What one product makes of C rows, float32 [C]."""
+    """Row sums that one product makes of C rows, float32 [C]."""
 
     others: torch.Tensor
     """S_o."""

@@ -30,7 +30,7 @@ from grpo_fast.ops.lm_head import LMHead
 
 
 class Block(NamedTuple):
-    """What an implementation makes of C rows; float32 (float64 for float64 rows) but for ``exp``."""
+    """Results of an implementation for C rows; float32 (float64 for float64 rows) except ``exp``."""
 
     rows: slice
     """Which of the T rows."""
@@ -50,7 +50,7 @@ class Block(NamedTuple):
 
 
 class RowStatistics(NamedTuple):
-    """What a block says of its rows, each [C]."""
+    """Statistics of a block's rows, each [C]."""
 
     logprobs: torch.Tensor
     entropy: torch.Tensor | None
@@ -63,7 +63,7 @@ class RowStatistics(NamedTuple):
 
 
 class RowGradient(NamedTuple):
-    """What reaches rows from the loss."""
+    """Gradients of the loss with respect to the rows' outputs."""
 
     logprobs: torch.Tensor
     """[C]: g."""
@@ -71,7 +71,7 @@ class RowGradient(NamedTuple):
     """[C]: c; ``None`` where no entropy is in the loss."""
 
     def rows(self, start: int, stop: int) -> RowGradient:
-        """That of some of the rows."""
+        """The gradients of some of the rows."""
         return RowGradient(self.logprobs[start:stop], None if self.entropy is None else self.entropy[start:stop])
 
     def live(self) -> torch.Tensor:
@@ -87,7 +87,7 @@ class RowScales(NamedTuple):
     target: torch.Tensor
     """dZ of the target."""
     patch: torch.Tensor
-    """What stands for the target in E, so that ``-others·E`` is the whole of dZ."""
+    """Value written to E in the target's column, so that ``-others·E`` is the whole of dZ."""
 
 
 class HeadPass(Protocol):
@@ -105,7 +105,7 @@ class HeadPass(Protocol):
         ...
 
     def gradients(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Of hidden rows, weight and bias; ``None`` for one that was not wanted."""
+        """Gradients of hidden rows, weight and bias; ``None`` for one that was not wanted."""
         ...
 
 

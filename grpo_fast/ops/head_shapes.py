@@ -1,4 +1,4 @@
-"""Which way a head is computed on which GPU, and in what tiles: a table that measurements fill, and what holds without one.
+"""How a head is computed on each GPU, and in which tiles: a table of measurements, and defaults for the rest.
 
 There are two tiers. Tier 1 multiplies by cuBLAS into a buffer of logits and goes over it with a kernel; tier 2
 (:mod:`grpo_fast.ops.head_exp`) never writes logits. ``head_shapes.json`` holds what ``benchmarks/tune_head.py`` measured, one
@@ -36,7 +36,7 @@ class Tile(NamedTuple):
 
 
 class Key(NamedTuple):
-    """What a choice is made for."""
+    """The key of a choice."""
 
     arch: int
     """Compute capability times ten."""
@@ -51,7 +51,7 @@ class Key(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What to run."""
+    """The implementation to run."""
 
     tier: int
     """1 or 2."""
@@ -91,7 +91,7 @@ def default_tile(arch: int, *, wide: bool, aligned: bool) -> Tile:
 
 
 def choose(key: Key) -> Choice:
-    """What to run for ``key``: the measurement of the same head whose chunks are nearest in size, or the stated default."""
+    """The choice for ``key``: that measured for the same head with the most similar chunk size, or the default."""
     same = [entry for entry in _measured() if key_of(entry)._replace(rows=key.rows) == key]
     if not same:
         wide = key.plain and key.dtype == "bfloat16"

@@ -49,7 +49,7 @@ INTERPRETED_ARCH = 90
 
 
 class Target(NamedTuple):
-    """What a launch is shaped for."""
+    """The device that a launch is shaped for."""
 
     arch: int
     """Compute capability times ten: 80, 90, 100."""
@@ -121,7 +121,7 @@ def drawback(like: torch.Tensor) -> str | None:
 
 
 def target(device: torch.device) -> Target:
-    """What kernels launched on ``device`` are compiled for.
+    """The target that kernels launched on ``device`` are compiled for.
 
     A tensor on the ``meta`` device belongs to an ahead-of-time compilation, which says by its driver what it compiles for.
     """

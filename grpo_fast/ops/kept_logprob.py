@@ -42,7 +42,7 @@ _DENSE_SHARE = 4
 
 
 class Kept(NamedTuple):
-    """The kept tokens of T rows, one row after the other; of each, the drawn token stands first."""
+    """The kept tokens of T rows, one row after the other; each row begins with the drawn token."""
 
     token_ids: torch.Tensor
     """int64 [M]: where the head is; none twice within a row."""
@@ -228,8 +228,9 @@ def kept_logprob(hidden: torch.Tensor, head: LMHead, *, kept: Kept) -> tuple[tor
     check_rows(hidden, head, kept.sizes)
     if kept.sizes.device.type != "cpu" or int(kept.sizes.sum()) != len(kept.token_ids) or bool((kept.sizes < 1).any()):
         raise ValueError(
-            f"sizes on {kept.sizes.device} add up to {int(kept.sizes.sum())} for {len(kept.token_ids)} token_ids, the smallest "
-            f"is {int(kept.sizes.min()) if len(kept.sizes) else 1}; on the CPU, each at least 1, they must add up"
+            f"sizes must be on the CPU, each at least 1, and sum to len(token_ids)={len(kept.token_ids)}; they are on "
+            f"{kept.sizes.device}, the smallest is {int(kept.sizes.min()) if len(kept.sizes) else 1}, and they sum to "
+            f"{int(kept.sizes.sum())}"
         )
     found = _KeptLogprob.apply(hidden, head.weight, head.bias, head_options(head), kept.token_ids, kept.sizes)  # type: ignore[no-untyped-call]
     logprobs, entropy = found

@@ -1,4 +1,4 @@
-"""The language-model head: what turns hidden rows into the logits that are sampled from, and how rows are cut into chunks.
+"""The language-model head, which turns hidden rows into the logits that are sampled from, and how rows are cut into chunks.
 
     u = h W^T + b                              of ``operand_dtype``, rounded to ``logits_dtype``, [T, V]
     z = cap·tanh(u·scale / cap) / temperature  (without a cap: z = u·scale / temperature)
@@ -27,7 +27,7 @@ _SHARE_OF_DEVICE = 32
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LMHead:
-    """How hidden states become the logits that are sampled from.
+    """The head: its weight, and the settings by which hidden states become the logits that are sampled from.
 
     Raises:
         ValueError: a value outside its range, with the field named.
@@ -38,16 +38,16 @@ class LMHead:
     bias: torch.Tensor | None = None
     """[V]; minus infinity takes a token out of the vocabulary."""
     temperature: float = 1.0
-    """Divides the logits last; the one that completions are sampled at."""
+    """The sampling temperature; it divides the logits last."""
     softcap: float | None = None
     """Bound of the logits through ``cap·tanh(u / cap)``, before the temperature (Gemma 2's ``final_logit_softcapping``)."""
     logit_scale: float = 1.0
     """Multiplies the logits first (Cohere's ``logit_scale``)."""
     logits_dtype: torch.dtype | None = None
-    """What ``h W^T + b`` is rounded to before anything else: ``torch.bfloat16`` where the rollout engine does so, at a price of
-    about 0.02 nat in the mean at a vocabulary of 151,936; ``None`` keeps float32."""
+    """Type that ``h W^T + b`` is rounded to before anything else: ``torch.bfloat16`` if the rollout engine does so, at a price
+    of about 0.02 nat in the mean at a vocabulary of 151,936; ``None`` keeps float32."""
     operand_dtype: torch.dtype | None = None
-    """What hidden rows and weight are rounded to before they are multiplied, as autocast rounds a layer's: ``torch.bfloat16``
+    """Type that hidden rows and weight are rounded to before their product, as by autocast in a layer: ``torch.bfloat16``
     goes to a GPU's tensor cores, float32 does not. Products are summed in float32 all the same, and so is the gradient of a
     float32 weight. ``None`` takes them as they are."""
     chunk_bytes: int | None = None
@@ -111,12 +111,12 @@ HeadOptions: TypeAlias = tuple[float, float | None, float, torch.dtype | None, t
 
 
 def head_options(head: LMHead) -> HeadOptions:
-    """What is no tensor of a head, in the order in which :class:`LMHead` takes it: for operators, which take plain values."""
+    """The non-tensor fields of a head, in the constructor order of :class:`LMHead`, as plain values for custom operators."""
     return head.temperature, head.softcap, head.logit_scale, head.logits_dtype, head.operand_dtype, head.chunk_bytes
 
 
 def check_rows(hidden: torch.Tensor, head: LMHead, targets: torch.Tensor) -> None:
-    """Holds rows and targets against the head.
+    """Checks rows and targets against the head.
 
     Raises:
         ValueError: a tensor that does not fit, with its shape.
@@ -146,7 +146,7 @@ def full_precision(hidden: torch.Tensor) -> torch.autocast:
 
 @functools.cache
 def default_chunk_bytes(device: torch.device) -> int:
-    """What ``chunk_bytes=None`` means.
+    """The default of ``chunk_bytes``.
 
     A share of the device's whole memory, not of what is free, so that sizes, and with them the order of sums, are the same in
     every step and after a resume.

@@ -1,4 +1,4 @@
-"""What a policy loss is told and what it answers: plain data, shared by every op that takes or makes the loss."""
+"""Inputs and outputs of a policy loss: plain data, shared by every op that takes or makes the loss."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RatioLevel: TypeAlias = Literal["token", "sequence", "sequence_sum"]
 
 @dataclass(frozen=True, slots=True)
 class LossSpec:
-    """Which loss it is and with which numbers.
+    """The kind of loss and its coefficients.
 
     Raises:
         ValueError: values that do not go together, with the field named.
@@ -21,7 +21,7 @@ class LossSpec:
 
     surrogate: Surrogate = "clip"
     importance_sampling_level: RatioLevel = "token"
-    """What the ratio is of: a token, a sequence's geometric mean, or a whole sequence's probability."""
+    """Level of the ratio: a token, a sequence's geometric mean, or a whole sequence's probability."""
     epsilon_low: float = 0.2
     epsilon_high: float = 0.2
     """Upper clip range of ``clip``; the absolute cap of the ratio for ``cispo``."""
@@ -49,16 +49,16 @@ class LossSpec:
 
 
 class LossBatch(NamedTuple):
-    """What the loss reads of a micro-batch beside the log-probabilities of its tokens."""
+    """Inputs of the loss for a micro-batch, in addition to the log-probabilities of its tokens."""
 
     sequence_index: torch.Tensor
     """int64 or int32 [T]: which of the B sequences a token belongs to, ascending."""
     advantages: torch.Tensor
     """float [B]."""
     loss_weights: torch.Tensor
-    """float [B]: what multiplies each token's loss of a sequence."""
+    """float [B]: weight of the loss of each of a sequence's tokens."""
     old_logprobs: torch.Tensor | None = None
-    """float [T]: nats under the policy that the ratio is against; ``None`` is on-policy, with a ratio of exactly 1."""
+    """float [T]: nats under the old policy, the ratio's denominator; ``None``: on-policy, with a ratio of exactly 1."""
     ref_logprobs: torch.Tensor | None = None
     """float [T]: nats under the reference policy; read where ``beta`` is not 0."""
     num_items_in_batch: float | None = None
@@ -69,7 +69,7 @@ class LossBatch(NamedTuple):
     TRL's product of ``off_policy_mask``, ``entropy_mask`` and ``importance_sampling_ratio`` (the policy against the engine
     that sampled); a weight of a whole sequence is repeated on its tokens."""
     token_mask: torch.Tensor | None = None
-    """bool [T]: a ``False`` token is not there: it has no part in loss, ratio, length or metrics, whatever its numbers are."""
+    """bool [T]: ``False`` tokens are ignored in loss, ratio, length and metrics, whatever their numbers are."""
 
     def tokens(self, start: int, stop: int) -> LossBatch:
         """The same batch with the tokens from ``start`` to ``stop`` only; sequences are kept, some may be empty."""
@@ -141,7 +141,7 @@ class PolicyMetrics:
 
     @property
     def kl_sum(self) -> torch.Tensor:
-        """Of the KL estimate, bias correction included where it is on."""
+        """Sum of the KL estimate, with its bias correction if that is on."""
         return self.values[4]
 
     @property
@@ -151,7 +151,7 @@ class PolicyMetrics:
 
     @property
     def ratio_sum(self) -> torch.Tensor:
-        """Of the ratios."""
+        """Sum of the ratios."""
         return self.values[6]
 
     @property
@@ -167,7 +167,7 @@ class PolicyMetrics:
 
 @dataclass(frozen=True, slots=True)
 class PolicyLoss:
-    """A loss and what to report of it."""
+    """A loss and its metrics."""
 
     loss: torch.Tensor
     """Scalar, differentiable."""
@@ -187,7 +187,7 @@ class PolicyCoefficients(NamedTuple):
 
 
 def check_shapes(per_token: torch.Tensor, batch: LossBatch) -> None:
-    """Holds a batch against the T of its first dimension.
+    """Checks a batch against T, the number of tokens.
 
     Raises:
         ValueError: a tensor that does not fit, with both shapes.
@@ -206,7 +206,7 @@ def check_shapes(per_token: torch.Tensor, batch: LossBatch) -> None:
 
 
 def check_needs(batch: LossBatch, spec: LossSpec, entropy: torch.Tensor | None) -> None:
-    """Holds what is given against what a loss reads.
+    """Checks that a batch has everything that a loss reads.
 
     Raises:
         ValueError: something that ``spec`` needs is missing.

@@ -19,9 +19,9 @@ from grpo_fast.ops.dispatch import Implementation, nothing
 F = TypeVar("F", bound=Callable[..., Any])
 
 BUILD = "GRPO_FAST_BUILD=cpu pip install --no-build-isolation --no-deps ."
-"""What builds it from a checkout; ``cuda`` in place of ``cpu`` where there are nvcc and a torch for CUDA."""
+"""Command that builds it from a checkout; use ``cuda`` in place of ``cpu`` with nvcc and a torch for CUDA."""
 SLOWER = "weight pack, weight delta and sequence packing run in plain PyTorch and Python"
-"""What its absence costs."""
+"""Consequence of its absence."""
 OPS = ("pack_weights", "unpack_weights", "weight_delta", "pack_sequences", "packed_index")
 
 
@@ -48,7 +48,7 @@ def load(path: Path | None = None) -> str:
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        return f"{path.name} does not load under torch {torch.__version__} ({error}); build it anew: {BUILD}"
+        return f"{path.name} does not load under torch {torch.__version__} ({error}); rebuild it: {BUILD}"
     _register_fakes()
     return ""
 
@@ -59,7 +59,7 @@ def has_cuda() -> bool:
 
 
 def status() -> str:
-    """``built`` or ``missing``, a colon, and what follows from it, for people."""
+    """``built`` or ``missing``, a colon, and the consequence, in words."""
     if problem := load():
         return f"missing: {SLOWER}; {problem}"
     return f"built: compiled weight pack, delta and packing for the CPU{' and CUDA' * has_cuda()}"

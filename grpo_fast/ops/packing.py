@@ -50,7 +50,7 @@ class PackedGroups(NamedTuple):
 
 
 class PackedIndex(NamedTuple):
-    """Where everything lies in a row of tokens that holds segments one after the other."""
+    """Positions in a row of tokens that contains segments one after the other."""
 
     cu_seqlens: torch.Tensor
     """int32 [S + 1]: where each segment begins; attention stays inside a segment."""

@@ -29,7 +29,7 @@ ROWS_STAND_ALONE = torch.__version__ >= "2.13"
 _LEAST_WORK = 2**20
 """Multiplications under which oneDNN's longer way in, 10 µs, costs more than it saves."""
 _ANY = 1
-"""Rows from which a head's products go to oneDNN: which library multiplies a row must not depend on how many there are."""
+"""Fewest rows for which oneDNN computes a head's products: 1, as a row's library must not depend on the number of rows."""
 _USES_TO_PACK = 16
 """A weight is laid out anew in the time that six products with 8 rows save, or some twenty with many."""
 _SLICE = 1024
@@ -186,7 +186,7 @@ class PackedWeight:
         """Outputs of each layer."""
         biases = tuple(layer.bias for layer in layers if layer.bias is not None)
         if biases and len(biases) < len(layers):
-            raise ValueError(f"{len(biases)} of {len(layers)} layers have a bias; pack those apart")
+            raise ValueError(f"{len(biases)} of {len(layers)} layers have a bias; pack them separately")
         self._bias = torch.cat(biases) if biases else None
         weight = torch.cat(tuple(layer.weight for layer in layers)) if len(layers) > 1 else layers[0].weight
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 8)

@@ -52,7 +52,7 @@ class MicroBatch:
     num_tokens: int
     """Positions that the model computes, padding included."""
     num_rows: int
-    """Of those, the ones that enter the head."""
+    """Those of them that enter the head."""
     carries_gradient: bool = True
     """Whether there is a backward pass; without one the rows are there for metrics only."""
 

@@ -1,4 +1,4 @@
-"""What changed between two versions of a bucket, bit by bit: ordered indices, values, and a checksum of the new one.
+"""The changes between two versions of a bucket, bit by bit: ordered indices, values, and a checksum of the new one.
 
     indices   {i : bits(new_i) != bits(old_i)}, ascending, int32
     values    new[indices]
@@ -37,13 +37,13 @@ class WeightDelta:
     values: torch.Tensor
     """[C], or the whole new bucket."""
     checksum: int
-    """Of the new bucket."""
+    """Checksum of the new bucket."""
     num_changed: int
     """C, also where the whole bucket is sent."""
 
     @property
     def num_bytes(self) -> int:
-        """What has to be sent."""
+        """Bytes to send."""
         return self.values.nbytes + (0 if self.indices is None else self.indices.nbytes)
 
 
@@ -127,7 +127,7 @@ def apply_delta(bucket: torch.Tensor, delta: WeightDelta, *, verify: bool = True
             was made from, or something was lost on the way. The bucket is then of no version; send it whole.
     """
     if delta.values.dtype != bucket.dtype:
-        raise TypeError(f"a delta of {delta.values.dtype} for a bucket of {bucket.dtype}; view both alike")
+        raise TypeError(f"the delta is {delta.values.dtype}, the bucket {bucket.dtype}; view both as the same type")
     bits = _BITS[bucket.element_size()]
     if delta.indices is None:
         if delta.values.shape != bucket.shape:
@@ -180,7 +180,7 @@ def split_delta(delta: WeightDelta, bucket: Bucket) -> list[SlotPatch]:
 
 def _check(old: torch.Tensor, new: torch.Tensor) -> None:
     if old.dtype != new.dtype:
-        raise TypeError(f"old is {old.dtype}, new {new.dtype}; view both alike")
+        raise TypeError(f"old is {old.dtype}, new is {new.dtype}; view both as the same type")
     if new.element_size() not in _BITS:
         raise TypeError(f"elements of {new.dtype} have {new.element_size()} bytes; view the buckets as 1, 2 or 4 byte elements")
     if old.shape != new.shape or new.dim() != 1:

@@ -35,7 +35,7 @@ _SCALE_ALIGNMENT_BYTES = 16
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Where a weight lies in its bucket."""
+    """Place of a weight in its bucket."""
 
     weight: int
     """Index among the weights that were planned."""
@@ -81,7 +81,7 @@ class Bucket:
 
 
 class LoraFactors(NamedTuple):
-    """What a LoRA adapter adds to a weight [R, C]: ``scale * (b @ a)``."""
+    """The update of a LoRA adapter to a weight [R, C]: ``scale * (b @ a)``."""
 
     a: torch.Tensor
     """[r, C], float32 or bfloat16."""
@@ -106,7 +106,7 @@ def plan_buckets(
     if dtype not in FORMATS:
         raise ValueError(f"dtype={dtype}; choose one of {', '.join(map(str, FORMATS))}")
     if bucket_bytes < 1:
-        raise ValueError(f"bucket_bytes={bucket_bytes}; it must be positive, as {DEFAULT_BUCKET_BYTES}")
+        raise ValueError(f"bucket_bytes={bucket_bytes}; it must be positive, such as {DEFAULT_BUCKET_BYTES}")
     buckets: list[Bucket] = []
     slots: list[Slot] = []
     for index, weight in enumerate(weights):
@@ -278,7 +278,7 @@ def _check_tensor(name: str, tensor: torch.Tensor, data: torch.Tensor) -> None:
         raise ValueError(f"{name} has {tensor.numel()} elements; a slot takes fewer than 2^31, so split it")
     begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
     if begin < data.data_ptr() + data.nbytes and data.data_ptr() < end:
-        raise ValueError(f"{name} shares memory with the bucket; give the bucket memory of its own")
+        raise ValueError(f"{name} shares memory with the bucket; allocate the bucket separately")
 
 
 def _places(bucket: Bucket) -> tuple[list[int], list[int]]:

@@ -243,7 +243,7 @@ def test_launch_shapes() -> None:
 
 
 def test_a_group_too_large_for_a_program_is_named(device: torch.device) -> None:
-    with pytest.raises(ValueError, match="groups of at most 4096 and here are 4097"):
+    with pytest.raises(ValueError, match="groups of at most 4096, here they have 4097"):
         group_advantage(torch.zeros(1, 4097, device=device), impl="triton")
 
 

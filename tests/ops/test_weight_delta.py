@@ -179,7 +179,7 @@ def test_two_hundred_optimiser_steps_arrive_bit_for_bit(native_library: None, le
 def test_what_does_not_fit_is_named(impl: str) -> None:
     bucket = torch.zeros(8, dtype=torch.bfloat16)
     for error, message, old, new in (
-        (TypeError, "old is torch.float32, new torch.bfloat16", bucket.float(), bucket),
+        (TypeError, "old is torch.float32, new is torch.bfloat16", bucket.float(), bucket),
         (TypeError, "torch.float64 have 8 bytes", bucket.double(), bucket.double()),
         (ValueError, r"old has shape \(7,\), new \(8,\)", bucket[:7], bucket),
         (ValueError, r"old has shape \(2, 4\)", bucket.view(2, 4), bucket.view(2, 4)),
@@ -190,7 +190,7 @@ def test_what_does_not_fit_is_named(impl: str) -> None:
         with pytest.raises(error, match=message):
             weight_delta(old, new, impl=impl)
     delta = weight_delta(bucket, bucket + 1, impl=impl)
-    with pytest.raises(TypeError, match=r"a delta of torch\.bfloat16 for a bucket of torch\.int16"):
+    with pytest.raises(TypeError, match=r"the delta is torch\.bfloat16, the bucket torch\.int16"):
         apply_delta(bucket.view(torch.int16), delta)
     with pytest.raises(ValueError, match=r"a whole bucket \(8,\) for one of \(4,\)"):
         apply_delta(bucket[:4].clone(), delta)
