@@ -1,4 +1,4 @@
-"""What people read: a run's pictures and its one HTML file, the plan of one to come, and the examination of an installation.
+"""Reports: a run's plots and its HTML file, the plot of a plan, and the examination of an installation.
 
 Each name is imported when it is first used: the command line must not wait for matplotlib.
 """

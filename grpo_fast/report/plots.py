@@ -197,7 +197,7 @@ def plot_phases(run: Run, theme: Theme = LIGHT) -> Figure:
 
 
 def end_words(run: Run) -> str:
-    """What happened at the last step, in a few words."""
+    """The end of the run, in a few words."""
     words = {
         None: "last step so far",
         "forecast": "stopped by its forecast",
@@ -255,7 +255,7 @@ def _tell_end(axis: Axes, run: Run, theme: Theme, *, at: float, words: str) -> N
 
 
 def plot_stop(run: Run, theme: Theme = LIGHT) -> Figure:
-    """What the forecast for the end was at each step, and how sure it was that little was left to gain."""
+    """The forecast for the end at each step, and the probability that little is left to gain."""
     figure, (upper, lower) = grid(theme, 2, 1, height=4.8, ratios=[1.25, 1], sharex=True)
     upper.set_xlim(0, view_end(run) * 1.005)
     steps = run.forecast_series("step")

@@ -110,7 +110,7 @@ class Run:
 
     @property
     def stopped_by(self) -> str | None:
-        """What ended the run: ``forecast``, ``max_steps``, ``interrupt``, ...; None while it goes on or where it was killed."""
+        """The reason for the end: ``forecast``, ``max_steps``, ``interrupt``, ...; None while it runs, or if it was killed."""
         return None if self.summary is None else str(self.summary.get("stopped_by", "unknown"))
 
     @property

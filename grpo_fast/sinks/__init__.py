@@ -1,4 +1,4 @@
-"""Where a run's numbers go: JSON Lines always, and beside them a live console, TensorBoard, W&B or trackio."""
+"""Destinations of a run's numbers: JSON Lines always, and a live console, TensorBoard, W&B or trackio as well."""
 
 from __future__ import annotations
 

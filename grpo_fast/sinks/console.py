@@ -1,4 +1,4 @@
-"""What people see while a run goes on: a live panel on a terminal, compact plain lines anywhere else."""
+"""Console output of a run: a live panel on a terminal, compact plain lines anywhere else."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 class ConsoleSink:
-    """Shows a run to people.
+    """Shows a run on the console.
 
     On a terminal that understands Unicode it is a panel that stays in place. On anything else (a pipe, a CI log, a dumb
     terminal) it is one plain line for every tenth step, or every five seconds where steps are slow, and one for each event.
@@ -226,7 +226,7 @@ class ConsoleSink:
             gain = percent(_number(self._forecast, "p_gain_below_eps"))
             parts.append(f"P(gain<{self._info.forecast_epsilon:g}) {gain}")
             if math.isfinite(_number(self._forecast, "value")):
-                parts.append(f"going on is worth {_number(self._forecast, 'value'):+.2g}")
+                parts.append(f"continuing is worth {_number(self._forecast, 'value'):+.2g}")
         parts += [f"alarm: {words}" for words in [_alarm(self._metrics)] if words not in {"", "quiet"}]
         pace, seconds = self._pace()
         parts += [f"{si(pace)} tokens/s", f"{significant(seconds)} s/step"]
@@ -314,7 +314,7 @@ class ConsoleSink:
         words = f"{percent(gain)} sure of less than {self._info.forecast_epsilon:g}"
         value = _number(forecast, "value")
         if math.isfinite(value):
-            words += f"; going on is worth {value:+.2g}, stops below 0"
+            words += f"; continuing is worth {value:+.2g}, stops below 0"
         else:
             words += f"; stops at {percent(self._info.forecast_confidence)}"
         rows.add_row("gain left", _beside(_gauge(gain, "green" if enough else "blue"), Text(words)))

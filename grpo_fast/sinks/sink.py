@@ -1,4 +1,4 @@
-"""What every sink offers, what it is told about a run, and several sinks as one."""
+"""The protocol of sinks, the facts that they get about a run, and several sinks as one."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class RunInfo:
-    """What a sink knows of a run before its first step."""
+    """Facts that a sink gets about a run before its first step."""
 
     run_dir: Path
     """Directory of the run; its name is the name of the run."""
     model: str
     """The policy, as people name it."""
     dataset: str
-    """Where the prompts come from, as people name it."""
+    """Name of the dataset, for people."""
     max_steps: int
     """Steps at most."""
     start_step: int = 0
@@ -43,7 +43,7 @@ class RunInfo:
 
 @runtime_checkable
 class Sink(Protocol):
-    """Where a run's numbers go.
+    """A destination of a run's numbers.
 
     ``start`` comes first and ``close`` last, also after a failure; ``close`` may come twice. Metrics are flat and carry
     ``step``; compute is cumulative, and ``budget/<name>`` holds the share left, in [0, 1], of each limit that is set.
@@ -161,7 +161,7 @@ class SinkSet:
 
     def _leave_out(self, sink: Sink, error: Exception) -> None:
         self._sinks = tuple(other for other in self._sinks if other is not sink)
-        message = f"the sink {type(sink).__name__} {describe_failure(error)}; the run goes on without it"
+        message = f"the sink {type(sink).__name__} {describe_failure(error)}; the run continues without it"
         if all(other is self._record for other in self._sinks):  # which shows nothing
             _log.warning("%s", message)
         self.log_event(self._step, "warn", message)

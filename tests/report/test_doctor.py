@@ -101,9 +101,9 @@ def test_an_uninstalled_checkout_says_so() -> None:
 
 
 def test_conflicts_are_told() -> None:
-    finding = find(change(SOUND, conflicts=("vllm 0.28.0 wants torch==2.12.0, not 2.13.0",)), "compatibility")
+    finding = find(change(SOUND, conflicts=("vllm 0.28.0 needs torch==2.12.0, not 2.13.0",)), "compatibility")
     assert (finding.status, finding.fix) == ("warn", "pip check")
-    assert "wants torch==2.12.0" in finding.meaning
+    assert "needs torch==2.12.0" in finding.meaning
 
 
 def test_devices_are_described() -> None:
@@ -268,7 +268,7 @@ def test_conflicts_are_read_from_metadata(tmp_path: Path, monkeypatch: pytest.Mo
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: 0.28.0\n{requires}", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     versions = {"vllm": "0.28.0", "torch": "2.13.0+cpu", "transformers": "5.23.0"}
-    assert doctor_module._conflicts(versions) == ("vllm 0.28.0 wants torch==2.12.0, not 2.13.0+cpu",)
+    assert doctor_module._conflicts(versions) == ("vllm 0.28.0 needs torch==2.12.0, not 2.13.0+cpu",)
 
 
 def test_memory_is_unknown_where_the_kernel_does_not_say(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_the_headline_says_how_it_ended(make_run: MakeRun, stopped_by: str | Non
 
 
 def test_headlines_of_whole_and_empty_runs(make_run: MakeRun) -> None:
-    assert "did all of its 30 steps" in headline(Run.load(make_run("a", steps=30, max_steps=30, stopped_by="max_steps")))
+    assert "completed all of its 30 steps" in headline(Run.load(make_run("a", steps=30, max_steps=30, stopped_by="max_steps")))
     nothing = Run.load(make_run("b", steps=3, nan_steps=(1, 2, 3), eval_steps=0, stopped_by=None))
     assert "without a single reward" in headline(nothing)
     assert "Reward" not in {tile.label for tile in tiles(nothing)}

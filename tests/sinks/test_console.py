@@ -251,7 +251,7 @@ def test_alarm_and_value_are_told() -> None:
     sink.log_step(_metrics(1, **quiet), FORECAST | {"value": -0.003})
     sink.log_step(_metrics(11, **quiet | {"alarm/reward": 0.75}), FORECAST)
     first, second = file.getvalue().splitlines()[1:]
-    assert "going on is worth -0.003" in first
+    assert "continuing is worth -0.003" in first
     assert "alarm" not in first
     assert "alarm: reward 75 %, entropy up 100 % of the way to a collapse" in second
 
@@ -259,7 +259,7 @@ def test_alarm_and_value_are_told() -> None:
     sink.log_step(_metrics(1, **quiet), FORECAST | {"value": 0.02, "veto": "rising slope"})
     sink.close()
     shown = _shown(console)
-    assert "going on is worth +0.02, stops below 0" in shown
+    assert "continuing is worth +0.02, stops below 0" in shown
     assert "no stop yet: rising slope" in shown
     assert "quiet" in shown
 

@@ -75,7 +75,7 @@ def test_a_sink_that_fails_is_told_once_and_left_out(fails_to: str, caplog: pyte
     warned = [call for call in calls if " warn " in call]
     assert [call.partition(" raised ")[0] for call in warned] == [f"{name} event 3 warn the sink _Recorder" for name in "ac"]
     assert f"RuntimeError: b cannot {fails_to} (" in warned[0]
-    assert warned[0].endswith("; the run goes on without it")
+    assert warned[0].endswith("; the run continues without it")
     assert calls.count("b close") == 1
     assert [record.message.rpartition(" when ")[2] for record in caplog.records] == ["it was closed"]
     calls.clear()
