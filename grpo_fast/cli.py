@@ -34,7 +34,7 @@ _INTERRUPTED = 128 + signal.SIGINT  # as a shell reports it
 app = App(
     name="grpo-fast",
     version=__version__,
-    help="Train reasoning models with GRPO, meter the compute, and stop when the law sees the plateau.",
+    help="Train reasoning models with GRPO, meter the compute, and stop when the reward is forecast to plateau.",
     help_format="restructuredtext",
     default_parameter=Parameter(negative_iterable=(), consume_multiple=True),
     config=(fill,),
@@ -53,13 +53,13 @@ def train(
 ) -> int:
     """Train a model with GRPO.
 
-    Settings come from a recipe, then a TOML file, then the flags below; the last one wins. Without any of them, and without
-    ``--model``, the embedded model is trained.
+    Settings come from a recipe, then a TOML file, then the flags below; the last one wins. Without a recipe, a file and
+    ``--model``, the small demo model in the package is trained, by the recipe ``embedded``.
 
     Args:
         recipe: A named configuration of the package, such as ``embedded``.
         config: A TOML file of the settings below (underscores in place of hyphens).
-        resume: Go on with this run, from its newest checkpoint; its own configuration is used, and flags may change its limits.
+        resume: Resume this run from its newest checkpoint, with its own configuration; flags may change its limits.
         settings: The configuration.
     """
     del recipe, config  # already in the settings
@@ -68,6 +68,8 @@ def train(
     run = resume or settings.output_dir
     try:
         with GRPOTrainer.resume(resume, config=settings) if resume is not None else GRPOTrainer(settings) as trainer:
+            if trainer.is_main_process and "model" not in settings.model_fields_set:
+                Console().print("no model given (--model): training the small demo model in the package", highlight=False)
             summary = trainer.train()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_after_interrupt(run)) from None
@@ -86,8 +88,8 @@ def train(
 
 def _after_interrupt(run: Path) -> str:
     if (run / CONFIG_FILE).exists():
-        return f"`grpo-fast train --resume {run}` goes on from its newest checkpoint, or anew where it has none"
-    return f"the run in {run} had not begun"
+        return f"`grpo-fast train --resume {run}` continues from its newest checkpoint, or from the start if it has none"
+    return f"the run in {run} had not started"
 
 
 @app.command
@@ -110,27 +112,27 @@ def plan(  # noqa: PLR0913 (flags)
     json: Annotated[bool, Parameter(group=_PLAN, negative="")] = False,
     settings: Annotated[Config, Parameter(name="*")] = Config(),  # noqa: B008 (frozen)
 ) -> int:
-    """Say what a run will come to and what it will cost, before it begins.
+    """Predict reward, cost and memory of a run before starting it.
 
-    Settings are those of ``train``, from the same places; the budget is whatever of ``--max-...`` is reached first. The exit
-    code is 1 where the run would not fit into the device's memory; what would is said then.
+    Settings are those of ``train``, from the same places; the budget is whichever ``--max-...`` is reached first. The exit
+    code is 1 if the run would not fit into the device's memory; the output then names the changes that make it fit.
 
     Args:
         recipe: A named configuration of the package, such as ``embedded``.
         config: A TOML file of the settings below.
-        probe: Load the model, let it answer so many training prompts, and time a step.
-        start_reward: Mean reward of the untrained policy, where it is known already.
+        probe: Load the model, let it answer this many training prompts, and time a step.
+        start_reward: Mean reward of the untrained policy, if known.
         model_size: Parameters in 1e9, to plan without a model.
-        lora: Adapters are trained rather than all weights.
+        lora: Plan for LoRA adapters rather than all weights.
         prompt_tokens: Mean length of a prompt; with ``--data-size`` no data is read.
-        data_size: Number of prompts, in place of the data's own.
+        data_size: Number of prompts, in place of the dataset's own.
         completion_tokens: Mean length of a completion.
-        seconds_per_step: Wall-clock seconds of a step.
-        mfu: Share of the device's peak that the run will reach; 0.1 is assumed without it.
-        gpu: The device, as CUDA names it (``H100 80GB HBM3``); this machine's without it.
-        num_devices: Devices that the run holds.
-        plot: Write a picture to this PNG file.
-        json: Print one JSON object in place of the tables.
+        seconds_per_step: Wall-clock seconds per step.
+        mfu: Share of the device's peak FLOP/s that the run will reach. Default: 0.1.
+        gpu: The device, as CUDA names it (``H100 80GB HBM3``). Default: this machine's.
+        num_devices: Number of devices that the run uses.
+        plot: Write a plot to this PNG file.
+        json: Print one JSON object instead of the tables.
         settings: The configuration.
     """
     del recipe, config  # already in the settings
@@ -182,7 +184,7 @@ def _print_plan(found: Plan, plot: Path | None) -> None:
 
 @app.command
 def report(run: Path) -> int:
-    """Write ``report.html`` and its pictures for a run, finished or not.
+    """Write ``report.html`` and its plots for a run, finished or not.
 
     Args:
         run: Directory of the run.
@@ -209,24 +211,24 @@ def forecast(  # noqa: PLR0913 (flags)
     plot: Path | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
-    """Say where the rewards of a log will end, and when the law would have stopped the run.
+    """Forecast the final reward of a run from its log, and say when the stopping rule would have ended it.
 
-    Read are transformers' ``trainer_state.json``, runs of grpo_fast, JSON lines, console logs of verl, OpenRLHF, TRL, ms-swift
+    It reads transformers' ``trainer_state.json``, runs of grpo_fast, JSON lines, console logs of verl, OpenRLHF, TRL, ms-swift
     and slime, exports of W&B and TensorBoard, TensorBoard's event directories, and plain CSV, gzipped or not.
 
     Args:
         log: The file, or the directory of a run.
-        reward_column: Column of the reward, where the guess is wrong or in doubt.
-        run: Which run, where a column of the log tells several apart; else the last one.
-        max_steps: Steps of the whole budget, where the log does not tell them.
-        epsilon: Remaining gain that is not worth having, in units of the reward.
-        confidence: Probability of so small a gain that stops a run; 0.78, or what the run itself had.
-        reward_range: Least and greatest mean reward that is possible.
-        num_prompts: Prompts a step, where the log does not tell them; they say how noisy a reward is.
-        num_generations: Completions per prompt, likewise.
-        prior: What is believed of runs beforehand: a file that ``law fit`` wrote.
-        plot: Write a picture to this PNG file.
-        json: Print one JSON object in place of the table.
+        reward_column: Column of the reward, if the guess is wrong or ambiguous.
+        run: The run to read, if a column of the log separates several. Default: the last one.
+        max_steps: Steps of the whole budget, if the log does not contain them.
+        epsilon: Remaining gain that is not worth training for, in units of the reward.
+        confidence: Stop when the gain left is below epsilon with this probability. Default: the run's own, else 0.78.
+        reward_range: Lowest and highest possible mean reward.
+        num_prompts: Prompts per step, if the log does not contain them; they determine how noisy the mean reward is.
+        num_generations: Completions per prompt, if the log does not contain them.
+        prior: Prior of the forecast, as written by ``law fit``. Default: the prior in the package.
+        plot: Write a plot to this PNG file.
+        json: Print one JSON object instead of the table.
     """
     from grpo_fast.integrations import forecast_log, read_log  # noqa: PLC0415 (each command imports what it needs)
     from grpo_fast.law import Prior  # noqa: PLC0415 (as above)
@@ -266,7 +268,7 @@ def forecast(  # noqa: PLR0913 (flags)
     return 0
 
 
-law = App(name="law", help="Make the forecaster's prior your own.")
+law = App(name="law", help="Fit the forecaster's prior to your own runs.")
 app.command(law)
 
 
@@ -280,19 +282,19 @@ def fit(
     plot: Path | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
-    """Learn from finished runs what to expect of the next, for ``forecast --prior`` and ``train --forecast-prior``.
+    """Fit a prior to finished runs, for ``forecast --prior`` and ``train --forecast-prior``.
 
-    Read is whatever ``forecast`` reads. Each run that you name counts as one; runs that are found in a directory that you name
+    It reads whatever ``forecast`` reads. Each run that you name counts as one; all runs found in a directory that you name
     count as one together.
 
     Args:
         runs: Runs, logs, or directories of them.
-        output: The JSON file that the prior is written to.
-        base: The prior to begin from; the package's own without one.
-        model_size: Parameters in 1e9, where the logs do not tell them and they hold for all.
-        lora: Adapters were trained rather than all weights.
-        plot: Write a picture of the prior before and after to this PNG file.
-        json: Print one JSON object in place of the tables.
+        output: Write the prior to this JSON file.
+        base: The prior to start from. Default: the prior in the package.
+        model_size: Parameters in 1e9, the same for all runs, if the logs do not contain them.
+        lora: The runs trained adapters rather than all weights.
+        plot: Write a plot of the prior before and after to this PNG file.
+        json: Print one JSON object instead of the tables.
     """
     from grpo_fast.integrations.law_fit import fit_law  # noqa: PLC0415 (each command imports what it needs)
     from grpo_fast.law import Prior, RunFacts  # noqa: PLC0415 (as above)
@@ -355,17 +357,17 @@ def serve(  # noqa: PLR0913 (what the command line offers)
 ) -> None:
     """Start a vLLM server on this machine for ``train --rollout vllm-http``.
 
-    Its weights come from the trainer; until then it answers from random ones. Requests need the key in VLLM_API_KEY, if set.
+    The trainer sends it the weights; until then it answers from random ones. If VLLM_API_KEY is set, requests need that key.
 
     Args:
         model: Directory or hub id of the model to be trained, or ``embedded``.
         vllm_options: After ``--``, options of vLLM's own server, such as ``-- --tensor-parallel-size 2``.
-        port: Where it listens, on 127.0.0.1 only.
-        dtype: What it computes in: what the trainer computes in; float32 on a CPU and bfloat16 on a GPU without it.
-        max_model_len: Longest sequence, in tokens; the model's context without it.
-        max_lora_rank: Take LoRA adapters of this rank, for training with --use-peft.
-        transport: How the trainer will send weights, its --vllm-transport; auto is shared_memory.
-        enable_sleep_mode: Let the trainer take its memory while the policy trains, with --vllm-enable-sleep-mode; on a GPU.
+        port: Port to listen on, on 127.0.0.1 only.
+        dtype: Compute type; it should be the trainer's. Default: float32 on a CPU, bfloat16 on a GPU.
+        max_model_len: Longest sequence, in tokens. Default: the model's context.
+        max_lora_rank: Accept LoRA adapters up to this rank, for training with --use-peft.
+        transport: How the trainer will send weights: the same as its --vllm-transport. ``auto`` is ``shared_memory``.
+        enable_sleep_mode: Free GPU memory for the trainer while the policy trains, with its --vllm-enable-sleep-mode.
     """
     import torch  # noqa: PLC0415 (--help must not wait for torch)
 
@@ -391,9 +393,9 @@ def export(source: Path, *, output: Path, dtype: Literal["auto", "float32", "bfl
     """Merge the adapters of a LoRA run into its base and write a plain model, for engines and tools without peft.
 
     Args:
-        source: The run, of which the checkpoint is taken that its summary names; or one of its checkpoints.
+        source: One checkpoint, or a run, of which the checkpoint named in its summary is taken.
         output: A new or empty directory.
-        dtype: Type of the weights; that of the base's own files without it.
+        dtype: Type of the weights. Default: the type in the base model's files.
     """
     from grpo_fast.train.export import export_merged  # noqa: PLC0415 (--help must not wait for torch)
 
@@ -404,16 +406,16 @@ def export(source: Path, *, output: Path, dtype: Literal["auto", "float32", "bfl
 
 @app.command
 def doctor() -> int:
-    """Say what is installed, what is missing for which feature, and how to mend it."""
+    """Check the installation and print the commands that fix it."""
     from grpo_fast.report.doctor import doctor as examine  # noqa: PLC0415 (each command imports what it needs)
 
     return examine(Console())
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line; errors that the user can mend are one message without a traceback, exit code 1.
+    """Runs the command line; errors that the user can fix are one message without a traceback, exit code 1.
 
-    Modules of the current folder can be named; those of Python and of packages come first, also under the same name. Where a
+    Modules of the current folder can be named; those of Python and of packages come first, even under the same name. If a
     signal ends the process inside native code, every thread's Python stack is printed.
     """
     if sys.__stderr__ is not None and not faulthandler.is_enabled():

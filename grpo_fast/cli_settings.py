@@ -1,4 +1,4 @@
-"""Where the settings of a command come from: its flags, else a run to resume, else a recipe and a TOML file."""
+"""Settings of a command from their sources: its flags, else a run to resume, else a recipe and a TOML file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from grpo_fast.run_dir import CONFIG_FILE
 
 
 def fill(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Fills what the command line leaves open of a configuration: from the run to resume, or from a recipe and a TOML file.
+    """Fills settings that the command line does not give, from the run to resume, or from a recipe and a TOML file.
 
     Args:
         app: the command line.
@@ -22,7 +22,7 @@ def fill(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> 
         arguments: its arguments, which are filled.
 
     Raises:
-        ConfigError: sources that do not go together, that cannot be read or do not fit; an object that is not given as JSON.
+        ConfigError: the sources contradict each other, cannot be read or are invalid; an object is not given as JSON.
     """
     if commands not in {("train",), ("plan",)}:
         return
@@ -34,7 +34,7 @@ def fill(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> 
     for keyed in (token.keyword for argument in arguments for token in argument.tokens if token.keys):
         # The value would be text, and "false" is true to a chat template.
         name, _, key = str(keyed).partition(".")
-        raise ConfigError(f"""{keyed}: an object is given as JSON: {name} '{{"{key.replace("-", "_")}": ...}}'""")
+        raise ConfigError(f"""{keyed}: give an object as JSON: {name} '{{"{key.replace("-", "_")}": ...}}'""")
     recipe, file = given("--recipe"), given("--config")
     resume = given("--resume") if commands == ("train",) else None
     if resume is not None:
@@ -43,15 +43,17 @@ def fill(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> 
         output = given("--output-dir")
         if output is not None and Path(output).absolute() != Path(resume).absolute():
             raise ConfigError(
-                f"--resume {resume} goes on in that directory, and not in --output-dir {output}; leave one out (a copy "
-                "of a run is resumed where it is)"
+                f"--resume {resume} with --output-dir {output}: a run is resumed in its own directory; leave --output-dir out "
+                "(to keep the original, copy the directory and resume the copy)"
             )
         if not (Path(resume) / CONFIG_FILE).exists():
-            raise ConfigError(f"there is no run in {resume}: no {CONFIG_FILE} is there; give the output_dir of a run")
+            raise ConfigError(f"there is no run in {resume} (it has no {CONFIG_FILE}); give the output_dir of a run")
         values = read_toml(Path(resume) / CONFIG_FILE)
     else:
         bare = file is None and given("--model") is None and (commands == ("train",) or given("--model-size") is None)
         values = recipe_values(recipe or "embedded") if recipe is not None or bare else {}
+        if recipe is None:
+            values.pop("model", None)  # the default; left out, so that the command can tell that nobody named a model
         values |= read_toml(file) if file is not None else {}
     Config.parse(values)
     # Values of a table would all become text. Under the command's name: a bare "report" would be taken for that command.

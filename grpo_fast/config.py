@@ -54,53 +54,52 @@ class Config(BaseModel):
     trust_remote_code: Annotated[bool, _MODEL] = False
     """Run modelling code that comes with the model."""
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], _MODEL] = "auto"
-    """Type that forward and backward compute in (weights that are trained stay float32, frozen ones take it on); ``auto`` is
-    bfloat16 on a GPU that has it, float32 elsewhere."""
+    """Compute type of the forward and backward pass; frozen weights are cast to it, trained ones keep ``weights_dtype``.
+    ``auto``: bfloat16 on a GPU that supports it, else float32."""
     device: Annotated[Literal["auto", "cpu", "cuda"], _MODEL] = "auto"
-    """Where the policy lives; ``auto`` takes the GPU where there is one."""
+    """Device of the policy. ``auto``: the GPU if there is one, else the CPU."""
     attn_implementation: Annotated[str, _MODEL] = "auto"
-    """Attention of transformers: ``sdpa``, ``eager``, ``flash_attention_2``, ...; ``auto`` is ``sdpa`` where the model has it
-    (Gemma 2 has not), else ``eager``."""
+    """Attention implementation of transformers: ``sdpa``, ``eager``, ``flash_attention_2``, ...; ``auto``: ``sdpa`` if the
+    model supports it (Gemma 2 does not), else ``eager``."""
     padding_free: Annotated[bool | None, _MODEL] = None
-    """Train on sequences in one row, none padded; ``None`` does so where the model's attention can be told their borders."""
+    """Pack sequences into one row without padding. Default: on if the model's attention supports packed sequences."""
     share_prompts: Annotated[bool | None, _MODEL] = None
-    """Compute a prompt once for its packed completions: 1.7 to 3.7 times as fast as padded, prompts of 30 to 300 tokens.
-    ``None`` does so on a CPU, where ``sdpa`` or ``eager`` packs; on a GPU it has not been measured."""
+    """Compute each prompt once for all its completions: 1.7 to 3.7 times as fast as padding, for prompts of 30 to 300 tokens.
+    Needs packing with ``sdpa`` or ``eager``. Default: on for a CPU with such packing; off for a GPU (not measured there)."""
     gradient_checkpointing: Annotated[bool, _MODEL] = False
     """Recompute activations in the backward pass: a third more compute for much less memory."""
     gradient_checkpointing_mode: Annotated[Literal["full", "selective", "offload"], _MODEL] = "full"
-    """Recompute whole layers, or keep what their matrix products and attention gave: cheaper to recompute, more to keep.
-    ``offload``: whole layers, with their inputs in the host's memory; for GPUs."""
+    """``full``: recompute whole layers. ``selective``: keep the outputs of matrix products and attention (faster, more memory).
+    ``offload``: recompute whole layers and keep their inputs in host memory (GPU only)."""
 
     use_liger_kernel: Annotated[bool, _MODEL] = False
-    """Liger's kernels for norms, rotary positions and gated activations; not for the loss, which is fused here. For GPUs, where
-    it has not been measured yet."""
+    """Use Liger's kernels for norms, rotary positions and gated activations, not for the loss. GPU only; not measured yet."""
 
     torch_compile: Annotated[bool, _MODEL] = False
-    """Compile the model's layers for training; sampling stays as it is. On a CPU it gains little: 0.97 of the time on the
-    embedded model, 1.00 on SmolLM2-135M, after half a minute of compilation. On a GPU it has not been measured."""
+    """Compile the model's layers for training, not for sampling. It gains little on a CPU: 0.97 of the time on the embedded
+    model, 1.00 on SmolLM2-135M, after half a minute of compilation. Not measured on a GPU."""
 
     use_peft: Annotated[bool, _LORA] = False
     """Train LoRA adapters over frozen weights: new ones, or those that ``model`` names. The reference policy has them off, or
-    as they were saved. They have no dropout: it would keep the ratio of an on-policy step from being 1."""
+    as they were saved. They have no dropout, because with it the ratio of an on-policy step would not be 1."""
     base_model: Annotated[str | None, AfterValidator(lambda name: name and model_anywhere(name)), _LORA] = None
-    """Model under adapters that ``model`` names, in place of the one that they name themselves."""
+    """Base model of the adapters that ``model`` names. Default: the one that their own configuration names."""
     lora_r: Annotated[int, _LORA] = Field(16, ge=1)
     """Rank of the adapters."""
     lora_alpha: Annotated[int, _LORA] = Field(32, ge=1)
-    """Their update is multiplied by ``lora_alpha / lora_r``."""
+    """Scale of the adapters: their update is multiplied by ``lora_alpha / lora_r``."""
     use_rslora: Annotated[bool, _LORA] = False
-    """Multiply it by ``lora_alpha / sqrt(lora_r)`` instead."""
+    """Multiply the adapters' update by ``lora_alpha / sqrt(lora_r)`` instead (rsLoRA)."""
     lora_target_modules: Annotated[tuple[str, ...], ONE_OR_SEVERAL, _LORA] = ("all-linear",)
-    """Modules with an adapter, by the ends of their names (``q_proj``, ...); ``all-linear``: every linear layer but the
-    head."""
+    """Modules that get an adapter, by the last part of their names (``q_proj``, ...). ``all-linear``: every linear layer except
+    the head."""
 
     load_in_4bit: Annotated[bool, _LORA] = False
     """Keep the frozen base in four bits, by bitsandbytes (QLoRA)."""
     bnb_4bit_quant_type: Annotated[Literal["nf4", "fp4"], _LORA] = "nf4"
-    """Which numbers four bits stand for: quantiles of a normal distribution, or a tiny floating-point type."""
+    """Data type of the four bits: quantiles of a normal distribution (``nf4``) or a 4-bit float (``fp4``)."""
     use_bnb_nested_quant: Annotated[bool, _LORA] = False
-    """Quantise the scales too, to 8 bits: 0.4 bits a weight less."""
+    """Quantise the scales to 8 bits too, which saves 0.4 bits per weight."""
 
     dataset: Annotated[str, AfterValidator(dataset_anywhere), _DATA] = "arithmetic"
     """``arithmetic``, ``gsm8k``, ``countdown``, ``reasoning_gym:TASK``, a hub id, or a directory, parquet, JSONL or
@@ -108,105 +107,107 @@ class Config(BaseModel):
     dataset_config: Annotated[str | None, _DATA] = None
     """Named configuration of a hub dataset."""
     dataset_split: Annotated[str, _DATA] = "train"
-    """Split that is trained on."""
+    """Split to train on."""
     eval_split: Annotated[str | None, _DATA] = None
-    """Split that evaluation reads; without one, ``eval_size`` rows are held out of the training split."""
+    """Split to evaluate on. Default: ``eval_size`` rows held out of the training split."""
     prompt_column: Annotated[str, _DATA] = "prompt"
-    """Column of the prompts in a dataset of one's own; it becomes ``prompt``."""
+    """Name of the prompt column in your own dataset; reward functions see it as ``prompt``."""
     answer_column: Annotated[str, _DATA] = "answer"
-    """Column of the right answers, which the built-in rewards compare with; it becomes ``answer``."""
+    """Name of the column of right answers, which the built-in rewards compare with; reward functions see it as ``answer``."""
     dataset_size: Annotated[int, _DATA] = Field(2048, ge=1)
-    """Rows made by generated tasks (``arithmetic``, ``countdown``, ``reasoning_gym``)."""
+    """Number of rows that generated tasks make (``arithmetic``, ``countdown``, ``reasoning_gym``)."""
     system_prompt: Annotated[str | None, _DATA] = None
-    """Put before every prompt as a system message; makes plain prompts chat messages."""
+    """System message put before every prompt; it turns plain prompts into chat messages."""
     chat_template_kwargs: Annotated[JsonObject, _DATA] = Field(default_factory=dict)
-    """Variables of the chat template, such as ``{"enable_thinking": false}`` for Qwen3: JSON on the command line."""
+    """Variables for the chat template, such as ``{"enable_thinking": false}`` for Qwen3; JSON on the command line."""
     max_prompt_length: Annotated[int | None, _DATA] = Field(None, ge=1)
-    """Longest prompt, in tokens; ``None`` takes what the model's context leaves."""
+    """Longest prompt, in tokens. Default: what the model's context leaves beside the completion."""
     overlong_prompts: Annotated[Literal["error", "drop"], _DATA] = "error"
-    """What to do with a prompt that is longer: refuse to start, or leave it out and say how many were."""
+    """Treatment of longer prompts. ``error``: refuse to start. ``drop``: leave them out and log how many."""
     shuffle: Annotated[bool, _DATA] = True
     """Visit the prompts in a new random order each epoch."""
 
     reward_funcs: Annotated[tuple[str, ...], ONE_OR_SEVERAL, _REWARD] = ()
-    """Reward functions: built-in names (``accuracy``, ``format``, ...) or ``module:function``; empty takes the task's own."""
+    """Reward functions: built-in names (``accuracy``, ``format``, ...) or ``module:function``. Default: the task's own."""
     reward_weights: Annotated[tuple[float, ...], _REWARD] = ()
-    """One weight a reward function; empty weighs all by 1."""
+    """One weight per reward function. Default: 1 each."""
     reward_range: Annotated[tuple[float, float] | None, _REWARD] = None
-    """Least and greatest mean reward that is possible, where that is known; it sharpens the forecast."""
+    """Lowest and highest possible mean reward, if known; it sharpens the forecast."""
     reward_timeout_s: Annotated[float, _REWARD] = Field(30.0, gt=0)
     """Deadline of one reward call, in seconds; a worker that misses it is killed."""
     reward_workers: Annotated[int, _REWARD] = Field(1, ge=0)
     """Processes that run reward functions; 0 runs them in the trainer's process, without a deadline."""
     reward_on_error: Annotated[Literal["raise", "none"], _REWARD] = "raise"
-    """A reward call that raises, hangs or returns the wrong length: end the run with a named error, or count it as ``None``."""
+    """Treatment of a reward call that raises, hangs or returns the wrong length. ``raise``: end the run with an error that
+    names it. ``none``: count its rewards as ``None``."""
 
     rollout: Annotated[Literal["transformers", "vllm", "vllm-http"], _ROLLOUT] = "transformers"
-    """Engine that samples completions: the policy itself, vLLM in the trainer's process, or vLLM's servers on this machine."""
+    """Engine that samples completions: the policy itself (``transformers``), vLLM in the trainer's process (``vllm``), or vLLM
+    servers on this machine (``vllm-http``)."""
     vllm_server_urls: Annotated[tuple[str, ...], ONE_OR_SEVERAL, _ROLLOUT] = ()
-    """Addresses of those servers, such as ``http://127.0.0.1:8000``; ``grpo-fast serve`` starts one."""
+    """Addresses of the servers of ``vllm-http``, such as ``http://127.0.0.1:8000``; ``grpo-fast serve`` starts one."""
     vllm_gpu_memory_utilization: Annotated[float, _ROLLOUT] = Field(0.3, gt=0, le=1)
-    """Share of the GPU's memory that vLLM takes for its weights and its cache."""
+    """Share of GPU memory that vLLM takes for its weights and its KV cache."""
     vllm_kv_cache_gib: Annotated[float | None, _ROLLOUT] = Field(None, gt=0)
-    """Memory of vLLM's cache, in GiB, in place of what that share leaves."""
+    """Size of vLLM's KV cache, in GiB. Default: what ``vllm_gpu_memory_utilization`` leaves."""
     vllm_engine_args: Annotated[JsonObject, _ROLLOUT] = Field(default_factory=dict)
-    """Other arguments of vLLM's engine, such as ``{"enforce_eager": true, "max_num_seqs": 64}``; a server is started with its
-    own."""
+    """Other arguments of vLLM's engine with ``rollout='vllm'``, such as ``{"enforce_eager": true, "max_num_seqs": 64}``; a
+    server takes its own when it is started."""
     vllm_enable_sleep_mode: Annotated[bool, _ROLLOUT] = False
-    """Let vLLM sleep while the policy trains: its memory on the GPU is the trainer's then (with adapters, its weights go to the
-    host's). Servers need ``grpo-fast serve --enable-sleep-mode``."""
+    """Let vLLM sleep while the policy trains, which frees its GPU memory for the trainer (with adapters, its weights move to
+    host memory). Servers need ``grpo-fast serve --enable-sleep-mode``."""
     vllm_own_process: Annotated[bool, _ROLLOUT] = False
-    """Have ``rollout='vllm'`` run in a process of its own: with ``max_staleness`` it is less in the trainer's way."""
+    """Run the engine of ``rollout='vllm'`` in a separate process; with ``max_staleness`` it then slows the trainer less."""
     vllm_transport: Annotated[Literal["auto", "shared_memory", "sparse", "ipc", "nccl"], _ROLLOUT] = "auto"
-    """How weights reach vLLM: by ``auto`` directly within the trainer's process, else through shared memory. ``sparse`` sends
-    what changed alone, for a copy of the weights in host memory at either end. ``ipc`` (a process on the same GPU) and ``nccl``
-    (a server on other GPUs) are vLLM's own; ``grpo-fast serve --transport`` must say the same."""
+    """How weights reach vLLM. ``auto``: directly within the trainer's process, else through shared memory. ``sparse``: only the
+    weights that changed, at the price of a copy of them in host memory at either end. ``ipc`` (a process on the same GPU) and
+    ``nccl`` (a server on other GPUs): vLLM's own. Start servers with the same ``grpo-fast serve --transport``."""
     sync_deadline_s: Annotated[float, _ROLLOUT] = Field(300.0, gt=0)
-    """Longest time of each phase of a weight sync, in seconds; a phase that takes longer ends the run with a checkpoint."""
+    """Time limit of each phase of a weight sync, in seconds; a phase that takes longer ends the run with a checkpoint."""
     request_deadline_s: Annotated[float, _ROLLOUT] = Field(1800.0, gt=0)
-    """Longest time, in seconds, that a vLLM server may take for the completions of one prompt, its wait for a place included,
-    and vLLM's own process for one step; what takes longer ends the run with a checkpoint."""
+    """Time limit, in seconds, for a vLLM server to complete one prompt (queueing included), and for vLLM in its own process to
+    do one step; anything slower ends the run with a checkpoint."""
     prompts_per_step: Annotated[int, _ROLLOUT] = Field(16, ge=1)
-    """P: prompts of a step."""
+    """Prompts per step (P)."""
     num_generations: Annotated[int, _ROLLOUT] = Field(8, ge=2)
-    """G: completions of a prompt; a group."""
+    """Completions per prompt (G): the size of a group."""
     max_completion_length: Annotated[int, _ROLLOUT] = Field(256, ge=1)
-    """Longest completion, in tokens; with an environment all turns together, and what it says between them."""
+    """Longest completion, in tokens; with an environment, all turns and the environment's messages between them together."""
     temperature: Annotated[float, _ROLLOUT] = Field(1.0, gt=0)
-    """Sampling temperature; log-probabilities of the trainer are taken at the same one."""
+    """Sampling temperature; the trainer computes log-probabilities at the same temperature."""
     top_p: Annotated[float, _ROLLOUT] = Field(1.0, gt=0, le=1)
-    """Nucleus sampling. Where ``top_p``, ``top_k`` or ``min_p`` cut the support, policy and reference are taken over the tokens
-    they left too: in ratio, KL, entropy and gradient. With ``top_k`` vLLM has the least to tell of them."""
+    """Nucleus sampling. With ``top_p``, ``top_k`` or ``min_p``, policy and reference are renormalised over the tokens that are
+    left, in ratio, KL, entropy and gradient. With vLLM this is cheapest if ``top_k`` is set too."""
     top_k: Annotated[int, _ROLLOUT] = Field(0, ge=0)
     """Keep the k most probable tokens; 0 keeps all."""
     min_p: Annotated[float, _ROLLOUT] = Field(0.0, ge=0, lt=1)
-    """Drop tokens under this share of the top probability; 0 drops none."""
+    """Drop tokens whose probability is below this share of the highest one; 0 drops none."""
     stop: Annotated[tuple[str, ...], ONE_OR_SEVERAL, _ROLLOUT] = ()
-    """Strings that end a completion; with an environment, a turn of it."""
+    """Strings that end a completion; with an environment, they end a turn."""
     environment_factory: Annotated[str | None, _ROLLOUT] = None
     """Class whose instances answer the policy between its turns, as ``module:Class``: a game, a sandbox, a search. It has a
     method ``step``, or, as in TRL, methods that are tools."""
     tools: Annotated[tuple[str, ...], ONE_OR_SEVERAL, _ROLLOUT] = ()
     """Functions that the policy may call, as ``module:function``, described by their type hints and docstrings."""
     max_turns: Annotated[int, _ROLLOUT] = Field(8, ge=1)
-    """How often the policy speaks in a completion at most, where there is an environment or tools."""
+    """Most turns of the policy in one completion, with an environment or tools."""
     environment_timeout_s: Annotated[float, _ROLLOUT] = Field(60.0, gt=0)
-    """Longest time of one call of an environment, in seconds; what takes longer ends the run with a checkpoint."""
+    """Time limit of one call of an environment, in seconds; a call that takes longer ends the run with a checkpoint."""
     environment_workers: Annotated[int, _ROLLOUT] = Field(16, ge=1)
-    """Environments that are called at a time."""
+    """Number of environments called at the same time."""
     max_staleness: Annotated[int, _ROLLOUT] = Field(0, ge=0)
-    """Updates by which the weights that sample lag behind: above 0, rollouts of so many later steps are made while this one
-    trains. 1 hides the shorter of the two behind the longer."""
+    """Sample up to this many steps ahead, with weights that are up to this many updates old. 0: sampling and training take
+    turns. 1: they run at the same time, so that a step takes as long as the slower of the two."""
     vllm_pause_mode: Annotated[Literal["wait", "keep"], _ROLLOUT] = "wait"
-    """What an update does with rollouts that run beside the training: wait for their end, or keep them, so that they go on by
-    the new weights. Timing then decides which weights sample a token; each token's version is known all the same."""
+    """Treatment of running rollouts at a weight update, with ``max_staleness``. ``wait``: let them finish first. ``keep``:
+    continue them on the new weights; which weights sample a token then depends on timing, but is recorded for each token."""
     refill_rounds: Annotated[int, _ROLLOUT] = Field(0, ge=0)
-    """How often a step may sample further prompts in place of groups without reward variance; 0 never refills."""
+    """How many times a step may sample more prompts to replace groups without reward variance; 0: never."""
 
     loss_type: Annotated[LossType, _OBJECTIVE] = "dapo"
-    """Row of the objective table."""
+    """Variant of the GRPO loss."""
     beta: Annotated[float, _OBJECTIVE] = Field(0.0, ge=0)
-    """Weight of the KL term to the reference policy; 0 loads no reference."""
+    """Weight of the KL penalty towards the reference policy; 0 loads no reference."""
     epsilon: Annotated[float, _OBJECTIVE] = Field(0.2, gt=0)
     """Lower (and, without ``epsilon_high``, upper) clip range of the ratio."""
     epsilon_high: Annotated[float | None, _OBJECTIVE] = Field(None, gt=0)
@@ -224,43 +225,43 @@ class Config(BaseModel):
     multi_objective_aggregation: Annotated[Literal["sum_then_normalize", "normalize_then_sum"], _OBJECTIVE] = (
         "sum_then_normalize"
     )
-    """How several rewards become one advantage: by their sum, or each scaled in its group, added, and scaled once more over the
-    batch (GDPO), so that none drowns in another."""
+    """How several rewards become one advantage. ``sum_then_normalize``: add the rewards, then scale. ``normalize_then_sum``:
+    scale each in its group, add them, and scale the sum over the batch (GDPO), so that none drowns in another."""
     mask_truncated_completions: Annotated[bool, _OBJECTIVE] = False
-    """Leave completions that the length limit cut out of the loss."""
+    """Exclude completions from the loss that were cut at the length limit."""
     vllm_importance_sampling_correction: Annotated[bool | None, _OBJECTIVE] = None
-    """Weigh tokens by the policy's probability over the sampler's, at the price of a forward pass; ``None`` does so where vLLM
-    samples, or weights that lag behind."""
+    """Correct the mismatch between sampler and trainer by importance weights, which costs one more forward pass. Default: on
+    with vLLM or ``max_staleness`` above 0."""
     vllm_importance_sampling_mode: Annotated[ImportanceMode, _OBJECTIVE] = "sequence_mask"
-    """Ratio of the token, of its sequence or of the sequence's geometric mean; cut off at the bounds, or 0 beyond them."""
+    """Importance ratio per token, per sequence, or geometric mean over the sequence; ``truncate`` clips it to the bounds,
+    ``mask`` sets it to 0 beyond them."""
     vllm_importance_sampling_clip_max: Annotated[float | None, _OBJECTIVE] = Field(3.0, gt=0)
-    """Greatest such ratio."""
+    """Upper bound of the importance ratio."""
     vllm_importance_sampling_clip_min: Annotated[float | None, _OBJECTIVE] = Field(None, ge=0)
-    """Least such ratio."""
+    """Lower bound of the importance ratio."""
     bypass_old_logprobs: Annotated[bool, _OBJECTIVE] = False
-    """Take the sampler's log-probabilities for the old ones: the clip bounds the ratio to the sampler, nothing corrects it."""
+    """Use the sampler's log-probabilities as the old policy's: the ratio to the sampler is clipped rather than corrected."""
     keep_dead_rows_for_metrics: Annotated[bool, _OBJECTIVE] = False
-    """Score completions without gradient too (groups without reward variance), so that ``entropy``, ``kl`` and ``clip_ratio``
-    are means over all tokens in the loss, as TRL's are; it costs a forward pass of each."""
+    """Also score completions that give no gradient (groups without reward variance), so that ``entropy``, ``kl`` and
+    ``clip_ratio`` are means over all tokens in the loss, as in TRL; it costs a forward pass over each."""
     num_iterations: Annotated[int, _OBJECTIVE] = Field(1, ge=1)
     """Optimiser updates on the completions of one step."""
 
     optim: Annotated[Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"], _OPTIM] = (
         "adamw_torch_fused"
     )
-    """AdamW by torch, or by bitsandbytes: with moments of 8 bits (2 bytes a weight, not 8), or in memory that pages to the
-    host."""
+    """AdamW of torch, or of bitsandbytes: with 8-bit moments (2 bytes per weight, not 8), or ``paged`` out to host memory."""
     offload_optimizer: Annotated[bool, _OPTIM] = False
-    """Keep moments and a float32 copy of the weights in host memory, and update them there."""
+    """Keep the moments and a float32 copy of the weights in host memory, and update them there."""
     weights_dtype: Annotated[Literal["float32", "bfloat16"], _OPTIM] = "float32"
-    """Type of trained weights and their gradients. Updates of bfloat16 weights are rounded up or down at random, so that small
-    ones count in the mean; with ``offload_optimizer`` they are made in the float32 copy instead."""
+    """Type of trained weights and their gradients. ``bfloat16`` halves their memory; stochastic rounding keeps small updates
+    from being lost, and with ``offload_optimizer`` the float32 copy is updated instead."""
     learning_rate: Annotated[float, _OPTIM] = Field(1e-6, gt=0)
     """Peak learning rate."""
     lr_scheduler_type: Annotated[SchedulerType, _OPTIM] = "constant"
     """Shape of the learning rate after warm-up, over ``max_steps``; one of transformers' schedules."""
     lr_scheduler_kwargs: Annotated[JsonObject, _OPTIM] = Field(default_factory=dict)
-    """Its other arguments, such as ``{"min_lr_rate": 0.1}`` for ``cosine_with_min_lr``."""
+    """Other arguments of the schedule, such as ``{"min_lr_rate": 0.1}`` for ``cosine_with_min_lr``."""
     warmup_steps: Annotated[float, _OPTIM] = Field(0, ge=0)
     """Steps over which the learning rate rises from 0, by every schedule; below 1, a share of ``max_steps``."""
     weight_decay: Annotated[float, _OPTIM] = Field(0.0, ge=0)
@@ -274,82 +275,84 @@ class Config(BaseModel):
     max_grad_norm: Annotated[float, _OPTIM] = Field(1.0, ge=0)
     """Clip the global gradient norm to this; 0 never clips."""
     tokens_per_microbatch: Annotated[int | None, _OPTIM] = Field(None, ge=1)
-    """Largest size, in tokens, padding included, of one forward and backward pass; changes memory, not results. ``None`` is
-    2,048 on a CPU, where more is no faster, and 16,384 on a GPU."""
+    """Most tokens, padding included, in one forward and backward pass; changes memory, not results. Default: 2,048 on a CPU,
+    where more is no faster, and 16,384 on a GPU."""
 
     max_steps: Annotated[int, _BUDGET] = Field(500, ge=1)
-    """Steps at most; also the horizon of schedules and forecasts."""
+    """Limit in steps; also the horizon of schedules and forecasts."""
     max_tokens: Annotated[float | None, _BUDGET] = Field(None, gt=0)
-    """Prompt and completion tokens at most."""
+    """Limit in tokens, prompts and completions together."""
     max_flops: Annotated[float | None, _BUDGET] = Field(None, gt=0)
-    """Model FLOPs at most, all phases."""
+    """Limit in model FLOPs, over all phases."""
     max_gpu_hours: Annotated[float | None, _BUDGET] = Field(None, gt=0)
-    """Device hours at most (on a machine without a GPU, the CPU counts as one device)."""
+    """Limit in device hours (on a machine without a GPU, the CPU counts as one device)."""
     max_wall_hours: Annotated[float | None, _BUDGET] = Field(None, gt=0)
-    """Hours of wall-clock time at most."""
+    """Limit in hours of wall-clock time."""
     max_money: Annotated[float | None, _BUDGET] = Field(None, gt=0)
-    """Money at most, in the currency of ``price_per_gpu_hour``."""
+    """Limit in money, in the currency of ``price_per_gpu_hour``."""
     max_energy_kwh: Annotated[float | None, _BUDGET] = Field(None, gt=0)
-    """Energy at most, in kWh."""
+    """Limit in energy, in kWh."""
     price_per_gpu_hour: Annotated[float, _BUDGET] = Field(0.0, ge=0)
     """Price of a device hour."""
 
     forecast: Annotated[Literal["off", "warn", "ask", "stop"], _FORECAST] = "stop"
-    """What a forecast plateau does: nothing (and no forecast), one message, a question on the terminal, the end of the run."""
+    """Action when a plateau is forecast. ``off``: no forecast. ``warn``: log it once. ``ask``: ask on the terminal. ``stop``:
+    end the run."""
     forecast_epsilon: Annotated[float, _FORECAST] = Field(0.01, gt=0)
-    """Remaining gain of the reward under which going on is not worth it."""
+    """Remaining reward gain below which training on is not worth it."""
     forecast_confidence: Annotated[float, _FORECAST] = Field(0.78, gt=0.5, lt=1)
-    """Probability of so small a gain that a stop demands; the expected gain must be that small too."""
+    """Stop only if the remaining gain is below ``forecast_epsilon`` with this probability, and in expectation."""
     forecast_patience: Annotated[float, _FORECAST] = Field(0.07, gt=0)
-    """For how long that must hold without a break: below 1 a share of ``max_steps``, from 1 on a number of steps."""
+    """How long the forecast must say so without a break: below 1, a share of ``max_steps``; from 1 on, a number of steps."""
     forecast_reward_value: Annotated[float | None, _FORECAST] = Field(None, gt=0)
-    """Money that one unit of reward is worth: a run also stops where no way on is expected to bring what it costs. It needs
-    ``price_per_gpu_hour``."""
+    """Money that one unit of reward is worth: a run also stops when further training is expected to cost more than the gain is
+    worth. Needs ``price_per_gpu_hour``."""
     forecast_prior: Annotated[Path | None, _FORECAST, AfterValidator(lambda path: path and expanded(path).absolute())] = None
-    """What is believed of runs beforehand: a file that ``grpo-fast law fit`` wrote; the package's own without one."""
+    """Prior of the forecast, as written by ``grpo-fast law fit``. Default: the prior in the package."""
     forecast_min_steps: Annotated[int, _FORECAST] = Field(20, ge=5)
-    """Steps before which no forecast stops a run; nor does one before the learning rate is warm."""
+    """No forecast stops a run before this step, nor before the warm-up of the learning rate ends."""
     baseline_probe: Annotated[int, _FORECAST] = Field(64, ge=0)
-    """Training prompts that the untrained policy answers once each before step 1: where the forecast starts; 0 for none."""
+    """Training prompts that the untrained policy answers before step 1, to give the forecast its starting reward; 0: none."""
     collapse_action: Annotated[Literal["off", "warn", "stop"], _FORECAST] = "stop"
-    """What a collapse of the policy does: nothing, a message, the end of the run; the best checkpoint from before is kept."""
+    """Action when the policy collapses. ``off``: none. ``warn``: log it. ``stop``: end the run; the best checkpoint from before
+    the collapse is kept."""
 
     output_dir: Annotated[Path, AfterValidator(expanded), _RUN] = Path("runs/grpo")
-    """Where metrics, checkpoints and the report of the run go."""
+    """Directory for metrics, checkpoints and the report of the run."""
     overwrite: Annotated[bool, _RUN] = False
-    """Delete a run that is already in ``output_dir``; otherwise it is refused (resume it instead)."""
+    """Delete a run that is already in ``output_dir``; without this, training refuses to start (or resume the run instead)."""
     resume_if_exists: Annotated[bool, _RUN] = False
-    """Go on with a run that is already in ``output_dir``, and begin one where there is none: a command that may be given again,
-    by a scheduler or after a crash."""
+    """Resume the run in ``output_dir`` if there is one, else start a new one, so that a scheduler can repeat the same command
+    after a crash."""
     seed: Annotated[int, _RUN] = Field(0, ge=0)
-    """Decides data order, sampling and every other random draw."""
+    """Random seed of data order, sampling and every other random draw."""
     eval_steps: Annotated[int, _RUN] = Field(0, ge=0)
-    """Evaluate on held-out prompts every so many steps, and at the end; 0 never."""
+    """Evaluate on held-out prompts every this many steps and at the end; 0: never."""
     eval_size: Annotated[int, _RUN] = Field(256, ge=1)
-    """Held-out prompts of an evaluation."""
+    """Number of held-out prompts in an evaluation."""
     eval_temperature: Annotated[float, _RUN] = Field(0.0, ge=0)
-    """Temperature of answers to held-out prompts; 0 takes the likeliest tokens, by which thinking models may go round."""
+    """Sampling temperature of evaluation. 0: greedy, with which reasoning models may repeat themselves (use about 0.6)."""
     num_generations_eval: Annotated[int, _RUN] = Field(1, ge=1)
-    """Answers to each held-out prompt, whose rewards are averaged."""
+    """Answers per held-out prompt; their rewards are averaged."""
     save_steps: Annotated[int, _RUN] = Field(50, ge=1)
-    """Checkpoint every so many steps, after an evaluation better than any before, and at the end."""
+    """Save a checkpoint every this many steps, after each best evaluation so far, and at the end."""
     save_total_limit: Annotated[int, _RUN] = Field(2, ge=1)
-    """Newest checkpoints kept, beside the best one, and beside the best one from before a fall that may be a collapse."""
+    """Number of newest checkpoints to keep. The best one, and the best before a suspected collapse, are always kept."""
     sinks: Annotated[tuple[Literal["console", "tensorboard", "wandb", "trackio"], ...], ONE_OR_SEVERAL, _RUN] = ("console",)
-    """Where metrics go beside the JSONL files."""
+    """Where metrics go in addition to the JSONL files."""
     fsdp: Annotated[Literal["no_shard", "full_shard", "shard_grad_op", "hybrid_shard"], _RUN] = "no_shard"
-    """What processes of ``torchrun`` hold in parts: nothing; weights, gradients and moments; the same, but weights stay whole
-    from forward to backward; the same within a node, with a copy on each."""
+    """Sharding over processes. ``no_shard``: replicate. ``full_shard``: ZeRO-3. ``shard_grad_op``: ZeRO-2, whole weights from
+    forward to backward. ``hybrid_shard``: ``full_shard`` within a node, replicas across nodes."""
     fsdp_offload_params: Annotated[bool, _RUN] = False
     """Keep the shards in host memory."""
     fsdp_parallel_head: Annotated[bool, _RUN] = False
-    """Leave the head in parts of the vocabulary and gather hidden rows in its place: less memory for large vocabularies."""
+    """Shard the output head by vocabulary and gather hidden states instead of the head: less memory for large vocabularies."""
     ddp_timeout_s: Annotated[float, _RUN] = Field(1800.0, gt=0)
-    """Longest wait for another process under ``torchrun``, in seconds; one that hangs ends the run then."""
+    """Time limit of a wait for another process under ``torchrun``, in seconds; a process that hangs longer ends the run."""
     log_completions: Annotated[int, _RUN] = Field(4, ge=0)
     """Sample completions written to ``completions.jsonl`` each step."""
     report: Annotated[bool, _RUN] = True
-    """Write ``report.html`` and its pictures at the end."""
+    """Write ``report.html`` and its plots at the end."""
 
     if not TYPE_CHECKING:  # type checkers and editors shall see the fields
 
@@ -377,17 +380,17 @@ class Config(BaseModel):
 
     @property
     def truncates_support(self) -> bool:
-        """Whether sampling leaves out part of the softmax."""
+        """Whether ``top_p``, ``top_k`` or ``min_p`` restrict sampling to some tokens."""
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
     @property
     def support_text(self) -> str:
-        """What cuts the support, in words for an error."""
+        """The settings that restrict sampling to some tokens, for error messages."""
         return f"top_p={self.top_p:g}, top_k={self.top_k}, min_p={self.min_p:g}"
 
     @property
     def corrects_sampler(self) -> bool:
-        """Whether importance weights correct for the sampler."""
+        """Whether importance weights correct the mismatch between sampler and trainer."""
         wanted = self.vllm_importance_sampling_correction
         if wanted is None:
             wanted = self.rollout != "transformers" or self.max_staleness > 0
@@ -399,20 +402,20 @@ class Config(BaseModel):
 
     @property
     def recomputes_products(self) -> bool:
-        """Whether the backward pass runs a layer's matrix products once more."""
+        """Whether the backward pass computes a layer's matrix products a second time."""
         return self.gradient_checkpointing and self.gradient_checkpointing_mode != "selective"
 
     @property
     def scoring_passes(self) -> tuple[bool, ...]:
-        """Passes without gradient over what a step trains on; of each, whether adapters take part.
+        """Extra forward passes without gradient over the trained tokens; of each, whether adapters are on.
 
-        They do not in the reference policy's, and do in that against the sampler.
+        They are off in the pass of the reference policy, and on in the pass that corrects for the sampler.
         """
         return (False,) * (self.beta > 0) + (True,) * self.corrects_sampler
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Config:
-        """Builds a configuration from plain values; it raises what the constructor does."""
+        """Builds a configuration from plain values; raises the same errors as the constructor."""
         return cls(**values)
 
     @classmethod
@@ -429,7 +432,7 @@ class Config(BaseModel):
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 
     def replace(self, **changes: Any) -> Config:
-        """A changed copy, validated; it raises what :meth:`parse` does."""
+        """A changed copy, validated; raises the same errors as :meth:`parse`."""
         return self.parse(self.model_dump() | changes)
 
 

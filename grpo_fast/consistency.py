@@ -1,4 +1,4 @@
-"""What settings cannot stand beside each other, told before anything is loaded."""
+"""Combinations of settings that contradict each other, refused before anything is loaded."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _NEEDED_BY = {
     "use_peft": ("base_model", "lora_r", "lora_alpha", "use_rslora", "lora_target_modules", "load_in_4bit"),
     "load_in_4bit": ("bnb_4bit_quant_type", "use_bnb_nested_quant"),
 }
-"""Fields that would do nothing without another one."""
+"""Fields that have no effect unless another one is set."""
 
 
 def check_consistency(config: Config) -> None:
-    """Holds the settings of a run against each other.
+    """Checks the settings of a run against each other.
 
     Raises:
-        ValueError: two that do not go together; the message names both, their values and the fix.
+        ValueError: two settings contradict each other; the message names both, their values and the fix.
     """
     _check_adapters(config)
     _check_layout(config)
@@ -50,95 +50,99 @@ def _check_compiler(config: Config) -> None:
         return
     if config.gradient_checkpointing_mode == "selective":
         raise ValueError(
-            "torch_compile=True with gradient_checkpointing_mode='selective': it sees no products inside compiled code, and "
-            "could not keep them; use 'full'"
+            "torch_compile=True with gradient_checkpointing_mode='selective': selective checkpointing cannot look inside "
+            "compiled layers, so it cannot keep their matrix products; set gradient_checkpointing_mode='full' or "
+            "torch_compile=False"
         )
     if config.load_in_4bit:
-        raise ValueError("torch_compile=True with load_in_4bit: layers of bitsandbytes are not compiled here; leave one out")
+        raise ValueError("torch_compile=True with load_in_4bit: 4-bit layers cannot be compiled here; leave one out")
     if config.fsdp != "no_shard":
-        raise ValueError(
-            f"torch_compile=True with fsdp={config.fsdp!r}: layers that are gathered piece by piece are not compiled here; "
-            "leave one out"
-        )
+        raise ValueError(f"torch_compile=True with fsdp={config.fsdp!r}: sharded layers cannot be compiled here; leave one out")
 
 
 def _check_optimizer(config: Config) -> None:
     if config.fsdp_parallel_head and config.fsdp == "no_shard":
-        raise ValueError("fsdp_parallel_head=True with fsdp='no_shard': the head is whole there; choose fsdp='full_shard'")
+        raise ValueError("fsdp_parallel_head=True with fsdp='no_shard': the head is not sharded; choose fsdp='full_shard'")
     short = config.weights_dtype == "bfloat16"
     if config.optim != "adamw_torch_fused" and (short or config.offload_optimizer):
         other = "weights_dtype='bfloat16'" if short else "offload_optimizer"
-        raise ValueError(f"optim={config.optim!r} with {other}: that is done by optim='adamw_torch_fused' only")
+        raise ValueError(
+            f"optim={config.optim!r} with {other}: only optim='adamw_torch_fused' supports that; change one of the two"
+        )
     if short and config.dtype == "float32":
         raise ValueError("weights_dtype='bfloat16' with dtype='float32': set dtype='bfloat16', or leave weights_dtype out")
     if short and config.use_peft:
-        raise ValueError("weights_dtype='bfloat16' with use_peft: adapters are float32, and the frozen weights take dtype")
+        raise ValueError(
+            "weights_dtype='bfloat16' with use_peft: adapters are float32, and frozen weights have the type dtype; leave "
+            "weights_dtype out"
+        )
 
 
 def _check_rollout(config: Config) -> None:
     if (config.rollout == "vllm-http") != bool(config.vllm_server_urls):
         raise ValueError(
-            f"rollout={config.rollout!r} with vllm_server_urls={config.vllm_server_urls}: servers are needed exactly for "
-            "rollout='vllm-http'; start one with `grpo-fast serve`"
+            f"rollout={config.rollout!r} with vllm_server_urls={config.vllm_server_urls}: set vllm_server_urls if, and only "
+            "if, rollout='vllm-http'; start a server with `grpo-fast serve`"
         )
     if len(set(config.vllm_server_urls)) < len(config.vllm_server_urls):
-        raise ValueError(f"vllm_server_urls={config.vllm_server_urls}: name each server once, it would be sent weights twice")
+        raise ValueError(f"vllm_server_urls={config.vllm_server_urls} names a server twice; name each server once")
     if config.vllm_own_process and config.rollout != "vllm":
         raise ValueError(
-            f"vllm_own_process=True with rollout={config.rollout!r}: only vLLM in the trainer's process can leave it; set "
-            "rollout='vllm'"
+            f"vllm_own_process=True with rollout={config.rollout!r}: it moves the engine of rollout='vllm' into a separate "
+            "process; set rollout='vllm', or leave vllm_own_process out"
         )
     if config.vllm_engine_args and config.rollout != "vllm":
         raise ValueError(
-            f"vllm_engine_args={config.vllm_engine_args} with rollout={config.rollout!r}: they are for the engine of "
-            "rollout='vllm'; a server is given vLLM's options when it is started, `grpo-fast serve MODEL -- --max-num-seqs 64`"
+            f"vllm_engine_args={config.vllm_engine_args} with rollout={config.rollout!r}: they apply to rollout='vllm' only; "
+            "give a server vLLM's options when you start it: `grpo-fast serve MODEL -- --max-num-seqs 64`"
         )
     if config.vllm_transport != "auto" and config.rollout == "transformers":
         raise ValueError(
-            f"vllm_transport={config.vllm_transport!r} with rollout='transformers': that samples from the policy itself; set "
-            "rollout='vllm' or 'vllm-http'"
+            f"vllm_transport={config.vllm_transport!r} with rollout='transformers', which samples from the policy itself and "
+            "sends no weights; set rollout='vllm' or 'vllm-http'"
         )
     if config.vllm_pause_mode == "keep" and (config.max_staleness == 0 or config.rollout == "transformers"):
         raise ValueError(
-            f"vllm_pause_mode='keep' with max_staleness={config.max_staleness} and rollout={config.rollout!r}: only vLLM goes "
-            "on by new weights, and only with max_staleness does it run while they change; set both, or leave it at 'wait'"
+            f"vllm_pause_mode='keep' with max_staleness={config.max_staleness} and rollout={config.rollout!r}: 'keep' "
+            "continues running requests on new weights, so it needs vLLM and max_staleness >= 1; set both, or use 'wait'"
         )
     if config.vllm_pause_mode == "keep" and config.use_peft:
-        raise ValueError("vllm_pause_mode='keep' with use_peft: what vLLM keeps stays with its older adapter; use 'wait'")
+        raise ValueError("vllm_pause_mode='keep' with use_peft: running requests would finish with the old adapter; use 'wait'")
     if config.vllm_enable_sleep_mode and (config.rollout == "transformers" or config.max_staleness):
         raise ValueError(
             f"vllm_enable_sleep_mode=True with rollout={config.rollout!r} and max_staleness={config.max_staleness}: vLLM "
-            "would sleep while the policy trains, so it must be what samples, and not then; set rollout='vllm', max_staleness=0"
+            "sleeps while the policy trains, so vLLM must do the sampling, and not during training; set rollout='vllm' and "
+            "max_staleness=0"
         )
     _check_support(config)
     if config.vllm_importance_sampling_correction and config.bypass_old_logprobs:
         raise ValueError(
-            "vllm_importance_sampling_correction=True with bypass_old_logprobs=True: the ratio is against the sampler already, "
-            "which leaves nothing to correct; choose one of the two"
+            "vllm_importance_sampling_correction=True with bypass_old_logprobs=True: the ratio is taken to the sampler "
+            "already, so there is nothing to correct; choose one of the two"
         )
     low, high = config.vllm_importance_sampling_clip_min, config.vllm_importance_sampling_clip_max
     if low is not None and high is not None and not low < high:
-        raise ValueError(f"vllm_importance_sampling_clip_min={low:g} must lie under vllm_importance_sampling_clip_max={high:g}")
+        raise ValueError(f"vllm_importance_sampling_clip_min={low:g} must be below vllm_importance_sampling_clip_max={high:g}")
 
 
 def _check_support(config: Config) -> None:
     if config.fsdp_parallel_head and config.truncates_support:
         raise ValueError(
-            f"{config.support_text} with fsdp_parallel_head=True: the policy's log-probabilities among kept tokens are made by "
-            "a whole head; set fsdp_parallel_head=False, or top_p=1, top_k=0, min_p=0"
+            f"{config.support_text} with fsdp_parallel_head=True: restricted sampling needs the whole output head on every "
+            "rank; set fsdp_parallel_head=False, or top_p=1, top_k=0, min_p=0"
         )
 
 
 def _check_decoupled(config: Config) -> None:
     if config.scale_rewards != "group":
         raise ValueError(
-            f"scale_rewards={config.scale_rewards!r} with multi_objective_aggregation='normalize_then_sum': that scales each "
-            "reward in its group and their sum over the batch; leave scale_rewards at 'group'"
+            f"scale_rewards={config.scale_rewards!r} with multi_objective_aggregation='normalize_then_sum', which always "
+            "scales each reward in its group and their sum over the batch; leave scale_rewards at 'group'"
         )
     if config.loss_type == "rloo":
         raise ValueError(
-            "loss_type='rloo' with multi_objective_aggregation='normalize_then_sum': its baseline is the mean of the group's "
-            "other completions, and it scales nothing; choose another loss_type, or 'sum_then_normalize'"
+            "loss_type='rloo' with multi_objective_aggregation='normalize_then_sum': RLOO subtracts the mean of the group's "
+            "other completions and scales nothing; choose another loss_type, or 'sum_then_normalize'"
         )
 
 
@@ -151,19 +155,19 @@ def _check_objective_and_run(config: Config) -> None:
         _check_decoupled(config)
     if config.num_generations_eval > 1 and config.eval_temperature == 0:
         raise ValueError(
-            f"num_generations_eval={config.num_generations_eval} with eval_temperature=0: the likeliest answer is the same "
-            "each time; set eval_temperature, as to that of training, or leave num_generations_eval at 1"
+            f"num_generations_eval={config.num_generations_eval} with eval_temperature=0: greedy answers are all the same; set "
+            "eval_temperature (for example the training temperature), or num_generations_eval=1"
         )
     if config.overwrite and config.resume_if_exists:
-        raise ValueError("overwrite=True with resume_if_exists=True: a run is replaced or gone on with; leave one out")
+        raise ValueError("overwrite=True with resume_if_exists=True: a run is either replaced or resumed; leave one out")
     if config.loss_type == "cispo" and config.epsilon_high is None:
         raise ValueError("loss_type='cispo' needs epsilon_high, the absolute cap of the ratio (MiniMax-M1 and ScaleRL use 5.0)")
     if config.reward_range is not None and not config.reward_range[0] < config.reward_range[1]:
-        raise ValueError(f"reward_range={config.reward_range} must be (least, greatest)")
+        raise ValueError(f"reward_range={config.reward_range} must be (lowest, highest), with lowest < highest")
     if config.forecast_reward_value is not None and config.price_per_gpu_hour == 0:
         raise ValueError(
-            f"forecast_reward_value={config.forecast_reward_value:g} with price_per_gpu_hour=0: a gain is held against what it "
-            "costs; set price_per_gpu_hour too"
+            f"forecast_reward_value={config.forecast_reward_value:g} with price_per_gpu_hour=0: the gain is compared with its "
+            "cost; set price_per_gpu_hour too"
         )
     if config.warmup_steps > config.max_steps:
         raise ValueError(f"warmup_steps={config.warmup_steps:g} exceeds max_steps={config.max_steps}")

@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with a value, as a sentence that names key, value and fix."""
+"""Turns pydantic's errors into sentences that name key, value and fix."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def explain(item: Any, *, known: Iterable[str]) -> str:
     """One of pydantic's errors as a sentence.
 
     Args:
-        item: of ``ValidationError.errors()``.
-        known: names of all fields; the nearest one is named for an unknown key.
+        item: one element of ``ValidationError.errors()``.
+        known: names of all fields; for an unknown key the nearest one is suggested.
     """
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         if key in HERE:
-            return f"unknown configuration key {key!r}, which is TRL's; here it is {HERE[key]}"
+            return f"unknown configuration key {key!r}, a TRL name; here it corresponds to {HERE[key]}"
         near = difflib.get_close_matches(key, list(known), n=1)
         return f"unknown configuration key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
     message = item["msg"].removeprefix("Value error, ")
@@ -29,18 +29,18 @@ def explain(item: Any, *, known: Iterable[str]) -> str:
 
 
 def meant(part: str, *, parts: Iterable[str], settings: Iterable[str]) -> str:
-    """What may have been meant by a part that a trainer has not.
+    """Suggests the intended name for an argument that the trainer does not have.
 
     Args:
         part: its name, as given.
-        parts: all there are.
+        parts: all arguments that the trainer has.
         settings: names of the configuration's fields.
 
     Returns:
-        A sentence with a space behind it; empty where nothing is near.
+        A sentence with a trailing space; empty if nothing is similar.
     """
     if part in HERE:
-        return f"it is TRL's, and here it is {HERE[part]}. "
+        return f"it is a TRL name, which here corresponds to {HERE[part]}. "
     if part in settings:
         return f"it is a setting, Config({part}=...). "
     near = difflib.get_close_matches(part, list(parts), n=1)
@@ -48,7 +48,7 @@ def meant(part: str, *, parts: Iterable[str], settings: Iterable[str]) -> str:
 
 
 def _hint(item: Any) -> str:
-    """What may have been meant by a value of the wrong form."""
+    """Suggests the intended form of a malformed value."""
     given, field = item["input"], str(item["loc"][0])
     if not isinstance(given, str):
         return ""
@@ -59,6 +59,6 @@ def _hint(item: Any) -> str:
         if near:
             return f"; did you mean {near[0]!r}?"
     if len(item["loc"]) > 1 and "," in given:
-        return "; several values stand one after another, with spaces between"
+        return "; separate several values by spaces"
     unit = next((unit for ending, unit in _UNITS.items() if field.endswith(ending)), None)
-    return f"; it is a plain number of {unit}" if unit is not None and item["type"] == "float_parsing" else ""
+    return f"; give a plain number of {unit}" if unit is not None and item["type"] == "float_parsing" else ""

@@ -1,4 +1,4 @@
-"""What is made of values as people give them, before the configuration holds them."""
+"""Normalises values as people write them, before they enter the configuration."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
 BUILT_IN_DATASETS = ("arithmetic", "countdown", "gsm8k", "reasoning_gym")
-"""Names that stand for a task of ours; a local directory of that name is given as ``./NAME``."""
+"""Names of the built-in tasks; write ``./NAME`` for a local directory of the same name."""
 _BY_METRIC = ("reduce_lr_on_plateau", "greedy")
 
 
 def _several(value: Any) -> Any:
     several = (value,) if isinstance(value, str) else value
     if isinstance(several, list | tuple) and "" in several:
-        raise ValueError("an empty string stands for nothing; leave it out")
+        raise ValueError("an empty string has no meaning; leave it out")
     return several
 
 
 ONE_OR_SEVERAL = BeforeValidator(_several)
-"""Of a field that holds several strings: one may stand alone; an empty one is refused."""
+"""Validator of fields that hold several strings: a single one needs no list; an empty one is refused."""
 
 
 def _foreseeable(name: Any) -> Any:
-    """A schedule's name, not of one that goes by what a run shows.
+    """The name of a schedule; refuses schedules that depend on a metric of the run.
 
     Raises:
-        ValueError: it does.
+        ValueError: the schedule does.
     """
     if name in _BY_METRIC:
         raise ValueError(
-            "goes by a metric as it comes, and the forecast counts in learning rate spent, which must be known beforehand; "
-            "take another, such as 'cosine' or 'warmup_stable_decay' (what a plateau does is forecast's to say)"
+            "depends on a metric of the run, but the forecast needs the learning rates beforehand; choose another, such as "
+            "'cosine' or 'warmup_stable_decay' (the setting forecast decides what a plateau does)"
         )
     return name
 
@@ -61,7 +61,7 @@ def expanded(path: Path) -> Path:
     """The path with ``~`` as the home directory.
 
     Raises:
-        ValueError: nobody of that name has one.
+        ValueError: there is no home directory for that user name.
     """
     try:
         return path.expanduser()
@@ -70,12 +70,12 @@ def expanded(path: Path) -> Path:
 
 
 def model_anywhere(name: str) -> str:
-    """A model's directory as it is found from any folder; another name, as of a hub model, as it is."""
+    """The absolute path of a model's directory; any other name, such as a hub id, unchanged."""
     return name if name == "embedded" else _anywhere(name, of_directory=True)
 
 
 def dataset_anywhere(name: str) -> str:
-    """The same of a dataset's file or directory, also of that in ``gsm8k:DIRECTORY``."""
+    """The absolute path of a dataset's file or directory, also in ``gsm8k:DIRECTORY``; any other name unchanged."""
     kind, colon, argument = name.partition(":")
     if kind not in BUILT_IN_DATASETS:
         return _anywhere(name)
@@ -88,17 +88,17 @@ def _anywhere(name: str, *, of_directory: bool = False) -> str:
 
 
 def refuse_switches(values: Any, fields: Mapping[str, FieldInfo]) -> Any:
-    """The values, none of which is True or False for a number: Python would take them for 1 and 0.
+    """Returns the values, and refuses True and False for numbers, which Python would take for 1 and 0.
 
     Args:
-        values: by the name of their field, as given.
-        fields: all there are.
+        values: as given, by field name.
+        fields: all fields of the configuration.
 
     Raises:
-        ValueError: one is; it is named.
+        ValueError: a number is given as True or False; the message names it.
     """
     for name, value in values.items() if isinstance(values, Mapping) else ():
         kinds = {int, float} & {fields[name].annotation, *get_args(fields[name].annotation)} if name in fields else set()
         if isinstance(value, bool) and kinds:
-            raise ValueError(f"{name}={value!r} is no number; give one, such as {name}={fields[name].default or 1}")
+            raise ValueError(f"{name}={value!r} is not a number; give one, such as {name}={fields[name].default or 1}")
     return values

@@ -1,4 +1,4 @@
-"""What is wrong with a command line, in one sentence that names the value and the fix."""
+"""Error messages for a wrong command line: one sentence that names the value and the fix."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def in_words(error: CycloptsError) -> str:
     if isinstance(error, UnknownOptionError) and error.token is not None:
         name = (error.token.keyword or "").lstrip("-").replace("-", "_")
         if name in HERE:
-            return f"Unknown option: {error.token.keyword}, which is TRL's; here it is {HERE[name]}"
+            return f"Unknown option: {error.token.keyword}, a TRL name; here it corresponds to {HERE[name]}"
         if error.command_chain == ("serve",):
-            return f"{error} If it is one of vLLM's own, it stands after --: grpo-fast serve MODEL -- {error.token.value} ..."
+            return f"{error} Options of vLLM itself go after --: grpo-fast serve MODEL -- {error.token.value} ..."
     if isinstance(error, UnusedCliTokensError):
         return _unused(error.unused_tokens or [])
     if isinstance(error, MissingArgumentError) and error.tokens_so_far:
-        return f"{error} Values stand one after another, with spaces between; given was {' '.join(error.tokens_so_far)!r}."
+        return f"{error} Separate values by spaces; given was {' '.join(error.tokens_so_far)!r}."
     return str(error)
 
 

@@ -1,13 +1,13 @@
-"""Settings, and parts of a trainer, that TRL has under another name or alone, for people who bring a script of its along."""
+"""TRL's settings and trainer arguments that have another name here or none, for people who come with a TRL script."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
 
-_BATCH = "prompts_per_step, the prompts of a step over all processes; tokens_per_microbatch bounds memory and changes no result"
+_BATCH = "prompts_per_step, the prompts of a step over all processes; tokens_per_microbatch limits memory and changes no result"
 _SERVER = "rollout='vllm-http' with vllm_server_urls; `grpo-fast serve` starts one"
-_SAMPLING = "temperature, top_p, top_k, min_p and stop; what else changes logits samples from another policy than is trained"
+_SAMPLING = "temperature, top_p, top_k, min_p and stop; with any other change of the logits another policy would be sampled"
 
 HERE: Mapping[str, str] = MappingProxyType(
     {
@@ -23,12 +23,12 @@ HERE: Mapping[str, str] = MappingProxyType(
         "num_train_epochs": "max_steps; an epoch is the number of prompts over prompts_per_step",
         "model_init_kwargs": "model, revision, dtype and attn_implementation",
         "bf16": "dtype='bfloat16', which is the default on a GPU",
-        "fp16": "nothing: dtype is bfloat16 or float32, by 'auto' as the GPU has it",
+        "fp16": "nothing: dtype is bfloat16 or float32; 'auto' chooses by the GPU",
         "use_cpu": "device='cpu'",
         "warmup_ratio": "warmup_steps, which below 1 is a share of max_steps",
         "use_vllm": "rollout='vllm', or 'vllm-http' for servers",
         "peft_config": "use_peft with lora_r, lora_alpha and lora_target_modules",
-        "lora_dropout": "nothing: it would keep the ratio of an on-policy step from being 1",
+        "lora_dropout": "nothing: with dropout the ratio of an on-policy step would not be 1",
         "generation_kwargs": _SAMPLING,
         "repetition_penalty": _SAMPLING,
         "vllm_mode": "rollout='vllm' for colocate, 'vllm-http' for server",
@@ -36,10 +36,10 @@ HERE: Mapping[str, str] = MappingProxyType(
         "vllm_server_host": _SERVER,
         "vllm_server_port": _SERVER,
         "vllm_server_timeout": "sync_deadline_s",
-        "vllm_max_model_length": "nothing: max_prompt_length and max_completion_length decide it",
+        "vllm_max_model_length": "nothing: it follows from max_prompt_length and max_completion_length",
         "vllm_tensor_parallel_size": "`grpo-fast serve MODEL -- --tensor-parallel-size N`, with rollout='vllm-http'",
         "vllm_importance_sampling_cap": "vllm_importance_sampling_clip_max",
-        "sync_ref_model": "nothing: the reference policy, where beta is above 0, is the model as the run found it",
+        "sync_ref_model": "nothing: with beta above 0 the reference policy is the model at the start of the run",
         "importance_sampling_level": "loss_type='gspo' for sequence",
         "max_tool_calling_iterations": "max_turns, which counts the answer behind the last call too: one more",
         "shuffle_dataset": "shuffle",
@@ -52,8 +52,8 @@ HERE: Mapping[str, str] = MappingProxyType(
         "eval_strategy": "eval_steps",
         "save_strategy": "save_steps",
         "resume_from_checkpoint": "resume_if_exists, or `grpo-fast train --resume RUN`",
-        "push_to_hub": "nothing: checkpoints are what from_pretrained reads, and `hf upload REPOSITORY CHECKPOINT` sends one",
-        "metric_for_best_model": "nothing: it is the held-out reward, or without evaluation the training's",
+        "push_to_hub": "nothing: from_pretrained reads checkpoints, and `hf upload REPOSITORY CHECKPOINT` uploads one",
+        "metric_for_best_model": "nothing: it is the held-out reward, or without evaluation the training reward",
         "load_best_model_at_end": "nothing: the best checkpoint is kept, and summary.json names it",
         "ddp_timeout": "ddp_timeout_s",
         "deepspeed": "fsdp",
@@ -62,4 +62,4 @@ HERE: Mapping[str, str] = MappingProxyType(
         "callbacks": "the loop, `for step in trainer.steps()`, and sinks",
     }
 )
-"""What to set here, by the name that TRL's scripts and ``GRPOConfig`` have for it."""
+"""What to use here, by the name in TRL's scripts and ``GRPOConfig``."""

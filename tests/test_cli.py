@@ -77,25 +77,25 @@ def test_commands_and_version(shell: Shell) -> None:
         ("train --warmup-steps 9 --max-steps 3", "warmup_steps=9 exceeds max_steps=3"),
         ("train --recipe embeded", "no recipe 'embeded'; did you mean 'embedded'?"),
         ("train --config none.toml", "cannot read the configuration none.toml: No such file or directory"),
-        ("train --resume none", "there is no run in none: no config.toml is there; give the output_dir of a run"),
+        ("train --resume none", "there is no run in none (it has no config.toml); give the output_dir of a run"),
         ("train --use-peft true", "'true' belongs to no option: a switch takes no value; write --NAME, or --no-NAME"),
         ("train --seed 1 two words", "'two', 'words' belong to no option; quote a value that has spaces in it"),
         (
             "train --reward-range 0,1",
-            "--reward-range requires 2 positional arguments. Only got 1. Values stand one after another",
+            "--reward-range requires 2 positional arguments. Only got 1. Separate values by spaces",
         ),
-        ("train --reward-weights 1,2", "(got '1,2'); several values stand one after another, with spaces between"),
-        ("train --max-wall-hours 30m", "(got '30m'); it is a plain number of hours"),
+        ("train --reward-weights 1,2", "(got '1,2'); separate several values by spaces"),
+        ("train --max-wall-hours 30m", "(got '30m'); give a plain number of hours"),
         ("train --loss-type GRPO", "(got 'GRPO'); did you mean 'grpo'?"),
-        ("train --reward-funcs accuracy,format", "unknown reward 'accuracy,format'; several are given one by one"),
+        ("train --reward-funcs accuracy,format", "unknown reward 'accuracy,format'; give several names separately"),
         ("train --reward-funcs mine.py", "unknown reward 'mine.py'; a function of that file is 'mine:FUNCTION'"),
         ("train --model ./none", "cannot load model './none': there is no such directory"),
-        ("train --recipe embedded --revision v1", "revision='v1' with model='embedded': only models of the hub have revisions"),
+        ("train --recipe embedded --revision v1", "revision='v1' with model='embedded': only hub models have revisions"),
         ("train --resume none --recipe embedded", "--resume uses the run's own configuration; leave out --recipe and --config"),
         ("train --resume none --config some.toml", "--resume uses the run's own configuration"),
         (
             "train --resume none --output-dir other",
-            "--resume none goes on in that directory, and not in --output-dir other; leave one out",
+            "--resume none with --output-dir other: a run is resumed in its own directory; leave --output-dir out",
         ),
         ("train --resume none --output-dir ./none", "there is no run in none"),
         ("train --model nowhere/[at]/all", "cannot load model 'nowhere/[at]/all'"),
@@ -304,10 +304,20 @@ def test_a_failing_reward_is_told_without_a_traceback(shell: Shell, tmp_path: Pa
     assert (tmp_path / "run" / "checkpoint-0").is_dir()
 
 
+def test_a_run_without_a_model_says_which_one_it_trains(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_reward.py").write_text("def score(completions):\n    raise KeyError('[answer]')\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rest = "--reward-funcs broken_reward:score --no-report --output-dir"
+    _, unnamed, _ = shell(f"train {SMALL.removeprefix('--model embedded ')} {rest} unnamed")
+    _, named, _ = shell(f"train {SMALL} {rest} named")
+    told = "no model given (--model): training the small demo model in the package"
+    assert (told in in_words(unnamed), told in in_words(named)) == (True, False)
+
+
 def test_an_interrupt_before_the_run_begins_does_not_tell_how_to_go_on(shell: Shell, tmp_path: Path) -> None:
     (tmp_path / "impatient_reward.py").write_text("raise KeyboardInterrupt\n", encoding="utf-8")
     code, _, err = shell(f"train {SMALL} --reward-funcs impatient_reward:score --output-dir run")
-    assert (code, in_words(err)) == (128 + signal.SIGINT, "error: stopped at once; the run in run had not begun")
+    assert (code, in_words(err)) == (128 + signal.SIGINT, "error: stopped at once; the run in run had not started")
     assert not (tmp_path / "run").exists()
 
 

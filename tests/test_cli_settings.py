@@ -29,6 +29,9 @@ def test_where_settings_come_from_and_who_wins(tmp_path: Path) -> None:
     both = settings("--recipe", "embedded", "--config", str(file))
     assert both == recipe("embedded", model="here", seed=3, num_generations=5)
     assert settings("--model", "there") == Config(model="there"), "another model does not get the recipe's settings"
+    named = ("--recipe", "embedded"), ("--config", str(file)), ("--model", "embedded")
+    assert all("model" in settings(*given).model_fields_set for given in named)
+    assert "model" not in settings().model_fields_set, "train says that nobody named one"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from grpo_fast.config import Config, ConfigError
         ),
         (
             {"torch_compile": True, "gradient_checkpointing": True, "gradient_checkpointing_mode": "selective"},
-            r"torch_compile=True with gradient_checkpointing_mode='selective'.*use 'full'",
+            r"torch_compile=True with gradient_checkpointing_mode='selective'.*set gradient_checkpointing_mode='full' or torch",
         ),
         (
             {"torch_compile": True, "use_peft": True, "load_in_4bit": True},
@@ -30,7 +30,7 @@ from grpo_fast.config import Config, ConfigError
             {"vllm_engine_args": {"max_num_seqs": 3}},
             r"vllm_engine_args={'max_num_seqs': 3} with rollout='transformers'.*grpo-fast serve MODEL -- --max-num-seqs 64",
         ),
-        ({"num_generations_eval": 4}, r"num_generations_eval=4 with eval_temperature=0: the likeliest answer is the same"),
+        ({"num_generations_eval": 4}, r"num_generations_eval=4 with eval_temperature=0: greedy answers are all the same"),
         (
             {"scale_rewards": "batch", "multi_objective_aggregation": "normalize_then_sum"},
             r"scale_rewards='batch' with multi_objective_aggregation='normalize_then_sum'",
@@ -56,7 +56,10 @@ from grpo_fast.config import Config, ConfigError
             {"vllm_enable_sleep_mode": True, "rollout": "vllm", "max_staleness": 1},
             r"sleep_mode=True .*max_staleness=1: vLLM",
         ),
-        ({"top_k": 5, "fsdp": "full_shard", "fsdp_parallel_head": True}, r"top_k=5.*made by a whole head; set fsdp_parallel_"),
+        (
+            {"top_k": 5, "fsdp": "full_shard", "fsdp_parallel_head": True},
+            r"top_k=5.*whole output head on every rank; set fsdp_parallel_",
+        ),
         ({"reward_range": [1.0, 0.0]}, r"reward_range=\(1.0, 0.0\)"),
         ({"overwrite": True, "resume_if_exists": True}, r"overwrite=True with resume_if_exists=True.*leave one out"),
         ({"forecast_reward_value": 5.0}, r"forecast_reward_value=5 with price_per_gpu_hour=0.*set price_per_gpu_hour too"),

@@ -22,11 +22,11 @@ class Settings(BaseModel):
     [
         ({"levl": "low"}, "unknown configuration key 'levl'; did you mean 'level'?"),
         ({"zzzzzz": 1}, "unknown configuration key 'zzzzzz'"),
-        ({"report_to": "wandb"}, "unknown configuration key 'report_to', which is TRL's; here it is sinks"),
+        ({"report_to": "wandb"}, "unknown configuration key 'report_to', a TRL name; here it corresponds to sinks"),
         ({"level": "HIGH"}, "level: Input should be 'low' or 'high' (got 'HIGH'); did you mean 'high'?"),
         ({"level": 3}, "level: Input should be 'low' or 'high' (got 3)"),
-        ({"deadline_s": "5min"}, "deadline_s: * (got '5min'); it is a plain number of seconds"),
-        ({"sizes": ["1,2"]}, "sizes.0: * (got '1,2'); several values stand one after another, with spaces between"),
+        ({"deadline_s": "5min"}, "deadline_s: * (got '5min'); give a plain number of seconds"),
+        ({"sizes": ["1,2"]}, "sizes.0: * (got '1,2'); separate several values by spaces"),
     ],
 )
 def test_key_value_and_fix_are_named(values: dict[str, object], told: str) -> None:
@@ -39,8 +39,11 @@ def test_key_value_and_fix_are_named(values: dict[str, object], told: str) -> No
 @pytest.mark.parametrize(
     ("part", "told"),
     [
-        ("peft_config", "it is TRL's, and here it is use_peft with lora_r, lora_alpha and lora_target_modules. "),
-        ("processing_class", "it is TRL's, and here it is nothing: the tokeniser is the model's. "),
+        (
+            "peft_config",
+            "it is a TRL name, which here corresponds to use_peft with lora_r, lora_alpha and lora_target_modules. ",
+        ),
+        ("processing_class", "it is a TRL name, which here corresponds to nothing: the tokeniser is the model's. "),
         ("level", "it is a setting, Config(level=...). "),
         ("reward_func", "did you mean 'reward_funcs'? "),
         ("zzzzzz", ""),

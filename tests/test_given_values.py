@@ -38,7 +38,7 @@ def test_a_string_that_stands_alone_is_checked_as_the_others() -> None:
 @pytest.mark.parametrize("field", ["reward_funcs", "sinks", "stop", "lora_target_modules", "vllm_server_urls"])
 def test_an_empty_string_among_several_is_refused(field: str, value: Any) -> None:
     with pytest.raises(
-        ConfigError, match=rf"^{field}: an empty string stands for nothing; leave it out \(got {re.escape(repr(value))}\)$"
+        ConfigError, match=rf"^{field}: an empty string has no meaning; leave it out \(got {re.escape(repr(value))}\)$"
     ):
         Config(**{field: value})
     assert Config(stop=()) == Config(stop=[]) == Config()  # type: ignore[arg-type]
@@ -47,10 +47,10 @@ def test_an_empty_string_among_several_is_refused(field: str, value: Any) -> Non
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"log_completions": True}, "log_completions=True is no number; give one, such as log_completions=4"),
-        ({"eval_steps": False}, "eval_steps=False is no number; give one, such as eval_steps=1"),
-        ({"max_tokens": True}, "max_tokens=True is no number; give one, such as max_tokens=1"),
-        ({"learning_rate": True}, "learning_rate=True is no number; give one, such as learning_rate=1e-06"),
+        ({"log_completions": True}, "log_completions=True is not a number; give one, such as log_completions=4"),
+        ({"eval_steps": False}, "eval_steps=False is not a number; give one, such as eval_steps=1"),
+        ({"max_tokens": True}, "max_tokens=True is not a number; give one, such as max_tokens=1"),
+        ({"learning_rate": True}, "learning_rate=True is not a number; give one, such as learning_rate=1e-06"),
     ],
 )
 def test_a_switch_is_no_number(values: dict[str, Any], told: str) -> None:

@@ -15,17 +15,17 @@ from grpo_fast.mistakes import in_words
         ("train --reward-range 1", "given was '1'."),
         (
             "train --use-vllm",
-            "Unknown option: --use-vllm, which is TRL's; here it is rollout='vllm', or 'vllm-http' for servers",
+            "Unknown option: --use-vllm, a TRL name; here it corresponds to rollout='vllm', or 'vllm-http' for servers",
         ),
-        ("train --report_to wandb", "Unknown option: --report_to, which is TRL's; here it is sinks"),
+        ("train --report_to wandb", "Unknown option: --report_to, a TRL name; here it corresponds to sinks"),
         ("train --reprot", "Unknown option: --reprot. Did you mean --report?"),
         (
             "serve embedded --pipeline-parallel-size=2",
-            "stands after --: grpo-fast serve MODEL -- --pipeline-parallel-size=2 ...",
+            "go after --: grpo-fast serve MODEL -- --pipeline-parallel-size=2 ...",
         ),
         ("train --output-dir", "requires an argument"),
         ("train --sync-deadline-s 5min", "sync_deadline_s: Input should be a valid number, unable to parse string as a number"),
-        ("train --sync-deadline-s 5min", "(got '5min'); it is a plain number of seconds"),
+        ("train --sync-deadline-s 5min", "(got '5min'); give a plain number of seconds"),
     ],
 )
 def test_the_value_and_the_fix_are_named(line: str, message: str) -> None:

@@ -13,7 +13,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "from-trl.md"
 
 
 def test_a_setting_of_trl_is_told_by_its_name_here() -> None:
-    with pytest.raises(ConfigError, match=r"unknown configuration key 'report_to', which is TRL's; here it is sinks"):
+    with pytest.raises(ConfigError, match=r"unknown configuration key 'report_to', a TRL name; here it corresponds to sinks"):
         Config.parse({"report_to": "wandb"})
 
 

@@ -93,7 +93,7 @@ def test_every_schedule_of_transformers_is_there_or_refused() -> None:
     assert {kind.value for kind in SchedulerType} == {*ALL, "reduce_lr_on_plateau", "greedy"}
     assert len({tuple(schedule(lr_scheduler_type=kind, lr_scheduler_kwargs=given)) for kind, given in ALL.items()}) == 9
     for kind in ("reduce_lr_on_plateau", "greedy"):
-        with pytest.raises(ConfigError, match="lr_scheduler_type: goes by a metric as it comes"):
+        with pytest.raises(ConfigError, match="lr_scheduler_type: depends on a metric of the run"):
             Config.parse({"lr_scheduler_type": kind})
 
 
