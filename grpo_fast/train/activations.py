@@ -1,4 +1,4 @@
-"""What the forward and backward pass of a micro-batch hold at once, found without running them.
+"""Memory that the forward and backward pass of a micro-batch hold at once, found without running them.
 
 The model is built and run on tensors that have shapes and no memory, forward and backward, with the attention, the layout, the
 adapters, the checkpointing and the precision of the run. What operators make is written down when it comes and when it goes, so
@@ -44,7 +44,7 @@ _Data = TypeVar("_Data", TokenBatch, PackedLayout)
 
 @dataclass(frozen=True)
 class HeadBytes:
-    """What the loss takes of a device.
+    """Memory of the loss on a device.
 
     Attributes:
         rows: V, or the part of the vocabulary that is this rank's.
@@ -100,7 +100,7 @@ class HeldBytes:
 
 @dataclass(frozen=True)
 class PassBytes:
-    """What a micro-batch takes.
+    """Memory of a micro-batch.
 
     Attributes:
         losses: at the fullest of the forward pass, the loss included.
@@ -118,7 +118,7 @@ class UncountableError(RuntimeError):
 
 
 def pass_bytes(outline: PreTrainedModel, config: Config, work: DryPass, head: HeadBytes) -> PassBytes:
-    """Counts what a micro-batch takes.
+    """Counts the memory that a micro-batch takes.
 
     Args:
         outline: the model, adapters included, as :func:`outline_of` gives it; stays as it is.

@@ -91,7 +91,7 @@ class Adapters:
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
-        """The model is its base in here."""
+        """Switches the adapters off inside the context."""
         self._wrapped.base_model.disable_adapter_layers()
         for _, weight in self._weights():  # peft has marked them as frozen, and FSDP holds on to what its first pass finds
             weight.requires_grad_(True)

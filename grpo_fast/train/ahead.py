@@ -1,4 +1,4 @@
-"""The groups of a step when it asks for them: collected there and then, or ahead, while steps before it train."""
+"""The groups of each step: collected when the step asks for them, or ahead, while earlier steps train."""
 
 from __future__ import annotations
 
@@ -31,16 +31,17 @@ class Rollouts:
         """The groups of ``step``.
 
         Args:
-            step: the one after that whose weights are in force.
-            timer: charged with ``rollout`` and ``reward``, or with the wait for what is collected ahead, as ``rollout``.
+            step: the next step.
+            timer: charged with ``rollout`` and ``reward``, or, for groups collected ahead, with the wait, as ``rollout``.
 
         Returns:
-            The groups; where they were collected ahead with ``sample/staleness_mean`` and ``sample/staleness_max``, the updates
-            between the weights that sampled a token and the newest, and ``overlap/rollout_s``, the seconds that nobody waited.
+            The groups; if they were collected ahead, with the metrics ``sample/staleness_mean`` and ``sample/staleness_max``
+            (updates between the weights that sampled a token and the newest) and ``overlap/rollout_s`` (seconds of sampling
+            that training did not wait for).
 
         Raises:
             RolloutError: a token is older than ``max_staleness`` allows.
-            TrainingError: what collecting raised.
+            TrainingError: collecting failed; the error is the collector's.
         """
         if self._buffer is None:
             return self._collector.collect(step, timer)
@@ -49,8 +50,8 @@ class Rollouts:
         lags = [step - 1 - version for group in collected.groups for c in group.completions for version in token_versions(c)]
         if max(lags) > self._max_staleness:
             raise RolloutError(
-                f"a token of step {step} was sampled {max(lags)} updates ago, and max_staleness={self._max_staleness}: the "
-                "engine does not tell its versions truly, or its weights were not updated"
+                f"a token of step {step} was sampled {max(lags)} updates ago, but max_staleness={self._max_staleness}: the "
+                "engine reports wrong weight versions, or did not receive an update"
             )
         collected.metrics |= {
             "sample/staleness_mean": sum(lags) / len(lags),
@@ -69,11 +70,11 @@ class Rollouts:
                 self._buffer.hold()
 
     def ready(self) -> list[Collected]:
-        """What is collected ahead, for the checkpoint: it is neither lost nor sampled again."""
+        """The groups collected ahead, for the checkpoint: they are neither lost nor sampled again."""
         return [] if self._buffer is None else self._buffer.ready()
 
     def restore(self, next_step: int, ready: Sequence[Collected]) -> None:
-        """Begins with what a checkpoint brought along."""
+        """Starts with the groups that a checkpoint contains."""
         if self._buffer is not None:
             self._buffer.restore(next_step, ready)
 

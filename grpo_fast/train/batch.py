@@ -32,16 +32,16 @@ class TrainingSequence:
     in_loss: bool
     """Whether its tokens count: false for a truncated completion when those are masked."""
     kept: KeptTokens | None = None
-    """What each sampled token was drawn from; ``None``: the whole vocabulary."""
+    """Tokens that each sampled token was drawn from; ``None``: the whole vocabulary."""
     sampled: tuple[bool, ...] = ()
-    """Of each token of the completion, whether the policy sampled it; empty where it did all."""
+    """For each token of the completion, whether the policy sampled it; empty if it sampled all."""
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
 
     @property
     def scored(self) -> Sequence[bool]:
-        """Of each token of the completion, whether it is in the loss where the sequence is."""
+        """For each token of the completion, whether it is in the loss if the sequence is."""
         return self.sampled or [True] * len(self.completion_ids)
 
     @property
@@ -119,7 +119,7 @@ def _kept(sequences: Sequence[TrainingSequence], targets: list[int], device: tor
         return None
     drawn = [token for kept in found for token in kept.drawn.tolist()]
     if len(found) < len(sequences) or drawn != targets:
-        raise ValueError("kept tokens are those of other completions, or of some only; each completion must have its own")
+        raise ValueError("Completion.kept must be given for every completion of a micro-batch, and match its tokens")
     token_ids = torch.from_numpy(np.concatenate([kept.token_ids for kept in found]).astype(np.int64))
     sizes = torch.from_numpy(np.concatenate([kept.sizes for kept in found]).astype(np.int64))
     return Kept(token_ids.to(device), sizes)
@@ -149,7 +149,7 @@ def _packed_inputs(sequences: Sequence[TrainingSequence], device: torch.device) 
 
 
 def _shared_inputs(sequences: Sequence[TrainingSequence], device: torch.device) -> tuple[dict[str, Any], list[int]]:
-    """Inputs, and [T] where each scored token's hidden state is: the first one's is the last of the shared prompt."""
+    """Inputs, and [T] positions of each scored token's hidden state; the first one's is the last of the shared prompt."""
     ids: list[int] = []
     positions: list[int] = []
     pieces: list[Piece] = []

@@ -25,7 +25,7 @@ class Saved:
 
     @property
     def by(self) -> str:
-        """What :attr:`metric` is, in words."""
+        """The name of :attr:`metric`, in words."""
         return "training reward" if self.held_out is None else "held-out reward"
 
     @property
@@ -86,7 +86,7 @@ class BestCheckpoints:
 
 
 def way_back(best: Saved | None) -> str:
-    """What to do after a collapse, in one sentence."""
+    """Advice after a collapse, in one sentence."""
     if best is None:
-        return "No checkpoint from before is there: set save_steps lower, and start again with a lower learning_rate."
-    return f"Go back to {best.name}, the best from before ({best.by} {best.metric:.3f})."
+        return "No checkpoint is older than the collapse: lower save_steps, and start again with a lower learning_rate."
+    return f"Go back to {best.name}, the best checkpoint from before ({best.by} {best.metric:.3f})."

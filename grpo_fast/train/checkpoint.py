@@ -193,4 +193,4 @@ def _advice(path: Path) -> str:
     others = [other for other in list_checkpoints(path.parent) if other != path]
     if others:
         return f"delete {path} to resume from {others[-1].name}"
-    return "no other checkpoint is left; start the run anew with --overwrite"
+    return "no other checkpoint is left; start the run again with --overwrite"

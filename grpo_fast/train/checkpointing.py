@@ -34,7 +34,7 @@ KEPT_OPS = frozenset(
         _aten._scaled_dot_product_cudnn_attention.default,
     }
 )
-"""What ``selective`` does not run again."""
+"""Operators whose outputs ``selective`` keeps."""
 _KEPT_NAMES = frozenset(
     {
         "torch_attn::_varlen_attn",

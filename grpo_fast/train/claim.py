@@ -1,4 +1,4 @@
-"""A run's directory as its own: what stands there already is told, and a second process is kept out."""
+"""A run's claim on its directory: an existing run is reported, and a second process is kept out."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 class Claim:
-    """What a process has of the directory that its run writes to.
+    """A process's claim on the directory that its run writes to.
 
     The lock is the system's (``flock``), on a file in the directory: it is free once the process has ended, however it did, and
     processes that it started do not have it. It is taken before anything is read where there is a run already, and where there
@@ -81,7 +81,7 @@ class Claim:
             self._replaces_run = False
 
     def release(self) -> None:
-        """Lets others in; calling it twice is harmless."""
+        """Releases the directory; calling it twice is harmless."""
         self._lock = None
 
     def _holds_run(self) -> bool:
@@ -92,11 +92,11 @@ class Claim:
         if not run.is_dir() or all(is_cut_short(path) or path.name == LOCK_FILE for path in run.iterdir()):
             return False
         if not (run / CONFIG_FILE).exists():
-            raise ConfigError(f"output_dir {run} holds files that are no run; name an empty or new directory")
+            raise ConfigError(f"output_dir {run} contains files that are not a run; name an empty or new directory")
         if not self._config.overwrite:
             raise ConfigError(
-                f"output_dir {run} already holds a run; go on with `grpo-fast train --resume {run}`, "
-                "let it go on by itself with --resume-if-exists, replace it with --overwrite, or name another directory"
+                f"output_dir {run} already holds a run; resume it with `grpo-fast train --resume {run}` or, in repeated "
+                "commands, --resume-if-exists, replace it with --overwrite, or name another directory"
             )
         return True
 
@@ -131,5 +131,5 @@ class Claim:
             if error.errno not in _NO_LOCKS:
                 raise
             _log.warning(
-                "%s cannot be locked (%s): see to it that no second process is started on this run", self._run, error.strerror
+                "%s cannot be locked (%s): make sure that no second process works on this run", self._run, error.strerror
             )

@@ -27,7 +27,7 @@ from grpo_fast.types import Completion, Episode, Group, Prompt, TrainerState
 
 @dataclass(slots=True)
 class Collected:
-    """What a step trains on, and what it says of the policy."""
+    """The data that a step trains on, and its metrics."""
 
     groups: list[Group]
     """P groups with rewards."""
@@ -39,7 +39,7 @@ class Collected:
     problems: list[str]
     """One line for each reward call that failed and was counted."""
     stream: dict[str, Any]
-    """Where the stream of prompts stood afterwards."""
+    """Position of the stream of prompts afterwards."""
 
     @property
     def epoch(self) -> float:
@@ -149,7 +149,7 @@ class Collector:
         problems = list(report.problems)
         if math.isnan(metrics["reward"]) and not problems and not self._has_told:
             self._has_told = True
-            problems.append(f"reward functions gave None for every completion of step {step}: such a step teaches nothing")
+            problems.append(f"reward functions gave None for every completion of step {step}, so nothing is learnt from it")
         sampled = list(groups)
         for round_ in range(1, self._config.refill_rounds + 1):
             dead = [group for group in groups if not lives(group)]

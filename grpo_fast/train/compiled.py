@@ -71,7 +71,7 @@ def compile_layers(model: PreTrainedModel) -> None:
 
 
 def _recomputed(checkpoint: Any) -> Callable[..., Any]:
-    """What runs a checkpointed layer: compiled inside the checkpoint, which so stays what it is."""
+    """The forward pass of a checkpointed layer, compiled inside the checkpoint, which stays as it is."""
     compiled: Any = torch.compile(_call, dynamic=True)
     return lambda layer, *given: checkpoint(compiled, layer, *given)
 

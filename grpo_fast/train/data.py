@@ -1,4 +1,4 @@
-"""What a run trains on and by what it is rewarded, as configured or as given in Python; and a record of it for who goes on."""
+"""Data and rewards of a run, as configured or as given in Python, and a record of both for a later resume."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class Data:
 
     task: Task
     reward_funcs: Sequence[str | Callable[..., Any]]
-    """What rewards training: names, or functions as they were given."""
+    """The training rewards: names, or functions as they were given."""
     environments: Environments | None = None
-    """What answers the policy between its turns; started."""
+    """The environments that answer the policy between its turns; started."""
     judges: Sequence[RewardFunction] = ()
     """Reward functions that read environments; in ``reward_funcs`` others stand for them."""
 
     @property
     def measure(self) -> str:
-        """The task's own reward of held-out answers; empty where what rewards training measures them, as it does episodes."""
+        """The task's own reward of held-out answers; empty if the training rewards measure them, as with environments."""
         return self.task.eval_reward if self.environments is None else ""
 
     @property
@@ -72,8 +72,8 @@ class Data:
                 before = dataset_anywhere(before)
             if before != now:
                 raise ConfigError(
-                    f"the run in {run_dir} was begun with {name} {before!r} and would go on with {now!r}; where they were "
-                    "given in Python, go on by GRPOTrainer.resume with the same"
+                    f"the run in {run_dir} started with {name} {before!r}, but now {name} is {now!r}; resume with the same "
+                    "one. If it was given in Python, give it to GRPOTrainer.resume too"
                 )
 
 
@@ -146,7 +146,7 @@ def check_episodes(data: Data, prompts: EncodedPrompts, replies: Replies) -> Non
 
 
 def choose_data(config: Config, given: Mapping[str, Any], *, chat: bool, environments: Environments | None = None) -> Data:
-    """What was given, else what is configured, else an environment's own rewards, else the task's.
+    """Chooses data and rewards: those given, else those configured, else an environment's own rewards, else the task's.
 
     Args:
         config: the run's configuration.
@@ -169,7 +169,7 @@ def choose_data(config: Config, given: Mapping[str, Any], *, chat: bool, environ
     chosen = [functions] if alone else functions or config.reward_funcs or own
     if "environment" in chosen and not rates:
         raise ConfigError(
-            "the reward 'environment' is what an environment's get_reward says, and "
+            "the reward 'environment' comes from the get_reward of an environment, but "
             + ("there is none; set environment_factory" if environments is None else f"{environments.name!r} has none; add it")
         )
     if environments is None:
@@ -221,5 +221,7 @@ def encoded_task(
     prompts = encoded(config, task.train, source, tools=tools, numbers=task.train_numbers)
     eval_prompts = encoded(config, task.eval, source, tools=tools, numbers=task.eval_numbers)
     if config.eval_steps and not eval_prompts:
-        raise ConfigError(f"eval_steps={config.eval_steps} and {task.name} holds no rows out; set eval_split, or eval_steps=0")
+        raise ConfigError(
+            f"eval_steps={config.eval_steps}, but {task.name} has no held-out rows; set eval_split, or eval_steps=0"
+        )
     return prompts, eval_prompts

@@ -1,4 +1,4 @@
-"""Several processes as one run: who they are, what they tell each other, and how they end together.
+"""Several processes as one run: their ranks, what they exchange, and how they end together.
 
 Every rank runs the same loop over the same step. Completions and rewards are made in shares and then known to all, so that
 advantages, normalisers and plans come out alike everywhere; forward and backward passes are split again, and gradients summed.
@@ -172,9 +172,9 @@ class World:
             if self.size == 1 or isinstance(error, TrainingError) or not lost:
                 raise
             raise RankLostError(
-                f"rank {self.rank} of {self.size} lost another one: it died, or did not answer for ddp_timeout_s; what it said "
-                "last is the cause. The newest checkpoint holds: torchrun's --max-restarts, or --resume, goes on from there "
-                f"({str(error).splitlines()[0]})"
+                f"rank {self.rank} of {self.size} lost another rank, which died or did not answer within ddp_timeout_s; see "
+                "its last output for the cause. The newest checkpoint is valid: resume with --resume, or with torchrun's "
+                f"--max-restarts ({str(error).splitlines()[0]})"
             ) from error
 
     def close(self) -> None:

@@ -26,10 +26,10 @@ from grpo_fast.types import Completion, Episode, Group, Message, Prompt
 
 
 class Sampler(Protocol):
-    """What has prompts answered."""
+    """Samples answers to prompts."""
 
     def sample(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, num_generations: int, seed: int) -> list[Group]:
-        """Has each prompt answered ``num_generations`` times.
+        """Samples ``num_generations`` answers to each prompt.
 
         Raises:
             RolloutError: the engine failed.

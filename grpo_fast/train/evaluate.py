@@ -1,4 +1,4 @@
-"""What a policy is worth outside training: on held-out prompts, and before its first step."""
+"""Rewards of a policy outside training: on held-out prompts, and before its first step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from grpo_fast.types import TrainerState
 
 
 def evaluate(config: Config, parts: Parts, state: TrainerState | None = None) -> dict[str, float]:
-    """Answers to the held-out prompts, by default a greedy one each, and what they earn.
+    """Answers the held-out prompts, by default once each and greedily, and measures the rewards.
 
     The same draws are made each time, so that what changes is the policy's doing.
 
@@ -47,7 +47,7 @@ def evaluate(config: Config, parts: Parts, state: TrainerState | None = None) ->
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """What the untrained policy earns."""
+    """Rewards of the untrained policy."""
 
     reward: float
     """Mean reward by the training rewards; NaN where no answer has one."""

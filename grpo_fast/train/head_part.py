@@ -48,7 +48,7 @@ Head: TypeAlias = LMHead | HeadPart
 
 
 def first_token_of(vocabulary: int, *, num_ranks: int, rank: int) -> int:
-    """Where a rank's part of the vocabulary begins, cut as FSDP cuts rows: all parts as long as the first, but for the last.
+    """First token of a rank's part of the vocabulary, cut as FSDP cuts rows: all parts but the last are equally long.
 
     Raises:
         ConfigError: a rank has none.
@@ -56,7 +56,7 @@ def first_token_of(vocabulary: int, *, num_ranks: int, rank: int) -> int:
     each = -(-vocabulary // num_ranks)
     if each * (num_ranks - 1) >= vocabulary:
         raise ConfigError(
-            f"fsdp_parallel_head with a vocabulary of {vocabulary} leaves one of {num_ranks} ranks without a part of it; set "
+            f"fsdp_parallel_head=True: a vocabulary of {vocabulary} leaves one of {num_ranks} ranks without a part of it; set "
             "fsdp_parallel_head=False"
         )
     return each * rank
@@ -85,5 +85,5 @@ def _score(hidden: torch.Tensor, head: Head, targets: torch.Tensor, kept: Kept |
         assert isinstance(head, HeadPart)
         return head.score(hidden, targets)
     if isinstance(head, HeadPart):
-        raise ConfigError("a cut support needs a whole head; set fsdp_parallel_head=False")
+        raise ConfigError("top_p, top_k and min_p need the whole output head on every rank; set fsdp_parallel_head=False")
     return kept_logprob(hidden, head, kept=kept)

@@ -36,7 +36,7 @@ class HostBlocks:
 
     @property
     def nbytes(self) -> int:
-        """Of all blocks."""
+        """Bytes of all blocks."""
         return sum(block.memory.nbytes for block in self._blocks)
 
     def empty(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
@@ -54,7 +54,7 @@ class HostBlocks:
 
 
 def by_itself(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers in the same memory, without what lies around them: files take the whole of what a tensor is in.
+    """A view of the same numbers without the memory around them: files store a tensor's whole memory.
 
     All of that memory lives on as long as the result does.
 

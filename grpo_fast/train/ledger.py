@@ -58,7 +58,7 @@ class Ledger(TorchDispatchMode):
 
     @contextlib.contextmanager
     def making(self, kind: str) -> Iterator[None]:
-        """What is made in here is of a kind."""
+        """Gives everything that is made in this context a kind."""
         before, self._kind = self._kind, kind
         try:
             yield

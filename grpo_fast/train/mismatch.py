@@ -1,4 +1,4 @@
-"""The engine that samples against the policy that is trained, on the same weights: how far apart, and what corrects for it.
+"""The mismatch between the sampling engine and the trained policy on the same weights: its size, and its correction.
 
 Both give log-probabilities of the sampled tokens; other kernels and other roundings set them apart. With
 ``d_t = log policy - log sampler`` a token's loss is multiplied by an importance weight made of ``e^d``: of the token alone,
@@ -25,7 +25,7 @@ def importance_weights(
     mode: str,
     bounds: tuple[float | None, float | None],
 ) -> torch.Tensor:
-    """What each token's loss is multiplied by.
+    """Importance weights, by which each token's loss is multiplied.
 
     Args:
         difference: float [T], log-probabilities of the policy less those of the sampler, at the same temperature.

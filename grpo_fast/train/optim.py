@@ -14,7 +14,7 @@ from grpo_fast.train.quantised import require_bitsandbytes
 
 _BITSANDBYTES = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit", "paged_adamw_32bit": "PagedAdamW32bit"}
 _PAGED = ("state1", "state2")
-"""What bitsandbytes keeps in paged memory of a weight."""
+"""State that bitsandbytes keeps in paged memory for each weight."""
 
 
 def check_optimizer(config: Config) -> None:
@@ -29,7 +29,7 @@ def check_optimizer(config: Config) -> None:
     if config.optim.startswith("paged_") and pick_device(config.device).type == "cpu":
         plain = config.optim.removeprefix("paged_")
         raise ConfigError(
-            f"optim={config.optim!r} pages between GPU and host, and this run is on a CPU; take "
+            f"optim={config.optim!r} pages between GPU and host, but this run is on a CPU; use "
             f"{plain if plain in _BITSANDBYTES else 'adamw_torch_fused'!r}"
         )
 

@@ -1,6 +1,6 @@
-"""What watches a run and may end it: the forecast with its stopping rule, and the collapse alarm.
+"""Watches a run and may end it: the forecast with its stopping rule, and the collapse alarm.
 
-Neither touches training: where both are only to warn, a run is bit for bit the one that nothing watches.
+Neither changes training: if both only warn, a run is bit for bit the same as without them.
 """
 
 from __future__ import annotations
@@ -20,31 +20,32 @@ from grpo_fast.train.summary import Ending
 _ROUNDING = 1e-9
 _ASK_AGAIN = 0.1
 _ALL_WRONG = (
-    "nothing was learnt, as no completion earned anything; easier prompts, a reward with steps in between, or more "
-    "num_generations would tell completions apart"
+    "nothing was learnt, as no completion earned anything. Easier prompts, a reward with partial credit, or a higher "
+    "num_generations would make rewards differ"
 )
 _ALIKE = (
-    "nothing was learnt. The prompts are solved, the reward cannot tell answers apart, or the policy answers alike (see "
-    "completions.jsonl), as where one answer earns something everywhere; temperature, entropy_coef or beta keep it exploring"
+    "nothing was learnt. The prompts are solved, the reward cannot tell answers apart, or all answers are alike (see "
+    "completions.jsonl), for example because one answer earns something on every prompt. A higher temperature, entropy_coef "
+    "or beta keeps the policy exploring"
 )
 _ANSWERS = {"stop": "end the run here", "go on": "ask again in a while", "never": "go on and do not ask again"}
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the watch says after a step."""
+    """The outcome of watching a step."""
 
     forecast: Forecast | None = None
     decision: StopDecision | None = None
     alarm: AlarmState | None = None
     ending: Ending | None = None
-    """Why to end the run; None to go on."""
+    """Why to end the run; None to continue."""
     still: int = 0
-    """Steps in a row, this one included, in which no group held two different rewards, and nothing else was learnt from."""
+    """Consecutive steps, this one included, in which no group held two different rewards and no other term gave a gradient."""
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Of the step: :attr:`still`, and the alarm's detectors, 1 being over the threshold."""
+        """Metrics of the step: :attr:`still`, and the levels of the alarm's detectors (1: at the threshold)."""
         levels = {} if self.alarm is None else self.alarm.levels
         return {"steps_without_variance": float(self.still)} | {f"alarm/{name}": level for name, level in levels.items()}
 
@@ -59,7 +60,7 @@ class Verdict:
 
 
 class Oversight:
-    """Forecast, stopping rule and alarm of one run, and what people were told and have answered.
+    """Forecast, stopping rule and alarm of one run, with the warnings given and the answers received.
 
     Args:
         config: modes and thresholds.
@@ -76,19 +77,19 @@ class Oversight:
         self._config = config
         self._sinks = sinks
         self.settled: Ending | None = None
-        """Why forecast or alarm have ended the run that is gone on with; None once it has gone on, and after a change of what
-        that rests on."""
+        """Why the resumed run had already ended; None once a further step is taken, or if the settings that ended it
+        change."""
         self._ending: Ending | None = None
         self._told: set[str] = set()
         self._silent_until = 0
         self._still = 0
 
     def start_from(self, reward: float, error: float) -> None:
-        """Tells the forecaster where the untrained policy stands; one that was told otherwise keeps what it knows.
+        """Gives the forecaster the reward of the untrained policy; a forecaster that already has one keeps it.
 
         Args:
-            reward: mean reward of a probe; NaN tells nothing.
-            error: its standard error; NaN or 0 where that is unknown.
+            reward: mean reward of a probe; NaN is ignored.
+            error: its standard error; NaN or 0 if unknown.
         """
         facts = self.predictor.facts
         if facts.start is None and not math.isnan(reward):
@@ -104,7 +105,7 @@ class Oversight:
         spent: Spending | None = None,
         give_up: Callable[[], bool] = lambda: False,
     ) -> Verdict:
-        """Shows a step to everything that watches.
+        """Shows a step to the forecast and the alarm.
 
         Args:
             step: the step that is done.
@@ -147,8 +148,8 @@ class Oversight:
         nearest = min(max(reward, bounds[0]), bounds[1])
         if abs(nearest - reward) > _ROUNDING * (bounds[1] - bounds[0]):
             raise ConfigError(
-                f"the mean reward {reward:g} of {where} lies outside reward_range={bounds}; correct "
-                "reward_range, or leave it out where the range is not known"
+                f"the mean reward {reward:g} of {where} is outside reward_range={bounds}; correct "
+                "reward_range, or leave it out if the range is not known"
             )
         return nearest
 
@@ -225,7 +226,7 @@ class Oversight:
     def _collapsed(self, step: int, alarm: AlarmState) -> Ending | None:
         if self._config.collapse_action == "stop":
             return Ending("collapse", f"{alarm.reason}.")
-        self._event(step, f"{alarm.reason}; training goes on (collapse_action='warn')")
+        self._event(step, f"{alarm.reason}; training continues (collapse_action='warn')")
         return None
 
     def _plateau(self, step: int, decision: StopDecision, give_up: Callable[[], bool]) -> Ending | None:
@@ -241,15 +242,15 @@ class Oversight:
     def _ask(self, step: int, decision: StopDecision, give_up: Callable[[], bool]) -> Ending | None:
         answer = self._sinks.ask(f"{decision.reason}. Stop here?", _ANSWERS, give_up=give_up)
         if answer is None:
-            self._event_once(step, "plateau", f"{decision.reason}; there is no terminal to ask on, so training goes on")
+            self._event_once(step, "plateau", f"{decision.reason}; there is no terminal to ask on, so training continues")
             return None
         if answer == "stop":
             return Ending("forecast", f"{decision.reason}; you chose to stop.")
         self._silent_until = step + max(math.ceil(self.rule.patience), math.ceil(_ASK_AGAIN * self.predictor.horizon))
         if answer == "never":
             self._told.add("never")
-        why = {"never": "you chose to go on to the end", "go on": "you chose to go on"}.get(answer, "no answer came")
-        again = "" if answer == "never" else f"; the next question comes at step {self._silent_until} at the earliest"
+        why = {"never": "you chose to continue to the end", "go on": "you chose to continue"}.get(answer, "no answer came")
+        again = "" if answer == "never" else f"; the next question comes at step {self._silent_until} or later"
         self._event(step, f"{decision.reason}; {why}{again}")
         return None
 

@@ -38,7 +38,7 @@ def model_inputs(model: PreTrainedModel, batch: TokenBatch) -> dict[str, Any]:
         nothing = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=batch.input_ids.device)
         return inputs | {"attention_mask": nothing, "packed_layout": layout}
     if layout.shares_prompts:
-        raise ValueError(f"attn_implementation={_implementation(model)!r} cannot be told of shared prompts")
+        raise ValueError(f"attn_implementation={_implementation(model)!r} does not support shared prompts")
     borders = {f"cu_seq_lens_{side}": layout.cu_seqlens for side in "qk"}
     return inputs | borders | {f"max_length_{side}": layout.max_seqlen for side in "qk"}
 
@@ -58,12 +58,12 @@ def let_pack(model: PreTrainedModel) -> str | None:
     if name.startswith((_PREFIX, "flash_attention")):
         return None
     if name not in _ATTENTION:
-        return f"attn_implementation={name!r} cannot be told where sequences begin; use 'sdpa', 'eager' or 'flash_attention_2'"
+        return f"attn_implementation={name!r} does not support packed sequences; use 'sdpa', 'eager' or 'flash_attention_2'"
     if not model._supports_flash_attn:
-        return f"{type(model).__name__} does not hand its attention what it needs to know (it supports no flash attention)"
+        return f"{type(model).__name__} does not tell its attention where sequences begin (it does not support flash attention)"
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
-        return f"{type(model).__name__} has layers of kind {', '.join(sorted(kinds))}"
+        return f"{type(model).__name__} has layers of kind {', '.join(sorted(kinds))}, which cannot be packed"
     model.set_attn_implementation(_PREFIX + name)
     return None
 
@@ -94,7 +94,7 @@ def _packed(
     unknown = [name for name in _UNKNOWN_KEYWORDS if given.get(name) is not None]
     if unknown:
         raise ValueError(
-            f"{type(module).__name__} adds {', '.join(unknown)} to its scores, which packed attention does not know"
+            f"{type(module).__name__} adds {', '.join(unknown)} to its scores, which packed attention does not support"
         )
     # under autocast rotary positions leave queries and keys in float32, and attention with a prompt is not cast by it
     query, key, value = (side[0].transpose(0, 1).to(sides[2].dtype) for side in sides)

@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Parts:
-    """What the trainer works with."""
+    """The components that the trainer works with."""
 
     config: Config
     data: Data
@@ -71,7 +71,7 @@ class Parts:
     reference: Scorer | None
     engine: RolloutEngine
     sampler: Sampler
-    """Has prompts answered by the engine, in turns where there is an environment."""
+    """Samples answers to prompts from the engine, in several turns with an environment."""
     rewards: Rewards
     eval_rewards: Rewards
     predictor: OnlinePredictor
@@ -82,9 +82,9 @@ class Parts:
     sinks: SinkSet
     facts: DeviceFacts
     remarks: Sequence[str]
-    """What is odd about the data, to be told where a run begins."""
+    """Warnings about the data, shown when the run starts."""
     claim: Claim
-    """What the process has of the run's directory."""
+    """This process's hold on the run's directory."""
 
     def open(self, start_step: int) -> None:
         """Writes the resolved configuration and starts the sinks."""
@@ -113,16 +113,16 @@ class Parts:
             self.sinks.log_event(start_step, "warn", shards_of_one(config))
 
     def describe(self, step: int) -> str:
-        """One line on what begins."""
+        """One line on the run that starts."""
         shape = self.meter.shape
-        begin = f"going on after step {step}" if step else "training"
+        begin = f"resuming after step {step}" if step else "training"
         return (
             f"{begin}: {self.config.model} ({(shape.body_params + shape.head_params) / 1e6:.1f} M matmul parameters) on "
             f"{self.data.task.name} ({len(self.prompts)} prompts, {len(self.eval_prompts)} held out), {self.facts.name}"
         )
 
     def close(self) -> None:
-        """Ends worker processes, the engine and the sinks, and leaves the directory to others."""
+        """Ends worker processes, the engine and the sinks, and releases the directory."""
         try:
             self.rewards.close()
             self.eval_rewards.close()
@@ -135,54 +135,54 @@ class Parts:
 
 
 class Replacements(TypedDict, total=False):
-    """Parts that a caller gives in place of the configured ones."""
+    """Arguments of the trainer that replace configured parts."""
 
     reward_funcs: str | Callable[..., Any] | Sequence[str | Callable[..., Any]]
-    """Names, or Python functions as they are, in place of ``config.reward_funcs``; one may stand alone."""
+    """Names or Python functions, in place of ``config.reward_funcs``; a single one needs no list."""
     train_dataset: Any
     """Rows in place of ``config.dataset``: a ``datasets.Dataset`` or a list of mappings; see
     :func:`~grpo_fast.tasks.files.task_of`."""
     eval_dataset: Any
-    """Rows held out, beside ``train_dataset``."""
+    """Held-out rows, together with ``train_dataset``."""
     task: Task
     """Prompts and rewards together, in place of ``config.dataset``."""
     environment_factory: str | Callable[[], Any]
-    """What makes the environments that answer the policy, in place of ``config.environment_factory``: a class, most often."""
+    """Factory of the environments that answer the policy, usually a class; in place of ``config.environment_factory``."""
     tools: str | Callable[..., Any] | Sequence[str | Callable[..., Any]]
-    """Functions that the policy may call, in place of ``config.tools``; one may stand alone."""
+    """Functions that the policy may call, in place of ``config.tools``; a single one needs no list."""
     budget: Budget
-    """Limits in place of the configuration's; ``config.max_steps`` holds beside it, as the horizon."""
+    """Limits in place of the configuration's; ``config.max_steps`` still applies, as the horizon."""
     engine: RolloutEngine
-    """In place of ``config.rollout``."""
+    """Sampling engine, in place of ``config.rollout``."""
     predictor: OnlinePredictor
-    """In place of the default forecaster."""
+    """Forecaster, in place of the default one."""
     sinks: Sequence[Sink]
-    """In place of ``config.sinks``; the run's own files are always written."""
+    """Sinks, in place of ``config.sinks``; the run's own files are always written."""
 
 
 def check_given(config: object, given: Mapping[str, Any]) -> None:
-    """Refuses arguments that would do nothing, as those of a script of TRL's.
+    """Refuses arguments that the trainer does not have, such as those of a TRL script.
 
     Raises:
-        TypeError: ``config`` is no configuration, or there is no part of a name; the nearest one is given.
+        TypeError: ``config`` is not a Config, or there is no such argument; the nearest one is named.
     """
     if not isinstance(config, Config):
-        raise TypeError(f"a trainer's first argument is a Config, not {config!r:.80}; make one by Config(...) or recipe(...)")
+        raise TypeError(f"the first argument must be a Config, not {config!r:.80}; make one with Config(...) or recipe(...)")
     known = Replacements.__annotations__
     for name in given:
         if name not in known:
             hint = meant(name, parts=known, settings=Config.model_fields)
             raise TypeError(
-                f"a trainer has no part {name!r} to be given; {hint}There are: {', '.join(known)}; all else is in Config"
+                f"GRPOTrainer() has no argument {name!r}; {hint}It takes: {', '.join(known)}; other settings belong in Config"
             )
 
 
 def build_parts(config: Config, given: Replacements, *, resume: bool, world: World = ALONE) -> Parts:
-    """Builds what the configuration names, but for what is given; of several ranks, rank 0 alone has sinks.
+    """Builds the parts that the configuration names, except those given; of several ranks, only rank 0 has sinks.
 
     Raises:
-        ConfigError: whatever cannot work, before anything expensive is done.
-        ValueError: numbers that the loss, a reward or a sink cannot work with, likewise.
+        ConfigError: something cannot work; raised before anything expensive is done.
+        ValueError: the loss, a reward or a sink cannot work with a number; raised before anything expensive is done.
     """
     claim = Claim(config)
     world.once(lambda: claim.stake(resume=resume))
@@ -257,7 +257,7 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
 
 
 def _check(config: Config, given: Replacements, world: World) -> None:
-    """What can be said without tokeniser, data or weights."""
+    """Checks that need no tokeniser, data or weights."""
     check_rows(given)
     check_dtype(config)
     OBJECTIVES[config.loss_type].spec(config)
@@ -309,7 +309,7 @@ def _reference(source: PolicySource, policy: Policy, *, config: Config, world: W
 
 
 def load_prior(config: Config) -> Prior:
-    """The prior that a configuration names, or the one that ships.
+    """The prior that a configuration names, or the one in the package.
 
     Raises:
         ConfigError: the file cannot be read, or holds no prior.
@@ -333,22 +333,22 @@ def _build_budget(config: Config, given: Budget | None) -> Budget:
 def _check_ranks(config: Config, num_ranks: int) -> None:
     if config.rollout == "vllm":
         raise ConfigError(
-            f"rollout='vllm' runs inside one process, and this run has {num_ranks}; start servers with `grpo-fast serve` and "
-            "use rollout='vllm-http'"
+            f"rollout='vllm' works in a run of one process only, and this run has {num_ranks}; start servers with `grpo-fast "
+            "serve` and use rollout='vllm-http'"
         )
     if config.vllm_transport == "ipc":
         raise ConfigError(
-            f"vllm_transport='ipc' with {num_ranks} processes: vLLM's CUDA IPC would have all of them send, and the first one "
-            "speaks to the servers; choose 'shared_memory', or 'nccl' for a server on other GPUs, here and with `serve`"
+            f"vllm_transport='ipc' with {num_ranks} processes: vLLM's CUDA IPC needs all of them to send, but only the first "
+            "one talks to the servers; choose 'shared_memory', or 'nccl' for a server on other GPUs, here and with `serve`"
         )
     if config.forecast == "ask" and config.ddp_timeout_s <= TIMEOUT_S:
         raise ConfigError(
-            f"ddp_timeout_s={config.ddp_timeout_s:g} with forecast='ask': a question waits up to {TIMEOUT_S:g} s, and "
-            "the other processes with it; set ddp_timeout_s higher"
+            f"ddp_timeout_s={config.ddp_timeout_s:g} with forecast='ask': the other processes wait for the answer, up to "
+            f"{TIMEOUT_S:g} s; set ddp_timeout_s higher"
         )
     if config.max_staleness:
         raise ConfigError(
-            f"max_staleness={config.max_staleness} collects in a thread of one process, and this run has {num_ranks}; "
+            f"max_staleness={config.max_staleness} works in a run of one process only, and this run has {num_ranks}; "
             "set it to 0"
         )
 
@@ -374,19 +374,19 @@ def _check_vllm(config: Config) -> None:
 
 
 def _check_sampler(config: Config, source: PolicySource) -> None:
-    """What the configuration of the model says of the engine that is to sample from it."""
+    """Checks whether the engine can sample from a model of this kind."""
     model = f"model={config.model!r}, of type {source.model_config.model_type!r},"
     if config.rollout == "transformers":
         foreign = foreign_parts(source.model_config)
         if foreign is not None:
             raise ConfigError(
-                f"{model} has {foreign}, and rollout='transformers' samples from decoders with attention layers only; take "
-                "such a model, or hand in an engine of your own"
+                f"{model} has {foreign}, but rollout='transformers' samples from decoders with attention layers only; choose "
+                "such a model, or pass your own engine to GRPOTrainer"
             )
     elif not hasattr(source.model_config.get_text_config(decoder=True), "max_position_embeddings"):
         raise ConfigError(
-            f"{model} has no max_position_embeddings, by which rollout={config.rollout!r} sizes vLLM; take a model with "
-            "attention layers, or hand in an engine of your own"
+            f"{model} has no max_position_embeddings, by which rollout={config.rollout!r} sizes vLLM; choose a model with "
+            "attention layers, or pass your own engine to GRPOTrainer"
         )
 
 

@@ -1,4 +1,4 @@
-"""A run before it begins: what the law's prior expects of its rewards, and what it will cost, both with intervals.
+"""Predicts a run before it begins: its rewards, by the law's prior, and its costs, both with intervals.
 
 The rewards are the prior's, told the model's size, where the untrained policy stands, the method and the length of the budget:
 the same numbers that training's own forecaster starts from. Costs are the meter's formulas on lengths and a pace that are
@@ -55,12 +55,12 @@ Quantiles = dict[str, float | None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is expected of a run.
+    """The prediction of a run.
 
     Attributes:
-        facts: what it stands on.
-        epsilon: gain that is not worth having.
-        reward_range: least and greatest mean reward that is possible, where that is known.
+        facts: the facts that it is based on.
+        epsilon: gain that is not worth training for.
+        reward_range: lowest and highest possible mean reward, if known.
         prior: where the prior comes from: "shipped" or a path.
         max_steps: steps that the schedule is laid over.
         end: quantiles of the step at which the budget ends the run.
@@ -74,8 +74,8 @@ class Plan:
         costs: by :data:`~grpo_fast.compute.outlook.COSTS`, quantiles of a step and of the whole run; None where unknown.
         epochs: how often each prompt is seen.
         notes: what was assumed, in sentences.
-        memory: what lies on a device at its fullest; None where of the model only its size is known.
-        changes: where that does not fit, what would.
+        memory: peak memory of a device; None if only the model's size is known.
+        changes: changes that make the run fit, if it does not.
     """
 
     facts: PlanFacts
@@ -154,7 +154,7 @@ class Plan:
         told = known.sources
         words = {
             "model": f"{known.model}: {_parameters(known.facts.size_b)}, {'LoRA' if known.facts.lora else 'all weights'}",
-            "data": f"{known.dataset}: {known.num_prompts:,} prompts of {known.work.prompt_tokens:.0f} tokens in the mean",
+            "data": f"{known.dataset}: {known.num_prompts:,} prompts of {known.work.prompt_tokens:.0f} tokens on average",
             "device": f"{known.pace.num_devices} x {known.device}",
             "start reward": self._start_words(),
             "a step": f"{known.work.num_prompts} prompts x {known.work.num_generations} completions of "
@@ -206,7 +206,7 @@ class Plan:
     def _start_words(self) -> str:
         facts, source = self.facts.facts, self.facts.sources["start_reward"]
         if facts.start is None:
-            return "unknown: the prior alone says where it begins"
+            return "unknown (taken from the prior)"
         error = "" if facts.start_error is None else f" +- {facts.start_error:.2g}"
         held_out = "" if self.facts.held_out is None else f"; held-out {self.facts.held_out:.3g}"
         return f"{facts.start:.3g}{error} ({source}){held_out}"
@@ -219,14 +219,14 @@ class Plan:
 
 
 def make_plan(config: Config, inputs: PlanInputs | None = None) -> Plan:
-    """Foretells a run.
+    """Predicts a run.
 
     Args:
         config: its whole configuration; the budget is its ``max_*`` fields.
-        inputs: what is known or asked beside it.
+        inputs: what is known or asked in addition.
 
     Raises:
-        ConfigError: contradictions, unreadable model or data, or a limit of something that cannot be foretold.
+        ConfigError: contradictions, unreadable model or data, or a limit of something that cannot be predicted.
         RewardError: a probe's reward function failed.
     """
     if config.max_money is not None and config.price_per_gpu_hour == 0:
@@ -240,7 +240,7 @@ def make_plan(config: Config, inputs: PlanInputs | None = None) -> Plan:
         memory, changes = _memory(config, inputs, known)
     except UncountableError as error:
         memory, changes = None, []
-        known.notes.append(f"what memory the run needs is unknown: {error}")
+        known.notes.append(f"the memory that the run needs is unknown: {error}")
     predictor = OnlinePredictor(
         config.max_steps, epsilon=config.forecast_epsilon, reward_range=config.reward_range, facts=known.facts, prior=prior
     )
@@ -318,7 +318,7 @@ def _ends(config: Config, costs: Mapping[str, Array]) -> tuple[Array, str]:
     except ValueError as error:
         field = _LIMITS[str(error)]
         raise ConfigError(
-            f"{field}={getattr(config, field):g} cannot be turned into steps, as the time of a step is unknown; measure it "
+            f"{field}={getattr(config, field):g} cannot be turned into steps, because the time per step is unknown; measure it "
             "with --probe, give --seconds-per-step, or name the device with --gpu"
         ) from error
     return ends, "max_steps" if name == "steps" else _LIMITS[name]
@@ -383,18 +383,17 @@ def _notes(config: Config, known: PlanFacts, end: float) -> list[str]:
     notes = []
     if known.facts.start is None:
         notes.append(
-            "the start reward is unknown, and with it most of what can be known before the first step; measure it with "
-            "--probe 64, or give --start-reward"
+            "the start reward is unknown, which makes the prediction vague; measure it with --probe 64, or give --start-reward"
         )
     if config.reward_range is None:
-        notes.append("reward_range is not given: rewards are taken to be of the order of 1")
+        notes.append("reward_range is not given: rewards are assumed to be of the order of 1")
     if end < _FEW_OF_BUDGET * config.max_steps and falls_if_shorter(config, max(1, int(end))):
         notes.append(
-            f"the run ends at step {end:.0f}, long before the learning rate, laid over max_steps={config.max_steps}, has "
-            f"fallen; max_steps={end:.0f} would let it fall"
+            f"the run ends at step {end:.0f}, long before the learning-rate schedule over max_steps={config.max_steps} does; "
+            f"set max_steps={end:.0f} to complete the schedule"
         )
     if config.forecast != "off":
-        notes.append(f"a plateau that the forecast sees may end the run earlier (forecast={config.forecast})")
+        notes.append(f"a forecast plateau may end the run earlier (forecast={config.forecast})")
     return notes
 
 
@@ -422,7 +421,7 @@ def _rise_words(found: Mapping[str, Any]) -> str:
         if step["median"] is not None
         else f"beyond the budget (from step {low})"
     )
-    return f"{words}, where it rises; {percent(found['probability'])} of such runs get there"
+    return f"{words}, if it rises; {percent(found['probability'])} of rising runs get there"
 
 
 _UNITS: Mapping[str, tuple[str, Callable[[float], str]]] = {

@@ -1,4 +1,4 @@
-"""What is known of a run that has not begun: read from model and data, measured by a probe, given, or assumed; and which."""
+"""Facts about a run before it begins: read from model and data, measured by a probe, given, or assumed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _CHARACTERS_A_TOKEN, _SAMPLED_ROWS = 4.0, 256
 
 @dataclass(frozen=True)
 class PlanInputs:
-    """What a plan is told beside the run's configuration.
+    """Inputs of a plan in addition to the run's configuration.
 
     Attributes:
         probe: training prompts that the untrained policy answers, after which two steps are timed; 0 for neither.
@@ -74,7 +74,7 @@ class PlanInputs:
         for name in ("model_size", "prompt_tokens", "data_size", "completion_tokens", "seconds_per_step", "mfu", "num_devices"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ConfigError(f"{name}={value} must be a positive number, or left out where it is unknown")
+                raise ConfigError(f"{name}={value} must be a positive number, or left out if it is unknown")
         if self.probe < 0 or self.probe == 1:
             raise ConfigError(f"probe={self.probe} must be at least 2 prompts, or 0 for no probe")
         if self.mfu is not None and self.mfu > 1:
@@ -86,17 +86,17 @@ class PlanInputs:
         if self.probe and (self.gpu is not None or self.num_devices > 1):
             raise ConfigError("a probe times this machine, on one device: leave out gpu and num_devices, or probe")
         if self.seconds_per_step is not None and self.mfu is not None:
-            raise ConfigError("seconds_per_step and mfu both say how fast a step is: give one")
+            raise ConfigError("seconds_per_step and mfu both determine the time per step: give one of them")
         if self.gpu is not None and gpu_spec(self.gpu) is None:
             raise ConfigError(
-                f"no peak is known of gpu={self.gpu!r}; names are CUDA's, such as 'H100 80GB HBM3' or 'RTX 4090'; without one, "
-                "give seconds_per_step"
+                f"unknown gpu={self.gpu!r}; use the name that CUDA gives it, such as 'H100 80GB HBM3' or 'RTX 4090', or give "
+                "seconds_per_step instead"
             )
 
 
 @dataclass(frozen=True)
 class PlanFacts:
-    """What a plan stands on.
+    """The facts that a plan is based on.
 
     Attributes:
         facts: what the prior is asked for.
@@ -145,7 +145,7 @@ def _unprobed(config: Config, inputs: PlanInputs) -> PlanFacts:
     if inputs.model_size is not None:
         size, source, model = inputs.model_size, None, f"a model of {inputs.model_size:g} B parameters"
         shape = ModelShape(round(size * 1e9), 0, 0, 0, 0, 0)
-        notes.append("of the model only its size is known: FLOPs are two a parameter and token, without attention")
+        notes.append("only the model's size is known: FLOPs are counted as two per parameter and token, without attention")
     else:
         source = PolicySource(config)
         outline = source.outline()
@@ -184,7 +184,7 @@ def _data(config: Config, inputs: PlanInputs, source: PolicySource | None, notes
     if source is None:
         rows = [task.train[index] for index in range(min(_SAMPLED_ROWS, len(task.train)))]
         characters = sum(len(_text(row["prompt"])) for row in rows) / len(rows)
-        notes.append(f"prompts have {characters:.0f} characters in the mean, and {_CHARACTERS_A_TOKEN:g} are taken for a token")
+        notes.append(f"prompts have {characters:.0f} characters on average; {_CHARACTERS_A_TOKEN:g} are counted as a token")
         return task.name, count, max(1.0, characters / _CHARACTERS_A_TOKEN)
     tools = schemas_of(find_tools(config.tools))
     prompts = encoded(config, task.train, source, tools=tools, numbers=task.train_numbers)
@@ -203,7 +203,7 @@ def _lengths(config: Config, inputs: PlanInputs, notes: list[str]) -> Guess:
         return Guess(inputs.completion_tokens, _DRIFT, "given", most=most)
     notes.append(
         f"the length of completions is unknown: half of max_completion_length={most} is assumed, within a factor of "
-        f"{_UNKNOWN_LENGTH_FACTOR:g}; measure it with --probe, or give --completion-tokens"
+        f"{_UNKNOWN_LENGTH_FACTOR:g}; measure it with --probe, or set --completion-tokens"
     )
     return Guess(max(1.0, most / 2), _UNKNOWN_LENGTH_FACTOR, "assumed", most=most)
 
@@ -211,7 +211,7 @@ def _lengths(config: Config, inputs: PlanInputs, notes: list[str]) -> Guess:
 def _adapted(config: Config, shape: ModelShape, inputs: PlanInputs, notes: list[str]) -> ModelShape:
     if shape.lora_params or not (inputs.lora or config.use_peft):
         return shape
-    notes.append(f"adapters are taken to hold {_LORA_SHARE:.0%} of the model's weights")
+    notes.append(f"adapters are assumed to have {_LORA_SHARE:.0%} of the model's weights")
     return replace(shape, lora_params=max(1, round(_LORA_SHARE * shape.body_params)))
 
 
@@ -232,7 +232,7 @@ def _pace(config: Config, inputs: PlanInputs, sources: dict[str, str], notes: li
     if peak is None:
         sources["seconds_per_step"] = "unknown"
         notes.append(
-            f"time and money are unknown: {name} has no known peak to reckon from; measure a step with --probe, give "
+            f"time and money are unknown, because the peak FLOP/s of {name} is not known; measure a step with --probe, give "
             "--seconds-per-step, or name the device with --gpu"
         )
         return Pace(**common), name
@@ -242,8 +242,8 @@ def _pace(config: Config, inputs: PlanInputs, sources: dict[str, str], notes: li
         inputs.mfu or ASSUMED_MFU, _GIVEN_MFU_FACTOR if given else _MFU_FACTOR, "given" if given else "assumed", most=1.0
     )
     notes.append(
-        f"no step was timed: {mfu.value:.0%} of the {peak / 1e12:g} TFLOP/s of {name} are {mfu.source}, "
-        f"within a factor of {mfu.factor:g}"
+        f"no step was timed: {mfu.value:.0%} of the {peak / 1e12:g} TFLOP/s of {name} are {mfu.source}, give or take "
+        f"a factor of {mfu.factor:g}"
     )
     return Pace(mfu=mfu, peak_flops=peak, **common), name
 
@@ -261,12 +261,12 @@ def _probed(config: Config, inputs: PlanInputs) -> PlanFacts:
 
 @dataclass(frozen=True)
 class _Steps:
-    """What two steps of an untrained policy came to."""
+    """Measurements of two steps of the untrained policy."""
 
     seconds: float
-    """Of the second."""
+    """Seconds of the second step."""
     lengths: tuple[int, ...]
-    """Tokens of the second's completions, group after group."""
+    """Tokens of the second step's completions, group after group."""
     mean_length: float
     trained_share: float
 
@@ -280,17 +280,17 @@ def _measured(config: Config, inputs: PlanInputs, parts: Parts) -> PlanFacts:
     steps = _two_steps(config, parts, timer)
     work = _work(config, parts.meter.shape, parts.prompts.mean_length)
     timed_steps = (
-        f"{baseline.num_prompts} prompts were asked once each; then two steps were done at a learning rate of 0, and the "
-        f"second took {steps.seconds:.3g} s" + (f", with {evaluation_s:.2g} s a step for evaluations" if evaluation_s else "")
+        f"measured: {baseline.num_prompts} prompts, answered once each, and two steps at a learning rate of 0, of which the "
+        f"second took {steps.seconds:.3g} s" + (f", with {evaluation_s:.2g} s per step for evaluations" if evaluation_s else "")
     )
     lengths = (
-        f"lengths are those of the untrained policy ({steps.mean_length:.1f} tokens in the mean), and memory is foretold for "
-        f"them; training may change them ({_DRIFT:g} times)"
+        f"completions of the untrained policy have {steps.mean_length:.1f} tokens on average, for which memory is predicted; "
+        f"training may make them up to {_DRIFT:g} times longer or shorter"
     )
     notes = [timed_steps, lengths]
     start = None if math.isnan(baseline.reward) else baseline.reward
     if start is None:
-        notes.append("no answer of the probe has a reward: where the run starts stays unknown")
+        notes.append("no answer of the probe has a reward, so the start reward stays unknown")
     sources = {"start_reward": "unknown" if start is None else "measured", "model_size": "read"}
     sources |= {"completion_tokens": "measured", "num_prompts": "read", "seconds_per_step": "measured"}
     if inputs.seconds_per_step is None and inputs.mfu is None:

@@ -1,4 +1,4 @@
-"""Will it fit? Peak memory of a run by part, before anything is loaded, and what to change where it does not.
+"""Peak memory of a run by part, before anything is loaded, and changes that make it fit.
 
 Weights, gradients and moments are counted from the model's outline, what the passes of the largest micro-batches hold by
 :func:`~grpo_fast.train.activations.pass_bytes`, keys and values from the lengths that may occur. Phases of a step follow one
@@ -46,7 +46,7 @@ _LEAST_SHARE = 0.2
 
 @dataclass(frozen=True)
 class Change:
-    """Something that makes a run smaller.
+    """A change that makes a run smaller.
 
     Attributes:
         settings: fields of the configuration and their new values.
@@ -66,7 +66,7 @@ class Change:
 
 @dataclass(frozen=True)
 class MemoryInputs:
-    """What decides memory beside the configuration.
+    """Inputs that determine memory in addition to the configuration.
 
     Attributes:
         room_bytes: memory of the device.
@@ -309,7 +309,7 @@ def _candidates(config: Config, kind: str) -> Iterator[tuple[dict[str, Any], str
     if not config.gradient_checkpointing:
         yield {"gradient_checkpointing": True}, "the same results, a third more compute in training"
     elif kind == "cuda" and config.gradient_checkpointing_mode == "full":
-        yield {"gradient_checkpointing_mode": "offload"}, "the same results, layers' inputs wait in the host's memory"
+        yield {"gradient_checkpointing_mode": "offload"}, "the same results, layers' inputs kept in host memory"
     if config.rollout == "vllm" and kind == "cuda":
         yield {"vllm_enable_sleep_mode": True}, "vLLM sleeps while the policy trains, and wakes for each step"
     if config.rollout == "vllm" and config.vllm_gpu_memory_utilization > _LEAST_SHARE:
@@ -319,7 +319,10 @@ def _candidates(config: Config, kind: str) -> Iterator[tuple[dict[str, Any], str
             if config.weights_dtype == "float32" and config.fsdp == "no_shard":
                 yield {"optim": "adamw_8bit"}, "moments in 8 bits"
             if config.weights_dtype == "float32":
-                yield {"weights_dtype": "bfloat16", "optim": "adamw_torch_fused"}, "weights in bfloat16, rounded at random"
+                yield (
+                    {"weights_dtype": "bfloat16", "optim": "adamw_torch_fused"},
+                    "weights in bfloat16, with stochastic rounding",
+                )
             yield {"offload_optimizer": True, "optim": "adamw_torch_fused"}, "updates are made on the host, which takes longer"
         yield (
             {"use_peft": True, "weights_dtype": "float32", "offload_optimizer": False},
@@ -370,7 +373,9 @@ def refusal(plan: MemoryPlan, changes: list[Change]) -> str:
         + ", ".join(f"{name} {binary(size)}" for name, size in sorted(plan.parts.items(), key=lambda part: -part[1]))
     )
     if not changes:
-        return f"{told}. No change known here is enough: take a smaller model, more devices with fsdp, or a larger one"
+        return (
+            f"{told}. No known change of settings is enough: choose a smaller model, a larger device, or more devices with fsdp"
+        )
     return f"{told}. It would fit with " + "; or ".join(change.to_words() for change in changes)
 
 

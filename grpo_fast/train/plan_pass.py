@@ -17,7 +17,7 @@ from grpo_fast.train.batch import TrainingSequence, shared_prompts
 from grpo_fast.train.packed_model import attention_of, let_pack, let_pad, takes_shared_prompts
 
 _VARLEN_HEAD_SIZE = 256
-"""What torch's variable-length kernel takes at most."""
+"""Largest head size that torch's variable-length kernel takes."""
 
 
 @dataclass(frozen=True)

@@ -38,18 +38,18 @@ _log = logging.getLogger(__name__)
 
 
 class Scorer(Protocol):
-    """What it takes to score tokens."""
+    """A model that scores tokens."""
 
     def scored_hidden_states(self, batch: TokenBatch) -> torch.Tensor:
         """Hidden states [T, H] that predict the batch's targets."""
         ...
 
     def head(self, temperature: float) -> Head:
-        """What turns them into logits."""
+        """The head that turns them into logits."""
         ...
 
     def whole_head(self, *, trains: bool) -> contextlib.AbstractContextManager[None]:
-        """Where the head may be asked for."""
+        """Context in which the head may be read."""
         ...
 
 
@@ -59,7 +59,7 @@ class Policy:
     Weights that are trained are held in float32, unless the configuration says otherwise; on a GPU forward passes run in
     bfloat16 under autocast, products of the head too, so that updates smaller than half a bfloat16 ulp (most, at learning rates
     of RL) are not lost. With ``adapters`` only those are trained and saved; they are layers inside ``model``, which otherwise
-    stays what it is. ``padding_free`` lays micro-batches in one row; ``None`` does so where the model can be told borders.
+    stays what it is. ``padding_free`` packs micro-batches into one row; ``None`` does so if the model supports it.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Policy:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights live."""
+        """Device of the weights."""
         return self._head.weight.device
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -125,7 +125,7 @@ class Policy:
         return self.model
 
     def reading(self, world: World) -> Once:
-        """Who has rank 0 do what reads :meth:`whole_model` or saves, so that ranks that hold parts take part in it.
+        """The means by which rank 0 reads :meth:`whole_model` or saves, so that ranks that hold shards take part.
 
         Args:
             world: the ranks, which do where every one of them has all.
@@ -168,7 +168,7 @@ class Policy:
         error = (expected - found).abs().max().item()
         if not error <= (_PROBE_TOLERANCE if self.autocast_dtype is None else _PROBE_TOLERANCE_BF16):
             raise ConfigError(
-                f"{type(self.model).__name__} makes logits in a way this trainer does not know (log-probabilities differ by "
+                f"{type(self.model).__name__} computes logits in an unknown way (log-probabilities differ by "
                 f"{error:.3g} nats from head(hidden states)); please report the model's name"
             )
 
@@ -180,7 +180,7 @@ class Policy:
         let_pad(self.model)
         if required:
             raise ConfigError(f"padding_free=True: {problem}; set padding_free=False")
-        _log.info("sequences are padded, not packed: %s", problem)
+        _log.info("sequences are padded rather than packed: %s", problem)
         return "padded"
 
     @torch.no_grad()
@@ -200,7 +200,7 @@ class Policy:
             batch = build_batch(sequences, weights, self.device, layout="packed", shares_prompts=shares)
             found = self.scored_hidden_states(batch).float()
         except (ValueError, TypeError, RuntimeError) as error:
-            return f"{type(self.model).__name__} does not take packed sequences ({error})"
+            return f"{type(self.model).__name__} does not support packed sequences ({error})"
         difference = ((found - expected).abs().max() / expected.abs().max()).item()
         exact = self.autocast_dtype is None
         if difference <= (_PROBE_TOLERANCE if exact else _PROBE_TOLERANCE_BF16):

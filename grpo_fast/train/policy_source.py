@@ -1,4 +1,4 @@
-"""Where a policy comes from: tokeniser and sizes first, weights when everything else is known to be right."""
+"""Loads a policy: tokeniser and sizes first, weights once everything else is checked."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ _HUB_ID = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?")
 _RANDOM = ("dropout", "pdrop", "layerdrop")
 """Parts of the names under which modules keep rates of what is random in training mode."""
 _NOT_ON_A_CPU = (
-    ("gradient_checkpointing_mode", "offload", ", whose activations are in the host's memory already; use 'full'"),
+    ("gradient_checkpointing_mode", "offload", ", where activations are in host memory already; use 'full'"),
     ("use_liger_kernel", True, ": Liger's kernels are for GPUs; leave it out"),
 )
 """Fields, the values of them that only a GPU can take, and why, with what to do."""
 
 
 class PolicySource:
-    """Where a policy comes from: tokeniser and sizes at once, weights when they are asked for.
+    """The source of a policy: tokeniser and sizes are read at once, weights when asked for.
 
     Raises:
         ConfigError: the model cannot be found, no device of the wanted kind is there, or a setting cannot work with them.
@@ -187,7 +187,7 @@ class PolicySource:
             reason = why_unread(error, self._unreached)
             fix = "Give a directory with config.json, safetensors and tokenizer, or a hub id that this machine can reach."
             if "attn_implementation" in arguments and re.search("attn|attention", reason, re.IGNORECASE):
-                fix = f"That is attn_implementation={arguments['attn_implementation']!r}; 'auto' takes what is there."
+                fix = f"Set attn_implementation='auto' in place of {arguments['attn_implementation']!r}."
             base = "" if self._start is None else f", the base of the adapters in {self.config.model!r}"
             name = self.config.model if self._start is None else self._start.base
             raise ConfigError(f"cannot load model {name!r}{base}: {reason} {fix}") from error
@@ -198,9 +198,7 @@ def _find(name: str, revision: str | None, *, field: str = "model") -> str:
     path = embedded_model_dir() if name == "embedded" else Path(name).expanduser()
     if path.is_dir():
         if revision is not None:
-            raise ConfigError(
-                f"revision={revision!r} with {field}={name!r}: only models of the hub have revisions; leave it out"
-            )
+            raise ConfigError(f"revision={revision!r} with {field}={name!r}: only hub models have revisions; leave it out")
         if not any((path / file).exists() for file in ("config.json", SETTINGS_FILE)):
             _refuse_run(path)
         return str(path)
@@ -219,7 +217,7 @@ def _refuse_run(path: Path) -> None:
         checkpoints = sorted(path.glob("checkpoint-*"), key=lambda found: (len(found.name), found.name))
         names = ", ".join(checkpoint.name for checkpoint in checkpoints)
         fix = f"name one of its checkpoints: {names}" if names else "it has no checkpoint yet"
-        raise ConfigError(f"cannot load model {str(path)!r}: that is the directory of a run; {fix}")
+        raise ConfigError(f"cannot load model {str(path)!r}: it is the directory of a run; {fix}")
 
 
 def attention_arguments(config: Config, model_config: PreTrainedConfig) -> dict[str, str]:
@@ -259,12 +257,12 @@ def outline_of(model_config: PreTrainedConfig, config: Config, *, start: Path | 
                 raise ConfigError(f"model {config.model!r} cannot be made: {error}") from error
             raise ConfigError(  # transformers' own message names every model that there is
                 f"model {config.model!r} is of type {model_config.model_type!r}, for which transformers has no causal language "
-                "model: encoders, and most models that see or hear, cannot be trained here; name one that continues text"
+                "model; name one that continues text (encoders and most image or audio models cannot be trained here)"
             ) from error
         if model.base_model is model:
             raise ConfigError(
-                f"{type(model).__name__} does not say which part of it makes the hidden states (its base_model is the whole of "
-                "it); it cannot be trained here"
+                f"{type(model).__name__} has no separate part that computes hidden states (its base_model is the whole "
+                "model), so it cannot be trained here; choose another model"
             )
         knows_sdpa = model._supports_sdpa and not _attention_of_choice(model_config)
         if config.attn_implementation == "sdpa" and not knows_sdpa:
@@ -297,7 +295,7 @@ def check_dtype(config: Config) -> None:
     """
     if pick_device(config.device).type == "cpu" or not _lacks_bfloat16():
         return
-    told = f"{device_facts('cuda').name} has no bfloat16 (that takes compute capability 8.0)"
+    told = f"{device_facts('cuda').name} does not support bfloat16 (that needs compute capability 8.0)"
     if config.dtype == "bfloat16":
         raise ConfigError(f"dtype='bfloat16': {told}; leave dtype at 'auto', which is float32 there")
     if config.dtype == "auto":
@@ -312,7 +310,7 @@ def pick_device(wanted: str) -> torch.device:
     """Turns ``auto``, ``cpu`` or ``cuda`` into a device.
 
     Raises:
-        ConfigError: a GPU is asked for and torch sees none.
+        ConfigError: ``cuda`` is wanted, but torch sees no GPU.
     """
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device='cuda' but torch sees no GPU; run `grpo-fast doctor`, or set device='auto'")

@@ -46,13 +46,13 @@ def refuse_ragged_blocks(outline: torch.nn.Module, device: torch.device) -> None
     for name, layer in outline.named_modules():
         if device.type == "cpu" and isinstance(layer, torch.nn.Linear) and "lora_" not in name and layer.in_features % _BLOCK:
             raise ConfigError(
-                f"load_in_4bit on a CPU: {name} has {layer.in_features} inputs, and bitsandbytes computes only multiples of "
-                f"{_BLOCK} right there; take a GPU, or leave load_in_4bit out"
+                f"load_in_4bit on a CPU: {name} has {layer.in_features} inputs, but bitsandbytes computes only multiples of "
+                f"{_BLOCK} correctly there; use a GPU, or leave load_in_4bit out"
             )
 
 
 def loading_arguments(config: Config, *, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """What ``from_pretrained`` is told so that it quantises on the way to the device.
+    """Arguments by which ``from_pretrained`` quantises on the way to the device.
 
     Args:
         config: which four bits.
@@ -88,7 +88,7 @@ def tell_what_is_left(model: torch.nn.Module) -> None:
     if left:
         name, weight = left[0]
         _log.warning(
-            "load_in_4bit: %.1f million weights stay in %s, since bitsandbytes quantises linear layers alone (%s, ...)",
+            "load_in_4bit: %.1f million weights stay in %s, because bitsandbytes quantises only linear layers (%s, ...)",
             sum(weight.numel() for _, weight in left) / 1e6,
             str(weight.dtype).removeprefix("torch."),
             name,

@@ -1,4 +1,4 @@
-"""Which settings of a run may change when it is gone on with, and whether there is one to go on with."""
+"""Resuming: which settings of a run may change, and whether there is a run to resume."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from grpo_fast.config import Config, ConfigError
 from grpo_fast.run_dir import CONFIG_FILE
 
 LIMITS = tuple(f"max_{name}" for name in ("steps", "tokens", "flops", "gpu_hours", "wall_hours", "money", "energy_kwh"))
-"""Settings that bound what a run may use."""
+"""Settings that limit a run."""
 _CHANGEABLE = {
     *LIMITS,
     "price_per_gpu_hour",
@@ -40,23 +40,23 @@ _ENDING = {
     *("price_per_gpu_hour", "reward_range", "collapse_action"),
     *(name for name in _CHANGEABLE if name.startswith("forecast")),
 }
-"""Settings on which it rests whether a run has ended."""
+"""Settings that decide whether a run has ended."""
 
 
 def ending_settings(config: Config) -> dict[str, Any]:
-    """What a run's end rests on, as JSON values: where it is still the same, the run has ended still."""
+    """The settings that decided a run's end, as JSON values: while they stay the same, a resumed run ends again."""
     return config.model_dump(mode="json", include=_ENDING)
 
 
 def config_of(run_dir: str | Path) -> Config:
-    """The configuration that a run has left in its directory.
+    """The configuration in a run's directory.
 
     Raises:
         ConfigError: there is no run, or its configuration cannot be read.
     """
     file = Path(run_dir) / CONFIG_FILE
     if not file.exists():
-        raise ConfigError(f"there is no run in {run_dir}: no {CONFIG_FILE} is there; give the output_dir of a run")
+        raise ConfigError(f"there is no run in {run_dir} (it has no {CONFIG_FILE}); give the output_dir of a run")
     return Config.from_toml(file)
 
 
@@ -74,10 +74,10 @@ def check_resumable(saved: Config, wanted: Config) -> None:
 
 
 def takes_up_run(config: Config) -> bool:
-    """Whether there is a run in ``output_dir`` that is to be gone on with without being named.
+    """Whether ``resume_if_exists`` is set and there is a run in ``output_dir`` to resume.
 
     Raises:
-        ConfigError: there is one, and ``config`` would make another of it.
+        ConfigError: there is one, but ``config`` changes settings that a resumed run cannot change.
     """
     if not config.resume_if_exists or not (config.output_dir / CONFIG_FILE).exists():
         return False

@@ -53,7 +53,7 @@ def check_sharding(config: Config) -> None:
     """Checks what sharding needs, before anything is loaded.
 
     Raises:
-        ConfigError: something that does not go with it; the message names both.
+        ConfigError: a setting contradicts sharding; the message names both.
     """
     if config.fsdp == "no_shard":
         if config.fsdp_offload_params:
@@ -61,22 +61,22 @@ def check_sharding(config: Config) -> None:
         return
     if config.optim != "adamw_torch_fused":
         raise ConfigError(
-            f"fsdp={config.fsdp!r} with optim={config.optim!r}: bitsandbytes (0.50) updates whole tensors and knows no shards; "
-            "use optim='adamw_torch_fused', whose moments are sharded, with offload_optimizer where they do not fit"
+            f"fsdp={config.fsdp!r} with optim={config.optim!r}: bitsandbytes (0.50) cannot update sharded tensors; use "
+            "optim='adamw_torch_fused', whose moments are sharded, with offload_optimizer if they do not fit"
         )
     if config.fsdp_offload_params and config.offload_optimizer:
         raise ConfigError(
-            "fsdp_offload_params with offload_optimizer: the first keeps shards and their moments in host memory already; "
-            "leave the second out"
+            "fsdp_offload_params=True with offload_optimizer=True: fsdp_offload_params keeps shards and their moments in host "
+            "memory already; leave offload_optimizer out"
         )
     if config.fsdp_offload_params and pick_device(config.device).type == "cpu":
-        raise ConfigError("fsdp_offload_params keeps shards in host memory, and this run is on a CPU already; leave it out")
+        raise ConfigError("fsdp_offload_params=True on a CPU: shards are in host memory already; leave it out")
 
 
 def shards_of_one(config: Config) -> str:
-    """What is told where one process is to shard; torch's own FSDP goes on without shards then, too, and says so."""
+    """The warning for sharding with one process; torch's own FSDP warns and continues without shards too."""
     return (
-        f"fsdp={config.fsdp!r} shards nothing: this run is one process, which holds everything whole; start one a device with "
+        f"fsdp={config.fsdp!r} shards nothing, because this run has one process; start one process per device with "
         f"`torchrun --nproc-per-node DEVICES --no-python grpo-fast train --fsdp {config.fsdp} ...`"
     )
 
@@ -115,7 +115,7 @@ class ShardedPolicy(Policy):
 
     @property
     def device(self) -> torch.device:
-        """Where the forward pass runs."""
+        """Device of the forward pass."""
         return self._device
 
     @property
@@ -207,7 +207,7 @@ class ShardedPolicy(Policy):
         return self.model if self._mirror is None else self._mirror.model
 
     def reading(self, world: World) -> Once:
-        """Who has rank 0 read whole weights; see :meth:`Policy.reading`."""
+        """The means by which rank 0 reads whole weights; see :meth:`Policy.reading`."""
         return self._streamed or world
 
     def _logits(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -312,6 +312,7 @@ def _mesh(config: Config, world: World, device: torch.device) -> DeviceMesh:
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
     if world.size % per_node:
         raise ConfigError(
-            f"fsdp='hybrid_shard' needs as many ranks on each node; there are {world.size} ranks, {per_node} here"
+            f"fsdp='hybrid_shard' needs the same number of ranks on each node; there are {world.size} ranks, {per_node} of "
+            "them on this one"
         )
     return init_device_mesh(device.type, (world.size // per_node, per_node), mesh_dim_names=("replicate", "shard"))

@@ -206,4 +206,4 @@ class SharedRewards:
 
 
 Rewards = RewardPool | SharedRewards
-"""What scores groups."""
+"""Scores groups."""

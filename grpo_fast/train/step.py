@@ -43,7 +43,7 @@ class NonFiniteGradientError(TrainingError):
 
 @dataclass(frozen=True, slots=True)
 class UpdateResult:
-    """What an update did."""
+    """The outcome of an update."""
 
     metrics: dict[str, float]
     trained: tuple[TrainingSequence, ...]
@@ -94,11 +94,11 @@ class _Part:
     reference: torch.Tensor | None = None
     """Log-probabilities of the reference policy."""
     old: torch.Tensor | None = None
-    """Log-probabilities that ratios are taken against; ``None``: the policy's own of this moment, a ratio of exactly 1."""
+    """Log-probabilities of the old policy; ``None``: the policy's own at this moment, a ratio of exactly 1."""
     importance: torch.Tensor | None = None
     """Importance weights against the sampler."""
     is_filler: bool = False
-    """Whether it only keeps this rank in time with others, whose shards it needs and that need its own; weighs nothing."""
+    """Whether it has no weight and only keeps this rank in step with the others, which exchange shards with it."""
 
 
 class Learner:
@@ -114,14 +114,12 @@ class Learner:
         world: World = ALONE,
     ) -> None:
         if (config.beta > 0) != (reference is not None):
-            raise ValueError(
-                f"beta={config.beta} and reference={reference}: a reference policy is needed exactly when beta > 0"
-            )
+            raise ValueError(f"beta={config.beta} and reference={reference}: give a reference policy if, and only if, beta > 0")
         can_share = takes_shared_prompts(policy.model)
         if config.share_prompts and not can_share:
             raise ConfigError(
-                f"share_prompts=True needs sequences packed by attn_implementation='sdpa' or 'eager'; here they are "
-                f"{policy.layout} by {attention_of(policy.model, config.attn_implementation)!r}; set share_prompts=False"
+                f"share_prompts=True needs packed sequences with attn_implementation='sdpa' or 'eager', but here they are "
+                f"{policy.layout} with {attention_of(policy.model, config.attn_implementation)!r}; set share_prompts=False"
             )
         self._shares_prompts = can_share and policy.device.type == "cpu"
         if config.share_prompts is not None:
@@ -227,7 +225,7 @@ class Learner:
         return result
 
     def _plan(self, sequences: list[TrainingSequence]) -> list[RowPlan]:
-        """What each rank puts through the model."""
+        """The sequences that each rank computes."""
         config = self._config
         in_loss = [s.num_scored if s.in_loss else 0 for s in sequences]
         live = live_sequences(
@@ -365,8 +363,8 @@ def _check_kept(sequences: Sequence[TrainingSequence], config: Config) -> None:
     """Sees that the policy can be normalised over what tokens were drawn from."""
     if config.truncates_support and any(sequence.kept is None for sequence in sequences):
         raise ConfigError(
-            f"{config.support_text} cut the support, but the engine did not say "
-            "what it kept (Completion.kept); use top_p=1, top_k=0, min_p=0, or an engine that does"
+            f"{config.support_text} restrict sampling to some tokens, but the engine did not report which "
+            "(Completion.kept); use top_p=1, top_k=0, min_p=0, or an engine that reports them"
         )
 
 

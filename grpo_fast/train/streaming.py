@@ -1,4 +1,4 @@
-"""Sharded weights on their way to an engine or into a file: one FSDP unit at a time is whole, and nowhere is there a mirror.
+"""Sends sharded weights to an engine or into a file, one whole FSDP unit at a time, without a full copy on any rank.
 
 Rank 0 speaks to the engine, and knows alone what a sync comes to: whether the base goes or adapters do, whether an attempt is
 made anew, when it is given up. So it leads: before it gathers a unit, or computes what the probe of a sync wants to know, it
@@ -29,7 +29,7 @@ def streams_weights(config: Config) -> bool:
 
 
 class Once(Protocol):
-    """Who has rank 0 do something for all."""
+    """Lets rank 0 do something for all ranks."""
 
     def once(self, make: Callable[[], _T]) -> _T:
         """Calls ``make`` on rank 0 alone; see :meth:`~grpo_fast.train.distributed.World.once`."""
@@ -37,14 +37,14 @@ class Once(Protocol):
 
 
 class _Gather(NamedTuple):
-    """Names of one unit's weights, and in what type they go."""
+    """Names of one unit's weights, and the type in which they are sent."""
 
     names: tuple[str, ...]
     dtype: torch.dtype | None
 
 
 class _Score(NamedTuple):
-    """Tokens [B, S], and at which positions logits are wanted; in host memory, as they go to other ranks' devices."""
+    """Tokens [B, S], and the positions of the wanted logits; in host memory, as they go to other ranks' devices."""
 
     input_ids: torch.Tensor
     positions: torch.Tensor
@@ -113,7 +113,7 @@ class StreamedModel(torch.nn.Module):
         """Whole weights in the order of ``names``, a unit's at a time; see :class:`~.whole_weights.GatheringModel`.
 
         Raises:
-            RuntimeError: it is not inside :meth:`once`, or not any more.
+            RuntimeError: it is called outside :meth:`once`, or after its end.
         """
         for _, unit in groupby(names, key=self._unit_of.__getitem__):
             weights = self._ask(_Gather(tuple(unit), dtype))
@@ -137,7 +137,7 @@ class StreamedModel(torch.nn.Module):
     def _ask(self, what: _Gather | _Score) -> Any:
         with self._asking:
             if not self._open:
-                raise RuntimeError("the other ranks do not gather any more: what rank 0 did with whole weights has ended")
+                raise RuntimeError("weights were requested after the gather on rank 0 had ended; read them inside once()")
             self._world.once(lambda: what)
             with self._world.watched():
                 return self._answer(what)

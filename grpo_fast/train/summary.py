@@ -1,4 +1,4 @@
-"""The last word of a run: why it ended, which checkpoint to use, what it cost, and what stopping saved."""
+"""The summary of a run: why it ended, which checkpoint to use, what it cost, and what stopping saved."""
 
 from __future__ import annotations
 
@@ -27,42 +27,42 @@ class Ending:
 
     @property
     def event(self) -> str:
-        """What it is called among the run's events."""
+        """Its name among the run's events."""
         return {"interrupt": "interrupt", "forecast": "stop", "user": "stop", "collapse": "alarm"}.get(self.kind, "budget")
 
     def again(self) -> Ending:
-        """The same, of a run that had ended already when it was to go on; it says what makes it go on."""
+        """The ending of a resumed run that had already ended; its message says how to continue the run."""
         if self.kind in {"interrupt", "user"}:
             return self
         if self.kind == "forecast":
             told = (
-                f"The forecast has ended this run: {self.message} It goes on with forecast='warn' or 'off', or a larger limit."
+                f"The forecast had ended this run: {self.message} Set forecast='warn' or 'off', or a larger limit, to continue."
             )
         elif self.kind == "collapse":
-            told = f"The run ended in a collapse: {self.message} It goes on with collapse_action='warn' or 'off'."
+            told = f"The run ended in a collapse: {self.message} Set collapse_action='warn' or 'off' to continue."
         else:
-            told = f"{self.message} The run had ended already; it goes on with a larger {self.kind}."
+            told = f"{self.message} The run had ended already; set a larger {self.kind} to continue."
         return Ending(self.kind, told)
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What the policy came to."""
+    """The results of a run."""
 
     step: int
     final_reward: float
     """Mean reward of the last steps."""
     best: Saved | None
-    """The best checkpoint, after a collapse the best from before it; None where there is none with a known reward."""
+    """The best checkpoint (after a collapse, the best from before it); None if none has a known reward."""
     evals: Mapping[str, float]
-    """``first`` and ``last`` held-out reward, where there were evaluations."""
+    """``first`` and ``last`` held-out reward, if there were evaluations."""
     forecast: Forecast | None
     baseline: float | None = None
-    """Mean reward of the untrained policy, where it was probed."""
+    """Mean reward of the untrained policy, if it was probed."""
 
 
 def write_summary(config: Config, parts: Parts, ending: Ending, outcome: Outcome) -> dict[str, Any]:
-    """Writes ``summary.json`` into the run and returns what it holds."""
+    """Writes ``summary.json`` into the run and returns its content."""
     compute, best = parts.meter.summary(), outcome.best
     forecast = None if outcome.forecast is None else outcome.forecast.to_dict()
     if forecast is not None:

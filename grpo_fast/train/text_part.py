@@ -1,4 +1,4 @@
-"""What of a model text passes: of one that sees or hears too, such as Gemma 3, its decoder and its head.
+"""The part of a model that processes text: the decoder and head of a multimodal model such as Gemma 3.
 
 The rest has no gradient. It stays frozen and gets no adapters: no moments are kept of it, and no weight decay reaches it.
 """

@@ -1,4 +1,4 @@
-"""The loop: prompts, rollouts, rewards, advantages, update, meter, forecast, and the decision to go on.
+"""The loop: prompts, rollouts, rewards, advantages, update, meter, forecast, and the decision to continue.
 
 ``GRPOTrainer.steps`` with ``_collect`` and ``_learn`` is the whole of it. Everything it works with is handed in as ``Parts``,
 so an engine, a predictor, a sink or a reward function can be replaced without touching the loop.
@@ -46,7 +46,7 @@ _SMOOTHED_STEPS = 10
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one step did."""
+    """The outcome of one step."""
 
     step: int
     metrics: dict[str, float]
@@ -58,7 +58,7 @@ class StepResult:
 
 
 class GRPOTrainer:
-    """Trains a policy with GRPO until a budget is spent, the forecast says that the plateau has come, or you stop it.
+    """Trains a policy with GRPO until a budget is spent, the plateau is forecast to be reached, or you stop it.
 
     Example:
         >>> with GRPOTrainer(recipe("embedded", max_steps=50)) as trainer:
@@ -71,13 +71,13 @@ class GRPOTrainer:
 
         Args:
             config: the whole configuration; see :func:`grpo_fast.recipe` for ready ones.
-            resume: go on with the run in ``config.output_dir``; see :meth:`resume` and ``config.resume_if_exists``.
+            resume: resume the run in ``config.output_dir``; see :meth:`resume` and ``config.resume_if_exists``.
             **given: parts in place of the configured ones: ``reward_funcs``, ``train_dataset``, ``eval_dataset``, ``budget``,
                 ``engine``, ``predictor``, ...; see :class:`~grpo_fast.train.parts.Replacements`.
 
         Raises:
             ConfigError: something in the configuration cannot work; the message names it and the fix.
-            TypeError: ``config`` is no configuration, or there is no such part to give.
+            TypeError: ``config`` is not a Config, or there is no such argument.
         """
         check_given(config, given)
         self.config = config
@@ -106,7 +106,7 @@ class GRPOTrainer:
         self.global_step = 0
         """Steps done."""
         self.summary: dict[str, Any] = {}
-        """What ``summary.json`` holds; empty until the run has ended."""
+        """Content of ``summary.json``; empty until the run has ended."""
         if resume:
             with contextlib.ExitStack() as on_error:
                 on_error.callback(parts.close)
@@ -115,9 +115,9 @@ class GRPOTrainer:
 
     @classmethod
     def resume(cls, run_dir: str | Path, *, config: Config | None = None, **given: Unpack[Replacements]) -> Self:
-        """Opens a run to go on from its newest checkpoint, or from the start where it has none yet.
+        """Opens a run to resume it from its newest checkpoint, or from the start if it has none yet.
 
-        The trace from there on is the one that the run would have had: bit for bit, on the same machine.
+        It continues as the uninterrupted run would have: bit for bit, on the same machine.
 
         Args:
             run_dir: the run.
@@ -125,7 +125,7 @@ class GRPOTrainer:
             **given: as for the constructor; Python reward functions and tasks must be given again.
 
         Raises:
-            ConfigError: no such run, or a change that would make it another run.
+            ConfigError: there is no such run, or a resumed run cannot make such a change.
             CheckpointError: the newest checkpoint is damaged.
         """
         saved = config_of(run_dir)
@@ -154,7 +154,7 @@ class GRPOTrainer:
         return self.summary
 
     def steps(self) -> Iterator[StepResult]:
-        """Trains, and yields after each step. Leaving the loop ends the run with a checkpoint; calling it again goes on.
+        """Trains, and yields after each step. Leaving the loop ends the run with a checkpoint; a new call continues it.
 
         Raises:
             RewardError, EnvironmentFailedError: a reward function or an environment failed; what was trained is saved.
@@ -309,7 +309,7 @@ class GRPOTrainer:
         step, watched = self.global_step, self._oversight.settled if verdict is None else verdict.ending
         if signal:
             hint = f"`grpo-fast train --resume {self.config.output_dir}`"
-            return Ending("interrupt", f"{signal} came after step {step}; the run is saved. Go on with {hint}.")
+            return Ending("interrupt", f"{signal} received after step {step}; the run is saved. Continue it with {hint}.")
         if self._stop_message:
             return Ending("user", f"{self._stop_message}, after step {step}.")
         if watched is not None and watched.kind == "collapse":
@@ -426,7 +426,7 @@ class GRPOTrainer:
             return
         state = load_checkpoint(checkpoints[-1], policy=parts.policy, optimizer=self._optimizer)
         if state["version"] != _STATE_VERSION:
-            raise CheckpointError(f"{checkpoints[-1]} is of another version of grpo_fast (state {state['version']})")
+            raise CheckpointError(f"{checkpoints[-1]} is from another version of grpo_fast (state {state['version']})")
         self.global_step = self._saved_step = state["step"]
         self._stream_state = state["stream"]
         parts.stream.load_state_dict(state["stream"])

@@ -102,7 +102,7 @@ def test_the_adapters_settings_are_those_of_the_run(saved: Path, tiny_config: Ca
             {"use_peft": False},
             "holds adapters alone: set use_peft to train them on, or merge them first, by peft's merge_and_unload",
         ),
-        ({"revision": "main"}, "only models of the hub have revisions"),
+        ({"revision": "main"}, "only hub models have revisions"),
         ({"base_model": "/nowhere/at/all"}, "cannot load base model '/nowhere/at/all': there is no such directory"),
     ],
 )

@@ -144,7 +144,7 @@ def test_tokens_older_than_allowed_end_the_run_with_a_checkpoint(ahead: Callable
             return {}
 
     Stuck(trainer)
-    with pytest.raises(RolloutError, match="a token of step 3 was sampled 2 updates ago, and max_staleness=1"):
+    with pytest.raises(RolloutError, match="a token of step 3 was sampled 2 updates ago, but max_staleness=1"):
         train(trainer)
     assert list_checkpoints(trainer.config.output_dir)[-1].name == "checkpoint-2"
 

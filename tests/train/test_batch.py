@@ -97,7 +97,7 @@ def test_kept_tokens_stand_beside_their_targets(layout: Layout, shares: bool) ->
     assert batch.kept.token_ids.tolist() == [6, 3, 7, 11, 4, 2]
     assert batch.kept.sizes.tolist() == [2, 1, 3]
     for wrong in (replace(sequences[1], kept=None), replace(sequences[1], kept=kept[0])):
-        with pytest.raises(ValueError, match="each completion must have its own"):
+        with pytest.raises(ValueError, match="must be given for every completion of a micro-batch"):
             build_batch([sequences[0], wrong], [0.25, 0.75], torch.device("cpu"), layout=layout, shares_prompts=shares)
 
 

@@ -131,7 +131,7 @@ def test_a_broken_manifest_is_told(bench: Bench, content: str | None) -> None:
 def test_without_another_checkpoint_a_new_run_is_the_way_out(bench: Bench) -> None:
     path = bench.save(5)
     (path / "state.json").unlink()
-    with pytest.raises(CheckpointError, match=r"no other checkpoint is left; start the run anew with --overwrite"):
+    with pytest.raises(CheckpointError, match=r"no other checkpoint is left; start the run again with --overwrite"):
         bench.load(path)
 
 

@@ -190,7 +190,7 @@ def test_a_file_system_without_locks_is_told_and_stops_nothing(
     claim.open()
     claim.release()
     assert [record.message for record in caplog.records] == [
-        f"{tmp_path / 'run'} cannot be locked (No locks available): see to it that no second process is started on this run"
+        f"{tmp_path / 'run'} cannot be locked (No locks available): make sure that no second process works on this run"
     ]
     monkeypatch.setattr(fcntl, "flock", refuse(errno.EIO))
     with pytest.raises(OSError, match="Input/output error"):

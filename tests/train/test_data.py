@@ -60,7 +60,7 @@ def test_an_environment_that_rates_is_the_reward_where_no_other_is_named(letters
     assert choose_data(both.replace(reward_funcs=()), given, chat=False).measure == "exact_match"
     assert choose_data(Config(), given, chat=False, environments=rating).measure == "", "a task's own reads one answer"
     choose_data(Config(), {"train_dataset": [{"prompt": "a"}]}, chat=False, environments=rating)  # no answer is needed
-    with pytest.raises(ConfigError, match="get_reward says, and 'Silent' has none; add it"):
+    with pytest.raises(ConfigError, match="get_reward of an environment, but 'Silent' has none; add it"):
         choose_data(both, given, chat=False, environments=silent)
     assert choose_environments(Config(), {}) is None
 
@@ -108,10 +108,10 @@ def test_a_run_goes_on_with_the_data_and_rewards_that_it_was_begun_with(
     begun.check_names(tmp_path)
     begun.write_names(tmp_path)
     begun.check_names(tmp_path)
-    with pytest.raises(ConfigError, match=r"reward_funcs \['format', 'short'\] and would .* GRPOTrainer.resume with the same"):
+    with pytest.raises(ConfigError, match=r"started with reward_funcs \['format', 'short'\], but now .* GRPOTrainer.resume"):
         Data(letters, [short, "format"]).check_names(tmp_path)
     other = choose_data(Config(), {"train_dataset": ROWS}, chat=False).task
-    with pytest.raises(ConfigError, match=r"begun with dataset 'letters' and would go on with 'train_dataset'"):
+    with pytest.raises(ConfigError, match=r"started with dataset 'letters', but now dataset is 'train_dataset'"):
         Data(other, ["format", short]).check_names(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "answer": "a"}\n' * 5, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
@@ -120,7 +120,7 @@ def test_a_run_goes_on_with_the_data_and_rewards_that_it_was_begun_with(
     (tmp_path / "letters").mkdir()  # what is given in Python has a name, and no place on the disk
     begun.write_names(tmp_path)
     begun.check_names(tmp_path)
-    told = "begun with environment_factory None and would go on with 'Silent'"
+    told = "started with environment_factory None, but now environment_factory is 'Silent'"
     with Environments(Silent) as environments, pytest.raises(ConfigError, match=told):
         Data(letters, ["format", short], environments).check_names(tmp_path)
 

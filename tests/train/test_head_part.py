@@ -88,7 +88,9 @@ def test_the_loss_over_kept_tokens_is_that_of_a_head_without_the_others() -> Non
         (own.grad[vocabulary], less.grad),
     ):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ConfigError, match="a cut support needs a whole head; set fsdp_parallel_head=False"):
+    with pytest.raises(
+        ConfigError, match="top_p, top_k and min_p need the whole output head on every rank; set fsdp_parallel_head=False"
+    ):
         head_logprobs(hidden, HeadPart(LMHead(own), 0), targets=vocabulary[targets], kept=kept)
 
 

@@ -122,5 +122,5 @@ def test_a_policy_has_the_gradients_of_full_checkpointing(
 
 def test_on_a_cpu_it_is_refused_before_anything_is_read(tiny_config: Callable[..., Config]) -> None:
     config = tiny_config(gradient_checkpointing=True, gradient_checkpointing_mode="offload", device="cpu")
-    with pytest.raises(ConfigError, match="'offload' on a CPU, whose activations are in the host's memory already; use 'full'"):
+    with pytest.raises(ConfigError, match="'offload' on a CPU, where activations are in host memory already; use 'full'"):
         PolicySource(config)

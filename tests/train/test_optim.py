@@ -158,10 +158,10 @@ def test_what_an_optimiser_lacks_is_told_before_anything_is_loaded(
 ) -> None:
     check_optimizer(Config())
     monkeypatch.setattr("grpo_fast.train.quantised.find_spec", lambda name: object())
-    told = r"optim='paged_adamw_8bit' pages between GPU and host, and this run is on a CPU; take 'adamw_8bit'"
+    told = r"optim='paged_adamw_8bit' pages between GPU and host, but this run is on a CPU; use 'adamw_8bit'"
     with pytest.raises(ConfigError, match=told):
         GRPOTrainer(tiny_config(model="nowhere", optim="paged_adamw_8bit"))
-    with pytest.raises(ConfigError, match=r"take 'adamw_torch_fused'"):
+    with pytest.raises(ConfigError, match=r"use 'adamw_torch_fused'"):
         check_optimizer(Config(optim="paged_adamw_32bit"))
     with pytest.raises(ConfigError, match=r"weights_dtype='bfloat16' on this CPU.* set dtype='bfloat16' too"):
         GRPOTrainer(tiny_config(weights_dtype="bfloat16"))

@@ -101,13 +101,13 @@ def test_ask_stops_where_that_is_the_answer() -> None:
     assert "97.0%" in person.questions[0]
 
 
-@pytest.mark.parametrize(("answer", "words"), [("go on", "you chose to go on"), ("", "no answer came")])
+@pytest.mark.parametrize(("answer", "words"), [("go on", "you chose to continue"), ("", "no answer came")])
 def test_ask_remembers_for_a_tenth_of_the_budget(answer: str, words: str) -> None:
     person = Person(answer, "stop")
     verdicts = go(watch(person, forecast="ask"), range(1, 27))
     assert [verdict.ending is not None for verdict in verdicts] == [False] * 25 + [True]
     assert len(person.questions) == 2
-    assert person.events[0][2].endswith(f"; {words}; the next question comes at step 26 at the earliest")
+    assert person.events[0][2].endswith(f"; {words}; the next question comes at step 26 or later")
 
 
 def test_ask_takes_never_for_an_answer() -> None:
@@ -121,7 +121,7 @@ def test_ask_without_a_terminal_warns_once_and_says_so() -> None:
     verdicts = go(watch(person, forecast="ask"), range(1, 20))
     assert all(verdict.ending is None for verdict in verdicts)
     assert len(person.events) == 1
-    assert person.events[0][2].endswith("; there is no terminal to ask on, so training goes on")
+    assert person.events[0][2].endswith("; there is no terminal to ask on, so training continues")
 
 
 def test_answers_outlive_a_resume() -> None:
@@ -145,7 +145,7 @@ def test_a_collapse_ends_the_run() -> None:
     verdicts = collapse(oversight)
     (found,) = [verdict for verdict in verdicts if verdict.ending is not None]
     assert found.ending.kind == "collapse"
-    assert found.ending.message.startswith("The policy collapses: by step ")
+    assert found.ending.message.startswith("The policy is collapsing: the reward fell from ")
     assert found.alarm.onset == 43
     assert oversight.sound_until(49, found.alarm) == 41
     assert oversight.sound_until(20, None) == 19
@@ -156,7 +156,7 @@ def test_a_collapse_is_only_told_where_that_is_asked_for() -> None:
     verdicts = collapse(watch(person, forecast="off", collapse_action="warn"))
     assert all(verdict.ending is None for verdict in verdicts)
     assert [event for _, event, _ in person.events] == ["warn"]
-    assert person.events[0][2].endswith("; training goes on (collapse_action='warn')")
+    assert person.events[0][2].endswith("; training continues (collapse_action='warn')")
 
 
 def test_a_collapse_goes_before_a_plateau() -> None:
@@ -222,7 +222,7 @@ def test_steps_that_teach_nothing_are_counted_told_and_reach_the_rule() -> None:
     assert (step, kind) == (31, "warn")
     assert "In 20 steps no group held two different rewards: nothing was learnt. The prompts are solved, the" in message
     assert verdicts[-1].ending.kind == "forecast"
-    assert "so that nothing was learnt" in verdicts[-1].ending.message
+    assert "so nothing was learnt" in verdicts[-1].ending.message
     assert all(verdict.ending is None for verdict in verdicts[:-1])
 
 
@@ -231,7 +231,7 @@ def test_steps_without_a_right_answer_are_told_as_such_and_stop_nothing() -> Non
     verdicts = go(watch(person), range(1, 41), reward=0.0, frac_reward_zero_std=1.0, frac_reward_all_wrong=1.0)
     ((step, _, message),) = person.events
     assert step == 20
-    assert "no completion earned anything; easier prompts" in message
+    assert "no completion earned anything. Easier prompts" in message
     assert not any(verdict.ending for verdict in verdicts)
 
 

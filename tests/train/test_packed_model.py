@@ -182,7 +182,7 @@ def test_sampling_is_left_as_it_was(sizes: dict[str, Any], tokenizer: PreTrained
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda sizes: BloomConfig(vocab_size=28, hidden_size=32, n_layer=2, n_head=2), "BloomForCausalLM does not hand its"),
+        (lambda sizes: BloomConfig(vocab_size=28, hidden_size=32, n_layer=2, n_head=2), "BloomForCausalLM does not tell its"),
         (lambda sizes: GptOssConfig(**sizes, num_local_experts=4, rope_parameters=None), "GptOssAttention adds s_aux"),
     ],
     ids=["no flash attention", "sinks"],
@@ -217,7 +217,7 @@ def test_other_attention_is_named(sizes: dict[str, Any]) -> None:
     model.set_attn_implementation("flex_attention")
     problem = let_pack(model)
     assert problem is not None
-    assert problem.startswith("attn_implementation='flex_attention' cannot be told where sequences begin")
+    assert problem.startswith("attn_implementation='flex_attention' does not support packed sequences")
     model.set_attn_implementation("sdpa")
     assert let_pack(model) is let_pack(model) is None
     assert model.config._attn_implementation == "packed_sdpa"

@@ -40,16 +40,16 @@ def children() -> set[str]:
 
 
 def test_a_vllm_that_is_to_sleep_on_a_cpu_is_refused_before_the_model_is_read(build: Any) -> None:
-    with pytest.raises(ConfigError, match="vllm_enable_sleep_mode=True: vLLM sleeps on GPUs only"):
+    with pytest.raises(ConfigError, match="vllm_enable_sleep_mode=True: vLLM's sleep mode works on GPUs only"):
         build(rollout="vllm", vllm_enable_sleep_mode=True, model="no/such/model", device="cpu")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rollout": "vllm", "vllm_transport": "nccl"}, "does not lead to an engine in the trainer's process"),
+        ({"rollout": "vllm", "vllm_transport": "nccl"}, "cannot reach an engine in the trainer's process"),
         ({"rollout": "vllm-http", "vllm_server_urls": ("http://192.0.2.1:80",)}, "http://192.0.2.1:80 is on another machine"),
-        ({"rollout": "vllm-http", "vllm_server_urls": ("127.0.0.1:80",)}, "is no server's address"),
+        ({"rollout": "vllm-http", "vllm_server_urls": ("127.0.0.1:80",)}, "is not the address of a server"),
     ],
 )
 def test_a_way_to_vllm_that_leads_nowhere_is_refused_before_the_model_is_read(
@@ -127,7 +127,7 @@ def test_rewards_given_in_python_are_needed_again_on_resume(build: Any) -> None:
 
     build({"reward_funcs": [short]}).open(0)
     assert build({"reward_funcs": [short]}, resume=True).rewards.names == ["short"]
-    with pytest.raises(ConfigError, match=r"begun with reward_funcs \['short'\] and would go on with \['exact_match'\]"):
+    with pytest.raises(ConfigError, match=r"started with reward_funcs \['short'\], but now reward_funcs is \['exact_match'\]"):
         build(resume=True)
 
 
@@ -143,7 +143,7 @@ def test_what_a_kill_left_of_a_configuration_stands_in_nobodys_way(build: Any, t
 def test_files_that_are_no_run_are_never_deleted(overwrite: bool, build: Any, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").touch()
-    with pytest.raises(ConfigError, match="holds files that are no run; name an empty or new directory"):
+    with pytest.raises(ConfigError, match="contains files that are not a run; name an empty or new directory"):
         build(overwrite=overwrite)
     assert (tmp_path / "run" / "thesis.tex").exists()
 
@@ -226,18 +226,26 @@ def test_what_is_odd_about_the_data_is_told_where_a_run_begins(tmp_path: Path) -
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [event["event"] for event in events] == ["warn", "warn", "warn"]
     assert "1 of 1 held-out prompts are trained on too" in events[0]["message"]
-    assert "prompts_per_step=3 is more than the 1 prompts" in events[1]["message"]
+    assert "prompts_per_step=3 exceeds the number of prompts, 1" in events[1]["message"]
     assert "the column 'seen' holds images" in events[2]["message"]
 
 
 @pytest.mark.parametrize(
     ("config", "given", "told"),
     [
-        (Config(), {"reward_func": []}, r"no part 'reward_func' to be given; did you mean 'reward_funcs'\?"),
-        (Config(), {"argz": 1}, r"no part 'argz' to be given; There are: reward_funcs, train_dataset, .*all else is in Config"),
-        (Config(), {"callbacks": []}, r"'callbacks' to be given; it is TRL's, and here it is the loop, .*\. There are: reward"),
-        (Config(), {"model": "m"}, r"no part 'model' to be given; it is a setting, Config\(model=\.\.\.\)\. There are"),
-        ("Qwen/Qwen3-0.6B", {}, r"first argument is a Config, not 'Qwen/Qwen3-0.6B'; make one"),
+        (Config(), {"reward_func": []}, r"no argument 'reward_func'; did you mean 'reward_funcs'\?"),
+        (
+            Config(),
+            {"argz": 1},
+            r"no argument 'argz'; It takes: reward_funcs, train_dataset, .*other settings belong in Config",
+        ),
+        (
+            Config(),
+            {"callbacks": []},
+            r"no argument 'callbacks'; it is a TRL name, which here corresponds to the loop, .*\. It takes: reward",
+        ),
+        (Config(), {"model": "m"}, r"no argument 'model'; it is a setting, Config\(model=\.\.\.\)\. It takes"),
+        ("Qwen/Qwen3-0.6B", {}, r"first argument must be a Config, not 'Qwen/Qwen3-0.6B'; make one"),
         ({"model": "embedded"}, {}, r"not \{'model': 'embedded'\}"),
     ],
 )
@@ -288,7 +296,7 @@ def test_a_reference_is_a_second_copy_of_the_weights(build: Any) -> None:
 def test_what_begins_is_told_in_one_line(build: Any) -> None:
     parts = build()
     assert "training: " in parts.describe(0)
-    assert "going on after step 4" in parts.describe(4)
+    assert "resuming after step 4" in parts.describe(4)
     assert "24 prompts, 4 held out" in parts.describe(0)
     assert "letters" in parts.describe(0)
 
@@ -297,20 +305,23 @@ def test_evaluation_without_held_out_rows_is_refused(tmp_path: Path) -> None:
     rows = [{"prompt": "1+1=", "answer": "2"}]
     task = Task("own", rows, [], reward_funcs=("exact_match",), eval_reward="exact_match")
     config = Config(output_dir=tmp_path / "run", max_completion_length=8, sinks=(), eval_steps=1)
-    with pytest.raises(ConfigError, match="holds no rows out"):
+    with pytest.raises(ConfigError, match="has no held-out rows"):
         build_parts(config, {"task": task}, resume=False)
 
 
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"rollout": "vllm"}, r"rollout='vllm' runs inside one process, and this run has 4.*vllm-http"),
+        ({"rollout": "vllm"}, r"rollout='vllm' works in a run of one process only, and this run has 4.*vllm-http"),
         (
             {"rollout": "vllm-http", "vllm_server_urls": ["http://127.0.0.1:8000"], "vllm_transport": "ipc"},
             r"vllm_transport='ipc' with 4 processes: .* choose 'shared_memory', or 'nccl'",
         ),
         ({"max_staleness": 1}, r"max_staleness=1 .* this run has 4"),
-        ({"forecast": "ask", "ddp_timeout_s": 600}, r"ddp_timeout_s=600 with forecast='ask': a question waits up to 600 s"),
+        (
+            {"forecast": "ask", "ddp_timeout_s": 600},
+            r"ddp_timeout_s=600 with forecast='ask': the other processes wait for the answer, up to 600 s",
+        ),
     ],
 )
 def test_what_one_process_alone_can_do_is_refused_to_several(changes: dict[str, Any], told: str) -> None:

@@ -106,7 +106,7 @@ def test_what_cannot_be_foretold_is_an_error() -> None:
 
 def test_the_schedule_is_minded() -> None:
     warm = make_plan(big(lr_scheduler_type="linear", max_tokens=1e6), BARE)
-    assert any("would let it fall" in told for told in warm.notes)
+    assert any("to complete the schedule" in told for told in warm.notes)
     slow, fast = (make_plan(big(warmup_steps=steps), BARE) for steps in (80, 0))
     assert slow.rises[0.8]["step"]["median"] > fast.rises[0.8]["step"]["median"]
 
@@ -160,4 +160,4 @@ def test_a_model_whose_memory_cannot_be_counted_is_planned_without(tmp_path: Pat
     found = make_plan(big(model=str(tmp_path)), PlanInputs(**vars(BARE) | {"model_size": None}))
     assert found.memory is None
     assert found.to_dict()["memory"] is None
-    assert any(note.startswith("what memory the run needs is unknown: passes of qwen3_moe") for note in found.notes)
+    assert any(note.startswith("the memory that the run needs is unknown: passes of qwen3_moe") for note in found.notes)

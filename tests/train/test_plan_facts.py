@@ -27,7 +27,7 @@ def small(**changes: Any) -> Config:
         ({"probe": 8, "gpu": "RTX 4090"}, "a probe times this machine"),
         ({"seconds_per_step": 3.0, "mfu": 0.2}, "give one"),
         ({"mfu": 1.5}, "mfu=1.5 must be a share"),
-        ({"gpu": "H9000"}, "no peak is known of gpu='H9000'"),
+        ({"gpu": "H9000"}, "unknown gpu='H9000'"),
         ({"model_size": -1.0}, "model_size=-1.0 must be a positive number"),
         ({"completion_tokens": float("nan")}, "completion_tokens=nan must be a positive number"),
     ],
@@ -79,7 +79,7 @@ def test_adapters_of_the_configuration_are_counted_not_assumed() -> None:
     assert adapted.facts.size_b == plain.facts.size_b
     layers = [(128, 128)] * 4 + [(128, 256)] * 3
     assert adapted.work.shape == replace(plain.work.shape, lora_params=4 * sum(2 * (a + b) for a, b in layers))
-    assert not any("adapters are taken" in note for note in adapted.notes)
+    assert not any("adapters are assumed" in note for note in adapted.notes)
 
 
 def test_a_probe_measures_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

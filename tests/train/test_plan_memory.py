@@ -264,7 +264,7 @@ def test_where_no_change_is_enough_alone_some_are_together() -> None:
         assert tight.plan(config.replace(**fewer)).peak_bytes > 16 * GIB, f"{name} is not needed"
     hopeless = planner(TWO_LAYERS, config, room_gib=2)
     assert hopeless.changes() == []
-    assert "No change known here is enough" in refusal(hopeless.plan(), [])
+    assert "No known change of settings is enough" in refusal(hopeless.plan(), [])
 
 
 def test_a_named_device_has_the_memory_of_its_data_sheet() -> None:
@@ -279,7 +279,9 @@ def test_training_refuses_before_anything_is_loaded(
 ) -> None:
     monkeypatch.setattr("grpo_fast.train.plan_memory.device_room", lambda config, gpu: (400 * 2**20, "cpu"))
     monkeypatch.setattr("grpo_fast.train.policy_source.PolicySource.load", lambda self: pytest.fail("it was loaded"))
-    with pytest.raises(ConfigError, match=r"the run needs .* and the device has 400 MiB.*No change known here is enough"):
+    with pytest.raises(
+        ConfigError, match=r"the run needs .* and the device has 400 MiB.*No known change of settings is enough"
+    ):
         build_parts(tiny_config(), {}, resume=False)
 
 

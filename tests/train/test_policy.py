@@ -107,7 +107,7 @@ def test_logits_that_are_not_head_of_hidden_states_are_refused(
             return output
 
     torch.manual_seed(0)
-    with pytest.raises(ConfigError, match=r"Shifted makes logits in a way this trainer does not know .* nats"):
+    with pytest.raises(ConfigError, match=r"Shifted computes logits in an unknown way .* nats"):
         Policy(Shifted(LlamaConfig(**sizes)), tokenizer)
 
 

@@ -126,9 +126,12 @@ def test_attention_is_torchs_own_where_the_model_has_it(
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (Qwen2_5_VLConfig(), r"model 'seen' is of type 'qwen2_5_vl', for which transformers has no causal language model: enc"),
+        (
+            Qwen2_5_VLConfig(),
+            r"model 'seen' is of type 'qwen2_5_vl', for which transformers has no causal language model; name one",
+        ),
         (GPT2Config(n_embd=33, n_head=2), "model 'seen' cannot be made: .*33"),
-        (Llama4TextConfig(num_hidden_layers=1), r"Llama4ForCausalLM does not say which part of it makes the hidden states"),
+        (Llama4TextConfig(num_hidden_layers=1), r"Llama4ForCausalLM has no separate part that computes hidden states"),
     ],
     ids=["sees", "no such sizes", "no body"],
 )

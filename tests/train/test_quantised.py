@@ -91,7 +91,7 @@ def test_experts_that_stay_as_they_are_are_told(
     AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes | experts)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     load(wide_config(model=str(tmp_path), **FOUR_BIT))
-    assert "load_in_4bit: 0.1 million weights stay in float32, since bitsandbytes quantises linear layers alone" in caplog.text
+    assert "load_in_4bit: 0.1 million weights stay in float32, because bitsandbytes quantises only linear layers" in caplog.text
 
 
 @needs_bitsandbytes
@@ -150,7 +150,7 @@ def test_the_exported_model_is_what_was_trained_over_four_bits(
 @needs_bitsandbytes
 def test_rows_that_cut_a_block_are_refused_on_a_cpu(tiny_config: Callable[..., Config]) -> None:
     with pytest.raises(
-        ConfigError, match=r"q_proj.* has 32 inputs, and bitsandbytes computes only multiples of 64 right there"
+        ConfigError, match=r"q_proj.* has 32 inputs, but bitsandbytes computes only multiples of 64 correctly there"
     ):
         PolicySource(tiny_config(**FOUR_BIT))
     refuse_ragged_blocks(PolicySource(tiny_config()).outline(), torch.device("cuda"))

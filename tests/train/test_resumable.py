@@ -34,7 +34,7 @@ def test_limits_and_output_may_change_on_resume() -> None:
 
 
 def test_where_there_is_no_run_none_is_gone_on_with(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"there is no run in .*: no config.toml is there; give the output_dir"):
+    with pytest.raises(ConfigError, match=r"there is no run in .* \(it has no config.toml\); give the output_dir"):
         GRPOTrainer.resume(tmp_path)
 
 

@@ -127,5 +127,5 @@ def test_a_rank_that_dies_or_hangs_ends_the_others_in_time(fate: str, fatal: Cal
             rank.communicate()
     assert ended - (tmp_path / "killed").stat().st_mtime < DEADLINE_S
     assert [rank.returncode for rank in ranks] == [1, -9]
-    assert "rank 0 of 2 lost another one" in " ".join(told.split())
+    assert "rank 0 of 2 lost another rank" in " ".join(told.split())
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]

@@ -123,7 +123,7 @@ def test_sharing_prompts_changes_no_gradient(tiny_policy: MakePolicy, groups: li
 
 
 def test_prompts_are_not_shared_where_attention_cannot_be_told(tiny_policy: MakePolicy) -> None:
-    with pytest.raises(ConfigError, match="share_prompts=True needs sequences packed"):
+    with pytest.raises(ConfigError, match="share_prompts=True needs packed sequences"):
         Bench(tiny_policy(), share_prompts=True)
 
 

@@ -98,7 +98,7 @@ def test_the_device_refuses_what_a_gpu_refuses(seen: dict[str, Any]) -> None:
     *told, of_an_older_one = seen["refused"]
     assert told == ["a sum of both", "a change from the host", "numbers of both in one", "an array", "a kernel"]
     assert of_an_older_one.startswith(
-        "dtype='bfloat16': NVIDIA H100 80GB HBM3 has no bfloat16 (that takes compute capability 8.0)"
+        "dtype='bfloat16': NVIDIA H100 80GB HBM3 does not support bfloat16 (that needs compute capability 8.0)"
     )
 
 

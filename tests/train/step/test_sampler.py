@@ -114,7 +114,7 @@ def test_over_a_cut_support_all_is_that_of_masked_full_logits(
 
 
 def test_a_cut_support_that_the_engine_does_not_tell_is_refused(tiny_policy: MakePolicy, groups: list[Group]) -> None:
-    with pytest.raises(ConfigError, match=r"top_k=5.* the engine did not say what it kept"):
+    with pytest.raises(ConfigError, match=r"top_k=5.* the engine did not report which"):
         Bench(tiny_policy(), top_k=5).update(groups)
 
 

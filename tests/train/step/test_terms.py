@@ -52,7 +52,7 @@ def test_kl_to_the_reference_holds_the_policy_back(tiny_policy: MakePolicy, grou
 
 @pytest.mark.parametrize(("beta", "given"), [(0.1, False), (0.0, True)])
 def test_a_reference_is_needed_exactly_with_a_kl_term(beta: float, given: bool, tiny_policy: MakePolicy) -> None:
-    with pytest.raises(ValueError, match=r"a reference policy is needed exactly when beta > 0"):
+    with pytest.raises(ValueError, match=r"give a reference policy if, and only if, beta > 0"):
         Bench(tiny_policy(), tiny_policy() if given else None, beta=beta)
 
 

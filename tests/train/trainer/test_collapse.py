@@ -57,12 +57,13 @@ def test_a_collapse_ends_the_run_and_leads_back_to_before(make: Make, tmp_path: 
             sum(row["reward"] for row in rows(tmp_path / "run")[:step][-10:]) / min(step, 10) for step in range(1, onset - 1)
         )
     )
-    assert summary["reason"].startswith(f"The policy collapses: by step {summary['step']} the reward fell from 0.")
+    assert summary["reason"].startswith("The policy is collapsing: the reward fell from 0.")
+    assert f" to step {summary['step']}" in summary["reason"]
     again = make({"reward_funcs": [Failing(31)]}, **FAILING, resume_if_exists=True).train()
     assert (again["stopped_by"], again["step"], again["use"]) == ("collapse", summary["step"], use)
-    assert again["reason"].startswith("The run ended in a collapse: The policy collapses: by step ")
+    assert again["reason"].startswith("The run ended in a collapse: The policy is collapsing: the reward fell from ")
     assert summary["reason"].endswith(
-        f"Go back to {use['checkpoint']}, the best from before (training reward {use['reward']:.3f})."
+        f"Go back to {use['checkpoint']}, the best checkpoint from before (training reward {use['reward']:.3f})."
     )
     kept = [path.name for path in list_checkpoints(tmp_path / "run")]
     assert kept == [use["checkpoint"], f"checkpoint-{summary['step']}"], "also with a limit of one"
@@ -99,7 +100,7 @@ def test_a_collapse_without_a_checkpoint_from_before_says_so(make: Make) -> None
     summary = make({"reward_funcs": [Failing(31)]}, **FAILING | {"save_steps": 100}).train()
     assert summary["stopped_by"] == "collapse"
     assert summary["use"] is None
-    assert summary["reason"].endswith("set save_steps lower, and start again with a lower learning_rate.")
+    assert summary["reason"].endswith("lower save_steps, and start again with a lower learning_rate.")
 
 
 @pytest.mark.slow

@@ -146,10 +146,10 @@ def test_a_gradient_that_is_not_finite_ends_the_run_with_what_was_trained(make: 
 
 
 def test_a_reward_outside_its_range_is_told_and_can_be_mended(make: Make, resume: Make, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"the mean reward 0\.\d+ of the untrained policy lies outside reward_range="):
+    with pytest.raises(ConfigError, match=r"the mean reward 0\.\d+ of the untrained policy is outside reward_range="):
         make(forecast="stop", reward_range=(0.5, 1.0)).train()
     trainer = make(forecast="stop", reward_range=(0.5, 1.0), baseline_probe=0, overwrite=True)
-    with pytest.raises(ConfigError, match=r"the mean reward 0\.\d+ of step 1 lies outside reward_range=\(0\.5, 1\.0\)"):
+    with pytest.raises(ConfigError, match=r"the mean reward 0\.\d+ of step 1 is outside reward_range=\(0\.5, 1\.0\)"):
         trainer.train()
     summary = resume(tmp_path / "run", reward_range=(0.0, 1.0)).train()
     assert summary["step"] == 6
@@ -175,7 +175,8 @@ def test_a_plateau_ends_the_run(make: Make, tmp_path: Path) -> None:
     assert summary["stopped_by"] == "forecast"
     assert summary["step"] < 200
     assert summary["saved"]["steps"] == 1 - summary["step"] / 200
-    assert summary["reason"].startswith(f"At step {summary['step']} the gain left in the budget is below 0.1")
+    assert summary["reason"].startswith(f"At step {summary['step']} there is a ")
+    assert "chance that less than 0.1 reward is left to gain in the budget" in summary["reason"]
     assert events(tmp_path / "run")[-1] == "stop"
 
     warned = make(
@@ -238,7 +239,7 @@ def test_a_run_that_the_forecast_ended_goes_on_only_after_a_change(make: Make, r
         summary = again.train()
         assert (summary["stopped_by"], summary["step"]) == ("forecast", step)
         assert summary["reason"] == (
-            f"The forecast has ended this run: {first['reason']} It goes on with forecast='warn' or 'off', or a larger limit."
+            f"The forecast had ended this run: {first['reason']} Set forecast='warn' or 'off', or a larger limit, to continue."
         )
         assert summary["forecast"] == first["forecast"]
         assert (summary["use"], summary["final_reward"]) == (first["use"], first["final_reward"])
@@ -258,7 +259,7 @@ def test_a_run_goes_on_past_the_forecast_to_the_end_and_has_ended_then(make: Mak
     assert (summary["stopped_by"], summary["step"]) == ("max_steps", step + 2)
     told = resume(tmp_path / "run", given).train()["reason"]
     assert told.startswith(f"max_steps is reached: {step + 2} of {step + 2} steps are ")
-    assert told.endswith(". The run had ended already; it goes on with a larger max_steps.")
+    assert told.endswith(". The run had ended already; set a larger max_steps to continue.")
 
 
 def test_a_killed_run_that_was_to_go_on_past_the_forecast_does(make: Make, resume: Make, tmp_path: Path) -> None:
@@ -275,4 +276,4 @@ def test_a_spent_budget_is_told_with_what_makes_the_run_go_on(make: Make, resume
     first = make(max_tokens=200.0, max_steps=50).train()
     summary = resume(tmp_path / "run").train()
     assert (summary["stopped_by"], summary["step"]) == ("max_tokens", first["step"])
-    assert summary["reason"] == f"{first['reason']} The run had ended already; it goes on with a larger max_tokens."
+    assert summary["reason"] == f"{first['reason']} The run had ended already; set a larger max_tokens to continue."

@@ -153,4 +153,4 @@ def test_a_question_without_a_terminal_is_a_warning(make: Make, tmp_path: Path) 
     assert trainer.train()["stopped_by"] == "max_steps"
     told = [row["message"] for row in rows(tmp_path / "run", "events") if row["event"] == "warn"]
     assert len(told) == 1
-    assert told[0].endswith("there is no terminal to ask on, so training goes on")
+    assert told[0].endswith("there is no terminal to ask on, so training continues")

@@ -268,5 +268,5 @@ def test_one_process_that_is_to_shard_says_that_it_does_not(make: Make, resume: 
     resume(tmp_path / "run", max_steps=3).train()
     told = [row["message"] for row in rows(tmp_path / "run", "events") if row["event"] == "warn"]
     assert len(told) == 2
-    assert "fsdp='full_shard' shards nothing: this run is one process" in told[0]
+    assert "fsdp='full_shard' shards nothing, because this run has one process" in told[0]
     assert "`torchrun --nproc-per-node DEVICES --no-python grpo-fast train --fsdp full_shard ...`" in told[1]

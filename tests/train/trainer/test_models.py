@@ -65,7 +65,7 @@ def test_a_model_is_trained_as_what_it_samples_as(
         (
             "mamba",
             {"state_size": 4},
-            "of type 'mamba', has layers of type linear_attention, and rollout='transformers' samples",
+            "of type 'mamba', has layers of type linear_attention, but rollout='transformers' samples",
         ),
         ("rwkv", {"context_length": 64}, "of type 'rwkv', has a running state in place of keys and values"),
     ],

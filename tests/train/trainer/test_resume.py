@@ -51,7 +51,7 @@ def test_a_command_that_is_given_again_goes_on(whole: Straight, tmp_path: Path) 
     assert trace(config.output_dir) == whole.trace
     with pytest.raises(ConfigError, match=r"a resumed run cannot change seed"):
         GRPOTrainer(config.replace(seed=config.seed + 1), task=LETTERS, reward_funcs=[vowels])
-    with pytest.raises(ConfigError, match=r"already holds a run; .*let it go on by itself with --resume-if-exists"):
+    with pytest.raises(ConfigError, match=r"already holds a run; .*in repeated commands, --resume-if-exists"):
         GRPOTrainer(config.replace(resume_if_exists=False), task=LETTERS, reward_funcs=[vowels])
 
 
@@ -82,7 +82,7 @@ def test_an_interrupted_rollout_is_saved_and_used(version: int, whole: Straight,
     with trainer:
         summary = trainer.train()
     assert summary["stopped_by"] == "interrupt"
-    assert summary["reason"].startswith(f"SIGINT came after step {version}; the run is saved.")
+    assert summary["reason"].startswith(f"SIGINT received after step {version}; the run is saved.")
     assert f"grpo-fast train --resume {config.output_dir}" in summary["reason"]
     assert events(config.output_dir)[-1] == "interrupt"
     state = json.loads((config.output_dir / f"checkpoint-{version}" / "state.json").read_text(encoding="utf-8"))

@@ -103,7 +103,7 @@ def test_an_environment_given_in_python_must_be_given_again(make: Make, resume: 
     trainer.train()
     trainer.close()
     assert {row["num_turns/max"] for row in rows(tmp_path / "run")} == {1.0}
-    with pytest.raises(ConfigError, match=r"begun with environment_factory 'Silent' and would go on with None"):
+    with pytest.raises(ConfigError, match=r"started with environment_factory 'Silent', but now environment_factory is None"):
         resume(tmp_path / "run", max_steps=3)
     assert resume(tmp_path / "run", {"environment_factory": Silent}, max_steps=3).global_step == 2
 
