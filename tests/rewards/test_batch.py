@@ -50,7 +50,7 @@ def test_an_episode_is_given_whole_and_with_its_reward() -> None:
         for each in chat.completions
         if each.episode is not None
     ]
-    found = call_arguments([chat, plain], [])
+    found = call_arguments([chat, plain], [], TrainerState())
     assert found["prompts"] == [list(asked), "q"]
     assert found["environment_judgements"] == [(0.5, None), ()]
 
