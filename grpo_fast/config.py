@@ -138,21 +138,21 @@ class Config(BaseModel):
     reward_workers: Annotated[int, _REWARD] = Field(1, ge=0)
     """Processes that run reward functions; 0 runs them in the trainer's process, without a deadline."""
     reward_on_error: Annotated[Literal["raise", "none"], _REWARD] = "raise"
-    """Treatment of a reward call that raises, hangs or returns the wrong length. ``raise``: end the run with an error that
-    names it. ``none``: count its rewards as ``None``."""
+    """A reward call that raises, hangs or returns the wrong length ends the run (``raise``) or counts as ``None`` (``none``)."""
 
     rollout: Annotated[Literal["transformers", "vllm", "vllm-http"], _ROLLOUT] = "transformers"
     """Engine that samples completions: the policy itself (``transformers``), vLLM in the trainer's process (``vllm``), or vLLM
     servers on this machine (``vllm-http``)."""
     vllm_server_urls: Annotated[tuple[str, ...], ONE_OR_SEVERAL, _ROLLOUT] = ()
     """Addresses of the servers of ``vllm-http``, such as ``http://127.0.0.1:8000``; ``grpo-fast serve`` starts one."""
+    vllm_server_timeout: Annotated[float, _ROLLOUT] = Field(240.0, ge=0)
+    """Longest wait, in seconds, for those servers to be up when a run starts or resumes."""
     vllm_gpu_memory_utilization: Annotated[float, _ROLLOUT] = Field(0.3, gt=0, le=1)
     """Share of GPU memory that vLLM takes for its weights and its KV cache."""
     vllm_kv_cache_gib: Annotated[float | None, _ROLLOUT] = Field(None, gt=0)
     """Size of vLLM's KV cache, in GiB. Default: what ``vllm_gpu_memory_utilization`` leaves."""
     vllm_engine_args: Annotated[JsonObject, _ROLLOUT] = Field(default_factory=dict)
-    """Other arguments of vLLM's engine with ``rollout='vllm'``, such as ``{"enforce_eager": true, "max_num_seqs": 64}``; a
-    server takes its own when it is started."""
+    """Other arguments of the engine of ``rollout='vllm'``, such as ``{"enforce_eager": true}``; servers are started with theirs."""
     vllm_enable_sleep_mode: Annotated[bool, _ROLLOUT] = False
     """Let vLLM sleep while the policy trains, which frees its GPU memory for the trainer (with adapters, its weights move to
     host memory). Servers need ``grpo-fast serve --enable-sleep-mode``."""
@@ -407,10 +407,7 @@ class Config(BaseModel):
 
     @property
     def scoring_passes(self) -> tuple[bool, ...]:
-        """Extra forward passes without gradient over the trained tokens; of each, whether adapters are on.
-
-        They are off in the pass of the reference policy, and on in the pass that corrects for the sampler.
-        """
+        """Extra forward passes over the trained tokens: whether adapters are on; not for the reference, for the correction."""
         return (False,) * (self.beta > 0) + (True,) * self.corrects_sampler
 
     @classmethod

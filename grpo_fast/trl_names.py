@@ -35,7 +35,6 @@ HERE: Mapping[str, str] = MappingProxyType(
         "vllm_server_base_url": _SERVER,
         "vllm_server_host": _SERVER,
         "vllm_server_port": _SERVER,
-        "vllm_server_timeout": "sync_deadline_s",
         "vllm_max_model_length": "nothing: it follows from max_prompt_length and max_completion_length",
         "vllm_tensor_parallel_size": "`grpo-fast serve MODEL -- --tensor-parallel-size N`, with rollout='vllm-http'",
         "vllm_importance_sampling_cap": "vllm_importance_sampling_clip_max",

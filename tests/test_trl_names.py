@@ -28,6 +28,12 @@ def test_the_names_are_trls_and_not_ours() -> None:
     assert not set(HERE) & set(Config.model_fields)
 
 
+def test_servers_are_waited_for_as_long_as_trl_waits() -> None:
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+    [theirs] = [field for field in dataclasses.fields(trl.GRPOConfig) if field.name == "vllm_server_timeout"]
+    assert Config.model_fields["vllm_server_timeout"].default == theirs.default
+
+
 @pytest.mark.parametrize("name", HERE)
 def test_the_page_on_trl_has_them_all(name: str) -> None:
     assert f"`{name}`" in PAGE.read_text(encoding="utf-8")

@@ -278,7 +278,7 @@ def _copied(model: PreTrainedModel, autocast_dtype: torch.dtype | None) -> PreTr
     if autocast_dtype is None:
         return copied
     as_they_are = frozen.keys() | {id(module.weight) for module in copied.modules() if isinstance(module, torch.nn.Embedding)}
-    rounded: dict[torch.nn.Parameter, torch.nn.Parameter] = {}  # layers that share a weight share what it becomes
+    rounded: dict[torch.Tensor, torch.nn.Parameter] = {}  # layers that share a weight share what it becomes
     for module in copied.modules():
         if isinstance(module, torch.nn.Linear) and id(module.weight) not in as_they_are:
             weight = module.weight

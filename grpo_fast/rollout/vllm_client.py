@@ -9,8 +9,11 @@ import contextlib
 import http.client
 import itertools
 import json
+import logging
+import os
 import re
 import socket
+import time
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -25,9 +28,12 @@ from grpo_fast.rollout.transports import BACKENDS, OLDEST_VLLM
 from grpo_fast.rollout.vllm_adapters import AdapterVersion
 from grpo_fast.rollout.vllm_sample import PROBE_PARAMS, SCORE_PARAMS, Sample, kept_tokens, token_versions
 
+_log = logging.getLogger(__name__)
 ONE_REPLICA = "a weight sync checks one engine per server; start one server per replica and give all their URLs"
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 _GENERATE = "/inference/v1/generate"
+_POLL_S = 1.0
+_TELL_S = 30.0
 _HINTS = {
     401: "set VLLM_API_KEY to the key that it was started with",
     403: "start it with `grpo-fast serve`, or with --enable-scale-out",
@@ -96,21 +102,14 @@ class VLLMServer:
     def __init__(
         self, url: str, *, api_key: str | None, deadline_s: float, control_deadline_s: float | None = None, run: str = ""
     ) -> None:
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme != "http" or parts.hostname is None or parts.port is None:
-            raise ValueError(f"{url!r} is not the address of a server; give one such as http://127.0.0.1:8000")
-        if parts.hostname not in _LOOPBACK:
-            raise ValueError(
-                f"{url} is on another machine, but weights are sent through shared memory, and vLLM's routes that change them "
-                "are not protected by an API key; give a server on 127.0.0.1"
-            )
+        self._host, self._port = server_address(url)
         self.url = url
-        self._host, self._port = parts.hostname, parts.port
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
         self._deadline_s = deadline_s
         self._control_deadline_s = deadline_s if control_deadline_s is None else control_deadline_s
         self._run = run
         self._control = Calls()
+        self._has_answered = False
         self.adapter: str | None = None
         """Name of the LoRA adapter that answers requests; ``None`` for the model as it is."""
 
@@ -139,11 +138,13 @@ class VLLMServer:
             connection.request(method, path, None if body is None else json.dumps(body), self._headers)
             answer = connection.getresponse()
             text = answer.read().decode()
+            self._has_answered = True
         except TimeoutError:
             raise RolloutError(f"vLLM's server {self.url} did not answer {path} within {deadline_s:g} s ({setting})") from None
         except (OSError, http.client.HTTPException) as error:
+            state, again = ("is gone", "restart it") if self._has_answered else ("cannot be reached", "start it")
             raise RolloutError(
-                f"vLLM's server {self.url} is gone ({type(error).__name__} at {path}); restart it with `grpo-fast serve`"
+                f"vLLM's server {self.url} {state} ({type(error).__name__} at {path}); {again} with `grpo-fast serve`"
             ) from error
         finally:
             calls.drop(connection)
@@ -272,6 +273,58 @@ class VLLMServer:
     def unload_adapter(self, adapter: AdapterVersion) -> None:
         """Makes the server unload a LoRA adapter."""
         self.call("POST", "/v1/unload_lora_adapter", {"lora_name": adapter.name})
+
+
+def server_address(url: str) -> tuple[str, int]:
+    """Host and port of a server's URL.
+
+    Raises:
+        ValueError: the server is on another machine, or the URL is none.
+    """
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme != "http" or parts.hostname is None or parts.port is None:
+        raise ValueError(f"{url!r} is not the address of a server; give one such as http://127.0.0.1:8000")
+    if parts.hostname not in _LOOPBACK:
+        raise ValueError(
+            f"{url} is on another machine, but weights are sent through shared memory, and vLLM's routes that change them "
+            "are not protected by an API key; give a server on 127.0.0.1"
+        )
+    return parts.hostname, parts.port
+
+
+def wait_until_up(urls: Sequence[str], *, timeout_s: float, deadline_s: float) -> None:
+    """Waits until all servers answer: one that is being started refuses connections until its model is loaded.
+
+    Args:
+        urls: of the servers.
+        timeout_s: longest wait for all of them.
+        deadline_s: longest time of an answer of one that takes connections.
+
+    Raises:
+        RolloutError: one still refuses them after ``timeout_s``, does not answer, or does not take the key.
+    """
+    begin = time.monotonic()
+    tell = begin
+    key = os.environ.get("VLLM_API_KEY")
+    for server in [VLLMServer(url, api_key=key, deadline_s=deadline_s) for url in urls]:
+        while True:
+            try:
+                server.get("/v1/models")
+                break
+            except RolloutError as error:
+                if not isinstance(error.__cause__, ConnectionError):
+                    raise
+                now = time.monotonic()
+                left = begin + timeout_s - now
+                if left <= 0:
+                    raise RolloutError(
+                        f"vLLM's server {server.url} was not up within {timeout_s:g} s (vllm_server_timeout); start it with "
+                        "`grpo-fast serve`, or raise vllm_server_timeout if it needs longer"
+                    ) from error
+            if now >= tell:
+                _log.warning("waiting for vLLM's server %s: %.0f s left (vllm_server_timeout)", server.url, left)
+                tell = now + _TELL_S
+            time.sleep(min(_POLL_S, left))
 
 
 def misfits(settings: Mapping[str, Any], version: str, needs: Needs) -> list[str]:

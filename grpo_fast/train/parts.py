@@ -6,7 +6,6 @@ Output directory, rewards, data and tokeniser are checked before the weights are
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict, cast
@@ -22,7 +21,7 @@ from grpo_fast.rollout import RolloutEngine, RolloutError
 from grpo_fast.rollout.transformers_engine import TransformersEngine, foreign_parts
 from grpo_fast.rollout.transports import Host, choose_transport
 from grpo_fast.rollout.vllm_arguments import check_engine_args
-from grpo_fast.rollout.vllm_client import VLLMServer
+from grpo_fast.rollout.vllm_client import server_address, wait_until_up
 from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMServerEngine, VLLMSettings, require_vllm
 from grpo_fast.rollout.vllm_sleep import sleep_level
 from grpo_fast.run_dir import CONFIG_FILE, write_whole
@@ -216,6 +215,8 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
             on_error.callback(environments.close)
         rewards.start(prompts.columns)
         check_episodes(data, prompts, replies)
+        if config.rollout == "vllm-http" and "engine" not in given:
+            world.once(lambda: _wait_for_servers(config))  # it may take minutes: after all that is cheap to check
         whole = source.load()
         shape, num_parameters = ModelShape.from_model(whole.model), count_parameters(whole.model)  # before it is spread
         streams = world.size > 1 and "engine" not in given and streams_weights(config)
@@ -363,13 +364,18 @@ def _check_vllm(config: Config) -> None:
     host: Host = "server" if urls else "own process" if config.vllm_own_process else "in process"
     try:
         choose_transport(config.vllm_transport, host, on_gpu=on_gpu, num_engines=max(1, len(urls)))
-        key = os.environ.get("VLLM_API_KEY")
-        servers = [VLLMServer(url, api_key=key, deadline_s=config.sync_deadline_s) for url in urls]
+        for url in urls:
+            server_address(url)
         require_vllm()
-        for server in servers:
-            _ = server.context_length  # it is there, and takes the key
         check_engine_args(config.vllm_engine_args, on_gpu=on_gpu)
     except (ValueError, RolloutError) as error:
+        raise ConfigError(f"rollout={config.rollout!r}: {error}") from None
+
+
+def _wait_for_servers(config: Config) -> None:
+    try:
+        wait_until_up(config.vllm_server_urls, timeout_s=config.vllm_server_timeout, deadline_s=config.sync_deadline_s)
+    except RolloutError as error:
         raise ConfigError(f"rollout={config.rollout!r}: {error}") from None
 
 

@@ -29,7 +29,7 @@ _CHANGEABLE = {
     ),
     *("reward_timeout_s", "reward_workers", "reward_on_error", "tokens_per_microbatch", "device", "dtype"),
     *("vllm_gpu_memory_utilization", "vllm_kv_cache_gib", "vllm_server_urls", "vllm_own_process", "vllm_transport"),
-    *("vllm_engine_args", "vllm_enable_sleep_mode"),
+    *("vllm_engine_args", "vllm_enable_sleep_mode", "vllm_server_timeout"),
     *("environment_timeout_s", "environment_workers"),
     *("sync_deadline_s", "request_deadline_s", "ddp_timeout_s", "fsdp", "fsdp_offload_params", "fsdp_parallel_head"),
 }

@@ -10,13 +10,15 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 import torch
 
-from grpo_fast.rollout import RolloutError
-from grpo_fast.rollout.vllm_client import Calls, Needs, VLLMServer, misfits
+from grpo_fast.rollout import RolloutError, vllm_client
+from grpo_fast.rollout.vllm_client import Calls, Needs, VLLMServer, misfits, wait_until_up
+from grpo_fast.rollout.vllm_environment import held_port
 
 SETTINGS: dict[str, Any] = {
     "model_config": {
@@ -74,7 +76,7 @@ def test_what_is_ended_ends_at_once_and_nothing_else_does(silent: str) -> None:
         assert not kept.done()
         assert not control.done()
         server.close()
-        assert "is gone" in str(control.exception(20))
+        assert isinstance(control.exception(20), RolloutError)
         others.end()
         assert isinstance(kept.exception(20), RolloutError)
         assert time.monotonic() < begin + 20
@@ -102,6 +104,56 @@ def test_a_refusal_says_what_mends_it(status: int) -> None:
         with pytest.raises(RolloutError, match=message):
             server.check(NEEDS)
         thread.join()
+
+
+class _Up(BaseHTTPRequestHandler):
+    """Answers everything with an empty object."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+def test_a_server_that_is_being_started_is_waited_for_and_one_that_goes_again_is_called_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(vllm_client, "_POLL_S", 0.01)
+    refused = threading.Event()
+    with held_port() as port:
+        url = f"http://127.0.0.1:{port}"
+        server = VLLMServer(url, api_key=None, deadline_s=60)
+        with pytest.raises(RolloutError, match=rf"{url} cannot be reached \(ConnectionRefusedError.*; start it with"):
+            server.get("/v1/models")
+        monkeypatch.setattr(vllm_client._log, "warning", lambda *_: refused.set())
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(wait_until_up, [url], timeout_s=120, deadline_s=60)
+            assert refused.wait(60), "the wait is told"
+            assert not waiting.done()
+            with ThreadingHTTPServer(("127.0.0.1", port), _Up) as up:
+                threading.Thread(target=up.serve_forever).start()
+                assert waiting.result(60) is None
+                assert server.get("/v1/models") == {}
+                up.shutdown()
+        with pytest.raises(RolloutError, match=rf"{url} is gone \(ConnectionRefusedError.*; start it again with"):
+            server.get("/v1/models")
+
+
+def test_a_server_that_does_not_come_up_is_named_with_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_client, "_POLL_S", 0.01)
+    with held_port() as port:
+        told = rf"http://127.0.0.1:{port} was not up within 0.05 s \(vllm_server_timeout\); start it with `grpo-fast serve`"
+        with pytest.raises(RolloutError, match=told):
+            wait_until_up([f"http://127.0.0.1:{port}"], timeout_s=0.05, deadline_s=60)
+
+
+def test_a_server_that_takes_connections_and_says_nothing_is_not_waited_for(silent: str) -> None:
+    with pytest.raises(RolloutError, match=r"did not answer /v1/models within 0\.2 s \(sync_deadline_s\)"):
+        wait_until_up([silent], timeout_s=600, deadline_s=0.2)
 
 
 def test_a_server_as_it_should_be_has_no_misfit() -> None:

@@ -329,7 +329,7 @@ def test_ranks_that_hold_shards_send_them_to_servers(servers: Any, tmp_path: Pat
 
 
 @pytest.mark.usefixtures("untraced")
-def test_a_run_over_servers_ends_with_a_checkpoint_where_one_dies(
+def test_a_run_over_servers_ends_with_a_checkpoint_where_one_dies_and_waits_for_it_when_resumed(
     servers: Any, tmp_path: Path, embedded_config: Callable[..., Config]
 ) -> None:
     config = embedded_config(
@@ -353,10 +353,14 @@ def test_a_run_over_servers_ends_with_a_checkpoint_where_one_dies(
     with GRPOTrainer.resume(tmp_path, config=config.replace(vllm_server_urls=(servers[0].url,))) as trainer:
         third = next(trainer.steps())
         assert (third.step, third.metrics["sync/version"]) == (3, 3)
-    seen = [group.prompt.index for step in (first, second, third) for group in step.groups]
+    servers[1].start()  # and does not take connections for some time
+    with GRPOTrainer.resume(tmp_path, config=config) as trainer:
+        fourth = next(trainer.steps())
+        assert (fourth.step, fourth.metrics["sync/version"]) == (4, 4)
+    seen = [group.prompt.index for step in (first, second, third, fourth) for group in step.groups]
     with GRPOTrainer(config.replace(rollout="transformers", vllm_server_urls=(), output_dir=tmp_path / "straight")) as trainer:
         steps = trainer.steps()
-        assert seen == [group.prompt.index for _ in range(3) for group in next(steps).groups], "lost or repeated prompts"
+        assert seen == [group.prompt.index for _ in range(4) for group in next(steps).groups], "lost or repeated prompts"
 
 
 def test_a_server_that_dies_in_a_rollout_is_named_at_once(servers: Any) -> None:

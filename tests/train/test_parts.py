@@ -59,10 +59,18 @@ def test_a_way_to_vllm_that_leads_nowhere_is_refused_before_the_model_is_read(
         build(model="no/such/model", device="cpu", **changes)
 
 
-def test_a_server_that_is_not_there_is_told_before_the_model_is_read(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_servers_are_waited_for_before_the_weights_are_read_and_after_the_data(
+    build: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("grpo_fast.train.parts.require_vllm", lambda: None)
-    with held_port() as port, pytest.raises(ConfigError, match=rf"vLLM's server http://127\.0\.0\.1:{port} is gone"):
-        build(rollout="vllm-http", vllm_server_urls=(f"http://127.0.0.1:{port}",), model="no/such/model", device="cpu")
+    monkeypatch.setattr("grpo_fast.train.parts.PolicySource.load", lambda self: pytest.fail("the weights are read"))
+    with held_port() as port:
+        served = {"rollout": "vllm-http", "vllm_server_urls": (f"http://127.0.0.1:{port}",), "device": "cpu"}
+        with pytest.raises(ConfigError, match="no/such/model"):
+            build(**served, model="no/such/model")
+        told = rf"vLLM's server http://127\.0\.0\.1:{port} was not up within 0\.1 s \(vllm_server_timeout\)"
+        with pytest.raises(ConfigError, match=told):
+            build(**served, vllm_server_timeout=0.1)
 
 
 def test_arguments_of_vllm_are_checked_before_the_model_is_read(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
