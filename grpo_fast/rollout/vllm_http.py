@@ -1,8 +1,8 @@
-"""vLLM servers on this machine: how a step's requests are dealt out, and what the weight sync asks of all of them.
+"""vLLM servers on this machine: what the weight sync asks of all of them.
 
-All servers get the same weights, through one shared file. Prompts are dealt out in turn, each with all its completions, so that
-a server's prefix cache serves them. The routes that change weights are vLLM's own for training; they know no API key, which is
-why only servers on the loopback interface are taken.
+All servers get the same weights, through one shared file. :mod:`~grpo_fast.rollout.vllm_requests` deals out the prompts. The
+routes that change weights are vLLM's own for training; they know no API key, which is why only servers on the loopback
+interface are taken.
 
 Importing this imports vLLM; :mod:`~grpo_fast.rollout.vllm_engine` does so when an engine is built.
 """
@@ -13,7 +13,7 @@ import contextlib
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import torch
@@ -22,15 +22,15 @@ from grpo_fast.rollout.engine import RolloutError
 from grpo_fast.rollout.sync_probe import Choices
 from grpo_fast.rollout.transports import Delivery
 from grpo_fast.rollout.vllm_adapters import AdapterVersion
-from grpo_fast.rollout.vllm_client import Calls, Needs, VLLMServer
+from grpo_fast.rollout.vllm_client import Needs, VLLMServer
 from grpo_fast.rollout.vllm_layerwise import PolicyWeights
+from grpo_fast.rollout.vllm_requests import Requests
 from grpo_fast.rollout.vllm_sample import OVER_HTTP, Sample, version_name, version_number
 from grpo_fast.rollout.vllm_senders import WeightSender, json_safe
 from grpo_fast.rollout.vllm_sleep import Part, Sleeper
 from grpo_fast.rollout.vllm_watch import Setting
 
 _T = TypeVar("_T")
-_CONCURRENT_REQUESTS = 64
 _HANG_UP_S = 10.0
 _LATER = 1.1
 """Times a sync's deadline is that of its requests: the sync's own, which names the phase, comes first."""
@@ -79,8 +79,7 @@ class HTTPVLLM:
             lambda level: self.everywhere(lambda server: server.post(f"/sleep?level={level}&mode=wait")),
             lambda part: self.everywhere(lambda server: server.post(f"/wake_up?tags={part}")),
         )
-        self._running: set[Calls] = set()
-        self._requests = ThreadPoolExecutor(_CONCURRENT_REQUESTS, thread_name_prefix="vLLM request")
+        self._requests = Requests(self.servers)
         # Threads of their own: a sync that keeps requests would wait for ever behind those that it keeps.
         self._control = ThreadPoolExecutor(len(self.servers), thread_name_prefix="vLLM control")
         self.context_length = min(self.everywhere(lambda server: server.context_length))
@@ -93,29 +92,8 @@ class HTTPVLLM:
         return list(self._control.map(ask, self.servers))
 
     def sample(self, prompts: Sequence[Sequence[int]], params: Sequence[dict[str, Any]]) -> list[list[Sample]]:
-        """Runs requests to their end, up to 64 prompts at a time.
-
-        Raises:
-            RolloutError: a server is gone, or did not answer in time; all requests that run on any are ended.
-        """
-        calls = Calls()
-        self._running.add(calls)
-        requests = [
-            self._requests.submit(self.servers[number % len(self.servers)].sample, prompt, each, calls)
-            for number, (prompt, each) in enumerate(zip(prompts, params, strict=True))
-        ]
-        try:
-            for request in as_completed(requests):
-                request.result()  # the first that failed says so at once
-        except BaseException:
-            for request in requests:
-                request.cancel()
-            calls.end()
-            wait(requests, timeout=_HANG_UP_S)
-            raise
-        finally:
-            self._running.discard(calls)
-        return [request.result() for request in requests]
+        """Runs requests to their end; see :meth:`~grpo_fast.rollout.vllm_requests.Requests.sample`."""
+        return self._requests.sample(prompts, params)
 
     def close(self, adapter: AdapterVersion | None = None) -> None:
         """Lets go of the servers, which run on; requests that run are ended, and those that a sync kept.
@@ -123,8 +101,7 @@ class HTTPVLLM:
         They forget the adapter. One that hangs is not waited for.
         """
         self._sender = None
-        for calls in list(self._running):
-            calls.end()
+        self._requests.end()
 
         def leave(server: VLLMServer) -> None:
             if self._delivery.pause_mode == "keep":
@@ -137,7 +114,8 @@ class HTTPVLLM:
         wait([leaving.submit(leave, server) for server in self.servers], timeout=_HANG_UP_S)
         for server in self.servers:
             server.close()
-        for pool in (self._requests, self._control, leaving):
+        self._requests.close()
+        for pool in (self._control, leaving):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def pause(self) -> None:

@@ -235,7 +235,7 @@ def test_where_one_request_fails_it_is_told_at_once_and_no_other_runs_on(served:
     begin = time.monotonic()
     with pytest.raises(RolloutError, match="returns fewer than the 1000000 log-probabilities"):
         target.sample([*prompts, [1, 9]], [*[endless] * len(prompts), {"max_tokens": 1, "logprobs": 10**6}])
-    assert not target._running
+    assert not target._requests._running
     served.engine.sync_weights(served.model, 32)
     assert time.monotonic() < begin + 30  # all of it would take minutes
     answers = served.engine.generate(PROMPTS, SAMPLING, num_generations=1, seed=0)
