@@ -138,7 +138,7 @@ class Config(BaseModel):
     reward_workers: Annotated[int, _REWARD] = Field(1, ge=0)
     """Processes that run reward functions; 0 runs them in the trainer's process, without a deadline."""
     reward_on_error: Annotated[Literal["raise", "none"], _REWARD] = "raise"
-    """A reward call that raises, hangs or returns the wrong length ends the run (``raise``) or counts as ``None`` (``none``)."""
+    """A reward call that raises, hangs or returns the wrong length: end the run (``raise``), or count it as ``None``."""
 
     rollout: Annotated[Literal["transformers", "vllm", "vllm-http"], _ROLLOUT] = "transformers"
     """Engine that samples completions: the policy itself (``transformers``), vLLM in the trainer's process (``vllm``), or vLLM
@@ -152,7 +152,7 @@ class Config(BaseModel):
     vllm_kv_cache_gib: Annotated[float | None, _ROLLOUT] = Field(None, gt=0)
     """Size of vLLM's KV cache, in GiB. Default: what ``vllm_gpu_memory_utilization`` leaves."""
     vllm_engine_args: Annotated[JsonObject, _ROLLOUT] = Field(default_factory=dict)
-    """Other arguments of the engine of ``rollout='vllm'``, such as ``{"enforce_eager": true}``; servers are started with theirs."""
+    """Other arguments of the engine of ``rollout="vllm"``, such as ``{"enforce_eager": true}``; servers take their own."""
     vllm_enable_sleep_mode: Annotated[bool, _ROLLOUT] = False
     """Let vLLM sleep while the policy trains, which frees its GPU memory for the trainer (with adapters, its weights move to
     host memory). Servers need ``grpo-fast serve --enable-sleep-mode``."""

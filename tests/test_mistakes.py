@@ -23,6 +23,8 @@ from grpo_fast.mistakes import in_words
             "serve embedded --pipeline-parallel-size=2",
             "go after --: grpo-fast serve MODEL -- --pipeline-parallel-size=2 ...",
         ),
+        ("serve embedded --host 0.0.0.0", "--host is refused: the server listens on 127.0.0.1 alone, because"),
+        ("serve embedded --logprobs-mode=raw_logprobs", "weight syncs need it; leave it out"),
         ("train --output-dir", "requires an argument"),
         ("train --sync-deadline-s 5min", "sync_deadline_s: Input should be a valid number, unable to parse string as a number"),
         ("train --sync-deadline-s 5min", "(got '5min'); give a plain number of seconds"),

@@ -33,6 +33,7 @@ HOST = "127.0.0.1"
 _CPU_BLOCK_SIZE = 32
 _WORKERS = re.compile(r"-tp|-pp|--(tensor|pipeline)[-_]parallel[-_]size|--distributed[-_]executor[-_]backend")
 """Options that ask for workers."""
+_OWN = {"--port", "--dtype", "--max-model-len", "--max-lora-rank", "--enable-sleep-mode"}
 _REPLICAS = re.compile(r"-dp|--data[-_]parallel")
 
 
@@ -133,7 +134,8 @@ def _check_options(options: Sequence[str], *, taken: Sequence[str]) -> None:
     names = {name(argument) for argument in taken if argument.startswith("--")}
     for option in options:
         if option.startswith("--") and name(option) in names:
-            raise ValueError(f"{option} is set by `grpo-fast serve` itself; leave it out, or give serve's own option before --")
+            fix = "give serve's own option before --" if name(option) in _OWN else "leave it out"
+            raise ValueError(f"{option} is set by `grpo-fast serve` itself; {fix}")
         if _REPLICAS.match(option):
             raise ValueError(f"{option} is refused: {ONE_REPLICA}")
 

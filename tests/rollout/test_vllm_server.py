@@ -15,6 +15,7 @@ from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
 from grpo_fast.assets import embedded_model_dir
+from grpo_fast.mistakes import SET_BY_SERVE
 from grpo_fast.rollout import RolloutError, SamplingParams, shared_memory, vllm_engine, vllm_server
 from grpo_fast.rollout.vllm_engine import VLLMServerEngine, VLLMSettings
 from grpo_fast.rollout.vllm_environment import NO_WORKER, held_port
@@ -155,7 +156,8 @@ def test_options_of_vllms_own_go_to_it_and_workers_take_the_place_of_none() -> N
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--host=0.0.0.0"], "--host=0.0.0.0 is set by `grpo-fast serve` itself; leave it out, or give serve's own option"),
+        *(([f"--{name.replace('_', '-')}=1"], "is set by `grpo-fast serve` itself; leave it out") for name in SET_BY_SERVE),
+        (["--port", "1"], "--port is set by `grpo-fast serve` itself; give serve's own option before --"),
         (["--load_format", "auto"], "--load_format is set by"),
         (["--enable-chunked-prefill"], "--enable-chunked-prefill is set by"),
         (["-dp", "2"], "-dp is refused: a weight sync checks one engine per server; start one server per replica"),
