@@ -16,6 +16,7 @@ import socket
 import time
 import urllib.parse
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from packaging.version import Version
 
 from grpo_fast.kept_tokens import KeptTokens
 from grpo_fast.rollout.engine import RolloutError
+from grpo_fast.rollout.model_sizes import differences, served_sizes
 from grpo_fast.rollout.sync_probe import Choices
 from grpo_fast.rollout.transports import BACKENDS, OLDEST_VLLM
 from grpo_fast.rollout.vllm_adapters import AdapterVersion
@@ -83,6 +85,8 @@ class Needs(NamedTuple):
     """Longest sequence, in tokens."""
     sleeps: bool
     """Whether it must free its memory while the policy trains."""
+    sizes: Mapping[str, int] = MappingProxyType({})
+    """Sizes of the policy's model, see :func:`~grpo_fast.rollout.model_sizes.model_sizes`."""
 
 
 class VLLMServer:
@@ -196,6 +200,8 @@ class VLLMServer:
                 "VLLM_SERVER_DEV_MODE=1"
             ) from error
         problems = misfits(settings, self.get("/version")["version"], needs)
+        if other := differences(served_sizes(settings["model_config"]), needs.sizes):
+            problems.insert(0, f"it has another model than the policy ({other}); start it with the policy's")
         if problems:
             raise RolloutError(f"vLLM's server {self.url} cannot be used for training: {'; '.join(problems)}")
 

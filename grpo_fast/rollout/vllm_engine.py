@@ -24,6 +24,7 @@ from packaging.version import Version
 from grpo_fast.compute.memory import cached_values
 from grpo_fast.rollout.end_tokens import end_token_ids
 from grpo_fast.rollout.engine import RolloutError, SamplingParams, WeightSyncError
+from grpo_fast.rollout.model_sizes import model_sizes
 from grpo_fast.rollout.request import check_request
 from grpo_fast.rollout.shared_memory import check_room
 from grpo_fast.rollout.stop_strings import cut_at_stop, decode
@@ -432,7 +433,8 @@ class VLLMServerEngine(VLLMEngine):
             deadlines=_deadlines(settings),
         )
         length = min(self._context, settings.max_length or 1)
-        needs = Needs(dtype, self._delivery.transport, context_length=length, sleeps=self._level > 0)
+        sizes = model_sizes(self._model.config)
+        needs = Needs(dtype, self._delivery.transport, context_length=length, sleeps=self._level > 0, sizes=sizes)
         try:
             target.check(needs)
         except BaseException:

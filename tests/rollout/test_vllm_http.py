@@ -216,6 +216,17 @@ def test_a_server_of_other_settings_is_refused_with_all_of_them_named(served: Se
     )
 
 
+def test_a_server_of_another_model_is_refused_before_weights_are_sent(served: Served) -> None:
+    config = copy.deepcopy(served.model.config)
+    layers = config.num_hidden_layers
+    config.num_hidden_layers = layers + 1
+    larger = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    [url, _] = [server.url for server in served.engine._vllm.servers]
+    told = rf"another model than the policy \(num_hidden_layers {layers} and not {layers + 1}\); start it with the policy's"
+    with pytest.raises(RolloutError, match=told):
+        VLLMServerEngine(larger, served.engine._tokenizer, urls=[url], settings=VLLMSettings(sync_deadline_s=60))
+
+
 def test_stop_strings_are_looked_for_in_the_policys_text_alone(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     sampling = replace(SAMPLING, stop=("9",))
     with monkeypatch.context() as patch:
