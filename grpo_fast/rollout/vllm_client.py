@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import ipaddress
 import itertools
 import json
 import logging
@@ -32,7 +33,6 @@ from grpo_fast.rollout.vllm_sample import PROBE_PARAMS, SCORE_PARAMS, Sample, ke
 
 _log = logging.getLogger(__name__)
 ONE_REPLICA = "a weight sync checks one engine per server; start one server per replica and give all their URLs"
-_LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 _GENERATE = "/inference/v1/generate"
 _POLL_S = 1.0
 _TELL_S = 30.0
@@ -285,17 +285,43 @@ def server_address(url: str) -> tuple[str, int]:
     """Host and port of a server's URL.
 
     Raises:
-        ValueError: the server is on another machine, or the URL is none.
+        ValueError: the server is on another machine, is named by another address of this one than the loopback interface's, or
+            the URL is none.
     """
     parts = urllib.parse.urlsplit(url)
     if parts.scheme != "http" or parts.hostname is None or parts.port is None:
         raise ValueError(f"{url!r} is not the address of a server; give one such as http://127.0.0.1:8000")
-    if parts.hostname not in _LOOPBACK:
+    if parts.path not in {"", "/"} or parts.query or parts.fragment:
+        raise ValueError(f"{url} has a path, but a server is named by host and port alone; give http://{parts.netloc}")
+    if not _is_loopback(parts.hostname):
+        if _is_own(parts.hostname):
+            raise ValueError(
+                f"{url} is an address of this machine that others can reach too; vLLM's routes that change weights are not "
+                f"protected by an API key and must not listen there; give http://127.0.0.1:{parts.port}, where `grpo-fast serve` "
+                "listens"
+            )
         raise ValueError(
             f"{url} is on another machine, but weights are sent through shared memory, and vLLM's routes that change them "
             "are not protected by an API key; give a server on 127.0.0.1"
         )
     return parts.hostname, parts.port
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _is_own(host: str) -> bool:
+    """Whether a name or an address is this machine's: only its own can be bound to."""
+    with contextlib.suppress(OSError, UnicodeError):
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM):
+            with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as probe:
+                probe.bind(address)
+                return True
+    return False
 
 
 def wait_until_up(urls: Sequence[str], *, timeout_s: float, deadline_s: float) -> None:

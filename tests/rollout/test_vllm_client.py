@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from grpo_fast.rollout import RolloutError, vllm_client
-from grpo_fast.rollout.vllm_client import Calls, Needs, VLLMServer, misfits, wait_until_up
+from grpo_fast.rollout.vllm_client import Calls, Needs, VLLMServer, misfits, server_address, wait_until_up
 from grpo_fast.rollout.vllm_environment import held_port
 
 SETTINGS: dict[str, Any] = {
@@ -47,11 +47,31 @@ def silent() -> Iterator[str]:
         ("http://192.0.2.1:8000", "is on another machine, but weights are sent through shared memory"),
         ("127.0.0.1:8000", "is not the address of a server"),
         ("http://127.0.0.1", "is not the address of a server"),
+        ("http://127.0.0.1:8000/v1", r"/v1 has a path.*; give http://127\.0\.0\.1:8000$"),
+        ("http://127.0.0.1:8000?model=a", r"has a path.*; give http://127\.0\.0\.1:8000$"),
+        ("http://0.0.0.0:8000", r"is an address of this machine that others can reach too.*; give http://127\.0\.0\.1:8000,"),
     ],
 )
 def test_servers_elsewhere_are_refused(url: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         VLLMServer(url, api_key=None, deadline_s=1)
+
+
+def test_this_machine_by_its_own_name_is_not_called_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve = socket.getaddrinfo
+    names = {"node-17": "0.0.0.0", "node-18": "192.0.2.1"}
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest, **more: resolve(names[host], *rest, **more))
+    with pytest.raises(
+        ValueError, match=r"http://node-17:8000 is this machine by an address .*; give http://127\.0\.0\.1:8000,"
+    ):
+        server_address("http://node-17:8000")
+    with pytest.raises(ValueError, match="http://node-18:8000 is on another machine"):
+        server_address("http://node-18:8000")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "localhost", "[::1]"])
+def test_every_address_of_the_loopback_interface_is_taken(host: str) -> None:
+    assert server_address(f"http://{host}:8000/") == (host.strip("[]"), 8000)
 
 
 def test_a_server_that_does_not_answer_is_named_after_the_deadline_of_the_request(silent: str) -> None:
