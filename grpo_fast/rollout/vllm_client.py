@@ -297,8 +297,8 @@ def server_address(url: str) -> tuple[str, int]:
         if _is_own(parts.hostname):
             raise ValueError(
                 f"{url} is an address of this machine that others can reach too; vLLM's routes that change weights are not "
-                f"protected by an API key and must not listen there; give http://127.0.0.1:{parts.port}, where `grpo-fast serve` "
-                "listens"
+                f"protected by an API key and must not listen there; give http://127.0.0.1:{parts.port}, where "
+                "`grpo-fast serve` listens"
             )
         raise ValueError(
             f"{url} is on another machine, but weights are sent through shared memory, and vLLM's routes that change them "
