@@ -4,11 +4,13 @@ torch is imported where it is asked, so that versions can be told, and the docto
 
 Peaks are vendor figures for dense bfloat16 with float32 accumulation, without structured sparsity, at the board's stock
 power limit. A name that the table does not hold gives ``None``, never a guess: laptop and cut-down variants share the
-names of faster boards. A CPU has no peak here, as it depends on clocks and vector units that no data sheet states alike.
+names of faster boards, and a laptop's maker chooses the power of its GPU. A CPU has no peak here, as it depends on clocks and
+vector units that no data sheet states alike.
 """
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 import importlib.metadata
@@ -59,10 +61,18 @@ class GpuSpec(NamedTuple):
     gib: float
     """Memory; of variants that share a row the least. CUDA leaves a few percent less."""
 
+    @property
+    def name(self) -> str:
+        """One name that the pattern matches."""
+        plain = re.sub(r"\([^()]*\)\?", "", self.pattern)
+        return re.sub(r"\[(.)[^]]*\]|\(([^|()]*)[^()]*\)", r"\1\2", plain)
+
 
 # Sources: NVIDIA data sheets of each board (B200, B300: HGX; GB200: NVL72; sparse figures halved), for GeForce and RTX boards
-# the GA102, Ada and Blackwell architecture whitepapers, row "BF16 tensor with FP32 accumulate". Variants of unlike memory are
-# told apart by their names.
+# the GA102, Ada and Blackwell architecture whitepapers, row "BF16 tensor with FP32 accumulate"; of GeForce boards that those
+# leave out, twice the float32 rate of CUDA cores and boost clock on the product page, as it is of all that they list. Turing,
+# Volta: the product pages; they have no bf16. Variants of unlike memory are told apart by their names; CUDA gives some GeForce
+# variants the same name: a size can be added to it, and without one the usual board, else the smallest, is meant.
 GPU_TABLE: tuple[GpuSpec, ...] = (
     GpuSpec(r"GB200", 2500, 8000, 1200, 186),
     GpuSpec(r"B300( SXM6 AC)?", 2250, 8000, 1100, 268),
@@ -90,10 +100,37 @@ GPU_TABLE: tuple[GpuSpec, ...] = (
     GpuSpec(r"RTX PRO 6000 Blackwell Workstation Edition", 503.8, 1792, 600, 96),
     GpuSpec(r"RTX 5090", 209.5, 1792, 575, 32),
     GpuSpec(r"RTX 5080", 112.6, 960, 360, 16),
+    GpuSpec(r"RTX 5070 Ti", 87.9, 896, 300, 16),
+    GpuSpec(r"RTX 5070", 61.7, 672, 250, 12),
+    GpuSpec(r"RTX 5060 Ti( 8GB)?", 47.4, 448, 180, 8),
+    GpuSpec(r"RTX 5060 Ti 16GB", 47.4, 448, 180, 16),
+    GpuSpec(r"RTX 5060", 38.4, 448, 145, 8),
     GpuSpec(r"RTX 4090", 165.2, 1008, 450, 24),
+    GpuSpec(r"RTX 4080 SUPER", 104.4, 736, 320, 16),
     GpuSpec(r"RTX 4080", 97.5, 716.8, 320, 16),
+    GpuSpec(r"RTX 4070 Ti SUPER", 88.2, 672, 285, 16),
+    GpuSpec(r"RTX 4070 Ti", 80.2, 504, 285, 12),
+    GpuSpec(r"RTX 4070 SUPER", 71, 504, 220, 12),
+    GpuSpec(r"RTX 4070", 58.3, 504, 200, 12),
+    GpuSpec(r"RTX 4060 Ti( 8GB)?", 44.1, 288, 160, 8),
+    GpuSpec(r"RTX 4060 Ti 16GB", 44.1, 288, 165, 16),
+    GpuSpec(r"RTX 4060", 30.2, 272, 115, 8),
     GpuSpec(r"RTX 3090 Ti", 80, 1008, 450, 24),
     GpuSpec(r"RTX 3090", 71, 936, 350, 24),
+    GpuSpec(r"RTX 3080 Ti", 68.2, 912, 350, 12),
+    GpuSpec(r"RTX 3080( 10GB)?", 59.5, 760, 320, 10),
+    GpuSpec(r"RTX 3070 Ti", 43.5, 608, 290, 8),
+    GpuSpec(r"RTX 3070", 40.6, 448, 220, 8),
+    GpuSpec(r"RTX 3060 Ti", 32.4, 448, 200, 8),
+    GpuSpec(r"RTX 3060( 12GB)?", 25.5, 360, 170, 12),
+    GpuSpec(r"RTX 3060 8GB", 25.5, 240, 170, 8),
+    GpuSpec(r"RTX 2080 Ti", None, 616, 250, 11),
+    GpuSpec(r"RTX 2080 SUPER", None, 496, 250, 8),
+    GpuSpec(r"RTX 2080", None, 448, 215, 8),
+    GpuSpec(r"RTX 2070 SUPER", None, 448, 215, 8),
+    GpuSpec(r"RTX 2070", None, 448, 175, 8),
+    GpuSpec(r"RTX 2060 SUPER", None, 448, 175, 8),
+    GpuSpec(r"RTX 2060", None, 336, 160, 6),
     GpuSpec(r"T4", None, 320, 70, 16),
     GpuSpec(r"V100-SXM2-(16|32)GB", None, 900, 300, 16),
     GpuSpec(r"V100-PCIE-(16|32)GB", None, 900, 250, 16),
@@ -101,9 +138,25 @@ GPU_TABLE: tuple[GpuSpec, ...] = (
 
 
 def gpu_spec(name: str) -> GpuSpec | None:
-    """The table's row for a device name as CUDA gives it, or ``None``."""
-    short = re.sub(r"^(NVIDIA |Tesla |GeForce )*", "", name.strip())
-    return next((row for row in GPU_TABLE if re.fullmatch(row.pattern, short)), None)
+    """The table's row for a device name as CUDA gives it, in small or capital letters, or ``None``."""
+    short = _short(name)
+    return next((row for row in GPU_TABLE if re.fullmatch(row.pattern, short, re.IGNORECASE)), None)
+
+
+def similar_gpus(name: str) -> list[str]:
+    """Names in the table that hold every word of ``name``, else the most similar ones; none for a laptop's GPU."""
+    wanted, known = _words(name), [row.name for row in GPU_TABLE]
+    if "laptop" in wanted:
+        return []
+    return [each for each in known if wanted and wanted <= _words(each)] or difflib.get_close_matches(_short(name), known)
+
+
+def _short(name: str) -> str:
+    return re.sub(r"^(NVIDIA |Tesla |GeForce )*", "", name.strip(), flags=re.IGNORECASE)
+
+
+def _words(name: str) -> set[str]:
+    return set(re.findall(r"[a-z0-9]+", _short(name).lower()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from grpo_fast.device import (
     energy_source,
     gpu_spec,
     package_version,
+    similar_gpus,
     versions,
 )
 
@@ -96,6 +97,10 @@ def test_nvml_counts_energy_under_load() -> None:
         ("NVIDIA A10", 125, 600),
         ("Tesla T4", None, 320),
         ("Tesla V100-SXM2-16GB", None, 900),
+        ("NVIDIA GeForce RTX 3060", 25.5, 360),
+        ("NVIDIA GeForce RTX 4060", 30.2, 272),
+        ("NVIDIA GeForce RTX 2080 Ti", None, 616),
+        ("rtx 3070 ti", 43.5, 608),
         ("NVIDIA GeForce RTX 3090", 71, 936),
         ("NVIDIA GeForce RTX 4090", 165.2, 1008),
         ("NVIDIA GeForce RTX 5090", 209.5, 1792),
@@ -115,6 +120,29 @@ def test_slower_namesakes_and_strangers_get_no_peak(name: str) -> None:
     assert gpu_spec(name) is None
 
 
+def test_the_name_of_a_row_is_one_that_it_matches() -> None:
+    for row in GPU_TABLE:
+        assert gpu_spec(row.name) is row, row.name
+
+
+@pytest.mark.parametrize(
+    ("name", "similar"),
+    [
+        ("A100", ["A100-SXM4-80GB", "A100-SXM4-40GB", "A100 80GB PCIe", "A100-PCIE-40GB"]),
+        ("NVIDIA h100", ["H100 80GB HBM3", "H100 PCIe", "H100 NVL"]),
+        ("4080", ["RTX 4080 SUPER", "RTX 4080"]),
+        ("RTX4090", ["RTX 4090"]),
+        ("RTX 4060 Laptop", []),
+        ("", []),
+    ],
+)
+def test_names_that_were_meant(name: str, similar: list[str]) -> None:
+    assert gpu_spec(name) is None
+    found = similar_gpus(name)
+    assert found[: len(similar)] == similar
+    assert bool(found) == bool(similar)
+
+
 def test_gpu_facts_follow_from_its_properties() -> None:
     properties = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, multi_processor_count=132, total_memory=150_000_000_000)
     facts = device._gpu_facts(properties, 8, "13.0")
@@ -132,7 +160,7 @@ def test_gpu_facts_follow_from_its_properties() -> None:
 def test_the_table_is_plausible() -> None:
     assert len({row.pattern for row in GPU_TABLE}) == len(GPU_TABLE)
     for row in GPU_TABLE:
-        assert row.bf16_tflops is None or 50 <= row.bf16_tflops <= 5000
+        assert row.bf16_tflops is None or 20 <= row.bf16_tflops <= 5000
         assert 200 <= row.gb_per_s <= 10_000
         assert 50 <= row.watts <= 1500
         # A board's balance point lies between 50 and 400 FLOP a byte; a factor of two from sparsity would leave it.

@@ -289,6 +289,9 @@ def _in_its_arithmetic(config: Config, gpu: str | None) -> Config:
 def _memory(config: Config, inputs: PlanInputs, known: PlanFacts) -> tuple[MemoryPlan | None, list[Change]]:
     if inputs.model_size is not None:
         return None, []
+    if inputs.gpu is not None and gpu_spec(inputs.gpu) is None:
+        known.notes.append(f"whether the run fits is unknown, because the memory of {inputs.gpu} is not known")
+        return None, []
     room, kind = device_room(config, inputs.gpu)
     place = MemoryInputs(
         room,

@@ -14,7 +14,7 @@ import numpy as np
 from grpo_fast.compute import ModelShape
 from grpo_fast.compute.outlook import Guess, Pace, StepWork
 from grpo_fast.config import Config, ConfigError
-from grpo_fast.device import device_facts, gpu_spec
+from grpo_fast.device import GPU_TABLE, device_facts, gpu_spec, similar_gpus
 from grpo_fast.law import RunFacts
 from grpo_fast.metrics import PhaseTimer
 from grpo_fast.tasks import load_task
@@ -51,7 +51,8 @@ class PlanInputs:
         completion_tokens: mean length of a completion.
         seconds_per_step: wall-clock seconds of a step.
         mfu: model FLOPs as a share of the device's peak.
-        gpu: the device, by the name that CUDA gives it; this machine's without one.
+        gpu: the device, by the name that CUDA gives it; this machine's without one. With ``seconds_per_step`` it may be one
+            that the table of :mod:`grpo_fast.device` does not hold.
         num_devices: devices that the run holds.
 
     Raises:
@@ -87,11 +88,17 @@ class PlanInputs:
             raise ConfigError("a probe times this machine, on one device: leave out gpu and num_devices, or probe")
         if self.seconds_per_step is not None and self.mfu is not None:
             raise ConfigError("seconds_per_step and mfu both determine the time per step: give one of them")
-        if self.gpu is not None and gpu_spec(self.gpu) is None:
-            raise ConfigError(
-                f"unknown gpu={self.gpu!r}; use the name that CUDA gives it, such as 'H100 80GB HBM3' or 'RTX 4090', or give "
-                "seconds_per_step instead"
-            )
+        if self.gpu is not None and self.seconds_per_step is None and gpu_spec(self.gpu) is None:
+            raise ConfigError(f"unknown gpu={self.gpu!r}{_known_gpus(self.gpu)}, or time a step and give seconds_per_step too")
+
+
+def _known_gpus(name: str) -> str:
+    """What to write in place of a GPU's name that is not in the table."""
+    similar = similar_gpus(name)
+    if similar:
+        return f"; did you mean {' or '.join(map(repr, similar))}? Choose one"
+    laptop = " (how fast a laptop's GPU is depends on the power that the laptop gives it)" if "laptop" in name.lower() else ""
+    return f"{laptop}; choose one of {', '.join(row.name for row in GPU_TABLE)}"
 
 
 @dataclass(frozen=True)
@@ -219,9 +226,8 @@ def _pace(config: Config, inputs: PlanInputs, sources: dict[str, str], notes: li
     common: dict[str, Any] = {"num_devices": inputs.num_devices, "price_per_gpu_hour": config.price_per_gpu_hour}
     if inputs.gpu is not None:
         spec = gpu_spec(inputs.gpu)
-        assert spec is not None
-        name, peak = inputs.gpu, None if spec.bf16_tflops is None else spec.bf16_tflops * 1e12
-        common["watts"] = spec.watts
+        name, peak = inputs.gpu, None if spec is None or spec.bf16_tflops is None else spec.bf16_tflops * 1e12
+        common["watts"] = None if spec is None else spec.watts
     else:
         facts = device_facts("cpu" if pick_device(config.device).type == "cpu" else "cuda")
         name, peak = facts.name, facts.peak_bf16_flops if config.dtype != "float32" else None
@@ -231,10 +237,13 @@ def _pace(config: Config, inputs: PlanInputs, sources: dict[str, str], notes: li
         return Pace(seconds=Guess(inputs.seconds_per_step, _GIVEN_FACTOR, "given"), **common), name
     if peak is None:
         sources["seconds_per_step"] = "unknown"
-        notes.append(
-            f"time and money are unknown, because the peak FLOP/s of {name} is not known; measure a step with --probe, give "
-            "--seconds-per-step, or name the device with --gpu"
-        )
+        if inputs.gpu is None:
+            why = f"the peak FLOP/s of {name} is not known; measure a step with --probe, give --seconds-per-step, or name the "
+            why += "device with --gpu"
+        else:
+            why = f"{name} has no bfloat16 and computes in float32, whose peak FLOP/s is not known; measure a step there with "
+            why += "--probe, or give --seconds-per-step"
+        notes.append(f"time and money are unknown, because {why}")
         return Pace(**common), name
     sources["seconds_per_step"] = "assumed"
     given = inputs.mfu is not None

@@ -150,6 +150,14 @@ def test_a_gpu_that_is_named_computes_in_its_own_arithmetic() -> None:
     assert peak("T4") == peak("T4", dtype="float32") == peak("L4", dtype="float32") > peak("L4") == peak("L4", dtype="bfloat16")
 
 
+def test_the_memory_of_a_gpu_that_no_table_holds_is_not_this_machines() -> None:
+    config = Config(model="embedded", max_steps=10, max_completion_length=32)
+    found = make_plan(config, PlanInputs(gpu="RTX 4060 Laptop", start_reward=0.1, seconds_per_step=1.0))
+    assert found.memory is None
+    assert "whether the run fits is unknown, because the memory of RTX 4060 Laptop is not known" in found.notes
+    assert found.to_dict()["costs"]["wall_hours"]["run"]["median"] == pytest.approx(10 / 3600, rel=0.2)
+
+
 def test_a_model_whose_memory_cannot_be_counted_is_planned_without(tmp_path: Path) -> None:
     shutil.copytree(
         embedded_model_dir(), tmp_path, ignore=shutil.ignore_patterns("config.json", "*.safetensors"), dirs_exist_ok=True

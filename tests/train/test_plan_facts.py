@@ -27,7 +27,13 @@ def small(**changes: Any) -> Config:
         ({"probe": 8, "gpu": "RTX 4090"}, "a probe times this machine"),
         ({"seconds_per_step": 3.0, "mfu": 0.2}, "give one"),
         ({"mfu": 1.5}, "mfu=1.5 must be a share"),
-        ({"gpu": "H9000"}, "unknown gpu='H9000'"),
+        ({"gpu": "A100"}, r"unknown gpu='A100'; did you mean 'A100-SXM4-80GB' or .*\? Choose one, or time a step"),
+        ({"gpu": "GTX 1080"}, "unknown gpu='GTX 1080'; did you mean"),
+        (
+            {"gpu": "Abacus"},
+            "unknown gpu='Abacus'; choose one of GB200, .*RTX 3060, .*, or time a step and give",
+        ),
+        ({"gpu": "RTX 4060 Laptop"}, r"depends on the power that the laptop gives it\); choose one of"),
         ({"model_size": -1.0}, "model_size=-1.0 must be a positive number"),
         ({"completion_tokens": float("nan")}, "completion_tokens=nan must be a positive number"),
     ],
@@ -70,6 +76,20 @@ def test_a_plan_without_model_and_data() -> None:
         gather(Config(dataset="nowhere.jsonl"), PlanInputs(model_size=7.0))
     with pytest.raises(ConfigError, match="completion_tokens=999 exceeds max_completion_length=256"):
         gather(Config(), PlanInputs(model_size=7.0, completion_tokens=999.0))
+
+
+def test_a_device_that_no_table_holds_is_planned_for_by_its_time_per_step() -> None:
+    known = gather(Config(), PlanInputs(model_size=0.5, gpu="RTX 4060 Laptop", seconds_per_step=5.0))
+    assert known.device == "RTX 4060 Laptop"
+    assert known.pace.seconds is not None
+    assert (known.pace.seconds.value, known.pace.watts) == (5.0, None)
+
+
+def test_a_named_device_without_bfloat16_is_not_asked_to_be_named() -> None:
+    (told,) = [note for note in gather(Config(), PlanInputs(model_size=0.5, gpu="T4")).notes if "time and money" in note]
+    assert "T4 has no bfloat16 and computes in float32" in told
+    assert "--gpu" not in told
+    assert "--seconds-per-step" in told
 
 
 def test_adapters_of_the_configuration_are_counted_not_assumed() -> None:
