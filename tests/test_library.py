@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 import grpo_fast
+from grpo_fast.assets import embedded_model_dir
+from grpo_fast.device import device_facts, energy_source
 
 
 def test_importing_the_library_costs_nothing() -> None:
@@ -48,8 +51,8 @@ print(forecast.low, forecast.median, forecast.high)
     assert 0.7 < median < 0.9
 
 
-def test_there_are_about_ten_names() -> None:
-    assert 8 <= len(grpo_fast.__all__) <= 13
+def test_there_are_few_names() -> None:
+    assert 8 <= len(grpo_fast.__all__) <= 17
     assert sorted(grpo_fast.__all__) == sorted(set(grpo_fast.__all__))
     assert set(dir(grpo_fast)) == set(grpo_fast.__all__)
 
@@ -72,3 +75,20 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 def test_version_is_that_of_the_package() -> None:
     assert grpo_fast.__version__ == importlib.metadata.version("grpo-fast")
+
+
+def test_the_meter_and_the_budget_serve_a_loop_of_ones_own() -> None:
+    model = AutoModelForCausalLM.from_pretrained(embedded_model_dir())
+    facts = device_facts("cpu")
+    shape = grpo_fast.ModelShape.from_model(model)
+    meter = grpo_fast.ComputeMeter(shape, power=energy_source(facts), price_per_gpu_hour=2.0, peak_flops=facts.peak_bf16_flops)
+    budget = grpo_fast.Budget(tokens=1000)
+    for step in (1, 2, 3):
+        meter.add_rollout([20, 25], [[90, 120], [80, 75]])  # tokens of two prompts, and of two completions of each
+        meter.add_train([110, 140, 105, 100], 365)
+        meter.add_seconds({"rollout": 6.0, "train": 3.0})
+        if reached := budget.check(meter.usage(step)):
+            break
+    assert reached is not None
+    assert reached.reason == "max_tokens is reached: 1,365 of 1,000 tokens are used."
+    assert meter.metrics()["money"] == pytest.approx(3 * 9 / 3600 * 2)
