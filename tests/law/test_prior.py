@@ -149,7 +149,7 @@ def test_a_file_without_a_prior_is_told_by_name(tmp_path, text):
 def test_a_file_of_a_later_format_is_told_so(tmp_path):
     path = tmp_path / "later.json"
     path.write_text(json.dumps({**some().to_dict(), "format": 2}), encoding="utf-8")
-    with pytest.raises(ValueError, match="its format is 2 and 1 is known"):
+    with pytest.raises(ValueError, match="its format is 2, but this version reads format 1"):
         Prior.load(path)
     with pytest.raises(FileNotFoundError):
         Prior.load(tmp_path / "absent.json")

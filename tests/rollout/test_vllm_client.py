@@ -62,7 +62,7 @@ def test_this_machine_by_its_own_name_is_not_called_another_one(monkeypatch: pyt
     names = {"node-17": "0.0.0.0", "node-18": "192.0.2.1"}
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest, **more: resolve(names[host], *rest, **more))
     with pytest.raises(
-        ValueError, match=r"http://node-17:8000 is this machine by an address .*; give http://127\.0\.0\.1:8000,"
+        ValueError, match=r"http://node-17:8000 is an address of this machine .*; give http://127\.0\.0\.1:8000,"
     ):
         server_address("http://node-17:8000")
     with pytest.raises(ValueError, match="http://node-18:8000 is on another machine"):
@@ -159,7 +159,7 @@ def test_a_server_that_is_being_started_is_waited_for_and_one_that_goes_again_is
                 assert waiting.result(60) is None
                 assert server.get("/v1/models") == {}
                 up.shutdown()
-        with pytest.raises(RolloutError, match=rf"{url} is gone \(ConnectionRefusedError.*; start it again with"):
+        with pytest.raises(RolloutError, match=rf"{url} is gone \(ConnectionRefusedError.*; restart it with"):
             server.get("/v1/models")
 
 
