@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from grpo_fast import __version__
+from grpo_fast.cli_evaluate import evaluate
 from grpo_fast.cli_settings import fill
 from grpo_fast.config import Config
 from grpo_fast.mistakes import in_words
@@ -180,6 +181,9 @@ def _print_plan(found: Plan, plot: Path | None) -> None:
     _print_notes(console, found.notes, plot=plot)
     if found.memory is not None and not found.memory.fits:
         console.print(f"\n[bold red]It does not fit:[/] {escape(refusal(found.memory, found.changes))}", highlight=False)
+
+
+app.command(evaluate)
 
 
 @app.command

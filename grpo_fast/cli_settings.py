@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from cyclopts import App, ArgumentCollection
 from cyclopts import config as cyclopts_config
 
 from grpo_fast.config import Config, ConfigError, read_toml
 from grpo_fast.recipes import recipe_values
-from grpo_fast.run_dir import CONFIG_FILE
+from grpo_fast.run_dir import CONFIG_FILE, run_of
 
 
 def fill(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
@@ -24,7 +25,7 @@ def fill(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> 
     Raises:
         ConfigError: the sources contradict each other, cannot be read or are invalid; an object is not given as JSON.
     """
-    if commands not in {("train",), ("plan",)}:
+    if commands not in {("train",), ("plan",), ("evaluate",)}:
         return
 
     def given(name: str) -> str | None:
@@ -49,6 +50,8 @@ def fill(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> 
         if not (Path(resume) / CONFIG_FILE).exists():
             raise ConfigError(f"there is no run in {resume} (it has no {CONFIG_FILE}); give the output_dir of a run")
         values = read_toml(Path(resume) / CONFIG_FILE)
+    elif commands == ("evaluate",):
+        values = _to_evaluate(given("SOURCE"), recipe, file, model=given("--model"))
     else:
         bare = file is None and given("--model") is None and (commands == ("train",) or given("--model-size") is None)
         values = recipe_values(recipe or "embedded") if recipe is not None or bare else {}
@@ -59,3 +62,18 @@ def fill(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> 
     # Values of a table would all become text. Under the command's name: a bare "report" would be taken for that command.
     texts = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in values.items()}
     cyclopts_config.Dict({commands[0]: texts}, source="the configuration")(app, commands, arguments)
+
+
+def _to_evaluate(source: str | None, recipe: str | None, file: str | None, *, model: str | None) -> dict[str, Any]:
+    """Settings to evaluate a model with: its run's, else those of a recipe and a file."""
+    run = None if source is None else run_of(Path(source))
+    if run is not None:
+        if recipe is not None or file is not None:
+            raise ConfigError(f"{source} is evaluated with its run's configuration; leave out --recipe and --config")
+        return read_toml(run / CONFIG_FILE)
+    if model is not None:
+        raise ConfigError(f"--model {model}: the model to evaluate is the argument, {source}; leave out --model")
+    if recipe is None and file is None and source == "embedded":
+        recipe = "embedded"
+    values = recipe_values(recipe) if recipe is not None else {}
+    return values | (read_toml(Path(file)) if file is not None else {}) | ({} if source is None else {"model": source})

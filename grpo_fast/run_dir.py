@@ -37,6 +37,13 @@ def write_whole(path: Path, text: str) -> None:
         file.write(text.encode("utf-8", "backslashreplace"))
 
 
+def run_of(path: Path) -> Path | None:
+    """The run that a directory is, or is a checkpoint of; ``None`` for anything else."""
+    if not path.is_dir():
+        return None
+    return next((place for place in (path, path.absolute().parent) if (place / CONFIG_FILE).is_file()), None)
+
+
 def is_cut_short(path: Path) -> bool:
     """Whether a kill has left this while :func:`replaced` was at work."""
     return path.name.startswith(".") and path.name.endswith(_PARTIAL)

@@ -11,9 +11,9 @@ from grpo_fast.config import Config, ConfigError
 from grpo_fast.recipes import recipe, recipe_names
 
 
-def settings(*arguments: str) -> Config:
-    """The configuration that ``train`` would get."""
-    _, bound, _ = app.parse_args(["train", *arguments], exit_on_error=False, print_error=False)
+def settings(*arguments: str, command: str = "train") -> Config:
+    """The configuration that the command would get."""
+    _, bound, _ = app.parse_args([command, *arguments], exit_on_error=False, print_error=False)
     found: Config = bound.arguments.get("settings", Config())
     return found
 
@@ -90,3 +90,25 @@ def test_objects_are_json_on_the_command_line_and_take_the_place_of_a_files(tmp_
         settings("--config", str(file))
     with pytest.raises(ConfigError, match=r"""^--chat-template-kwargs.a-b: .* --chat-template-kwargs '{"a_b": \.\.\.}'$"""):
         settings("--chat-template-kwargs.a-b", "false")
+
+
+def test_a_checkpoint_is_evaluated_with_its_runs_settings_and_any_other_model_with_none(tmp_path: Path) -> None:
+    def of(*arguments: str) -> Config:
+        return settings(*arguments, command="evaluate")
+
+    run = tmp_path / "run"
+    (run / "checkpoint-2").mkdir(parents=True)
+    own = Config(model="base", seed=3, eval_size=7)
+    (run / "config.toml").write_text(own.to_toml(), encoding="utf-8")
+    assert of(str(run / "checkpoint-2")) == of(str(run)) == own
+    assert of(str(run), "--eval-size", "9", "--model", "elsewhere") == own.replace(eval_size=9, model="elsewhere")
+    assert of("embedded") == recipe("embedded")
+    assert of("owner/name", "--dataset", "countdown") == Config(model="owner/name", dataset="countdown")
+    file = tmp_path / "mine.toml"
+    file.write_text('model = "here"\nseed = 3\n', encoding="utf-8")
+    assert of("embedded", "--config", str(file)) == Config(model="embedded", seed=3)
+    assert of("owner/name", "--recipe", "embedded") == recipe("embedded", model="owner/name")
+    with pytest.raises(ConfigError, match="is evaluated with its run's configuration; leave out --recipe"):
+        of(str(run), "--recipe", "embedded")
+    with pytest.raises(ConfigError, match="--model b: the model to evaluate is the argument, a; leave out --model"):
+        of("a", "--model", "b")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from grpo_fast.run_dir import CONFIG_FILE, LOCK_FILE, empty_run, is_cut_short, write_whole
+from grpo_fast.run_dir import CONFIG_FILE, LOCK_FILE, empty_run, is_cut_short, run_of, write_whole
 
 
 def test_no_reader_sees_half_a_file(tmp_path: Path) -> None:
@@ -70,3 +70,16 @@ def test_leftovers_of_a_write_are_known(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(left) == 1
     assert is_cut_short(left[0])
     assert not is_cut_short(tmp_path / CONFIG_FILE)
+
+
+def test_a_checkpoint_belongs_to_the_run_that_it_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoint-2").mkdir(parents=True)
+    assert run_of(run) is None
+    (run / CONFIG_FILE).touch()
+    assert run_of(run) == run_of(run / "checkpoint-2") == run
+    assert run_of(run / "checkpoint-3") is None
+    assert run_of(tmp_path) is None
+    monkeypatch.chdir(run)
+    assert run_of(Path("checkpoint-2")) == run
+    assert run_of(Path("owner/name")) is None

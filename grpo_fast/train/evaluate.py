@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,10 +12,11 @@ from grpo_fast.config import Config
 from grpo_fast.metrics import PhaseTimer, mean_known
 from grpo_fast.rollout.engine import SamplingParams
 from grpo_fast.train.collect import charge_rollout, sampling_params, trainer_state
+from grpo_fast.train.episodes import Sampler
 from grpo_fast.train.logged import named_apart
 from grpo_fast.train.parts import Parts
 from grpo_fast.train.rng import derive_seed
-from grpo_fast.types import TrainerState
+from grpo_fast.types import Group, Prompt, TrainerState
 
 
 def evaluate(config: Config, parts: Parts, state: TrainerState | None = None) -> dict[str, float]:
@@ -33,16 +35,21 @@ def evaluate(config: Config, parts: Parts, state: TrainerState | None = None) ->
     """
     if not parts.eval_prompts:
         return {"eval_reward": math.nan}
+    groups = answers(config, parts.sampler, parts.eval_prompts)
+    report = parts.eval_rewards.score(groups, state)
+    each = {f"eval_rewards/{name}/mean": mean for name, mean in report.mean.items()} if len(report.mean) > 1 else {}
+    logged = {f"eval_{name}": mean for name, mean in named_apart(report.logged).items()}
+    return {"eval_reward": mean_known(value for group in groups for value in group.reward)} | each | logged
+
+
+def answers(config: Config, sampler: Sampler, prompts: Sequence[Prompt]) -> list[Group]:
+    """Answers to held-out prompts, sampled as the configuration says for evaluations, not yet scored."""
     if config.eval_temperature:
         sampling = replace(sampling_params(config), temperature=config.eval_temperature)
     else:
         sampling = SamplingParams(max_tokens=config.max_completion_length, temperature=0.0, stop=config.stop)
     seed = derive_seed(config.seed, 0, 1)  # the probe has (0, 0), and training its steps from 1 on
-    groups = parts.sampler.sample(parts.eval_prompts, sampling, num_generations=config.num_generations_eval, seed=seed)
-    report = parts.eval_rewards.score(groups, state)
-    each = {f"eval_rewards/{name}/mean": mean for name, mean in report.mean.items()} if len(report.mean) > 1 else {}
-    logged = {f"eval_{name}": mean for name, mean in named_apart(report.logged).items()}
-    return {"eval_reward": mean_known(value for group in groups for value in group.reward)} | each | logged
+    return sampler.sample(prompts, sampling, num_generations=config.num_generations_eval, seed=seed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from grpo_fast.train.policy_source import PolicySource
 from grpo_fast.train.quantised import dequantised
 
 ExportType = Literal["auto", "float32", "bfloat16", "float16"]
-_PLAIN = {
+PLAIN = {
     "gradient_checkpointing": False,
     "gradient_checkpointing_mode": "full",
     "use_liger_kernel": False,
@@ -50,11 +50,11 @@ def export_merged(source: Path, output: Path, *, dtype: ExportType = "auto") -> 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"{output} is in use; name a new or empty directory")
     config = Config.from_toml(run / CONFIG_FILE)
-    checkpoint = _to_use(run) if is_run else source
+    checkpoint = checkpoint_to_use(run) if is_run else source
     check_checkpoint(checkpoint)
     if not config.use_peft:
         raise ConfigError(f"{run} trained no adapters: {checkpoint} holds the whole model already")
-    config = config.replace(device="cpu", dtype="float32", **_PLAIN)
+    config = config.replace(device="cpu", dtype="float32", **PLAIN)
     whole = PolicySource(config.replace(load_in_4bit=False, bnb_4bit_quant_type="nf4", use_bnb_nested_quant=False))
     policy = whole.load()
     assert policy.adapters is not None
@@ -75,8 +75,12 @@ def _take_over(quantised: Policy, policy: Policy) -> None:
         policy.model.get_parameter(f"{name}.weight").copy_(weight)
 
 
-def _to_use(run: Path) -> Path:
-    """The checkpoint that the summary of a finished run recommends, or the newest."""
+def checkpoint_to_use(run: Path) -> Path:
+    """The checkpoint that the summary of a finished run recommends, or the newest.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     if (run / SUMMARY_FILE).is_file():
         advice = json.loads((run / SUMMARY_FILE).read_text(encoding="utf-8")).get("use")
         if advice is not None and (run / advice["checkpoint"]).is_dir():

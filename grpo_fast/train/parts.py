@@ -199,12 +199,12 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
     prior = load_prior(config)
     source = PolicySource(config)
     if "engine" not in given:
-        _check_sampler(config, source)
+        check_sampler(config, source)
     check_room(source.model_config, source.config, num_devices=world.size)
     environments = choose_environments(config, given)
     replies = choose_replies(config, environments, source)
     data = choose_data(config, given, chat=source.chat, environments=environments)
-    rewards = _build_pool(config, data.reward_funcs, config.reward_weights, world=world)
+    rewards = build_pool(config, data.reward_funcs, config.reward_weights, world=world)
     if resume:
         world.once(lambda: data.check_names(config.output_dir))
     schemas = () if environments is None else environments.schemas
@@ -239,7 +239,7 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
             if environments is None
             else InTurns(engine, environments, replies, max_turns=config.max_turns, world=world, judges=data.judges),
             rewards=rewards,
-            eval_rewards=_build_pool(config, (data.measure,), (), world=world) if data.measure else rewards,
+            eval_rewards=build_pool(config, (data.measure,), (), world=world) if data.measure else rewards,
             predictor=given.get("predictor") or _build_predictor(config, prior, num_parameters=num_parameters),
             meter=_build_meter(config, policy, shape=shape, facts=facts, num_devices=world.size),
             budget=budget,
@@ -263,7 +263,7 @@ def _check(config: Config, given: Replacements, world: World) -> None:
     check_dtype(config)
     OBJECTIVES[config.loss_type].spec(config)
     if config.rollout != "transformers" and "engine" not in given:
-        _check_vllm(config)
+        check_vllm(config)
     if world.size > 1:
         _check_ranks(config, world.size)
     check_sharding(config)
@@ -354,7 +354,8 @@ def _check_ranks(config: Config, num_ranks: int) -> None:
         )
 
 
-def _check_vllm(config: Config) -> None:
+def check_vllm(config: Config) -> None:
+    """Checks whether vLLM is there and takes the configuration's settings, or raises a ConfigError."""
     urls, on_gpu = config.vllm_server_urls, pick_device(config.device).type == "cuda"
     if config.vllm_enable_sleep_mode:
         try:
@@ -379,8 +380,8 @@ def _wait_for_servers(config: Config) -> None:
         raise ConfigError(f"rollout={config.rollout!r}: {error}") from None
 
 
-def _check_sampler(config: Config, source: PolicySource) -> None:
-    """Checks whether the engine can sample from a model of this kind."""
+def check_sampler(config: Config, source: PolicySource) -> None:
+    """Checks whether the engine can sample from a model of this kind, or raises a ConfigError."""
     model = f"model={config.model!r}, of type {source.model_config.model_type!r},"
     if config.rollout == "transformers":
         foreign = foreign_parts(source.model_config)
@@ -399,12 +400,13 @@ def _check_sampler(config: Config, source: PolicySource) -> None:
 def _share_engine(config: Config, policy: Policy, longest: int, *, given: RolloutEngine | None, world: World) -> RolloutEngine:
     """The engine, as all ranks use it together."""
     if given is None and config.rollout == "vllm-http" and world.size > 1:
-        return MainEngine(lambda: _build_engine(config, policy, longest), world, reading=policy.reading(world))
-    engine = given or _build_engine(config, policy, longest)
+        return MainEngine(lambda: build_engine(config, policy, longest), world, reading=policy.reading(world))
+    engine = given or build_engine(config, policy, longest)
     return engine if world.size == 1 else SharedEngine(engine, world)
 
 
-def _build_engine(config: Config, policy: Policy, longest: int) -> RolloutEngine:
+def build_engine(config: Config, policy: Policy, longest: int) -> RolloutEngine:
+    """The engine that the configuration names; ``longest`` is the length of the longest prompt in tokens."""
     if config.rollout == "transformers":
         return TransformersEngine(
             policy.model, policy.tokenizer, autocast_dtype=policy.autocast_dtype, own_weights=config.max_staleness > 0
@@ -434,9 +436,10 @@ def _build_engine(config: Config, policy: Policy, longest: int) -> RolloutEngine
     return VLLMEngine(policy.model, policy.tokenizer, autocast_dtype=policy.autocast_dtype, settings=settings)
 
 
-def _build_pool(
+def build_pool(
     config: Config, reward_funcs: Sequence[str | Callable[..., Any]], weights: Sequence[float], *, world: World
 ) -> Rewards:
+    """The pool of some reward functions, as all ranks use it together."""
     pool = RewardPool(
         reward_funcs,
         weights=weights or None,

@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+Shell = Callable[..., tuple[int, str, str]]
+FEW = "--eval-size 8 --reward-workers 0"
+
+
+def test_a_model_is_evaluated_in_a_table_in_json_and_by_completion(shell: Shell, tmp_path: Path) -> None:
+    code, out, _ = shell(f"evaluate embedded {FEW} --output answers.jsonl")
+    assert code == 0
+    assert out.startswith("embedded on arithmetic: 8 held-out prompts, 1 completion each, greedily")
+    assert "standard error" in out
+    assert "arithmetic_accuracy" in out
+    assert "tokens on average" in out
+    assert out.endswith("wrote answers.jsonl\n")
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    code, out, _ = shell(f"evaluate embedded {FEW} --json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["reward"]["mean"] == sum(line["reward"] for line in lines) / 8
+    assert list(tmp_path.iterdir()) == [tmp_path / "answers.jsonl"], "an evaluation leaves no run behind"
+
+
+def test_a_place_that_cannot_be_written_is_told_first(shell: Shell) -> None:
+    code, out, err = shell("evaluate nowhere --output none/answers.jsonl")
+    assert (code, out) == (1, "")
+    assert "--output none/answers.jsonl: there is no directory none; make it first" in err
