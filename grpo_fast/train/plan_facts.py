@@ -30,6 +30,9 @@ from grpo_fast.train.step import Learner
 
 ASSUMED_MFU = 0.1
 """Share of the peak that is assumed where nothing was timed, within a factor of 3: sampling waits for memory, not for FLOPs."""
+LAYER_TOKEN_S = 50e-6
+"""Seconds a layer is assumed to take, at least, to decode one more token of however few sequences: ten kernels, launched by
+the host one after the other in about 5 us each."""
 _MFU_FACTOR, _GIVEN_MFU_FACTOR = 3.0, 1.3
 _DRIFT, _GIVEN_FACTOR, _UNKNOWN_LENGTH_FACTOR = 1.5, 1.25, 2.5
 _SHARE, _SHARE_FACTOR, _MEASURED_SHARE_FACTOR = 0.7, 1.5, 1.6
@@ -165,9 +168,12 @@ def _unprobed(config: Config, inputs: PlanInputs) -> PlanFacts:
     shape = _adapted(config, shape, inputs, notes)
     pace, device = _pace(config, inputs, sources, notes)
     share = Guess(_SHARE, _SHARE_FACTOR, "assumed", most=1.0)
+    work = _work(config, shape, prompt_tokens)
+    if pace.mfu is not None and inputs.mfu is None:
+        pace = _unless_launches_decide(pace, work, lengths, share, sources=sources, notes=notes)
     return PlanFacts(
         facts=RunFacts(size_b=size, start=inputs.start_reward, lora=inputs.lora or config.use_peft),
-        work=_work(config, shape, prompt_tokens),
+        work=work,
         pace=pace,
         completion_tokens=lengths,
         trained_share=share,
@@ -255,6 +261,24 @@ def _pace(config: Config, inputs: PlanInputs, sources: dict[str, str], notes: li
         f"a factor of {mfu.factor:g}"
     )
     return Pace(mfu=mfu, peak_flops=peak, **common), name
+
+
+def _unless_launches_decide(
+    pace: Pace, work: StepWork, lengths: Guess, share: Guess, *, sources: dict[str, str], notes: list[str]
+) -> Pace:
+    """The pace, but an unknown one where a share of the peak foretells less time than launching the kernels takes."""
+    zero = np.zeros(1)
+    flops = np.array([work.flops(lengths.value, share.value)])
+    by_flops = float(pace.wall_seconds(work.tokens(np.array([lengths.value])), flops, zero)[0])
+    layers = work.shape.attention_layers + work.shape.sliding_layers
+    if by_flops >= lengths.value * layers * LAYER_TOKEN_S:
+        return pace
+    sources["seconds_per_step"] = "unknown"
+    notes[-1] = (
+        f"time and money are unknown: a step of {flops[0]:.2g} FLOPs is so small that launching kernels takes longer than "
+        "computing; measure a step there with --probe, or give --seconds-per-step"
+    )
+    return replace(pace, mfu=None)
 
 
 def _probed(config: Config, inputs: PlanInputs) -> PlanFacts:

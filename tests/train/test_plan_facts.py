@@ -92,6 +92,17 @@ def test_a_named_device_without_bfloat16_is_not_asked_to_be_named() -> None:
     assert "--seconds-per-step" in told
 
 
+def test_no_share_of_the_peak_foretells_steps_that_wait_for_launches() -> None:
+    tiny = gather(recipe("embedded"), PlanInputs(gpu="RTX 4090"))
+    assert (tiny.sources["seconds_per_step"], tiny.pace.mfu) == ("unknown", None)
+    assert "launching kernels takes longer than computing" in tiny.notes[-1]
+    assert not any("no step was timed" in note for note in tiny.notes)
+    trusted = gather(recipe("embedded"), PlanInputs(gpu="RTX 4090", mfu=0.01))
+    assert trusted.sources["seconds_per_step"] == "assumed"
+    whole = gather(recipe("embedded", prompts_per_step=2048, num_generations=64), PlanInputs(gpu="RTX 4090"))
+    assert whole.sources["seconds_per_step"] == "assumed", "more sequences take no more launches"
+
+
 def test_adapters_of_the_configuration_are_counted_not_assumed() -> None:
     inputs = PlanInputs(prompt_tokens=8.0, data_size=64)
     plain, adapted = gather(small(), inputs), gather(small(use_peft=True, lora_r=2), inputs)
