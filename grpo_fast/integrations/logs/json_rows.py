@@ -7,7 +7,16 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from grpo_fast.integrations.logs.raw_log import RUN_COLUMNS, SPLIT_COLUMNS, Names, RawLog, counted
+from grpo_fast.integrations.logs.log_columns import underscored
+from grpo_fast.integrations.logs.raw_log import (
+    RUN_COLUMNS,
+    SEED_COLUMNS,
+    SPLIT_COLUMNS,
+    Names,
+    RawLog,
+    counted,
+    runs_by_seed,
+)
 
 _NOT_NUMBERS = ("nan", "null", "none", "-nan")
 _POINT = 3
@@ -50,11 +59,11 @@ def _with_words(rows: list[dict[str, float]], source: str, found: list[Any]) -> 
     """Rows with the words that tell them apart, where the first has such columns."""
     mappings = [row for row in found if isinstance(row, dict)]
     first = mappings[0] if mappings else {}
-    runs, splits = (
+    runs, seeds, splits = (
         None if name is None else [str(row.get(name, "")) for row in mappings]
-        for name in (_column(first, RUN_COLUMNS), _column(first, SPLIT_COLUMNS))
+        for name in (_column(first, RUN_COLUMNS), _column(first, SEED_COLUMNS, kind=int), _column(first, SPLIT_COLUMNS))
     )
-    return RawLog(rows, source, _planned(rows), runs=runs, splits=splits)
+    return RawLog(rows, source, _planned(rows), runs=runs_by_seed(runs, seeds), splits=splits)
 
 
 def read_json_lines(text: str, names: Names) -> RawLog | None:
@@ -64,8 +73,9 @@ def read_json_lines(text: str, names: Names) -> RawLog | None:
         return None
     rows: list[dict[str, float]] = []
     runs: list[str] = []
+    seeds: list[str] = []
     splits: list[str] = []
-    bad, verl, run, split = 0, True, None, None
+    bad, verl, run, seed, split = 0, True, None, None, None
     for number, line in enumerate(lines, 1):
         try:
             found = json.loads(line)
@@ -74,11 +84,14 @@ def read_json_lines(text: str, names: Names) -> RawLog | None:
         if isinstance(found, dict):
             if not rows:
                 run, split = _column(found, RUN_COLUMNS), _column(found, SPLIT_COLUMNS)
+                seed = _column(found, SEED_COLUMNS, kind=int)
             row: dict[str, float] = {}
             _flatten(found, "", row, names=names)
             rows.append(row)
             if run is not None:
                 runs.append(str(found.get(run, runs[-1] if runs else "")))
+            if seed is not None:
+                seeds.append(str(found.get(seed, seeds[-1] if seeds else "")))
             if split is not None:
                 splits.append(str(found.get(split, "")))
             verl = verl and isinstance(found.get("data"), dict)
@@ -88,16 +101,18 @@ def read_json_lines(text: str, names: Names) -> RawLog | None:
         return None
     notes = [f"{bad} of {counted(len(lines), 'line', 'is|are')} no JSON objects and were left out"] if bad else []
     source = "verl JSON lines" if verl else "JSON lines"
-    return RawLog(rows, source, _planned(rows), notes=notes, runs=runs or None, splits=splits or None)
+    return RawLog(
+        rows, source, _planned(rows), notes=notes, runs=runs_by_seed(runs or None, seeds or None), splits=splits or None
+    )
 
 
 def _values(column: Any) -> Iterable[Any]:
     return column.values() if isinstance(column, dict) else column
 
 
-def _column(row: dict[str, Any], known: tuple[str, ...]) -> str | None:
-    """The first column of those names whose value is a word."""
-    return next((name for name, value in row.items() if name.lower() in known and isinstance(value, str)), None)
+def _column(row: dict[str, Any], known: tuple[str, ...], *, kind: type = str) -> str | None:
+    """The first column of those names whose value is a word, or of another kind."""
+    return next((name for name, value in row.items() if underscored(name) in known and isinstance(value, kind)), None)
 
 
 def _planned(rows: list[dict[str, float]]) -> int | None:

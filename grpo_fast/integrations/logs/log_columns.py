@@ -94,15 +94,20 @@ def may_matter(name: str, reward_column: str | None) -> bool:
     if reward_column is not None and reward_column in {name, _RUN.sub("", name)}:
         return True
     short = plain(name)
-    known = {short, name.strip().lower()}
+    known = {short, underscored(name)}
     if known & _KNOWN or short == "reward_std":
         return True
     return _ONE_REWARD.match(short) is not None
 
 
 def plain(name: str) -> str:
-    """A column's name in small letters without a W&B run's name and without ``train/`` before it."""
-    return _PREFIX.sub("", _RUN.sub("", name.strip()).lower())
+    """A column's name, :func:`underscored`, without a W&B run's name and without ``train/`` before it."""
+    return _PREFIX.sub("", underscored(_RUN.sub("", name.strip())))
+
+
+def underscored(name: str) -> str:
+    """A name in small letters, its words joined by underscores: ``Global Step`` is ``global_step``."""
+    return "_".join(name.lower().split())
 
 
 def _named(names: list[str], wanted: str) -> tuple[str, list[str]]:
@@ -117,7 +122,7 @@ def _named(names: list[str], wanted: str) -> tuple[str, list[str]]:
 
 
 def _guessed(names: list[str]) -> tuple[str, list[str]]:
-    usable = [name for name in names if not _NOT_TRAINING.search(name.lower()) and not _NOT_A_MEAN.search(name.lower())]
+    usable = [name for name in names if not _NOT_TRAINING.search(name.lower()) and not _NOT_A_MEAN.search(underscored(name))]
     for known in REWARDS:
         found = [name for name in usable if plain(name) == known]
         if len(found) > 1:
@@ -136,7 +141,7 @@ def _guessed(names: list[str]) -> tuple[str, list[str]]:
 def _first(names: list[str], known: tuple[str, ...], *, but: str) -> str | None:
     for wanted in known:
         for name in names:
-            if name != but and wanted in {plain(name), name.strip().lower()}:
+            if name != but and wanted in {plain(name), underscored(name)}:
                 return name
     return None
 

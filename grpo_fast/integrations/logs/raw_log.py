@@ -93,8 +93,25 @@ class RawLog:
 
 RUN_COLUMNS = ("run", "run_id", "run_name", "runid", "experiment", "exp_name", "trial", "trial_id")
 """Columns that tell several runs in one file apart, in small letters."""
+SEED_COLUMNS = ("seed",)
+"""Columns that do so too, beside those or alone, unless they change all the time."""
 SPLIT_COLUMNS = ("split", "mode", "phase", "stage", "partition", "subset")
 """Columns that tell rows of training from those of an evaluation, in small letters."""
+
+
+def runs_by_seed(runs: list[str] | None, seeds: list[str] | None) -> list[str] | None:
+    """The run of each row, told apart by seeds where a run has several.
+
+    Args:
+        runs: name of each row's run, where the log has such a column.
+        seeds: seed of each row, likewise.
+    """
+    if seeds is None or 2 * len(set(seeds)) > len(seeds):  # a seed for every row tells nothing apart
+        return runs
+    if runs is None:
+        return seeds
+    pairs = set(zip(runs, seeds, strict=True))
+    return runs if len(pairs) == len(set(runs)) else [f"{run}, seed {seed}" for run, seed in zip(runs, seeds, strict=True)]
 
 
 def counted(count: int, noun: str, rest: str) -> str:

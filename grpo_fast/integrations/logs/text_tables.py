@@ -9,7 +9,16 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from grpo_fast.integrations.logs.raw_log import RUN_COLUMNS, SPLIT_COLUMNS, Names, RawLog, counted
+from grpo_fast.integrations.logs.log_columns import underscored
+from grpo_fast.integrations.logs.raw_log import (
+    RUN_COLUMNS,
+    SEED_COLUMNS,
+    SPLIT_COLUMNS,
+    Names,
+    RawLog,
+    counted,
+    runs_by_seed,
+)
 
 _SAMPLE = 500
 _THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2}(?:,\d{3})+(?:\.\d*)?")
@@ -93,12 +102,13 @@ def _rows(
 ) -> tuple[list[dict[str, float]], list[str] | None, list[str] | None]:
     """Rows of numbers, and the words of the columns that tell runs and splits apart, where there are such columns."""
     read = [(place, name) for place, name in enumerate(header) if names.keeps(name)]
-    run, split = (
-        next((place for place, name in enumerate(header) if name.lower() in known), None)
-        for known in (RUN_COLUMNS, SPLIT_COLUMNS)
+    run, seed, split = (
+        next((place for place, name in enumerate(header) if underscored(name) in known), None)
+        for known in (RUN_COLUMNS, SEED_COLUMNS, SPLIT_COLUMNS)
     )
     rows: list[dict[str, float]] = []
     runs: list[str] = []
+    seeds: list[str] = []
     splits: list[str] = []
     for line in table:
         row: dict[str, float] = {}
@@ -109,10 +119,10 @@ def _rows(
                 if value == value or cell.strip().lower() in _MISSING:  # noqa: PLR0124 (not NaN, and fast)
                     row[name] = value
         rows.append(row)
-        for words, column in ((runs, run), (splits, split)):
+        for words, column in ((runs, run), (seeds, seed), (splits, split)):
             if column is not None:
                 words.append(line[column].strip() if column < len(line) else "")
-    return rows, runs or None, splits or None
+    return rows, runs_by_seed(runs or None, seeds or None), splits or None
 
 
 def _splitter(sample: list[str]) -> Callable[[list[str]], Iterator[list[str]]] | None:

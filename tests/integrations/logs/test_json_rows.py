@@ -63,6 +63,13 @@ def test_runs_are_told_apart() -> None:
     assert read(lines(*ROWS)).runs is None
 
 
+def test_seeds_tell_runs_apart() -> None:
+    rows = [{"seed": seed, **row} for seed in (0, 1) for row in (*ROWS, *ROWS)]
+    seeds = [str(row["seed"]) for row in rows]
+    assert read(lines(*rows)).runs == read(json.dumps(rows)).runs == seeds
+    assert read(lines(*({"Run ID": "a", **row} for row in rows))).runs == [f"a, seed {seed}" for seed in seeds]
+
+
 def test_rows_of_an_evaluation_are_told_apart() -> None:
     rows = [{"mode": "train", **ROWS[0]}, {"mode": "eval", **ROWS[0]}]
     assert read(lines(*rows)).splits == ["train", "eval"]

@@ -15,6 +15,8 @@ from grpo_fast.integrations.logs.log_columns import choose_columns, plain
         (["Step", "brave-sun-3 - train/reward", "brave-sun-3 - train/reward__MIN"], "brave-sun-3 - train/reward", "Step"),
         (["rewards/accuracy/mean", "rewards/accuracy/std", "step"], "rewards/accuracy/mean", "step"),
         (["Reward", "Iteration"], "Reward", "Iteration"),
+        (["Global Step", "Mean Reward", "Reward Std", "Learning Rate"], "Mean Reward", "Global Step"),
+        (["Step", "Training Reward", "Eval Reward", "Reward Max"], "Training Reward", "Step"),
         (["reward"], "reward", None),
         (["training/global_step", "training/reward", "validation/reward"], "training/reward", "training/global_step"),
         (["step", "progress/batch", "env/all/correct", "env/all/reward/total"], "env/all/reward/total", "step"),
@@ -34,6 +36,8 @@ def test_columns_beside_the_reward() -> None:
     found = choose_columns(["step", "reward", "reward_std", "actor/lr", "accuracy"])
     assert (found.reward_std, found.learning_rate, found.others) == ("reward_std", "actor/lr", ("accuracy",))
     assert choose_columns(["step", "rewards/mean", "reward_std"]).reward_std is None, "the spread of another column"
+    spaced = choose_columns(["Global Step", "Reward", "Reward Std", "Learning Rate"])
+    assert (spaced.reward_std, spaced.learning_rate) == ("Reward Std", "Learning Rate")
     runs = ["Step", "a - reward", "b - learning_rate", "a - learning_rate"]
     assert choose_columns(runs).learning_rate == "a - learning_rate"
 
@@ -66,6 +70,8 @@ def test_doubt_is_an_error_that_lists_the_candidates(names: list[str], wanted: s
 def test_columns_of_sums() -> None:
     found = choose_columns(["step", "train/reward", "tokens", "train/num_tokens", "wall_s", "gpu_seconds"])
     assert (found.tokens, found.seconds) == ("train/num_tokens", "gpu_seconds"), "the surest name wins"
+    spaced = choose_columns(["Global Step", "Reward", "Reward Std", "Learning Rate"])
+    assert (spaced.reward_std, spaced.learning_rate) == ("Reward Std", "Learning Rate")
     runs = ["Step", "a - reward", "b - num_tokens", "a - _runtime"]
     found = choose_columns(runs, reward_column="reward")
     assert (found.tokens, found.seconds) == (None, "a - _runtime"), "another run's column says nothing"

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from grpo_fast.integrations.logs.raw_log import Names, counted
+from grpo_fast.integrations.logs.raw_log import Names, counted, runs_by_seed
 
 
 def test_only_columns_that_may_matter_are_read() -> None:
@@ -24,3 +24,11 @@ def test_only_columns_that_may_matter_are_read() -> None:
 def test_words_for_one_and_for_many() -> None:
     assert counted(1, "reward", "is|are infinite") == "1 reward is infinite"
     assert counted(0, "reward", "is|are infinite") == "0 rewards are infinite"
+
+
+def test_seeds_tell_runs_apart_where_a_run_has_several() -> None:
+    assert runs_by_seed(None, None) is None
+    assert runs_by_seed(None, ["0", "1", "0", "1"]) == ["0", "1", "0", "1"]
+    assert runs_by_seed(["a", "a", "b", "b"], ["0", "0", "1", "1"]) == ["a", "a", "b", "b"], "names do already"
+    assert runs_by_seed(["a", "a", "a", "a"], ["0", "1", "0", "1"]) == ["a, seed 0", "a, seed 1", "a, seed 0", "a, seed 1"]
+    assert runs_by_seed(None, ["11", "12", "13", "14"]) is None, "another one in each row is no run's"

@@ -377,3 +377,14 @@ def test_logs_as_tools_write_them(tmp_path: Path, tool: str, name: str, column: 
     assert (log.reward_column, log.max_steps) == (column, max_steps)
     assert log.steps.tolist() == list(range(1, 61))
     assert log.rewards.tolist() == CURVE
+
+
+def test_seeds_interleaved_and_one_after_the_other_are_the_same_runs(tmp_path: Path) -> None:
+    rows = [(seed, step, seed + step / 100) for step in range(1, 21) for seed in (7, 8, 9)]
+    header = "Seed,Global Step,Mean Reward"
+    mixed = read_log(csv(tmp_path / "mixed.csv", *rows, header=header))
+    apart = read_log(csv(tmp_path / "apart.csv", *sorted(rows), header=header))
+    for log in (mixed, apart):
+        assert log.rewards.tolist() == [9 + step / 100 for step in range(1, 21)]
+        assert any("the file contains 3 runs (7, 8, 9); 9, the last one, is used" in note for note in log.notes)
+    assert read_log(tmp_path / "mixed.csv", run="7").rewards[0] == read_log(tmp_path / "apart.csv", run="7").rewards[0] == 7.01
