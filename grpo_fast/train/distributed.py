@@ -16,10 +16,8 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import NamedTuple, Self, TypeVar
 
 import torch
@@ -27,12 +25,10 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from grpo_fast.run_dir import write_whole
 from grpo_fast.types import TrainingError
 
 _T = TypeVar("_T")
 _BUCKET_BYTES = 64 * 2**20
-_LAUNCH_FILE = ".torchrun"
 _SIGNS = ("gloo", "nccl", "connection closed by peer", "process group")
 
 
@@ -202,26 +198,6 @@ def _store(timeout: timedelta) -> Store:
         # torchrun's own store lives on through its restarts, with the addresses of ranks that have died
         return PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     return store
-
-
-def note_launch(run_dir: Path) -> None:
-    """Leaves word in a run's directory that this ``torchrun`` began it; does nothing without one."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        write_whole(run_dir / _LAUNCH_FILE, _launch())
-
-
-def is_restart(run_dir: Path) -> bool:
-    """Whether ``torchrun`` has started this process again after an earlier one, that it started too, began the run."""
-    note = run_dir / _LAUNCH_FILE
-    # a node counts the restarts for which its own processes were the cause
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 or int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
-    return again and note.is_file() and note.read_text(encoding="utf-8") == _launch()
-
-
-def _launch() -> str:
-    """Names a launch; the same after each of its restarts. Without ``--rdzv-id`` or ``--standalone`` its process does."""
-    name = os.environ["TORCHELASTIC_RUN_ID"]
-    return name if name != "none" else f"process {os.getppid()} of {socket.gethostname()}"
 
 
 def _attempt(make: Callable[[], _T]) -> tuple[_T | None, Exception | None]:

@@ -40,8 +40,9 @@ from grpo_fast.train.data import (
     choose_replies,
     encoded_task,
 )
-from grpo_fast.train.distributed import ALONE, World, note_launch
+from grpo_fast.train.distributed import ALONE, World
 from grpo_fast.train.episodes import InTurns, OneTurn, Sampler
+from grpo_fast.train.launch import launcher, note_launch
 from grpo_fast.train.optim import check_optimizer
 from grpo_fast.train.plan_memory import check_room
 from grpo_fast.train.policy import BasePolicy, Policy, Scorer, count_parameters
@@ -84,6 +85,8 @@ class Parts:
     """Warnings about the data, shown when the run starts."""
     claim: Claim
     """This process's hold on the run's directory."""
+    launchers: Sequence[str]
+    """What started each rank; see :func:`~grpo_fast.train.launch.launcher`."""
 
     def open(self, start_step: int) -> None:
         """Writes the resolved configuration and starts the sinks."""
@@ -92,7 +95,7 @@ class Parts:
         # With either of these left in it, to begin another run from this file would delete this one, or go on with it.
         write_whole(config.output_dir / CONFIG_FILE, config.replace(overwrite=False, resume_if_exists=False).to_toml())
         self.data.write_names(config.output_dir)
-        note_launch(config.output_dir)
+        note_launch(config.output_dir, self.launchers)
         self.sinks.start(
             RunInfo(
                 run_dir=config.output_dir,
@@ -252,6 +255,7 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
                 *unseen(data.task.train),
             ],
             claim=claim,
+            launchers=world.gather(launcher),
         )
         on_error.pop_all()
     return parts

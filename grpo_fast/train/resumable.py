@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.run_dir import CONFIG_FILE
+from grpo_fast.train.launch import is_restart
 
 LIMITS = tuple(f"max_{name}" for name in ("steps", "tokens", "flops", "gpu_hours", "wall_hours", "money", "energy_kwh"))
 """Settings that limit a run."""
@@ -73,13 +75,21 @@ def check_resumable(saved: Config, wanted: Config) -> None:
         raise ConfigError(f"a resumed run cannot change {listed}; start a new run with another --output-dir")
 
 
-def takes_up_run(config: Config) -> bool:
-    """Whether ``resume_if_exists`` is set and there is a run in ``output_dir`` to resume.
+def takes_up_run(config: Config, launchers: Collection[str] = ()) -> bool:
+    """Whether the run in ``output_dir`` is to be resumed without being named.
+
+    It is if ``resume_if_exists`` is set, or if the run's own ``torchrun`` has restarted its processes.
+
+    Args:
+        config: of the run.
+        launchers: each rank's :func:`~grpo_fast.train.launch.launcher`.
 
     Raises:
         ConfigError: there is one, but ``config`` changes settings that a resumed run cannot change.
     """
-    if not config.resume_if_exists or not (config.output_dir / CONFIG_FILE).exists():
+    if not (config.output_dir / CONFIG_FILE).exists():
+        return False
+    if not config.resume_if_exists and not is_restart(config.output_dir, launchers):
         return False
     check_resumable(config_of(config.output_dir), config)
     return True

@@ -25,15 +25,16 @@ from grpo_fast.train.ahead import Rollouts
 from grpo_fast.train.best import BestCheckpoints, way_back
 from grpo_fast.train.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
 from grpo_fast.train.collect import Collected, Collector, charge_rollout, trainer_state
-from grpo_fast.train.distributed import World, is_restart
+from grpo_fast.train.distributed import World
 from grpo_fast.train.evaluate import evaluate, probe
+from grpo_fast.train.handshake import shake_hands
 from grpo_fast.train.interrupt import InterruptFlag
 from grpo_fast.train.optim import build_optimizer
 from grpo_fast.train.oversight import Oversight, Verdict
-from grpo_fast.train.parts import Parts, Replacements, build_parts, check_given
+from grpo_fast.train.parts import Replacements, build_parts, check_given
 from grpo_fast.train.policy import Policy
 from grpo_fast.train.policy_source import pick_device
-from grpo_fast.train.resumable import check_resumable, config_of, takes_up_run
+from grpo_fast.train.resumable import check_resumable, config_of
 from grpo_fast.train.rng import load_rng_state, rng_state
 from grpo_fast.train.schedule import learning_rate_at, progress_schedule
 from grpo_fast.train.step import Learner, NonFiniteGradientError, UpdateResult
@@ -82,9 +83,8 @@ class GRPOTrainer:
         check_given(config, given)
         self.config = config
         self._world = world = World.join(pick_device(config.device), timeout_s=config.ddp_timeout_s)
-        resume = resume or world.once(lambda: is_restart(config.output_dir) or takes_up_run(config))
-        self._parts: Parts = build_parts(config, given, resume=resume, world=world)
-        parts = self._parts
+        resume = shake_hands(config, world, resume=resume)
+        parts = self._parts = build_parts(config, given, resume=resume, world=world)
         self._optimizer = build_optimizer(parts.policy.model, config)
         self._learner = Learner(config, parts.policy, self._optimizer, reference=parts.reference, world=world)
         self._rollouts = Rollouts(config, Collector(config, parts.sampler, stream=parts.stream, rewards=parts.rewards))

@@ -8,6 +8,7 @@ import pytest
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.run_dir import CONFIG_FILE
 from grpo_fast.train import GRPOTrainer
+from grpo_fast.train.launch import note_launch
 from grpo_fast.train.resumable import check_resumable, takes_up_run
 
 
@@ -46,3 +47,14 @@ def test_a_run_is_taken_up_where_there_is_one_and_it_is_wanted(tmp_path: Path) -
     assert not takes_up_run(config.replace(resume_if_exists=False))
     with pytest.raises(ConfigError, match=r"a resumed run cannot change seed \(3 -> 4\)"):
         takes_up_run(config.replace(seed=4))
+
+
+def test_a_restart_of_the_same_launch_cannot_change_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config(output_dir=tmp_path, overwrite=True, seed=3)
+    (tmp_path / CONFIG_FILE).write_text(config.to_toml(), encoding="utf-8")
+    note_launch(tmp_path, ["a launch"])
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert takes_up_run(config, ["a launch"])
+    assert not takes_up_run(config, ["another"]), "overwrite holds"
+    with pytest.raises(ConfigError, match=r"a resumed run cannot change seed \(3 -> 4\)"):
+        takes_up_run(config.replace(seed=4), ["a launch"])

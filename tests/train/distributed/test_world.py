@@ -1,14 +1,13 @@
-"""One process: it is alone, and its launch is known from others."""
+"""One process: it is alone."""
 
 from __future__ import annotations
 
 import errno
-from pathlib import Path
 
 import pytest
 import torch
 
-from grpo_fast.train.distributed import ALONE, World, _packed, is_restart, note_launch
+from grpo_fast.train.distributed import ALONE, World, _packed
 
 
 def test_an_error_of_the_system_arrives_whole() -> None:
@@ -39,20 +38,3 @@ def test_a_process_that_nobody_launched_is_alone(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
     assert World.join(torch.device("cpu"), timeout_s=1.0).size == 1
-
-
-def test_a_restart_goes_on_with_its_own_launch_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    note_launch(tmp_path)
-    assert not list(tmp_path.iterdir()), "nobody launched it"
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 1")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    note_launch(tmp_path)
-    assert not is_restart(tmp_path)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert is_restart(tmp_path)
-    assert not is_restart(tmp_path / "elsewhere")
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 2")
-    assert not is_restart(tmp_path)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    note_launch(tmp_path)
-    assert is_restart(tmp_path)
