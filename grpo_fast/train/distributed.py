@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import NamedTuple, Self, TypeVar
@@ -25,10 +26,13 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from grpo_fast.train.launch import check_devices, device_number, in_words, refuse_lone_tasks
 from grpo_fast.types import TrainingError
 
 _T = TypeVar("_T")
 _BUCKET_BYTES = 64 * 2**20
+JOIN_TIMEOUT_S = 300.0
+"""Longest wait for all ranks to come: they load no model before, and one whose start failed never does."""
 _SIGNS = ("gloo", "nccl", "connection closed by peer", "process group")
 
 
@@ -64,32 +68,57 @@ class World:
         self._owns_group = owns_group
 
     @classmethod
-    def join(cls, device: torch.device, *, timeout_s: float) -> Self:
+    def join(cls, device: torch.device, *, timeout_s: float, join_timeout_s: float = JOIN_TIMEOUT_S) -> Self:
         """Joins the ranks that ``torchrun`` started, or those of a process group that is there already; else this one is alone.
 
         Args:
             device: where the policy lives; on GPUs each rank takes the one of its local number.
             timeout_s: longest wait for another rank, in seconds.
+            join_timeout_s: longest wait for all to come, in seconds, where that is shorter.
 
         Raises:
+            ConfigError: this is one of several tasks that nothing joins, or there are fewer GPUs than ranks here.
             RankLostError: not all ranks came.
         """
         if dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1 or "RANK" not in os.environ:
+            refuse_lone_tasks()
             return cls()
+        world = cls(int(os.environ["RANK"]), size, owns_group=True)
         backend = "gloo"
         if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ["RANK"])))
+            torch.cuda.set_device(device_number(torch.cuda.device_count()))
             backend = "cpu:gloo,cuda:nccl"
-        world = cls(int(os.environ["RANK"]), size, owns_group=True)
+        store = world._meet(min(timeout_s, join_timeout_s))
         with world.watched():
-            store = _store(timedelta(seconds=timeout_s))
             dist.init_process_group(
                 backend, store=store, rank=world.rank, world_size=size, timeout=timedelta(seconds=timeout_s)
             )
+        if device.type == "cuda":
+            check_devices(world.gather(_own_device))
         return world
+
+    def _meet(self, timeout_s: float) -> Store:
+        """Waits until all ranks have come to where they find each other."""
+        try:
+            store = _store(timedelta(seconds=timeout_s))
+            store.set(f"rank {self.rank}", "here")
+        except RuntimeError as error:
+            raise self._alone(timeout_s, "the one that keeps the addresses, rank 0 or torchrun,") from error
+        try:
+            store.wait([f"rank {rank}" for rank in range(self.size)], timedelta(seconds=timeout_s))
+        except RuntimeError as error:
+            missing = [rank for rank in range(self.size) if not store.check([f"rank {rank}"])]
+            raise self._alone(timeout_s, in_words(missing)) from error
+        return store
+
+    def _alone(self, waited_s: float, missing: str) -> RankLostError:
+        return RankLostError(
+            f"rank {self.rank} of {self.size} waited {waited_s:g} s for all to come, and {missing} did not: what was started "
+            "there has failed, or cannot be reached from here; its own output tells why"
+        )
 
     @property
     def is_main(self) -> bool:
@@ -198,6 +227,12 @@ def _store(timeout: timedelta) -> Store:
         # torchrun's own store lives on through its restarts, with the addresses of ranks that have died
         return PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     return store
+
+
+def _own_device() -> str:
+    """What identifies the GPU of this process among those of all."""
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return f"{found.name} {found.uuid} of {socket.gethostname()}"
 
 
 def _attempt(make: Callable[[], _T]) -> tuple[_T | None, Exception | None]:

@@ -6,8 +6,76 @@ from pathlib import Path
 
 import pytest
 
-from grpo_fast.train.launch import is_restart, launcher, note_launch
+from grpo_fast.config import ConfigError
+from grpo_fast.train.launch import (
+    check_devices,
+    device_number,
+    in_words,
+    is_restart,
+    launcher,
+    note_launch,
+    refuse_lone_tasks,
+)
 from tests.train.distributed.launches import torchrun
+
+STEP = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"}
+
+
+def test_tasks_of_srun_do_not_train_alone() -> None:
+    with pytest.raises(ConfigError, match=r"srun has started 2 tasks, .* one torchrun on each node .* set WORLD_SIZE=1"):
+        refuse_lone_tasks(STEP)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"},  # in a script of sbatch, outside a step
+        STEP | {"SLURM_STEP_NUM_TASKS": "1"},  # in a shell of salloc, which is a step of one task
+        STEP | {"WORLD_SIZE": "1"},
+    ],
+)
+def test_a_single_process_under_slurm_trains(environment: dict[str, str]) -> None:
+    refuse_lone_tasks(environment)
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "environment", "number"),
+    [
+        (8, {"LOCAL_RANK": "3", "RANK": "11"}, 3),
+        (1, {"LOCAL_RANK": "3", "RANK": "11"}, 0),  # each task sees its own GPU alone
+        (4, {"RANK": "2"}, 2),
+        (1, {"RANK": "11"}, 0),
+    ],
+)
+def test_a_rank_takes_the_gpu_of_its_local_number(num_devices: int, environment: dict[str, str], number: int) -> None:
+    assert device_number(num_devices, environment) == number
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "environment", "told"),
+    [
+        (4, {"LOCAL_RANK": "4", "RANK": "4"}, r"LOCAL_RANK=4, and this process sees 4 GPUs: .*CUDA_VISIBLE_DEVICES$"),
+        (4, {"RANK": "5"}, r"RANK=5, and this process sees 4 GPUs: .*should tell each its LOCAL_RANK$"),
+        (0, {"LOCAL_RANK": "0", "RANK": "0"}, r"LOCAL_RANK=0, and this process sees 0 GPUs"),
+    ],
+)
+def test_more_ranks_than_gpus_are_refused(num_devices: int, environment: dict[str, str], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        device_number(num_devices, environment)
+
+
+def test_two_ranks_on_one_gpu_are_refused() -> None:
+    check_devices(["a of one", "b of one", "a of two"])
+    with pytest.raises(ConfigError, match=r"ranks 0 and 2 have the same GPU \(a of one\)"):
+        check_devices(["a of one", "b of one", "a of one"])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words"), [([2], "rank 2"), ([0, 1, 2, 3], "ranks 0-3"), ([0, 2, 3, 7], "ranks 0, 2-3, 7"), ([1, 2], "ranks 1-2")]
+)
+def test_ranks_are_named_in_spans(ranks: list[int], words: str) -> None:
+    assert in_words(ranks) == words
 
 
 def test_without_torchrun_nothing_is_noted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

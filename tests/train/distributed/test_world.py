@@ -1,4 +1,4 @@
-"""One process: it is alone."""
+"""One process: it is alone, or does not find the others."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import errno
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from grpo_fast.train.distributed import ALONE, World, _packed
+from grpo_fast.config import ConfigError
+from grpo_fast.rollout.vllm_environment import held_port
+from grpo_fast.train.distributed import ALONE, RankLostError, World, _packed
 
 
 def test_an_error_of_the_system_arrives_whole() -> None:
@@ -38,3 +41,37 @@ def test_a_process_that_nobody_launched_is_alone(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
     assert World.join(torch.device("cpu"), timeout_s=1.0).size == 1
+
+
+def test_a_task_of_srun_is_not_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with pytest.raises(ConfigError, match="srun has started 2 tasks"):
+        World.join(torch.device("cpu"), timeout_s=1.0)
+
+
+@pytest.fixture
+def rank_1_of_4(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    return monkeypatch
+
+
+def test_ranks_that_do_not_come_are_named_long_before_an_exchange_would_time_out(rank_1_of_4: pytest.MonkeyPatch) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    rank_1_of_4.setenv("MASTER_PORT", str(store.port))
+    dist.PrefixStore("restart 0", store).set("rank 2", "here")
+    with pytest.raises(RankLostError, match=r"rank 1 of 4 waited 2 s for all to come, and ranks 0, 3 did not: .* has failed"):
+        World.join(torch.device("cpu"), timeout_s=1800, join_timeout_s=2.0)
+    assert not dist.is_initialized()
+
+
+def test_addresses_that_nobody_keeps_are_told(rank_1_of_4: pytest.MonkeyPatch) -> None:
+    with held_port() as port:
+        rank_1_of_4.setenv("MASTER_PORT", str(port))
+        with pytest.raises(RankLostError, match=r"waited 1 s for all to come, and the one that keeps the addresses, rank 0 or"):
+            World.join(torch.device("cpu"), timeout_s=1800, join_timeout_s=1.0)
