@@ -20,9 +20,16 @@ from typing import Any
 
 import torch
 
-from grpo_fast.train.distributed import ALONE, World
+from grpo_fast.train.distributed import ALONE, RankLostError, World
 from grpo_fast.train.policy import Policy
-from grpo_fast.train.sharding import ShardedPolicy, load_sharded_optimizer, load_whole_optimizer, save_optimizer
+from grpo_fast.train.sharding import (
+    ShardedPolicy,
+    ShardsError,
+    load_sharded_optimizer,
+    load_whole_optimizer,
+    missing_shards,
+    save_optimizer,
+)
 from grpo_fast.types import TrainingError
 
 _MANIFEST = "manifest.json"
@@ -51,7 +58,7 @@ def save_checkpoint(
     Rank 0 writes; of a sharded policy, every rank writes its part of the optimiser's state.
 
     Raises:
-        CheckpointError: the disk is full or not writable; what was there before is untouched.
+        CheckpointError: the disk is full or not writable, for any rank; what was there before is untouched.
     """
     final = run_dir / f"checkpoint-{step}"
     partial = _hidden(final, "partial")
@@ -82,6 +89,12 @@ def save_checkpoint(
 def _seal(partial: Path, final: Path, *, step: int) -> None:
     """Lists, flushes and renames what is complete."""
     old = _hidden(final, "old")
+    missing = missing_shards(partial / _SHARDS)
+    if missing:
+        raise CheckpointError(
+            f"cannot save {final}: of the optimiser's state, {', '.join(missing)} did not arrive; {_kept(final)}. All ranks "
+            "must write to one directory: name an output_dir on a file system that all nodes share"
+        )
     files = {str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()}
     (partial / _MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1), encoding="utf-8")
     for path in [*partial.rglob("*"), partial]:
@@ -94,22 +107,32 @@ def _seal(partial: Path, final: Path, *, step: int) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_checkpoint(path: Path, *, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load_checkpoint(path: Path, *, policy: Policy, optimizer: torch.optim.Optimizer, world: World = ALONE) -> dict[str, Any]:
     """Puts weights and optimiser back, in place, and returns the trainer's state.
 
     The optimiser's state may have been written by any number of ranks, and is read by any.
 
     Raises:
-        CheckpointError: a file is missing, cut short or unreadable.
+        CheckpointError: a file is missing, cut short or unreadable to any rank.
+        RankLostError: another rank died on the way, which says nothing of the checkpoint.
+        MemoryError, torch.OutOfMemoryError: there is too little memory, which says nothing of it either.
     """
-    check_checkpoint(path)
-    try:
+    world.gather(lambda: check_checkpoint(path))
+    state: dict[str, Any] = {}
+
+    def read() -> None:
         policy.load_weights(path)
         if (path / _OPTIMIZER).is_file():
             load_whole_optimizer(policy, optimizer, path / _OPTIMIZER)
-        else:
-            load_sharded_optimizer(policy, optimizer, path / _SHARDS)
-        state: dict[str, Any] = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        state.update(json.loads((path / _STATE).read_text(encoding="utf-8")))
+
+    try:
+        with world.watched():
+            world.gather(read)
+            if not (path / _OPTIMIZER).is_file():
+                load_sharded_optimizer(policy, optimizer, path / _SHARDS)
+    except (RankLostError, MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read ({error}); {_advice(path)}") from error
     return state
@@ -175,7 +198,7 @@ def _write_failure(error: Exception, run_dir: Path) -> str:
     """
     text = str(error).lower()
     signs = ("no space left", "file too large", "i/o error", "iostream", "disk quota", "unexpected pos")
-    if not isinstance(error, OSError) and not any(sign in text for sign in signs):
+    if not isinstance(error, (OSError, ShardsError)) and not any(sign in text for sign in signs):
         return ""
     full = getattr(error, "errno", None) in {errno.ENOSPC, errno.EDQUOT} or "no space left" in text or "disk quota" in text
     if full or ("unexpected pos" in text and shutil.disk_usage(run_dir).free < _NO_ROOM_BYTES):
@@ -184,9 +207,12 @@ def _write_failure(error: Exception, run_dir: Path) -> str:
 
 
 def _why_unwritten(cause: str, final: Path) -> str:
+    return f"cannot save {final}: {cause}; {_kept(final)}. Make room, then `grpo-fast train --resume {final.parent}`."
+
+
+def _kept(final: Path) -> str:
     previous = list_checkpoints(final.parent)
-    kept = f"the newest whole checkpoint is {previous[-1]}" if previous else "no earlier checkpoint exists"
-    return f"cannot save {final}: {cause}; {kept}. Make room, then `grpo-fast train --resume {final.parent}`."
+    return f"the newest whole checkpoint is {previous[-1]}" if previous else "no earlier checkpoint exists"
 
 
 def _advice(path: Path) -> str:

@@ -49,6 +49,7 @@ class _Failure(NamedTuple):
 
     def rebuild(self) -> Exception:
         error = self.kind.__new__(self.kind, *self.args)
+        error.args = self.args  # MemoryError keeps none that it is made with
         error.__dict__.update(self.state)
         return error
 

@@ -31,6 +31,8 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -47,6 +49,7 @@ from grpo_fast.train.policy import Policy
 from grpo_fast.train.policy_source import PolicySource, pick_device
 from grpo_fast.train.quantised import give_shards_scales, make_shardable
 from grpo_fast.train.streaming import Once, StreamedModel
+from grpo_fast.types import TrainingError
 
 
 def check_sharding(config: Config) -> None:
@@ -266,11 +269,39 @@ def spread(source: PolicySource, whole: Policy, *, config: Config, world: World,
     return ShardedPolicy(source.load(), whole, config=config, world=world)
 
 
+class ShardsError(TrainingError):
+    """A rank cannot write or read its part of the optimiser's state; the message names rank and cause."""
+
+
+@contextlib.contextmanager
+def _in_one_line() -> Iterator[None]:
+    """Torch's own error, which all ranks raise, holds the tracebacks of those that failed, and is no ``Exception``."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items())
+        raise ShardsError(f"rank {rank}: {type(cause).__name__}: {cause}") from error
+
+
 def save_optimizer(policy: ShardedPolicy, optimizer: torch.optim.Optimizer, directory: Path) -> None:
-    """Writes what every rank holds of the optimiser's state; nothing before the first step."""
+    """Writes what every rank holds of the optimiser's state; nothing before the first step.
+
+    Raises:
+        ShardsError: a rank could not; raised on all.
+    """
     policy.reshard()
     if optimizer.state:
-        save(get_optimizer_state_dict(policy.model, optimizer), checkpoint_id=directory)
+        state = get_optimizer_state_dict(policy.model, optimizer)
+        with _in_one_line():
+            save(state, checkpoint_id=directory)
+
+
+def missing_shards(directory: Path) -> list[str]:
+    """Names of files that what is saved in a directory consists of, and that are not in it; none where nothing is saved."""
+    if not directory.is_dir():
+        return []
+    parts = {stored.relative_path for stored in FileSystemReader(directory).read_metadata().storage_data.values()}
+    return sorted(name for name in parts if not (directory / name).is_file())
 
 
 def load_sharded_optimizer(policy: Policy, optimizer: torch.optim.Optimizer, directory: Path) -> None:
@@ -280,7 +311,7 @@ def load_sharded_optimizer(policy: Policy, optimizer: torch.optim.Optimizer, dir
     if isinstance(policy, ShardedPolicy):
         policy.reshard()
     state = get_optimizer_state_dict(policy.model, optimizer)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _in_one_line():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process may well read what several wrote
         load(state, checkpoint_id=directory, no_dist=not dist.is_initialized())
     set_optimizer_state_dict(policy.model, optimizer, state)

@@ -424,7 +424,7 @@ class GRPOTrainer:
         if not checkpoints:
             self._world.once(lambda: parts.record.truncate(-1))
             return
-        state = load_checkpoint(checkpoints[-1], policy=parts.policy, optimizer=self._optimizer)
+        state = load_checkpoint(checkpoints[-1], policy=parts.policy, optimizer=self._optimizer, world=self._world)
         if state["version"] != _STATE_VERSION:
             raise CheckpointError(f"{checkpoints[-1]} is from another version of grpo_fast (state {state['version']})")
         self.global_step = self._saved_step = state["step"]

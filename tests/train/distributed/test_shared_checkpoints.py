@@ -1,0 +1,86 @@
+"""Checkpoints that one of two ranks cannot write or read: all are told which rank, why, and what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from tests.train.distributed.launches import search_path
+
+PROGRAM = Path(__file__).with_name("checkpoint_program.py")
+
+
+@pytest.fixture(scope="module")
+def found(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What rank 0 was told; rank 1 dies in the end. No torchrun ends the one for the other's sake."""
+    output = tmp_path_factory.mktemp("checkpoints")
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": search_path(output),
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, PROGRAM, tiny_model, output],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        told = [rank.communicate(timeout=240)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    assert [rank.returncode for rank in ranks] == [0, 7], told
+    answers: dict[str, str] = json.loads((output / "rank-0.json").read_text(encoding="utf-8"))
+    return answers
+
+
+@pytest.mark.slow
+def test_what_both_ranks_write_both_read(found: dict[str, str]) -> None:
+    assert found["saved"].startswith("gave ")
+    assert found["loaded"] == "gave {'step': 1}"
+
+
+@pytest.mark.slow
+def test_a_checkpoint_whose_parts_are_on_two_file_systems_is_not_sealed(found: dict[str, str]) -> None:
+    assert found["apart"].startswith("CheckpointError: cannot save ")
+    assert "of the optimiser's state, __1_0.distcp did not arrive; no earlier checkpoint exists" in found["apart"]
+    assert "a file system that all nodes share" in found["apart"]
+    assert found["left apart"] == "[]"
+
+
+@pytest.mark.slow
+def test_a_part_that_cannot_be_written_is_told_in_one_line_with_its_rank(found: dict[str, str]) -> None:
+    assert found["blocked"].startswith("CheckpointError: cannot save ")
+    assert "writing failed (rank 1: " in found["blocked"]
+    assert "blocked 1" in found["blocked"], "what is in the way"
+    assert "Traceback" not in found["blocked"]
+    assert len(found["blocked"].splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_what_a_rank_lacks_or_loses_is_no_damage_to_the_checkpoint(found: dict[str, str]) -> None:
+    assert found["too large"] == "MemoryError: no memory"
+    assert found["lost"].startswith("RankLostError: rank 0 of 2 lost another one")
+    assert "--overwrite" not in found["lost"]
+
+
+@pytest.mark.slow
+def test_a_file_that_one_rank_cannot_read_is_told_to_all(found: dict[str, str]) -> None:
+    assert "checkpoint-1 cannot be read (stale handle); no other checkpoint is left" in found["unreadable"]
