@@ -126,6 +126,11 @@ class World:
         """Whether this is rank 0, which writes files and decides."""
         return self.rank == 0
 
+    @property
+    def ranks_per_node(self) -> int:
+        """Ranks of this node, as their launcher says; without a word from it, all are taken to be on one."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+
     def share(self, count: int) -> slice:
         """Which of ``count`` things are this rank's: neighbours, as many as any other rank's but for one."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)

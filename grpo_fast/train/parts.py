@@ -203,7 +203,8 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
     source = PolicySource(config)
     if "engine" not in given:
         check_sampler(config, source)
-    check_room(source.model_config, source.config, num_devices=world.size)
+    nodes = {"num_devices": world.size, "devices_per_node": world.ranks_per_node}
+    check_room(source.model_config, source.config, **nodes)
     environments = choose_environments(config, given)
     replies = choose_replies(config, environments, source)
     data = choose_data(config, given, chat=source.chat, environments=environments)

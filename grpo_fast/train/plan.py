@@ -27,7 +27,7 @@ from grpo_fast.sinks.quantities import duration, percent, si, significant
 from grpo_fast.train.activations import UncountableError
 from grpo_fast.train.parts import load_prior
 from grpo_fast.train.plan_facts import PlanFacts, PlanInputs, gather
-from grpo_fast.train.plan_memory import Change, MemoryInputs, MemoryPlanner, device_room
+from grpo_fast.train.plan_memory import USUAL_NODE, Change, MemoryInputs, MemoryPlanner, device_room
 from grpo_fast.train.plan_memory import to_dict as memory_to_dict
 from grpo_fast.train.policy_source import PolicySource
 from grpo_fast.train.schedule import falls_if_shorter, progress_schedule
@@ -394,6 +394,10 @@ def _notes(config: Config, known: PlanFacts, end: float) -> list[str]:
         notes.append(
             f"the run ends at step {end:.0f}, long before the learning-rate schedule over max_steps={config.max_steps} does; "
             f"set max_steps={end:.0f} to complete the schedule"
+        )
+    if config.fsdp == "hybrid_shard" and known.pace.num_devices > USUAL_NODE:
+        notes.append(
+            f"nodes are taken to have {USUAL_NODE} devices, over which fsdp='hybrid_shard' spreads a copy of the weights"
         )
     if config.forecast != "off":
         notes.append(f"a forecast plateau may end the run earlier (forecast={config.forecast})")

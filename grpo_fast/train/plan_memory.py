@@ -39,6 +39,8 @@ from grpo_fast.train.streaming import streams_weights
 
 _CONTEXT_BYTES = {"cuda": 700 * 2**20, "cpu": 450 * 2**20}
 """What the process holds before the model: CUDA's context and libraries' workspaces; Python with its modules."""
+USUAL_NODE = 8
+"""Devices of a node, where nothing says how many it has."""
 _NUM_CHANGES = 3
 _FEWEST_TOKENS = 1024
 _LEAST_SHARE = 0.2
@@ -75,6 +77,7 @@ class MemoryInputs:
         num_devices: processes that share a step's sequences, and what ``fsdp`` divides.
         completion_tokens: lengths of completions as they were sampled, group after group; without any, all are as long as
             may be.
+        devices_per_node: what ``fsdp="hybrid_shard"`` divides by.
     """
 
     room_bytes: int
@@ -82,6 +85,7 @@ class MemoryInputs:
     prompt_tokens: float
     num_devices: int = 1
     completion_tokens: tuple[int, ...] = ()
+    devices_per_node: int = USUAL_NODE
 
 
 class MemoryPlanner:
@@ -207,7 +211,11 @@ class MemoryPlanner:
 
     def _num_parts(self, config: Config) -> int:
         """Devices that share weights, gradients and moments."""
-        return 1 if config.fsdp == "no_shard" else self._inputs.num_devices
+        if config.fsdp == "no_shard":
+            return 1
+        if config.fsdp == "hybrid_shard":  # every node has a copy
+            return min(self._inputs.num_devices, self._inputs.devices_per_node)
+        return self._inputs.num_devices
 
     def _lasting(self, config: Config, sizes: ModelSizes) -> tuple[dict[str, int], dict[str, int]]:
         """Bytes by part that stay on the device, and in the host's memory."""
@@ -344,19 +352,21 @@ def device_room(config: Config, gpu: str | None) -> tuple[int, str]:
     return facts.memory_bytes, facts.kind
 
 
-def check_room(model_config: PreTrainedConfig, config: Config, *, num_devices: int) -> None:
+def check_room(model_config: PreTrainedConfig, config: Config, *, num_devices: int, devices_per_node: int = USUAL_NODE) -> None:
     """Ends a run before anything is loaded where weights, gradients and moments alone cannot fit.
 
     Args:
         model_config: of the model.
         config: of the run.
         num_devices: processes of the run.
+        devices_per_node: processes of the run on a node.
 
     Raises:
         ConfigError: they cannot; the message says by part how much is missing, and what would fit.
     """
     room, kind = device_room(config, None)
-    planner = MemoryPlanner(model_config, config, MemoryInputs(room, kind, prompt_tokens=1, num_devices=num_devices))
+    inputs = MemoryInputs(room, kind, prompt_tokens=1, num_devices=num_devices, devices_per_node=devices_per_node)
+    planner = MemoryPlanner(model_config, config, inputs)
     if planner.least_bytes() > room:
         try:
             told = refusal(planner.plan(), planner.changes())

@@ -22,7 +22,6 @@ optimisers of bitsandbytes, tensor parallelism but for the head.
 from __future__ import annotations
 
 import contextlib
-import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -340,7 +339,7 @@ def _mesh(config: Config, world: World, device: torch.device) -> DeviceMesh:
     """All ranks in one row, or a row for each node."""
     if config.fsdp != "hybrid_shard":
         return init_device_mesh(device.type, (world.size,), mesh_dim_names=("shard",))
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    per_node = world.ranks_per_node
     if world.size % per_node:
         raise ConfigError(
             f"fsdp='hybrid_shard' needs the same number of ranks on each node; there are {world.size} ranks, {per_node} of "

@@ -169,3 +169,9 @@ def test_a_model_whose_memory_cannot_be_counted_is_planned_without(tmp_path: Pat
     assert found.memory is None
     assert found.to_dict()["memory"] is None
     assert any(note.startswith("the memory that the run needs is unknown: passes of qwen3_moe") for note in found.notes)
+
+
+def test_the_size_of_a_node_is_assumed_aloud() -> None:
+    for num_devices, fsdp, told in ((16, "hybrid_shard", True), (8, "hybrid_shard", False), (16, "full_shard", False)):
+        plan = make_plan(big(fsdp=fsdp), PlanInputs(**vars(BARE) | {"num_devices": num_devices}))
+        assert ("nodes are taken to have 8 devices" in " ".join(plan.notes)) == told

@@ -119,6 +119,19 @@ def test_shards_divide_what_lasts() -> None:
     assert streamed.lasting == {name: size for name, size in shared.lasting.items() if name != "whole weights to sample from"}
 
 
+def test_hybrid_shards_divide_by_the_devices_of_a_node() -> None:
+    config, full = Config(fsdp="hybrid_shard"), Config(fsdp="full_shard")
+    for num_devices, divisor in ((4, 4), (8, 8), (16, 8)):
+        found = planner(SMALL, config, num_devices=num_devices).plan()
+        assert found.lasting == planner(SMALL, full, num_devices=divisor).plan().lasting
+    room = planner(TWO_LAYERS, full, num_devices=16).least_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("grpo_fast.train.plan_memory.device_room", lambda config, gpu: (room, "cuda"))
+        check_room(TWO_LAYERS, config, num_devices=16, devices_per_node=16)
+        with pytest.raises(ConfigError, match="weights that are trained"):
+            check_room(TWO_LAYERS, config, num_devices=16, devices_per_node=4)
+
+
 def test_a_head_in_parts_is_neither_gathered_nor_has_a_whole_gradient() -> None:
     settings = {"fsdp": "full_shard", "tokens_per_microbatch": 1024}
     gathered, parts = (
