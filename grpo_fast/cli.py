@@ -433,6 +433,8 @@ def main(arguments: list[str] | None = None) -> None:
     except CycloptsError as error:
         _fail(in_words(error))
     except (ValueError, OSError, TrainingError) as error:
+        if hasattr(error, "told_elsewhere") and os.environ.get("LOCAL_RANK") != "0":
+            sys.exit(1)  # another rank tells it, and the first one of each node
         _fail(str(error))
     except KeyboardInterrupt as interrupt:
         _fail("; ".join(filter(None, ("stopped at once", str(interrupt)))), code=_INTERRUPTED)

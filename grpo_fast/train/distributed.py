@@ -41,7 +41,10 @@ class RankLostError(TrainingError):
 
 
 class _Failure(NamedTuple):
-    """An exception on its way to other ranks; its class may take other arguments than it keeps."""
+    """An exception on its way to other ranks; its class may take other arguments than it keeps.
+
+    Copies have the attribute ``told_elsewhere``, for whoever would tell one error once a rank.
+    """
 
     kind: type[Exception]
     args: tuple[object, ...]
@@ -50,7 +53,7 @@ class _Failure(NamedTuple):
     def rebuild(self) -> Exception:
         error = self.kind.__new__(self.kind, *self.args)
         error.args = self.args  # MemoryError keeps none that it is made with
-        error.__dict__.update(self.state)
+        error.__dict__.update(self.state | {"told_elsewhere": True})
         return error
 
 
@@ -156,6 +159,23 @@ class World:
             dist.all_gather_object(told, (value, _packed(error)))
         self._raise_first([failure for _, failure in told], error)
         return [value for value, _ in told]  # type: ignore[misc]
+
+    def each(self, make: Callable[[], _T]) -> _T:
+        """Calls ``make`` on every rank, for what each keeps to itself.
+
+        Args:
+            make: may give anything.
+
+        Returns:
+            What it gave on this rank.
+
+        Raises:
+            Exception: what the first rank that failed raised, on every rank.
+            RankLostError: a rank is gone.
+        """
+        kept: list[_T] = []
+        self.gather(lambda: kept.append(make()))
+        return kept[0]
 
     def once(self, make: Callable[[], _T]) -> _T:
         """Calls ``make`` on rank 0 alone.

@@ -196,23 +196,27 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
 
 
 def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, world: World) -> Parts:
-    _check(config, given, world)
+    if config.rollout != "transformers" and "engine" not in given:
+        check_vllm(config)
+    if world.size > 1:
+        _check_ranks(config, world.size)
+    world.each(lambda: _check(config, given))
     record, sinks = _build_sinks(config, given, world)
     budget = _build_budget(config, given.get("budget"))
     prior = load_prior(config)
-    source = PolicySource(config)
+    source = world.each(lambda: PolicySource(config))
     if "engine" not in given:
         check_sampler(config, source)
     nodes = {"num_devices": world.size, "devices_per_node": world.ranks_per_node}
-    check_room(source.model_config, source.config, **nodes)
+    world.each(lambda: check_room(source.model_config, source.config, **nodes))
     environments = choose_environments(config, given)
     replies = choose_replies(config, environments, source)
-    data = choose_data(config, given, chat=source.chat, environments=environments)
+    data = world.each(lambda: choose_data(config, given, chat=source.chat, environments=environments))
     rewards = build_pool(config, data.reward_funcs, config.reward_weights, world=world)
     if resume:
         world.once(lambda: data.check_names(config.output_dir))
     schemas = () if environments is None else environments.schemas
-    prompts, eval_prompts = encoded_task(config, data.task, source, tools=schemas)
+    prompts, eval_prompts = world.each(lambda: encoded_task(config, data.task, source, tools=schemas))
     with contextlib.ExitStack() as on_error:
         on_error.callback(rewards.close)
         if environments is not None:
@@ -221,7 +225,7 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
         check_episodes(data, prompts, replies)
         if config.rollout == "vllm-http" and "engine" not in given:
             world.once(lambda: _wait_for_servers(config))  # it may take minutes: after all that is cheap to check
-        whole = source.load()
+        whole = world.each(source.load)
         shape, num_parameters = ModelShape.from_model(whole.model), count_parameters(whole.model)  # before it is spread
         streams = world.size > 1 and "engine" not in given and streams_weights(config)
         policy = whole if world.size == 1 else spread(source, whole, config=config, world=world, streams=streams)
@@ -262,15 +266,11 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
     return parts
 
 
-def _check(config: Config, given: Replacements, world: World) -> None:
+def _check(config: Config, given: Replacements) -> None:
     """Checks that need no tokeniser, data or weights."""
     check_rows(given)
     check_dtype(config)
     OBJECTIVES[config.loss_type].spec(config)
-    if config.rollout != "transformers" and "engine" not in given:
-        check_vllm(config)
-    if world.size > 1:
-        _check_ranks(config, world.size)
     check_sharding(config)
     check_optimizer(config)
     learning_rates(config)

@@ -28,6 +28,7 @@ def test_alone_there_is_nothing_to_exchange() -> None:
     assert values[0].tolist() == [1.0, 1.0]
     assert ALONE.gather(lambda: 7) == [7]
     assert ALONE.once(lambda: "x") == "x"
+    assert ALONE.each(lambda: values) is values
     assert ALONE.share(5) == slice(0, 5)
     assert ALONE.is_main
     with pytest.raises(RuntimeError, match="somebody"), ALONE.watched():
