@@ -14,7 +14,8 @@ CONFIG_FILE = "config.toml"
 SUMMARY_FILE = "summary.json"
 LOCK_FILE = ".lock"
 """What the process that writes to a run keeps locked; it stays when that has ended."""
-_PARTIAL = ".partial"
+CUT_SHORT = ".partial"
+"""How hidden files end that stand in nobody's way: what a kill leaves of a write counts as nothing."""
 
 
 @contextlib.contextmanager
@@ -23,7 +24,7 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
 
     A reader, also one after a crash, sees the file as it was or as it shall be, never cut short.
     """
-    partial = path.with_name(f".{path.name}{_PARTIAL}")
+    partial = path.with_name(f".{path.name}{CUT_SHORT}")
     with partial.open("wb") as file:
         yield file
         file.flush()
@@ -46,7 +47,7 @@ def run_of(path: Path) -> Path | None:
 
 def is_cut_short(path: Path) -> bool:
     """Whether a kill has left this while :func:`replaced` was at work."""
-    return path.name.startswith(".") and path.name.endswith(_PARTIAL)
+    return path.name.startswith(".") and path.name.endswith(CUT_SHORT)
 
 
 def empty_run(run_dir: Path) -> None:

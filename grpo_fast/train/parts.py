@@ -26,7 +26,6 @@ from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMServerEngine, VLLMSett
 from grpo_fast.rollout.vllm_sleep import sleep_level
 from grpo_fast.run_dir import CONFIG_FILE, write_whole
 from grpo_fast.sinks import JsonlSink, RunInfo, Sink, SinkSet, build_sinks
-from grpo_fast.sinks.question import TIMEOUT_S
 from grpo_fast.tasks import PromptStream, Task
 from grpo_fast.tasks.encoded import EncodedPrompts
 from grpo_fast.tasks.remarks import plain_text, repeats, unseen
@@ -42,6 +41,7 @@ from grpo_fast.train.data import (
 )
 from grpo_fast.train.distributed import ALONE, World
 from grpo_fast.train.episodes import InTurns, OneTurn, Sampler
+from grpo_fast.train.handshake import check_prompts
 from grpo_fast.train.launch import launcher, note_launch
 from grpo_fast.train.optim import check_optimizer
 from grpo_fast.train.plan_memory import check_room
@@ -196,10 +196,6 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
 
 
 def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, world: World) -> Parts:
-    if config.rollout != "transformers" and "engine" not in given:
-        check_vllm(config)
-    if world.size > 1:
-        _check_ranks(config, world.size)
     world.each(lambda: _check(config, given))
     record, sinks = _build_sinks(config, given, world)
     budget = _build_budget(config, given.get("budget"))
@@ -217,6 +213,7 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
         world.once(lambda: data.check_names(config.output_dir))
     schemas = () if environments is None else environments.schemas
     prompts, eval_prompts = world.each(lambda: encoded_task(config, data.task, source, tools=schemas))
+    check_prompts(prompts, eval_prompts, world)
     with contextlib.ExitStack() as on_error:
         on_error.callback(rewards.close)
         if environments is not None:
@@ -271,6 +268,8 @@ def _check(config: Config, given: Replacements) -> None:
     check_rows(given)
     check_dtype(config)
     OBJECTIVES[config.loss_type].spec(config)
+    if config.rollout != "transformers" and "engine" not in given:
+        check_vllm(config)
     check_sharding(config)
     check_optimizer(config)
     learning_rates(config)
@@ -334,29 +333,6 @@ def _build_budget(config: Config, given: Budget | None) -> Budget:
     if budget.money is not None and config.price_per_gpu_hour == 0:
         raise ConfigError(f"a budget of money ({budget.money:g}) needs price_per_gpu_hour above 0")
     return budget
-
-
-def _check_ranks(config: Config, num_ranks: int) -> None:
-    if config.rollout == "vllm":
-        raise ConfigError(
-            f"rollout='vllm' works in a run of one process only, and this run has {num_ranks}; start servers with `grpo-fast "
-            "serve` and use rollout='vllm-http'"
-        )
-    if config.vllm_transport == "ipc":
-        raise ConfigError(
-            f"vllm_transport='ipc' with {num_ranks} processes: vLLM's CUDA IPC needs all of them to send, but only the first "
-            "one talks to the servers; choose 'shared_memory', or 'nccl' for a server on other GPUs, here and with `serve`"
-        )
-    if config.forecast == "ask" and config.ddp_timeout_s <= TIMEOUT_S:
-        raise ConfigError(
-            f"ddp_timeout_s={config.ddp_timeout_s:g} with forecast='ask': the other processes wait for the answer, up to "
-            f"{TIMEOUT_S:g} s; set ddp_timeout_s higher"
-        )
-    if config.max_staleness:
-        raise ConfigError(
-            f"max_staleness={config.max_staleness} works in a run of one process only, and this run has {num_ranks}; "
-            "set it to 0"
-        )
 
 
 def check_vllm(config: Config) -> None:

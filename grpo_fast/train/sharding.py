@@ -339,10 +339,5 @@ def _mesh(config: Config, world: World, device: torch.device) -> DeviceMesh:
     """All ranks in one row, or a row for each node."""
     if config.fsdp != "hybrid_shard":
         return init_device_mesh(device.type, (world.size,), mesh_dim_names=("shard",))
-    per_node = world.ranks_per_node
-    if world.size % per_node:
-        raise ConfigError(
-            f"fsdp='hybrid_shard' needs the same number of ranks on each node; there are {world.size} ranks, {per_node} of "
-            "them on this one"
-        )
-    return init_device_mesh(device.type, (world.size // per_node, per_node), mesh_dim_names=("replicate", "shard"))
+    rows = world.size // world.ranks_per_node  # which are as many on each node: see the handshake
+    return init_device_mesh(device.type, (rows, world.ranks_per_node), mesh_dim_names=("replicate", "shard"))

@@ -1,13 +1,68 @@
+"""What two ranks that were started differently make of each other; they are processes of ``start_program.py``."""
+
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from grpo_fast.config import Config
+from grpo_fast.config import Config, ConfigError
 from grpo_fast.train.distributed import ALONE
-from grpo_fast.train.handshake import shake_hands
-from tests.train.distributed.launches import torchrun
+from grpo_fast.train.handshake import check_ranks, shake_hands
+from tests.train.distributed.launches import COMMON, torchrun
+
+PROGRAM = Path(__file__).with_name("distributed") / "start_program.py"
+
+
+@pytest.fixture(scope="module")
+def output(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks of one launch were told, and the run that they made in the end."""
+    directory = tmp_path_factory.mktemp("starts")
+    output = directory / "runs"
+    output.mkdir()
+    (directory / "settings.json").write_text(json.dumps(COMMON | {"model": str(tiny_model), "max_steps": 1}), encoding="utf-8")
+    done = torchrun(2, PROGRAM, directory / "settings.json", output, cwd=directory)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+@pytest.fixture
+def found(output: Path) -> list[dict[str, Any]]:
+    """What each rank was told, by the way in which they differed."""
+    return [json.loads((output / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "told"),
+    {
+        "settings": ["learning_rate (0.001 on rank 0; 1e-05 on rank 1)", "seed (7 on rank 0; 8 on rank 1)"],
+        "generations": ["num_generations (4 on rank 0; 2 on rank 1)"],
+        "shards": ["fsdp ('full_shard' on rank 0; 'no_shard' on rank 1)"],
+        "resume": ["resume (False on rank 0; True on rank 1)"],
+        "directories": ["apart 0 of rank 0 is another directory than that of rank 1", "apart 1 on host", "nodes share"],
+        "new directories": ["new 0 of rank 0 is another directory than that of rank 1"],
+        "unwritable": ["run cannot be written to by rank 1", "Too many open files", "fsdp='full_shard'"],
+        "prompts": ["training prompts ('24 of sha256", "on rank 0; '24 of sha256", "same command, configuration, packages"],
+        "one rank's data": ["prompt"],
+        "uneven nodes": ["as many ranks on each node; of 2 there are 1 on the node of rank 0, 2 on the node of rank 1"],
+        "untold nodes": ["LOCAL_WORLD_SIZE", "fsdp='full_shard'"],
+    }.items(),
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_ranks_that_were_started_differently_are_all_told(case: str, told: list[str], found: list[dict[str, Any]]) -> None:
+    assert found[0][case] == found[1][case], "each has the same error"
+    assert found[0][case].startswith("ConfigError: ")
+    for part in told:
+        assert part in found[0][case]
+
+
+@pytest.mark.slow
+def test_ranks_that_were_started_alike_train_and_a_refusal_leaves_nothing_behind(found: list[dict[str, Any]]) -> None:
+    assert [rank["alike"] for rank in found] == [None, None]
+    assert [rank["left"] for rank in found] == [["apart 0", "apart 1"]] * 2
 
 
 @pytest.mark.slow
@@ -24,3 +79,24 @@ def test_one_process_has_nobody_to_compare_with(tmp_path: Path) -> None:
     assert not shake_hands(Config(output_dir=tmp_path / "new" / "run", fsdp="hybrid_shard"), ALONE, resume=False)
     assert shake_hands(Config(output_dir=tmp_path / "new" / "run"), ALONE, resume=True)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"rollout": "vllm"}, r"rollout='vllm' works in a run of one process only, and this run has 4.*vllm-http"),
+        (
+            {"rollout": "vllm-http", "vllm_server_urls": ["http://127.0.0.1:8000"], "vllm_transport": "ipc"},
+            r"vllm_transport='ipc' with 4 processes: .* choose 'shared_memory', or 'nccl'",
+        ),
+        ({"max_staleness": 1}, r"max_staleness=1 .* this run has 4"),
+        (
+            {"forecast": "ask", "ddp_timeout_s": 600},
+            r"ddp_timeout_s=600 with forecast='ask': the other processes wait for the answer, up to 600 s",
+        ),
+    ],
+)
+def test_what_one_process_alone_can_do_is_refused_to_several(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        check_ranks(Config.parse(changes), 4)
+    check_ranks(Config(), 4)

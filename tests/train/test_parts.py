@@ -17,7 +17,7 @@ from grpo_fast.rollout.vllm_environment import held_port
 from grpo_fast.run_dir import CONFIG_FILE, LOCK_FILE
 from grpo_fast.tasks.task import Task
 from grpo_fast.train import GRPOTrainer
-from grpo_fast.train.parts import Parts, _check_ranks, build_parts
+from grpo_fast.train.parts import Parts, build_parts
 
 MakeConfig = Callable[..., Config]
 
@@ -315,24 +315,3 @@ def test_evaluation_without_held_out_rows_is_refused(tmp_path: Path) -> None:
     config = Config(output_dir=tmp_path / "run", max_completion_length=8, sinks=(), eval_steps=1)
     with pytest.raises(ConfigError, match="has no held-out rows"):
         build_parts(config, {"task": task}, resume=False)
-
-
-@pytest.mark.parametrize(
-    ("changes", "told"),
-    [
-        ({"rollout": "vllm"}, r"rollout='vllm' works in a run of one process only, and this run has 4.*vllm-http"),
-        (
-            {"rollout": "vllm-http", "vllm_server_urls": ["http://127.0.0.1:8000"], "vllm_transport": "ipc"},
-            r"vllm_transport='ipc' with 4 processes: .* choose 'shared_memory', or 'nccl'",
-        ),
-        ({"max_staleness": 1}, r"max_staleness=1 .* this run has 4"),
-        (
-            {"forecast": "ask", "ddp_timeout_s": 600},
-            r"ddp_timeout_s=600 with forecast='ask': the other processes wait for the answer, up to 600 s",
-        ),
-    ],
-)
-def test_what_one_process_alone_can_do_is_refused_to_several(changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
-        _check_ranks(Config.parse(changes), 4)
-    _check_ranks(Config(), 4)

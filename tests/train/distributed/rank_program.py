@@ -64,11 +64,18 @@ def failing(completions: list[str], answer: list[str], **columns: Any) -> list[f
     return [1.0] * len(completions)
 
 
-def play(values: dict[str, Any], reward: Any = vowels, *, resume: bool = False, until: int | None = None) -> dict[str, Any]:
+def play(
+    values: dict[str, Any],
+    reward: Any = vowels,
+    *,
+    task: Task = LETTERS,
+    resume: bool = False,
+    until: int | None = None,
+) -> dict[str, Any]:
     """Trains, as far as a step, and tells what came of it: weights, why it ended, and the error where one did."""
     found: dict[str, Any] = {"error": None, "steps": []}
     try:
-        with GRPOTrainer(Config.parse(values), task=LETTERS, reward_funcs=[reward], resume=resume) as trainer:
+        with GRPOTrainer(Config.parse(values), task=task, reward_funcs=[reward], resume=resume) as trainer:
             found["is_main_process"] = trainer.is_main_process
             found["at first"] = digest(trainer)
             for step in trainer.steps():

@@ -1,0 +1,75 @@
+"""Two ranks that are started differently, in one way after the other; each tells what came of it in a JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from grpo_fast.config import Config, ConfigError
+from grpo_fast.tasks.task import Task
+from grpo_fast.train.distributed import World
+from grpo_fast.train.handshake import check_directory
+from tests.train.distributed.rank_program import ROWS, play
+
+
+def unwritable(config: Config, world: World) -> str:
+    """What is told where rank 1 sees the directory and can make no file in it: it has no number left for one."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if world.rank == 1:
+        free = os.open("/dev/null", os.O_RDONLY)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, before[1]))
+    try:
+        check_directory(config, world)
+    except ConfigError as error:
+        return f"ConfigError: {error}"
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    return ""
+
+
+def main(settings: Path, output: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    common = json.loads(settings.read_text(encoding="utf-8"))
+
+    def tried(*values: dict[str, Any], name: str = "run", **given: Any) -> str | None:
+        return play(common | {"output_dir": str(output / name)} | values[rank], **given)["error"]
+
+    found: dict[str, Any] = {}
+    found["settings"] = tried({"learning_rate": 1e-3, "seed": 7}, {"learning_rate": 1e-5, "seed": 8})
+    found["generations"] = tried({"num_generations": 4}, {"num_generations": 2})
+    found["shards"] = tried({"fsdp": "full_shard"}, {"fsdp": "no_shard"})
+    found["resume"] = tried({}, {}, resume=rank == 1)
+    (output / "apart 0").mkdir(exist_ok=True)
+    (output / "apart 1").mkdir(exist_ok=True)
+    found["directories"] = tried({"output_dir": str(output / "apart 0")}, {"output_dir": str(output / "apart 1")})
+    found["new directories"] = tried({"output_dir": str(output / "new 0")}, {"output_dir": str(output / "new 1")})
+    sharded = Config.parse(common | {"output_dir": str(output / "run"), "fsdp": "full_shard"})
+    found["unwritable"] = unwritable(sharded, World.join(torch.device("cpu"), timeout_s=60))
+    rows = [ROWS[:24], ROWS[1:25]][rank]
+    found["prompts"] = tried({}, {}, task=Task("letters", rows, ROWS[24:], ("exact_match",), "exact_match"))
+    bad = [ROWS[:24], [{"answer": "a"}]][rank]
+    found["one rank's data"] = tried({}, {}, task=Task("letters", bad, ROWS[24:], ("exact_match",), "exact_match"))
+    hybrid = {"fsdp": "hybrid_shard"}
+    for name, counts in {"uneven nodes": ["1", "2"], "untold nodes": ["", ""]}.items():
+        os.environ.pop("LOCAL_WORLD_SIZE", None)
+        if counts[rank]:
+            os.environ["LOCAL_WORLD_SIZE"] = counts[rank]
+        found[name] = tried(hybrid, hybrid)
+    found["left"] = sorted(path.name for path in output.iterdir() if not path.name.startswith("rank-"))
+    found["alike"] = tried({}, {}, name="alike")
+    (output / f"rank-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
