@@ -47,6 +47,7 @@ def found(output: Path) -> list[dict[str, Any]]:
         "unwritable": ["run cannot be written to by rank 1", "Too many open files", "fsdp='full_shard'"],
         "prompts": ["training prompts ('24 of sha256", "on rank 0; '24 of sha256", "same command, configuration, packages"],
         "one rank's data": ["prompt"],
+        "servers": ["rollout='vllm-http': nobody answers"],
         "uneven nodes": ["as many ranks on each node; of 2 there are 1 on the node of rank 0, 2 on the node of rank 1"],
         "untold nodes": ["LOCAL_WORLD_SIZE", "fsdp='full_shard'"],
     }.items(),
@@ -57,6 +58,11 @@ def test_ranks_that_were_started_differently_are_all_told(case: str, told: list[
     assert found[0][case].startswith("ConfigError: ")
     for part in told:
         assert part in found[0][case]
+
+
+@pytest.mark.slow
+def test_servers_are_asked_by_rank_0_alone(found: list[dict[str, Any]]) -> None:
+    assert [rank["asked"] for rank in found] == [["http://127.0.0.1:8000"], []]
 
 
 @pytest.mark.slow

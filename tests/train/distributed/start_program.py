@@ -6,14 +6,18 @@ import json
 import os
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 
 from grpo_fast.config import Config, ConfigError
+from grpo_fast.rollout import RolloutError
 from grpo_fast.tasks.task import Task
+from grpo_fast.train import parts
 from grpo_fast.train.distributed import World
 from grpo_fast.train.handshake import check_directory
 from tests.train.distributed.rank_program import ROWS, play
@@ -59,6 +63,15 @@ def main(settings: Path, output: Path) -> None:
     found["prompts"] = tried({}, {}, task=Task("letters", rows, ROWS[24:], ("exact_match",), "exact_match"))
     bad = [ROWS[:24], [{"answer": "a"}]][rank]
     found["one rank's data"] = tried({}, {}, task=Task("letters", bad, ROWS[24:], ("exact_match",), "exact_match"))
+    servers = {"rollout": "vllm-http", "vllm_server_urls": ["http://127.0.0.1:8000"]}
+    asked: list[str] = []
+
+    def ask(urls: Sequence[str], **settings: Any) -> None:
+        asked.extend(urls)
+        raise RolloutError("nobody answers")
+
+    parts.require_vllm, parts.wait_until_up = (lambda: Version("1")), ask  # type: ignore[assignment]
+    found["servers"], found["asked"] = tried(servers, servers), asked
     hybrid = {"fsdp": "hybrid_shard"}
     for name, counts in {"uneven nodes": ["1", "2"], "untold nodes": ["", ""]}.items():
         os.environ.pop("LOCAL_WORLD_SIZE", None)
