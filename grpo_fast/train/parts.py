@@ -50,7 +50,7 @@ from grpo_fast.train.policy_source import PolicySource, check_dtype, pick_device
 from grpo_fast.train.resumable import LIMITS
 from grpo_fast.train.schedule import learning_rates
 from grpo_fast.train.sharding import ShardedPolicy, check_sharding, shards_of_one, spread
-from grpo_fast.train.shares import MainEngine, Rewards, SharedEngine, SharedRewards
+from grpo_fast.train.shares import MainEngine, Rewards, SharedEngine, SharedRewards, idle_ranks
 from grpo_fast.train.streaming import streams_weights
 from grpo_fast.types import Prompt
 
@@ -255,6 +255,7 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
                 *repeats(prompts, eval_prompts[: config.eval_size], prompts_per_step=config.prompts_per_step),
                 *(plain_text(prompts.num_plain, len(prompts)) if source.chat else ()),
                 *unseen(data.task.train),
+                *(idle_ranks(config, world) if config.rollout == "transformers" else ()),
             ],
             claim=claim,
             launchers=world.gather(launcher),

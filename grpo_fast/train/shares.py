@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from grpo_fast.config import Config
 from grpo_fast.rewards import RewardPool, RewardReport
 from grpo_fast.rewards.report import Tally
 from grpo_fast.rollout.engine import RolloutEngine, SamplingParams
@@ -21,6 +22,15 @@ from grpo_fast.types import Completion, Group, TrainerState
 
 if TYPE_CHECKING:
     import torch
+
+
+def idle_ranks(config: Config, world: World) -> list[str]:
+    """What is told where there are fewer prompts in a step than ranks, each of which samples for whole prompts."""
+    idle = world.size - config.prompts_per_step
+    if idle <= 0:
+        return []
+    told = f"prompts_per_step={config.prompts_per_step} with {world.size} ranks: in each step {idle} sample nothing, and wait"
+    return [f"{told}; raise prompts_per_step, or start fewer"]
 
 
 class SharedEngine:

@@ -72,6 +72,13 @@ def test_ranks_that_were_started_alike_train_and_a_refusal_leaves_nothing_behind
 
 
 @pytest.mark.slow
+def test_ranks_that_have_nothing_to_sample_are_told(output: Path) -> None:
+    events = [json.loads(line) for line in (output / "alike" / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    told = [row["message"] for row in events if row["event"] == "warn"]
+    assert any("prompts_per_step=1 with 2 ranks: in each step 1 sample nothing" in message for message in told)
+
+
+@pytest.mark.slow
 def test_what_all_ranks_would_say_is_said_once(tiny_model: Path, tmp_path: Path) -> None:
     flags = ["--model", tiny_model, "--dataset", "none.jsonl", "--max-completion-length", "8", "--output-dir", "run"]
     done = torchrun(2, "grpo_fast", "train", *flags, cwd=tmp_path, options=("--module",))

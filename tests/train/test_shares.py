@@ -7,13 +7,14 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
+from grpo_fast.config import Config
 from grpo_fast.rewards import RewardError, RewardPool
 from grpo_fast.rollout.engine import RolloutError, SamplingParams
 from grpo_fast.rollout.transformers_engine import TransformersEngine
 from grpo_fast.train import shares
 from grpo_fast.train.distributed import World
 from grpo_fast.train.policy import Policy
-from grpo_fast.train.shares import MainEngine, SharedEngine, SharedRewards
+from grpo_fast.train.shares import MainEngine, SharedEngine, SharedRewards, idle_ranks
 from grpo_fast.types import Completion, Group, TrainerState
 
 T = TypeVar("T")
@@ -247,3 +248,9 @@ def test_a_reward_that_fails_is_told_on_all_ranks_or_counted(make_group: Callabl
     counted = on_ranks(2, lambda world: score(world, "none"))
     assert [report.errors for report in counted] == [{"picky": 2}] * 2  # type: ignore[union-attr]
     assert [len(report.problems) for report in counted] == [2, 2]  # type: ignore[union-attr]
+
+
+def test_only_ranks_without_a_prompt_are_idle() -> None:
+    assert idle_ranks(Config(prompts_per_step=4), World(0, 4)) == []
+    [told] = idle_ranks(Config(prompts_per_step=4), World(0, 6))
+    assert told.startswith("prompts_per_step=4 with 6 ranks: in each step 2 sample nothing")

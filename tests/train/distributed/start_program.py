@@ -79,7 +79,7 @@ def main(settings: Path, output: Path) -> None:
             os.environ["LOCAL_WORLD_SIZE"] = counts[rank]
         found[name] = tried(hybrid, hybrid)
     found["left"] = sorted(path.name for path in output.iterdir() if not path.name.startswith("rank-"))
-    found["alike"] = tried({}, {}, name="alike")
+    found["alike"] = tried({"prompts_per_step": 1}, {"prompts_per_step": 1}, name="alike")
     (output / f"rank-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
     dist.destroy_process_group()
 
