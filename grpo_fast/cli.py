@@ -21,7 +21,7 @@ from grpo_fast import __version__
 from grpo_fast.cli_evaluate import evaluate
 from grpo_fast.cli_settings import fill
 from grpo_fast.config import Config
-from grpo_fast.mistakes import in_words
+from grpo_fast.mistakes import in_words, of_file
 from grpo_fast.run_dir import CONFIG_FILE
 from grpo_fast.types import TrainingError
 
@@ -195,7 +195,10 @@ def report(run: Path) -> int:
     """
     from grpo_fast.report import write_report  # noqa: PLC0415 (matplotlib is slow to import)
 
-    Console().print(f"wrote {write_report(run)}")
+    console = Console()
+    with console.status("writing the report"):
+        written = write_report(run)
+    console.print(f"wrote {written}")
     return 0
 
 
@@ -435,7 +438,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError, TrainingError) as error:
         if hasattr(error, "told_elsewhere") and os.environ.get("LOCAL_RANK") != "0":
             sys.exit(1)  # another rank tells it, and the first one of each node
-        _fail(str(error))
+        _fail(of_file(error) if isinstance(error, OSError) else str(error))
     except KeyboardInterrupt as interrupt:
         _fail("; ".join(filter(None, ("stopped at once", str(interrupt)))), code=_INTERRUPTED)
 

@@ -45,6 +45,11 @@ def in_words(error: CycloptsError) -> str:
     return str(error)
 
 
+def of_file(error: OSError) -> str:
+    """The message for a file that cannot be read or written: its name, and the system's reason."""
+    return str(error) if error.filename is None or not error.strerror else f"{error.filename}: {error.strerror}"
+
+
 def _not_of_serve(error: UnknownOptionError, option: str) -> str:
     reason = SET_BY_SERVE.get(option.partition("=")[0].lstrip("-").replace("-", "_"))
     if reason is not None:

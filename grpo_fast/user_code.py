@@ -85,6 +85,7 @@ def accepted_arguments(
             raise LookupError(
                 f"needs a dataset column {parameter.name!r}; the dataset has {', '.join(columns) or 'no column but the prompt'}"
                 + (f"; did you mean {near[0]!r}?" if near else "")
+                + ("; answers in a column of another name: set answer_column" if parameter.name == "answer" else "")
             )
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return dict(arguments)

@@ -4,7 +4,7 @@ import pytest
 from cyclopts import CycloptsError
 
 from grpo_fast.cli import app
-from grpo_fast.mistakes import in_words
+from grpo_fast.mistakes import in_words, of_file
 
 
 @pytest.mark.parametrize(
@@ -34,3 +34,10 @@ def test_the_value_and_the_fix_are_named(line: str, message: str) -> None:
     with pytest.raises(CycloptsError) as caught:
         app(line.split(), exit_on_error=False, print_error=False)
     assert message in in_words(caught.value)
+
+
+def test_a_file_that_is_not_there_is_told_without_a_number() -> None:
+    with pytest.raises(OSError, match="nosuch") as caught:
+        open("nosuch.json")  # noqa: PTH123, SIM115 (never opened)
+    assert of_file(caught.value) == "nosuch.json: No such file or directory"
+    assert of_file(OSError("a message of its own")) == "a message of its own"

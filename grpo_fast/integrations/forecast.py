@@ -320,6 +320,8 @@ def _alone(rewards: Array) -> npt.NDArray[np.bool_]:
 
 def _checked(log: RewardLog, asked: tuple[float, float] | None) -> tuple[float, float] | None:
     low, high = float(np.nanmin(log.rewards)), float(np.nanmax(log.rewards))
+    if asked is not None and not asked[0] < asked[1]:
+        raise LogError(f"reward_range={asked} must be the lowest possible reward, then the highest")
     if asked is not None and (low < asked[0] or high > asked[1]):
         raise LogError(f"rewards run from {low:g} to {high:g}, outside reward_range={asked}; correct the range")
     return asked

@@ -220,8 +220,8 @@ def _read(path: Path, *, source: str, facts: RunFacts) -> PooledRun:
     known = np.isfinite(log.rewards)
     planned, last = log.max_steps or int(log.steps[-1]), int(log.steps[-1])
     reason = _cut_short(path, last / planned, known=log.max_steps is not None)
-    if int(known.sum()) < _FEWEST:
-        reason = f"it has {int(known.sum())} rewards; at least {_FEWEST} are needed"
+    if (count := int(known.sum())) < _FEWEST:
+        reason = f"it has {count} reward{'' if count == 1 else 's'}; at least {_FEWEST} are needed"
     if reason:
         return PooledRun(str(path), source, left_out=reason, notes=log.notes)
     return PooledRun(str(path), source, curve=_curve(log, known, planned, source=source, facts=facts), notes=log.notes)

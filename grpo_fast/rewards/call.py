@@ -61,6 +61,8 @@ def reward_name(spec: str | Callable[..., Any]) -> str:
         if spec in BUILT_IN:
             return spec
         module, colon, attribute = spec.partition(":")
+        if module.endswith(".py") and attribute and "/" not in module:
+            raise ValueError(f"reward {spec!r} names a file; a function of it is '{module.removesuffix('.py')}:{attribute}'")
         if colon and module and attribute:
             return attribute.rpartition(".")[2]
         near = difflib.get_close_matches(spec, BUILT_IN, n=1, cutoff=0.4)

@@ -119,7 +119,7 @@ class ConsoleSink:
         if not self._is_live:
             resumed = f", from step {info.start_step}" if info.start_step else ""
             device = f" on {info.device}" if info.device else ""
-            limit = f"at most {info.max_steps} steps{resumed}"
+            limit = f"at most {info.max_steps} step{'' if info.max_steps == 1 else 's'}{resumed}"
             self._line(f"grpo-fast: {info.model} learns {info.dataset}, {limit}{device}; {info.run_dir}")
             return
         self._progress = Progress(

@@ -49,6 +49,19 @@ def repeats(prompts: Sequence[Prompt], eval_prompts: Sequence[Prompt], *, prompt
     return found
 
 
+def few_held_out(asked: int, found: int, *, num_prompts: int) -> list[str]:
+    """A remark on fewer held-out prompts than were asked for.
+
+    Args:
+        asked: ``eval_size``, if somebody set it; else 0.
+        found: prompts that are held out.
+        num_prompts: prompts to train on.
+    """
+    if not 0 < found < asked:
+        return []
+    return [f"only {found} of the {asked} prompts of eval_size are held out, and {num_prompts} are trained on"]
+
+
 def plain_text(count: int, num_prompts: int) -> list[str]:
     """A remark on prompts that are no messages, for a model that has a chat template.
 

@@ -96,7 +96,8 @@ class Claim:
         if not self._config.overwrite:
             raise ConfigError(
                 f"output_dir {run} already holds a run; resume it with `grpo-fast train --resume {run}` or, in repeated "
-                "commands, --resume-if-exists, replace it with --overwrite, or name another directory"
+                "commands, --resume-if-exists, replace it with --overwrite, or name another directory (in Python: "
+                "GRPOTrainer.resume, overwrite=True)"
             )
         return True
 

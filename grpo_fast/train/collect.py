@@ -149,7 +149,9 @@ class Collector:
         problems = list(report.problems)
         if math.isnan(metrics["reward"]) and not problems and not self._has_told:
             self._has_told = True
-            problems.append(f"reward functions gave None for every completion of step {step}, so nothing is learnt from it")
+            problems.append(
+                f"reward functions gave None or NaN for every completion of step {step}, so nothing is learnt from it"
+            )
         sampled = list(groups)
         for round_ in range(1, self._config.refill_rounds + 1):
             dead = [group for group in groups if not lives(group)]

@@ -16,7 +16,7 @@ from grpo_fast.device import DeviceFacts, device_facts, energy_source
 from grpo_fast.explain import meant
 from grpo_fast.law import OnlinePredictor, Prior, RunFacts
 from grpo_fast.objective import OBJECTIVES
-from grpo_fast.rewards import RewardPool
+from grpo_fast.rewards import RewardPool, reward_name
 from grpo_fast.rollout import RolloutEngine, RolloutError
 from grpo_fast.rollout.transformers_engine import TransformersEngine, foreign_parts
 from grpo_fast.rollout.transports import Host, choose_transport
@@ -28,7 +28,7 @@ from grpo_fast.run_dir import CONFIG_FILE, write_whole
 from grpo_fast.sinks import JsonlSink, RunInfo, Sink, SinkSet, build_sinks
 from grpo_fast.tasks import PromptStream, Task
 from grpo_fast.tasks.encoded import EncodedPrompts
-from grpo_fast.tasks.remarks import plain_text, repeats, unseen
+from grpo_fast.tasks.remarks import few_held_out, plain_text, repeats, unseen
 from grpo_fast.train.claim import Claim
 from grpo_fast.train.data import (
     Data,
@@ -120,7 +120,8 @@ class Parts:
         begin = f"resuming after step {step}" if step else "training"
         return (
             f"{begin}: {self.config.model} ({(shape.body_params + shape.head_params) / 1e6:.1f} M matmul parameters) on "
-            f"{self.data.task.name} ({len(self.prompts)} prompts, {len(self.eval_prompts)} held out), {self.facts.name}"
+            f"{self.data.task.name} ({len(self.prompts)} prompts, {len(self.eval_prompts)} held out), "
+            f"rewarded by {', '.join(map(reward_name, self.data.reward_funcs))}, on {self.facts.name}"
         )
 
     def close(self) -> None:
@@ -230,6 +231,7 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
         longest = max(prompts.longest, eval_prompts.longest)
         engine = _share_engine(config, read, longest, given=given.get("engine"), world=world)
         on_error.callback(engine.close)
+        asked = config.eval_size if "eval_size" in config.model_fields_set else 0
         facts = device_facts("cpu" if policy.device.type == "cpu" else "cuda")
         parts = Parts(
             config=config,
@@ -256,6 +258,7 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
                 *(plain_text(prompts.num_plain, len(prompts)) if source.chat else ()),
                 *unseen(data.task.train),
                 *(idle_ranks(config, world) if config.rollout == "transformers" else ()),
+                *few_held_out(asked, len(eval_prompts), num_prompts=len(prompts)),
             ],
             claim=claim,
             launchers=world.gather(launcher),

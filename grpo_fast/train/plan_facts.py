@@ -189,7 +189,7 @@ def _unprobed(config: Config, inputs: PlanInputs) -> PlanFacts:
 def _data(config: Config, inputs: PlanInputs, source: PolicySource | None, notes: list[str]) -> tuple[str, int, float]:
     """Name, number of prompts and their mean length in tokens."""
     if inputs.data_size is not None and inputs.prompt_tokens is not None:
-        return f"{inputs.data_size} prompts", inputs.data_size, inputs.prompt_tokens
+        return "data of that size", inputs.data_size, inputs.prompt_tokens
     task = load_task(config, chat=source is not None and source.chat, needs_reward=config.environment_factory is None)
     count = inputs.data_size or len(task.train)
     if inputs.prompt_tokens is not None:

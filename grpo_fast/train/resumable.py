@@ -72,7 +72,10 @@ def check_resumable(saved: Config, wanted: Config) -> None:
     changed = [name for name in before if before[name] != after[name] and name not in _CHANGEABLE]
     if changed:
         listed = ", ".join(f"{name} ({before[name]!r} -> {after[name]!r})" for name in changed)
-        raise ConfigError(f"a resumed run cannot change {listed}; start a new run with another --output-dir")
+        raise ConfigError(
+            f"a resumed run cannot change {listed}; start a new run with another --output-dir; with "
+            f"--model {saved.output_dir}/checkpoint-N it begins from a checkpoint's weights"
+        )
 
 
 def takes_up_run(config: Config, launchers: Collection[str] = ()) -> bool:

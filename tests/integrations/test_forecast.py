@@ -319,6 +319,7 @@ def test_progress_in_steps_where_the_schedule_is_unknown() -> None:
     [
         ({"max_steps": 20}, "max_steps=20 is below the log's last step, 30"),
         ({"reward_range": (0.2, 0.5)}, "outside reward_range"),
+        ({"reward_range": (1.0, 0.0)}, "must be the lowest possible reward, then the highest"),
         ({"epsilon": -1.0}, "epsilon=-1.0"),
         ({"epsilon": 0.0}, "epsilon=0.0"),
         ({"num_prompts": 0}, "num_prompts=0"),

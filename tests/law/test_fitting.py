@@ -223,7 +223,7 @@ def test_what_is_no_curve_is_refused():
     place = np.array([0.5, 1.0])
     with pytest.raises(ValueError, match="1 rewards with 1 values of progress"):
         RewardCurve(place[:1], place[:1], 10)
-    with pytest.raises(ValueError, match="2 rewards at 1 places"):
+    with pytest.raises(ValueError, match="2 rewards with 1 values of progress"):
         RewardCurve(place, place[:1], 10)
     with pytest.raises(ValueError, match="finite"):
         RewardCurve(np.array([0.5, np.nan]), place, 10)

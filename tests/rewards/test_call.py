@@ -56,6 +56,8 @@ def test_built_in_rewards_are_found_by_name(name: str) -> None:
 
 
 def test_unknown_built_in_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"'mine.py:right' names a file; a function of it is 'mine:right'"):
+        resolve_reward("mine.py:right")
     with pytest.raises(ValueError, match=r"unknown reward 'acuracy'; did you mean 'accuracy'\?"):
         resolve_reward("acuracy")
     with pytest.raises(ValueError, match="'module:function'"):
@@ -126,7 +128,10 @@ def test_a_missing_column_is_named() -> None:
     with pytest.raises(InvalidRewardError, match="needs a dataset column 'solution'; the dataset has answer"):
         call(lambda completions, solution: [0.0])
     bare = {name: ARGUMENTS[name] for name in ARGUMENTS if name != "answer"}
-    with pytest.raises(InvalidRewardError, match="needs a dataset column 'answer'; the dataset has no column but the prompt"):
+    with pytest.raises(
+        InvalidRewardError,
+        match="no column but the prompt; answers in a column of another name: set answer_column",
+    ):
         call(resolve_reward("accuracy").function, bare)
 
 

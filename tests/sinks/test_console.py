@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import os
@@ -58,6 +59,14 @@ def _screen(width: int, *, height: int = 40, info: RunInfo | None = None) -> tup
 
 def _shown(console: Console) -> str:
     return console.export_text().rsplit("╭", 1)[1]
+
+
+def test_one_step_is_one_step() -> None:
+    sink, file = _plain()
+    sink.start(dataclasses.replace(_info(), max_steps=1))
+    assert ", at most 1 step" in file.getvalue()
+    assert "1 steps" not in file.getvalue()
+    sink.close()
 
 
 def test_lines_of_a_pipe_are_plain_and_few() -> None:

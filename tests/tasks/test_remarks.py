@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from datasets import Audio, Dataset, Features, Image, Sequence, Value
 
-from grpo_fast.tasks.remarks import plain_text, repeats, unseen
+from grpo_fast.tasks.remarks import few_held_out, plain_text, repeats, unseen
 from grpo_fast.types import Prompt
 
 
@@ -54,3 +54,11 @@ def test_pictures_in_hand_are_told_by_the_names_of_their_columns() -> None:
     image = pytest.importorskip("PIL.Image", reason="Pillow is not installed").fromarray(np.zeros((2, 2, 3), np.uint8))
     (told,) = unseen(Dataset.from_list([{"prompt": "a", "image": image, "images": [image]}]))
     assert told.startswith("the columns 'image', 'images' hold images")
+
+
+def test_fewer_held_out_prompts_than_were_asked_for_are_told() -> None:
+    told = ["only 40 of the 500 prompts of eval_size are held out, and 160 are trained on"]
+    assert few_held_out(500, 40, num_prompts=160) == told
+    assert (
+        few_held_out(40, 40, num_prompts=160) == few_held_out(0, 40, num_prompts=160) == few_held_out(9, 0, num_prompts=9) == []
+    )

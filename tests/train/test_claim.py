@@ -148,7 +148,7 @@ def test_a_directory_that_became_a_run_while_the_model_was_read_is_left_alone(
     assert not (tmp_path / "run").exists(), "nothing is written yet"
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / CONFIG_FILE).touch()
-    with pytest.raises(ConfigError, match="already holds a run"):
+    with pytest.raises(ConfigError, match=r"already holds a run; .*\(in Python: GRPOTrainer.resume, overwrite=True\)"):
         claim.open()
     claim.release()
 

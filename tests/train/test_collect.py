@@ -194,7 +194,7 @@ def test_a_step_without_any_reward_is_told_once(build: Build) -> None:
     collector = build(nothing)
     told = [collector.collect(step, PhaseTimer()).problems for step in (1, 2)]
     assert [len(problems) for problems in told] == [1, 0]
-    assert told[0] == ["reward functions gave None for every completion of step 1, so nothing is learnt from it"]
+    assert told[0] == ["reward functions gave None or NaN for every completion of step 1, so nothing is learnt from it"]
     assert build([nothing, numbered]).collect(1, PhaseTimer()).problems == []
 
 

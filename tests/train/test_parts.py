@@ -291,6 +291,7 @@ def test_weights_of_rewards_reach_the_pool(build: Any) -> None:
 def test_held_out_prompts_keep_to_their_number(build: Any) -> None:
     assert len(build(eval_size=3).eval_prompts) == 3
     assert len(build(eval_size=100).eval_prompts) == 8
+    assert any("only 8 of the 100 prompts of eval_size" in remark for remark in build(eval_size=100).remarks)
 
 
 def test_a_reference_is_a_second_copy_of_the_weights(build: Any) -> None:
@@ -305,7 +306,7 @@ def test_what_begins_is_told_in_one_line(build: Any) -> None:
     parts = build()
     assert "training: " in parts.describe(0)
     assert "resuming after step 4" in parts.describe(4)
-    assert "24 prompts, 4 held out" in parts.describe(0)
+    assert "24 prompts, 4 held out), rewarded by exact_match, on " in parts.describe(0)
     assert "letters" in parts.describe(0)
 
 

@@ -66,6 +66,7 @@ def test_sizes_are_read_without_weights() -> None:
 def test_a_plan_without_model_and_data() -> None:
     inputs = PlanInputs(model_size=7.0, prompt_tokens=100.0, data_size=5000, gpu="H100 80GB HBM3", num_devices=8, lora=True)
     known = gather(Config(dataset="nowhere.jsonl"), inputs)
+    assert known.dataset == "data of that size", "the plan adds the number"
     assert (known.num_prompts, known.work.prompt_tokens, known.facts.size_b, known.facts.lora) == (5000, 100.0, 7.0, True)
     assert known.work.shape.body_params == 7e9
     assert known.work.shape.lora_params == 7e7
