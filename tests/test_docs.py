@@ -48,7 +48,7 @@ OTHER_NAMES = {
     "reduce_lr_on_plateau",
     "response_template",
 }
-COMMANDS = {"train", "plan", "forecast", "law", "export", "report", "doctor", "serve"}
+COMMANDS = {"train", "plan", "forecast", "law", "export", "report", "doctor", "evaluate", "serve"}
 
 
 @dataclass(frozen=True)
