@@ -110,7 +110,7 @@ class World:
             store = _store(timedelta(seconds=timeout_s))
             store.set(f"rank {self.rank}", "here")
         except RuntimeError as error:
-            raise self._alone(timeout_s, "the one that keeps the addresses, rank 0 or torchrun,") from error
+            raise self._alone(timeout_s, "rank 0 or torchrun, which keeps the addresses,") from error
         try:
             store.wait([f"rank {rank}" for rank in range(self.size)], timedelta(seconds=timeout_s))
         except RuntimeError as error:
@@ -120,8 +120,8 @@ class World:
 
     def _alone(self, waited_s: float, missing: str) -> RankLostError:
         return RankLostError(
-            f"rank {self.rank} of {self.size} waited {waited_s:g} s for all to come, and {missing} did not: what was started "
-            "there has failed, or cannot be reached from here; its own output tells why"
+            f"rank {self.rank} of {self.size} waited {waited_s:g} s for the others to start, but {missing} did not: they "
+            "failed, or cannot be reached from this host; see their own output"
         )
 
     @property

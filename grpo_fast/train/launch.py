@@ -27,7 +27,7 @@ def refuse_lone_tasks(environment: Mapping[str, str] = os.environ) -> None:
     if tasks != "1" and "SLURM_PROCID" in environment and "WORLD_SIZE" not in environment:
         raise ConfigError(
             f"srun has started {tasks} tasks, and each would train alone: have it start one torchrun on each node "
-            "(--ntasks-per-node=1), which starts the processes; for runs of their own set WORLD_SIZE=1"
+            "(--ntasks-per-node=1), which starts the processes; for independent runs set WORLD_SIZE=1"
         )
 
 

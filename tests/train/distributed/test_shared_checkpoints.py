@@ -77,7 +77,7 @@ def test_a_part_that_cannot_be_written_is_told_in_one_line_with_its_rank(found: 
 @pytest.mark.slow
 def test_what_a_rank_lacks_or_loses_is_no_damage_to_the_checkpoint(found: dict[str, str]) -> None:
     assert found["too large"] == "MemoryError: no memory"
-    assert found["lost"].startswith("RankLostError: rank 0 of 2 lost another one")
+    assert found["lost"].startswith("RankLostError: rank 0 of 2 lost another rank")
     assert "--overwrite" not in found["lost"]
 
 
