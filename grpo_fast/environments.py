@@ -10,19 +10,20 @@ A class without ``step`` is one as TRL has them, whose public methods are tools 
 
 from __future__ import annotations
 
+import logging
 import math
-import multiprocessing
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from multiprocessing.pool import ThreadPool
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeAlias
+from typing import Any, NamedTuple, Protocol, Self, TypeAlias
 
+from grpo_fast.timed_calls import OverdueError, TimedCalls
 from grpo_fast.tools import NoEnvironment, Tool, ToolEnvironment, as_text, methods_of, schemas_of
 from grpo_fast.types import Message, Prompt, TrainingError, is_message
-from grpo_fast.user_code import accepted_arguments, awaited, describe_failure, import_object, name_of, shown
+from grpo_fast.user_code import accepted_arguments, describe_failure, import_object, name_of, shown
+
+_log = logging.getLogger(__name__)
 
 Reply: TypeAlias = str | list[Message]
 """An environment's reply: text, or messages if the prompt is messages."""
@@ -59,13 +60,11 @@ class EnvironmentFailedError(TrainingError):
     """A call of an environment that raised, took too long or broke the contract; the message names the dataset's row."""
 
 
-@dataclass(slots=True)
-class _Call:
+class _Call(NamedTuple):
     """One call of one environment."""
 
     function: Callable[[], Any]
     prompt: Prompt
-    running: bool = False
 
 
 class Environments:
@@ -109,7 +108,8 @@ class Environments:
         self._make: Callable[[], Any] | None = None
         self._free: list[Any] = []
         self._lock = threading.Lock()
-        self._threads: ThreadPool | None = None
+        self._made: list[Any] = []
+        self._calls = TimedCalls(timeout_s=timeout_s, workers=workers)
         self._can_rate = False
 
     def start(self) -> None:
@@ -118,7 +118,7 @@ class Environments:
         Raises:
             ValueError: it cannot be found, imported or made, lacks a method, or has a tool that cannot be described.
         """
-        made = self._new()
+        made = self._first()
         if isinstance(made, ToolEnvironment):
             if not made.tools:
                 raise ValueError(
@@ -174,11 +174,13 @@ class Environments:
         """Begins an episode for each prompt.
 
         Raises:
-            EnvironmentFailedError: a ``reset`` failed.
+            EnvironmentFailedError: an environment cannot be made, or a ``reset`` failed.
         """
+        assert self._make is not None
         with self._lock:
             made = [self._free.pop() for _ in prompts[: len(self._free)]]
-        made += [self._new() for _ in prompts[len(made) :]]
+        new = self.run("making it", [_Call(self._make, prompt) for prompt in prompts[len(made) :]])
+        made += [self._prepared(each) for each in new]
         episodes = Episodes(self, made, prompts)
         calls = []
         for each, prompt in zip(made, prompts, strict=True):
@@ -195,28 +197,15 @@ class Environments:
         """
         if not calls:
             return []
-        if self._threads is None:
-            self._threads = ThreadPool(self.workers)
 
-        def one(call: _Call) -> Any:
-            call.running = True
-            try:
-                return awaited(call.function())
-            except Exception as error:
-                raise EnvironmentFailedError(
-                    f"environment {self.name!r}: {method} {describe_failure(error)} for row {call.prompt.index}"
-                ) from error
-            finally:
-                call.running = False
+        def failed(place: int, error: BaseException) -> EnvironmentFailedError:
+            row = calls[place].prompt.index
+            return EnvironmentFailedError(f"environment {self.name!r}: {method} {describe_failure(error)} for row {row}")
 
-        # So many calls take no longer together where none takes longer than it may.
-        limit = self.timeout_s * math.ceil(len(calls) / self.workers)
         try:
-            return self._threads.map_async(one, calls, chunksize=1).get(limit)
-        except multiprocessing.TimeoutError:
-            self._threads.close()
-            self._threads = None  # its threads are daemons; a new pool does without those that hang
-            rows = sorted({call.prompt.index for call in calls if call.running})
+            return self._calls.run([call.function for call in calls], failed)
+        except OverdueError as error:
+            rows = sorted({calls[place].prompt.index for place in error.places})
             raise EnvironmentFailedError(
                 f"environment {self.name!r}: {method} took longer than {self.timeout_s:g} s for row "
                 f"{', '.join(map(str, rows[:5])) or 'unknown'} (environment_timeout_s)"
@@ -228,15 +217,20 @@ class Environments:
             self._free.extend(made)
 
     def close(self) -> None:
-        """Lets the threads and the environments go, and calls ``close`` of those that have it; twice is harmless."""
-        threads, self._threads = self._threads, None
-        if threads is not None:
-            threads.close()
+        """Calls ``close`` of the environments that have it, also after a failure, and lets them go; twice is harmless.
+
+        What goes wrong in that is logged, as nothing depends on it any more.
+        """
         with self._lock:
-            free, self._free = self._free, []
-        for each in free:
-            if callable(getattr(each, "close", None)):
-                awaited(each.close())
+            made, self._made, self._free = self._made, [], []
+        closing = [each.close for each in made if callable(getattr(each, "close", None))]
+        if closing:
+            try:
+                self._calls.run(closing, lambda _, error: EnvironmentFailedError(describe_failure(error)))
+            except (EnvironmentFailedError, OverdueError) as error:
+                told = f"took longer than {self.timeout_s:g} s" if isinstance(error, OverdueError) else error
+                _log.warning("environment %r: close %s", self.name, told)
+        self._calls.close()
 
     def __enter__(self) -> Self:
         self.start()
@@ -245,22 +239,28 @@ class Environments:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _new(self) -> Any:
-        if self._make is None:
-            found = import_object(self._factory, kind="environment") if isinstance(self._factory, str) else self._factory
-            if not callable(found):
-                raise ValueError(f"environment {self.name!r} is {shown(found)}, which makes nothing; name a class")
-            self._make = found
+    def _first(self) -> Any:
+        found = import_object(self._factory, kind="environment") if isinstance(self._factory, str) else self._factory
+        if not callable(found):
+            raise ValueError(f"environment {self.name!r} is {shown(found)}, which makes nothing; name a class")  # noqa: TRY004
+        self._make = found
         try:
-            made = self._make()
+            made = found()
         except Exception as error:
             raise ValueError(f"environment {self.name!r} cannot be made: {describe_failure(error)}") from error
+        return self._prepared(made)
+
+    def _prepared(self, made: Any) -> Any:
+        """An environment as it is played with; :meth:`close` will close it."""
         if getattr(made, "reset", None) is None:
             raise ValueError(
                 f"environment {self.name!r} has no method 'reset', which begins an episode; beside it stands step, or methods "
                 "that are tools do (docs/environments.md)"
             )
-        return made if callable(getattr(made, "step", None)) else ToolEnvironment(made, self._tools)
+        prepared = made if callable(getattr(made, "step", None)) else ToolEnvironment(made, self._tools)
+        with self._lock:
+            self._made.append(prepared)
+        return prepared
 
     def _observation(self, answer: Any, made: Any, prompt: Prompt) -> str:
         """What ``reset`` would have put behind the prompt."""

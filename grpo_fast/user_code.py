@@ -118,13 +118,6 @@ class AsyncCode:
         _outside_loops(self._runner.close)
 
 
-def awaited(result: Any) -> Any:
-    """What a call gave in the end: an awaitable is waited for in a loop of its own, inside a running one too."""
-    if not inspect.isawaitable(result):
-        return result
-    return _outside_loops(lambda: asyncio.run(_wait(result)))
-
-
 def _outside_loops(call: Callable[[], Any]) -> Any:
     """Calls here, or where a loop runs here, which cannot be entered a second time, in a thread of its own."""
     try:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import math
 import subprocess
 import sys
@@ -69,17 +70,29 @@ def test_episodes_run_side_by_side_and_instances_are_used_again(counting: type[C
         assert counting.made == 4, "episodes that overlap do not share"
 
 
-def test_calls_run_at_a_time_and_may_be_async() -> None:
-    together = threading.Barrier(4)
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_calls_run_at_a_time_and_may_be_async(asynchronous: bool) -> None:
+    """Async ones on one loop, from call to call: what an environment keeps, as a connection, may be bound to it."""
+    together, awaited = threading.Barrier(4), asyncio.Barrier(4)
 
     class Waiting:
-        async def reset(self, prompt: str) -> None: ...
+        def reset(self, prompt: str) -> None: ...
 
-        async def step(self, completion: str) -> str:
+        def step(self, completion: str) -> str:
             together.wait(timeout=20)
             return completion.upper()
 
-    with Environments(Waiting, workers=4) as environments, environments.begin(prompts(*"abcd")) as episodes:
+    class Async:
+        async def reset(self, prompt: str) -> None:
+            self.loop = asyncio.get_running_loop()
+
+        async def step(self, completion: str) -> str:
+            assert self.loop is asyncio.get_running_loop()
+            await awaited.wait()
+            return completion.upper()
+
+    kind = Async if asynchronous else Waiting
+    with Environments(kind, workers=4) as environments, environments.begin(prompts(*"abcd")) as episodes:
         assert not environments.can_rate
         assert episodes.step(range(4), list("wxyz")) == list("WXYZ")
         assert episodes.rewards() == [None] * 4
@@ -175,13 +188,46 @@ def test_a_call_that_hangs_does_not_keep_the_process(tmp_path: Path) -> None:
     assert "reset took longer than 0.2 s for row 0" in ended.stderr
 
 
-def test_closing_closes_environments_that_can_be() -> None:
+def test_closing_closes_all_environments_that_can_be_also_after_a_failure(caplog: pytest.LogCaptureFixture) -> None:
     closed: list[int] = []
-    with Environments(saying(None, close=lambda self: closed.append(1))) as environments:
+
+    def close(self: Any) -> None:
+        closed.append(1)
+        if len(closed) == 3:
+            raise OSError("the sandbox is gone")
+
+    def step(self: Any, text: str) -> None:
+        raise KeyError(text)
+
+    with Environments(saying(None, close=close, step=step)) as environments:
         with environments.begin(prompts("p", "q")):
             assert closed == []
-        environments.close()
-    assert closed == [1, 1]
+        with pytest.raises(EnvironmentFailedError), environments.begin(prompts("p", "q", "r")) as episodes:
+            episodes.step([0], ["x"])
+    assert closed == [1, 1, 1]
+    assert "environment 'Saying': close raised OSError: the sandbox is gone" in caplog.text
+
+
+def test_environments_are_made_side_by_side_and_what_fails_in_that_ends_a_run_with_a_checkpoint() -> None:
+    together, made = threading.Barrier(3), []
+
+    class Slow:
+        def __init__(self) -> None:
+            made.append(1)
+            if len(made) > 1:
+                together.wait(timeout=20)
+            if len(made) > 4:
+                raise OSError("no more sandboxes")
+
+        def reset(self, prompt: str) -> None: ...
+
+        def step(self, completion: str) -> None: ...
+
+    with Environments(Slow, workers=3) as environments:
+        with environments.begin(prompts("a", "b", "c", "d")):
+            pass
+        with pytest.raises(EnvironmentFailedError, match=r"'Slow': making it raised OSError: no more sandboxes .* for row \d+"):
+            environments.begin(prompts(*"abcdefg"))
 
 
 def test_what_is_no_environment_is_refused_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

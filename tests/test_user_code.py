@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from grpo_fast.user_code import AsyncCode, accepted_arguments, awaited, describe_failure, import_object, is_async, name_of
+from grpo_fast.user_code import AsyncCode, accepted_arguments, describe_failure, import_object, is_async, name_of
 
 
 def test_names_are_those_of_what_is_called_in_the_end() -> None:
@@ -50,24 +50,6 @@ def test_a_function_gets_what_it_names() -> None:
         accepted_arguments(other, given, always=("prompt",))
     with pytest.raises(LookupError, match="the dataset has no column but the prompt"):
         accepted_arguments(other, {"prompt": "p"}, always=("prompt",))
-
-
-def test_what_is_awaited_may_stand_in_a_running_loop_too() -> None:
-    async def later(value: int) -> int:
-        await asyncio.sleep(0)
-        return value
-
-    async def failing() -> None:
-        raise KeyError("inside")
-
-    async def in_a_notebook() -> int:
-        with pytest.raises(KeyError, match="inside"):
-            awaited(failing())
-        return int(awaited(later(4)))
-
-    assert awaited(3) == 3
-    assert awaited(later(4)) == 4
-    assert asyncio.run(in_a_notebook()) == 4
 
 
 def test_async_functions_are_told_by_what_is_called_in_the_end() -> None:

@@ -206,19 +206,19 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
         check_sampler(config, source)
     nodes = {"num_devices": world.size, "devices_per_node": world.ranks_per_node}
     world.each(lambda: check_room(source.model_config, source.config, **nodes))
-    environments = choose_environments(config, given)
-    replies = choose_replies(config, environments, source)
-    data = world.each(lambda: choose_data(config, given, chat=source.chat, environments=environments))
-    rewards = build_pool(config, data.reward_funcs, config.reward_weights, world=world)
-    if resume:
-        world.once(lambda: data.check_names(config.output_dir))
-    schemas = () if environments is None else environments.schemas
-    prompts, eval_prompts = world.each(lambda: encoded_task(config, data.task, source, tools=schemas))
-    check_prompts(prompts, eval_prompts, world)
     with contextlib.ExitStack() as on_error:
-        on_error.callback(rewards.close)
+        environments = choose_environments(config, given)
         if environments is not None:
             on_error.callback(environments.close)
+        replies = choose_replies(config, environments, source)
+        data = world.each(lambda: choose_data(config, given, chat=source.chat, environments=environments))
+        rewards = build_pool(config, data.reward_funcs, config.reward_weights, world=world)
+        if resume:
+            world.once(lambda: data.check_names(config.output_dir))
+        schemas = () if environments is None else environments.schemas
+        prompts, eval_prompts = world.each(lambda: encoded_task(config, data.task, source, tools=schemas))
+        check_prompts(prompts, eval_prompts, world)
+        on_error.callback(rewards.close)
         rewards.start(prompts.columns)
         check_episodes(data, prompts, replies)
         if config.rollout == "vllm-http" and "engine" not in given:
