@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from grpo_fast.types import Message, PromptText
 
+_LEAD = "\n"
 _SAID = "what the policy said"
 """Stands for it in the conversation that is rendered; what comes behind it does not depend on it."""
 
@@ -47,7 +48,7 @@ class Replies:
             ConfigError: the chat template refuses the messages.
         """
         text = reply if isinstance(reply, str) else self._rendered(reply)
-        ids = self._ids(text)
+        ids = self._continued(text)
         return ids[1:] if not isinstance(reply, str) and ids[:1] == [last_token] else ids
 
     def prompt_ids(self, messages: list[Message], *, index: int) -> tuple[int, ...]:
@@ -89,6 +90,12 @@ class Replies:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of what the policy said, without special tokens."""
         return decode(self._tokenizer, token_ids)
+
+    def _continued(self, text: str) -> list[int]:
+        """Tokens of text that other text stands before: some tokenisers put a space before what they are given."""
+        lead, whole = self._ids(_LEAD), self._ids(_LEAD + text)
+        apart = whole[: len(lead)] == lead
+        return whole[len(lead) :] if apart else self._ids(text)
 
     def _ids(self, text: str) -> list[int]:
         found: list[int] = self._tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)[

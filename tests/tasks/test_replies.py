@@ -71,6 +71,17 @@ def test_text_goes_on_as_it_is(tokenizer: PreTrainedTokenizerFast) -> None:
     assert replies.decode((9, 12, 2)) == "what said"
 
 
+@pytest.mark.parametrize(("text", "pieces"), [("42=", ["4", "2", "="]), (" 42", ["▁", "4", "2"]), ("\n4", ["\n", "4"])])
+def test_no_space_is_put_before_text_that_goes_on(text: str, pieces: list[str]) -> None:
+    """Tokenisers made like SentencePiece put one before whatever they are given."""
+    fast = Tokenizer(models.BPE({each: number for number, each in enumerate("▁\n42=")}, []))
+    fast.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast)
+    assert tokenizer.tokenize("42=")[0] == "▁", "as it would be alone"
+    ids = Replies(tokenizer, {}).token_ids(text, last_token=0)
+    assert tokenizer.convert_ids_to_tokens(ids) == pieces
+
+
 def test_what_a_template_cannot_take_is_told(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ConfigError, match=r"refuses the environment's messages \[\{'role': 'bad'.*no such role"):
         Replies(tokenizer, {}).token_ids([{"role": "bad", "content": ""}], last_token=2)
