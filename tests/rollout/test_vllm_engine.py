@@ -380,7 +380,7 @@ def test_a_cache_that_is_told_frees_a_gpu_of_the_share() -> None:
 def test_shards_in_host_memory_are_no_policy_on_a_cpu(embedded: Any) -> None:
     """It is refused for what it lacks, a server, and not for want of a GPU."""
     settings = VLLMSettings(transport="nccl", enable_sleep_mode=True)
-    with pytest.raises(RolloutError, match="is gone"):
+    with pytest.raises(RolloutError, match="cannot be reached"):
         VLLMServerEngine(
             embedded.model,
             embedded.tokenizer,
