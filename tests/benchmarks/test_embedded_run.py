@@ -41,4 +41,4 @@ def test_the_forecast_stops_it_in_time_and_keeps_what_was_to_be_had(run: dict[st
     assert stop, "the forecast never asked for a stop"
     assert stop["step"] < run["max_steps"]
     assert stop["accuracy"] >= 0.98 * run["final_accuracy"]
-    assert "probability" in stop["reason"]
+    assert "chance that less than 0.01 reward is left" in stop["reason"]

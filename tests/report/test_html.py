@@ -58,7 +58,7 @@ def test_one_file_tells_the_run_and_needs_nothing_else(report: Path) -> None:
     ours = re.sub(r"base64,[A-Za-z0-9+/=]+", "", text)
     assert not re.search(r"https?:|@import|url\(", ours)
     assert "stopped itself at step 168 of 400" in text
-    assert "below 0.01 with probability 91.2%" in text
+    assert "there is a 91.2% chance that less than 0.01 reward is left" in text
     assert "TFLOP" in text
     assert "prefers-color-scheme: dark" in text
     assert "learning_rate" in text
