@@ -18,10 +18,9 @@ from grpo_fast.run_dir import run_of, write_whole
 from grpo_fast.train.checkpoint import check_checkpoint
 from grpo_fast.train.data import Data, check_episodes, choose_data, choose_environments, choose_replies, encoded
 from grpo_fast.train.distributed import ALONE
-from grpo_fast.train.episodes import InTurns, OneTurn
 from grpo_fast.train.evaluate import answers
 from grpo_fast.train.export import PLAIN, checkpoint_to_use
-from grpo_fast.train.parts import build_engine, build_pool, check_sampler, check_vllm
+from grpo_fast.train.parts import build_engine, build_pool, build_sampler, check_sampler, check_vllm
 from grpo_fast.train.policy_source import PolicySource, check_dtype
 from grpo_fast.types import Group
 
@@ -157,10 +156,7 @@ def evaluate_model(config: Config, source: str) -> Evaluation:
         engine = build_engine(config, policy, prompts.longest)
         opened.callback(engine.close)
         engine.sync_weights(policy.model, 1)
-        turns = config.max_turns
-        sampler = (
-            OneTurn(engine) if environments is None else InTurns(engine, environments, replies, max_turns=turns, world=ALONE)
-        )
+        sampler = build_sampler(config, engine, data, replies, world=ALONE)
         groups = answers(config, sampler, prompts[: config.eval_size])
         return Evaluation(
             model=source if checkpoint is None else str(checkpoint),

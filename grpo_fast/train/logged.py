@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 _OWN = re.compile(
     r"(step|progress|epoch|learning_rate|reward|reward_std|rewards|frac_reward_zero_std|frac_reward_all_wrong|refilled_prompts"
-    r"|steps_without_variance|alarm|forecast|completions|num_turns|loss|grad_norm|entropy|kl|clip_ratio|cispo_clip_ratio"
+    r"|steps_without_variance|alarm|forecast|completions|num_turns|tools|loss|grad_norm|entropy|kl|clip_ratio|cispo_clip_ratio"
     r"|sampling|sample|overlap|sync|num_tokens|tokens|flops|gpu_seconds|energy_kwh|money|mfu|step_time|time|budget)(/.*)?"
     r"|eval_.*",
     re.DOTALL,

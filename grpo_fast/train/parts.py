@@ -29,6 +29,7 @@ from grpo_fast.sinks import JsonlSink, RunInfo, Sink, SinkSet, build_sinks
 from grpo_fast.tasks import PromptStream, Task
 from grpo_fast.tasks.encoded import EncodedPrompts
 from grpo_fast.tasks.remarks import few_held_out, plain_text, repeats, unseen
+from grpo_fast.tasks.replies import Replies
 from grpo_fast.train.claim import Claim
 from grpo_fast.train.data import (
     Data,
@@ -242,9 +243,7 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
             policy=policy,
             reference=_reference(source, policy, config=config, world=world) if config.beta > 0 else None,
             engine=engine,
-            sampler=OneTurn(engine)
-            if environments is None
-            else InTurns(engine, environments, replies, max_turns=config.max_turns, world=world, judges=data.judges),
+            sampler=build_sampler(config, engine, data, replies, world=world),
             rewards=rewards,
             eval_rewards=build_pool(config, (data.measure,), (), world=world) if data.measure else rewards,
             predictor=given.get("predictor") or _build_predictor(config, prior, num_parameters=num_parameters),
@@ -363,6 +362,13 @@ def _wait_for_servers(config: Config) -> None:
         wait_until_up(config.vllm_server_urls, timeout_s=config.vllm_server_timeout, deadline_s=config.sync_deadline_s)
     except RolloutError as error:
         raise ConfigError(f"rollout={config.rollout!r}: {error}") from None
+
+
+def build_sampler(config: Config, engine: RolloutEngine, data: Data, replies: Replies, *, world: World) -> Sampler:
+    """Builds what has prompts answered: by the engine alone, or in turns with the environments."""
+    if data.environments is None:
+        return OneTurn(engine)
+    return InTurns(engine, data.environments, replies, max_turns=config.max_turns, world=world, judges=data.judges)
 
 
 def check_sampler(config: Config, source: PolicySource) -> None:

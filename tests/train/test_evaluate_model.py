@@ -19,6 +19,18 @@ def vowels(completions, **columns):
 
 def first(completions, answer, **columns):
     return [None if wanted == "h" else float(text[:1] == wanted) for text, wanted in zip(completions, answer)]
+
+
+class Listening:
+    def reset(self, prompt):
+        self.heard = ""
+
+    def step(self, completion):
+        self.heard += completion
+
+
+def heard(environments, **columns):
+    return [float(len(set(environment.heard))) for environment in environments]
 """
 
 
@@ -37,8 +49,17 @@ def letters_config(
     )
 
 
+OF_ENVIRONMENTS = {"environment_factory": "letter_rewards:Listening", "reward_funcs": ("letter_rewards:heard",)}
+
+
 @pytest.mark.parametrize(
-    "changes", [{"learning_rate": 3e-3}, {"learning_rate": 3e-2, "use_peft": True}], ids=["whole", "adapters"]
+    "changes",
+    [
+        {"learning_rate": 3e-3},
+        {"learning_rate": 3e-2, "use_peft": True},
+        {"learning_rate": 3e-2, **OF_ENVIRONMENTS},
+    ],
+    ids=["whole", "adapters", "environments"],
 )
 def test_a_checkpoint_gets_the_reward_that_its_run_measured(
     changes: dict[str, Any], letters_config: Callable[..., Config]

@@ -12,6 +12,6 @@ def test_names_that_the_run_has_are_told_apart() -> None:
     assert named_apart(own | others) == {f"logged/{name}": value for name, value in own.items()} | others
 
 
-@pytest.mark.parametrize("name", sorted(NAMES))
+@pytest.mark.parametrize("name", sorted({*NAMES, "tools/call_frequency", "tools/failure_frequency"}))
 def test_every_metric_of_a_run_is_its_own(name: str) -> None:
     assert is_own(name)
