@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 PROGRAM = Path(__file__).with_name("rank_program.py")
 TIMED = ("time/", "budget/", "step_time", "gpu_seconds", "energy_kwh", "money", "mfu")
 RESUMED = ("whole", "adapters")
@@ -46,6 +48,19 @@ COMMON: dict[str, Any] = {
 def search_path(directory: Path) -> str:
     """Where a process finds the package, and modules of ``directory``."""
     return os.pathsep.join([str(Path(__file__).parents[3]), str(directory), os.environ.get("PYTHONPATH", "")])
+
+
+def two_ranks(store: dist.TCPStore, directory: Path) -> dict[str, str]:
+    """Environment of two ranks that are started one by one, but for their numbers; ``store`` is kept by who starts them."""
+    return {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": search_path(directory),
+    }
 
 
 def torchrun(

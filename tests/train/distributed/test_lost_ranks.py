@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from grpo_fast.config import Config
 from grpo_fast.train import GRPOTrainer
-from tests.train.distributed.launches import search_path, torchrun, trace
+from tests.train.distributed.launches import torchrun, trace, two_ranks
 from tests.train.distributed.rank_program import vowels
 
 DEADLINE_S = 60.0
@@ -96,16 +96,7 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed(fatal: Callable[..., list
 def test_a_rank_that_dies_or_hangs_ends_the_others_in_time(fate: str, fatal: Callable[..., list[str]], tmp_path: Path) -> None:
     # the launcher keeps the store, as torchrun's does: a port that is only looked for may be another process's by then
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    shared = {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": search_path(tmp_path),
-        "FATAL_SIGNAL": fate,
-    }
+    shared = two_ranks(store, tmp_path) | {"FATAL_SIGNAL": fate}
     command = [program_path(), *fatal(ddp_timeout_s=1800 if fate == "SIGKILL" else 20)]
     ranks = [
         subprocess.Popen(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from tests.train.distributed.launches import search_path
+from tests.train.distributed.launches import two_ranks
 
 PROGRAM = Path(__file__).with_name("checkpoint_program.py")
 
@@ -21,15 +21,7 @@ def found(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     """What rank 0 was told; rank 1 dies in the end. No torchrun ends the one for the other's sake."""
     output = tmp_path_factory.mktemp("checkpoints")
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    shared = {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": search_path(output),
-    }
+    shared = two_ranks(store, output)
     ranks = [
         subprocess.Popen(
             [sys.executable, PROGRAM, tiny_model, output],
