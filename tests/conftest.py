@@ -52,6 +52,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Coverage is what everyday tests reach: slow ones, and the processes that they start, would take half as long again."""
+    slow = item.get_closest_marker("slow") is not None and item.get_closest_marker("vllm") is None
+    with untraced_processes() if slow else contextlib.nullcontext():
+        return (yield)
+
+
 @contextlib.contextmanager
 def without_tracer() -> Iterator[None]:
     """Coverage's tracer is called for each line of ours and for none of installed packages."""
@@ -65,11 +73,18 @@ def without_tracer() -> Iterator[None]:
         threading.settrace(tracers[1])
 
 
-@pytest.fixture
-def untraced() -> Iterator[None]:
-    """For what is timed, and for long runs; processes that are started have no tracer either."""
+@contextlib.contextmanager
+def untraced_processes() -> Iterator[None]:
+    """No tracer, in processes that are started neither."""
     with pytest.MonkeyPatch.context() as patch, without_tracer():
         patch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+        yield
+
+
+@pytest.fixture
+def untraced() -> Iterator[None]:
+    """For what is timed, and for long runs of vLLM."""
+    with untraced_processes():
         yield
 
 

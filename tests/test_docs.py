@@ -115,7 +115,6 @@ def run(command: list[str], home: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize("page", [page for page in PAGES if any(block.runs for block in blocks(page))], ids=lambda p: p.stem)
 def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path) -> None:
     with contextlib.closing(Shell(tmp_path)) as shell:
@@ -197,7 +196,6 @@ def test_the_number_of_shapes_is_the_laws() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("untraced")
 def test_the_reference_is_made_from_the_docstrings(tmp_path: Path) -> None:
     make = ["make", "--dry-run", "--no-print-directory", "--old-file=env-dev", "docs"]
     made = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True)

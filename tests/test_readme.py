@@ -21,7 +21,6 @@ COMMANDS = [line.strip() for block in SHELL for line in block.splitlines() if li
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("untraced")
 def test_the_python_example_runs(tmp_path: Path) -> None:
     assert len(PYTHON) == 1
     script = tmp_path / "example.py"
@@ -34,7 +33,6 @@ def test_the_python_example_runs(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.usefixtures("untraced")
 def test_the_commands_of_the_embedded_model_run(tmp_path: Path) -> None:
     local = [command for command in COMMANDS if "--model" not in command]  # those that need no hub
     assert len(local) == 3

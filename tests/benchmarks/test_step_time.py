@@ -9,7 +9,7 @@ pytest.importorskip("trl", reason="TRL is not installed; the comparison needs it
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # TRL's own
-def test_the_median_step_costs_at_most_half_of_trls(untraced: None) -> None:
+def test_the_median_step_costs_at_most_half_of_trls() -> None:
     from benchmarks.system.step_time import measure
 
     # over a run: TRL's steps cost the same all through it, ours most while nearly every group is alive, as in the first third

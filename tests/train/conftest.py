@@ -133,7 +133,7 @@ def tiny_policy(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Policy]:
 
 
 @pytest.fixture
-def short_embedded_run(embedded_config: Callable[..., Config], untraced: None) -> Callable[..., float]:
+def short_embedded_run(embedded_config: Callable[..., Config]) -> Callable[..., float]:
     """Trains the embedded model for 40 steps of its task, with changes; gives the held-out accuracy."""
 
     def train(**changes: Any) -> float:

@@ -54,7 +54,6 @@ def follow_each_other(one: list[dict[str, float]], two: list[dict[str, float]]) 
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("untraced")
 def test_two_hundred_steps_learn_what_the_reference_learns(tmp_path: Path, embedded_config: Callable[..., Config]) -> None:
     """Errors too small to be seen in one step can drift; a run of another seed says how far apart equal runs may be."""
 
