@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from grpo_fast.rollout import RolloutEngine as RolloutEngine
     from grpo_fast.rollout import SamplingParams as SamplingParams
     from grpo_fast.train import GRPOTrainer as GRPOTrainer
+    from grpo_fast.train import RewardModel as RewardModel
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "OnlinePredictor": "law",
         "PlateauStopCallback": "integrations",
         "Prior": "law",
+        "RewardModel": "train",
         "RolloutEngine": "rollout",
         "RunFacts": "law",
         "SamplingParams": "rollout",

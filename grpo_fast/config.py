@@ -128,7 +128,8 @@ class Config(BaseModel):
     """Visit the prompts in a new random order each epoch."""
 
     reward_funcs: Annotated[tuple[str, ...], ONE_OR_SEVERAL, _REWARD] = ()
-    """Reward functions: built-in names (``accuracy``, ``format``, ...) or ``module:function``. Default: the task's own."""
+    """Reward functions: built-in names (``accuracy``, ``format``, ...) or ``module:function``; reward models: a hub id or a
+    directory. Default: the task's own."""
     reward_weights: Annotated[tuple[float, ...], _REWARD] = ()
     """One weight per reward function. Default: 1 each."""
     reward_range: Annotated[tuple[float, float] | None, _REWARD] = None

@@ -58,6 +58,7 @@ HERE: Mapping[str, str] = MappingProxyType(
         "deepspeed": "fsdp",
         "args": "config, the trainer's first argument",
         "processing_class": "nothing: the tokeniser is the model's",
+        "reward_processing_classes": "RewardModel(model, tokenizer=...) in reward_funcs",
         "callbacks": "the loop, `for step in trainer.steps()`, and sinks",
     }
 )

@@ -8,8 +8,17 @@ Nothing here imports torch, so that a worker starts in a fraction of a second.
 
 from __future__ import annotations
 
-from grpo_fast.rewards.call import RewardFunction, resolve_reward, reward_name
+from grpo_fast.rewards.call import HeldHere, RewardFunction, names_model, resolve_reward, reward_name
 from grpo_fast.rewards.pool import RewardError, RewardPool
 from grpo_fast.rewards.report import RewardReport
 
-__all__ = ["RewardError", "RewardFunction", "RewardPool", "RewardReport", "resolve_reward", "reward_name"]
+__all__ = [
+    "HeldHere",
+    "RewardError",
+    "RewardFunction",
+    "RewardPool",
+    "RewardReport",
+    "names_model",
+    "resolve_reward",
+    "reward_name",
+]

@@ -6,7 +6,8 @@ import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeGuard
 
 from grpo_fast import user_code
 from grpo_fast.rewards.functions import BUILT_IN
@@ -44,17 +45,39 @@ class Scored:
     """What was logged by ``log_extra``, by column: a number, text, switch or ``None`` a completion."""
 
 
+class HeldHere:
+    """Base of rewards that a pool calls in its own process, however many workers it has: they hold what belongs there.
+
+    No deadline can be kept for them.
+    """
+
+    def load(self) -> None:
+        """Loads what is needed; called once, before the first call.
+
+        Raises:
+            ValueError: it cannot be loaded.
+        """
+        raise NotImplementedError
+
+
 class InvalidRewardError(ValueError):
     """A reward call that breaks the contract: a missing column, a wrong length, a value that is no number."""
 
 
+def names_model(spec: object) -> TypeGuard[str]:
+    """Whether a reward is the name of a model: OWNER/NAME or a directory."""
+    if not isinstance(spec, str) or spec in BUILT_IN or ":" in spec or "," in spec or spec.endswith(".py"):
+        return False
+    return "/" in spec or Path(spec).is_dir()
+
+
 def reward_name(spec: str | Callable[..., Any]) -> str:
-    """The metric name of a reward: what follows the colon, or the function's ``__name__``.
+    """The metric name of a reward: what follows the colon, the last part of a model's name, or the function's ``__name__``.
 
     Nothing is imported; a ``module:function`` that does not exist has a name too.
 
     Raises:
-        ValueError: an unknown built-in, or a string that is neither a built-in nor ``module:function``.
+        ValueError: an unknown built-in, or a string that is neither a built-in nor ``module:function`` nor a model.
         TypeError: neither a string nor a callable, or a class in place of an instance.
     """
     if isinstance(spec, str):
@@ -65,13 +88,18 @@ def reward_name(spec: str | Callable[..., Any]) -> str:
             raise ValueError(f"reward {spec!r} names a file; a function of it is '{module.removesuffix('.py')}:{attribute}'")
         if colon and module and attribute:
             return attribute.rpartition(".")[2]
+        if names_model(spec):
+            return Path(spec).name or spec
         near = difflib.get_close_matches(spec, BUILT_IN, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""
         if "," in spec:
             hint = "give several names separately, not in one string. "
         elif spec.endswith(".py"):
             hint = f"a function of that file is '{spec.removesuffix('.py')}:FUNCTION'. "
-        raise ValueError(f"unknown reward {spec!r}; {hint}Built-in: {', '.join(sorted(BUILT_IN))}; your own: 'module:function'")
+        raise ValueError(
+            f"unknown reward {spec!r}; {hint}Built-in: {', '.join(sorted(BUILT_IN))}; your own: 'module:function'; "
+            "a reward model: OWNER/NAME or its directory"
+        )
     if isinstance(spec, type) or not callable(spec):
         raise TypeError(f"a reward is a name, 'module:function' or a function, not {spec!r}")
     return name_of(spec)
@@ -92,6 +120,8 @@ def resolve_reward(spec: str | Callable[..., Any]) -> RewardFunction:
         return RewardFunction(name, spec)
     if spec in BUILT_IN:
         return RewardFunction(name, BUILT_IN[spec])
+    if names_model(spec):
+        raise ValueError(f"reward {spec!r} is the name of a model; give RewardModel({spec!r})")
     found = import_object(spec, kind="reward")
     if isinstance(found, type) or not callable(found):
         raise TypeError(f"reward {spec!r} is {found!r}, which is not a function")

@@ -17,6 +17,7 @@ import cloudpickle  # type: ignore[import-untyped]
 
 from grpo_fast.rewards.batch import call_arguments, column_names, pickled
 from grpo_fast.rewards.call import (
+    HeldHere,
     RewardFunction,
     await_reward,
     call_reward,
@@ -80,6 +81,7 @@ class RewardPool:
         weights: one a function; ``None`` weighs all by 1.
         timeout_s: deadline of one call, in seconds; the import of the function's module is not part of it.
         workers: processes; 0 calls the functions in this process, where no deadline can be kept and a crash is everybody's.
+            Those that are :class:`~grpo_fast.rewards.HeldHere` are always called in this one.
         on_error: what a failed call does: ``raise`` a :class:`RewardError`, or (``none``) be counted and leave its completions
             without a value from that function.
 
@@ -112,12 +114,14 @@ class RewardPool:
         self.timeout_s = timeout_s
         self.workers = workers
         self.on_error = on_error
-        self._frozen = [_freeze(name, spec) for name, spec in zip(self.names, self._specs, strict=True)] if workers else []
-        self._local: list[RewardFunction] | None = None
+        self._away = [f for f, spec in enumerate(self._specs) if workers and not isinstance(spec, HeldHere)]
+        """Numbers of the functions that the workers have, in their order."""
+        self._frozen = [_freeze(self.names[f], self._specs[f]) for f in self._away]
+        self._local: dict[int, RewardFunction] | None = None
         self._slots: list[WorkerProcess | None] = [None] * workers
         self._columns: Sequence[str] | None = None
         self._are_async: list[bool] | None = None
-        """One a function, known once they are loaded."""
+        """One a function of the workers, known once they are loaded."""
         self._loop = AsyncCode()
         self._closed = False
         self._lock = threading.Lock()
@@ -135,12 +139,11 @@ class RewardPool:
         with self._lock:
             self._require_open()
             self._columns = columns
-            if not self.workers:
-                for reward in self._resolve_here():
-                    if columns is not None:
-                        check_columns(reward, columns)
-                return
-            self._drive([], Tally(self.names, 0), start=self.workers)
+            for reward in self._resolve_here().values():
+                if columns is not None:
+                    check_columns(reward, columns)
+            if self._away:
+                self._drive([], Tally(self.names, 0), start=self.workers)
 
     def score(self, groups: Sequence[Group], state: TrainerState | None = None) -> RewardReport:
         """Fills ``rewards``, ``reward`` and ``extra`` of every group in place.
@@ -171,12 +174,12 @@ class RewardPool:
             columns = column_names(groups)
             if not tally.num_completions:
                 return tally
-            if not self.workers:
+            if len(self._away) < len(self.names):
                 self._score_here(call_arguments(groups, columns, state), tally)
-                return tally
-            if self._are_async is None:
-                self._drive([], tally, start=1)
-            self._drive(self._calls(groups, columns, state), tally, start=0)
+            if self._away:
+                if self._are_async is None:
+                    self._drive([], tally, start=1)
+                self._drive(self._calls(groups, columns, state), tally, start=0)
             return tally
 
     def close(self) -> None:
@@ -204,10 +207,14 @@ class RewardPool:
         if self._closed:
             raise ValueError("the reward pool is closed; make a new one")
 
-    def _resolve_here(self) -> list[RewardFunction]:
+    def _resolve_here(self) -> dict[int, RewardFunction]:
+        """The functions that are called in this process, by number."""
         if self._local is None:
-            found = [resolve_reward(spec) for spec in self._specs]
-            self._local = [RewardFunction(name, reward.function) for name, reward in zip(self.names, found, strict=True)]
+            found = {f: resolve_reward(spec).function for f, spec in enumerate(self._specs) if f not in self._away}
+            for function in found.values():
+                if isinstance(function, HeldHere):
+                    function.load()
+            self._local = {f: RewardFunction(self.names[f], function) for f, function in found.items()}
         return self._local
 
     def _score_here(self, arguments: dict[str, Any], tally: Tally) -> None:
@@ -220,7 +227,7 @@ class RewardPool:
             except Exception as error:
                 failed(function, error)
 
-        rewards = list(enumerate(self._resolve_here()))
+        rewards = self._resolve_here().items()
         self._loop.together([later(function, reward) for function, reward in rewards if is_async(reward.function)])
         for function, reward in rewards:
             if is_async(reward.function):
@@ -233,8 +240,9 @@ class RewardPool:
     def _calls(self, groups: Sequence[Group], columns: Sequence[str], state: TrainerState) -> list[_Call]:
         """Those of async functions come first, so that all of them are under way at once."""
         assert self._are_async is not None
-        together = [function for function, is_one in enumerate(self._are_async) if is_one]
-        alone = [[function] for function, is_one in enumerate(self._are_async) if not is_one]
+        away = list(zip(self._away, self._are_async, strict=True))
+        together = [function for function, is_one in away if is_one]
+        alone = [[function] for function, is_one in away if not is_one]
         parts = min(self.workers, len(groups))
         bounds = [len(groups) * part // parts for part in range(parts + 1)]
         first_of_all: list[_Call] = []
@@ -287,7 +295,8 @@ class RewardPool:
                 continue
             call = waiting.popleft()
             try:
-                worker.submit(call.functions, call.arguments, timeout_s=self.timeout_s)
+                numbers = [self._away.index(function) for function in call.functions]
+                worker.submit(numbers, call.arguments, timeout_s=self.timeout_s)
             except TimeoutError:
                 self._drop(slot, tally)
                 self._fail_all(call, "could not be given its batch in time; its worker was killed", tally, timeout=True)
@@ -339,11 +348,12 @@ class RewardPool:
         self._are_async = reply.value
 
     def _keep(self, call: _Call, reply: Reply, tally: Tally) -> None:
-        call.functions.remove(reply.function)
+        function = self._away[reply.function]
+        call.functions.remove(function)
         if reply.status == "ok":
-            tally.store(reply.function, reply.value, first=call.first)
+            tally.store(function, reply.value, first=call.first)
         else:
-            self._fail(reply.function, reply.value, tally, trace=reply.trace)
+            self._fail(function, reply.value, tally, trace=reply.trace)
 
     def _expire(self, running: dict[int, _Call], tally: Tally) -> None:
         now = time.monotonic()

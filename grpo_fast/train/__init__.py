@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from grpo_fast.train.checkpoint import CheckpointError
+from grpo_fast.train.reward_model import RewardModel
 from grpo_fast.train.step import NonFiniteGradientError
 from grpo_fast.train.trainer import GRPOTrainer, StepResult
 
-__all__ = ["CheckpointError", "GRPOTrainer", "NonFiniteGradientError", "StepResult"]
+__all__ = ["CheckpointError", "GRPOTrainer", "NonFiniteGradientError", "RewardModel", "StepResult"]

@@ -21,6 +21,7 @@ from grpo_fast.tasks.replies import Replies
 from grpo_fast.tasks.tool_calls import ToolReplies
 from grpo_fast.tools import NoEnvironment, find_tools
 from grpo_fast.train.policy_source import PolicySource
+from grpo_fast.train.reward_model import with_models
 
 _FILE = "sources.json"
 
@@ -166,7 +167,7 @@ def choose_data(config: Config, given: Mapping[str, Any], *, chat: bool, environ
     functions = given.get("reward_funcs", ())
     alone = isinstance(functions, str) or callable(functions)
     own = ("environment",) if rates else task.reward_funcs
-    chosen = [functions] if alone else functions or config.reward_funcs or own
+    chosen = with_models(config, [functions] if alone else functions or config.reward_funcs or own)
     if "environment" in chosen and not rates:
         raise ConfigError(
             "the reward 'environment' comes from the get_reward of an environment, but "

@@ -142,7 +142,7 @@ class Replacements(TypedDict, total=False):
     """Arguments of the trainer that replace configured parts."""
 
     reward_funcs: str | Callable[..., Any] | Sequence[str | Callable[..., Any]]
-    """Names or Python functions, in place of ``config.reward_funcs``; a single one needs no list."""
+    """Names, Python functions or reward models, in place of ``config.reward_funcs``; a single one needs no list."""
     train_dataset: Any
     """Rows in place of ``config.dataset``: a ``datasets.Dataset`` or a list of mappings; see
     :func:`~grpo_fast.tasks.files.task_of`."""

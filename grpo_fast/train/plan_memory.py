@@ -35,6 +35,7 @@ from grpo_fast.train.plan_sizes import (
     weight_bytes,
 )
 from grpo_fast.train.policy_source import computes_in_bfloat16, outline_of, pick_device
+from grpo_fast.train.reward_model import reward_model_bytes
 from grpo_fast.train.streaming import streams_weights
 
 _CONTEXT_BYTES = {"cuda": 700 * 2**20, "cpu": 450 * 2**20}
@@ -103,6 +104,7 @@ class MemoryPlanner:
         self._inputs = inputs
         self._outlines: dict[tuple[Any, ...], PreTrainedModel] = {}
         self._passes: dict[tuple[Any, ...], PassBytes] = {}
+        self._reward_models = reward_model_bytes(config, inputs.kind)
 
     def plan(self, config: Config | None = None) -> MemoryPlan:
         """The memory of the run, or of a changed one.
@@ -226,6 +228,7 @@ class MemoryPlanner:
             "weights that are trained": sizes.trained * weight_bytes(config) // parts,
             "frozen weights": sizes.frozen_bytes // parts,
             "reference policy": sizes.reference_bytes(config) // parts,
+            "reward models": self._reward_models,
             "optimiser": of_optimiser,
         }, host
 
