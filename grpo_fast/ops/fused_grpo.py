@@ -118,8 +118,11 @@ def _(hidden: torch.Tensor, weight: torch.Tensor, *rest: Any) -> tuple[torch.Ten
     loss, metrics, logprobs, entropy = (
         hidden.new_empty(shape, dtype=work) for shape in ((), len(PolicyMetrics.NAMES), hidden.shape[0], hidden.shape[0])
     )
-    shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    gradients = (hidden.new_empty(shape if asked else 0, dtype=work) for shape, asked in zip(shapes, wanted, strict=True))
+    kinds = ((hidden.shape, hidden.dtype), (weight.shape, work), (weight.shape[:1], work))
+    gradients = (
+        hidden.new_empty(shape, dtype=dtype) if asked else hidden.new_empty(0)
+        for (shape, dtype), asked in zip(kinds, wanted, strict=True)
+    )
     return loss, metrics, logprobs, entropy, *gradients
 
 

@@ -297,8 +297,10 @@ def test_what_does_not_fit_is_named() -> None:
         fused_grpo(hidden, head, targets=targets, batch=batch._replace(ref_logprobs=None), spec=SPECS["two-sided kl"])
 
 
-def operator_arguments(name: str, impl: str, device: torch.device, wanted: list[bool]) -> tuple[Any, ...]:
-    hidden, head, targets, batch = case(dtype=torch.float32, device=device, chunk_bytes=8 * V * 4)
+def operator_arguments(
+    name: str, impl: str, device: torch.device, wanted: list[bool], dtype: torch.dtype = torch.float32
+) -> tuple[Any, ...]:
+    hidden, head, targets, batch = case(dtype=dtype, device=device, chunk_bytes=8 * V * 4)
     spec = SPECS[name]
     numbers = [spec.epsilon_low, spec.epsilon_high, spec.beta, spec.entropy_coef, 1.0, 1.05]
     leaves = [value.detach() for value in (hidden, head.weight, head.bias)]
@@ -322,6 +324,15 @@ ALL = [True, True, True]
 )
 def test_the_operator_is_well_registered(name: str, wanted: list[bool], impl: str, device: torch.device) -> None:
     torch.library.opcheck(_fused_grpo_fwd, operator_arguments(name, impl, device, wanted))
+
+
+@pytest.mark.parametrize(("impl", "dtype"), [("torch", torch.bfloat16), ("triton", torch.float16)])
+@pytest.mark.parametrize("wanted", [ALL, [False, True, False]], ids=str)
+def test_a_compiler_is_told_the_types_of_short_gradients(
+    wanted: list[bool], impl: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    arguments = operator_arguments("clip", impl, device if impl == "triton" else CPU, wanted, dtype)
+    torch.library.opcheck(_fused_grpo_fwd, arguments, test_utils="test_faketensor")
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch's own tracing
