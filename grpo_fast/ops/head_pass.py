@@ -61,6 +61,10 @@ class RowStatistics(NamedTuple):
     log_total: torch.Tensor
     """log S."""
 
+    def telling(self) -> torch.Tensor:
+        """[C]: a number that is finite only where all of its row are, E and its scales included."""
+        return self.logprobs if self.entropy is None else self.entropy
+
 
 class RowGradient(NamedTuple):
     """Gradients of the loss with respect to the rows' outputs."""

@@ -127,7 +127,7 @@ class TorchHeadPass:
         live = gradient.live()
         num_live = int(torch.count_nonzero(live))
         # A dead row that is not finite (a masked one, say) must not come in as 0·NaN.
-        if num_live < _LIVE_SHARE * count or not bool(block.others[~live].isfinite().all()):
+        if num_live < _LIVE_SHARE * count or not bool(statistics.telling()[~live].isfinite().all()):
             index = live.nonzero()[:, 0]
             self._add_products(block.rows, self._padded(exp[index]), rows[index], negative[index], index=index)
         else:

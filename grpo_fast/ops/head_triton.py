@@ -197,7 +197,7 @@ class TritonHeadPass:
             if self._wanted[1]:
                 scaled = torch.empty(count, self._hidden.shape[1], dtype=self._exp_dtype, device=block.exp.device)
             live = gradient.live()
-            self._finish_rows(block, scales, live, product, scaled)
+            self._finish_rows(block, scales, (statistics.telling(), live), product, scaled)
             if scaled is not None and count:
                 self._add_to_weight(block.exp[:count], scaled)
         if self._dbias is not None and count:
@@ -207,8 +207,14 @@ class TritonHeadPass:
         return values.to(self._exp_dtype)
 
     def _finish_rows(
-        self, block: Block, scales: RowScales, live: torch.Tensor, product: torch.Tensor | None, scaled: torch.Tensor | None
+        self,
+        block: Block,
+        scales: RowScales,
+        state: tuple[torch.Tensor, torch.Tensor],
+        product: torch.Tensor | None,
+        scaled: torch.Tensor | None,
     ) -> None:
+        """The rows of both products; ``state``: a number that tells of a row that is not finite, and which are live."""
         assert block.exp is not None
         dhidden = None if self._dhidden is None else self._dhidden[block.rows]
         hidden, targets = self._hidden[block.rows], self._targets[block.rows]
@@ -218,8 +224,7 @@ class TritonHeadPass:
                 hidden,
                 self._weight,
                 targets,
-                block.others,
-                live,
+                *state,
                 scales.others.contiguous(),
                 scales.target.contiguous(),
                 scales.patch.contiguous(),

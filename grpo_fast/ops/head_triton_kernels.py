@@ -228,7 +228,7 @@ def _head_rows_bwd_kernel(
     hidden_ptr,
     weight_ptr,
     targets_ptr,
-    others_ptr,
+    telling_ptr,
     live_ptr,
     scale_ptr,
     target_scale_ptr,
@@ -270,8 +270,8 @@ def _head_rows_bwd_kernel(
             found = tl.where(live, -scale * hidden, 0.0)
             tl.store(scaled_ptr + row * width + start + columns, found.to(scaled_ptr.dtype.element_ty), mask=inside)
     exp_ptr += row * exp_stride
-    others = tl.load(others_ptr + row)
-    if (live == 0) & ((others - others) != 0.0):
+    telling = tl.load(telling_ptr + row)
+    if (live == 0) & ((telling - telling) != 0.0):
         for start in range(0, num_columns, BLOCK):
             zeros = tl.zeros((BLOCK,), exp_ptr.dtype.element_ty)
             tl.store(exp_ptr + start + columns, zeros, mask=start + columns < num_columns)

@@ -82,6 +82,22 @@ def test_a_dead_row_that_is_not_finite_reaches_no_gradient() -> None:
     assert (gradients[0][5] == 0).all()
 
 
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize(("token", "slope"), [(0, 10.0), (1, -10.0)])
+def test_a_dead_row_in_which_one_logit_overflows_reaches_no_gradient(token: int, slope: float, entropy: bool) -> None:
+    """Its target's, whose S_o is 0, or that of another token, downwards, whose S_o is finite: its entropy is NaN."""
+    hidden, head, targets = case()
+    hidden[5] = 0
+    hidden[5, 0] = 3e38
+    head.weight[:, 0] = 0
+    head.weight[(targets[5] + token) % V, 0] = slope
+    g = torch.ones(T)
+    g[5] = 0
+    _, gradients = run(hidden, head, targets, RowGradient(g, g.clone() if entropy else None))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert all(gradient.abs().max() > 0 for gradient in gradients)
+
+
 def test_a_live_row_that_is_not_finite_stays_in_its_row_of_the_hidden_gradient() -> None:
     hidden, head, targets = case()
     hidden[5, 2] = math.inf

@@ -213,6 +213,25 @@ def test_a_dead_row_that_is_not_finite_reaches_no_gradient(value: float, entropy
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize(("token", "slope"), [(0, 10.0), (1, -10.0)])
+def test_a_dead_row_in_which_one_logit_overflows_reaches_no_gradient(
+    token: int, slope: float, entropy: bool, device: torch.device
+) -> None:
+    """Its target's, whose S_o is 0, or that of another token, downwards, whose S_o is finite: its entropy is NaN."""
+    given = case(device, (9, 8, 300))
+    given.hidden[5] = 0
+    given.hidden[5, 0] = 3e38
+    given.head.weight[:, 0] = 0
+    given.head.weight[(given.targets[5] + token) % 300, 0] = slope
+    for gradient in given.gradient:
+        gradient[5] = 0
+    _, gradients = run(given, entropy=entropy)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert (gradients[0][5] == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")
 def test_a_live_row_that_is_not_finite_stays_in_its_row_of_the_hidden_gradient(device: torch.device) -> None:
     given = case(device, (9, 8, 300))
     given.hidden[5, 2] = math.inf
