@@ -140,8 +140,7 @@ def _units(batch: LossBatch, spec: LossSpec, *, num_rows: int, max_rows: int) ->
             yield slice(start, stop)
             start = stop
         stop += length
-    if stop != num_rows:
-        raise ValueError(f"sequence_index counts {stop} tokens in {num_rows} rows; it must ascend and stay under B")
+    assert stop == num_rows, "sequence_index ascends and stays under B"
     yield slice(start, stop)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeAlias, get_args
 
 import torch
 
@@ -37,6 +37,9 @@ class LossSpec:
     sapo_temperature_neg: float = 1.05
 
     def __post_init__(self) -> None:
+        for name, kinds in (("surrogate", Surrogate), ("importance_sampling_level", RatioLevel)):
+            if getattr(self, name) not in get_args(kinds):
+                raise ValueError(f"{name}={getattr(self, name)!r}; choose one of {', '.join(get_args(kinds))}")
         if self.surrogate == "cispo" and self.importance_sampling_level != "token":
             raise ValueError(
                 f"importance_sampling_level={self.importance_sampling_level!r} has no meaning for surrogate='cispo', "
@@ -190,7 +193,8 @@ def check_shapes(per_token: torch.Tensor, batch: LossBatch) -> None:
     """Checks a batch against T, the number of tokens.
 
     Raises:
-        ValueError: a tensor that does not fit, with both shapes.
+        ValueError: a tensor that does not fit, with both shapes; or, seen on the CPU alone, as elsewhere nothing waits for the
+            device: a ``sequence_index`` that does not ascend or leaves the B sequences.
         TypeError: a mask that is not boolean.
     """
     num_tokens, weights = per_token.shape[0], tuple(batch.loss_weights.shape)
@@ -203,6 +207,11 @@ def check_shapes(per_token: torch.Tensor, batch: LossBatch) -> None:
     if batch.advantages.ndim != 1 or tuple(batch.advantages.shape) != weights:
         shape = tuple(batch.advantages.shape)
         raise ValueError(f"advantages {shape} and loss_weights {weights} must both have shape (B,), one a sequence")
+    index = batch.sequence_index
+    if num_tokens and index.device.type == "cpu" and not torch.compiler.is_compiling():
+        first, last = int(index[0]), int(index[-1])
+        if first < 0 or last >= weights[0] or bool((index.diff() < 0).any()):
+            raise ValueError(f"sequence_index goes from {first} to {last}; it must ascend and stay under B, here {weights[0]}")
 
 
 def check_needs(batch: LossBatch, spec: LossSpec, entropy: torch.Tensor | None) -> None:

@@ -71,6 +71,14 @@ def test_shapes_of_sequences_and_type_of_the_mask() -> None:
         check_shapes(torch.zeros(4), BATCH._replace(token_mask=BATCH.token_mask.long()))
 
 
+@pytest.mark.parametrize("index", [[0, 1, 0, 3], [0, 0, 1, 4], [-1, 0, 1, 3]], ids=str)
+def test_an_index_that_is_none_is_refused(index: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"must ascend and stay under B, here 4"):
+        check_shapes(torch.zeros(4), BATCH._replace(sequence_index=torch.tensor(index)))
+    none = {name: None if values is None else values[:0] for name, values in BATCH._asdict().items() if name in TOKEN_FIELDS}
+    check_shapes(torch.zeros(0), BATCH._replace(**none))
+
+
 def test_what_a_loss_reads_must_be_there() -> None:
     bare, entropy = LossBatch(BATCH.sequence_index, BATCH.advantages, BATCH.loss_weights), torch.zeros(4)
     check_needs(bare, LossSpec(), None)
@@ -87,3 +95,7 @@ def test_impossible_losses_are_refused() -> None:
         LossSpec(surrogate="cispo", importance_sampling_level="sequence")
     with pytest.raises(ValueError, match=r"delta=2\.0"):
         LossSpec(surrogate="sapo", delta=2.0)
+    with pytest.raises(ValueError, match=r"surrogate='grpo'; choose one of clip, cispo, sapo"):
+        LossSpec(surrogate="grpo")
+    with pytest.raises(ValueError, match=r"importance_sampling_level='seq'; choose one of token, sequence, sequence_sum"):
+        LossSpec(importance_sampling_level="seq")
