@@ -80,8 +80,10 @@ def packed_layout(pieces: Sequence[Piece], *, device: torch.device) -> PackedLay
         device: where attention will run.
 
     Raises:
-        ValueError: a piece is empty, leaves a gap, or continues tokens that do not lie before it.
+        ValueError: there is no piece, or one is empty, leaves a gap, or continues tokens that do not lie before it.
     """
+    if not pieces:
+        raise ValueError("there are no pieces; attention needs a row of at least one token")
     ends = list(accumulate((piece.length for piece in pieces), initial=0))
     for number, (piece, begin) in enumerate(zip(pieces, ends, strict=False)):
         if piece.length < 1 or piece.start != begin:
@@ -113,7 +115,7 @@ def packed_layout(pieces: Sequence[Piece], *, device: torch.device) -> PackedLay
         padding=padding,
         in_order=slots == list(range(ends[-1])),
         cu_seqlens=torch.tensor(ends, dtype=torch.int32, device=device),
-        max_seqlen=max((piece.length for piece in pieces), default=0),
+        max_seqlen=max(piece.length for piece in pieces),
     )
 
 

@@ -121,6 +121,7 @@ def test_borders_for_variable_length_kernels() -> None:
     [
         ([Piece(0, 3), Piece(4, 2)], "piece 1 .* must begin at 3"),
         ([Piece(0, 0)], "at least one token"),
+        ([], "there are no pieces"),
         ([Piece(0, 2), Piece(2, 2, 1, 3)], "piece 1 .* its prompt does not lie before it"),
     ],
 )
