@@ -193,9 +193,10 @@ template <typename Body>
 void for_each_tile(const std::vector<Slot>& slots, bool (*by_rows)(const Slot&), const Body& body) {
   std::vector<int64_t> first_tile{0}, tile_units, num_units;
   for (const auto& slot : slots) {
-    const bool rows = slot.num_elements && by_rows(slot);
+    const bool rows = by_rows(slot);  // also of a slot without columns, whose float8 rows have scales all the same
     num_units.push_back(rows ? slot.num_rows : slot.num_elements);
-    tile_units.push_back(rows ? std::max<int64_t>(1, kTileElements * slot.num_rows / slot.num_elements) : kTileElements);
+    tile_units.push_back(
+        rows ? std::max<int64_t>(1, kTileElements * slot.num_rows / std::max<int64_t>(1, slot.num_elements)) : kTileElements);
     first_tile.push_back(first_tile.back() + (num_units.back() + tile_units.back() - 1) / tile_units.back());
   }
   torch::stable::parallel_for(0, first_tile.back(), 4, [&](int64_t begin, int64_t end) {

@@ -105,6 +105,18 @@ def test_float8_is_within_its_step_and_norms_stay_bfloat16(impl: str) -> None:
             assert ((found.double().view(slot.num_rows, slot.num_columns) - exact).abs() <= step + slack).all()
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_float8_rows_without_columns_have_a_scale_of_one(impl: str, merged: bool) -> None:
+    weights = [torch.zeros(70_000, 0), torch.ones(2, 3)]
+    (bucket,) = plan_buckets(weights, dtype=FLOAT8)
+    lora = {0: LoraFactors(torch.ones(4, 0), torch.ones(70_000, 4), 1.0)} if merged else None
+    out = pack_weights(weights, bucket, out=torch.full((bucket.num_bytes,), 7, dtype=torch.uint8), lora=lora, impl=impl)
+    assert all(
+        torch.equal(slot_values(out, slot)[1], torch.full((slot.num_rows,), scale))
+        for slot, scale in zip(bucket.slots, (1.0, 1 / 448), strict=True)
+    )
+
+
 @pytest.mark.parametrize("factors", [F32, BF16])
 def test_lora_is_merged_in_float32_and_rounded_once(impl: str, factors: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(3)
