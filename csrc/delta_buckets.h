@@ -46,14 +46,21 @@ inline void set_totals(const Delta& delta, int64_t count, uint64_t checksum) {
   *static_cast<uint64_t*>(delta.checksum.mutable_data_ptr()) = checksum;
 }
 
-// The op, of what a device finds: find(value) compares elements as unsigned integers of the type of value.
-template <typename Find>
-std::tuple<Tensor, Tensor, Tensor, Tensor> delta_of(
-    const Tensor& old_bucket, const Tensor& new_bucket, int64_t capacity, const Find& find) {
+// In a namespace of each file's own: host and device both define find_delta, and register the op that stands on it.
+namespace {
+
+// What differs between checked buckets, whose elements are compared as unsigned integers.
+template <typename Value>
+Delta find_delta(const Tensor& old_bucket, const Tensor& new_bucket, int64_t capacity);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> weight_delta(Tensor old_bucket, Tensor new_bucket, int64_t capacity) {
   check_buckets(old_bucket, new_bucket, capacity);
   const auto size = new_bucket.element_size();
-  const Delta delta = size == 1 ? find(uint8_t{}) : size == 2 ? find(uint16_t{}) : find(uint32_t{});
+  const auto find = size == 1 ? find_delta<uint8_t> : size == 2 ? find_delta<uint16_t> : find_delta<uint32_t>;
+  const Delta delta = find(old_bucket, new_bucket, capacity);
   return {delta.indices, delta.values, delta.count, delta.checksum};
 }
+
+}  // namespace
 
 }  // namespace grpo_fast

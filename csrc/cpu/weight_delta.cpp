@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
-#include <tuple>
 #include <vector>
 
 #ifdef __SSE2__
@@ -147,12 +146,6 @@ Delta find_delta(const Tensor& old_bucket, const Tensor& new_bucket, int64_t cap
     }
   });
   return delta;
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> weight_delta(Tensor old_bucket, Tensor new_bucket, int64_t capacity) {
-  return delta_of(old_bucket, new_bucket, capacity, [&](auto value) {
-    return find_delta<decltype(value)>(old_bucket, new_bucket, capacity);
-  });
 }
 
 }  // namespace

@@ -1,8 +1,6 @@
 // Launches the delta kernels; waits once, for the count, so that what is returned is as large as it has to be.
 #include <torch/csrc/stable/library.h>
 
-#include <tuple>
-
 #include "../delta_buckets.h"
 #include "launch.h"
 #include "weight_delta.cuh"
@@ -47,12 +45,6 @@ Delta find_delta(const Tensor& old_bucket, const Tensor& new_bucket, int64_t cap
     check_cuda(cudaGetLastError(), "weight_delta");
   }
   return delta;
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> weight_delta(Tensor old_bucket, Tensor new_bucket, int64_t capacity) {
-  return delta_of(old_bucket, new_bucket, capacity, [&](auto value) {
-    return find_delta<decltype(value)>(old_bucket, new_bucket, capacity);
-  });
 }
 
 }  // namespace
