@@ -169,6 +169,9 @@ def _launch_head_exp(  # noqa: PLR0913, PLR0917
         num_warps=cut.num_warps,
         enable_fp_fusion=True,
     )
+    covered = shape.num_parts * cut.columns
+    if exp is not None and exp.shape[1] > covered:
+        exp[:num_rows, covered:].zero_()
     block_parts, block_rows = _SUM_BLOCK
     _head_exp_sum_kernel[(-(-num_rows // block_rows), len(sums))](
         parts,

@@ -286,6 +286,18 @@ def test_layouts(device: torch.device) -> None:
     torch.testing.assert_close(exp.cpu(), expected.exp, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("columns", [1000, 1001])
+def test_columns_far_beyond_the_vocabulary_get_nothing(columns: int, device: torch.device) -> None:
+    given = case()
+    expected = on_kernels(given, device)
+    rows, head, targets = given.to(device)
+    exp = torch.full((12, columns), math.nan, device=device)
+    head_exp(rows, head, targets=targets, ref=expected.reference.to(device), exp=exp)
+    torch.testing.assert_close(exp[:9, :331].cpu(), expected.exp, rtol=1e-5, atol=0)
+    assert (exp[:9, 331:] == 0).all()
+    assert exp[9:].isnan().all()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
