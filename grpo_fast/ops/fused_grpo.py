@@ -273,6 +273,7 @@ def fused_grpo(
 
     Raises:
         ValueError: shapes that do not fit, or an input that ``spec`` needs is missing.
+        TypeError: targets are not int64.
     """
     check_rows(hidden, head, targets)
     check_shapes(hidden, batch)

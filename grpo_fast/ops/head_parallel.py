@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from grpo_fast.ops.head_pass import Block, RowStatistics, row_statistics
-from grpo_fast.ops.lm_head import LMHead, full_precision, row_chunks, rows_per_chunk, short_operands, working_dtype
+from grpo_fast.ops.lm_head import LMHead, check_rows, full_precision, row_chunks, rows_per_chunk, short_operands, working_dtype
 from grpo_fast.ops.products import addmm_of, as_operand, mm_of
 
 
@@ -172,11 +172,9 @@ def parallel_token_logprob(
 
     Raises:
         ValueError: shapes that do not fit, or ``first_token`` below 0.
+        TypeError: targets are not int64.
     """
-    if hidden.ndim != 2 or hidden.shape[1] != head.weight.shape[1]:
-        raise ValueError(f"hidden has shape {tuple(hidden.shape)}; for a head of {tuple(head.weight.shape)} it must be (T, H)")
-    if targets.shape != hidden.shape[:1]:
-        raise ValueError(f"targets has shape {tuple(targets.shape)}; hidden has {hidden.shape[0]} rows, so it must be (T,)")
+    check_rows(hidden, head, targets)
     if first_token < 0:
         raise ValueError(f"first_token={first_token}; it is the number of a token, 0 or more")
     with full_precision(hidden):

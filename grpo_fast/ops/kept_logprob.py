@@ -222,10 +222,9 @@ def kept_logprob(hidden: torch.Tensor, head: LMHead, *, kept: Kept) -> tuple[tor
 
     Raises:
         ValueError: shapes that do not fit, or a row without a token.
+        TypeError: sizes are not int64.
     """
-    if kept.sizes.shape != hidden.shape[:1]:
-        raise ValueError(f"sizes has shape {tuple(kept.sizes.shape)}; hidden has {hidden.shape[0]} rows, so it must be (T,)")
-    check_rows(hidden, head, kept.sizes)
+    check_rows(hidden, head, kept.sizes, name="sizes")
     if kept.sizes.device.type != "cpu" or int(kept.sizes.sum()) != len(kept.token_ids) or bool((kept.sizes < 1).any()):
         raise ValueError(
             f"sizes must be on the CPU, each at least 1, and sum to len(token_ids)={len(kept.token_ids)}; they are on "

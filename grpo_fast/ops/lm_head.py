@@ -115,16 +115,19 @@ def head_options(head: LMHead) -> HeadOptions:
     return head.temperature, head.softcap, head.logit_scale, head.logits_dtype, head.operand_dtype, head.chunk_bytes
 
 
-def check_rows(hidden: torch.Tensor, head: LMHead, targets: torch.Tensor) -> None:
-    """Checks rows and targets against the head.
+def check_rows(hidden: torch.Tensor, head: LMHead, targets: torch.Tensor, *, name: str = "targets") -> None:
+    """Checks rows, and targets or another number of each, against the head.
 
     Raises:
         ValueError: a tensor that does not fit, with its shape.
+        TypeError: targets are not int64; kernels multiply them by the weight's stride.
     """
     if hidden.ndim != 2 or hidden.shape[1] != head.weight.shape[1]:
         raise ValueError(f"hidden has shape {tuple(hidden.shape)}; for a head of {tuple(head.weight.shape)} it must be (T, H)")
     if targets.shape != hidden.shape[:1]:
-        raise ValueError(f"targets has shape {tuple(targets.shape)}; hidden has {hidden.shape[0]} rows, so it must be (T,)")
+        raise ValueError(f"{name} has shape {tuple(targets.shape)}; hidden has {hidden.shape[0]} rows, so it must be (T,)")
+    if targets.dtype != torch.int64:
+        raise TypeError(f"{name} is {targets.dtype}; give int64")
 
 
 def working_dtype(hidden: torch.Tensor) -> torch.dtype:

@@ -204,6 +204,7 @@ def token_logprob(
     Raises:
         ValueError: shapes that do not fit. A target outside the vocabulary is an error on the CPU, and NaN by kernels, which
             nothing waits for.
+        TypeError: targets are not int64.
     """
     check_rows(hidden, head, targets)
     run = resolve("token_logprob", _IMPLEMENTATIONS, impl=impl, like=hidden)

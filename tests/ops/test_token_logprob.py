@@ -236,6 +236,8 @@ def test_what_does_not_fit_is_named() -> None:
         token_logprob(hidden[:, 1:], head, targets=targets)
     with pytest.raises(ValueError, match=r"targets has shape \(22,\)"):
         token_logprob(hidden, head, targets=targets[1:])
+    with pytest.raises(TypeError, match=r"targets is torch\.int32; give int64"):
+        token_logprob(hidden, head, targets=targets.int())
     for wrong, message in (
         ({"temperature": 0.0}, "temperature=0"),
         ({"softcap": -1.0}, "softcap=-1"),
