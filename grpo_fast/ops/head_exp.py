@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import torch
 
-from grpo_fast.ops.head_exp_triton import LIMIT, HeadNumbers, head_exp_again, head_exp_fwd, head_target_logits
+from grpo_fast.ops.head_exp_triton import LIMIT, head_exp_again, head_exp_fwd, head_target_logits
 from grpo_fast.ops.head_shapes import Tile
 from grpo_fast.ops.lm_head import LMHead
 
@@ -79,14 +79,15 @@ def head_exp_reference(
 def _logits_reference(rows: torch.Tensor, head: LMHead, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Z [C, V] and its derivative's factor from a softcap."""
     u = rows.to(dtype) @ head.weight.to(dtype).T
-    if head.bias is not None:
-        u = u + head.bias.to(dtype).clamp(min=torch.finfo(torch.float32).min / 1e6)
+    bias = head.finite_bias(dtype)
+    if bias is not None:
+        u = u + bias
     if head.rounds_logits:
         u = u.to(head.logits_dtype).to(dtype)
-    if head.softcap is None:
-        return u * head.logit_scale / head.temperature, torch.ones_like(u)
+    if head.softcap is None or head.bound is None:
+        return u * head.slope, torch.ones_like(u)
     share = torch.tanh(u * head.logit_scale / head.softcap)
-    return head.softcap * share / head.temperature, 1 - share.square()
+    return head.bound * share, 1 - share.square()
 
 
 def head_exp_obstacle(rows: torch.Tensor, head: LMHead) -> str | None:
@@ -126,7 +127,7 @@ def target_logits(rows: torch.Tensor, head: LMHead, *, targets: torch.Tensor) ->
         ValueError: types or layouts that tier 2 does not take.
     """
     _refuse(rows, head, None)
-    result: torch.Tensor = head_target_logits(rows, head.weight, head.bias, targets, *HeadNumbers.of(head))
+    result: torch.Tensor = head_target_logits(rows, head.weight, head.bias, targets, *head.numbers)
     return result
 
 
@@ -164,7 +165,7 @@ def head_exp(  # noqa: PLR0913
     """
     _refuse(rows, head, exp)
     flags = (gated, want_entropy, None if tile is None else [int(number) for number in tile])
-    sums = head_exp_fwd(rows, head.weight, head.bias, targets, ref, exp, *HeadNumbers.of(head), *flags)
+    sums = head_exp_fwd(rows, head.weight, head.bias, targets, ref, exp, *head.numbers, *flags)
     return HeadExp(sums[0], sums[1] if want_entropy else None)
 
 
@@ -199,5 +200,5 @@ def head_exp_block(  # noqa: PLR0913
     found = head_exp(rows, head, targets=targets, ref=of_targets, exp=exp, gated=gated, want_entropy=want_entropy, tile=tile)
     sums = torch.stack([found.others] if found.weighted is None else [found.others, found.weighted])
     reference = of_targets.clone()
-    head_exp_again(rows, head.weight, head.bias, targets, reference, sums, exp, *HeadNumbers.of(head), gated)
+    head_exp_again(rows, head.weight, head.bias, targets, reference, sums, exp, *head.numbers, gated)
     return HeadExpBlock(reference, of_targets, sums[0], sums[1] if want_entropy else None)

@@ -54,23 +54,6 @@ def _aligned(matrix: torch.Tensor | None) -> bool:
     return (matrix.data_ptr() | matrix.stride(0) * matrix.itemsize) % _ALIGNMENT == 0
 
 
-class HeadNumbers(NamedTuple):
-    """What a head does to ``u = h W^T``, as kernels take it."""
-
-    inner: float
-    outer: float
-    softcap: bool
-    rounds: bool
-
-    @classmethod
-    def of(cls, head: LMHead) -> HeadNumbers:
-        """Those of a head."""
-        if head.softcap is None:
-            return cls(head.slope, 1.0, softcap=False, rounds=head.rounds_logits)
-        inner, outer = head.logit_scale / head.softcap, head.softcap / head.temperature
-        return cls(inner, outer, softcap=True, rounds=head.rounds_logits)
-
-
 def _launch_target_logits(  # noqa: PLR0913, PLR0917
     rows: torch.Tensor,
     weight: torch.Tensor,
@@ -263,7 +246,7 @@ def aot_calls() -> dict[str, Callable[[], object]]:
         targets, ref = torch.empty(8192, dtype=torch.int64, device="meta"), torch.empty(8192, device="meta")
         store = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         exp = torch.empty(8192, 151936, dtype=store, device="meta") if stored else None
-        numbers = HeadNumbers.of(head)
+        numbers = head.numbers
         sums = _launch_head_exp(rows, weight, bias, targets, ref, exp, *numbers, True, entropy, None)
         _launch_target_logits(rows, weight, bias, targets, *numbers)
         _launch_head_exp_again(rows, weight, bias, targets, ref, sums, exp, *numbers, True)

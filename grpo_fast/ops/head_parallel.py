@@ -50,17 +50,18 @@ def _own(
     """Logits of rows and a weight as they are multiplied."""
     u = mm_of(hidden, weight.T, short)
     work = u.dtype
-    if head.bias is not None:
-        # A finite floor for -inf: 0·(-inf) in the entropy would be NaN.
-        u += head.bias.to(work).clamp(min=torch.finfo(work).min / 1e6)
+    bias = head.finite_bias(work)
+    if bias is not None:
+        u += bias
     if head.rounds_logits:
         u = u.to(head.logits_dtype).to(work)
     gate: torch.Tensor | float = head.slope
-    if head.softcap is None:
-        logits = u * head.slope
-    else:
-        bounded = torch.tanh(u * (head.logit_scale / head.softcap))
-        logits, gate = bounded * (head.softcap / head.temperature), (1 - bounded.square()) * head.slope
+    inner, outer, softcap, _ = head.numbers
+    logits = u * inner
+    if softcap:
+        logits.tanh_()
+        gate = (1 - logits.square()) * head.slope
+        logits *= outer
     column = targets[:, None] - first_token
     mine = (column >= 0) & (column < logits.shape[1])
     return _Own(logits, gate, column.where(mine, 0), mine)

@@ -152,7 +152,7 @@ def row_statistics(block: Block) -> RowStatistics:
 
 
 def row_scales(
-    block: Block, statistics: RowStatistics, gradient: RowGradient, *, slope: float, softcap: float | None
+    block: Block, statistics: RowStatistics, gradient: RowGradient, *, slope: float, bound: float | None
 ) -> RowScales:
     """The three vectors that turn a block into dU.
 
@@ -161,7 +161,7 @@ def row_scales(
         statistics: its own.
         gradient: of the C rows.
         slope: ``scale / temperature``.
-        softcap: bound of z, ``cap / temperature``.
+        bound: of z under a softcap.
     """
     slopes = slope / statistics.total
     if gradient.entropy is None:
@@ -172,7 +172,7 @@ def row_scales(
         inner = gradient.entropy * statistics.target_exp * (statistics.logprobs + statistics.entropy)
         others, patch = slopes, inner - gradient.logprobs * block.others
         target = -slopes * patch
-    if softcap is not None:
-        gate = 1 - (block.target_logits / softcap).square()
+    if bound is not None:
+        gate = 1 - (block.target_logits / bound).square()
         target, patch = target * gate, patch * gate
     return RowScales(others, target, patch)

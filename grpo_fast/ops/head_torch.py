@@ -62,10 +62,8 @@ class TorchHeadPass:
         self._hidden, self._targets, self._head, self._wanted, self._gated = hidden.detach(), targets, head, wanted, gated
         self._work, self._operand_dtype = work, head.operand_dtype
         self._weight = self._operand(head.weight.detach())
-        self._bias = None
-        if head.bias is not None:
-            # A finite floor for -inf: 0·(-inf) in the entropy would be NaN. Scaling keeps it finite.
-            self._bias = head.bias.detach().to(work).clamp(min=torch.finfo(work).min / 1e6)
+        bias = head.finite_bias(work)
+        self._bias = None if bias is None else bias.detach()
         rows = self._height(hidden.shape[0])
         self._exp = torch.empty(rows, head.weight.shape[0], dtype=work, device=hidden.device)
         self._cache_rows = max(2, CACHE_BYTES // max(1, self._exp[:1].nbytes) // 2 * 2)
@@ -118,8 +116,7 @@ class TorchHeadPass:
         assert block.exp is not None
         head, count = self._head, len(block.others)
         exp, targets, rows = block.exp, self._targets[block.rows], self._hidden[block.rows]
-        cap = None if head.softcap is None else head.softcap / head.temperature
-        scales = row_scales(block, statistics, gradient, slope=head.slope, softcap=cap)
+        scales = row_scales(block, statistics, gradient, slope=head.slope, bound=head.bound)
         if gradient.entropy is not None:
             self._add_entropy(exp, block, statistics, gradient)
         exp[:count].scatter_(1, targets[:, None], scales.patch[:, None])
@@ -176,9 +173,9 @@ class TorchHeadPass:
         for part in self._cache_blocks(len(block.others)):
             values = exp[part]
             log = torch.clamp(values, min=tiny, out=self._scratch[0][: len(values)]).log_()
-            if head.softcap is not None:
+            if head.bound is not None:
                 gate = torch.add(log, block.reference[part, None], out=self._scratch[1][: len(values)])
-                gate.mul_(head.temperature / head.softcap).square_().neg_().add_(1.0)
+                gate.div_(head.bound).square_().neg_().add_(1.0)
                 values.mul_(gate)
             log.add_(shift[part, None]).mul_(gradient.entropy[part, None]).add_(gradient.logprobs[part, None])
             values.mul_(log)

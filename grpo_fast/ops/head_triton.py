@@ -185,10 +185,9 @@ class TritonHeadPass:
         """See :class:`~grpo_fast.ops.head_pass.HeadPass`."""
         assert block.exp is not None
         head, count = self._head, len(block.others)
-        cap = None if head.softcap is None else head.softcap / head.temperature
-        scales = row_scales(block, statistics, gradient, slope=head.slope, softcap=cap)
+        scales = row_scales(block, statistics, gradient, slope=head.slope, bound=head.bound)
         if gradient.entropy is not None:
-            _launch_entropy_bwd(block, statistics, gradient, softcap=cap)
+            _launch_entropy_bwd(block, statistics, gradient, bound=head.bound)
         product = scaled = None
         with _products_in(self._gradient_precision):
             if self._wanted[0]:
@@ -304,7 +303,7 @@ def _launch_rows_fwd(  # noqa: PLR0913
     bias: torch.Tensor | None,
 ) -> None:
     """Fills E [C, V] and statistics [5, C] (ref, z_y, S_o, Q_o, peak) from ``h W^T`` [C or more, V]."""
-    cap = 1.0 if head.softcap is None else head.softcap
+    inner, outer, softcap, _ = head.numbers
     _head_rows_fwd_kernel[(len(targets),)](
         logits,
         bias,
@@ -317,18 +316,18 @@ def _launch_rows_fwd(  # noqa: PLR0913
         logits.shape[1],
         logits.shape[1] // 16,
         head.slope,
-        head.logit_scale / cap,
-        cap / head.temperature,
+        inner,
+        outer,
         LIMIT,
         ROUNDED=rounds,
-        SOFTCAP=head.softcap is not None,
+        SOFTCAP=softcap,
         GATED=gated,
         BLOCK=_BLOCK,
         **_OPTIONS,
     )
 
 
-def _launch_entropy_bwd(block: Block, statistics: RowStatistics, gradient: RowGradient, *, softcap: float | None) -> None:
+def _launch_entropy_bwd(block: Block, statistics: RowStatistics, gradient: RowGradient, *, bound: float | None) -> None:
     assert block.exp is not None
     assert statistics.entropy is not None
     assert gradient.entropy is not None
@@ -342,8 +341,8 @@ def _launch_entropy_bwd(block: Block, statistics: RowStatistics, gradient: RowGr
             block.exp.stride(0),
             block.exp.shape[1],
             block.exp.shape[1] // 16,
-            1.0 if softcap is None else 1 / softcap,
-            SOFTCAP=softcap is not None,
+            1.0 if bound is None else 1 / bound,
+            SOFTCAP=bound is not None,
             BLOCK=_BLOCK,
             **_OPTIONS,
         )

@@ -96,7 +96,8 @@ def kept_logprob_reference(hidden: torch.Tensor, head: LMHead, *, kept: Kept) ->
     work = working_dtype(hidden)
     with full_precision(hidden):
         every = head.operand(hidden).to(work) @ head.operand(head.weight).to(work).T
-        every = head.logits_of(every if head.bias is None else every + head.bias.to(work))
+        bias = head.finite_bias(work)
+        every = head.logits_of(every if bias is None else every + bias)
         sizes = kept.sizes.to(hidden.device)
         inside = torch.zeros_like(every, dtype=torch.bool)
         inside[torch.repeat_interleave(torch.arange(len(sizes), device=hidden.device), sizes), kept.token_ids] = True
@@ -107,6 +108,7 @@ def kept_logprob_reference(hidden: torch.Tensor, head: LMHead, *, kept: Kept) ->
 
 def _chunks(hidden: torch.Tensor, head: LMHead, kept: Kept) -> Iterator[_Chunk]:
     work, short, device = working_dtype(hidden), short_operands(hidden, head), hidden.device
+    bias = head.finite_bias(work)
     order = torch.argsort(kept.sizes, stable=True)
     widths, starts = kept.sizes[order], (kept.sizes.cumsum(0) - kept.sizes)[order]
     most = min(_ROWS.get(device.type, _ROWS["cpu"]), rows_per_chunk(head, device, bytes_per_logit=work.itemsize))
@@ -122,8 +124,8 @@ def _chunks(hidden: torch.Tensor, head: LMHead, kept: Kept) -> Iterator[_Chunk]:
         weight = as_operand((head.weight if chosen is None else head.weight[chosen]).detach(), short, work)
         inputs = as_operand(hidden[rows].detach(), short, work)
         logits = mm_of(inputs, weight.T, short).gather(1, place)
-        if head.bias is not None:
-            logits += head.bias.detach().to(work)[ids]
+        if bias is not None:
+            logits += bias.detach()[ids]
         logits = head.logits_of(logits).masked_fill_(missing.to(device), -torch.inf)
         yield _Chunk(rows, inputs, chosen, weight, place, logits)
 
@@ -136,10 +138,10 @@ def _statistics(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
     """
     others = logits.clone()
     others[:, 0] = -torch.inf
-    odds = others.logsumexp(1) - logits[:, 0]
-    drawn = -torch.logaddexp(odds, torch.zeros_like(odds))
-    logprobs = logits + (drawn - logits[:, 0])[:, None]
-    logprobs[:, 0] = drawn
+    rest = others.logsumexp(1)
+    odds = rest - logits[:, 0]
+    logprobs = logits - torch.logaddexp(rest, logits[:, 0])[:, None]
+    logprobs[:, 0] = -torch.logaddexp(odds, torch.zeros_like(odds))
     probs = logprobs.exp()
     logprobs = logprobs.masked_fill_(logits == -torch.inf, 0.0)
     return logprobs, probs, -(probs * logprobs).sum(1)
@@ -202,9 +204,9 @@ def _slopes(chunk: _Chunk, head: LMHead, grad_logprobs: torch.Tensor, grad_entro
     slopes = -grad_logprobs[:, None] * probs
     slopes[:, 0] = grad_logprobs * -torch.expm1(logprobs[:, 0])
     slopes -= grad_entropy[:, None] * probs * (logprobs + entropy[:, None])
-    if head.softcap is not None:
+    if head.bound is not None:
         inside = chunk.logits.masked_fill(chunk.logits == -torch.inf, 0.0)
-        slopes *= 1 - (inside * (head.temperature / head.softcap)).square()
+        slopes *= 1 - (inside / head.bound).square()
     return slopes.mul_(head.slope)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -23,6 +23,16 @@ TILE_ROWS = 128
 
 _CPU_CHUNK_BYTES = 64 * 2**20
 _SHARE_OF_DEVICE = 32
+
+
+class HeadNumbers(NamedTuple):
+    """What a head does to ``u = h W^T + b``: ``z = inner·u``, or under a softcap ``z = outer·tanh(inner·u)``."""
+
+    inner: float
+    outer: float
+    softcap: bool
+    rounds: bool
+    """Whether u is rounded first."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,9 +87,25 @@ class LMHead:
         return self.logit_scale / self.temperature
 
     @property
+    def bound(self) -> float | None:
+        """The largest z that a softcap lets through; ``None`` without one."""
+        return None if self.softcap is None else self.softcap / self.temperature
+
+    @property
     def rounds_logits(self) -> bool:
         """Whether logits are made coarser than float32 on purpose."""
         return self.logits_dtype not in (None, torch.float32)
+
+    @property
+    def numbers(self) -> HeadNumbers:
+        """How z follows from u, as kernels take it."""
+        if self.softcap is None or self.bound is None:
+            return HeadNumbers(self.slope, 1.0, softcap=False, rounds=self.rounds_logits)
+        return HeadNumbers(self.logit_scale / self.softcap, self.bound, softcap=True, rounds=self.rounds_logits)
+
+    def finite_bias(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """The bias in another type; a finite floor, which scaling keeps finite, for -inf: 0·(-inf) in the entropy is NaN."""
+        return None if self.bias is None else self.bias.to(dtype).clamp(min=torch.finfo(dtype).min / 1e6)
 
     def operand(self, values: torch.Tensor) -> torch.Tensor:
         """Hidden rows or weight as they are multiplied, in a type of their own; rounding lets gradients through."""

@@ -42,10 +42,8 @@ def token_logprob_reference(
     work = working_dtype(hidden)
     with full_precision(hidden):
         logits = head.operand(hidden).to(work) @ head.operand(head.weight).to(work).T
-        if head.bias is not None:
-            # A finite floor for -inf: 0·(-inf) in the entropy would be NaN.
-            logits = logits + head.bias.to(work).clamp(min=torch.finfo(work).min / 1e6)
-        logits = head.logits_of(logits)
+        bias = head.finite_bias(work)
+        logits = head.logits_of(logits if bias is None else logits + bias)
         target = logits.gather(1, targets[:, None])[:, 0]
         others = logits.scatter(1, targets[:, None], torch.finfo(work).min)
         odds = torch.logsumexp(others, dim=1) - target

@@ -7,7 +7,6 @@ import torch
 
 from grpo_fast.ops import head_exp_triton, jit
 from grpo_fast.ops.head_exp_triton import (
-    HeadNumbers,
     _launch_shape,
     aot_calls,
     head_exp_again,
@@ -24,7 +23,7 @@ HEADS = {"qwen2.5-0.5b": (896, 151936), "qwen2.5-1.5b": (1536, 151936), "qwen2.5
 @pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "logits_dtype": torch.bfloat16}])
 def test_the_operators_are_well_registered(options: dict[str, object], device: torch.device) -> None:
     rows, head, targets = case(device, **options)
-    numbers, exp = HeadNumbers.of(head), torch.zeros(3, 72, device=device)
+    numbers, exp = head.numbers, torch.zeros(3, 72, device=device)
     torch.library.opcheck(head_target_logits, (rows, head.weight, None, targets, *numbers))
     ref = head_target_logits(rows, head.weight, None, targets, *numbers)
     for store, entropy in ((exp, True), (None, False)):

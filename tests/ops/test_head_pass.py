@@ -64,7 +64,7 @@ def test_confident_tokens_keep_their_tail(dtype: torch.dtype) -> None:
         odds = math.exp(others - 0.5 - margin)
         assert found.logprobs[row].item() == pytest.approx(-math.log1p(odds), rel=1e-5)
         one = RowGradient(torch.ones(len(z), dtype=dtype))
-        scales = row_scales(block, found, one, slope=1.0, softcap=None)
+        scales = row_scales(block, found, one, slope=1.0, bound=None)
         assert scales.target[row].item() == pytest.approx(odds / (1 + odds), rel=1e-5)
         assert (scales.patch / -scales.others.reciprocal())[row].item() == pytest.approx(scales.target[row].item(), rel=1e-5)
 
@@ -84,7 +84,7 @@ def test_scales_make_the_gradient_of_the_logits(entropy: bool, softcap: float | 
     block = block_of(z, targets, z.amax(1))
     found = row_statistics(block)
     gradient = RowGradient(g, c if entropy else None)
-    scales = row_scales(block, found, gradient, slope=1.0, softcap=softcap)
+    scales = row_scales(block, found, gradient, slope=1.0, bound=softcap)
     inner = block.exp.clone()
     if entropy:
         log = (block.exp.clamp(min=1e-300).log() - found.log_total[:, None]) + found.entropy[:, None]

@@ -116,6 +116,27 @@ def test_a_confident_token_keeps_its_tail() -> None:
     assert weight.grad[0].item() == pytest.approx(tail, rel=1e-5, abs=0.0)
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_tokens_that_the_bias_takes_out_have_no_probability(dtype: torch.dtype, softcap: float | None) -> None:
+    hidden, head, kept = problem((9, 9), dtype, bias=True, softcap=softcap)
+    assert head.bias is not None
+    drawn, other = int(kept.token_ids[0]), int(kept.token_ids[10])
+    with torch.no_grad():
+        head.bias[[drawn, other]] = -torch.inf
+    found, expected = kept_logprob(hidden, head, kept=kept), kept_logprob_reference(hidden, head, kept=kept)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.isfinite().all()
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    of_hidden, of_weight, of_bias = zip(gradients(found, hidden, head), gradients(expected, hidden, head), strict=True)
+    finite = head.bias.isfinite()
+    for ours, theirs in (of_hidden, of_weight, [side[finite] for side in of_bias]):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    if softcap is None:
+        assert found[0][0] < -1e30
+        assert found[1][0] > 0.1, "the others share the row"
+
+
 def test_a_repeated_call_is_bitwise_the_same_and_nothing_of_no_rows() -> None:
     hidden, head, kept = problem((1, 30), torch.float32)
     calls = [kept_logprob(hidden, head, kept=kept) for _ in range(2)]

@@ -34,6 +34,19 @@ def test_a_chunk_fits_its_bytes() -> None:
 def test_what_is_derived_from_the_numbers() -> None:
     head = LMHead(torch.zeros(3, 2), temperature=0.5, logit_scale=0.25)
     assert head.slope == 0.5
+    assert head.bound is None
+    assert head.numbers == (0.5, 1.0, False, False)
+    capped = replace(head, softcap=3.0, logits_dtype=torch.bfloat16)
+    assert capped.bound == 6.0
+    assert capped.numbers == (0.25 / 3, 6.0, True, True)
+    u = torch.linspace(-9, 9, 19, dtype=torch.float64)
+    torch.testing.assert_close(replace(capped, logits_dtype=None).logits_of(u), 6 * torch.tanh(0.25 / 3 * u))
+    assert head.finite_bias(torch.float32) is None
+    bias = replace(head, bias=torch.tensor([1.0, -torch.inf, torch.nan])).finite_bias(torch.float64)
+    assert bias is not None
+    assert bias[0] == 1
+    assert -1e303 < bias[1] < -1e300
+    assert bias[2].isnan()
     assert not head.rounds_logits
     assert not replace(head, logits_dtype=torch.float32).rounds_logits
     assert replace(head, logits_dtype=torch.bfloat16).rounds_logits
