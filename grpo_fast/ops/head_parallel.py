@@ -10,8 +10,8 @@ and each rank makes the gradient of its own logits alone,
     dZ_v = g·(1[v = y] - p_v) - c·p_v·(log p_v + H),    d hidden = Σ_r dZ_r W_r,    d W_r = dZ_r^T hidden
 
 Exchanged are 4 numbers a row forward and the sum of ``d hidden`` backward: 4·T·(4 + H) bytes beside 8 T·H·V/R FLOP a rank.
-Rows are walked in chunks of ``LMHead.chunk_bytes`` of a rank's own logits; backward makes them again. Logits and gradients of
-the head are float32 (float64 for float64 rows).
+Rows are walked in chunks of ``LMHead.chunk_bytes`` of a rank's own logits, the largest part's where they differ; backward makes
+them again. Logits and gradients of the head are float32 (float64 for float64 rows).
 
 Where each rank has rows of its own, as under FSDP, :func:`gathered_token_logprob` brings them together first, T then being the
 rows of all: H numbers a row more are exchanged, and none of the head.
@@ -96,13 +96,14 @@ class _ParallelLogprob(torch.autograd.Function):
         targets: torch.Tensor,
         head: LMHead,
         first_token: int,
-        group: dist.ProcessGroup | None,
+        ranks: _Rows,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        group = ranks.group
         ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.head, ctx.first_token, ctx.group = head, first_token, group
+        ctx.head, ctx.first_token, ctx.ranks = head, first_token, ranks
         short, inputs, matrix = _operands(hidden, head)
         found = torch.empty(2, hidden.shape[0], dtype=working_dtype(hidden), device=hidden.device)
-        for rows in _chunks(hidden, head):
+        for rows in row_chunks(0, hidden.shape[0], max_rows=ranks.max_rows):
             own = _own(inputs[rows], matrix, head, targets[rows], first_token, short)
             statistics, _ = _statistics(own, rows, group)
             assert statistics.entropy is not None
@@ -110,24 +111,26 @@ class _ParallelLogprob(torch.autograd.Function):
         return found[0], found[1]
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         hidden, weight, bias, targets = ctx.saved_tensors
+        group, max_rows = ctx.ranks.group, ctx.ranks.max_rows
         work = working_dtype(hidden)
         dhidden = torch.zeros_like(hidden, dtype=work)
         dweight = torch.zeros_like(weight, dtype=work) if ctx.needs_input_grad[1] else None
         dbias = torch.zeros_like(bias, dtype=work) if bias is not None and ctx.needs_input_grad[2] else None
         short, inputs, matrix = _operands(hidden, ctx.head)
         with full_precision(hidden):
-            for rows in _chunks(hidden, ctx.head):
+            for rows in row_chunks(0, hidden.shape[0], max_rows=max_rows):
                 own = _own(inputs[rows], matrix, ctx.head, targets[rows], ctx.first_token, short)
                 g, c = (gradient[rows, None].to(work) for gradient in gradients)
-                du = _gradient(own, *_statistics(own, rows, ctx.group), g=g, c=c) * own.gate
+                du = _gradient(own, *_statistics(own, rows, group), g=g, c=c) * own.gate
                 dhidden[rows] = mm_of(du, matrix, short)
                 if dweight is not None:
                     addmm_of(dweight, du.T, inputs[rows], short)
                 if dbias is not None:
                     dbias += du.sum(0)
-        dist.all_reduce(dhidden, group=ctx.group)
+        dist.all_reduce(dhidden, group=group)
         of_head = [None if made is None else made.to(given.dtype) for made, given in ((dweight, weight), (dbias, bias))]
         return dhidden.to(hidden.dtype), *of_head, None, None, None, None
 
@@ -143,9 +146,10 @@ def _gradient(own: _Own, statistics: RowStatistics, block: Block, *, g: torch.Te
     return dz.scatter(1, own.column, target.where(own.mine, dz.gather(1, own.column)))
 
 
-def _chunks(hidden: torch.Tensor, head: LMHead) -> Any:
-    size = rows_per_chunk(head, hidden.device, bytes_per_logit=working_dtype(hidden).itemsize)
-    return row_chunks(0, hidden.shape[0], max_rows=size)
+def _check(hidden: torch.Tensor, head: LMHead, targets: torch.Tensor, first_token: int) -> None:
+    check_rows(hidden, head, targets)
+    if first_token < 0:
+        raise ValueError(f"first_token={first_token}; it is the number of a token, 0 or more")
 
 
 def parallel_token_logprob(
@@ -175,32 +179,41 @@ def parallel_token_logprob(
         ValueError: shapes that do not fit, or ``first_token`` below 0.
         TypeError: targets are not int64.
     """
-    check_rows(hidden, head, targets)
-    if first_token < 0:
-        raise ValueError(f"first_token={first_token}; it is the number of a token, 0 or more")
+    _check(hidden, head, targets, first_token)
+    return _of_every_row(hidden, head, targets, first_token, _Rows.of(hidden, head, group))
+
+
+def _of_every_row(
+    hidden: torch.Tensor, head: LMHead, targets: torch.Tensor, first_token: int, ranks: _Rows
+) -> tuple[torch.Tensor, torch.Tensor]:
     with full_precision(hidden):
         found: tuple[torch.Tensor, torch.Tensor] = _ParallelLogprob.apply(  # type: ignore[no-untyped-call]
-            hidden, head.weight, head.bias, targets, head, first_token, group
+            hidden, head.weight, head.bias, targets, head, first_token, ranks
         )
     return found
 
 
 class _Rows(NamedTuple):
-    """How many rows each rank has."""
+    """What ranks tell each other of their rows before they begin."""
 
     counts: list[int]
+    """How many each has."""
     own: slice
+    """This rank's among those of all, one rank's below the other's."""
+    max_rows: int
+    """Of a chunk: as many as fit on every rank, whose parts of the head and devices may differ; all must cut alike."""
     group: dist.ProcessGroup | None
 
     @classmethod
-    def of(cls, num_rows: int, device: torch.device, group: dist.ProcessGroup | None) -> _Rows:
-        told = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=device)
-        rank = dist.get_rank(group)
-        told[rank].fill_(num_rows)
+    def of(cls, hidden: torch.Tensor, head: LMHead, group: dist.ProcessGroup | None) -> _Rows:
+        num_rows, rank = hidden.shape[0], dist.get_rank(group)
+        told = torch.zeros(2, dist.get_world_size(group), dtype=torch.int64, device=hidden.device)
+        told[0, rank].fill_(num_rows)
+        told[1, rank].fill_(rows_per_chunk(head, hidden.device, bytes_per_logit=working_dtype(hidden).itemsize))
         dist.all_reduce(told, group=group)
-        counts = told.tolist()
+        counts, limits = told.tolist()
         first = sum(counts[:rank])
-        return cls(counts, slice(first, first + num_rows), group)
+        return cls(counts, slice(first, first + num_rows), min(limits), group)
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows [T_r, ...] of each rank, one rank's below the other's."""
@@ -262,8 +275,9 @@ def gathered_token_logprob(
     Raises:
         ValueError: as :func:`parallel_token_logprob`.
     """
-    rows = _Rows.of(hidden.shape[0], hidden.device, group)
+    _check(hidden, head, targets, first_token)
+    rows = _Rows.of(hidden, head, group)
     every: torch.Tensor = _Gather.apply(hidden, rows)  # type: ignore[no-untyped-call]
-    found = parallel_token_logprob(every, head, targets=rows.gather(targets), first_token=first_token, group=group)
+    found = _of_every_row(every, head, rows.gather(targets), first_token, rows)
     own: torch.Tensor = _TakeOwn.apply(torch.stack(found, 1), rows)  # type: ignore[no-untyped-call]
     return own[:, 0], own[:, 1]
