@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from grpo_fast.ops.head_pass import Block, RowStatistics, row_statistics
 from grpo_fast.ops.lm_head import LMHead, check_rows, full_precision, row_chunks, rows_per_chunk, short_operands, working_dtype
-from grpo_fast.ops.products import addmm_of, as_operand, mm_of
+from grpo_fast.ops.products import as_operand, mm_into, mm_of, with_gradient
 
 
 class _Own(NamedTuple):
@@ -44,11 +44,9 @@ class _Own(NamedTuple):
     """Bool [C, 1]: whether it is here."""
 
 
-def _own(
-    hidden: torch.Tensor, weight: torch.Tensor, head: LMHead, targets: torch.Tensor, first_token: int, short: torch.dtype | None
-) -> _Own:
+def _own(hidden: torch.Tensor, weight: torch.Tensor, head: LMHead, targets: torch.Tensor, first_token: int) -> _Own:
     """Logits of rows and a weight as they are multiplied."""
-    u = mm_of(hidden, weight.T, short)
+    u = mm_of(hidden, weight.T)
     work = u.dtype
     bias = head.finite_bias(work)
     if bias is not None:
@@ -67,10 +65,10 @@ def _own(
     return _Own(logits, gate, column.where(mine, 0), mine)
 
 
-def _operands(hidden: torch.Tensor, head: LMHead) -> tuple[torch.dtype | None, torch.Tensor, torch.Tensor]:
-    """In which type products are made, and rows and weight as they enter them."""
+def _operands(hidden: torch.Tensor, head: LMHead) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and weight as they are multiplied."""
     short, work = short_operands(hidden, head), working_dtype(hidden)
-    return short, as_operand(hidden.detach(), short, work), as_operand(head.weight.detach(), short, work)
+    return as_operand(hidden.detach(), short, work), as_operand(head.weight.detach(), short, work)
 
 
 def _statistics(own: _Own, rows: slice, group: dist.ProcessGroup | None) -> tuple[RowStatistics, Block]:
@@ -101,10 +99,10 @@ class _ParallelLogprob(torch.autograd.Function):
         group = ranks.group
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.head, ctx.first_token, ctx.ranks = head, first_token, ranks
-        short, inputs, matrix = _operands(hidden, head)
+        inputs, matrix = _operands(hidden, head)
         found = torch.empty(2, hidden.shape[0], dtype=working_dtype(hidden), device=hidden.device)
         for rows in row_chunks(0, hidden.shape[0], max_rows=ranks.max_rows):
-            own = _own(inputs[rows], matrix, head, targets[rows], first_token, short)
+            own = _own(inputs[rows], matrix, head, targets[rows], first_token)
             statistics, _ = _statistics(own, rows, group)
             assert statistics.entropy is not None
             found[0, rows], found[1, rows] = statistics.logprobs, statistics.entropy
@@ -119,15 +117,15 @@ class _ParallelLogprob(torch.autograd.Function):
         dhidden = torch.zeros_like(hidden, dtype=work)
         dweight = torch.zeros_like(weight, dtype=work) if ctx.needs_input_grad[1] else None
         dbias = torch.zeros_like(bias, dtype=work) if bias is not None and ctx.needs_input_grad[2] else None
-        short, inputs, matrix = _operands(hidden, ctx.head)
+        inputs, matrix = _operands(hidden, ctx.head)
         with full_precision(hidden):
             for rows in row_chunks(0, hidden.shape[0], max_rows=max_rows):
-                own = _own(inputs[rows], matrix, ctx.head, targets[rows], ctx.first_token, short)
+                own = _own(inputs[rows], matrix, ctx.head, targets[rows], ctx.first_token)
                 g, c = (gradient[rows, None].to(work) for gradient in gradients)
                 du = _gradient(own, *_statistics(own, rows, group), g=g, c=c) * own.gate
-                dhidden[rows] = mm_of(du, matrix, short)
+                dhidden[rows] = mm_of(*with_gradient(du, matrix))
                 if dweight is not None:
-                    addmm_of(dweight, du.T, inputs[rows], short)
+                    mm_into(*with_gradient(du.T, inputs[rows]), out=dweight, add=True)
                 if dbias is not None:
                     dbias += du.sum(0)
         dist.all_reduce(dhidden, group=group)

@@ -47,6 +47,7 @@ from grpo_fast.ops.head_triton_kernels import (
 )
 from grpo_fast.ops.jit import target
 from grpo_fast.ops.lm_head import ROW_MULTIPLE, TILE_ROWS, LMHead, pad_rows, padded, row_chunks, rows_per_chunk
+from grpo_fast.ops.products import mm_into
 
 _PITCH = 16
 """Rows of E and of logits begin at multiples of so many entries: whole vectors, for kernels and for cuBLAS."""
@@ -161,7 +162,7 @@ class TritonHeadPass:
         inputs = pad_rows(self._hidden[first + part.start : first + part.stop])
         self._logits = self._buffer(self._logits, inputs.shape[0], self._logits_dtype)
         logits = self._logits[: inputs.shape[0]]
-        _multiply(inputs, self._weight.T, out=logits)
+        mm_into(inputs, self._weight.T, out=logits)
         _launch_rows_fwd(
             logits,
             self._head,
@@ -192,7 +193,7 @@ class TritonHeadPass:
         with _products_in(self._gradient_precision):
             if self._wanted[0]:
                 product = torch.empty(block.exp.shape[0], self._hidden.shape[1], dtype=torch.float32, device=block.exp.device)
-                _multiply(block.exp, self._operand(self._weight), out=product)
+                mm_into(block.exp, self._operand(self._weight), out=product)
             if self._wanted[1]:
                 scaled = torch.empty(count, self._hidden.shape[1], dtype=self._exp_dtype, device=block.exp.device)
             live = gradient.live()
@@ -241,11 +242,10 @@ class TritonHeadPass:
             )
 
     def _add_to_weight(self, exp: torch.Tensor, scaled: torch.Tensor) -> None:
+        first = self._dweight is None
         if self._dweight is None:
             self._dweight = torch.empty(self._weight.shape, dtype=torch.float32, device=exp.device)
-            _multiply(exp.T, scaled, out=self._dweight)
-        else:
-            _multiply(exp.T, scaled, out=self._dweight, add=True)
+        mm_into(exp.T, scaled, out=self._dweight, add=not first)
 
     def gradients(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """See :class:`~grpo_fast.ops.head_pass.HeadPass`."""
@@ -265,18 +265,6 @@ def _choice(head: LMHead, max_rows: int) -> Choice:
 
 def _zeros(like: torch.Tensor, *shape: int) -> torch.Tensor:
     return torch.zeros(shape, dtype=torch.float32, device=like.device)
-
-
-def _multiply(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor, add: bool = False) -> None:
-    """``out = left right``, or that added to it; 16-bit operands are multiplied as they are and summed in float32."""
-    if left.dtype != out.dtype and left.device.type != "cuda":
-        left, right = left.to(out.dtype), right.to(out.dtype)
-    if left.dtype == out.dtype:
-        _ = torch.addmm(out, left, right, out=out) if add else torch.mm(left, right, out=out)
-    elif add:
-        torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
-    else:
-        torch.mm(left, right, out_dtype=out.dtype, out=out)
 
 
 @contextlib.contextmanager

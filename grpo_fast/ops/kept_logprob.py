@@ -33,7 +33,7 @@ from grpo_fast.ops.lm_head import (
     short_operands,
     working_dtype,
 )
-from grpo_fast.ops.products import as_operand, mm_of
+from grpo_fast.ops.products import as_operand, mm_of, with_gradient
 
 _ROWS = {"cpu": 32, "cuda": 512}
 """Rows of a chunk: more of them share head rows, and make products of rows with other rows' tokens."""
@@ -123,7 +123,7 @@ def _chunks(hidden: torch.Tensor, head: LMHead, kept: Kept) -> Iterator[_Chunk]:
             chosen, place = None, ids
         weight = as_operand((head.weight if chosen is None else head.weight[chosen]).detach(), short, work)
         inputs = as_operand(hidden[rows].detach(), short, work)
-        logits = mm_of(inputs, weight.T, short).gather(1, place)
+        logits = mm_of(inputs, weight.T).gather(1, place)
         if bias is not None:
             logits += bias.detach()[ids]
         logits = head.logits_of(logits).masked_fill_(missing.to(device), -torch.inf)
@@ -175,7 +175,6 @@ class _KeptLogprob(torch.autograd.Function):
     def backward(ctx: Any, grad_logprobs: torch.Tensor, grad_entropy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, *kept = ctx.saved_tensors
         head, work = LMHead(weight, bias, *ctx.options), working_dtype(hidden)
-        short = short_operands(hidden, head)
         wanted = ctx.needs_input_grad[:3]
         dhidden, dweight, dbias = (
             torch.zeros_like(value, dtype=work) if asked else None
@@ -187,12 +186,12 @@ class _KeptLogprob(torch.autograd.Function):
                 # places of rows with fewer tokens point at the drawn one and add 0
                 dense = slopes.new_zeros(len(slopes), len(chunk.weight)).scatter_add_(1, chunk.place, slopes)
                 if dhidden is not None:
-                    dhidden[chunk.rows] = mm_of(dense, chunk.weight, short)
+                    dhidden[chunk.rows] = mm_of(*with_gradient(dense, chunk.weight))
                 for gradient, inputs in ((dweight, chunk.hidden), (dbias, None)):
                     if gradient is not None:
                         # the part has no name, under which it would stay while the next one is made
                         gradient[... if chunk.tokens is None else chunk.tokens] += (
-                            dense.sum(0) if inputs is None else mm_of(dense.T, inputs, short)
+                            dense.sum(0) if inputs is None else mm_of(*with_gradient(dense.T, inputs))
                         )
         found = zip((dhidden, dweight, dbias), (hidden, weight, bias), strict=True)
         return (*(None if value is None else value.to(own.dtype) for value, own in found), None, None, None)

@@ -203,30 +203,47 @@ def mm(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def as_operand(values: torch.Tensor, short: torch.dtype | None, work: torch.dtype) -> torch.Tensor:
-    """A matrix as :func:`mm_of` takes it: rounded to ``short``, and of it where a GPU multiplies that, else of ``work``."""
+    """A matrix as it is multiplied: rounded to ``short``, and of it where a GPU multiplies that, else of ``work``."""
     values = values if short is None else values.to(short)
     return values if short is not None and values.device.type == "cuda" else values.to(work)
 
 
-def mm_of(left: torch.Tensor, right: torch.Tensor, short: torch.dtype | None) -> torch.Tensor:
-    """``left`` [M, K] times ``right`` [K, N], summed in float32 and of that type (float64 of float64); no gradient is kept.
+def with_gradient(gradient: torch.Tensor, operand: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A gradient of float32 (or float64) and an operand, of one type: the operand's if that is bfloat16.
+
+    float16 lacks the range of a gradient, whose small numbers would be 0 there: such an operand is widened.
+    """
+    if operand.dtype == torch.bfloat16:
+        return gradient.to(operand.dtype), operand
+    return gradient, operand.to(gradient.dtype)
+
+
+def mm_of(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """``left`` [M, K] times ``right`` [K, N] of the same type, summed in float32 and of that (float64 of float64)."""
+    if left.dtype.itemsize > 2:
+        return mm(left, right)
+    product = torch.empty(left.shape[0], right.shape[1], dtype=torch.float32, device=left.device)
+    mm_into(left, right, out=product)
+    return product
+
+
+def mm_into(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor, add: bool = False) -> None:
+    """Writes a product into ``out``, or adds it there; no gradient is kept.
 
     Args:
-        left: of any type.
-        right: likewise.
-        short: type of 16 bits that a GPU multiplies them in; with ``None``, and on a CPU, they are multiplied as they are.
+        left: [M, K].
+        right: [K, N] of the same type.
+        out: [M, N] of that type; or float32 for operands of 16 bits, which a GPU multiplies as they are and sums in float32.
+        add: whether to add.
     """
-    if short is not None and left.device.type == "cuda":
-        return torch.mm(left.to(short), right.to(short), out_dtype=torch.float32)
-    return mm(left, right)
-
-
-def addmm_of(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, short: torch.dtype | None) -> None:
-    """Adds :func:`mm_of` to ``total`` [M, N], in place."""
-    if short is not None and left.device.type == "cuda":
-        torch.addmm(total, left.to(short), right.to(short), out_dtype=total.dtype, out=total)
+    if left.dtype != out.dtype and left.device.type != "cuda":
+        left, right = left.to(out.dtype), right.to(out.dtype)
+    if left.dtype == out.dtype:
+        _ = torch.addmm(out, left, right, out=out) if add else torch.mm(left, right, out=out)
+    elif add:
+        torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
     else:
-        total.addmm_(left, right)
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
 
 
 def rows_at_once(rows: int, work: int) -> int:

@@ -11,16 +11,17 @@ from grpo_fast.ops.products import (
     PackedWeight,
     ProductLinear,
     add_outer,
-    addmm_of,
     as_operand,
     linear,
     linear_into,
     mm,
+    mm_into,
     mm_of,
     onednn_is_faster,
     pays_to_pack,
     rounded_rows,
     use_products,
+    with_gradient,
 )
 
 pytestmark = pytest.mark.skipif(not products.ONEDNN_OPS, reason="this torch has no oneDNN")
@@ -186,9 +187,22 @@ def test_operands_are_rounded_and_multiplied_in_float32(short: torch.dtype | Non
     left, right = torch.randn(5, 24, device=device), torch.randn(24, 7, device=device)
     operands = [as_operand(matrix, short, torch.float32) for matrix in (left, right)]
     exact = [(matrix if short is None else matrix.to(short)).double() for matrix in (left, right)]
-    found = mm_of(operands[0], operands[1], short)
+    found = mm_of(operands[0], operands[1])
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), exact[0] @ exact[1], rtol=1e-5, atol=1e-5)
     total = torch.ones_like(found)
-    addmm_of(total, operands[0], operands[1], short)
+    mm_into(operands[0], operands[1], out=total, add=True)
     torch.testing.assert_close(total.double(), exact[0] @ exact[1] + 1, rtol=1e-5, atol=1e-5)
+    mm_into(operands[0], operands[1], out=total)
+    torch.testing.assert_close(total.double(), exact[0] @ exact[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("short", [torch.float16, torch.bfloat16])
+def test_small_gradients_are_multiplied_with_operands_of_16_bits(short: torch.dtype, device: torch.device) -> None:
+    gradient, operand = 1e-9 * torch.randn(5, 24, device=device), torch.randn(24, 7, device=device).to(short)
+    left, right = with_gradient(gradient, operand)
+    assert left.dtype == right.dtype == (torch.float32 if short == torch.float16 else short)
+    found, exact = mm_of(left, right), gradient.double() @ operand.double()
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-10 if short == torch.bfloat16 else 1e-14)
+    assert exact.abs().max() > 1e-9
