@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import no_type_check
 
-from grpo_fast.ops.jit import jit, tl
+from grpo_fast.ops.jit import bfloat16_of, jit, tl
 
 
 @jit
@@ -32,23 +32,14 @@ def _capped(u, inner, outer, SOFTCAP: tl.constexpr):
 
 @jit
 @no_type_check
-def _rounded(x):
-    """To the nearest bfloat16, ties to even, in integers: Triton's interpreter rounds towards zero."""
-    bits = x.to(tl.int32, bitcast=True)
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)  # noqa: PLR0124
-
-
-@jit
-@no_type_check
-def _finished(u, bias_ptr, columns, inside, numbers, SOFTCAP: tl.constexpr, ROUND: tl.constexpr):
+def _finished(u, bias_ptr, columns, inside, numbers, SOFTCAP: tl.constexpr, ROUNDED: tl.constexpr):
     """Z and a softcap's derivative from products ``u``; ``columns`` has the shape of ``u`` or one row of it."""
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
         # A finite floor for -inf: 0·(-inf) in the entropy would be NaN. Scaling keeps it finite.
         u += tl.where(bias < -3.4e32, -3.4e32, bias)
-    if ROUND:
-        u = _rounded(u)
+    if ROUNDED:
+        u = bfloat16_of(u)
     return _capped(u, numbers[0], numbers[1], SOFTCAP)
 
 
@@ -145,7 +136,7 @@ def _head_exp_fwd_kernel(
     outer,
     SOFTCAP: tl.constexpr,
     GATED: tl.constexpr,
-    ROUND: tl.constexpr,
+    ROUNDED: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     GROUP: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -176,7 +167,7 @@ def _head_exp_fwd_kernel(
             begin = column + index * PART
             columns = begin + tl.arange(0, PART)[None, :]
             inside = columns < vocab
-            z, gate = _finished(parts[index], bias_ptr, columns, inside, (inner, outer), SOFTCAP, ROUND)
+            z, gate = _finished(parts[index], bias_ptr, columns, inside, (inner, outer), SOFTCAP, ROUNDED)
             exp, stored, distance = _exponentials(z, gate, columns, inside, targets, ref, GATED)
             others += tl.sum(exp, axis=1)
             if weighted_ptr is not None:
@@ -220,7 +211,7 @@ def _head_target_kernel(
     inner,
     outer,
     SOFTCAP: tl.constexpr,
-    ROUND: tl.constexpr,
+    ROUNDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """A program takes a row: the logit of its target; NaN where that is no token."""
@@ -235,7 +226,7 @@ def _head_target_kernel(
         left = tl.load(rows_ptr + row * rows_stride + columns, mask=inside, other=0.0).to(tl.float32)
         right = tl.load(weight_ptr + target * weight_stride + columns, mask=inside, other=0.0).to(tl.float32)
         total += left * right
-    z, _ = _finished(tl.sum(total, axis=0), bias_ptr, target, known, (inner, outer), SOFTCAP, ROUND)
+    z, _ = _finished(tl.sum(total, axis=0), bias_ptr, target, known, (inner, outer), SOFTCAP, ROUNDED)
     tl.store(out_ptr + row, tl.where(known, z, float("nan")))
 
 
@@ -277,7 +268,7 @@ def _head_exp_again_kernel(
     largest_sum,
     SOFTCAP: tl.constexpr,
     GATED: tl.constexpr,
-    ROUND: tl.constexpr,
+    ROUNDED: tl.constexpr,
     ENTROPY: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
@@ -292,7 +283,7 @@ def _head_exp_again_kernel(
             columns = start + tl.arange(0, BLOCK_COLUMNS)
             inside = columns < vocab
             u = _row_products(row_ptr, weight_ptr, columns, inside, hidden, weight_stride, BLOCK_COLUMNS, BLOCK_HIDDEN)
-            z, _ = _finished(u, bias_ptr, columns, inside, (inner, outer), SOFTCAP, ROUND)
+            z, _ = _finished(u, bias_ptr, columns, inside, (inner, outer), SOFTCAP, ROUNDED)
             largest = tl.maximum(largest, tl.where(inside, z, float("-inf")))
         ref = tl.max(largest, axis=0)
         others, weighted = tl.zeros((BLOCK_COLUMNS,), tl.float32), tl.zeros((BLOCK_COLUMNS,), tl.float32)
@@ -300,7 +291,7 @@ def _head_exp_again_kernel(
             columns = start + tl.arange(0, BLOCK_COLUMNS)
             inside = columns < vocab
             u = _row_products(row_ptr, weight_ptr, columns, inside, hidden, weight_stride, BLOCK_COLUMNS, BLOCK_HIDDEN)
-            z, gate = _finished(u, bias_ptr, columns, inside, (inner, outer), SOFTCAP, ROUND)
+            z, gate = _finished(u, bias_ptr, columns, inside, (inner, outer), SOFTCAP, ROUNDED)
             exp, stored, distance = _exponentials(z, gate, columns, inside, target, ref, GATED)
             others += exp
             weighted += exp * distance

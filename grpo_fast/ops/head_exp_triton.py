@@ -79,7 +79,7 @@ def _launch_target_logits(  # noqa: PLR0913, PLR0917
             inner,
             outer,
             SOFTCAP=softcap,
-            ROUND=rounds,
+            ROUNDED=rounds,
             BLOCK=_TARGET_BLOCK,
             num_warps=4,
             enable_fp_fusion=True,
@@ -107,24 +107,11 @@ def _launch_head_exp(  # noqa: PLR0913, PLR0917
     sums = torch.empty(1 + want_entropy, num_rows, dtype=torch.float32, device=rows.device)
     if not num_rows:
         return sums
-    where = target(rows.device)
-    aligned = all(_aligned(matrix) for matrix in (rows, weight, exp))
-    descriptors = copies_tiles(where.arch) and aligned
-    wide = rows.dtype == torch.bfloat16 and not softcap and bias is None
-    cut = default_tile(where.arch, wide=wide, aligned=aligned)
-    if tile is not None and aligned:
-        cut = Tile._make(tile)._replace(persistent=bool(tile[-1]))
-    shape = _launch_shape(where, cut, num_rows, vocab, descriptors=descriptors)
+    shape = _cut(rows, weight, exp, tile, plain=not softcap and bias is None)
+    cut = shape.tile
     parts = torch.empty(len(sums), shape.num_parts, num_rows, dtype=torch.float32, device=rows.device)
-    operands: list[object] = [rows, weight, exp]
-    if descriptors:
-        blocks = [(cut.rows, cut.hidden), (cut.columns, cut.hidden), (cut.rows, cut.columns >> cut.splits)]
-        described = zip((rows, weight, None if exp is None else exp[:num_rows]), blocks, strict=True)
-        operands = [
-            None if matrix is None else TensorDescriptor.from_tensor(matrix, list(block)) for matrix, block in described
-        ]
     _head_exp_fwd_kernel[(shape.num_programs,)](
-        *operands,
+        *(_described(rows, weight, exp, cut) if shape.descriptors else (rows, weight, exp)),
         bias,
         targets,
         ref,
@@ -141,8 +128,8 @@ def _launch_head_exp(  # noqa: PLR0913, PLR0917
         outer,
         SOFTCAP=softcap,
         GATED=gated and softcap,
-        ROUND=rounds,
-        DESCRIPTORS=descriptors,
+        ROUNDED=rounds,
+        DESCRIPTORS=shape.descriptors,
         GROUP=_GROUP,
         SPLITS=cut.splits,
         BLOCK_ROWS=cut.rows,
@@ -155,18 +142,45 @@ def _launch_head_exp(  # noqa: PLR0913, PLR0917
     covered = shape.num_parts * cut.columns
     if exp is not None and exp.shape[1] > covered:
         exp[:num_rows, covered:].zero_()
-    block_parts, block_rows = _SUM_BLOCK
+    _add_up(parts, sums)
+    return sums
+
+
+def _cut(
+    rows: torch.Tensor, weight: torch.Tensor, exp: torch.Tensor | None, tile: list[int] | None, *, plain: bool
+) -> LaunchShape:
+    """Cuts a product by ``tile``; by the default without one, and where rows begin at no multiple of 16 bytes."""
+    where = target(rows.device)
+    aligned = all(_aligned(matrix) for matrix in (rows, weight, exp))
+    cut = default_tile(where.arch, wide=plain and rows.dtype == torch.bfloat16, aligned=aligned)
+    if tile is not None and aligned:
+        cut = Tile._make(tile)._replace(persistent=bool(tile[-1]))
+    return _launch_shape(where, cut, rows.shape[0], weight.shape[0], descriptors=copies_tiles(where.arch) and aligned)
+
+
+def _described(rows: torch.Tensor, weight: torch.Tensor, exp: torch.Tensor | None, cut: Tile) -> list[object]:
+    """Operands and E as tensor descriptors, of the blocks that a program copies."""
+    stored = None if exp is None else exp[: rows.shape[0]]
+    blocks = ([cut.rows, cut.hidden], [cut.columns, cut.hidden], [cut.rows, cut.columns >> cut.splits])
+    return [
+        None if matrix is None else TensorDescriptor.from_tensor(matrix, block)
+        for matrix, block in zip((rows, weight, stored), blocks, strict=True)
+    ]
+
+
+def _add_up(parts: torch.Tensor, sums: torch.Tensor) -> None:
+    """Fills sums [kinds, C] from parts [kinds, parts, C]."""
+    (_, num_parts, num_rows), (block_parts, block_rows) = parts.shape, _SUM_BLOCK
     _head_exp_sum_kernel[(-(-num_rows // block_rows), len(sums))](
         parts,
         sums,
         num_rows,
-        shape.num_parts,
+        num_parts,
         BLOCK_PARTS=block_parts,
         BLOCK_ROWS=block_rows,
         num_warps=4,
         enable_fp_fusion=True,
     )
-    return sums
 
 
 def _launch_head_exp_again(  # noqa: PLR0913, PLR0917
@@ -207,7 +221,7 @@ def _launch_head_exp_again(  # noqa: PLR0913, PLR0917
         math.exp(LIMIT),
         SOFTCAP=softcap,
         GATED=gated and softcap,
-        ROUND=rounds,
+        ROUNDED=rounds,
         ENTROPY=len(sums) > 1,
         BLOCK_COLUMNS=columns,
         BLOCK_HIDDEN=depth,

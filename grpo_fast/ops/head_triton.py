@@ -39,7 +39,7 @@ from grpo_fast.ops.head_exp import head_exp_block
 from grpo_fast.ops.head_pass import Block, RowGradient, RowScales, RowStatistics, row_scales, row_statistics
 from grpo_fast.ops.head_shapes import Choice, Key, choose
 from grpo_fast.ops.head_triton_kernels import (
-    LIMIT,
+    MOST_OVER_TARGET,
     _head_bias_bwd_kernel,
     _head_entropy_bwd_kernel,
     _head_rows_bwd_kernel,
@@ -306,7 +306,7 @@ def _launch_rows_fwd(  # noqa: PLR0913
         head.slope,
         inner,
         outer,
-        LIMIT,
+        MOST_OVER_TARGET,
         ROUNDED=rounds,
         SOFTCAP=softcap,
         GATED=gated,

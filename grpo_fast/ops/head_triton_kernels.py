@@ -2,7 +2,7 @@
 
 The kernel of the logits reads each of them once, 4 bytes, and writes E once, 2 bytes (4 where E is float32). It can do so
 because the reference is the target's own logit, which one load tells beforehand, where a maximum would take a pass. Only a row
-with a logit more than ``LIMIT`` nats over its target's is walked again, with that logit as its reference.
+with a logit more than ``MOST_OVER_TARGET`` nats over its target's is walked again, with that logit as its reference.
 
 Sums are float32: each lane adds V / BLOCK values, then the lanes are added up as a tree. Every order is fixed by V, and no
 row sees another.
@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from typing import no_type_check
 
-from grpo_fast.ops.jit import jit, tl
+from grpo_fast.ops.jit import bfloat16_of, jit, tl
 
-LIMIT = 16.0
-"""Nats: a sampled token this far under the likeliest one is rare, and e^LIMIT costs the exponential 1e-6 of its value."""
+MOST_OVER_TARGET = 16.0
+"""Nats: a sampled token this far under the likeliest one is rare, and e^16 costs the exponential 1e-6 of its value."""
 
 
 @jit
@@ -33,15 +33,6 @@ def _tanh(x):
 
 @jit
 @no_type_check
-def _bfloat16_of(x):
-    """Rounded to nearest even, in integers: Triton's interpreter rounds towards zero."""
-    bits = x.to(tl.int32, bitcast=True)
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
-
-
-@jit
-@no_type_check
 def _logits(row_ptr, bias_ptr, columns, inside, numbers, ROUNDED: tl.constexpr, SOFTCAP: tl.constexpr):
     """Logits z of some columns of a row. ``numbers``: scale / temperature, scale / softcap, softcap / temperature."""
     slope, inner, cap = numbers
@@ -51,7 +42,7 @@ def _logits(row_ptr, bias_ptr, columns, inside, numbers, ROUNDED: tl.constexpr, 
         bias = tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
         z += tl.maximum(bias, -3.4e32, propagate_nan=tl.PropagateNan.ALL)
     if ROUNDED:
-        z = _bfloat16_of(z)
+        z = bfloat16_of(z)
     if SOFTCAP:
         return cap * _tanh(z * inner)
     return z * slope

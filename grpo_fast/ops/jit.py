@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, no_type_check
 
 import torch
 
@@ -32,6 +32,7 @@ __all__ = [
     "OLDEST_ARCH",
     "Target",
     "TensorDescriptor",
+    "bfloat16_of",
     "drawback",
     "interpreted",
     "jit",
@@ -87,6 +88,15 @@ def _device_of(values: tuple[Any, ...]) -> contextlib.AbstractContextManager[Any
     bases = (value.base if isinstance(value, TensorDescriptor) else value for value in values)
     first = next((base for base in bases if isinstance(base, torch.Tensor)), None)
     return contextlib.nullcontext() if first is None or not first.is_cuda else torch.cuda.device(first.device)
+
+
+@jit
+@no_type_check
+def bfloat16_of(x):
+    """For kernels: float32 to the nearest bfloat16, ties to even, in integers: Triton's interpreter rounds towards zero."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)  # noqa: PLR0124
 
 
 def interpreted() -> bool:

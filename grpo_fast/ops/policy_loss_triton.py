@@ -17,10 +17,10 @@ from grpo_fast.ops.policy_loss_kernels import (
 
 NUM_SUMS = 10
 """The loss, and then the order of ``PolicyMetrics.NAMES``."""
-
-
 _BLOCK = 1024
 _MAX_PROGRAMS = 1024
+_OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
+"""Eight warps: with four, ptxas spills for one surrogate on sm_90."""
 
 
 class LaunchShape(NamedTuple):
@@ -35,6 +35,23 @@ def _launch_shape(num_tokens: int) -> LaunchShape:
     tiles = -(-num_tokens // _BLOCK)
     tiles_per_program = max(1, -(-tiles // _MAX_PROGRAMS))
     return LaunchShape(-(-tiles // tiles_per_program), tiles_per_program)
+
+
+class _Tensors(NamedTuple):
+    """Contiguous, in the order of the kernels."""
+
+    logprobs: torch.Tensor
+    sequence_index: torch.Tensor
+    """[T] sequence of each token; for sequences [B + 1], where each begins."""
+    advantages: torch.Tensor
+    loss_weights: torch.Tensor
+    old: torch.Tensor | None
+    ref: torch.Tensor | None
+    importance: torch.Tensor | None
+    mask: torch.Tensor | None
+    entropy: torch.Tensor | None
+    coefficients: torch.Tensor
+    """float32 [T], to be filled."""
 
 
 def _launch_policy_loss(  # noqa: PLR0913, PLR0917
@@ -55,49 +72,41 @@ def _launch_policy_loss(  # noqa: PLR0913, PLR0917
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums [10] and coefficients [T], float32. ``numbers``: lower and upper bound, δ, β, τ_pos, τ_neg, and dL/dH."""
     coefficients = torch.empty(logprobs.shape[0], dtype=torch.float32, device=logprobs.device)
-    sequences = (advantages.contiguous(), loss_weights.contiguous())
     given = (old_logprobs, ref_logprobs, importance_weights, token_mask, entropy)
-    tokens = [None if values is None else values.contiguous() for values in given]
-    # Eight warps: with four, ptxas spills for one surrogate on sm_90.
-    options = {"num_warps": 8, "enable_fp_fusion": True}
-    flags = {"SURROGATE": surrogate, "TWO_SIDED": two_sided, "BIAS_CORRECTION": bias_correction, **options}
+    sequences = (sequence_index, advantages, loss_weights)
+    tensors = _Tensors._make(
+        None if values is None else values.contiguous() for values in (logprobs, *sequences, *given, coefficients)
+    )
+    flags = {"SURROGATE": surrogate, "TWO_SIDED": two_sided, "BIAS_CORRECTION": bias_correction, "BLOCK": _BLOCK, **_OPTIONS}
     if level == "token":
-        shape = _launch_shape(logprobs.shape[0])
-        sums = torch.empty(NUM_SUMS, shape.num_programs, dtype=torch.float64, device=logprobs.device)
-        if shape.num_programs > 0:
-            _policy_loss_token_kernel[(shape.num_programs,)](
-                logprobs.contiguous(),
-                sequence_index.contiguous(),
-                *sequences,
-                *tokens,
-                coefficients,
-                sums,
-                logprobs.shape[0],
-                logprobs.shape[0] // 16,
-                shape.tiles_per_program,
-                *numbers[:-1],
-                **flags,
-                BLOCK=_BLOCK,
-            )
+        sums = _launch_tokens(tensors, numbers[:-1], flags)
     else:
-        sums = torch.empty(NUM_SUMS, advantages.shape[0], dtype=torch.float64, device=logprobs.device)
-        starts = torch.arange(advantages.shape[0] + 1, dtype=sequence_index.dtype, device=logprobs.device)
-        if advantages.shape[0] > 0:
-            _policy_loss_sequence_kernel[(advantages.shape[0],)](
-                logprobs.contiguous(),
-                torch.searchsorted(sequence_index.contiguous(), starts),
-                *sequences,
-                *tokens,
-                coefficients,
-                sums,
-                *numbers[:-1],
-                **flags,
-                MEAN=level == "sequence",
-                BLOCK=_BLOCK,
-            )
+        sums = _launch_sequences(tensors, numbers[:-1], flags | {"MEAN": level == "sequence"})
     result = torch.empty(NUM_SUMS, dtype=torch.float32, device=logprobs.device)
-    _policy_loss_sum_kernel[(NUM_SUMS,)](sums, result, sums.shape[1], numbers[-1], BLOCK=_BLOCK, **options)
+    _policy_loss_sum_kernel[(NUM_SUMS,)](sums, result, sums.shape[1], numbers[-1], BLOCK=_BLOCK, **_OPTIONS)
     return result, coefficients
+
+
+def _launch_tokens(tensors: _Tensors, numbers: list[float], flags: dict[str, Any]) -> torch.Tensor:
+    """Sums [10, programs], float64, where each token has a ratio of its own."""
+    num_tokens = len(tensors.logprobs)
+    shape = _launch_shape(num_tokens)
+    sums = torch.empty(NUM_SUMS, shape.num_programs, dtype=torch.float64, device=tensors.logprobs.device)
+    if shape.num_programs > 0:
+        sizes = (num_tokens, num_tokens // 16, shape.tiles_per_program)
+        _policy_loss_token_kernel[(shape.num_programs,)](*tensors, sums, *sizes, *numbers, **flags)
+    return sums
+
+
+def _launch_sequences(tensors: _Tensors, numbers: list[float], flags: dict[str, Any]) -> torch.Tensor:
+    """Sums [10, B], float64, where each sequence has one."""
+    num_sequences, device = len(tensors.advantages), tensors.logprobs.device
+    sums = torch.empty(NUM_SUMS, num_sequences, dtype=torch.float64, device=device)
+    if num_sequences > 0:
+        sequences = torch.arange(num_sequences + 1, dtype=tensors.sequence_index.dtype, device=device)
+        starts = torch.searchsorted(tensors.sequence_index, sequences)
+        _policy_loss_sequence_kernel[(num_sequences,)](*tensors._replace(sequence_index=starts), sums, *numbers, **flags)
+    return sums
 
 
 _policy_loss_fwd = torch.library.custom_op("grpo_fast::policy_loss_fwd", _launch_policy_loss, mutates_args=())

@@ -62,6 +62,13 @@ def _add_kernel(x_ptr, out_ptr, size, BLOCK: tl.constexpr):
     tl.store(out_ptr + columns, tl.load(x_ptr + columns, mask=inside, other=0.0) + 1.0, mask=inside)
 
 
+@jit.jit
+@no_type_check
+def _round_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + columns, jit.bfloat16_of(tl.load(x_ptr + columns)))
+
+
 def on(device: str, dtype: torch.dtype = torch.float32) -> Any:
     return SimpleNamespace(device=torch.device(device), dtype=dtype)
 
@@ -72,6 +79,18 @@ def test_a_kernel_runs_here(device: torch.device) -> None:
     _add_kernel[(3,)](x, out, 10, BLOCK=4)
     assert torch.equal(out[:10], x + 1)
     assert out[10:].isnan().all()
+
+
+def test_a_kernel_rounds_as_torch_does(device: torch.device) -> None:
+    heads = torch.arange(0, 2**16, 3, dtype=torch.int64)[:, None] << 16
+    bits = heads + torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    x = torch.nn.functional.pad(bits.flatten(), (0, 2**17 - bits.numel())).int().view(torch.float32).to(device)
+    out = torch.empty_like(x)
+    _round_kernel[(16,)](x, out, BLOCK=2**13)
+    torch.testing.assert_close(out, x.bfloat16().float(), rtol=0, atol=0, equal_nan=True)
+    assert x.isnan().any()
+    assert x.isinf().any()
+    assert (out != x).float().mean() > 0.3
 
 
 @pytest.mark.skipif(jit.triton is None, reason="Triton is not installed")
