@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -21,8 +22,10 @@ from grpo_fast.config import Config
 from grpo_fast.law.posterior import GRID
 from grpo_fast.objective import OBJECTIVES
 from grpo_fast.rewards.call import GIVEN
+from grpo_fast.train.logged import is_own
 from grpo_fast.trl_names import HERE
 from grpo_fast.types import TrainerState
+from tests.train.trainer.test_loop import NAMES
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -39,15 +42,19 @@ OTHER_NAMES = {
     "read_timeout",
     "generation_kwargs",
     "stopped_by",
-    "frac_reward_zero_std",
-    "steps_without_variance",
-    "grad_norm",
-    "num_tokens",
     "get_reward",
     "merge_and_unload",
     "reduce_lr_on_plateau",
     "response_template",
 }
+SOMETIMES = {
+    *("rewards/vowels/nones", "rewards/vowels/errors", "rewards/vowels/timeouts", "rewards/restarts", "logged/loss"),
+    *("completions/mean_terminated_length", "num_turns/mean", "tools/call_frequency", "tools/failure_frequency"),
+    *("cispo_clip_ratio", "sampling/effective_sample_size", "sampling/importance_weight/masked_fraction"),
+    *("sample/staleness_mean", "overlap/rollout_s", "sync/seconds", "sync/probe_kl", "sync/version", "mfu", "budget/gpu_hours"),
+    *("eval_rewards/vowels/mean", "eval_vowels"),
+}
+"""Metrics that only some runs have, beside those that the pages' own runs log."""
 COMMANDS = {"train", "plan", "forecast", "law", "export", "report", "doctor", "evaluate", "serve"}
 
 
@@ -79,6 +86,16 @@ def plain_commands(code: str) -> list[list[str]]:
         return []
     commands = [shlex.split(line) for line in lines]
     return commands if all(words[0] == "grpo-fast" for words in commands) else []
+
+
+def metrics_of_the_page() -> set[str]:
+    """The names that rows of tables in ``metrics.md`` begin with; NAME in them stands for any."""
+    rows = re.findall(r"^\| (`[^|]+) \|", (DOCS / "metrics.md").read_text(encoding="utf-8"), re.MULTILINE)
+    return {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+
+
+def explained(name: str) -> bool:
+    return any(re.fullmatch(re.escape(told).replace("NAME", ".+"), name) for told in metrics_of_the_page())
 
 
 class Shell:
@@ -127,6 +144,21 @@ def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path) -> None:
                 shell.run(block.code)
             elif block.language == "python":
                 run([sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", block.code], tmp_path)
+    files = [file.read_text(encoding="utf-8") for file in tmp_path.rglob("metrics.jsonl")]
+    logged = {name for text in files for row in text.splitlines() for name in json.loads(row)}
+    unknown = {name for name in logged if is_own(name) and not explained(name)}
+    assert not unknown, f"metrics.md does not explain {sorted(unknown)}"
+
+
+@pytest.mark.parametrize("name", sorted(NAMES | SOMETIMES))
+def test_every_metric_is_explained(name: str) -> None:
+    assert explained(name)
+
+
+def test_only_metrics_are_explained() -> None:
+    assert not explained("loss/mean")
+    names = {name.replace("NAME", "right") for name in metrics_of_the_page()}
+    assert {name for name in names if not is_own(name)} == {"logged/right"}
 
 
 def test_what_a_shell_must_do_is_left_to_it() -> None:
@@ -157,6 +189,11 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         assert not heading or heading in anchors(there), f"{page.name} links to {target}#{heading}, which {there.name} has not"
 
 
+def test_every_page_is_in_the_index() -> None:
+    linked = {target for target, _ in LINK.findall((DOCS / "README.md").read_text(encoding="utf-8"))}
+    assert {page.name for page in PAGES} - linked == {"README.md"}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_and_settings_exist(page: Path) -> None:
     known = {name.replace("_", "-") for name in Config.model_fields} | {"config", "recipe", "resume", "help"}
@@ -185,7 +222,7 @@ def test_every_name_in_the_text_exists(page: Path) -> None:
         *(HERE if page.stem == "from-trl" else ()),
     } | values
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    unknown = set(re.findall(r"`([a-z]+(?:_[a-z0-9]+)+)`", text)) - known
+    unknown = {name for name in re.findall(r"`([a-z]+(?:_[a-z0-9]+)+)`", text) if name not in known and not is_own(name)}
     assert not unknown, f"{page.name} names {sorted(unknown)}"
 
 
