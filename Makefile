@@ -13,8 +13,8 @@ SANITIZED := build/sanitize
 # Two workers. A test that hangs fails after ten minutes, with all threads' stacks; where it hangs in native code, its worker ends.
 WORKERS   := -n 2 --dist loadfile --timeout=600 --max-worker-restart=1 -o faulthandler_timeout=660 -o faulthandler_exit_on_timeout=true
 
-API := grpo_fast $(addprefix grpo_fast.,config types objective compute device metrics ops rollout rewards tasks law sinks train \
-    report integrations recipes)
+API := grpo_fast $(addprefix grpo_fast.,config types objective compute device metrics ops rollout rewards environments tasks law sinks \
+    train report integrations recipes)
 
 .PHONY: help quickstart test test-fast test-vllm run-vllm soak sanitize docs lint format env env-dev env-vllm native clean
 
