@@ -8,7 +8,8 @@ from types import FrameType
 def main() -> None:
     """Runs the command line; Ctrl-C ends it with one message, also while libraries are imported.
 
-    Some libraries lose an interrupt of their import and then raise an error of their own: what follows one is its doing.
+    Some libraries swallow an interrupt during their import and then raise an error of their own, so an error that follows an
+    interrupt counts as the interrupt.
     """
     interrupts: list[int] = []
 

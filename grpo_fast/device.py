@@ -1,6 +1,6 @@
-"""What this machine is: the device with its peaks, its power, and the versions of what is installed. Read once.
+"""Facts of this machine, read once: the device with its peaks and power, and the versions of installed packages.
 
-torch is imported where it is asked, so that versions can be told, and the doctor can run, where torch is broken.
+torch is imported only where it is needed, so that the doctor can run, and report versions, even if torch is broken.
 
 Peaks are vendor figures for dense bfloat16 with float32 accumulation, without structured sparsity, at the board's stock
 power limit. A name that the table does not hold gives ``None``, never a guess: laptop and cut-down variants share the

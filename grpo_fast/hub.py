@@ -1,7 +1,7 @@
-"""Whether the hub can be reached, asked before anything is read from it.
+"""Checks whether the hub can be reached before anything is read from it.
 
-``huggingface_hub`` tries every file six times over half a minute where there is no network, and has no setting for it. With
-the answer known, its caches alone are read. A network that is slow, or a hub that answers with an error, counts as reached.
+``huggingface_hub`` tries every file six times over half a minute where there is no network, and has no setting for it. If the
+hub is out of reach, only its cache is read. A network that is slow, or a hub that answers with an error, counts as reached.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _NO_WAY = {"ConnectError", "ConnectTimeout"}
 
 
 def out_of_reach() -> str | None:
-    """Why the hub cannot be reached; ``None`` where it can be, or where ``HF_HUB_OFFLINE`` has it not asked at all."""
+    """The reason why the hub cannot be reached; ``None`` if it can be, or if ``HF_HUB_OFFLINE`` forbids asking."""
     if constants.HF_HUB_OFFLINE:
         return None
     reason = None

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def lazy_names(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """What a package's ``__init__`` sets ``__getattr__``, ``__dir__`` and ``__all__`` to.
+    """Values for ``__getattr__``, ``__dir__`` and ``__all__`` of a package's ``__init__``.
 
     Args:
         package: its full name.

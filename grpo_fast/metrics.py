@@ -23,7 +23,7 @@ _COMBINE: dict[Reduction, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] 
 
 
 Held: TypeAlias = dict[str, tuple[Reduction, str | None, float]]
-"""What one rank has gathered: reduction, weight and value by name."""
+"""Sums of one rank: reduction, weight and value by name."""
 
 
 def mean_known(values: Iterable[float]) -> float:
@@ -116,7 +116,7 @@ class PhaseTimer:
         return lap
 
     def _charge(self) -> None:
-        if torch.cuda.is_initialized():  # a run on the CPU takes nothing of a GPU that is there
+        if torch.cuda.is_initialized():  # a run on the CPU must not touch a GPU
             torch.cuda.synchronize()
         now = time.perf_counter()
         self.seconds[self._inside] += now - self._mark

@@ -44,7 +44,7 @@ _UNITS = {
 
 @dataclass(frozen=True, slots=True)
 class BudgetVerdict:
-    """Which limit ended a run."""
+    """The limit that ended a run."""
 
     limit: str
     """Field of :class:`Budget`."""
@@ -119,9 +119,9 @@ class Budget:
         return {name: used[name] / limit for name, limit in asdict(self).items() if limit is not None}
 
     def check(self, usage: Usage) -> BudgetVerdict | None:
-        """Which limit is reached, the one by the largest share where several are; ``None`` while there is some left of each.
+        """The limit that is reached (of several, the one exceeded by the largest share); ``None`` while some is left of each.
 
-        Ask once before the first step too: a budget in money without a price is refused then.
+        Call it once before the first step too: a budget in money without a price is refused then.
 
         Raises:
             ValueError: as :meth:`shares`.

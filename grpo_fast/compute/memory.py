@@ -1,4 +1,4 @@
-"""The memory of a device over a step: what lies there in each phase, by part."""
+"""Memory of a device over a step: what each phase holds, by part."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def cached_values(text_config: Any) -> int:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a run needs of one device.
+    """Memory that a run needs on one device.
 
     Attributes:
-        lasting: bytes by part that lie there from load to end.
-        phases: of each phase of a step, bytes by part beside those.
-        room_bytes: what the device has.
-        host: bytes by part that lie in the host's memory instead.
+        lasting: bytes by part that are held from load to end.
+        phases: bytes by part that each phase of a step holds in addition.
+        room_bytes: memory of the device.
+        host: bytes by part that are in the host's memory instead.
     """
 
     lasting: Mapping[str, int]
@@ -48,5 +48,5 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether that is there."""
+        """Whether the device has that much."""
         return self.peak_bytes <= self.room_bytes

@@ -23,7 +23,7 @@ class EnergySource(Protocol):
     """Joules that the devices took since the last reading."""
 
     name: str
-    """How they are known: ``nvml``, ``nvml-power``, ``estimated``."""
+    """Where the figure comes from: ``nvml``, ``nvml-power``, ``estimated``."""
 
     def read(self, device_seconds: float) -> float:
         """Joules since the last call, in which ``device_seconds`` seconds times devices passed."""
@@ -173,7 +173,7 @@ class ComputeMeter:
 
     @property
     def energy_source(self) -> str:
-        """How the joules are known; several names joined by ``+`` where a run was resumed on another machine."""
+        """Where the energy figure comes from; several names joined by ``+`` if a run was resumed on another machine."""
         return "+".join(sorted(self._joules)) or self._power.name
 
     def usage(self, steps: int) -> Usage:

@@ -117,13 +117,13 @@ class _NoPower:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How fast steps go: by a clock, or by the device's peak.
+    """Speed of a step: measured, or derived from the device's peak.
 
     Attributes:
-        seconds: wall-clock seconds of a step; None where ``mfu`` tells.
+        seconds: wall-clock seconds of a step; None if ``mfu`` is given.
         at_tokens: tokens of the step that was timed: steps of more take longer in proportion; None where ``seconds`` is a mean
             over all steps.
-        mfu: model FLOPs a second as a share of the peak; None where ``seconds`` tells.
+        mfu: model FLOPs a second as a share of the peak; None if ``seconds`` is given.
         peak_flops: dense FLOP/s of one device.
         num_devices: devices that the run holds.
         price_per_gpu_hour: price of a device hour; 0 where money is of no interest.
@@ -139,7 +139,7 @@ class Pace:
     watts: float | None = None
 
     def wall_seconds(self, tokens: Array, flops: Array, normals: Array) -> Array:
-        """(N,) seconds of a step; NaN where nothing tells."""
+        """(N,) seconds of a step; NaN if unknown."""
         if self.seconds is not None:
             return self.seconds.draws(normals) * (1.0 if self.at_tokens is None else tokens / self.at_tokens)
         if self.mfu is not None and self.peak_flops is not None:

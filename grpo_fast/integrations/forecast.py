@@ -1,4 +1,4 @@
-"""A finished or running log through the law: what it would have said, and when it would have stopped."""
+"""Runs the law over a log, finished or not: what it would have forecast, and when it would have stopped."""
 
 from __future__ import annotations
 
@@ -163,9 +163,9 @@ def _collapses(log: RewardLog, alarm: CollapseAlarm) -> list[Collapse]:
 
 
 def _stride(count: int, log: RewardLog, rule: StoppingRule, notes: list[str]) -> int:
-    """After every how many rewards a forecast is made: after each, but where a log has many more than a picture can show.
+    """Number of rewards per forecast: 1, unless a log has many more than a plot can show.
 
-    A run of grpo_fast gets each forecast that it made, and a patience that counts forecasts gets each to count.
+    It stays 1 for runs of grpo_fast, which then get each forecast that they made, and if the patience counts forecasts.
     """
     if log.source == OWN_RUN or rule.patience >= 1:
         return 1
@@ -176,7 +176,7 @@ def _stride(count: int, log: RewardLog, rule: StoppingRule, notes: list[str]) ->
 
 
 def _spending(log: RewardLog, place: int) -> Spending | None:
-    """What was spent by a row; None where nothing is known."""
+    """Compute spent up to a row; None if unknown."""
 
     def at(values: Array | None) -> float | None:
         return None if values is None or not values[place] > 0 else float(values[place])
@@ -226,7 +226,8 @@ def progress_of(log: RewardLog, horizon: int, notes: list[str]) -> Array:
     """Share of the budget's summed learning rate behind each logged step, (n,) in (0, 1].
 
     It needs the rest of the schedule. That is known where the log reaches the horizon, and where the rates after their highest
-    are constant or fall to zero at the horizon in a line or a half cosine. Elsewhere a step is a step, and that is told.
+    are constant or fall to zero at the horizon in a line or a half cosine. Otherwise progress is counted in steps, and a note
+    says so.
     """
     if log.progress is not None and horizon == log.max_steps:
         if (np.diff(log.progress) >= 0).all():

@@ -1,8 +1,8 @@
-"""A prior of one's own: finished runs, whatever tool made them, pooled on top of the prior that ships.
+"""Fits a prior of your own: finished runs of any tool, pooled on top of the prior in the package.
 
 Every run given by name counts as one; runs that are found in a directory given by name count as one together, so that twenty
-seeds of one experiment do not outvote everything else. What a run bears witness of is what it has seen: one that its forecast
-stopped half-way says nothing of the other half.
+seeds of one experiment do not outvote everything else. A run counts only for the part that it has seen: one that its forecast
+stopped half-way says nothing about the other half.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ _CUT_SHORT = {"interrupt": "it was interrupted", "user": "it was stopped by hand
 
 @dataclass(frozen=True)
 class PooledRun:
-    """A run that was asked to bear witness.
+    """A run that was given for the fit, used or left out.
 
     Attributes:
         path: where it is.
         source: what it counts with.
         left_out: why it does not count; empty where it does.
         curve: its rewards; None where it does not count.
-        said: what it says, in words.
-        notes: what its log's reader had to tell.
+        said: what it shows, in words.
+        notes: remarks on its log.
     """
 
     path: str
@@ -69,7 +69,7 @@ class PooledRun:
 
 @dataclass(frozen=True)
 class FittedPrior:
-    """A prior with the story of how it came about.
+    """A fitted prior and how it was fitted.
 
     Attributes:
         prior: the new one; its ``about`` holds the figures below.
@@ -259,7 +259,7 @@ def _curve(log: RewardLog, known: Any, planned: int, *, source: str, facts: RunF
 
 
 def _said(run: PooledRun, one: Witness, base: Prior) -> str:
-    """Where a run began and ended, and the class of shapes that it speaks for."""
+    """Start and end of a run, and the class of shapes that it supports."""
     assert run.curve is not None
     shape, sure = witnessed_shape(one, base)
     rewards = run.curve.rewards

@@ -165,7 +165,7 @@ def _when(step: int | None, interval: tuple[int | None, int | None] | None, spen
 
 
 def _costs(spending: Spending | None) -> str:
-    """What is known of a spending, in words; empty where that is nothing."""
+    """The known parts of a spending, in words; empty if there are none."""
     if spending is None:
         return ""
     known = (

@@ -25,23 +25,24 @@ _SHARDED = "FullyShardedDataParallel"  # whose parameters are one device's share
 class PlateauStopCallback(TrainerCallback, ExportableState):
     """Forecasts the end of a run from its logged rewards, and ends it when going on is not worth it.
 
-    ``GRPOTrainer(..., callbacks=[PlateauStopCallback()])`` is all. Each log that holds the reward is one observation; a log of
-    ``logging_steps`` steps counts as their mean. Evaluation logs are passed over. The forecast is written into the log as
-    ``forecast/median``, ``forecast/low``, ``forecast/high`` (the mean reward at the end of the budget and its 90 % interval),
-    ``forecast/plateau`` and ``forecast/p_gain_below_eps``: it so reaches ``state.log_history``, ``trainer_state.json`` and
-    every callback that comes after this one. Trackers come first in a trainer; to have the forecast there as well, put
-    this one before them: ``trainer.callback_handler.callbacks.insert(0, callback)`` in place of ``callbacks=``.
+    ``GRPOTrainer(..., callbacks=[PlateauStopCallback()])`` is all that is needed. Each log that holds the reward is one
+    observation; a log of ``logging_steps`` steps counts as their mean. Evaluation logs are passed over. The forecast is written
+    into the log as ``forecast/median``, ``forecast/low``, ``forecast/high`` (the mean reward at the end of the budget and its
+    90 % interval), ``forecast/plateau`` and ``forecast/p_gain_below_eps``: so it reaches ``state.log_history``,
+    ``trainer_state.json`` and every callback that comes after this one. Trackers come first in a trainer; to have the forecast
+    there as well, put this one before them: ``trainer.callback_handler.callbacks.insert(0, callback)`` in place of
+    ``callbacks=``.
 
     Progress is counted in summed learning rate where the schedule is one of transformers' functions of the step, as all but
     ``reduce_lr_on_plateau`` are, and in steps elsewhere. After a resume the rewards are taken from the checkpoint and the
     forecasts are what they would have been without a break, also where the callback is new or ``max_steps`` has changed.
 
-    The forecast begins from the model's size, which the trainer's model tells, and from whether adapters are trained, which it
-    tells too; ``facts`` adds what only you know. Where tokens are logged, as by TRL, the history says what steps cost in them.
-    Logs in a row with a ``frac_reward_zero_std`` of 1 speak for stopping, as nothing was learnt (see
-    :class:`~grpo_fast.law.StoppingRule`): not while the reward is the least of all, and not with ``beta`` or ``entropy_coef``.
+    The forecast starts from the size of the trainer's model and from whether adapters are trained; ``facts`` adds what only you
+    know. If tokens are logged, as by TRL, the history gives costs in tokens. Consecutive logs with a ``frac_reward_zero_std``
+    of 1 count towards a stop, as nothing was learnt (see :class:`~grpo_fast.law.StoppingRule`): not while the reward is the
+    least of all, and not with ``beta`` or ``entropy_coef``.
 
-    Where the run is stopped, a checkpoint is saved unless ``save_strategy`` is "no".
+    When it stops the run, a checkpoint is saved unless ``save_strategy`` is "no".
 
     Args:
         horizon: steps of the whole budget; the trainer's ``max_steps`` without one.

@@ -131,7 +131,7 @@ class FusedGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         )
 
     def _loss_weights(self, mask: torch.Tensor, num_items_in_batch: torch.Tensor, *, parts: float) -> torch.Tensor:
-        """TRL's normaliser of this loss type, as what multiplies each token of a sequence: float32 [B]."""
+        """TRL's normaliser of this loss type, as a weight of each token of a sequence: float32 [B]."""
         lengths = mask.sum(-1).float()
         num_sequences = mask.shape[0]
         if self.loss_type in ("grpo", "sapo"):
@@ -188,7 +188,7 @@ def check_settings(config: GRPOConfig) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _LossRequest:
-    """What the loss of a micro-batch needs beside hidden states; padded to completions, [B, L]."""
+    """Inputs of a micro-batch's loss other than hidden states, padded to the completions, [B, L]."""
 
     mask: torch.Tensor
     """bool [B, L]: tokens in the loss."""
@@ -304,7 +304,7 @@ def _linear_head(model: Any) -> nn.Linear:
 
 
 def _logit_scale(config: Any) -> float:
-    """What a model multiplies its logits with, by the names that transformers' models give it."""
+    """The factor of a model's logits, by the names that it has in transformers' configurations."""
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         value = getattr(config, name, None)
         if value is not None:

@@ -1,14 +1,14 @@
 """The collapse alarm: it tells a collapsing policy from one that has reached its plateau or had an unlucky batch.
 
-The reward is judged against its own recent level, and what tends to move with a collapse against its own recent trend: entropy
-(either way), gradient norm, share of truncated completions, KL, share of groups without variance. Each goes through a one-sided
-CUSUM (Page 1954) of standardised residuals ``z``, cut at 3 so that no single batch decides::
+The reward is compared with its own recent level, and signals that tend to move with a collapse with their own recent trends:
+entropy (either way), gradient norm, share of truncated completions, KL, share of groups without variance. Each goes through a
+one-sided CUSUM (Page 1954) of standardised residuals ``z``, cut at 3 so that no single batch decides::
 
     S_t = max(0, S_{t-1} + z_t - 1)
 
-What ``z`` is measured against are the last 50 values *before* S left zero: a fall does not drag its own yardstick down. That
-step is also the onset. While the reward rises, its level is that of the last ten of them less three quarters of the noise. Two
-things confirm a collapse, both only where the reward of the last five steps is at least a fifth (of its height above the least
+``z`` is measured against the last 50 values *before* S left zero, so that a fall does not lower its own baseline. That step is
+also the onset. While the reward rises, its level is that of the last ten of them less three quarters of the noise. Two things
+confirm a collapse, both only where the reward of the last five steps is at least a fifth (of its height above the least
 possible) below its level before the onset, and more than two epsilon:
 
 - the reward's S reaches 9, alone; or
@@ -155,7 +155,7 @@ class Cusum:
             return
         self.onset = step if self.onset is None else self.onset
         self.excursion.append(value)
-        if len(self.excursion) > _LONGEST:  # no collapse in all that time: what is, is the rule now
+        if len(self.excursion) > _LONGEST:  # no collapse in all that time: the present level is the normal one now
             self.start_again(self.excursion[-_LATE:])
 
     def start_again(self, reference: list[float]) -> None:

@@ -27,7 +27,7 @@ _STILL = list(RISES).index("hardly moves")
 
 
 def typical(witnesses: list[Witness]) -> Array:
-    """(7,) what a prior is linear in, for a run like those."""
+    """(7,) features in which a prior is linear, of a typical run."""
     return np.asarray(np.mean([features(one.facts, one.scale, horizon=one.horizon) for one in witnesses], axis=0))
 
 

@@ -1,4 +1,4 @@
-"""Steps against progress: the law thinks in summed learning rate, people think in steps."""
+"""Converts steps and progress: the law counts in summed learning rate, people count in steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from grpo_fast.law.forms import Array
 
 RECENT = 0.2
-"""Share of what a run has shown that is its present: what is said of late is said of that."""
+"""Share of the observed rewards, the newest ones, that counts as recent."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """A prior from finished runs: empirical Bayes over the same grid that forecasts use.
 
-Each curve bears witness once: the evidence of every (part, class) for the whole of it, everything else averaged out. The
-tables of logits then maximise the mean log evidence, each source of curves counting as one whatever its size, less a ridge that
-pulls the tables towards "nothing is known". With few curves the shipped prior is what the ridge holds to.
+Each curve counts once: the evidence of every (part, class) for the whole of it, everything else averaged out. The tables of
+logits then maximise the mean log evidence, each source of curves counting as one whatever its size, less a ridge that pulls the
+tables towards "nothing is known". With few curves the shipped prior is what the ridge holds to.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def witness(curve: RewardCurve) -> Witness:
 
 
 def _followed(curve: RewardCurve) -> dict[int, Seen]:
-    """What was known at the shares of a curve and at its end, by the number of rewards."""
+    """State of knowledge at the shares of a curve and at its end, by the number of rewards."""
     size = curve.rewards.size
     predictor = OnlinePredictor(max(size, curve.horizon), reward_range=curve.reward_range, facts=curve.facts, prior=_NEUTRAL)
     stops = {size, *(_num_seen(size, share) for share in SHARES)}
@@ -226,7 +226,7 @@ def _fit_tables(known: Array, evidence: Array, weight: Array, base: Prior) -> tu
 
 
 def _spread(prior: Prior, witnesses: Sequence[Witness], weight: Array) -> tuple[float, ...]:
-    """What intervals of the level must be stretched by, at each share, to hold nine in ten of the runs of a source that is new.
+    """Factors by which intervals of the level must be stretched, at each share, to hold nine in ten runs of an unseen source.
 
     Every source counts as one, the new one among them, which may need more than any: split conformal prediction over sources.
     """
@@ -238,7 +238,7 @@ def _spread(prior: Prior, witnesses: Sequence[Witness], weight: Array) -> tuple[
 
 @dataclass(frozen=True)
 class _Foretold:
-    """The level of a run's last fifth as it was foretold.
+    """Forecast level of a run's last fifth.
 
     Attributes:
         low: 5 % quantile of the mean curve's level, not stretched.
@@ -260,7 +260,7 @@ class _Foretold:
 
 
 def level_errors(prior: Prior, one: Witness) -> Array:
-    """How a prior, with the rewards up to each share of a run, foretells the mean of the run's last fifth.
+    """Judges a prior: its forecast of the mean of a run's last fifth, from the rewards up to each share.
 
     Returns:
         (4, 2): for each of :data:`~grpo_fast.law.prior.SHARES` the distance of the median, in units of the range, and whether

@@ -11,7 +11,7 @@ normals, so that "most runs move little and some move all the way" can be said. 
 the same at step 10 and at step 10,000. There is no sampler that would have to converge: draws are a fixed low-discrepancy set
 pushed through the exact posterior, so equal observations give equal bits.
 
-What is left out on purpose: evidence counts as ``n / (1 + n / 300)`` observations, because no shape is exactly true, and a
+Two deliberate simplifications: evidence counts as ``n / (1 + n / 300)`` observations, because no shape is exactly true, and a
 level at the budget's end outside the range of rewards is cut off while the way there is not.
 """
 
@@ -39,7 +39,7 @@ _DIMENSIONS = 8
 
 @dataclass(frozen=True)
 class Believed:
-    """A prior in reward units: what :class:`~grpo_fast.law.prior.Prior` says of one run.
+    """The prior of one run in reward units, made by :class:`~grpo_fast.law.prior.Prior`.
 
     Attributes:
         log_parts: (P,) log probabilities of the normals that ``b`` may come from.
@@ -160,14 +160,14 @@ _END = GRID.rise(np.ones(1))[:, 0]
 
 
 class Posterior:
-    """Running sums of one run, and what follows from them under a prior.
+    """Running sums of one run, and its posterior under a prior.
 
     Attributes:
         num_observations: rewards taken.
         centre: reward that all sums count from: the first.
         progress: greatest so far.
-        noise: variance of the newest reward, as it was told.
-        ratio: what all variances that were told must be multiplied by; may change at any time.
+        noise: variance of the newest reward, as given.
+        ratio: factor of all variances given so far; may change at any time.
     """
 
     def __init__(self) -> None:

@@ -199,7 +199,7 @@ class OnlinePredictor:
         return self._extremes[0] >= self._extremes[1]
 
     def say(self) -> Say:
-        """What plain forecasts say of this run, and how much that counts."""
+        """Plain forecasts of this run, and their weights."""
         return self._stack.say(self.posterior, bounds_of(self.reward_range, self._extremes), self._unit)
 
     def believed(self) -> Believed:
@@ -343,7 +343,7 @@ class OnlinePredictor:
         return self._within(draws.curve(GRID.rise(x), x, self._last[1]))
 
     def _along(self, draws: Draws, marks: Array, ahead: Array) -> tuple[Array, Array]:
-        """What is believed of levels at the end, at progress ``marks`` (K,) and of the plateau, and of gains by ``ahead`` (J,).
+        """Beliefs about levels (at the end, at progress ``marks`` (K,), the plateau) and about gains by ``ahead`` (J,).
 
         Returns:
             (5, 1 + K + 1) quantiles at :data:`_LEVELS`, and (J,) expected gains from now on.

@@ -70,7 +70,7 @@ class RunScale:
     """The units of one run's rewards.
 
     Attributes:
-        unit: what the prior calls 1.
+        unit: reward difference that the prior counts as 1.
         low: least mean reward that is possible; ``-inf`` where unknown.
         high: greatest; ``inf`` where unknown.
         start: mean reward of the untrained policy, as a share of the range; NaN where unknown.
@@ -201,7 +201,7 @@ class Prior:
 
 
 def features(facts: RunFacts, scale: RunScale, *, horizon: int) -> Array:
-    """(7,) what the logits are linear in, each about 0 for an ordinary run and 0 where unknown."""
+    """(7,) features in which the logits are linear, each about 0 for an ordinary run and 0 where unknown."""
     size = 0.0 if facts.size_b is None else math.log10(facts.size_b / 3.0)
     start = 0.0 if math.isnan(scale.start) else scale.start - 0.4
     return np.array(

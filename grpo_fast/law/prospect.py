@@ -12,8 +12,8 @@ from grpo_fast.law.predictor import OnlinePredictor
 from grpo_fast.law.shapes import CLASSES
 
 WAYS = ("hardly moves", "rises to a plateau", "peaks and falls back", "still rises at the end", "falls")
-"""What may come of a run: less than epsilon either way over the whole budget, a rise of which 95 % are done by the end, one
-that turns into a decline before it, one that goes on, a loss."""
+"""Possible outcomes of a run: less than epsilon either way over the whole budget, a rise of which 95 % are done by the end,
+one that turns into a decline before it, one that goes on, a loss."""
 
 _HUMP = CLASSES.index("rise and fall")
 _BEYOND = 2.0

@@ -1,4 +1,4 @@
-"""How noisy a step's mean reward is, from what is known of it beforehand and from how far neighbours scatter.
+"""Noise of a step's mean reward, from its counts and from how far neighbouring rewards scatter.
 
 The counts say how the noise of one step compares with that of another (half the prompts, twice the variance); the second
 differences of the rewards, which see the scatter through any steady trend, say how large it is.
@@ -20,7 +20,7 @@ class Scatter:
     """Follows one run's noise.
 
     Attributes:
-        ratio: what the expected variances must be multiplied by to be those that are seen, in reward units squared.
+        ratio: factor from expected to observed variances, in reward units squared.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Scatter:
         self._found = self._known = 0.0
 
     def expected(self, reward: float, *, unit: float, num_prompts: int, num_generations: int, spread: float | None) -> float:
-        """Takes the newest reward and says what variance its noise should have, but for :attr:`ratio`.
+        """Takes the newest reward and returns the expected variance of its noise, up to the factor :attr:`ratio`.
 
         Variances are shares of the squared range: where the range is unknown and grows with what is seen, the first rewards
         would count most if it stood in them.

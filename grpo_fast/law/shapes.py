@@ -33,8 +33,8 @@ CLASSES = (
     "S-shaped, late",
     "rise and fall",
 )
-"""What the prior tells apart: no rise; one that never slows; rises with a long tail, an exponential one or a slow start, half
-done before or after a share of the budget; and rises that turn into a decline."""
+"""Classes of shapes that the prior distinguishes: no rise; one that never slows; rises with a long tail, an exponential one
+or a slow start, half done before or after a share of the budget; and rises that turn into a decline."""
 
 _EARLY, _EARLY_S = 0.15, 0.3
 _STRETCHED, _SLOW_START = 0.95, 1.45
@@ -66,7 +66,7 @@ class ShapeGrid:
         num_in_class: (9,) shapes of each class.
         num_rising: the first so many shapes rise for ever towards their asymptote.
         exponentials: indices of the plain exponentials among them.
-        asymptote: (M,) what a shape tends to, budget or not; 1 where it never settles, and a hump's value at the budget's end.
+        asymptote: (M,) limit of a shape, budget or not; 1 where it never settles, and a hump's value at the budget's end.
     """
 
     def __init__(self) -> None:

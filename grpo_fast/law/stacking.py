@@ -1,27 +1,28 @@
-"""Plain forecasts beside the posterior's, and how much each has a say: prequential stacking.
+"""Plain forecasts beside the posterior's, and their weights: prequential stacking.
 
-The posterior weighs what runs in general do; a plain forecast knows this run alone. Three are made from the same running sums.
+The posterior knows how runs in general behave, a plain forecast only this run. Three of these are made from the same running
+sums.
 
-Two are asked, as they stood when 40 and 60 % of the rewards were known, for the mean of the newest fifth: a bounded
-least-squares exponential, and the mean of what came last. One that was right then, in units of how far the run has moved, and
-fits what is known now, shares with the posterior's constant part what has a say,
+Two are a bounded least-squares exponential and the mean of the latest rewards. They are tested: as they stood when 40 and 60 %
+of the rewards were known, they forecast the mean of the newest fifth. The smaller its error was, in units of how far the run
+has moved, and the better it fits all rewards now, the larger is a forecast's weight beside a constant one of the posterior,
 
     w_i ~ n / (n + 10) (S_best / S_i) (d / (d + error_i))^2    after n rewards,
 
-with S the sum of squares that a fit leaves. So a run that no shape follows falls back on the best simple predictor, and one
-that none foretold, or that has hardly begun, on the posterior.
+with S the sum of squares that a fit leaves. So a run that follows no shape falls back on the best simple predictor, and one
+that neither predicted, or that has hardly begun, on the posterior.
 
-The third is the mean over every rising shape by bounded least squares and over no rise at all, each as likely as it fits less
-Schwarz's price of its rise, and each class of shapes as likely as another. The newest reward counts as each fit to the others
-foretells it: a rise that rests on one reward is no likelier than none, and costs its price. It carries the noise of a young run
-on, but the less is left to be carried on, the less a prior knows that the run itself does not tell: from the middle on it takes
-over, with odds of
+The third is the mean over every rising shape, fitted by bounded least squares, and over no rise at all. Each is weighted by its
+fit less Schwarz's penalty for its rise, all classes of shapes being equally likely beforehand. The newest reward is scored by
+the fit to the others: a rise that rests on one reward is no likelier than none, and still pays the penalty. Early in a run this
+mean extrapolates noise. Later there is less to extrapolate, and a prior knows less that the run does not show: from the middle
+on it takes over, with odds of
 
     4 (x / (1 - x))^6 n / (n + 10)    at progress x,
 
-as far as it fits: its share is divided by 1 + ((m - 1) / 4)^4 where the means of the newest fifth's thirds, without the reward
-that is farthest off, lie m > 1 times as far from it, in squares, as noise and half a hundredth of the range would have them. So
-runs that no single rise follows (second rises, jumps, falls) are left to the posterior, which knows drift.
+as far as it fits. Its share is divided by 1 + ((m - 1) / 4)^4 if the means of the newest fifth's thirds, without the reward
+that is farthest off, lie m > 1 times as far from it, in squares, as noise and half a hundredth of the range explain. So runs
+that follow no single rise (second rises, jumps, falls) are left to the posterior, which models drift.
 
 Source: prequential weights are Dawid's (1984), the price is that of Schwarz (1978), errors without the reward itself follow
 Allen (1974); the two-fifths and the constants were chosen on published curves, repository by repository left out
@@ -59,7 +60,7 @@ _ODDS, _STEEPNESS = 4.0, 6
 _THIRDS, _DOUBT_OF_FIT, _SHARPNESS = 3, 4.0, 4
 _NEAR_ENOUGH = 0.005  # of the range: no shape is exactly true
 _LEAST_SEEN = 1e-3  # of a rise: standard deviation of the shape over the rewards
-_ALONE = 1.0 - 1e-6  # leverage of a reward that nothing but itself explains
+_ALONE = 1.0 - 1e-6  # leverage of a reward that the fit follows exactly
 _SD_OF_JUMP = 0.5 * math.sqrt(math.pi)  # of a normal, over the mean distance of two; one jump of the run itself hardly shows
 _FADE = 0.05
 _SDS_OF_WIDTH = 3.29
@@ -71,7 +72,7 @@ class Say:
     """Plain forecasts of the whole budget, and their weights.
 
     Attributes:
-        weights: (3,) of :data:`EXPERTS`; what is missing to 1 is the posterior's.
+        weights: (3,) of :data:`EXPERTS`; the rest to 1 is the posterior's.
         curves: (3, 65) mean rewards at even places of the budget.
         now: progress so far.
     """
@@ -101,7 +102,7 @@ class Say:
 
 
 class Stack:
-    """Follows one run: what plain forecasts said, and what came."""
+    """Follows one run: its rewards, and what plain forecasts were made of them."""
 
     def __init__(self) -> None:
         self._places: list[float] = []
@@ -144,7 +145,7 @@ class Stack:
         return Say(weights, np.vstack([plain, any_shape]), posterior.progress)
 
     def _errors(self) -> Array:
-        """(2,) root mean square of what the exponential and the recent mean missed when they were asked."""
+        """(2,) root mean square errors of the exponential and the recent mean in their tests."""
         size = len(self._places)
         recent = round((1.0 - RECENT) * size)
         asked = []
@@ -160,7 +161,7 @@ class Stack:
         return np.array(told) - self._mean(start, len(self._places))
 
     def _fit_now(self, curve: Array, unit: float) -> float:
-        """1 where the newest rewards lie about a curve as noise would have them, 0 where they lie elsewhere."""
+        """1 if the newest rewards scatter about a curve as noise explains, towards 0 the farther they lie from it."""
         count = self._num_recent()
         missed = np.diff(self._sums[-count - 1 :]) - np.interp(self._places[-count:], _PLACES, curve)
         missed[np.abs(missed).argmax()] = 0.0
@@ -199,7 +200,7 @@ class Stack:
 
 
 def bounds_of(reward_range: tuple[float, float] | None, seen: tuple[float, float]) -> tuple[float, float]:
-    """Where levels of a fit may lie: the known range, or what was seen and half its span on either side."""
+    """Bounds of a fit's levels: the known range, or the observed one and half its span on either side."""
     if reward_range is not None:
         return reward_range
     margin = _HALF_SPAN * max(seen[1] - seen[0], 1e-9)

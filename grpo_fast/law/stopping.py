@@ -28,7 +28,7 @@ class StopDecision:
         reason: one sentence with numbers.
         veto: the only reason why this step does not count towards a stop: "warm-up", "min_steps", "not identifiable",
             "inflection ahead", "all wrong" or "rising slope"; empty if there is none.
-        count: consecutive steps that spoke for stopping, this one included.
+        count: consecutive steps that counted towards a stop, this one included.
     """
 
     stop: bool
@@ -45,7 +45,7 @@ class StoppingRule:
     A veto, or a forecast that does not say so, resets the count. Nothing is stopped on the last step of the budget.
 
     A policy does not change without a gradient, whatever is forecast: if no group of the last :data:`STILL_STEPS` steps held
-    two different rewards, that speaks for stopping too, unless all answers were wrong.
+    two different rewards, that counts towards a stop too, unless all answers were wrong.
 
     Args:
         epsilon: remaining gain that is not worth training for; the forecasts must be made for the same.
@@ -147,17 +147,17 @@ class StoppingRule:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> StoppingRule:
-        """Rebuilds a rule in the middle of its row."""
+        """Rebuilds a rule with its count."""
         rule = cls(**{name: state[name] for name in _SETTINGS})
         rule.take_up(state)
         return rule
 
     def take_up(self, state: Mapping[str, Any]) -> None:
-        """Takes what another rule has seen, and leaves its settings."""
+        """Takes over the state of another rule, not its settings."""
         self.count, self._since, self._all_wrong = state["count"], state["since"], list(state["all_wrong"])
 
     def _not_worth_it(self, forecast: Forecast, still: int) -> tuple[bool, str]:
-        """Whether a step speaks for stopping, and how, in numbers."""
+        """Whether a step counts towards a stop, and a sentence with the numbers."""
         if still >= STILL_STEPS:
             return True, (
                 f"In the {still} steps up to step {forecast.step} no group held two different rewards, so nothing was learnt"

@@ -25,7 +25,7 @@ _STEP_OF_ALL = "global_step/max_steps"
 
 
 def read_json(text: str, names: Names) -> RawLog | None:
-    """One JSON document; None where the text is none or holds no rows."""
+    """Rows of one JSON document; None if the text is not JSON or holds no rows."""
     if text.lstrip()[:1] not in {"{", "["}:
         return None
     try:
@@ -67,7 +67,7 @@ def _with_words(rows: list[dict[str, float]], source: str, found: list[Any]) -> 
 
 
 def read_json_lines(text: str, names: Names) -> RawLog | None:
-    """One JSON object a line; a line that is none is left out and told, but for a half-written last one."""
+    """Rows of one JSON object a line; other lines are left out and reported, except a half-written last one."""
     lines = [line for line in text.split("\n") if line and not line.isspace()]
     if sum(line.lstrip().startswith("{") for line in lines) <= len(lines) / 2:
         return None

@@ -1,4 +1,4 @@
-"""Which column is the reward and which the step: guessed from the names that trainers use, never in doubt."""
+"""Finds the columns of the reward and the step by the names that trainers use; an ambiguous log is refused."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def choose_columns(names: Iterable[str], *, reward_column: str | None = None) ->
 
 
 def may_matter(name: str, reward_column: str | None) -> bool:
-    """Whether a column can be chosen at all, or made the log's meaning unclear."""
+    """Whether a column may be chosen, or makes the choice ambiguous."""
     if reward_column is not None and reward_column in {name, _RUN.sub("", name)}:
         return True
     short = plain(name)

@@ -156,7 +156,7 @@ def _warmup(config: dict[str, Any]) -> int:
 
 
 def _facts(path: Path, notes: list[str]) -> dict[str, Any]:
-    """What a run's forecasts knew of it before the first step; nothing where it wrote no such file."""
+    """Facts that a run's forecasts had before the first step; empty if it wrote no such file."""
     if not path.is_file():
         return {}
     try:

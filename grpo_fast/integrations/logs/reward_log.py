@@ -1,4 +1,4 @@
-"""A log as one reward curve, with everything told that was wrong with it."""
+"""Reads a log as one reward curve, and notes everything that was wrong with it."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def _log(rows: Rows, columns: Columns, found: RawLog, *, notes: list[str]) -> Re
 
 
 def _are_sums(name: str, values: Floats, steps: npt.NDArray[np.int64], *, notes: list[str]) -> bool:
-    """Whether a column holds sums since the first step; told where it does not."""
+    """Whether a column holds sums since the first step; adds a note if it does not."""
     known = np.isfinite(values)
     values, steps = values[known], steps[known]
     grown = values[-1] * float(steps[0]) >= _LEAST_GROWTH * values[0] * float(steps[-1])
@@ -231,7 +231,7 @@ def _are_sums(name: str, values: Floats, steps: npt.NDArray[np.int64], *, notes:
 
 
 def _oddities(log: RewardLog) -> list[str]:
-    """What a reader of a forecast should know about the curve."""
+    """Notes on the curve for the reader of a forecast."""
     finite = log.rewards[np.isfinite(log.rewards)]
     first, last = int(log.steps[0]), int(log.steps[-1])
     notes = []
@@ -257,7 +257,7 @@ def _oddities(log: RewardLog) -> list[str]:
 
 
 def _look_smoothed(rewards: Floats) -> bool:
-    """Whether one difference of neighbours tells the next.
+    """Whether a difference of neighbours predicts the next one, as in a smoothed log.
 
     Where rewards scatter on their own, first differences correlate by -1/2, second ones, which see no trend, by -2/3.
     """

@@ -1,4 +1,4 @@
-"""One run out of the rows of a file: ascending steps, each once; what had to be done for that is told."""
+"""One run from the rows of a file: ascending steps, each once; notes say what had to be done for that."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _in_order(rows: Rows, notes: list[str]) -> Rows:
 
 
 def _without_blanks(rows: Rows) -> Rows:
-    """Rows but for those without a reward beside others of their step that have one: what evaluations leave in exports."""
+    """Leaves out rows without a reward if another row of their step has one: evaluations leave such rows in exports."""
     begins = np.flatnonzero(np.concatenate([[True], np.diff(rows.steps) != 0]))
     known = np.isfinite(rows.rewards)
     sizes = np.diff(np.append(begins, rows.steps.size))
@@ -89,7 +89,7 @@ def _means(values: Floats, begins: Whole) -> Floats:
 
 
 def _newest(steps: Whole, notes: list[str]) -> Whole:
-    """Places of the rows that hold: later rows win."""
+    """Places of the rows that count: later rows win."""
     kept: list[int] = []
     repeated = runs = 0
     resumed: list[int] = []

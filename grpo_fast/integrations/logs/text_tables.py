@@ -126,7 +126,7 @@ def _rows(
 
 
 def _splitter(sample: list[str]) -> Callable[[list[str]], Iterator[list[str]]] | None:
-    """How lines are cut into cells: by the mark that the first line holds most often and nearly every line holds."""
+    """The function that cuts lines into cells, at the mark most frequent in the first line and found in nearly every line."""
     sample = [line for line in sample if not line.lstrip().startswith("#")] or sample
     for mark in sorted(",;\t", key=sample[0].count if sample else str, reverse=True):
         counts = [line.count(mark) for line in sample]
@@ -146,7 +146,7 @@ def _data(lines: list[str]) -> Iterator[str]:
 
 
 def _has_decimal_commas(sample: list[list[str]]) -> bool:
-    """Whether a cell cannot be read otherwise: 0,31 or 0,5 or 1.234,5, but not 1,234."""
+    """Whether some cell can only have a decimal comma: 0,31 or 0,5 or 1.234,5, but not 1,234."""
     cells = (cell.strip().rstrip("%").rstrip() for row in sample for cell in row if "," in cell)
     return any(_DECIMAL_COMMA.fullmatch(cell) and not _THOUSANDS.fullmatch(cell) for cell in cells)
 

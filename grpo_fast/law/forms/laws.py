@@ -35,7 +35,7 @@ class AdditiveLogistic:
     ``R(t) = alpha * r_init + beta * size + gamma / (1 + exp(-delta * (t - t0)))``
 
     The floor moves with the start and the size; the rise itself does not depend on either. The value at ``t = 0`` is not
-    ``r_init`` unless the constants conspire.
+    ``r_init`` unless the constants happen to make it so.
 
     Source: arXiv 2507.18014 v1, as quoted by a later survey; the paper's numeric coefficients are not known to us.
 
@@ -167,7 +167,7 @@ class InertialSaturation:
 
     @property
     def damping(self) -> float:
-        """What momentum and lag leave of 1."""
+        """1 less momentum and lag."""
         return 1.0 - self.momentum - self.stiffness * self.refresh_steps
 
     @property
@@ -271,7 +271,7 @@ class PowerInError:
 
     @property
     def efficiency(self) -> float:
-        """K of this model."""
+        """k of this model."""
         return self.k_max / (1.0 + self.half_size / self.size)
 
     @property
@@ -292,9 +292,9 @@ class PowerInError:
 class Overoptimised:
     """A rise and a fall: ``R(t) = r_init + (plateau - r_init) * u * (1 - ln u)``, ``u = (t / peak_time) ** power``.
 
-    What an imperfect reward does to the true one: ``d * (alpha - beta * ln d)`` in the distance ``d = sqrt(KL)`` from the first
-    policy, rewritten with its peak and with ``d`` growing as ``t ** power``. Its plateau is the peak; the start is reached
-    again at ``e ** (1 / power)`` peak times.
+    The effect of an imperfect reward on the true one: ``d * (alpha - beta * ln d)`` in the distance ``d = sqrt(KL)`` from the
+    first policy, rewritten with its peak and with ``d`` growing as ``t ** power``. Its plateau is the peak; the start is
+    reached again at ``e ** (1 / power)`` peak times.
 
     Source: Gao et al. 2022 (arXiv 2210.10760), the form for reinforcement learning.
 
