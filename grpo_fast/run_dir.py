@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 CONFIG_FILE = "config.toml"
-"""What makes a directory that of a run."""
+"""The file that makes a directory a run's."""
 SUMMARY_FILE = "summary.json"
 LOCK_FILE = ".lock"
-"""What the process that writes to a run keeps locked; it stays when that has ended."""
+"""The file that the process writing to a run keeps locked; it remains when the process has ended."""
 CUT_SHORT = ".partial"
-"""How hidden files end that stand in nobody's way: what a kill leaves of a write counts as nothing."""
+"""Ending of the hidden files that an interrupted write leaves behind; they are ignored."""
 
 
 @contextlib.contextmanager
@@ -46,7 +46,7 @@ def run_of(path: Path) -> Path | None:
 
 
 def is_cut_short(path: Path) -> bool:
-    """Whether a kill has left this while :func:`replaced` was at work."""
+    """Whether this is left from a kill during :func:`replaced`."""
     return path.name.startswith(".") and path.name.endswith(CUT_SHORT)
 
 

@@ -62,4 +62,4 @@ HERE: Mapping[str, str] = MappingProxyType(
         "callbacks": "the loop, `for step in trainer.steps()`, and sinks",
     }
 )
-"""What to use here, by the name in TRL's scripts and ``GRPOConfig``."""
+"""The name or the way here, by the name in TRL's scripts and ``GRPOConfig``."""

@@ -45,7 +45,7 @@ def is_message(value: object) -> TypeGuard[Mapping[str, Any]]:
 
 
 COMPLETION_COLUMNS = ("step", "prompt", "completion", "reward", "advantage")
-"""What the table of completions holds; what reward functions log of a completion stands beside it."""
+"""Columns of the table of completions; values that reward functions log of a completion are further columns."""
 
 
 class TrainingError(RuntimeError):
@@ -54,7 +54,7 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class TrainerState:
-    """How far a run is, for reward functions that ask for ``trainer_state``; names as in ``transformers.TrainerState``."""
+    """Progress of a run, for reward functions that ask for ``trainer_state``; names as in ``transformers.TrainerState``."""
 
     epoch: float = 0.0
     """Passes over the prompts until then."""
@@ -96,16 +96,16 @@ class Episode:
     num_turns: int
     """Number of the policy's turns."""
     reward: float | None = None
-    """The environment's own, where it gives one."""
+    """Reward by the environment's ``get_reward``, if it has one."""
     judgements: tuple[float | None, ...] = ()
-    """Of the reward functions that read environments, one value each."""
+    """Rewards by the functions that read environments, one value each."""
     asked: tuple[Message, ...] = ()
-    """The prompt with what the environment put behind it; empty where it put nothing. What of it stands behind
-    ``Prompt.token_ids`` begins the completion's tokens."""
+    """The prompt with what the environment appended; empty if it appended nothing. Its tokens beyond ``Prompt.token_ids``
+    begin the completion's."""
     num_tool_calls: int | None = None
     """Calls of tools; ``None`` where there are no tools."""
     num_tool_failures: int = 0
-    """Those of them that failed."""
+    """Calls of tools that failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +157,7 @@ class Group:
     """[G] a column: what reward functions logged of each completion, ``None`` where nothing; numbers, texts and switches."""
 
     def asked(self, completion: Completion) -> PromptText:
-        """The prompt as one of the completions read it: where an environment put something behind it, with that."""
+        """The prompt as one of the completions read it, with what an environment appended to it."""
         episode = completion.episode
         return list(episode.asked) if episode is not None and episode.asked else self.prompt.prompt
 

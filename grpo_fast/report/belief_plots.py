@@ -1,4 +1,4 @@
-"""Panels of what was believed while rewards came in: phases, the prior against the posterior, the end, the reason to stop.
+"""Panels of the forecasts while rewards came in: phases, the prior against the posterior, the end, the reason to stop.
 
 All of them read forecasts as rows of ``forecasts.jsonl``, so that a run's report and a foreign log share them.
 """
@@ -47,7 +47,7 @@ def band_of(row: Row) -> tuple[Array, Array, Array, Array]:
 
 
 def ahead_of(row: Row) -> tuple[Array, Array, Array, Array]:
-    """What :func:`band_of` gives, from the step of the forecast on; a single step at the end of the budget."""
+    """The result of :func:`band_of` from the step of the forecast on; a single step at the end of the budget."""
     step, *bounds = band_of(row)
     at = np.concatenate([[float(row["step"])], step[step > row["step"]]])
     low, median, high = (np.interp(at, step, values) for values in bounds)
@@ -218,7 +218,7 @@ def has_beliefs(run: Run) -> bool:
 
 
 def plot_beliefs(run: Run, theme: Theme = LIGHT) -> Figure:
-    """How sure each phase was, step by step, and what the first forecast became."""
+    """Probability of each phase, step by step, and the first forecast beside the newest."""
     columns = theme.columns(2)
     figure, (phases, prior) = grid(theme, 2 // columns, columns, height=2.6 * (2 // columns))
     draw_phase_probabilities(phases, run.forecasts, theme)
@@ -231,7 +231,7 @@ def plot_beliefs(run: Run, theme: Theme = LIGHT) -> Figure:
 
 
 def has_alarm(run: Run) -> bool:
-    """Whether a run kept a collapse alarm."""
+    """Whether a run had a collapse alarm."""
     return run.has(f"{ALARM}reward")
 
 
@@ -259,7 +259,7 @@ def plot_alarm(run: Run, theme: Theme = LIGHT) -> Figure:
 
 
 def alarm_words(run: Run) -> str:
-    """What the alarm came to, in one line."""
+    """The alarm's outcome, in one line."""
     if run.stopped_by == "collapse":
         return f"Collapse confirmed at step {run.last_step}"
     told = [row for row in run.events if row.get("event") == "alarm"]

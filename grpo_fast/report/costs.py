@@ -1,4 +1,4 @@
-"""The picture of what a run cost and what it left."""
+"""The plot of a run's costs, and of what is left of its budget."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _draw_bars(axis: Axes, parts: Mapping[str, float], theme: Theme, *, words: s
 
 
 def _saved(run: Run) -> dict[str, tuple[float, str, str]]:
-    """By what is counted: spent share, spent amount and saved amount in words; empty where nothing was saved."""
+    """By kind of cost: spent share, spent amount and saved amount in words; empty where nothing was saved."""
     saved = (run.summary or {}).get("saved") or {}
     compute = (run.summary or {}).get("compute") or {}
     kinds: dict[str, tuple[str, Callable[[float], str]]] = {

@@ -1,4 +1,4 @@
-"""``grpo-fast doctor``: what is installed, what is missing for which feature, and the command that mends it.
+"""``grpo-fast doctor``: what is installed, what is missing for which feature, and the command that fixes it.
 
 A machine is read once into a :class:`Machine`; every check is a function of that record, and :data:`CHECKS` lists them. Version
 ranges are those of this package's own metadata, so that they are stated in one place. Nothing is downloaded or changed.
@@ -93,7 +93,7 @@ class Machine:
     native: str = "missing: torch does not work"
     """State of the compiled extension, and what follows."""
     energy: str = "estimated"
-    """How joules are known."""
+    """Source of the energy figure."""
     has_driver: bool = False
     """Whether the kernel has an NVIDIA driver loaded."""
     tools: Mapping[str, str] = field(default_factory=dict)

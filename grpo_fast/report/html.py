@@ -1,4 +1,4 @@
-"""One HTML file that tells a run: it needs no network, and opens anywhere."""
+"""One HTML file about a run: it needs no network, and opens anywhere."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ _CAPTIONS = {
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One figure in four dresses, as base64 PNG."""
+    """One figure in four versions, wide and narrow, light and dark, as base64 PNG."""
 
     name: str
     heading: str
@@ -225,7 +225,7 @@ def samples(run: Run) -> list[dict[str, Any]]:
 
 
 def _cell(value: Any) -> str:
-    """What a reward function logged of a completion."""
+    """A value that a reward function logged of a completion."""
     return significant(value) if isinstance(value, int | float) and not isinstance(value, bool) else _shortened(str(value))
 
 

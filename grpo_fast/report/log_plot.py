@@ -1,4 +1,4 @@
-"""The picture of a forecast from a log: what was seen and is believed, what was believed on the way, and why it would stop."""
+"""The plot of a forecast from a log: rewards, the forecast now and on the way, and why the rule would stop."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def _draw_ahead(axis: Axes, belief: Row, theme: Theme, *, label: str | None = No
 
 
 def _tell(axis: Axes, belief: Mapping[str, Any], beliefs: LogBeliefs, *, theme: Theme) -> None:
-    """What was believed, beside the upright line, on the side that has room and where no rewards lie."""
+    """The forecast in words beside the vertical line, on the side that has room and no rewards."""
     words = f"step {belief['step']:,}: for the end\n{belief['median']:.3g} ({belief['low']:.3g} to {belief['high']:.3g})"
     words += "" if belief.get("identifiable", True) else "\nnot identifiable yet"
     right = belief["step"] < 0.6 * beliefs.horizon
@@ -211,7 +211,7 @@ def _draw_rewards(axis: Axes, beliefs: LogBeliefs, theme: Theme, *, until: int, 
 
 
 def _draw_belief(axis: Axes, beliefs: LogBeliefs, share: float, *, theme: Theme) -> None:
-    """What was believed when a share of the log was seen, and what came."""
+    """The forecast from a share of the log, and the rewards that followed."""
     cut = int(beliefs.steps[min(math.ceil(share * beliefs.steps.size), beliefs.steps.size) - 1])
     belief = beliefs.row_at(cut) or beliefs.prior
     _draw_rewards(axis, beliefs, theme, until=cut, small=True)

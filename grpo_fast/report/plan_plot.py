@@ -84,7 +84,7 @@ def _draw_rewards(axis: Axes, plan: Mapping[str, Any], theme: Theme) -> None:
 
 
 def _draw_when(axis: Axes, plan: Mapping[str, Any], theme: Theme) -> None:
-    """When shares of the rise are done, where there is one: half of those runs in the bar, nine in ten in the line."""
+    """Steps at which shares of the rise are done, over the runs that rise: half of them in the bar, nine in ten in the line."""
     axis.grid(visible=False)
     end = axis.get_xlim()[1]
     for row, share in enumerate(("x95", "x80")):

@@ -353,7 +353,7 @@ PICTURES: Mapping[str, Callable[[Run, Theme], Figure]] = MappingProxyType(
 
 
 def pictures_of(run: Run) -> dict[str, Callable[[Run, Theme], Figure]]:
-    """Those for which a run has logged something."""
+    """The plots for which a run has logged something."""
     needed = {"beliefs": has_beliefs, "alarm": has_alarm}
     return {name: draw for name, draw in PICTURES.items() if name not in needed or needed[name](run)}
 

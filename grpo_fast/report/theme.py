@@ -27,7 +27,7 @@ RC: dict[Any, Any] = {
     "hatch.linewidth": 0.8,
     "path.sketch": None,
 }
-"""What a user's own matplotlib settings must not change."""
+"""Settings that a user's own matplotlib configuration must not change."""
 
 KEY_STYLE: dict[str, Any] = {
     "frameon": False,
@@ -37,7 +37,7 @@ KEY_STYLE: dict[str, Any] = {
     "columnspacing": 1.4,
     "borderaxespad": 0.2,
 }
-"""Of the lists of series above panels."""
+"""Style of the lists of series above panels."""
 
 PHASE_NAMES = ("slow start", "rapid improvement", "plateau")
 
@@ -121,7 +121,7 @@ def grid(
 
 
 def dress(axis: Axes, theme: Theme) -> None:
-    """Takes everything off the axes but what is read."""
+    """Removes everything from the axes that nobody reads."""
     axis.set_facecolor(theme.paper)
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.spines["bottom"].set_color(theme.faint)

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Produced(Generic[T]):
-    """What was made for one step."""
+    """The rollouts of one step."""
 
     value: T
     begin: float

@@ -34,7 +34,7 @@ _COMPACT_SHARE = 16
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What is known beforehand of N sequences."""
+    """Facts about N sequences that are known before sampling."""
 
     source: NDArray[np.int64]
     """[N], ascending: which prompt each continues."""

@@ -1,4 +1,4 @@
-"""Which tokens end a completion."""
+"""The tokens that end a completion."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ class PreallocatedCache(Cache):
 
 
 def _attention_dtype(keys: torch.Tensor) -> torch.dtype:
-    """What attention rounds keys to under autocast, whatever rotary positions have made of them: kept so, they take half."""
+    """The type to which attention rounds keys under autocast, also after rotary embeddings: stored in it, they take half."""
     kind = keys.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else keys.dtype
 

@@ -54,7 +54,7 @@ def supports(model: PreTrainedModel) -> bool:
 
 
 def _is_lora(module: torch.nn.Module) -> bool:
-    """Whether it is peft's adapter over a plain linear layer; its base layer and its factors are asked about in their turn."""
+    """Whether it is peft's adapter over a plain linear layer; its base layer and its factors are checked on their own."""
     return type(module).__name__ == "Linear" and type(module).__module__ == "peft.tuners.lora.layer"
 
 
@@ -69,7 +69,7 @@ class _Adapter(NamedTuple):
 
     @classmethod
     def of(cls, layer: Any) -> _Adapter | None:
-        """What lies over a linear layer; ``None`` for nothing, and for anything but one plain adapter that is on."""
+        """The adapter over a linear layer; ``None`` if there is none, or anything but one plain adapter that is on."""
         if (
             not _is_lora(layer)
             or layer.disable_adapters
@@ -194,7 +194,7 @@ class LlamaStep:
         return mixed.reshape(count, -1)
 
     def _projected(self, hidden: torch.Tensor, index: int, kind: _Kind) -> list[torch.Tensor]:
-        """What each linear layer of a kind makes of rows that all of them take."""
+        """Outputs of the linear layers of one kind, which take the same rows."""
         if self._packed is None:
             return [self._linear(hidden, linear) for linear in _linears(self._layers[index], kind)]
         packed: PackedWeight = getattr(self._packed[index], kind)

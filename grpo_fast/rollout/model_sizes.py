@@ -1,4 +1,4 @@
-"""Whether a server was started with the policy's model: weights of another one arrive in part, or not at all."""
+"""Checks that a server was started with the policy's model: weights of another one would arrive in part, or not at all."""
 
 from __future__ import annotations
 

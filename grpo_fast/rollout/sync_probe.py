@@ -37,13 +37,13 @@ import torch
 NUM_PLACES = 2
 """Places of the prompt, its last, at which log-probabilities are compared."""
 NUM_CHOICES = 20
-"""Tokens of which an engine tells them, at each; as many as vLLM does without being built for more."""
+"""Tokens whose log-probabilities an engine reports at each place: as many as vLLM reports by default."""
 
 _MAX_KL = {torch.float32: 1e-8, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 """Nats a token, where logits are small: differences of 1.4e-4, 0.1 and 0.045 (root mean square) by rounding are allowed,
 depending on the type."""
 _HEAD_ROWS = 16384
-"""Of the head that are in float32 at a time."""
+"""Rows of the head that are converted to float32 at a time."""
 
 Choices = Mapping[int, float]
 """Tokens with their log-probabilities."""
@@ -55,11 +55,11 @@ class Scores(NamedTuple):
     logprobs: torch.Tensor
     """Float64 [:data:`NUM_PLACES`, V], in the order of :attr:`SyncProbe.prompts`."""
     largest_logit: float
-    """Of those of the likeliest tokens, in absolute value."""
+    """Largest absolute logit of the likeliest tokens."""
 
 
 class Mismatch(NamedTuple):
-    """How far two scorings of the same tokens are apart."""
+    """Distance between two scorings of the same tokens."""
 
     kl: float
     """Nats a token."""
@@ -162,7 +162,7 @@ class SyncProbe:
 
 
 def compare(own: torch.Tensor, theirs: Sequence[Choices]) -> Mismatch:
-    """How far an engine's log-probabilities are from the policy's.
+    """Distance of an engine's log-probabilities from the policy's.
 
     Args:
         own: the policy's [:data:`NUM_PLACES`, V].

@@ -248,7 +248,7 @@ def foreign_parts(config: PreTrainedConfig, kind: type[PreTrainedModel] | None =
 
 
 def _choose_stepping(model: PreTrainedModel, impl: Literal["auto", "fused", "module"]) -> Stepping:
-    """Which of the four ways to step fits ``model``.
+    """The one of four ways to step that fits ``model``.
 
     A finished mask saves building one a step, but would replace the window that windowed layers apply themselves.
     """
@@ -268,7 +268,7 @@ def _choose_stepping(model: PreTrainedModel, impl: Literal["auto", "fused", "mod
 
 
 def _copied(model: PreTrainedModel, autocast_dtype: torch.dtype | None) -> PreTrainedModel:
-    """A copy of what is trained, beside the rest itself.
+    """A copy of the model in which trained weights are copied and all others shared.
 
     Weights of linear layers are of the type that autocast would round them to: it remembers what it has rounded of weights that
     are trained alone, and would round these anew at every token.

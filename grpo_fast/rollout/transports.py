@@ -28,14 +28,14 @@ OLDEST_VLLM = "0.28"
 
 
 class Delivery(NamedTuple):
-    """How new weights come to an engine."""
+    """The way by which new weights reach an engine."""
 
     transport: str
     """From :func:`choose_transport`."""
     bucket_bytes: int
     """Weights on the way at a time, but for ``direct``."""
     pause_mode: Literal["wait", "keep"]
-    """Whether requests that run end before, or are kept and go on by the new weights."""
+    """Whether running requests end before an update, or are kept and continue with the new weights."""
 
 
 BACKENDS = {
@@ -45,7 +45,7 @@ BACKENDS = {
     "ipc": "ipc",
     "nccl": "nccl",
 }
-"""What vLLM's weight transfer calls them."""
+"""Their names in vLLM's weight transfer."""
 
 _OFFERED: dict[Host, tuple[str, ...]] = {
     "in process": ("direct", "shared_memory", "sparse"),
@@ -79,7 +79,7 @@ def choose_transport(name: Transport, host: Host, *, on_gpu: bool, num_engines: 
 
 
 def sync_attempts(transport: str) -> int:
-    """How many times a whole update is tried."""
+    """Number of attempts at a whole update."""
     return 1 if transport in {"ipc", "nccl"} else 2
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import TextIO
 
 TIMEOUT_S = 600.0
-"""How long a question waits for its answer."""
+"""Seconds for which a question waits for its answer."""
 _POLL_S = 0.2
 _LINE_BYTES = 4096
 

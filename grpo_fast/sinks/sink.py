@@ -91,8 +91,8 @@ class Asks(Protocol):
 class SinkSet:
     """Several sinks as one. The order is that of the calls; all are closed even where one fails to.
 
-    A sink that raises once the run has begun is told as a warning and left out from there on: a run is worth more than what
-    shows it.
+    A sink that raises once the run has begun is reported in a warning and left out from then on: the run matters more than its
+    display.
 
     Args:
         sinks: all of them.
@@ -146,7 +146,7 @@ class SinkSet:
             pass
 
     def _returned(self, call: Callable[[Sink], _T]) -> Iterator[_T]:
-        """What each sink returns; those that raise are left out."""
+        """The result of each sink; those that raise are left out."""
         for sink in self._sinks:
             if not any(sink is other for other in self._sinks):  # it raised when it was told of another
                 continue

@@ -217,7 +217,7 @@ def _read(
     *,
     numbers: Sequence[int],
 ) -> list[_Read]:
-    """What the model reads of each prompt; ``numbers`` are those of their rows."""
+    """Text and tokens of each prompt as the model reads it; ``numbers`` are those of their rows."""
     plain = {place: prompt for place, prompt in enumerate(prompts) if isinstance(prompt, str)}
     texts = {
         place: rendered(prompt, tokenizer, variables, index=numbers[place])
@@ -274,7 +274,7 @@ def _plain_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list
 
 
 def _suffix_length(tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many tokens the tokeniser puts after a text."""
+    """Number of tokens that the tokeniser puts after a text."""
     bare, full = _encoded(["a"], tokenizer, special=False)[0], _encoded(["a"], tokenizer, special=True)[0]
     for start in range(len(full) - len(bare) + 1):
         if bare and full[start : start + len(bare)] == bare:

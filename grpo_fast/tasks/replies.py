@@ -74,7 +74,7 @@ class Replies:
         return [*prompt[:-1], {**prompt[-1], "content": put}]
 
     def said(self, token_ids: Sequence[int], *, context: Sequence[int]) -> Message:
-        """What the policy said, as a message.
+        """The policy's turn as a message.
 
         Args:
             token_ids: that it sampled.
@@ -84,7 +84,7 @@ class Replies:
         return {"role": "assistant", "content": self.decode(token_ids)}
 
     def heard(self, message: Message) -> str | Message:
-        """What of a message of the policy's its environment hears."""
+        """The part of the policy's message that its environment gets."""
         return str(message["content"])
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -92,7 +92,7 @@ class Replies:
         return decode(self._tokenizer, token_ids)
 
     def _continued(self, text: str) -> list[int]:
-        """Tokens of text that other text stands before: some tokenisers put a space before what they are given."""
+        """Tokens of a text that continues another: some tokenisers put a space before their input."""
         lead, whole = self._ids(_LEAD), self._ids(_LEAD + text)
         apart = whole[: len(lead)] == lead
         return whole[len(lead) :] if apart else self._ids(text)
@@ -125,6 +125,6 @@ class Replies:
 
 
 def num_shared(sequences: Sequence[Sequence[Any]]) -> int:
-    """How many first items all of some sequences share."""
+    """Length of the prefix that all of some sequences share."""
     pairs = enumerate(zip(*sequences, strict=False))
     return next((place for place, items in pairs if any(item != items[0] for item in items)), min(map(len, sequences)))

@@ -81,7 +81,7 @@ def read_files(files: Mapping[str, Path], *, split: str) -> Dataset:
 
 
 def _text_options(paths: Sequence[Path]) -> dict[str, Any]:
-    """How tables of text are read: every cell as it stands, since a guessed type would make 7 of an answer 007."""
+    """Reader options for tables of text: every cell stays text, since a guessed type would turn the answer 007 into 7."""
     separator = _SEPARATORS.get(paths[0].suffix)
     if separator is None:
         return {}
@@ -138,7 +138,7 @@ def _reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _cached_alone() -> Iterator[None]:
-    """What was read from the hub before is all that ``datasets`` looks at."""
+    """Lets ``datasets`` use only what was read from the hub before."""
     before, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, True
     try:
         yield

@@ -31,7 +31,8 @@ class Task:
     reward_funcs: tuple[str, ...]
     """Names the reward pool resolves (built-in or ``module:function``), used where the user names none."""
     eval_reward: str
-    """The reward whose mean on held-out rows is the task's accuracy; empty where what rewards training is to measure."""
+    """The reward whose mean on held-out rows is the task's accuracy; empty if the training rewards measure held-out rows
+    too."""
     train_numbers: Sequence[int] | None = None
     """Numbers of ``train``'s rows in the table that they were taken from, for errors; ``None`` where they are its own."""
     eval_numbers: Sequence[int] | None = None

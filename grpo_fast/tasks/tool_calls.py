@@ -1,6 +1,6 @@
-"""Calls of tools, found in what the policy says.
+"""Finds calls of tools in the policy's text.
 
-How a model calls tools is its chat template's matter. Where the tokeniser says how to read them, by a ``response_template``,
+How a model calls tools is up to its chat template. If the tokeniser says how to read them, by a ``response_template``,
 transformers reads them; else they are read in the forms that most models have: between ``<tool_call>`` and ``</tool_call>``
 JSON (Hermes, Qwen up to 3) or a function with its parameters (Qwen 3.5, Nemotron 3). A template is tried before anything is
 sampled: what it writes of a call has to be found again.
@@ -28,7 +28,7 @@ _PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTA
 _PYTHON = {"True": True, "False": False, "None": None}
 _THINK, _THOUGHT = "<think>", "</think>"
 _TAIL_TOKENS = 16
-"""Of what stands before an answer, so many are looked through for a thought that it begins with."""
+"""Tokens before an answer that are searched for the opening of a thought."""
 
 
 def _no_json(value: str) -> Any:
@@ -70,7 +70,7 @@ def read_calls(text: str, tools: Sequence[Mapping[str, Any]] = ()) -> tuple[str,
 
 
 def _json(text: str) -> tuple[Any, int]:
-    """What a text begins with, and where it ends; a tag inside a string is part of it."""
+    """The JSON value at the beginning of a text, and where it ends; a tag inside a string is part of it."""
     try:
         return _DECODER.raw_decode(text)
     except RecursionError:
@@ -134,7 +134,7 @@ class ToolReplies(Replies):
         self._check()
 
     def said(self, token_ids: Sequence[int], *, context: Sequence[int]) -> Message:
-        """What the policy said, its calls in ``tool_calls``; all of it in ``content`` where a call is broken, as in TRL.
+        """The policy's turn as a message, calls in ``tool_calls``; if a call is broken, all of it in ``content``, as in TRL.
 
         Args:
             token_ids: that it sampled.
@@ -149,11 +149,11 @@ class ToolReplies(Replies):
         return message if "tool_calls" in message else super().said(token_ids, context=context)
 
     def heard(self, message: Message) -> Message:
-        """All of it, with the calls."""
+        """The whole message, with the calls."""
         return message
 
     def _parsed(self, said: Any, before: Any) -> Message:
-        """By transformers, of tokens or texts."""
+        """Parses tokens or text by transformers."""
         found = self._tokenizer.parse_response(said, prefix=before, tools=self._tools)
         message = {"role": "assistant", **found, "content": found.get("content") or ""}
         if found.get("tool_calls"):
@@ -171,7 +171,7 @@ class ToolReplies(Replies):
         return message | {"tool_calls": calls} if calls else message
 
     def _text(self, token_ids: Sequence[int]) -> str:
-        """With special tokens, which some tokenisers make of the tags."""
+        """Text with special tokens: in some tokenisers the tags are such."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def _check(self) -> None:

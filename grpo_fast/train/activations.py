@@ -1,11 +1,12 @@
 """Memory that the forward and backward pass of a micro-batch hold at once, found without running them.
 
 The model is built and run on tensors that have shapes and no memory, forward and backward, with the attention, the layout, the
-adapters, the checkpointing and the precision of the run. What operators make is written down when it comes and when it goes, so
-that only what lives at the same time is added up. The head stands in for the fused loss: it takes what that takes.
+adapters, the checkpointing and the precision of the run. Memory that operators make is recorded when it is allocated and when
+it is freed, so that only what is held at the same time is added up. The head stands in for the fused loss and takes the same
+memory.
 
-Of layers that repeat, a few are run in place of all, and two more: bytes at the peak are linear in their number, in the
-forward pass, at the loss, in the first half of the backward pass and in the second.
+Instead of all repeating layers, a few are run, and then two more: bytes at the peak are linear in their number, in the forward
+pass, at the loss, in the first half of the backward pass and in the second.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class HeadBytes:
 
     Attributes:
         rows: V, or the part of the vocabulary that is this rank's.
-        passing: bytes that are there while losses are computed: a block of exponentials, copies.
+        passing: bytes that are held while losses are computed: a block of exponentials, copies.
     """
 
     rows: int
@@ -83,7 +84,7 @@ class HeldBytes:
     """Bytes that are held at once.
 
     Attributes:
-        activations: what the passes made, weights' gradients on their way included.
+        activations: made by the passes, weights' gradients in transit included.
         gradients: those of the body's weights.
         head: the loss's own, the head's gradient included.
     """
@@ -103,8 +104,8 @@ class PassBytes:
     """Memory of a micro-batch.
 
     Attributes:
-        losses: at the fullest of the forward pass, the loss included.
-        gradients: at the fullest of the backward pass.
+        losses: at the peak of the forward pass, the loss included.
+        gradients: at the peak of the backward pass.
         waiting: bytes in the host's memory meanwhile.
     """
 
@@ -188,7 +189,7 @@ def _run(ledger: Ledger, model_config: PreTrainedConfig, config: Config, work: D
         batch = _without_memory(made)
         _give_weights(model, config, work.dtype)
         known = model.get_output_embeddings().weight
-        # of its own also where it is the embedding: autograd adds to a gradient in place, but not to one that pretends
+        # separate even if tied to the embedding: autograd adds to a gradient in place, but not to one without memory
         weight = torch.empty(head.rows, known.shape[1], dtype=known.dtype, requires_grad=known.requires_grad)
         trained = [one for one in model.base_model.parameters() if one.requires_grad]
         for one in (*trained, weight) if work.accumulates else ():
@@ -210,7 +211,7 @@ def _drop(weight: torch.Tensor) -> None:
 
 
 def _without_memory(value: _Data) -> _Data:
-    """The same with tensors of the mode that this is called in."""
+    """The same with tensors without memory, of the fake mode that is active."""
     changed: dict[str, Any] = {}
     for field in dataclasses.fields(value):
         own = getattr(value, field.name)
@@ -251,7 +252,7 @@ def _waits_on_host(config: Config) -> bool:
 
 
 class _Host(HostActivations):
-    """Tells a ledger what is not on the device."""
+    """Marks in a ledger what is not on the device."""
 
     def __init__(self, ledger: Ledger) -> None:
         super().__init__(_CPU)
@@ -276,7 +277,7 @@ def _inputs(model: Any, batch: TokenBatch, config: Config, work: DryPass) -> dic
     if mask is None or work.one_kernel or not (ragged or is_eager):
         model.set_attn_implementation(_CAUSAL)
         return inputs
-    # four dimensions pass as finished: what transformers asks of a mask's values, this one cannot answer
+    # four dimensions count as finished: transformers would read a mask's values, and this one has none
     kind = torch.bool
     if is_eager:
         model.set_attn_implementation("eager")
@@ -285,7 +286,7 @@ def _inputs(model: Any, batch: TokenBatch, config: Config, work: DryPass) -> dic
 
 
 class _Head(torch.autograd.Function):
-    """Takes what the fused loss takes: memory while it runs, and gradients that wait for the backward pass."""
+    """Takes the memory of the fused loss: some while it runs, and gradients that wait for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, weight: torch.Tensor, ledger: Ledger, passing: int) -> torch.Tensor:

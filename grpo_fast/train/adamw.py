@@ -1,4 +1,4 @@
-r"""AdamW for weights that torch's own would round away or leave no room for.
+r"""AdamW for bfloat16 weights, whose small updates torch's own would round away, and for state in host memory.
 
 Both classes compute, in float32,
 
@@ -184,12 +184,12 @@ class OffloadedAdamW(torch.optim.Optimizer):
 
 
 def _saved_states(state_dict: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """What was saved of each weight, in their order; it stands there by a number, or by a name after resharding."""
+    """The saved state of each weight, in their order; its key is a number, or a name after resharding."""
     return [state_dict["state"].get(place, {}) for group in state_dict["param_groups"] for place in group["params"]]
 
 
 def _own(tensor: torch.Tensor | None) -> torch.Tensor:
-    """What this rank holds of it."""
+    """This rank's part of a tensor."""
     assert tensor is not None
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -204,7 +204,7 @@ def _as_part_of(weight: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
 
 
 def _place(weight: torch.Tensor) -> int:
-    """Where in the whole weight, row after row, the numbers of this rank begin."""
+    """Offset of this rank's numbers in the whole weight, read row after row."""
     if not isinstance(weight, DTensor):
         return 0
     _, first = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)

@@ -41,7 +41,7 @@ class AdapterStart:
     """Saved adapters."""
 
     directory: Path
-    """Where their files are; of the hub's, in the cache."""
+    """Directory of their files; for the hub's, in the cache."""
     has_tokenizer: bool
     """Whether a tokeniser was saved with them."""
     base: str

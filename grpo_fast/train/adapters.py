@@ -28,7 +28,7 @@ SETTINGS_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 """peft's own name; with the settings it is all of an adapter."""
 _EXPECTED = (r"The following \w+_pattern keys did not match", "fan_in_fan_out is set to False")
-"""What peft tells of a model whose experts, or whose layers as in GPT-2, it then treats as it must."""
+"""Warnings of peft about experts, or about layers as in GPT-2, which it then handles correctly."""
 
 
 class Adapters:
@@ -118,7 +118,7 @@ class Adapters:
 
     @contextlib.contextmanager
     def holding(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """The adapters have these weights in here, and their own again afterwards; for passes without gradient.
+        """Context in which the adapters have these weights, and after it their own again; for passes without gradient.
 
         Args:
             weights: all of them, as of :meth:`copies`.

@@ -46,7 +46,7 @@ class TrainingSequence:
 
     @property
     def num_scored(self) -> int:
-        """How many are."""
+        """Number of scored tokens."""
         return sum(self.sampled) if self.sampled else len(self.completion_ids)
 
 

@@ -1,4 +1,4 @@
-"""Which checkpoint is the best, and which ones must stay until a collapse can no longer spoil the choice."""
+"""Chooses the best checkpoint, and keeps those that may become it if a collapse is confirmed later."""
 
 from __future__ import annotations
 

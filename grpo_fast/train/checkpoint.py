@@ -192,7 +192,7 @@ def _flush(path: Path) -> None:
 
 
 def _write_failure(error: Exception, run_dir: Path) -> str:
-    """What kept the files from being written; empty for an error of another kind.
+    """The reason why files could not be written; empty for an error of another kind.
 
     Safetensors and torch wrap the system's error in their own types; torch's zip writer only says that its position is wrong.
     """

@@ -26,7 +26,7 @@ class _Lock:
 
 
 _locks: weakref.WeakValueDictionary[tuple[int, int], _Lock] = weakref.WeakValueDictionary()
-"""Those of this process, by device and number of the file."""
+"""Locks of this process, by device and inode of the file."""
 
 
 def _leave_to_parent() -> None:
@@ -57,7 +57,7 @@ class Claim:
         """Checks what is in the directory, and locks it where that is a run; writes nothing else.
 
         Args:
-            resume: the run that is there is gone on with.
+            resume: whether the existing run is resumed.
 
         Raises:
             ConfigError: the directory cannot be used, or another process does.

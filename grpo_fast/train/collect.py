@@ -98,7 +98,7 @@ class Collected:
 
 
 def _cut(prompt: Prompt, length: int | None) -> Prompt:
-    """The prompt as an environment that changed its end had it; ``None`` in checkpoints of before there were such."""
+    """The prompt cut to the length that an environment left of it; ``None``, in older checkpoints, cuts nothing."""
     return prompt if length in (None, len(prompt.token_ids)) else replace(prompt, token_ids=prompt.token_ids[:length])
 
 
@@ -183,7 +183,7 @@ class Collector:
 
 
 def trainer_state(config: Config, global_step: int, stream: Mapping[str, Any]) -> TrainerState:
-    """What reward functions are told of the run.
+    """The state of the run as reward functions get it.
 
     Args:
         config: the run's configuration.
@@ -211,7 +211,7 @@ def charge_rollout(meter: ComputeMeter, groups: Sequence[Group]) -> None:
 
 
 def sampling_params(config: Config) -> SamplingParams:
-    """How training samples."""
+    """Sampling parameters of training."""
     return SamplingParams(
         max_tokens=config.max_completion_length,
         temperature=config.temperature,

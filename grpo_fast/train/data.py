@@ -51,7 +51,7 @@ class Data:
         } | ({"environment_factory": None, "tools": None} if self.environments is None else self.environments.sources)
 
     def write_names(self, run_dir: Path) -> None:
-        """Leaves in a run's directory what its configuration does not tell where data or rewards were given in Python."""
+        """Records in a run's directory the names of data and rewards given in Python, which its configuration lacks."""
         write_whole(run_dir / _FILE, json.dumps(self._names, indent=1))
 
     def check_names(self, run_dir: Path) -> None:
@@ -115,7 +115,7 @@ def choose_environments(config: Config, given: Mapping[str, Any]) -> Environment
 
 
 def choose_replies(config: Config, environments: Environments | None, source: PolicySource) -> Replies:
-    """What tokenises an environment's answers, and reads the policy's calls of tools.
+    """Makes the part that tokenises an environment's answers and reads the policy's calls of tools.
 
     Raises:
         ConfigError: there are tools, and the model's chat template does not know how to tell of them.

@@ -8,7 +8,7 @@ A failure inside :meth:`World.gather` or :meth:`World.once` is raised on every r
 rank that dies breaks the others' next exchange: they end with :class:`RankLostError` at once, or, where it hangs, after
 ``ddp_timeout_s``.
 
-In one process all of this is nothing at all.
+In a single process none of this does anything.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class _Failure(NamedTuple):
 
     def rebuild(self) -> Exception:
         error = self.kind.__new__(self.kind, *self.args)
-        error.args = self.args  # MemoryError keeps none that it is made with
+        error.args = self.args  # MemoryError does not keep its arguments
         error.__dict__.update(self.state | {"told_elsewhere": True})
         return error
 
@@ -135,7 +135,7 @@ class World:
         return int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
 
     def share(self, count: int) -> slice:
-        """Which of ``count`` things are this rank's: neighbours, as many as any other rank's but for one."""
+        """This rank's share of ``count`` things: neighbours, as many as any other rank's or one more or fewer."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def gather(self, make: Callable[[], _T]) -> list[_T]:
@@ -214,7 +214,7 @@ class World:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Says in plain words, as a :class:`RankLostError`, what an exchange inside broke on."""
+        """Turns the failure of an exchange inside into a :class:`RankLostError` in plain words."""
         try:
             yield
         except RuntimeError as error:
@@ -247,7 +247,7 @@ ALONE = World()
 
 
 def _store(timeout: timedelta) -> Store:
-    """Where ranks find each other."""
+    """The store through which ranks find each other."""
     store: Store = next(rendezvous("env://", timeout=timeout))[0]
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # torchrun's own store lives on through its restarts, with the addresses of ranks that have died
@@ -256,7 +256,7 @@ def _store(timeout: timedelta) -> Store:
 
 
 def _own_device() -> str:
-    """What identifies the GPU of this process among those of all."""
+    """Identifies the GPU of this process among those of all ranks."""
     found = torch.cuda.get_device_properties(torch.cuda.current_device())
     return f"{found.name} {found.uuid} of {socket.gethostname()}"
 

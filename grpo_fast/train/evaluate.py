@@ -31,7 +31,7 @@ def evaluate(config: Config, parts: Parts, state: TrainerState | None = None) ->
 
     Returns:
         ``eval_reward``, the mean over the answers; NaN where none has a reward. Of several reward functions it is that of their
-        weighted sum, as in training, and ``eval_rewards/NAME/mean`` says it of each. What they log is ``eval_METRIC``.
+        weighted sum, as in training, and ``eval_rewards/NAME/mean`` is that of each. What they log is ``eval_METRIC``.
     """
     if not parts.eval_prompts:
         return {"eval_reward": math.nan}

@@ -63,9 +63,9 @@ class Evaluation:
     groups: Sequence[Group]
     """P prompts with G completions each."""
     reward: Estimate
-    """Of the training reward, the weighted sum of its functions."""
+    """Estimate of the training reward, the weighted sum of its functions."""
     rewards: dict[str, Estimate]
-    """Of each reward function by its name; the task's own measure is among them."""
+    """Estimates of each reward function by its name; the task's own measure is among them."""
 
     @property
     def lengths(self) -> list[int]:

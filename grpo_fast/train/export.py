@@ -28,8 +28,8 @@ PLAIN = {
 def export_merged(source: Path, output: Path, *, dtype: ExportType = "auto") -> Path:
     """Writes base and adapters as one model, which ``from_pretrained`` and every engine reads without peft.
 
-    The sum is made in float32 and rounded once. A base that was held in four bits is first made of those again: the adapters
-    were trained over it, not over the model it came from.
+    The sum is made in float32 and rounded once. A base that was held in four bits is first restored from those: the adapters
+    were trained over it, not over the original model.
 
     Args:
         source: a run, of which the checkpoint is taken that its summary names, or else the newest; or one of its checkpoints.
@@ -70,7 +70,7 @@ def export_merged(source: Path, output: Path, *, dtype: ExportType = "auto") -> 
 
 @torch.no_grad()
 def _take_over(quantised: Policy, policy: Policy) -> None:
-    """Puts what four bits made of the base in its place: the adapters were trained over that."""
+    """Replaces the base's weights by those that its four bits stand for: the adapters were trained over these."""
     for name, weight in dequantised(quantised.model):
         policy.model.get_parameter(f"{name}.weight").copy_(weight)
 

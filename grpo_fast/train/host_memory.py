@@ -13,7 +13,7 @@ import torch
 
 _LEAST_BLOCK_BYTES = 2**20
 _MOST_BLOCK_BYTES = 2**31
-"""But for tensors that are larger."""
+"""Larger tensors have a block of their own size."""
 _ALIGNMENT = 64
 
 
@@ -40,7 +40,7 @@ class HostBlocks:
         return sum(block.memory.nbytes for block in self._blocks)
 
     def empty(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """A tensor of any numbers; a new block is about a quarter of what there is: few are needed, and little is free."""
+        """An uninitialised tensor; a new block is about a quarter of all before it: few are needed, and little is unused."""
         size = shape.numel() * dtype.itemsize
         taken = -(-size // _ALIGNMENT) * _ALIGNMENT
         block = next((block for block in self._blocks if block.used + taken <= block.memory.nbytes), None)

@@ -37,7 +37,7 @@ class InterruptFlag:
         self._previous = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.name and number == signal.SIGHUP:  # nobody's haste: a shell sends it too, and a logout after SIGTERM
+        if self.name and number == signal.SIGHUP:  # no sign of haste: a shell sends it too, and a logout after SIGTERM
             return
         if self.name:
             raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""When tensors come and go: a count of the memory that is held, taken from the operators that run."""
+"""Counts the memory that is held over time, from the operators that allocate it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ OTHER = "other"
 
 
 class Ledger(TorchDispatchMode):
-    """Writes down every piece of memory that operators make in its context, and when it is freed.
+    """Records every piece of memory that operators allocate in its context, and when it is freed.
 
-    Views are no memory of their own, and what was there before is not counted. Works on tensors that have memory and on those
-    that only pretend to.
+    Views have no memory of their own, and what was there before is not counted. Works on real tensors and on fake ones.
     """
 
     def __init__(self) -> None:
@@ -44,7 +43,7 @@ class Ledger(TorchDispatchMode):
         return result
 
     def _follow(self, storage: torch.UntypedStorage, number: int | None) -> None:
-        """Until it is freed; what has no number was there before."""
+        """Follows a storage until it is freed; one without a number was there before."""
         key, size = storage._cdata, storage.nbytes()
 
         def freed(_: Any) -> None:
@@ -66,7 +65,7 @@ class Ledger(TorchDispatchMode):
             self._kind = before
 
     def rename(self, tensors: Sequence[torch.Tensor], kind: str) -> None:
-        """Tensors that were made in the context and are still there were of another kind from the start."""
+        """Changes the kind of tensors that were made in the context and are still held, as if made so."""
         for tensor in tensors:
             number, _ = self._known[tensor.untyped_storage()._cdata]
             if number is not None:
@@ -74,7 +73,7 @@ class Ledger(TorchDispatchMode):
 
     @property
     def now(self) -> int:
-        """How many changes there were."""
+        """Number of changes so far."""
         return len(self._changes)
 
     def held(self, kinds: Sequence[str]) -> npt.NDArray[np.int64]:

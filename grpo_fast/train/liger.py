@@ -22,7 +22,7 @@ KERNELS = {
     "cross_entropy": False,
     "fused_linear_cross_entropy": False,
 }
-"""Which of Liger's replacements are made, where a model has their place."""
+"""Liger's replacements that are made, if a model has such a part."""
 
 
 def require_liger(model_type: str) -> None:

@@ -76,7 +76,7 @@ def add_weights(sums: MetricSums, weights: torch.Tensor) -> None:
 
 
 def effective_sample_size(metrics: dict[str, float]) -> dict[str, float]:
-    """``sampling/effective_sample_size``: as which share of the tokens they count, (mean ratio)^2 / mean ratio^2; 1 is all."""
+    """``sampling/effective_sample_size``: share of the tokens that a step is worth, (mean ratio)^2 / mean of ratio^2."""
     if "_ratio_squares" not in metrics:
         return {}
     mean = metrics["sampling/importance_sampling_ratio/mean"]

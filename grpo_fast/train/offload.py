@@ -1,12 +1,12 @@
 """Activations that wait for the backward pass in the host's memory.
 
-With every layer checkpointed, what is left to keep is each layer's input. It is copied away while the next layers compute, on
-a stream of its own, and fetched while the backward pass is at the layer after it. On the device lie the inputs of two layers
-then, whatever their number. Nothing is rounded: the bits that come back are those that went.
+With every layer checkpointed, only each layer's input has to be kept. It is copied to the host while the next layers compute,
+on a stream of its own, and fetched while the backward pass is at the layer after it. So the device holds the inputs of two
+layers, whatever their number. Nothing is rounded: the same bits come back.
 
-The host launches work long before the device does it. Who lets go of memory that another stream uses by ``record_stream`` has
-the allocator keep it until the device has got there, and that is every layer's input before the first is away. So it is held
-here, and let go of when the stream that made it, and that gets its memory next, has been told to wait for the copy.
+The host launches work long before the device does it. With ``record_stream`` the allocator would keep memory until the device
+has got there, by which time the host has launched all layers and none of their inputs is freed. So a tensor is held here, and
+released once the stream that made it, and that will use its memory next, has been told to wait for the copy.
 
 PyTorch's ``torch.autograd.graph.save_on_cpu`` does the same with copies that the device waits for.
 """
@@ -21,23 +21,23 @@ from dataclasses import dataclass
 import torch
 
 _LEAST_BYTES = 2**16
-"""What is smaller stays: a copy would cost more than the memory is worth."""
+"""Smaller tensors stay on the device: a copy would cost more than the memory is worth."""
 _LEAVING = 2
-"""Tensors that may be on their way at a time, before the device waits for the first."""
+"""Tensors that may be in transit at a time; with more, the device waits for the first."""
 
 
 @dataclass(eq=False, slots=True)
 class _Waiting:
-    """A tensor that is away."""
+    """A tensor that is in the host's memory."""
 
     host: torch.Tensor
     before: _Waiting | None
-    """What left before it, and is needed after it."""
+    """The tensor that left before it, which the backward pass needs after it."""
     back: torch.Tensor | None = None
     arrived: torch.cuda.Event | None = None
 
     def __del__(self) -> None:
-        """What came back and nobody asked for is not given away before it has arrived."""
+        """Memory of a copy that came back unused is not reused before the copy is done."""
         if self.back is not None and self.arrived is not None:
             torch.cuda.current_stream(self.back.device).wait_event(self.arrived)
 
@@ -57,7 +57,7 @@ class HostActivations:
 
     @contextlib.contextmanager
     def keep(self) -> Iterator[None]:
-        """What autograd saves in here waits in the host's memory, but for leaves, such as weights, and small tensors."""
+        """Context in which tensors that autograd saves wait in the host's memory, but for leaves (weights) and small ones."""
         try:
             with torch.autograd.graph.saved_tensors_hooks(self._put, self._get):
                 yield
@@ -99,14 +99,14 @@ class HostActivations:
             kept.back = kept.host.to(self._device, copy=True)
             return
         here = torch.cuda.current_stream(self._device)
-        kept.back = torch.empty_like(kept.host, device=self._device)  # of the memory of the stream that will let go of it
-        self._copies.wait_stream(here)  # which may still be at what lay there before
+        kept.back = torch.empty_like(kept.host, device=self._device)  # allocated on the stream that will release it
+        self._copies.wait_stream(here)  # which may still be using what was there before
         with torch.cuda.stream(self._copies):
             kept.back.copy_(kept.host, non_blocking=True)
             kept.arrived = self._copies.record_event()
 
     def _let_go(self, *, all_but: int) -> None:
-        """Of those that left first, once the device is told to wait for their copies."""
+        """Releases the tensors that left first, once the device has been told to wait for their copies."""
         while len(self._leaving) > all_but:
             tensor, copied = self._leaving.popleft()
             torch.cuda.current_stream(tensor.device).wait_event(copied)

@@ -24,7 +24,7 @@ from grpo_fast.types import TokenBatch
 
 _PREFIX = "packed_"
 _UNKNOWN_KEYWORDS = ("s_aux", "position_bias")
-"""What some models add to scores, and the attention here does not know."""
+"""Keywords of terms that some models add to scores, and that the attention here does not know."""
 
 
 def model_inputs(model: PreTrainedModel, batch: TokenBatch) -> dict[str, Any]:

@@ -87,7 +87,7 @@ class Parts:
     claim: Claim
     """This process's hold on the run's directory."""
     launchers: Sequence[str]
-    """What started each rank; see :func:`~grpo_fast.train.launch.launcher`."""
+    """The launcher of each rank; see :func:`~grpo_fast.train.launch.launcher`."""
 
     def open(self, start_step: int) -> None:
         """Writes the resolved configuration and starts the sinks."""

@@ -346,7 +346,7 @@ def _columns(rows: list[dict[str, float]]) -> dict[str, list[float]]:
 
 
 def _rise(prospect: Prospect, share: float, clock: Array, *, ends: Array, costs: Mapping[str, Array]) -> dict[str, Any]:
-    """When a share of the rise is done, over the runs that rise, and what was spent by then over those that get so far."""
+    """Step at which a share of the rise is done, over the runs that rise, and costs by then, over those that get so far."""
     when, rising = prospect.time_to(share), prospect.rises
     steps = np.where(when <= 1.0, np.maximum(1.0, np.ceil(np.interp(when, clock, np.arange(clock.size)))), np.inf)
     steps = np.where(steps <= ends, steps, np.inf)

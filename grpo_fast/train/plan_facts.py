@@ -96,7 +96,7 @@ class PlanInputs:
 
 
 def _known_gpus(name: str) -> str:
-    """What to write in place of a GPU's name that is not in the table."""
+    """Suggests a name in place of a GPU's name that is not in the table."""
     similar = similar_gpus(name)
     if similar:
         return f"; did you mean {' or '.join(map(repr, similar))}? Choose one"

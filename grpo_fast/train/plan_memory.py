@@ -39,7 +39,7 @@ from grpo_fast.train.reward_model import reward_model_bytes
 from grpo_fast.train.streaming import streams_weights
 
 _CONTEXT_BYTES = {"cuda": 700 * 2**20, "cpu": 450 * 2**20}
-"""What the process holds before the model: CUDA's context and libraries' workspaces; Python with its modules."""
+"""Memory of the process before the model: CUDA's context and libraries' workspaces; Python with its modules."""
 USUAL_NODE = 8
 """Devices of a node, where nothing says how many it has."""
 _NUM_CHANGES = 3
@@ -204,7 +204,7 @@ class MemoryPlanner:
         )
 
     def least_bytes(self) -> int:
-        """What the run needs whatever its lengths are: weights, moments and gradients."""
+        """Memory that does not depend on lengths: weights, moments and gradients."""
         sizes = ModelSizes.of(self._outline(self._config), self._config, dtype=self._dtype(self._config))
         return sum(self._lasting(self._config, sizes)[0].values()) + self._gradients(self._config, sizes)
 

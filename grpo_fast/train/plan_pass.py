@@ -78,7 +78,7 @@ def _size(batch: MicroBatch) -> tuple[int, int]:
 
 
 def _sequences(config: Config, lengths: StepLengths) -> list[TrainingSequence]:
-    """Those of one device. Tokens are of no meaning, but that those of unlike prompts differ."""
+    """Sequences of one device. Their tokens are arbitrary, except that different prompts have different ones."""
     count = -(-config.prompts_per_step * config.num_generations // lengths.num_devices)
     completions = itertools.islice(itertools.cycle(lengths.completions), count)
     return [
@@ -94,7 +94,7 @@ def _sequences(config: Config, lengths: StepLengths) -> list[TrainingSequence]:
 
 
 def _layout(outline: PreTrainedModel, config: Config, kind: str) -> tuple[Layout, bool]:
-    """How the model gets its sequences, and whether they share prompts: as :class:`Policy` and :class:`Learner` choose."""
+    """Layout of the sequences, and whether they share prompts, chosen as :class:`Policy` and :class:`Learner` do."""
     if config.padding_free is False:
         return "padded", False
     attention = attention_of(outline, config.attn_implementation)

@@ -25,7 +25,7 @@ class DeviceMemory(NamedTuple):
     kind: str
     """"cuda" or "cpu"."""
     memory_bytes: int
-    """What it has."""
+    """Its memory."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ModelSizes:
 
     @classmethod
     def of(cls, outline: PreTrainedModel, config: Config, *, dtype: torch.dtype) -> ModelSizes:
-        """Those of a model.
+        """The sizes of a model.
 
         Args:
             outline: its modules, adapters included.
@@ -142,7 +142,7 @@ def update_bytes(config: Config, sizes: ModelSizes) -> int:
 
 
 def head_bytes(config: Config, sizes: ModelSizes, device: DeviceMemory, *, num_rows: int, parts: int) -> HeadBytes:
-    """What the loss takes of a device, beside gradients: a block of exponentials with what is made of it, and copies.
+    """Memory of the loss on a device, gradients apart: a block of exponentials, values made of it, and copies.
 
     Args:
         config: the run's; read is how the support is cut.

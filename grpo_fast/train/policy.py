@@ -81,7 +81,7 @@ class Policy:
         self._waiting = HostActivations(self.device) if checkpointing == "offload" else None
         self._check_head()
         self.layout: Layout = "padded" if padding_free is False else self._try_packing(required=padding_free is True)
-        """How micro-batches must be laid out."""
+        """Layout that micro-batches must have."""
 
     @property
     def device(self) -> torch.device:
@@ -117,7 +117,7 @@ class Policy:
         return False
 
     def whole_head(self, *, trains: bool) -> contextlib.AbstractContextManager[None]:
-        """The head's weight is whole in here, which it always is where nothing is sharded."""
+        """Context in which the head's weight is whole, as it always is without sharding."""
         return contextlib.nullcontext()
 
     def whole_model(self) -> torch.nn.Module:
@@ -128,7 +128,7 @@ class Policy:
         """The means by which rank 0 reads :meth:`whole_model` or saves, so that ranks that hold shards take part.
 
         Args:
-            world: the ranks, which do where every one of them has all.
+            world: the ranks; they are that means if each of them holds the whole model.
         """
         return world
 

@@ -44,12 +44,12 @@ _log = logging.getLogger(__name__)
 _DEFAULT_CONTEXT = 4096
 _HUB_ID = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?")
 _RANDOM = ("dropout", "pdrop", "layerdrop")
-"""Parts of the names under which modules keep rates of what is random in training mode."""
+"""Parts of the names under which modules keep their dropout rates."""
 _NOT_ON_A_CPU = (
     ("gradient_checkpointing_mode", "offload", ", where activations are in host memory already; use 'full'"),
     ("use_liger_kernel", True, ": Liger's kernels are for GPUs; leave it out"),
 )
-"""Fields, the values of them that only a GPU can take, and why, with what to do."""
+"""Fields, their values that need a GPU, and why, with the fix."""
 
 
 class PolicySource:
@@ -221,14 +221,14 @@ def _refuse_run(path: Path) -> None:
 
 
 def attention_arguments(config: Config, model_config: PreTrainedConfig) -> dict[str, str]:
-    """What transformers is told of the attention that a run's model is to have."""
+    """Arguments that tell transformers which attention a run's model is to have."""
     if config.attn_implementation == "auto":
         return _attention_of_choice(model_config)
     return {"attn_implementation": config.attn_implementation}
 
 
 def _attention_of_choice(model_config: PreTrainedConfig) -> dict[str, str]:
-    """What transformers is told under ``auto``: nothing, unless scores have a softcap.
+    """The same under ``auto``: none, unless scores have a softcap.
 
     ``sdpa`` knows none. Some versions of transformers (5.17, but not 5.23) take it all the same, and leave the softcap out.
     """

@@ -83,7 +83,7 @@ def keep_as_loaded(model: torch.nn.Module) -> None:
 
 
 def tell_what_is_left(model: torch.nn.Module) -> None:
-    """Says which weights are in four bits no more than before: experts that transformers stacks are in no linear layer."""
+    """Reports weights that were not quantised: experts that transformers stacks are in no linear layer."""
     left = [(name, weight) for name, weight in model.named_parameters() if weight.ndim > 2]
     if left:
         name, weight = left[0]

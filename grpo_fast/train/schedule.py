@@ -43,8 +43,8 @@ def learning_rates(config: Config) -> list[float]:
 def learning_rate_at(step: int, config: Config) -> float:
     """Learning rate of step 1, 2, ...: linear warm-up, then the chosen shape.
 
-    It rests on the step alone, so that a run which is gone on with has the rates that it would have had. Schedules that fall
-    to 0 do so just after ``max_steps``.
+    It depends on the step alone, so that a resumed run has the rates of an uninterrupted one. Schedules that fall to 0 do so
+    just after ``max_steps``.
 
     Source: ``transformers.get_scheduler``, one step further on: there the first step of a warm-up has a rate of 0.
     """

@@ -7,10 +7,9 @@ place. Where the head is also the embedding, both gradients meet in the shard.
 
 Gradients are sums over the ranks, not means: every normaliser is of the whole step already.
 
-What samples and what ``from_pretrained`` reads needs whole weights. Servers get them from the shards, a layer at a time
-(:mod:`~grpo_fast.train.streaming`), and so do files then. For engines in the ranks' own processes a
-mirror is kept on the ranks that sample and on rank 0: after each update those weights of it that are trained are renewed, a
-tensor at a time.
+Engines and saved models need whole weights. Servers get them from the shards, a layer at a time
+(:mod:`~grpo_fast.train.streaming`), and so do files then. For engines in the ranks' own processes a mirror is kept on the ranks
+that sample and on rank 0: after each update those weights of it that are trained are renewed, a tensor at a time.
 
 A frozen base is sharded as trained weights are, and neither has gradients nor is it sent again; of one in four bits the scales
 stay whole, and it goes to servers in its bytes until it is read. Adapters are sharded with the layer that they belong to.

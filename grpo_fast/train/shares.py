@@ -1,8 +1,8 @@
-"""Rollouts and rewards of a step, each made once, in shares, and known to every rank.
+"""Rollouts and rewards of a step, shared out over the ranks and then known to all.
 
-Both look to the loop as they do in one process. A sequence's draws depend on its prompt's place in the whole step, so that the
-number of ranks changes nothing that is sampled but ties that the last bit of a logit decides. A reward function sees the groups
-of its own rank in a call, as it sees those of one worker.
+To the loop both look as in one process. A sequence's draws depend on its prompt's place in the whole step, so that the number
+of ranks changes nothing that is sampled but ties that the last bit of a logit decides. A reward function sees the groups of its
+own rank in a call, as it sees those of one worker.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def idle_ranks(config: Config, world: World) -> list[str]:
-    """What is told where there are fewer prompts in a step than ranks, each of which samples for whole prompts."""
+    """The warning that a step has fewer prompts than ranks, each of which samples for whole prompts."""
     idle = world.size - config.prompts_per_step
     if idle <= 0:
         return []
@@ -106,7 +106,7 @@ class MainEngine:
     Args:
         build: makes rank 0's engine.
         world: the ranks.
-        reading: what has them gather the weights that the engine reads; ``None`` where rank 0 has them whole.
+        reading: makes them gather the weights that the engine reads; ``None`` where rank 0 has them whole.
     """
 
     def __init__(self, build: Callable[[], RolloutEngine], world: World, *, reading: Once | None = None) -> None:

@@ -360,7 +360,7 @@ def _num_kept(sequences: Sequence[TrainingSequence]) -> int | None:
 
 
 def _check_kept(sequences: Sequence[TrainingSequence], config: Config) -> None:
-    """Sees that the policy can be normalised over what tokens were drawn from."""
+    """Checks that the policy can be normalised over the tokens that sampling kept."""
     if config.truncates_support and any(sequence.kept is None for sequence in sequences):
         raise ConfigError(
             f"{config.support_text} restrict sampling to some tokens, but the engine did not report which "

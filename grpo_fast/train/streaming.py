@@ -1,7 +1,7 @@
 """Sends sharded weights to an engine or into a file, one whole FSDP unit at a time, without a full copy on any rank.
 
-Rank 0 speaks to the engine, and knows alone what a sync comes to: whether the base goes or adapters do, whether an attempt is
-made anew, when it is given up. So it leads: before it gathers a unit, or computes what the probe of a sync wants to know, it
+Rank 0 talks to the engine, and only it knows how a sync goes: whether the base or adapters are sent, whether an attempt is
+repeated, when it is given up. So it leads: before it gathers a unit, or computes what the probe of a sync wants to know, it
 tells the other ranks, which do the same until they are told that it is done. An engine that fails or hangs costs them nothing
 but the time until then.
 """
@@ -78,7 +78,7 @@ class StreamedModel(torch.nn.Module):
         self._open = False
 
     def __getattr__(self, name: str) -> Any:
-        """What an engine reads beside weights is the model's: its configuration, and that of its adapters."""
+        """Everything else that an engine reads is the model's: its configuration, and that of its adapters."""
         try:
             return super().__getattr__(name)
         except AttributeError:

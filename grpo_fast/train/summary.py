@@ -94,7 +94,7 @@ def write_summary(config: Config, parts: Parts, ending: Ending, outcome: Outcome
 
 
 def _saved(step: int, max_steps: int, compute: Mapping[str, Any]) -> dict[str, float]:
-    """What the steps that were not run would have cost, at the mean cost of those that were."""
+    """Cost of the steps that were not run, at the mean cost of those that were."""
     ahead = (max_steps - step) / step if step else 0.0
     return {
         "steps": (max_steps - step) / max_steps,

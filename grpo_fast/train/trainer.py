@@ -234,7 +234,7 @@ class GRPOTrainer:
         return StepResult(step, metrics, verdict.forecast, verdict.decision, verdict.alarm, collected.groups)
 
     def _sync(self) -> tuple[dict[str, float], WeightSyncError | None]:
-        """Gives the engine the new weights; its failure is told when the step's record is complete."""
+        """Gives the engine the new weights; its failure is raised when the step's record is complete."""
         self._rollouts.hold(self._timer)
         with self._timer.phase("sync"):
             try:

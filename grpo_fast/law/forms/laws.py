@@ -271,7 +271,7 @@ class PowerInError:
 
     @property
     def efficiency(self) -> float:
-        """k of this model."""
+        """The exponent k of this model."""
         return self.k_max / (1.0 + self.half_size / self.size)
 
     @property
