@@ -58,7 +58,7 @@ def fused_grpo_reference(
 
 
 class _Outputs(NamedTuple):
-    """What is known of all T rows, filled chunk by chunk."""
+    """Numbers of all T rows, filled chunk by chunk."""
 
     logprobs: torch.Tensor
     entropy: torch.Tensor

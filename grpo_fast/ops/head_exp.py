@@ -56,7 +56,7 @@ class HeadExp(NamedTuple):
 
 
 class HeadExpBlock(NamedTuple):
-    """What is known of C rows, float32 [C]."""
+    """Numbers of C rows, float32 [C]."""
 
     reference: torch.Tensor
     """z_y, but for rows where that overflows: their largest logit."""

@@ -192,7 +192,7 @@ def _of_every_row(
 
 
 class _Rows(NamedTuple):
-    """What ranks tell each other of their rows before they begin."""
+    """Numbers that ranks tell each other before they begin."""
 
     counts: list[int]
     """How many each has."""

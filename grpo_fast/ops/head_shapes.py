@@ -101,7 +101,7 @@ def choose(key: Key) -> Choice:
 
 
 def key_of(entry: dict[str, Any]) -> Key:
-    """What an entry of the table was measured for."""
+    """The key of an entry of the table."""
     return Key(*(entry[name] for name in Key._fields))
 
 

@@ -31,7 +31,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -124,28 +124,21 @@ class TritonHeadPass:
 
     def block(self, rows: slice, *, want_entropy: bool, want_exp: bool) -> Block:
         """See :class:`~grpo_fast.ops.head_pass.HeadPass`."""
-        count = rows.stop - rows.start
-        if self._choice.tier == 2:
-            return self._in_one_product(rows, want_entropy=want_entropy, want_exp=want_exp)
-        statistics = torch.empty(5, padded(count), dtype=torch.float32, device=self._hidden.device)[:, :count]
-        if want_exp:
-            self._exp = self._buffer(self._exp, padded(count), self._exp_dtype)
-        with _products_in("ieee"):
-            for part in row_chunks(0, count, max_rows=self._logit_rows):
-                self._one_part(rows.start, part, statistics, want_exp=want_exp)
-        exp = None
-        if want_exp:
-            assert self._exp is not None
-            exp = self._exp[: padded(count)]
-        reference, target_logits, others, weighted, peak = statistics
-        return Block(rows, exp, reference, target_logits, others, weighted if want_entropy else None, peak)
-
-    def _in_one_product(self, rows: slice, *, want_entropy: bool, want_exp: bool) -> Block:
-        """A block by tier 2, which writes no logits."""
         exp, count = None, rows.stop - rows.start
         if want_exp:
             self._exp = self._buffer(self._exp, padded(count), self._exp_dtype)
             exp = self._exp[: padded(count)]
+        if self._choice.tier == 2:
+            return self._in_one_product(rows, exp, want_entropy=want_entropy)
+        statistics = torch.empty(5, padded(count), dtype=torch.float32, device=self._hidden.device)[:, :count]
+        with _products_in("ieee"):
+            for part in row_chunks(0, count, max_rows=self._logit_rows):
+                self._one_part(rows.start, part, statistics, exp)
+        reference, target_logits, others, weighted, peak = statistics
+        return Block(rows, exp, reference, target_logits, others, weighted if want_entropy else None, peak)
+
+    def _in_one_product(self, rows: slice, exp: torch.Tensor | None, *, want_entropy: bool) -> Block:
+        """A block by tier 2, which writes no logits."""
         found = head_exp_block(
             self._hidden[rows],
             self._common,
@@ -157,7 +150,7 @@ class TritonHeadPass:
         )
         return Block(rows, exp, found.reference, found.target_logits, found.others, found.weighted)
 
-    def _one_part(self, first: int, part: slice, statistics: torch.Tensor, *, want_exp: bool) -> None:
+    def _one_part(self, first: int, part: slice, statistics: torch.Tensor, exp: torch.Tensor | None) -> None:
         """Logits of some rows of a chunk, and what the kernel makes of them."""
         inputs = pad_rows(self._hidden[first + part.start : first + part.stop])
         self._logits = self._buffer(self._logits, inputs.shape[0], self._logits_dtype)
@@ -167,7 +160,7 @@ class TritonHeadPass:
             logits,
             self._head,
             targets=self._targets[first + part.start : first + part.stop],
-            exp=self._exp[part] if want_exp and self._exp is not None else None,
+            exp=None if exp is None else exp[part],
             statistics=statistics[:, part],
             rounds=self._rounds,
             gated=self._gated,
@@ -193,7 +186,7 @@ class TritonHeadPass:
         with _products_in(self._gradient_precision):
             if self._wanted[0]:
                 product = torch.empty(block.exp.shape[0], self._hidden.shape[1], dtype=torch.float32, device=block.exp.device)
-                mm_into(block.exp, self._operand(self._weight), out=product)
+                mm_into(block.exp, self._weight.to(self._exp_dtype), out=product)
             if self._wanted[1]:
                 scaled = torch.empty(count, self._hidden.shape[1], dtype=self._exp_dtype, device=block.exp.device)
             live = gradient.live()
@@ -202,9 +195,6 @@ class TritonHeadPass:
                 self._add_to_weight(block.exp[:count], scaled)
         if self._dbias is not None and count:
             _launch_bias_bwd(block.exp[:count], scales.others, live, self._dbias)
-
-    def _operand(self, values: torch.Tensor) -> torch.Tensor:
-        return values.to(self._exp_dtype)
 
     def _finish_rows(
         self,
@@ -257,7 +247,7 @@ class TritonHeadPass:
 
 
 def _choice(head: LMHead, max_rows: int) -> Choice:
-    """What the table says of a head and the most rows of a chunk, never of the rows at hand: a row keeps its bits."""
+    """The table's choice for a head and the most rows of a chunk, never for the rows at hand: a row keeps its bits."""
     vocab, hidden = head.weight.shape
     arch, dtype = target(head.weight.device).arch, str(head.weight.dtype).removeprefix("torch.")
     return choose(Key(arch, dtype, hidden, vocab, max_rows, plain=head.softcap is None and head.bias is None))
@@ -355,11 +345,11 @@ def _launch_bias_bwd(exp: torch.Tensor, scales: torch.Tensor, live: torch.Tensor
 def aot_calls() -> dict[str, Callable[[], object]]:
     """Passes that cover every branch of the kernels, on tensors that hold nothing; for ahead-of-time compilation."""
 
-    def call(dtype: torch.dtype, size: int, with_entropy: bool, bias: bool, options: dict[str, float]) -> object:
+    def call(dtype: torch.dtype, size: int, with_entropy: bool, bias: bool, options: dict[str, Any]) -> object:
         hidden, weight = (torch.empty(rows, 2048, dtype=dtype, device="meta") for rows in (1024, size))
         shift = torch.empty(size, dtype=dtype, device="meta") if bias else None
         logits_dtype = torch.bfloat16 if bias and with_entropy else None
-        head = replace(LMHead(weight, shift, logits_dtype=logits_dtype, chunk_bytes=2**31), **options)  # type: ignore[arg-type]
+        head = LMHead(weight, shift, logits_dtype=logits_dtype, chunk_bytes=2**31, **options)
         targets, slopes = (torch.empty(1024, dtype=kind, device="meta") for kind in (torch.int64, torch.float32))
         work = TritonHeadPass(hidden, head, targets=targets, wanted=(True, True, bias), gated=not with_entropy)
         for want_exp in (False, True):
@@ -368,12 +358,13 @@ def aot_calls() -> dict[str, Callable[[], object]]:
         return work.gradients()
 
     softcap = {"softcap": 30.0, "temperature": 0.8}
-    rows: dict[str, tuple[torch.dtype, int, bool, bool, dict[str, float]]] = {
+    rows: dict[str, tuple[torch.dtype, int, bool, bool, dict[str, Any]]] = {
         "bfloat16": (torch.bfloat16, 151936, False, False, {}),
         "bfloat16-odd-entropy": (torch.bfloat16, 151939, True, False, {}),
         "bfloat16-softcap": (torch.bfloat16, 256000, False, True, softcap),
         "bfloat16-softcap-rounded-entropy": (torch.bfloat16, 256000, True, True, softcap),
         "float16": (torch.float16, 128256, False, True, {}),
+        "bfloat16-of-float32": (torch.float32, 151936, False, False, {"operand_dtype": torch.bfloat16}),
         "float32-entropy": (torch.float32, 49152, True, False, {}),
     }
     return {name: functools.partial(call, *row) for name, row in rows.items()}

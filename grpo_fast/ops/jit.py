@@ -46,7 +46,7 @@ _INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 OLDEST_ARCH = 80
 """Compute capability, times ten, under which there is no bfloat16 tensor core and no asynchronous copy."""
 INTERPRETED_ARCH = 90
-"""What the interpreter stands in for: the launch shapes of an H100, tensor descriptors included."""
+"""The architecture that the interpreter stands in for: the launch shapes of an H100, tensor descriptors included."""
 
 
 class Target(NamedTuple):

@@ -26,7 +26,7 @@ _SHARE_OF_DEVICE = 32
 
 
 class HeadNumbers(NamedTuple):
-    """What a head does to ``u = h W^T + b``: ``z = inner·u``, or under a softcap ``z = outer·tanh(inner·u)``."""
+    """The way from ``u = h W^T + b`` to logits: ``z = inner·u``, or under a softcap ``z = outer·tanh(inner·u)``."""
 
     inner: float
     outer: float

@@ -102,7 +102,7 @@ def call(op: str, *arguments: Any) -> Any:
 
 
 def _writes(*arguments: Any) -> None:
-    """What an op that only writes into its arguments returns."""
+    """The result of an op that only writes into its arguments: none."""
 
 
 def _delta_shapes(old: torch.Tensor, new: torch.Tensor, capacity: int) -> tuple[torch.Tensor, ...]:

@@ -50,7 +50,7 @@ from grpo_fast.ops.policy_loss_triton import policy_coefficients_triton, policy_
 
 
 class _Tokens(NamedTuple):
-    """What a token brings, in the working type; what a masked one brings is 0."""
+    """Numbers of the tokens, in the working type; those of a masked one are 0."""
 
     logprobs: torch.Tensor
     old: torch.Tensor
@@ -62,7 +62,7 @@ class _Tokens(NamedTuple):
 
 
 class _Units(NamedTuple):
-    """What has a ratio of its own, U of them: tokens (U = T), or sequences (U = B)."""
+    """Numbers of the U units that have a ratio of their own: tokens (U = T), or sequences (U = B)."""
 
     log_ratio: torch.Tensor
     """[U], differentiable."""

@@ -28,7 +28,7 @@ from grpo_fast.ops.head_triton import TritonHeadPass
 from grpo_fast.ops.lm_head import LMHead, check_rows, full_precision, head_options, row_chunks, working_dtype
 
 HEAD_PASSES: Mapping[str, HeadPassFactory] = {"triton": TritonHeadPass, "torch": TorchHeadPass}
-"""What makes the blocks of a call, by the name of the implementation."""
+"""The passes that make the blocks of a call, by the name of the implementation."""
 
 
 def token_logprob_reference(
