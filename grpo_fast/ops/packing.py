@@ -155,7 +155,7 @@ def pack_shared_prompts(
     if len(owner) and int(owner.max()) >= len(prompts):
         raise ValueError(f"prompt_of names prompt {int(owner.max())}, but there are {len(prompts)}")
     apart = pack_sequences(prompts[owner] + sizes, token_budget, impl=impl)
-    segment_of, segment_prompt = _segments(prompts, sizes, owner, token_budget)
+    segment_of, segment_prompt = _segments(prompts, sizes, owner, token_budget, impl)
     tokens = prompts[segment_prompt].index_add(0, segment_of, sizes)
     packed = pack_sequences(tokens, token_budget, impl=impl)
     if len(packed.bin_starts) > len(apart.bin_starts):
@@ -169,7 +169,7 @@ def pack_shared_prompts(
 
 
 def _segments(
-    prompts: torch.Tensor, sizes: torch.Tensor, owner: torch.Tensor, budget: int
+    prompts: torch.Tensor, sizes: torch.Tensor, owner: torch.Tensor, budget: int, impl: Impl
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The segment of each completion, and the prompt of each segment: a whole group, or as few parts of it as fit bins."""
     counts = owner.bincount(minlength=len(prompts))
@@ -181,7 +181,7 @@ def _segments(
     large = (used & (totals > budget)).nonzero()[:, 0].tolist()
     members = owner.argsort(stable=True).split(counts.tolist()) if large else ()
     for prompt in large:
-        parts = pack_sequences(sizes[members[prompt]], max(1, budget - int(prompts[prompt]))).bins()
+        parts = pack_sequences(sizes[members[prompt]], max(1, budget - int(prompts[prompt])), impl=impl).bins()
         for part in parts[1:]:
             segment_of[members[prompt][part]] = len(segment_prompt) + len(extra)
             extra.append(prompt)

@@ -12,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_fast.ops import native
-from grpo_fast.ops.packing import PackedGroups, _first_fit, pack_sequences, pack_shared_prompts, packed_index
+from grpo_fast.ops.dispatch import Implementation
+from grpo_fast.ops.packing import (
+    _PACK,
+    PackedGroups,
+    PackedSequences,
+    _first_fit,
+    pack_sequences,
+    pack_shared_prompts,
+    packed_index,
+)
 
 IMPLS = ("native", "torch")
 
@@ -45,6 +54,15 @@ def test_plans_agree_where_best_fit_matters_most(native_library: None, lengths: 
 def test_lengths_of_any_size_are_packed_alike(native_library: None, lengths: list[int], budget: int) -> None:
     ours, truth = (pack_sequences(lengths, budget, impl=name) for name in IMPLS)
     assert ours.bins() == truth.bins()
+
+
+def test_an_implementation_that_is_asked_for_cuts_large_groups_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(lengths: torch.Tensor, token_budget: int) -> PackedSequences:
+        raise AssertionError("another one was asked for")
+
+    monkeypatch.setitem(_PACK, "native", Implementation(refuse))
+    groups = pack_shared_prompts([3], [4] * 6, [0] * 6, token_budget=12, impl="torch")
+    assert groups.segment_prompt.tolist() == [0, 0, 0]
 
 
 def test_each_sequence_lies_in_one_bin_that_it_fits(impl: str) -> None:
