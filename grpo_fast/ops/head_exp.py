@@ -101,10 +101,15 @@ def head_exp_obstacle(rows: torch.Tensor, head: LMHead) -> str | None:
     return None
 
 
-def _refuse(rows: torch.Tensor, head: LMHead, exp: torch.Tensor | None) -> None:
+def _refuse(
+    rows: torch.Tensor, head: LMHead, exp: torch.Tensor | None, targets: torch.Tensor, ref: torch.Tensor | None
+) -> None:
     obstacle = head_exp_obstacle(rows, head)
     if obstacle is not None:
         raise ValueError(f"{obstacle}; use tier 1")
+    for name, values in (("targets", targets), ("ref", ref), ("bias", head.bias)):
+        if values is not None and not values.is_contiguous():
+            raise ValueError(f"{name} has strides {values.stride()}; kernels read it as it lies, call .contiguous()")
     if exp is not None and (exp.shape[0] < rows.shape[0] or exp.shape[1] < head.weight.shape[0] or exp.stride(1) != 1):
         raise ValueError(
             f"exp has shape {tuple(exp.shape)} and strides {exp.stride()}; it must be contiguous along V and have at least "
@@ -126,7 +131,7 @@ def target_logits(rows: torch.Tensor, head: LMHead, *, targets: torch.Tensor) ->
     Raises:
         ValueError: types or layouts that tier 2 does not take.
     """
-    _refuse(rows, head, None)
+    _refuse(rows, head, None, targets, None)
     result: torch.Tensor = head_target_logits(rows, head.weight, head.bias, targets, *head.numbers)
     return result
 
@@ -163,7 +168,7 @@ def head_exp(  # noqa: PLR0913
     Raises:
         ValueError: types or layouts that tier 2 does not take.
     """
-    _refuse(rows, head, exp)
+    _refuse(rows, head, exp, targets, ref)
     flags = (gated, want_entropy, None if tile is None else [int(number) for number in tile])
     sums = head_exp_fwd(rows, head.weight, head.bias, targets, ref, exp, *head.numbers, *flags)
     return HeadExp(sums[0], sums[1] if want_entropy else None)

@@ -70,7 +70,7 @@ class TorchHeadPass:
         self._scratch = [torch.empty_like(self._exp[: self._cache_rows])]
         if head.softcap is not None:
             self._scratch.append(torch.empty_like(self._scratch[0]))
-        self._dhidden = torch.empty_like(self._hidden) if wanted[0] else None
+        self._dhidden = hidden.new_empty(hidden.shape) if wanted[0] else None
         self._dweight: torch.Tensor | None = None
         self._dbias: torch.Tensor | None = None
 

@@ -335,6 +335,12 @@ def test_a_compiler_is_told_the_types_of_short_gradients(
     torch.library.opcheck(_fused_grpo_fwd, arguments, test_utils="test_faketensor")
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_compiler_is_told_the_strides_of_gradients(impl: str, device: torch.device) -> None:
+    hidden, *rest = operator_arguments("clip", impl, device if impl == "triton" else CPU, ALL)
+    torch.library.opcheck(_fused_grpo_fwd, (hidden.T.contiguous().T, *rest), test_utils="test_faketensor")
+
+
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch's own tracing
 @pytest.mark.parametrize(
     ("name", "impl"),

@@ -64,6 +64,18 @@ def test_what_tier_2_does_not_take(device: torch.device) -> None:
         target_logits(rows.T.contiguous().T, head, targets=targets)
     for shape in ((2, 72), (3, 69)):
         with pytest.raises(ValueError, match=r"it must be contiguous along V and have at least 3 rows and 70 columns"):
-            head_exp(rows, head, targets=targets, ref=rows[:, 0], exp=torch.empty(shape, device=device))
+            head_exp(rows, head, targets=targets, ref=rows[:, 0].float(), exp=torch.empty(shape, device=device))
     with pytest.raises(ValueError, match="must be contiguous along V"):
-        head_exp(rows, head, targets=targets, ref=rows[:, 0], exp=torch.empty(70, 3, device=device).T)
+        head_exp(rows, head, targets=targets, ref=rows[:, 0].float(), exp=torch.empty(70, 3, device=device).T)
+    apart = torch.stack((targets, targets), 1)[:, 0]
+    biased = replace(head, bias=torch.zeros(70, 2, device=device)[:, 0])
+    for changes, message in (
+        ({"targets": apart}, r"targets has strides \(2,\)"),
+        ({"ref": torch.zeros(3, 2, device=device)[:, 0]}, r"ref has strides \(2,\)"),
+        ({"head": biased}, r"bias has strides \(2,\)"),
+    ):
+        given = {"rows": rows, "head": head, "targets": targets, "ref": torch.zeros(3, device=device)} | changes
+        with pytest.raises(ValueError, match=message):
+            head_exp(given.pop("rows"), given.pop("head"), **given)
+    with pytest.raises(ValueError, match="targets has strides"):
+        head_exp_block(rows, head, targets=apart)
