@@ -40,14 +40,9 @@ class Implementation(Generic[F]):
     """Why ``auto`` passes it over where it can run; ``None`` where it does not."""
 
 
-def triton_kernels(run: F, *, drawback: Callable[[torch.Tensor], str | None] = nothing) -> Implementation[F]:
-    """An implementation that launches Triton kernels.
-
-    Args:
-        run: the function, with the op's own signature.
-        drawback: why ``auto`` passes it over, beside what holds for every kernel: inputs too small, say.
-    """
-    return Implementation(run, jit.obstacle, lambda like: jit.drawback(like) or drawback(like))
+def triton_kernels(run: F) -> Implementation[F]:
+    """An implementation that launches Triton kernels."""
+    return Implementation(run, jit.obstacle, jit.drawback)
 
 
 def resolve(op: str, table: Mapping[str, Implementation[F]], *, impl: str, like: torch.Tensor) -> F:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from grpo_fast.ops.dispatch import Implementation, nothing
+from grpo_fast.ops.dispatch import Implementation
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -76,14 +76,9 @@ def obstacle(like: torch.Tensor) -> str | None:
     return f"the native extension has no kernels for {like.device.type}"
 
 
-def native_kernels(run: F, *, drawback: Callable[[torch.Tensor], str | None] = nothing) -> Implementation[F]:
-    """An implementation that calls the extension.
-
-    Args:
-        run: the function, with the op's own signature.
-        drawback: why ``auto`` passes it over.
-    """
-    return Implementation(run, obstacle, drawback)
+def native_kernels(run: F) -> Implementation[F]:
+    """An implementation that calls the extension."""
+    return Implementation(run, obstacle)
 
 
 def call(op: str, *arguments: Any) -> Any:

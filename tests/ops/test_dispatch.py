@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -63,15 +63,17 @@ def test_auto_passes_over_what_has_a_drawback_and_a_name_does_not() -> None:
 
 
 def test_kernels_say_what_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = {"triton": triton_kernels(shift, drawback=is_slow_on_few), "torch": Implementation(double)}
+    def table() -> dict[str, Implementation[Callable[[int], int]]]:
+        return {"triton": triton_kernels(shift), "torch": Implementation(double)}
+
     monkeypatch.setattr(jit, "obstacle", lambda like: "no device")
     with pytest.raises(ValueError, match=r"impl='triton' cannot run on cpu float32: no device; .*\['torch'\]"):
-        resolve("op", {**table, "triton": triton_kernels(shift)}, impl="triton", like=CPU)
-    monkeypatch.undo()
-    monkeypatch.setattr(jit, "drawback", lambda like: None)
-    table["triton"] = replace(triton_kernels(shift, drawback=is_slow_on_few), obstacle=lambda like: None)
-    assert resolve("op", table, impl="auto", like=CPU) is double
-    assert resolve("op", table, impl="auto", like=torch.zeros(2)) is shift
+        resolve("op", table(), impl="triton", like=CPU)
+    monkeypatch.setattr(jit, "obstacle", lambda like: None)
+    monkeypatch.setattr(jit, "drawback", is_slow_on_few)
+    assert resolve("op", table(), impl="auto", like=CPU) is double
+    assert resolve("op", table(), impl="auto", like=torch.zeros(2)) is shift
+    assert resolve("op", table(), impl="triton", like=CPU) is shift
 
 
 def test_auto_says_once_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
