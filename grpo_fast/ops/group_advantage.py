@@ -60,13 +60,13 @@ def group_advantage_reference(
     values = rewards.double()
     scored = ~values.isnan()
     count = scored.sum(1, keepdim=True)
-    mean, std = _mean_and_std(values, dim=1)
+    mean, std = _mean_and_std(values)
     others = (values.nansum(1, keepdim=True) - values) / (count - 1)
     advantages = values - (others if leave_one_out else mean)
     if scale_rewards == "group":
         advantages = advantages / (std + STD_EPSILON)
     elif scale_rewards == "batch":
-        _, batch_std = _mean_and_std(values.reshape(1, -1), dim=1)
+        _, batch_std = _mean_and_std(values.reshape(1, -1))
         advantages = advantages / (batch_std + STD_EPSILON)
     infinity = float("inf")
     lowest = values.masked_fill(~scored, infinity).amin(1)
@@ -77,10 +77,11 @@ def group_advantage_reference(
     return GroupAdvantage(advantages.to(dtype), zero_variance, mean[:, 0].to(dtype), std[:, 0].to(dtype))
 
 
-def _mean_and_std(values: torch.Tensor, *, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    count = (~values.isnan()).sum(dim, keepdim=True)
-    mean = values.nansum(dim, keepdim=True) / count
-    squares = (values - mean).square().nansum(dim, keepdim=True)
+def _mean_and_std(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each row, [rows, 1], without its NaN."""
+    count = (~values.isnan()).sum(1, keepdim=True)
+    mean = values.nansum(1, keepdim=True) / count
+    squares = (values - mean).square().nansum(1, keepdim=True)
     return mean, (squares / (count - 1)).sqrt().masked_fill(count < 2, float("nan"))
 
 

@@ -66,6 +66,15 @@ def _clip_flags(ratio, advantage, low, high, SURROGATE: tl.constexpr):
 
 @jit
 @no_type_check
+def _present(mask_ptr, rows, inside):
+    """Which tokens are in the loss."""
+    if mask_ptr is not None:
+        inside = inside & (tl.load(mask_ptr + rows, mask=inside, other=0) != 0)
+    return inside
+
+
+@jit
+@no_type_check
 def _load_token(ptr, rows, inside, present):
     """A token's number in float32, 0 where the token is masked."""
     return tl.where(present, tl.load(ptr + rows, mask=inside, other=0.0).to(tl.float32), 0.0)
@@ -144,9 +153,7 @@ def _token_tile(
     """Stores the coefficients of one tile of tokens; returns its sums."""
     logp_ptr, index_ptr, advantage_ptr, weight_ptr, old_ptr, ref_ptr, importance_ptr, mask_ptr, entropy_ptr = ptrs
     low, high, _, beta, _, _ = numbers
-    present = inside
-    if mask_ptr is not None:
-        present = inside & (tl.load(mask_ptr + rows, mask=inside, other=0) != 0)
+    present = _present(mask_ptr, rows, inside)
     index = tl.load(index_ptr + rows, mask=inside, other=0)
     advantage = tl.load(advantage_ptr + index, mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + index, mask=inside, other=0.0).to(tl.float32)
@@ -277,9 +284,7 @@ def _policy_loss_sequence_kernel(
     for start in range(first, last, BLOCK):
         rows = start + columns
         inside = rows < last
-        present = inside
-        if mask_ptr is not None:
-            present = inside & (tl.load(mask_ptr + rows, mask=inside, other=0) != 0)
+        present = _present(mask_ptr, rows, inside)
         count += tl.sum(present.to(tl.int32), axis=0)
         logp = _load_token(logp_ptr, rows, inside, present)
         if old_ptr is not None:
@@ -315,9 +320,7 @@ def _policy_loss_sequence_kernel(
     for start in range(first, last, BLOCK):
         rows = start + columns
         inside = rows < last
-        present = inside
-        if mask_ptr is not None:
-            present = inside & (tl.load(mask_ptr + rows, mask=inside, other=0) != 0)
+        present = _present(mask_ptr, rows, inside)
         coefficient = tl.where(present, slope, 0.0)
         if ref_ptr is not None:
             difference = _load_token(ref_ptr, rows, inside, present) - _load_token(logp_ptr, rows, inside, present)
