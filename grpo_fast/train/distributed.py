@@ -6,7 +6,7 @@ What must be one (files, the forecast, the decision to end) happens on rank 0, w
 
 A failure inside :meth:`World.gather` or :meth:`World.once` is raised on every rank, so that all leave the loop at one place. A
 rank that dies breaks the others' next exchange: they end with :class:`RankLostError` at once, or, where it hangs, after
-``ddp_timeout_s``.
+``ddp_timeout_s``. What rank 0 waits for may take longer than that, as it does for servers: see :meth:`World.patiently`.
 
 In a single process none of this does anything.
 """
@@ -17,7 +17,9 @@ import contextlib
 import os
 import pickle
 import socket
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import NamedTuple, Self, TypeVar
 
@@ -26,6 +28,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from grpo_fast.config import ConfigError
 from grpo_fast.train.launch import check_devices, device_number, in_words, refuse_lone_tasks
 from grpo_fast.types import TrainingError
 
@@ -33,6 +36,7 @@ _T = TypeVar("_T")
 _BUCKET_BYTES = 64 * 2**20
 JOIN_TIMEOUT_S = 300.0
 """Longest wait for all ranks to come: they load no model before, and one whose start failed never does."""
+_BEAT_S = 30.0
 _SIGNS = ("gloo", "nccl", "connection closed by peer", "process group")
 
 
@@ -64,12 +68,14 @@ class World:
         rank: number of this process.
         size: number of processes.
         owns_group: whether closing ends torch's process group.
+        timeout_s: longest wait for another rank in one exchange, in seconds.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, *, owns_group: bool = False) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, *, owns_group: bool = False, timeout_s: float = 1800.0) -> None:
         self.rank = rank
         self.size = size
         self._owns_group = owns_group
+        self._beat_s = min(_BEAT_S, timeout_s / 4)
 
     @classmethod
     def join(cls, device: torch.device, *, timeout_s: float, join_timeout_s: float = JOIN_TIMEOUT_S) -> Self:
@@ -81,25 +87,30 @@ class World:
             join_timeout_s: longest wait for all to come, in seconds, where that is shorter.
 
         Raises:
-            ConfigError: this is one of several tasks that nothing joins, or there are fewer GPUs than ranks here.
-            RankLostError: not all ranks came.
+            ConfigError: this is one of several tasks that nothing joins, there are fewer GPUs than ranks here, or the port at
+                which ranks find each other is taken.
+            RankLostError: not all ranks came, or this one cannot reach them.
         """
         if dist.is_initialized():
-            return cls(dist.get_rank(), dist.get_world_size())
+            return cls(dist.get_rank(), dist.get_world_size(), timeout_s=timeout_s)
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1 or "RANK" not in os.environ:
             refuse_lone_tasks()
             return cls()
-        world = cls(int(os.environ["RANK"]), size, owns_group=True)
+        world = cls(int(os.environ["RANK"]), size, owns_group=True, timeout_s=timeout_s)
         backend = "gloo"
         if device.type == "cuda":
             torch.cuda.set_device(device_number(torch.cuda.device_count()))
             backend = "cpu:gloo,cuda:nccl"
-        store = world._meet(min(timeout_s, join_timeout_s))
-        with world.watched():
-            dist.init_process_group(
-                backend, store=store, rank=world.rank, world_size=size, timeout=timedelta(seconds=timeout_s)
-            )
+        store, timeout = world._meet(min(timeout_s, join_timeout_s)), timedelta(seconds=timeout_s)
+        try:
+            dist.init_process_group(backend, store=store, rank=world.rank, world_size=size, timeout=timeout)
+        except RuntimeError as error:
+            raise RankLostError(
+                f"rank {world.rank} of {size} could not connect to the others ({str(error).splitlines()[0]}); see their own "
+                "output. On hosts with several networks, name the one that joins them in GLOO_SOCKET_IFNAME and "
+                "NCCL_SOCKET_IFNAME, on every node"
+            ) from error
         if device.type == "cuda":
             check_devices(world.gather(_own_device))
         return world
@@ -110,6 +121,11 @@ class World:
             store = _store(timedelta(seconds=timeout_s))
             store.set(f"rank {self.rank}", "here")
         except RuntimeError as error:
+            if "failed to listen" in str(error):
+                raise ConfigError(
+                    f"rank 0 cannot listen at MASTER_PORT={os.environ['MASTER_PORT']}, where the others would find it "
+                    f"({error}); set MASTER_PORT to a free port, or let torchrun choose one"
+                ) from error
             raise self._alone(timeout_s, "rank 0 or torchrun, which keeps the addresses,") from error
         try:
             store.wait([f"rank {rank}" for rank in range(self.size)], timedelta(seconds=timeout_s))
@@ -199,6 +215,47 @@ class World:
         [(found, failure)] = told
         self._raise_first([failure], error)
         return found  # type: ignore[return-value]
+
+    def patiently(self, make: Callable[[], _T]) -> _T:
+        """:meth:`once` for what may take longer than an exchange may: meanwhile rank 0 lets the others know that it is there.
+
+        Args:
+            make: gives something that can be pickled; in it nothing is exchanged.
+
+        Returns:
+            What it gave, on every rank.
+
+        Raises:
+            Exception: what it raised, on every rank.
+            RankLostError: a rank is gone.
+        """
+        if self.size == 1:
+            return make()
+        if not self.is_main:
+            told: tuple[_T, ...] = ()
+            while not told:
+                told = self.once(tuple)
+            return told[0]
+        over = threading.Event()
+
+        def beat() -> None:
+            while not over.wait(self._beat_s):
+                self.once(tuple)
+
+        with ThreadPoolExecutor(1, thread_name_prefix="rank 0 is there") as aside:
+            beating = aside.submit(beat)
+            try:
+                value, error = _attempt(make)
+            finally:
+                over.set()
+        beating.result()
+
+        def tell() -> tuple[_T]:
+            if error is not None:
+                raise error
+            return (value,)  # type: ignore[return-value]
+
+        return self.once(tell)[0]
 
     def sum(self, tensors: Iterable[torch.Tensor]) -> None:
         """Adds each tensor over the ranks, in place, a bucket of them at a time; short types are summed in float32."""

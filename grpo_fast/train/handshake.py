@@ -21,7 +21,6 @@ from typing import Any
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.device import package_version
 from grpo_fast.run_dir import CUT_SHORT
-from grpo_fast.sinks.question import TIMEOUT_S
 from grpo_fast.tasks.encoded import EncodedPrompts
 from grpo_fast.train.distributed import World
 from grpo_fast.train.launch import in_words, launcher
@@ -135,11 +134,6 @@ def check_ranks(config: Config, num_ranks: int) -> None:
         raise ConfigError(
             f"vllm_transport='ipc' with {num_ranks} processes: vLLM's CUDA IPC needs all of them to send, but only the first "
             "one talks to the servers; choose 'shared_memory', or 'nccl' for a server on other GPUs, here and with `serve`"
-        )
-    if config.forecast == "ask" and config.ddp_timeout_s <= TIMEOUT_S:
-        raise ConfigError(
-            f"ddp_timeout_s={config.ddp_timeout_s:g} with forecast='ask': the other processes wait for the answer, up to "
-            f"{TIMEOUT_S:g} s; set ddp_timeout_s higher"
         )
     if config.max_staleness:
         raise ConfigError(

@@ -130,12 +130,12 @@ class MainEngine:
         first_prompt: int = 0,
         max_tokens: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
-        """Samples all completions; see the protocol.
+        """Samples all completions, however long that takes; see the protocol.
 
         Raises:
             RolloutError: the engine failed.
         """
-        return self._reading.once(
+        return self._ranks.patiently(
             lambda: self._main().generate(
                 prompts,
                 sampling,

@@ -216,7 +216,7 @@ class GRPOTrainer:
         sync, lost = self._sync()
 
         times = self._charge(update)
-        verdict = self._world.once(lambda: self._observe(collected.metrics | update.metrics))
+        verdict = self._world.patiently(lambda: self._observe(collected.metrics | update.metrics))
         self._ending = self._why_end(verdict)
 
         metrics = {"step": step, "progress": self._progress[step - 1], "learning_rate": learning_rate}
@@ -419,8 +419,8 @@ class GRPOTrainer:
 
     def _restore(self) -> None:
         """Puts everything back to the newest checkpoint, and the run's record with it."""
-        checkpoints = self._world.once(lambda: list_checkpoints(self.config.output_dir))
-        parts = self._parts
+        parts, run = self._parts, self.config.output_dir  # which other ranks may reach by another path
+        checkpoints = [run / path.name for path in self._world.once(lambda: list_checkpoints(run))]
         if not checkpoints:
             self._world.once(lambda: parts.record.truncate(-1))
             return

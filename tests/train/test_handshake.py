@@ -72,6 +72,12 @@ def test_ranks_that_were_started_alike_train_and_a_refusal_leaves_nothing_behind
 
 
 @pytest.mark.slow
+def test_a_run_is_resumed_by_whatever_path_each_rank_has_to_it(found: list[dict[str, Any]], output: Path) -> None:
+    assert [rank["other path"] for rank in found] == [None, None]
+    assert (output / "alike" / "checkpoint-2" / "manifest.json").is_file()
+
+
+@pytest.mark.slow
 def test_ranks_that_have_nothing_to_sample_are_told(output: Path) -> None:
     events = [json.loads(line) for line in (output / "alike" / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     told = [row["message"] for row in events if row["event"] == "warn"]
@@ -103,10 +109,6 @@ def test_one_process_has_nobody_to_compare_with(tmp_path: Path) -> None:
             r"vllm_transport='ipc' with 4 processes: .* choose 'shared_memory', or 'nccl'",
         ),
         ({"max_staleness": 1}, r"max_staleness=1 .* this run has 4"),
-        (
-            {"forecast": "ask", "ddp_timeout_s": 600},
-            r"ddp_timeout_s=600 with forecast='ask': the other processes wait for the answer, up to 600 s",
-        ),
     ],
 )
 def test_what_one_process_alone_can_do_is_refused_to_several(changes: dict[str, Any], told: str) -> None:

@@ -80,6 +80,10 @@ def main(settings: Path, output: Path) -> None:
         found[name] = tried(hybrid, hybrid)
     found["left"] = sorted(path.name for path in output.iterdir() if not path.name.startswith("rank-"))
     found["alike"] = tried({"prompts_per_step": 1}, {"prompts_per_step": 1}, name="alike")
+    os.chdir([output, output / "apart 0"][rank])
+    longer = {"prompts_per_step": 1, "max_steps": 2}
+    paths = [{"output_dir": "alike"}, {"output_dir": "../alike"}]
+    found["other path"] = tried(*(longer | path for path in paths), resume=True)
     (output / f"rank-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
     dist.destroy_process_group()
 

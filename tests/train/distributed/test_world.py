@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +18,9 @@ import torch.distributed as dist
 from grpo_fast.config import ConfigError
 from grpo_fast.rollout.vllm_environment import held_port
 from grpo_fast.train.distributed import ALONE, RankLostError, World, _packed
+from tests.train.distributed.launches import two_ranks
+
+PROGRAM = Path(__file__).with_name("patience_program.py")
 
 
 def test_an_error_of_the_system_arrives_whole() -> None:
@@ -28,6 +38,7 @@ def test_alone_there_is_nothing_to_exchange() -> None:
     assert values[0].tolist() == [1.0, 1.0]
     assert ALONE.gather(lambda: 7) == [7]
     assert ALONE.once(lambda: "x") == "x"
+    assert ALONE.patiently(lambda: "y") == "y"
     assert ALONE.each(lambda: values) is values
     assert ALONE.share(5) == slice(0, 5)
     assert ALONE.is_main
@@ -76,3 +87,49 @@ def test_addresses_that_nobody_keeps_are_told(rank_1_of_4: pytest.MonkeyPatch) -
         rank_1_of_4.setenv("MASTER_PORT", str(port))
         with pytest.raises(RankLostError, match=r"waited 1 s for the others to start, but rank 0 or torchrun, which keeps"):
             World.join(torch.device("cpu"), timeout_s=1800, join_timeout_s=1.0)
+
+
+def test_a_port_that_another_process_listens_at_is_told_at_once(rank_1_of_4: pytest.MonkeyPatch) -> None:
+    rank_1_of_4.setenv("RANK", "0")
+    rank_1_of_4.delenv("TORCHELASTIC_USE_AGENT_STORE")
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        rank_1_of_4.setenv("MASTER_PORT", str(port))
+        with pytest.raises(ConfigError, match=rf"rank 0 cannot listen at MASTER_PORT={port}, .*in use.*MASTER_PORT to a free"):
+            World.join(torch.device("cpu"), timeout_s=1800)
+    assert not dist.is_initialized()
+
+
+def test_ranks_that_are_there_and_cannot_be_reached_are_not_called_dead(rank_1_of_4: pytest.MonkeyPatch) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    rank_1_of_4.setenv("MASTER_PORT", str(store.port))
+    rank_1_of_4.setenv("GLOO_SOCKET_IFNAME", "nowhere0")
+    for rank in (0, 2, 3):
+        dist.PrefixStore("restart 0", store).set(f"rank {rank}", "here")
+    told = r"rank 1 of 4 could not connect to the others \(.*nowhere0\); .* in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+    with pytest.raises(RankLostError, match=told):
+        World.join(torch.device("cpu"), timeout_s=60)
+    assert not dist.is_initialized()
+
+
+@pytest.mark.slow
+def test_what_rank_0_waits_for_may_take_longer_than_an_exchange(tmp_path: Path) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, PROGRAM],
+            env=os.environ | two_ranks(store, tmp_path) | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        told: list[dict[str, Any]] = [json.loads(rank.communicate(timeout=120)[0]) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    for each in told:
+        assert each["waited"] > 1.5 * each["timeout"]
+        assert each["answers"] == [7, "RolloutError: the server is gone", "quick"]
