@@ -84,8 +84,6 @@ def _check_rollout(config: Config) -> None:
             f"rollout={config.rollout!r} with vllm_server_urls={config.vllm_server_urls}: set vllm_server_urls if, and only "
             "if, rollout='vllm-http'; start a server with `grpo-fast serve`"
         )
-    if len(set(config.vllm_server_urls)) < len(config.vllm_server_urls):
-        raise ValueError(f"vllm_server_urls={config.vllm_server_urls} names a server twice; name each server once")
     if config.vllm_own_process and config.rollout != "vllm":
         raise ValueError(
             f"vllm_own_process=True with rollout={config.rollout!r}: it moves the engine of rollout='vllm' into a separate "

@@ -42,7 +42,6 @@ from grpo_fast.config import Config, ConfigError
         ({"reward_funcs": ["accuracy"], "reward_weights": [1.0, 2.0]}, r"reward_weights has 2 values for 1 reward_funcs"),
         ({"loss_type": "cispo"}, r"loss_type='cispo' needs epsilon_high"),
         ({"rollout": "vllm-http"}, r"rollout='vllm-http' with vllm_server_urls=\(\)"),
-        ({"rollout": "vllm-http", "vllm_server_urls": ["http://127.0.0.1:1"] * 2}, r"name each server once"),
         (
             {"rollout": "vllm-http", "vllm_server_urls": ["http://127.0.0.1:1"], "vllm_own_process": True},
             r"own_process=True with",

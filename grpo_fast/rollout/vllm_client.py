@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import ipaddress
 import itertools
 import json
 import logging
-import os
 import re
 import socket
 import time
-import urllib.parse
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -29,6 +26,7 @@ from grpo_fast.rollout.model_sizes import differences, served_sizes
 from grpo_fast.rollout.sync_probe import Choices
 from grpo_fast.rollout.transports import BACKENDS, OLDEST_VLLM
 from grpo_fast.rollout.vllm_adapters import AdapterVersion
+from grpo_fast.rollout.vllm_addresses import api_key, server_address
 from grpo_fast.rollout.vllm_sample import PROBE_PARAMS, SCORE_PARAMS, Sample, kept_tokens, token_versions
 
 _log = logging.getLogger(__name__)
@@ -66,6 +64,11 @@ class Calls:
         self._connections.discard(connection)
         connection.close()
 
+    @property
+    def are_running(self) -> bool:
+        """Whether any is not answered yet."""
+        return bool(self._connections)
+
     def end(self) -> None:
         """Ends all: vLLM drops requests whose client is gone, and whoever waits for one is told so."""
         self._ended = True
@@ -94,7 +97,7 @@ class VLLMServer:
 
     Args:
         url: where it listens, on this machine.
-        api_key: what it demands of requests; ``None`` where it demands nothing.
+        api_key: what it demands of requests, from :func:`api_key`; ``None`` where it demands nothing.
         deadline_s: longest time of one request for completions.
         control_deadline_s: longest time of any other; ``None`` is the same.
         run: name of the run whose weights it is given; see :func:`~grpo_fast.rollout.vllm_sample.version_name`.
@@ -141,7 +144,7 @@ class VLLMServer:
             calls.open(connection)
             connection.request(method, path, None if body is None else json.dumps(body), self._headers)
             answer = connection.getresponse()
-            text = answer.read().decode()
+            text = answer.read().decode(errors="replace")
             self._has_answered = True
         except TimeoutError:
             raise RolloutError(f"vLLM's server {self.url} did not answer {path} within {deadline_s:g} s ({setting})") from None
@@ -161,18 +164,38 @@ class VLLMServer:
         """Ends whatever request still runs but those for completions; no further one is sent."""
         self._control.end()
 
-    def post(self, path: str, body: Any = None) -> Any:
+    @property
+    def owes_answer(self) -> bool:
+        """Whether a request runs that is none for completions."""
+        return self._control.are_running
+
+    def post(self, path: str, body: Any = None, *, calls: Calls | None = None) -> Any:
         """Posts ``body`` as JSON and returns what the answer's JSON holds."""
-        return json.loads(self.call("POST", path, body))
+        return self._parsed(path, self.call("POST", path, body, calls=calls))
 
     def get(self, path: str) -> Any:
         """Gets a path and returns what its JSON holds."""
-        return json.loads(self.call("GET", path))
+        return self._parsed(path, self.call("GET", path))
+
+    def _parsed(self, path: str, text: str) -> Any:
+        try:
+            return json.loads(text)
+        except ValueError:
+            raise self._stranger(path, text) from None
+
+    def _stranger(self, path: str, text: str) -> RolloutError:
+        return RolloutError(
+            f"what listens at {self.url} is not vLLM's server: it answers {path} with {text[:80]!r}; check the port"
+        )
 
     @property
     def context_length(self) -> int:
         """Longest sequence, in tokens."""
-        return int(self.get("/v1/models")["data"][0]["max_model_len"])
+        told = self.get("/v1/models")
+        try:
+            return int(told["data"][0]["max_model_len"])
+        except (LookupError, TypeError, ValueError):
+            raise self._stranger("/v1/models", json.dumps(told)) from None
 
     @property
     def block_size(self) -> int:
@@ -257,8 +280,7 @@ class VLLMServer:
 
     def _generate(self, token_ids: list[int], params: dict[str, Any], calls: Calls | None = None) -> Any:
         answered_by = {} if self.adapter is None else {"model": self.adapter}
-        body = {"token_ids": token_ids, "sampling_params": params} | answered_by
-        return json.loads(self.call("POST", _GENERATE, body, calls=calls))
+        return self.post(_GENERATE, {"token_ids": token_ids, "sampling_params": params} | answered_by, calls=calls)
 
     def load_adapter(self, adapter: AdapterVersion) -> None:
         """Makes the server load a LoRA adapter and answer requests with it from then on.
@@ -281,49 +303,6 @@ class VLLMServer:
         self.call("POST", "/v1/unload_lora_adapter", {"lora_name": adapter.name})
 
 
-def server_address(url: str) -> tuple[str, int]:
-    """Host and port of a server's URL.
-
-    Raises:
-        ValueError: the server is on another machine, is named by another address of this one than the loopback interface's, or
-            the URL is none.
-    """
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme != "http" or parts.hostname is None or parts.port is None:
-        raise ValueError(f"{url!r} is not the address of a server; give one such as http://127.0.0.1:8000")
-    if parts.path not in {"", "/"} or parts.query or parts.fragment:
-        raise ValueError(f"{url} has a path, but a server is named by host and port alone; give http://{parts.netloc}")
-    if not _is_loopback(parts.hostname):
-        if _is_own(parts.hostname):
-            raise ValueError(
-                f"{url} is an address of this machine that others can reach too; vLLM's routes that change weights are not "
-                f"protected by an API key and must not listen there; give http://127.0.0.1:{parts.port}, where "
-                "`grpo-fast serve` listens"
-            )
-        raise ValueError(
-            f"{url} is on another machine, but weights are sent through shared memory, and vLLM's routes that change them "
-            "are not protected by an API key; give a server on 127.0.0.1"
-        )
-    return parts.hostname, parts.port
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _is_own(host: str) -> bool:
-    """Whether a name or an address is this machine's: only its own can be bound to."""
-    with contextlib.suppress(OSError, UnicodeError):
-        for family, kind, protocol, _, address in socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM):
-            with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as probe:
-                probe.bind(address)
-                return True
-    return False
-
-
 def wait_until_up(urls: Sequence[str], *, timeout_s: float, deadline_s: float) -> None:
     """Waits until all servers answer: one that is being started refuses connections until its model is loaded.
 
@@ -337,11 +316,11 @@ def wait_until_up(urls: Sequence[str], *, timeout_s: float, deadline_s: float) -
     """
     begin = time.monotonic()
     tell = begin
-    key = os.environ.get("VLLM_API_KEY")
+    key = api_key()
     for server in [VLLMServer(url, api_key=key, deadline_s=deadline_s) for url in urls]:
         while True:
             try:
-                server.get("/v1/models")
+                server.context_length  # noqa: B018 (an answer that only vLLM's server gives)
                 break
             except RolloutError as error:
                 if not isinstance(error.__cause__, ConnectionError):

@@ -31,6 +31,7 @@ from grpo_fast.rollout.stop_strings import cut_at_stop, decode
 from grpo_fast.rollout.sync_probe import SyncProbe
 from grpo_fast.rollout.transports import OLDEST_VLLM, Delivery, Host, Transport, choose_transport, sync_attempts
 from grpo_fast.rollout.vllm_adapters import AdapterTarget, AdapterVersions, policy_options
+from grpo_fast.rollout.vllm_addresses import check_addresses
 from grpo_fast.rollout.vllm_client import Needs
 from grpo_fast.rollout.vllm_directory import model_directory
 from grpo_fast.rollout.vllm_environment import (
@@ -398,7 +399,7 @@ class VLLMServerEngine(VLLMEngine):
     Raises:
         RolloutError: vLLM is missing or too old, or a server is gone.
         WeightSyncError: the policy's weights did not arrive whole.
-        ValueError: a server on another machine, a transport that it cannot take, or a context too short for a sync's proof.
+        ValueError: a server twice or elsewhere, a transport it cannot take, a context too short for a sync's proof, a bad key.
     """
 
     def __init__(
@@ -411,8 +412,7 @@ class VLLMServerEngine(VLLMEngine):
         settings: VLLMSettings | None = None,
         device: torch.device | None = None,
     ) -> None:
-        if not urls:
-            raise ValueError("urls is empty; give at least one server")
+        check_addresses(urls)
         self._urls = tuple(urls)
         self._decodes_alike = False
         super().__init__(model, tokenizer, autocast_dtype=autocast_dtype, settings=settings, device=device)

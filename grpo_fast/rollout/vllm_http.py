@@ -10,7 +10,6 @@ Importing this imports vLLM; :mod:`~grpo_fast.rollout.vllm_engine` does so when 
 from __future__ import annotations
 
 import contextlib
-import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -22,6 +21,7 @@ from grpo_fast.rollout.engine import RolloutError
 from grpo_fast.rollout.sync_probe import Choices
 from grpo_fast.rollout.transports import Delivery
 from grpo_fast.rollout.vllm_adapters import AdapterVersion
+from grpo_fast.rollout.vllm_addresses import api_key
 from grpo_fast.rollout.vllm_client import Needs, VLLMServer
 from grpo_fast.rollout.vllm_layerwise import PolicyWeights
 from grpo_fast.rollout.vllm_requests import Requests
@@ -47,10 +47,8 @@ class HTTPVLLM:
         urls: of the servers.
         deadlines: longest times of one prompt's completions and of a phase of the sync, in seconds.
 
-    ``VLLM_API_KEY`` is read from the environment, as vLLM's server does.
-
     Raises:
-        ValueError: a server that is not on this machine.
+        ValueError: a server that is not on this machine, or a key that no request can carry.
         RolloutError: a server cannot be reached.
     """
 
@@ -66,7 +64,7 @@ class HTTPVLLM:
         urls: Sequence[str],
         deadlines: Mapping[Setting, float],
     ) -> None:
-        key, self._run_name = os.environ.get("VLLM_API_KEY"), uuid.uuid4().hex
+        key, self._run_name = api_key(), uuid.uuid4().hex
         longest = {
             "deadline_s": deadlines["request_deadline_s"],
             "control_deadline_s": _LATER * deadlines["sync_deadline_s"],
@@ -117,6 +115,10 @@ class HTTPVLLM:
         self._requests.close()
         for pool in (self._control, leaving):
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def waits_for(self) -> str:
+        """The servers that have not answered a request of the sync yet."""
+        return " and ".join(f"vLLM's server {server.url}" for server in self.servers if server.owes_answer)
 
     def pause(self) -> None:
         """Lets running requests end, or keeps them, and holds new ones up; the cache is reset in a phase of its own."""

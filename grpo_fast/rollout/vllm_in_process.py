@@ -271,6 +271,10 @@ class InProcessVLLM:
                 llm.wake_up(tags=["scheduling"])
         self._go.set()
 
+    def waits_for(self) -> str:
+        """Nothing is named: there is one engine."""
+        return ""
+
     def sleep(self, level: int) -> None:
         """Puts the engine to sleep, at vLLM's level.
 

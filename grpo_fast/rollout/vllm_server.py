@@ -24,6 +24,7 @@ from grpo_fast.hub import out_of_reach, why_unread
 from grpo_fast.rollout.shared_memory import check_room
 from grpo_fast.rollout.transports import BACKENDS, Transport, choose_transport
 from grpo_fast.rollout.vllm_adapters import lora_options
+from grpo_fast.rollout.vllm_addresses import api_key
 from grpo_fast.rollout.vllm_client import ONE_REPLICA
 from grpo_fast.rollout.vllm_engine import require_vllm
 from grpo_fast.rollout.vllm_environment import BINDING, FLOAT32_PRODUCTS, LOCK_BYTES, NO_WORKER, UNBOUND
@@ -74,14 +75,16 @@ def server_command(  # noqa: PLR0913 (what the command line offers)
 
     Raises:
         RolloutError: vLLM is missing or too old.
-        ValueError: a port out of range or taken, a model that cannot be found, a length beyond its context, a transport or a
-            sleep that needs a GPU, a rank that vLLM has no room for, or an option of vLLM's that a sync does not leave open.
+        ValueError: a port out of range or taken, a key that no request can carry, a model that cannot be found, a length beyond
+            its context, a transport or a sleep that needs a GPU, a rank that vLLM has no room for, or an option of vLLM's that
+            a sync does not leave open.
         OSError: shared memory is full.
     """
     version = require_vllm()
     if not 0 < port < 2**16:
         raise ValueError(f"port must lie in 1 to 65535, got {port}")
     _check_free(port)
+    api_key()
     check_room(LOCK_BYTES, "vLLM's locks")
     way = choose_transport(transport, "server", on_gpu=not on_cpu)
     unreached = None if Path(model).is_dir() else out_of_reach()

@@ -83,6 +83,10 @@ class SyncTarget(Protocol):
         """Lets requests run again."""
         ...
 
+    def waits_for(self) -> str:
+        """Names what has not answered yet, where the engine is several; else empty."""
+        ...
+
 
 class WeightSync:
     """Brings policies' weights into one engine.
@@ -233,8 +237,10 @@ class WeightSync:
             raise errors[0]
         if not outcome:
             self._left = thread
+            silent = self._target.waits_for()
             raise WeightSyncError(
                 f"the weight sync hung in its phase {phase!r}, not done after {self._deadline_s:g} s (sync_deadline_s)"
+                + (f": {silent} did not answer" if silent else "")
             )
         return outcome[0]
 

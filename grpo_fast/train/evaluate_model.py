@@ -20,7 +20,7 @@ from grpo_fast.train.data import Data, check_episodes, choose_data, choose_envir
 from grpo_fast.train.distributed import ALONE
 from grpo_fast.train.evaluate import answers
 from grpo_fast.train.export import PLAIN, checkpoint_to_use
-from grpo_fast.train.parts import build_engine, build_pool, build_sampler, check_sampler, check_vllm
+from grpo_fast.train.parts import build_engine, build_pool, build_sampler, check_sampler, check_vllm, wait_for_servers
 from grpo_fast.train.policy_source import PolicySource, check_dtype
 from grpo_fast.types import Group
 
@@ -150,12 +150,12 @@ def evaluate_model(config: Config, source: str) -> Evaluation:
         opened.callback(training.close)
         training.start(prompts.columns)
         check_episodes(data, prompts, replies)
+        wait_for_servers(config)
         policy = policy_source.load()
         if checkpoint is not None and config.use_peft:
             policy.load_weights(checkpoint)
         engine = build_engine(config, policy, prompts.longest)
         opened.callback(engine.close)
-        engine.sync_weights(policy.model, 1)
         sampler = build_sampler(config, engine, data, replies, world=ALONE)
         groups = answers(config, sampler, prompts[: config.eval_size])
         return Evaluation(

@@ -20,8 +20,9 @@ from grpo_fast.rewards import RewardPool, reward_name
 from grpo_fast.rollout import RolloutEngine, RolloutError
 from grpo_fast.rollout.transformers_engine import TransformersEngine, foreign_parts
 from grpo_fast.rollout.transports import Host, choose_transport
+from grpo_fast.rollout.vllm_addresses import api_key, check_addresses
 from grpo_fast.rollout.vllm_arguments import check_engine_args
-from grpo_fast.rollout.vllm_client import server_address, wait_until_up
+from grpo_fast.rollout.vllm_client import wait_until_up
 from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMServerEngine, VLLMSettings, require_vllm
 from grpo_fast.rollout.vllm_sleep import sleep_level
 from grpo_fast.run_dir import CONFIG_FILE, write_whole
@@ -222,8 +223,8 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
         on_error.callback(rewards.close)
         rewards.start(prompts.columns)
         check_episodes(data, prompts, replies)
-        if config.rollout == "vllm-http" and "engine" not in given:
-            world.once(lambda: _wait_for_servers(config))  # it may take minutes: after all that is cheap to check
+        if "engine" not in given:
+            world.patiently(lambda: wait_for_servers(config))  # it may take minutes: after all that is cheap to check
         whole = world.each(source.load)
         shape, num_parameters = ModelShape.from_model(whole.model), count_parameters(whole.model)  # before it is spread
         streams = world.size > 1 and "engine" not in given and streams_weights(config)
@@ -349,15 +350,23 @@ def check_vllm(config: Config) -> None:
     host: Host = "server" if urls else "own process" if config.vllm_own_process else "in process"
     try:
         choose_transport(config.vllm_transport, host, on_gpu=on_gpu, num_engines=max(1, len(urls)))
-        for url in urls:
-            server_address(url)
+        if config.rollout == "vllm-http":
+            check_addresses(urls)
+            api_key()
         require_vllm()
         check_engine_args(config.vllm_engine_args, on_gpu=on_gpu)
     except (ValueError, RolloutError) as error:
         raise ConfigError(f"rollout={config.rollout!r}: {error}") from None
 
 
-def _wait_for_servers(config: Config) -> None:
+def wait_for_servers(config: Config) -> None:
+    """Waits for the servers of ``rollout='vllm-http'``, which may be starting; for other rollouts it does nothing.
+
+    Raises:
+        ConfigError: one is not up after ``vllm_server_timeout``, or cannot be spoken to; it is named.
+    """
+    if config.rollout != "vllm-http":
+        return
     try:
         wait_until_up(config.vllm_server_urls, timeout_s=config.vllm_server_timeout, deadline_s=config.sync_deadline_s)
     except RolloutError as error:

@@ -291,6 +291,22 @@ def test_requests_that_are_kept_go_on_by_the_new_weights(
     served.engine.sync_weights(served.model, 31)
 
 
+def test_the_server_that_a_sync_waits_for_is_named(served: Served, servers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync = served.engine._sync
+    servers[1].suspend()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(sync, "_deadline_s", 3.0)
+            told = rf"hung in its phase 'pause', not done after 3 s \(sync_deadline_s\): .*{servers[1].url} did not answer"
+            with pytest.raises(WeightSyncError, match=told):
+                served.engine.sync_weights(served.model, 33)
+    finally:
+        servers[1].resume()
+    assert sync._left is not None
+    sync._left.join(60)
+    served.engine.sync_weights(served.model, 33)
+
+
 def test_requests_without_the_key_are_refused(served: Served, servers: Any) -> None:
     stranger = VLLMServer(servers[0].url, api_key="another", deadline_s=10)
     with pytest.raises(RolloutError, match=r"refused /v1/models with status 401.*set VLLM_API_KEY to the key"):

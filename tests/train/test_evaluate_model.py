@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
 from grpo_fast.config import Config, ConfigError
-from grpo_fast.train import CheckpointError, GRPOTrainer
+from grpo_fast.rollout.vllm_environment import held_port
+from grpo_fast.train import CheckpointError, GRPOTrainer, parts
 from grpo_fast.train.evaluate_model import Estimate, evaluate_model
 
 REWARDS = """
@@ -109,6 +111,19 @@ def test_the_error_is_that_of_independent_prompts_not_of_completions_that_are_al
     assert alone.error == pytest.approx(math.sqrt(1 / 3) / 2)
     assert Estimate.of([[1.0, math.nan], [math.nan]]).to_dict() == {"mean": 1.0, "standard_error": None, "num_values": 1}
     assert Estimate.of([[math.nan]]).to_dict() == {"mean": None, "standard_error": None, "num_values": 0}
+
+
+def test_servers_that_are_starting_are_waited_for(
+    letters_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "require_vllm", lambda: Version("1"))
+    with held_port() as port:
+        url = f"http://127.0.0.1:{port}"
+        config = letters_config(rollout="vllm-http", vllm_server_urls=[url], vllm_server_timeout=0.05)
+        with pytest.raises(
+            ConfigError, match=rf"rollout='vllm-http'.* {url} was not up within 0\.05 s \(vllm_server_timeout\)"
+        ):
+            evaluate_model(config, config.model)
 
 
 def test_what_cannot_be_evaluated_is_told(letters_config: Callable[..., Config], tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ def test_a_vllm_that_is_to_sleep_on_a_cpu_is_refused_before_the_model_is_read(bu
         ({"rollout": "vllm", "vllm_transport": "nccl"}, "cannot reach an engine in the trainer's process"),
         ({"rollout": "vllm-http", "vllm_server_urls": ("http://192.0.2.1:80",)}, "http://192.0.2.1:80 is on another machine"),
         ({"rollout": "vllm-http", "vllm_server_urls": ("127.0.0.1:80",)}, "is not the address of a server"),
+        ({"rollout": "vllm-http", "vllm_server_urls": ("http://localhost:80", "http://127.0.0.1:80")}, "are the same server"),
     ],
 )
 def test_a_way_to_vllm_that_leads_nowhere_is_refused_before_the_model_is_read(
@@ -57,6 +58,14 @@ def test_a_way_to_vllm_that_leads_nowhere_is_refused_before_the_model_is_read(
 ) -> None:
     with pytest.raises(ConfigError, match=f"rollout='{changes['rollout']}': .*{message}"):
         build(model="no/such/model", device="cpu", **changes)
+
+
+def test_a_key_that_no_request_can_carry_is_refused_before_the_model_is_read(
+    build: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "secret\n")
+    with pytest.raises(ConfigError, match="rollout='vllm-http': VLLM_API_KEY begins or ends with a space or a line break"):
+        build(rollout="vllm-http", vllm_server_urls=("http://127.0.0.1:80",), model="no/such/model", device="cpu")
 
 
 def test_servers_are_waited_for_before_the_weights_are_read_and_after_the_data(

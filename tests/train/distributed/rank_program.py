@@ -292,6 +292,9 @@ class Wire:
 
     def wake(self, part: str) -> None: ...
 
+    def waits_for(self) -> str:
+        return ""
+
 
 class Gathered:
     """Bytes of whole weights that live, where shards are gathered inside."""
