@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 SHARED_MEMORY = Path("/dev/shm")
+_EXCHANGE = f"{SHARED_MEMORY}/vllm_dist_"
 _FIX = "give more shared memory (docker: --shm-size)"
 
 
@@ -56,15 +57,19 @@ def reserve(handle: int, num_bytes: int, purpose: str, *, place: Path = SHARED_M
 def reserve_queues() -> None:
     """Takes the pages of the memory by which this process of vLLM's speaks to others: vLLM (0.32) takes room for granted.
 
+    What workers exchange tensors through on a CPU loses its name, as all of them have it by now: vLLM (0.32) would leave it.
+
     Raises:
         OSError: there is no room.
     """
     if not SHARED_MEMORY.is_dir():
         return
     for path in {each.path for each in psutil.Process().memory_maps()}:
-        if path.startswith(f"{SHARED_MEMORY}/psm_"):
+        if path.startswith((f"{SHARED_MEMORY}/psm_", _EXCHANGE)):
             with contextlib.suppress(FileNotFoundError), Path(path).open("r+b") as file:
                 reserve(file.fileno(), os.fstat(file.fileno()).st_size, "a queue of vLLM's processes")
+                if path.startswith(_EXCHANGE):
+                    Path(path).unlink()
 
 
 def _full(num_bytes: int, purpose: str, *, place: Path, fix: str) -> OSError:

@@ -190,11 +190,14 @@ class ServerProcess:
             self._process.wait()
             self._process = None
 
+    def processes(self) -> list[psutil.Process]:
+        """Those that it started."""
+        assert self._process is not None
+        return psutil.Process(self._process.pid).children(recursive=True)
+
     def queues(self) -> set[Path]:
         """Files in shared memory by which its processes speak."""
-        assert self._process is not None
-        children = psutil.Process(self._process.pid).children(recursive=True)
-        paths = {each.path for child in children for each in child.memory_maps()}
+        paths = {each.path for process in self.processes() for each in process.memory_maps()}
         return {Path(path) for path in paths if path.startswith("/dev/shm/psm_")}
 
     def suspend(self) -> None:

@@ -184,11 +184,8 @@ def test_without_a_network_vllm_reads_the_cache_alone(tmp_path: Path, monkeypatc
 
 @pytest.fixture(scope="module")
 def split_server(serve: Callable[..., Any]) -> Iterator[Any]:
-    before = set(Path("/dev/shm").glob("vllm_dist_*"))
     with serve("--transport", "sparse", "--max-lora-rank", "4", "--", "--tensor-parallel-size", "2") as process:
         yield process
-    for left in set(Path("/dev/shm").glob("vllm_dist_*")) - before:  # by vLLM's workers (0.32), on a CPU
-        left.unlink()
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +193,12 @@ def build(split_server: Any) -> Callable[[PreTrainedModel], VLLMServerEngine]:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     settings = VLLMSettings(sync_deadline_s=60, request_deadline_s=60, transport="sparse", bucket_bytes=1_500_000)
     return lambda model: VLLMServerEngine(model, tokenizer, urls=[split_server.url], settings=settings)
+
+
+def exchanged_by(server: Any) -> set[Path]:
+    """What a server's workers exchange tensors through, under the name that it had."""
+    maps = (each.path for process in server.processes() for each in process.memory_maps())
+    return {Path(path.removesuffix(" (deleted)")) for path in maps if path.startswith("/dev/shm/vllm_dist_")}
 
 
 def embedded_model() -> PreTrainedModel:
@@ -229,6 +232,8 @@ def test_workers_that_split_the_model_get_whole_weights_and_what_changed(
     sizes = [path.stat() for path in split_server.queues()]
     assert sum(size.st_size for size in sizes) > 2**28
     assert all(size.st_blocks * 512 >= size.st_size for size in sizes)
+    assert exchanged_by(split_server), "by name it would stay there when the server has ended"
+    assert not any(path.exists() for path in exchanged_by(split_server))
 
 
 @pytest.mark.vllm
