@@ -48,6 +48,7 @@ _OF_SEVERAL_DEVICES = (
 _NOT_COVERED = {
     "quantization": "the weights that are sent are not quantised",
     "speculative_config": "a draft model gets no new weights",
+    "hf_token": "it would stand in the run's files, and vLLM reads the policy from this machine",
 }
 _ON_A_CPU = ("block_size", "distributed_executor_backend", "enable_chunked_prefill")
 

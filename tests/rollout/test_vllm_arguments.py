@@ -18,6 +18,7 @@ from grpo_fast.rollout.vllm_arguments import check_engine_args
         ("enable_prefix_caching", "'enable_prefix_caching' is decided by the weight sync; leave it out"),
         ("quantization", "'quantization' is not supported: the weights that are sent are not quantised"),
         ("speculative_config", "'speculative_config' is not supported: a draft model gets no new weights"),
+        ("hf_token", "'hf_token' is not supported: it would stand in the run's files.*; leave it out$"),
         ("tensor_parallel_size", "grpo-fast serve MODEL -- --tensor-parallel-size 2"),
         ("data_parallel_size", "rollout='vllm' runs on one device"),
         ("block_size", "'block_size' cannot be changed on a CPU"),
