@@ -241,6 +241,8 @@ class VLLMServer:
         try:
             choices = self._generate(list(prompt), {"logprobs": 0} | params, calls)["choices"]
         except RolloutError as error:
+            if f"The model `{self.adapter}` does not exist" in str(error):
+                raise self._not_synced("no longer has the adapters of the last sync") from error
             if "sample logprobs" not in str(error):
                 raise
             raise RolloutError(
@@ -261,11 +263,14 @@ class VLLMServer:
     def _versions(self, spans: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
         found = token_versions(((span["version"], span["start"], span["end"]) for span in spans), self._run)
         if spans and not found:
-            raise RolloutError(
-                f"vLLM's server {self.url} sampled from weights that this run did not send: it was restarted after the last "
-                "sync, or another run uses it too; give each run its own servers"
-            )
+            raise self._not_synced("sampled from weights that this run did not send")
         return found
+
+    def _not_synced(self, what: str) -> RolloutError:
+        return RolloutError(
+            f"vLLM's server {self.url} {what}: it was restarted after the last sync, or another run uses it too; give each run "
+            "its own servers"
+        )
 
     def answer(self, prompt: Sequence[int]) -> Choices:
         """Log-probabilities of what comes after a prompt of the probe."""

@@ -125,12 +125,7 @@ def evaluate_model(config: Config, source: str) -> Evaluation:
         RewardError: a reward function failed and ``reward_on_error`` is ``raise``.
         RolloutError: the engine failed.
     """
-    checkpoint = _checkpoint(Path(source))
-    config = config.replace(**PLAIN)
-    if checkpoint is None:
-        config = config.replace(model=source)
-    elif not config.use_peft:
-        config = config.replace(model=str(checkpoint), revision=None)
+    config, checkpoint = _resolved(config, source)
     check_dtype(config)
     if config.rollout != "transformers":
         check_vllm(config)
@@ -168,14 +163,14 @@ def evaluate_model(config: Config, source: str) -> Evaluation:
         )
 
 
-def _checkpoint(source: Path) -> Path | None:
-    """The checkpoint that is meant, if ``source`` is a run or one of its checkpoints."""
-    run = run_of(source)
+def _resolved(config: Config, source: str) -> tuple[Config, Path | None]:
+    """The configuration to measure with, and the checkpoint that is meant, if ``source`` is a run or one of its checkpoints."""
+    config, run = config.replace(**PLAIN), run_of(Path(source))
     if run is None:
-        return None
-    checkpoint = checkpoint_to_use(run) if run == source else source
+        return config.replace(model=source), None
+    checkpoint = checkpoint_to_use(run) if run == Path(source) else Path(source)
     check_checkpoint(checkpoint)
-    return checkpoint
+    return config if config.use_peft else config.replace(model=str(checkpoint), revision=None), checkpoint
 
 
 def _scored(config: Config, data: Data, groups: Sequence[Group], score: Callable[[Sequence[Group]], Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from grpo_fast import Config, GRPOTrainer
 from grpo_fast.assets import embedded_model_dir
 from grpo_fast.rollout import RolloutError, SamplingParams, WeightSyncError
 from grpo_fast.rollout.vllm_adapters import AdapterVersion
-from grpo_fast.rollout.vllm_client import Needs, VLLMServer
+from grpo_fast.rollout.vllm_client import Calls, Needs, VLLMServer
 from grpo_fast.rollout.vllm_engine import VLLMServerEngine, VLLMSettings
 from grpo_fast.rollout.vllm_sample import Telling
 from grpo_fast.types import Completion
@@ -312,6 +312,13 @@ def test_requests_without_the_key_are_refused(served: Served, servers: Any) -> N
     with pytest.raises(RolloutError, match=r"refused /v1/models with status 401.*set VLLM_API_KEY to the key"):
         _ = stranger.context_length
     assert served.engine._vllm.servers[0].context_length == 128
+
+
+def test_a_server_that_lost_the_adapters_is_told_of_as_restarted(served: Served, servers: Any) -> None:
+    server = VLLMServer(servers[0].url, api_key="a key of the tests", deadline_s=30)
+    server.adapter = "policy-1"
+    with pytest.raises(RolloutError, match=rf"{server.url} no longer has the adapters of the last sync: it was restarted"):
+        server.sample([1, 9], {"max_tokens": 1}, Calls())
 
 
 def test_a_server_that_was_not_started_for_adapters_says_how(served: Served, tmp_path: Path) -> None:
