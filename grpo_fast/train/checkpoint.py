@@ -77,12 +77,18 @@ def save_checkpoint(
             save_optimizer(policy, optimizer, partial / _SHARDS)
         world.once(lambda: _seal(partial, final, step=step))
     except Exception as error:
-        cause = _write_failure(error, run_dir)  # asked before removing the partial one makes room
-        if world.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-        if cause:
-            raise CheckpointError(_why_unwritten(cause, final)) from error
-        raise
+        failure, cause = error, _write_failure(error, run_dir)  # asked before removing the partial one makes room
+
+        def tell() -> None:
+            raise CheckpointError(_why_unwritten(cause, final)) from failure
+
+        try:
+            if cause:  # which is so on all ranks
+                world.once(tell)
+            raise
+        finally:
+            if world.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
     return final
 
 

@@ -48,10 +48,13 @@ def main(model: str, output: Path) -> None:
     def load() -> Any:
         return load_checkpoint(output / "run" / "checkpoint-1", policy=policy, optimizer=optimizer, world=world)
 
+    copies: list[bool] = []
+
     def told(call: Callable[[], Any]) -> str:
         try:
             return f"gave {call()}"
         except Exception as error:
+            copies.append(hasattr(error, "told_elsewhere"))
             return f"{type(error).__name__}: {error}"
 
     def too_large() -> None:
@@ -66,12 +69,15 @@ def main(model: str, output: Path) -> None:
     if world.rank == 1:
         (output / "blocked 1").touch()
     found["blocked"] = told(lambda: save(output / f"blocked {world.rank}"))
+    found["blocked is a copy"] = str(copies[-1])
     for name, stumble in {"too large": too_large, "unreadable": unreadable}.items():
         policy.stumble = stumble
         found[name] = told(load)
     policy.stumble = lambda: os._exit(7)
+    answers = output / f"rank-{world.rank}.json"
+    answers.write_text(json.dumps(found), encoding="utf-8")
     found["lost"] = told(load)
-    (output / f"rank-{world.rank}.json").write_text(json.dumps(found), encoding="utf-8")
+    answers.write_text(json.dumps(found), encoding="utf-8")
     os._exit(0)  # the process group cannot be left in order any more
 
 

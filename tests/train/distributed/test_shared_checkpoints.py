@@ -17,8 +17,8 @@ PROGRAM = Path(__file__).with_name("checkpoint_program.py")
 
 
 @pytest.fixture(scope="module")
-def found(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What rank 0 was told; rank 1 dies in the end. No torchrun ends the one for the other's sake."""
+def both(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """What each rank was told; rank 1 dies in the end. No torchrun ends the one for the other's sake."""
     output = tmp_path_factory.mktemp("checkpoints")
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = two_ranks(store, output)
@@ -39,8 +39,13 @@ def found(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
             rank.kill()
             rank.communicate()
     assert [rank.returncode for rank in ranks] == [0, 7], told
-    answers: dict[str, str] = json.loads((output / "rank-0.json").read_text(encoding="utf-8"))
-    return answers
+    return [json.loads((output / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+
+
+@pytest.fixture
+def found(both: list[dict[str, str]]) -> dict[str, str]:
+    """What rank 0 was told."""
+    return both[0]
 
 
 @pytest.mark.slow
@@ -64,6 +69,13 @@ def test_a_part_that_cannot_be_written_is_told_in_one_line_with_its_rank(found: 
     assert "blocked 1" in found["blocked"], "what is in the way"
     assert "Traceback" not in found["blocked"]
     assert len(found["blocked"].splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_why_nothing_was_written_is_asked_once_and_told_once(both: list[dict[str, str]]) -> None:
+    """Each for itself could find another cause: what one removes makes room."""
+    assert both[0]["blocked"] == both[1]["blocked"]
+    assert [rank["blocked is a copy"] for rank in both] == ["False", "True"]
 
 
 @pytest.mark.slow
