@@ -23,12 +23,19 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes the place of another once it is whole and on the disk.
 
     A reader, also one after a crash, sees the file as it was or as it shall be, never cut short.
+
+    Raises:
+        OSError: the disk is full or not writable; the file is named.
     """
     partial = path.with_name(f".{path.name}{CUT_SHORT}")
-    with partial.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write that fails does not know it
+        raise
     partial.replace(path)
 
 

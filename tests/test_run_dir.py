@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import resource
 import shutil
 import threading
 from pathlib import Path
@@ -33,6 +35,20 @@ def test_no_reader_sees_half_a_file(tmp_path: Path) -> None:
     writer.join()
     assert seen <= texts
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """The system's own error of a write that finds no room knows no name."""
+    path, before = tmp_path / "file", resource.getrlimit(resource.RLIMIT_FSIZE)
+    write_whole(path, "as it was")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**12, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as told:
+            write_whole(path, "a" * 2**20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (told.value.errno, told.value.filename) == (errno.EFBIG, str(path))
+    assert path.read_text(encoding="utf-8") == "as it was"
 
 
 def test_what_a_kill_in_the_middle_of_deleting_leaves_is_still_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
