@@ -74,7 +74,8 @@ def save_checkpoint(
     try:
         policy.reading(world).once(begin)
         if isinstance(policy, ShardedPolicy):
-            save_optimizer(policy, optimizer, partial / _SHARDS)
+            with world.watched():
+                save_optimizer(policy, optimizer, partial / _SHARDS)
         world.once(lambda: _seal(partial, final, step=step))
     except Exception as error:
         failure, cause = error, _write_failure(error, run_dir)  # asked before removing the partial one makes room
