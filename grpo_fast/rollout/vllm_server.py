@@ -99,10 +99,7 @@ def server_command(  # noqa: PLR0913 (what the command line offers)
     if max_model_len is not None:
         arguments += ["--max-model-len", str(max_model_len)]
     if on_cpu:
-        # Prompts are read whole: a seeded request whose prompt is read in parts ends vLLM's engine on a CPU.
-        arguments += ["--enforce-eager", "--block-size", str(_CPU_BLOCK_SIZE), "--no-enable-chunked-prefill"]
-        if os.environ.get(BINDING, UNBOUND) == UNBOUND and not any(map(_WORKERS.match, vllm_options)):
-            arguments += ["--distributed-executor-backend", NO_WORKER]
+        arguments += _cpu_options(vllm_options)
     if enable_sleep_mode:
         sleep_level(on_gpu=not on_cpu, has_adapters=max_lora_rank is not None)
         check_segments(version, os.environ)
@@ -113,15 +110,29 @@ def server_command(  # noqa: PLR0913 (what the command line offers)
     if way == "ipc":
         forced["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # its handles come pickled, from this machine only
     if max_lora_rank is not None:
-        for name, value in lora_options(max_lora_rank, _linear_layers(config)).items():
-            arguments += [f"--{name.replace('_', '-')}"]
-            arguments += map(str, value) if isinstance(value, list) else [] if value is True else [str(value)]
+        arguments += _adapter_options(max_lora_rank, config)
         forced["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     _check_options(vllm_options, taken=arguments)
     defaults = {"VLLM_LOGGING_LEVEL": "WARNING", BINDING: UNBOUND, "VLLM_CPU_KVCACHE_SPACE": "1"}
     if dtype in {"float32", "float"}:
         defaults |= FLOAT32_PRODUCTS
     return ServerCommand([*arguments, *vllm_options], defaults | dict(os.environ) | forced)
+
+
+def _cpu_options(vllm_options: Sequence[str]) -> list[str]:
+    """Prompts are read whole: a seeded request whose prompt is read in parts ends vLLM's engine on a CPU."""
+    options = ["--enforce-eager", "--block-size", str(_CPU_BLOCK_SIZE), "--no-enable-chunked-prefill"]
+    if os.environ.get(BINDING, UNBOUND) == UNBOUND and not any(map(_WORKERS.match, vllm_options)):
+        options += ["--distributed-executor-backend", NO_WORKER]
+    return options
+
+
+def _adapter_options(max_rank: int, config: PreTrainedConfig) -> list[str]:
+    options: list[str] = []
+    for name, value in lora_options(max_rank, _linear_layers(config)).items():
+        options += [f"--{name.replace('_', '-')}"]
+        options += map(str, value) if isinstance(value, list) else [] if value is True else [str(value)]
+    return options
 
 
 def _check_options(options: Sequence[str], *, taken: Sequence[str]) -> None:
