@@ -11,7 +11,9 @@ import itertools
 import json
 import logging
 import re
+import select
 import socket
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -32,6 +34,7 @@ from grpo_fast.rollout.vllm_sample import PROBE_PARAMS, SCORE_PARAMS, Sample, ke
 _log = logging.getLogger(__name__)
 ONE_REPLICA = "a weight sync checks one engine per server; start one server per replica and give all their URLs"
 _GENERATE = "/inference/v1/generate"
+_LOOK_S = 2.0
 _POLL_S = 1.0
 _TELL_S = 30.0
 _HINTS = {
@@ -117,6 +120,8 @@ class VLLMServer:
         self._run = run
         self._control = Calls()
         self._has_answered = False
+        self._looking = threading.Lock()
+        self._next_look = 0.0
         self.adapter: str | None = None
         """Name of the LoRA adapter that answers requests; ``None`` for the model as it is."""
 
@@ -143,6 +148,7 @@ class VLLMServer:
         try:
             calls.open(connection)
             connection.request(method, path, None if body is None else json.dumps(body), self._headers)
+            self._await_answer(connection.sock, deadline_s)
             answer = connection.getresponse()
             text = answer.read().decode(errors="replace")
             self._has_answered = True
@@ -159,6 +165,31 @@ class VLLMServer:
             hint = f"; {_HINTS[answer.status]}" if answer.status in _HINTS else ""
             raise RolloutError(f"vLLM's server {self.url} refused {path} with status {answer.status}: {text[:300]}{hint}")
         return text
+
+    def _await_answer(self, connection: socket.socket, deadline_s: float) -> None:
+        """Waits as long as the server listens: one whose engine has died ends, and owes answers for ever (vLLM 0.32).
+
+        Raises:
+            TimeoutError: there is no answer in time.
+            ConnectionRefusedError: the server takes no connections any more.
+        """
+        ready, until = select.poll(), time.monotonic() + deadline_s
+        ready.register(connection, select.POLLIN)
+        while not ready.poll(1000 * max(0.0, min(_LOOK_S, until - time.monotonic()))):
+            if time.monotonic() >= until:
+                raise TimeoutError
+            with self._looking:
+                if time.monotonic() >= self._next_look:  # one look serves all requests that wait
+                    self._next_look = time.monotonic() + _LOOK_S
+                    self._look()
+
+    def _look(self) -> None:
+        try:
+            socket.create_connection((self._host, self._port), timeout=_LOOK_S).close()
+        except ConnectionRefusedError:
+            raise
+        except OSError:  # says nothing of the server, or that it is slow
+            return
 
     def close(self) -> None:
         """Ends whatever request still runs but those for completions; no further one is sent."""

@@ -49,6 +49,26 @@ def test_a_server_that_does_not_answer_is_named_after_the_deadline_of_the_reques
         server.sample([1], {}, Calls())
 
 
+@pytest.mark.parametrize("calls", [None, Calls()])
+def test_an_answer_that_a_server_owes_when_it_ends_is_not_waited_for(
+    calls: Calls | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So does vLLM's where its engine has died in a sync: it listens no more, and waits for its clients to go."""
+    monkeypatch.setattr(vllm_client, "_LOOK_S", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        server = VLLMServer(url, api_key=None, deadline_s=600)
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(server.call, "POST", "/update_weights", calls=calls)
+            kept, _ = listening.accept()
+            with kept:
+                kept.recv(2**16)
+                assert not waiting.done()
+                listening.close()
+                with pytest.raises(RolloutError, match=rf"{url} .* \(ConnectionRefusedError at /update_weights\)"):
+                    waiting.result(60)
+
+
 def test_what_is_ended_ends_at_once_and_nothing_else_does(silent: str) -> None:
     """Python waits for a pool's threads when it exits: one that waited for a server would hold it up."""
     server, calls, others = VLLMServer(silent, api_key=None, deadline_s=60), Calls(), Calls()
