@@ -6,7 +6,6 @@ import faulthandler
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from json import dumps as to_json
 from pathlib import Path
@@ -15,11 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import App, CycloptsError, Group, Parameter, validators
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from grpo_fast import __version__
 from grpo_fast.cli_evaluate import evaluate
+from grpo_fast.cli_files import ToDraw, ToWrite
 from grpo_fast.cli_settings import fill
+from grpo_fast.cli_tables import print_notes, print_table, print_words, print_written
 from grpo_fast.config import Config
 from grpo_fast.mistakes import in_words, of_file
 from grpo_fast.run_dir import CONFIG_FILE
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 _SOURCE = Group("Where the configuration comes from", sort_key=0)
 _PLAN = Group("Plan", sort_key=0.5)
-_INTERRUPTED = 128 + signal.SIGINT  # as a shell reports it
 
 app = App(
     name="grpo-fast",
@@ -56,6 +55,9 @@ def train(
 
     Settings come from a recipe, then a TOML file, then the flags below; the last one wins. Without a recipe, a file and
     ``--model``, the small demo model in the package is trained, by the recipe ``embedded``.
+
+    Ctrl-C or SIGTERM saves the run after the step, and ends with exit code 130 or 143; a second one ends it at once. To begin
+    or resume by the same command, add ``--resume-if-exists``.
 
     Args:
         recipe: A named configuration of the package, such as ``embedded``.
@@ -84,7 +86,14 @@ def train(
         if settings.use_peft:
             told += f"; its adapters are merged by `grpo-fast export {run} --output DIRECTORY`"
         console.print(told, highlight=False, markup=False, soft_wrap=True)
-    return report(run) if settings.report else 0
+    if settings.report:
+        report(run)
+    return 0 if summary["signal"] is None else _code_of(signal.Signals[summary["signal"]])
+
+
+def _code_of(number: signal.Signals) -> int:
+    """The exit code of a command that a signal has ended, as a shell reports it."""
+    return 128 + number
 
 
 def _after_interrupt(run: Path) -> str:
@@ -109,7 +118,7 @@ def plan(  # noqa: PLR0913 (flags)
     mfu: Annotated[float | None, Parameter(group=_PLAN)] = None,
     gpu: Annotated[str | None, Parameter(group=_PLAN)] = None,
     num_devices: Annotated[int, Parameter(group=_PLAN)] = 1,
-    plot: Annotated[Path | None, Parameter(group=_PLAN)] = None,
+    plot: Annotated[ToDraw | None, Parameter(group=_PLAN)] = None,
     json: Annotated[bool, Parameter(group=_PLAN, negative="")] = False,
     settings: Annotated[Config, Parameter(name="*")] = Config(),  # noqa: B008 (frozen)
 ) -> int:
@@ -173,12 +182,13 @@ def _print_plan(found: Plan, plot: Path | None) -> None:
     from grpo_fast.train.plan_memory import refusal, table  # noqa: PLC0415 (as above)
 
     console = Console()
-    _print_words(console, found.to_words())
-    _print_table(console, ("", "step", "reward", "50 % interval", "90 % interval"), found.trajectory_words())
-    _print_table(console, ("", "a step", "the run", "90 % interval", "by 95 % of the rise"), found.cost_words())
+    print_words(console, found.to_words())
+    print_table(console, ("", "step", "reward", "50 % interval", "90 % interval"), found.trajectory_words())
+    print_table(console, ("", "a step", "the run", "90 % interval", "by 95 % of the rise"), found.cost_words())
     if found.memory is not None:
-        _print_table(console, ("memory of a device", ""), table(found.memory))
-    _print_notes(console, found.notes, plot=plot)
+        print_table(console, ("memory of a device", ""), table(found.memory))
+    print_notes(console, found.notes)
+    print_written(console, plot)
     if found.memory is not None and not found.memory.fits:
         console.print(f"\n[bold red]It does not fit:[/] {escape(refusal(found.memory, found.changes))}", highlight=False)
 
@@ -198,7 +208,7 @@ def report(run: Path) -> int:
     console = Console()
     with console.status("writing the report"):
         written = write_report(run)
-    console.print(f"wrote {written}")
+    print_written(console, written)
     return 0
 
 
@@ -215,7 +225,7 @@ def forecast(  # noqa: PLR0913 (flags)
     num_prompts: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None,
     num_generations: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None,
     prior: Path | None = None,
-    plot: Path | None = None,
+    plot: ToDraw | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
     """Forecast the final reward of a run from its log, and say when the stopping rule would have ended it.
@@ -270,8 +280,9 @@ def forecast(  # noqa: PLR0913 (flags)
         print(to_json(result.to_dict(), allow_nan=False))
         return 0
     console = Console()
-    _print_words(console, result.to_words())
-    _print_notes(console, result.notes, plot=plot)
+    print_words(console, result.to_words())
+    print_notes(console, result.notes)
+    print_written(console, plot)
     return 0
 
 
@@ -282,11 +293,11 @@ app.command(law)
 @law.command
 def fit(
     *runs: Path,
-    output: Path,
+    output: ToWrite,
     base: Path | None = None,
     model_size: float | None = None,
     lora: Annotated[bool, Parameter(negative="")] = False,
-    plot: Path | None = None,
+    plot: ToDraw | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
     """Fit a prior to finished runs, for ``forecast --prior`` and ``train --forecast-prior``.
@@ -319,36 +330,14 @@ def fit(
         print(to_json({"output": str(output)} | found.to_dict(), allow_nan=False))
         return 0
     console = Console()
-    _print_table(console, ("run", "counts with", "what it says"), found.run_words())
-    _print_table(console, ("a run like those", "before", "after"), found.belief_words())
+    print_table(console, ("run", "counts with", "what it says"), found.run_words())
+    print_table(console, ("a run like those", "before", "after"), found.belief_words())
     if found.errors:
         heads = ("after", "error before", "error after", "90 % held before", "held after")
-        _print_table(console, heads, found.error_words())
-    _print_notes(console, [found.verdict()], plot=plot)
-    console.print(f"wrote {output}", highlight=False, markup=False, soft_wrap=True)
+        print_table(console, heads, found.error_words())
+    print_notes(console, [found.verdict()])
+    print_written(console, plot, output)
     return 0
-
-
-def _print_words(console: Console, words: Mapping[str, str]) -> None:
-    table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name, told in words.items():
-        table.add_row(f"[bold]{escape(name)}[/]", escape(told))
-    console.print(table, highlight=False)
-
-
-def _print_table(console: Console, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(*heads, box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for row in rows:
-        table.add_row(*map(escape, row))
-    console.print()
-    console.print(table, highlight=False)
-
-
-def _print_notes(console: Console, notes: Sequence[str], *, plot: Path | None) -> None:
-    for told in notes:
-        console.print(f"[dim]note:[/] {escape(told)}", highlight=False)
-    if plot is not None:
-        console.print(f"wrote {plot}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command
@@ -440,7 +429,7 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(1)  # another rank tells it, and the first one of each node
         _fail(of_file(error) if isinstance(error, OSError) else str(error))
     except KeyboardInterrupt as interrupt:
-        _fail("; ".join(filter(None, ("stopped at once", str(interrupt)))), code=_INTERRUPTED)
+        _fail("; ".join(filter(None, ("stopped at once", str(interrupt)))), code=_code_of(signal.SIGINT))
 
 
 def _fail(message: str, *, code: int = 1) -> None:

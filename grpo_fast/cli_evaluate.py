@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Group, Parameter
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from grpo_fast.config import Config, ConfigError
+from grpo_fast.cli_files import ToWrite
+from grpo_fast.cli_tables import print_table, print_written
+from grpo_fast.config import Config
 
 if TYPE_CHECKING:
     from grpo_fast.train.evaluate_model import Estimate, Evaluation
@@ -27,7 +28,7 @@ def evaluate(
     *,
     recipe: Annotated[str | None, Parameter(group=_SOURCE)] = None,
     config: Annotated[Path | None, Parameter(group=_SOURCE)] = None,
-    output: Annotated[Path | None, Parameter(group=_EVALUATE)] = None,
+    output: Annotated[ToWrite | None, Parameter(group=_EVALUATE)] = None,
     json: Annotated[bool, Parameter(group=_EVALUATE, negative="")] = False,
     settings: Annotated[Config, Parameter(name="*")] = Config(),  # noqa: B008 (frozen)
 ) -> int:
@@ -47,8 +48,6 @@ def evaluate(
         settings: The configuration.
     """
     del recipe, config  # already in the settings
-    if output is not None and not output.absolute().parent.is_dir():
-        raise ConfigError(f"--output {output}: there is no directory {output.parent}; make it first")
     from grpo_fast.train.evaluate_model import evaluate_model  # noqa: PLC0415 (--help must not wait for torch)
 
     found = evaluate_model(settings, source)
@@ -57,9 +56,9 @@ def evaluate(
     if json:
         print(to_json(found.to_dict(), allow_nan=False))
         return 0
-    _tell(Console(), found)
-    if output is not None:
-        Console().print(f"wrote {output}", highlight=False, markup=False, soft_wrap=True)
+    console = Console()
+    _tell(console, found)
+    print_written(console, output)
     return 0
 
 
@@ -73,10 +72,8 @@ def _tell(console: Console, found: Evaluation) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    table = Table("", "mean", "standard error", "completions with a value", box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for name, estimate in {"reward": found.reward, **found.rewards}.items():
-        table.add_row(escape(name), *_row(estimate))
-    console.print(table, highlight=False)
+    rows = [(name, *_row(estimate)) for name, estimate in {"reward": found.reward, **found.rewards}.items()]
+    print_table(console, ("", "mean", "standard error", "completions with a value"), rows)
     console.print(
         f"completions have {sum(found.lengths) / len(found.lengths):.1f} tokens on average, {max(found.lengths)} at most; "
         f"{found.truncated_share:.0%} were cut at {found.max_completion_length}",

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-from grpo_fast.trl_names import HERE
+from grpo_fast.trl_names import HERE, here
 
 _UNITS = {"_hours": "hours", "_s": "seconds", "_kwh": "kWh", "_gib": "GiB"}
 
@@ -20,8 +20,10 @@ def explain(item: Any, *, known: Iterable[str]) -> str:
     """
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        if key in HERE:
-            return f"unknown configuration key {key!r}, a TRL name; here it corresponds to {HERE[key]}"
+        if told := here(key):
+            return f"unknown configuration key {key!r}{told}"
+        if isinstance(item["input"], dict):
+            return f"unknown configuration key {key!r}: settings stand at the top of the file, in no table [{key}]"
         near = difflib.get_close_matches(key, list(known), n=1)
         return f"unknown configuration key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
     message = item["msg"].removeprefix("Value error, ")

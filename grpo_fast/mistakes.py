@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from cyclopts import CycloptsError
-from cyclopts.exceptions import MissingArgumentError, UnknownOptionError, UnusedCliTokensError
-from pydantic import ValidationError
+from cyclopts import CycloptsError, Token
+from cyclopts.exceptions import (
+    MissingArgumentError,
+    UnknownCommandError,
+    UnknownOptionError,
+    UnusedCliTokensError,
+    ValidationError,
+)
+from pydantic import ValidationError as ConfigValidationError
 
 from grpo_fast.config import Config
 from grpo_fast.explain import explain
-from grpo_fast.trl_names import HERE
+from grpo_fast.trl_names import here
 
 _FOR_SYNCS = "`grpo-fast serve` sets it, as weight syncs need it"
 SET_BY_SERVE = {
@@ -30,24 +36,29 @@ def in_words(error: CycloptsError) -> str:
         error: what cyclopts found.
     """
     cause = error.__cause__
-    if isinstance(cause, ValidationError):
+    if isinstance(cause, ConfigValidationError):
         return "\n".join(explain(item, known=Config.model_fields) for item in cause.errors())
     if isinstance(error, UnknownOptionError) and error.token is not None:
-        name = (error.token.keyword or "").lstrip("-").replace("-", "_")
-        if name in HERE:
-            return f"Unknown option: {error.token.keyword}, a TRL name; here it corresponds to {HERE[name]}"
-        if error.command_chain == ("serve",):
-            return _not_of_serve(error, error.token.value)
-    if isinstance(error, UnusedCliTokensError):
-        return _unused(error.unused_tokens or [])
+        return _unknown(error, error.token)
+    if isinstance(error, UnknownCommandError) and error.unused_tokens and error.unused_tokens[0].startswith("-"):
+        return f"{error.unused_tokens[0]} belongs behind a command, as in `grpo-fast train {error.unused_tokens[0]} ...`"
+    if isinstance(error, ValidationError) and error.argument is not None:
+        return f"{error.argument.name} {error.argument.value}: {error.exception_message}"
     if isinstance(error, MissingArgumentError) and error.tokens_so_far:
         return f"{error} Separate values by spaces; given was {' '.join(error.tokens_so_far)!r}."
-    return str(error)
+    return _unused(error.unused_tokens or []) if isinstance(error, UnusedCliTokensError) else str(error)
 
 
 def of_file(error: OSError) -> str:
     """The message for a file that cannot be read or written: its name, and the system's reason."""
     return str(error) if error.filename is None or not error.strerror else f"{error.filename}: {error.strerror}"
+
+
+def _unknown(error: UnknownOptionError, token: Token) -> str:
+    told = here((token.keyword or "").lstrip("-").replace("-", "_"))
+    if told:
+        return f"Unknown option: {token.keyword}{told}"
+    return _not_of_serve(error, token.value) if error.command_chain == ("serve",) else str(error)
 
 
 def _not_of_serve(error: UnknownOptionError, option: str) -> str:

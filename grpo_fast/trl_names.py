@@ -1,4 +1,4 @@
-"""TRL's settings and trainer arguments that have another name here or none, for people who come with a TRL script."""
+"""Settings that have another name here or none: TRL's, with its trainer's arguments, and those that are usual elsewhere."""
 
 from __future__ import annotations
 
@@ -62,4 +62,35 @@ HERE: Mapping[str, str] = MappingProxyType(
         "callbacks": "the loop, `for step in trainer.steps()`, and sinks",
     }
 )
-"""The name or the way here, by the name in TRL's scripts and ``GRPOConfig``."""
+"""What to use here, by the name in TRL's scripts and ``GRPOConfig``."""
+
+_LENGTHS = "max_completion_length and max_prompt_length"
+_PROCESSES = "nothing: `torchrun --nproc-per-node N` starts a process on each of N GPUs"
+_USUAL: Mapping[str, str] = MappingProxyType(
+    {
+        "lr": "learning_rate",
+        "batch_size": _BATCH,
+        "epochs": HERE["num_train_epochs"],
+        "num_epochs": HERE["num_train_epochs"],
+        "group_size": "num_generations",
+        "max_new_tokens": "max_completion_length",
+        "max_length": _LENGTHS,
+        "max_seq_length": _LENGTHS,
+        "kl_coef": "beta",
+        "clip_range": "epsilon and epsilon_high",
+        "lora": "use_peft",
+        "lora_rank": "lora_r",
+        "vllm": HERE["use_vllm"],
+        "wandb": "sinks with 'wandb' in it",
+        "gpus": _PROCESSES,
+        "num_gpus": _PROCESSES,
+    }
+)
+"""What to use here, by names that are usual elsewhere and that the nearest name here would mislead about."""
+
+
+def here(name: str) -> str:
+    """What to use in place of a name that is not one here, to be put behind it; empty if it is not known from elsewhere."""
+    if name in HERE:
+        return f", a TRL name; here it corresponds to {HERE[name]}"
+    return f"; here it corresponds to {_USUAL[name]}" if name in _USUAL else ""

@@ -22,9 +22,3 @@ def test_a_model_is_evaluated_in_a_table_in_json_and_by_completion(shell: Shell,
     found = json.loads(out)
     assert found["reward"]["mean"] == sum(line["reward"] for line in lines) / 8
     assert list(tmp_path.iterdir()) == [tmp_path / "answers.jsonl"], "an evaluation leaves no run behind"
-
-
-def test_a_place_that_cannot_be_written_is_told_first(shell: Shell) -> None:
-    code, out, err = shell("evaluate nowhere --output none/answers.jsonl")
-    assert (code, out) == (1, "")
-    assert "--output none/answers.jsonl: there is no directory none; make it first" in err

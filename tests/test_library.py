@@ -90,5 +90,5 @@ def test_the_meter_and_the_budget_serve_a_loop_of_ones_own() -> None:
         if reached := budget.check(meter.usage(step)):
             break
     assert reached is not None
-    assert reached.reason == "max_tokens is reached: 1,365 of 1,000 tokens are used."
+    assert reached.reason == "max_tokens=1,000 is reached: 1,365 tokens are used."
     assert meter.metrics()["money"] == pytest.approx(3 * 9 / 3600 * 2)

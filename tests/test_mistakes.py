@@ -18,6 +18,10 @@ from grpo_fast.mistakes import in_words, of_file
             "Unknown option: --use-vllm, a TRL name; here it corresponds to rollout='vllm', or 'vllm-http' for servers",
         ),
         ("train --report_to wandb", "Unknown option: --report_to, a TRL name; here it corresponds to sinks"),
+        ("train --lr 1e-5", "Unknown option: --lr; here it corresponds to learning_rate"),
+        ("plan --batch-size 8", "Unknown option: --batch-size; here it corresponds to prompts_per_step, the prompts of a step"),
+        ("serve embedded --lora", "go after --: grpo-fast serve MODEL -- --lora ..."),
+        ("--max-steps 3 train", "--max-steps belongs behind a command, as in `grpo-fast train --max-steps ...`"),
         ("train --reprot", "Unknown option: --reprot. Did you mean --report?"),
         (
             "serve embedded --pipeline-parallel-size=2",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from grpo_fast.config import Config, ConfigError
-from grpo_fast.trl_names import HERE
+from grpo_fast.trl_names import _USUAL, HERE, here
 
 PAGE = Path(__file__).parents[1] / "docs" / "from-trl.md"
 
@@ -26,6 +26,15 @@ def test_the_names_are_trls_and_not_ours() -> None:
     theirs |= {"logging_dir", "warmup_ratio"}  # of transformers before 5
     assert set(HERE) <= theirs
     assert not set(HERE) & set(Config.model_fields)
+
+
+def test_usual_names_are_told_without_a_word_of_trl() -> None:
+    assert here("lr") == "; here it corresponds to learning_rate"
+    assert here("report_to") == ", a TRL name; here it corresponds to sinks"
+    assert here("learning_rate") == here("nonsense") == ""
+    assert not set(_USUAL) & (set(Config.model_fields) | set(HERE))
+    with pytest.raises(ConfigError, match=r"unknown configuration key 'lora_rank'; here it corresponds to lora_r$"):
+        Config.parse({"lora_rank": 8})
 
 
 def test_servers_are_waited_for_as_long_as_trl_waits() -> None:

@@ -32,7 +32,6 @@ BUDGET_FIELDS = {
 """Budget's fields and the configuration's names of the same limits."""
 
 _UNITS = {
-    "steps": "steps",
     "tokens": "tokens",
     "flops": "FLOPs",
     "gpu_hours": "device hours",
@@ -61,7 +60,11 @@ class BudgetVerdict:
     @property
     def reason(self) -> str:
         """One sentence with numbers."""
-        return f"{self.stopped_by} is reached: {self.used:,.6g} of {self.allowed:,.6g} {_UNITS[self.limit]} are used."
+        if self.limit == "steps":
+            used = "1 step is done" if self.used == 1 else f"{self.used:,.6g} steps are done"
+        else:
+            used = f"{self.used:,.6g} {_UNITS[self.limit]} are used"
+        return f"{self.stopped_by}={self.allowed:,.6g} is reached: {used}."
 
 
 @dataclass(frozen=True, slots=True)

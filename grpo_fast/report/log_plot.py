@@ -230,12 +230,6 @@ def _draw_belief(axis: Axes, beliefs: LogBeliefs, share: float, *, theme: Theme)
 
 
 def write_log_plot(path: Path, beliefs: LogBeliefs) -> None:
-    """Writes the picture as a PNG file.
-
-    Raises:
-        ValueError: the file's name does not end in ".png".
-    """
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"{path} must end in .png: that is what is written")
+    """Writes the picture as a PNG file."""
     with drawing():
         path.write_bytes(png(plot_log(beliefs)))

@@ -29,12 +29,6 @@ def plot_prior(fitted: Mapping[str, Any], theme: Theme = LIGHT) -> Figure:
 
 
 def write_prior_plot(path: Path, fitted: Mapping[str, Any]) -> None:
-    """Writes the picture as a PNG file.
-
-    Raises:
-        ValueError: the file's name does not end in ".png".
-    """
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"{path} must end in .png: that is what is written")
+    """Writes the picture as a PNG file."""
     with drawing():
         path.write_bytes(png(plot_prior(fitted)))

@@ -8,7 +8,9 @@ import logging
 import os
 import socket
 import weakref
-from typing import TextIO
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
 
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.run_dir import CONFIG_FILE, LOCK_FILE, empty_run, is_cut_short
@@ -65,6 +67,32 @@ class Claim:
         self._replaces_run = not resume and self._holds_run()
         if self._replaces_run or (resume and self._run.is_dir()):
             self._take()
+
+    def spare(self, base: str, given: Mapping[str, Any]) -> None:
+        """Refuses to delete what the new run begins from; to be called before :meth:`open`.
+
+        Args:
+            base: directory or hub id of the model, or of the one under the adapters that the run begins from.
+            given: what the trainer was given in place of configured parts.
+
+        Raises:
+            ConfigError: it lies in the run that is to be replaced.
+        """
+        config, run = self._config, self._run.resolve()
+        sources: list[tuple[str, str | Path | None]] = [
+            ("model", config.model),
+            ("base model", base),
+            ("dataset", config.dataset.removeprefix("gsm8k:")),
+            ("forecast_prior", config.forecast_prior),
+        ]
+        for name in ("train_dataset", "eval_dataset"):  # a datasets.Dataset tells its files
+            sources += [(name, file["filename"]) for file in getattr(given.get(name), "cache_files", ())]
+        for name, place in sources if self._replaces_run else ():
+            if place and Path(place).exists() and run in (found := Path(place).resolve(), *found.parents):
+                raise ConfigError(
+                    f"overwrite would delete {self._run}, where this run's {name} is ({place}); name another output_dir, or "
+                    "move that out of it first"
+                )
 
     def open(self) -> None:
         """Makes the directory, locks it and deletes the run that was in it, if it is to be replaced.

@@ -204,6 +204,7 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
     budget = _build_budget(config, given.get("budget"))
     prior = load_prior(config)
     source = world.each(lambda: PolicySource(config))
+    world.once(lambda: claim.spare(source.directory, given))
     if "engine" not in given:
         check_sampler(config, source)
     nodes = {"num_devices": world.size, "devices_per_node": world.ranks_per_node}

@@ -68,6 +68,8 @@ class PolicySource:
         """The run's, with rank, scale and modules of adapters that it begins from, and the revision of their base."""
         config = self.config
         self._arguments = {"trust_remote_code": config.trust_remote_code, **self._place(path)}
+        self.directory: str = self._arguments["pretrained_model_name_or_path"]
+        """Directory or hub id of the model; of the base, where the run begins from adapters."""
         beside = self._start.directory if self._start is not None and self._start.has_tokenizer else None
         place = {} if beside is None else {"pretrained_model_name_or_path": str(beside), "revision": None}
         self.tokenizer: PreTrainedTokenizerBase = self._read(AutoTokenizer, **place)

@@ -24,6 +24,8 @@ class Ending:
     """``forecast``, ``collapse``, ``interrupt``, ``user``, or the name of the budget that was reached."""
     message: str
     """One sentence with numbers."""
+    signal: str | None = None
+    """Name of the signal that interrupted the run, such as ``SIGTERM``."""
 
     @property
     def event(self) -> str:
@@ -70,6 +72,7 @@ def write_summary(config: Config, parts: Parts, ending: Ending, outcome: Outcome
     summary = {
         "stopped_by": ending.kind,
         "reason": ending.message,
+        "signal": ending.signal,
         "step": outcome.step,
         "max_steps": config.max_steps,
         "final_reward": outcome.final_reward,

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
+from grpo_fast.compute.budget import BudgetVerdict
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.environments import EnvironmentFailedError
 from grpo_fast.law import AlarmState, Forecast, Spending, StopDecision
@@ -309,17 +310,17 @@ class GRPOTrainer:
         step, watched = self.global_step, self._oversight.settled if verdict is None else verdict.ending
         if signal:
             hint = f"`grpo-fast train --resume {self.config.output_dir}`"
-            return Ending("interrupt", f"{signal} received after step {step}; the run is saved. Continue it with {hint}.")
+            return Ending(
+                "interrupt", f"{signal} received after step {step}; the run is saved. Continue it with {hint}.", signal
+            )
         if self._stop_message:
             return Ending("user", f"{self._stop_message}, after step {step}.")
         if watched is not None and watched.kind == "collapse":
             return watched  # also on the last step: what to use is another question then
         spent = self._parts.budget.check(self._parts.meter.usage(step))
-        if spent is not None:
-            return Ending(spent.stopped_by, spent.reason)
-        if step >= self.config.max_steps:
-            return Ending("max_steps", f"max_steps is reached: {step} of {self.config.max_steps} steps are done.")
-        return watched
+        if spent is None and step >= self.config.max_steps:  # a budget that was given need not know it
+            spent = BudgetVerdict("steps", used=step, allowed=self.config.max_steps)
+        return watched if spent is None else Ending(spent.stopped_by, spent.reason)
 
     def _open(self) -> None:
         """Starts the sinks."""

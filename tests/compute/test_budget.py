@@ -22,7 +22,7 @@ def test_each_limit_trips(limit: str) -> None:
     verdict = budget.check(usage(**{limit: 10}))
     assert verdict is not None
     assert (verdict.limit, verdict.stopped_by, verdict.used, verdict.allowed) == (limit, BUDGET_FIELDS[limit], 10, 10)
-    assert verdict.reason.startswith(f"{BUDGET_FIELDS[limit]} is reached: 10 of 10 ")
+    assert verdict.reason.startswith(f"{BUDGET_FIELDS[limit]}=10 is reached: 10 ")
     assert budget.remaining(usage(**{limit: 30})) == {limit: 0.0}
 
 
@@ -30,7 +30,14 @@ def test_the_limit_exceeded_most_is_named() -> None:
     budget = Budget(steps=100, tokens=1e6, wall=2)
     verdict = budget.check(usage(steps=100, tokens=1_200_000, wall=1.0))
     assert verdict is not None
-    assert verdict.reason == "max_tokens is reached: 1.2e+06 of 1e+06 tokens are used."
+    assert verdict.reason == "max_tokens=1e+06 is reached: 1.2e+06 tokens are used."
+
+
+@pytest.mark.parametrize(("done", "told"), [(1, "1 step is done"), (2, "2 steps are done"), (1200, "1,200 steps are done")])
+def test_a_limit_below_what_is_done_is_told_apart_from_it(done: int, told: str) -> None:
+    verdict = Budget(steps=1).check(usage(steps=done))
+    assert verdict is not None
+    assert verdict.reason == f"max_steps=1 is reached: {told}."
 
 
 def test_no_limit_never_trips() -> None:

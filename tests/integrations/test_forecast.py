@@ -387,7 +387,7 @@ def test_the_command_prints_json_and_draws(curve: Path, shell: Shell, tmp_path: 
         (["{curve}", "--max-steps", "10"], "max_steps=10 is below the log's last step, 75"),
         (["{curve}", "--max-steps", "0"], "Must be >= 1"),
         (["{curve}", "--num-prompts", "0"], "Must be >= 1"),
-        (["{curve}", "--plot", "picture.jpg"], "picture.jpg must end in .png"),
+        (["{curve}", "--plot", "picture.jpg"], "picture.jpg: it must end in .png"),
         ([], "requires an argument"),
     ],
 )

@@ -189,8 +189,8 @@ class RunMaker:
             "forecast": f"At step {self.steps} there is a 91.2% chance that less than 0.01 reward is left to gain in the "
             "budget (expected gain 0.003); 3 forecasts in a row, since step 28. The forecast for the end is 0.905 "
             "(90 % interval 0.880 to 0.921)",
-            "max_steps": f"max_steps is reached: {self.steps} of {self.max_steps} steps are used.",
-            "max_tokens": "max_tokens is reached: 873,600 of 870,000 tokens are used.",
+            "max_steps": f"max_steps={self.max_steps} is reached: {self.steps} steps are done.",
+            "max_tokens": "max_tokens=870,000 is reached: 873,600 tokens are used.",
             "collapse": f"The reward fell from 0.910 to 0.300 since step {self.steps - 12}",
             "interrupt": f"Interrupted by the user after step {self.steps}.",
         }

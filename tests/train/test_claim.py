@@ -8,12 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.run_dir import CONFIG_FILE, LOCK_FILE
+from grpo_fast.tasks.task import Task
 from grpo_fast.train import GRPOTrainer
 from grpo_fast.train.claim import Claim
 
@@ -195,3 +197,60 @@ def test_a_file_system_without_locks_is_told_and_stops_nothing(
     monkeypatch.setattr(fcntl, "flock", refuse(errno.EIO))
     with pytest.raises(OSError, match="Input/output error"):
         Claim(tiny_config()).open()
+
+
+@pytest.mark.parametrize(
+    ("inside", "named"),
+    [
+        ({"model": "checkpoint-1"}, "model"),
+        ({"base": "checkpoint-1"}, "base model"),
+        ({"dataset": "rows.jsonl"}, "dataset"),
+        ({"dataset": "gsm8k:checkpoint-1"}, "dataset"),
+        ({"forecast_prior": "prior.json"}, "forecast_prior"),
+        ({"train_dataset": "rows.arrow"}, "train_dataset"),
+        ({"eval_dataset": "rows.arrow"}, "eval_dataset"),
+    ],
+)
+def test_a_run_is_not_replaced_by_one_that_begins_from_it(
+    inside: dict[str, str], named: str, tmp_path: Path, tiny_config: Callable[..., Config]
+) -> None:
+    run, link = tmp_path / "run", tmp_path / "link"
+    (run / "checkpoint-1").mkdir(parents=True)
+    link.symlink_to(run)
+    for name in (CONFIG_FILE, "rows.jsonl", "rows.arrow", "prior.json"):
+        (run / name).touch()
+    (field, value), *_ = inside.items()
+    place = value.replace(Path(value.removeprefix("gsm8k:")).name, str(run / value.removeprefix("gsm8k:")))
+    given = {field: SimpleNamespace(cache_files=[{"filename": place}])} if field.endswith("_dataset") else {}
+    settings = {} if given or field == "base" else {field: place}
+    claim = Claim(tiny_config(**settings, output_dir=link, overwrite=True))
+    claim.stake(resume=False)
+    with pytest.raises(ConfigError, match=rf"overwrite would delete {link}, where this run's {named} is \({run}/"):
+        claim.spare(place if field == "base" else "owner/name", given)
+    claim.release()
+    assert {path.name for path in run.iterdir()} == {
+        CONFIG_FILE,
+        LOCK_FILE,
+        "checkpoint-1",
+        "rows.jsonl",
+        "rows.arrow",
+        "prior.json",
+    }
+
+    other = Claim(tiny_config(**settings, output_dir=tmp_path / "other", overwrite=True))
+    other.stake(resume=False)
+    other.spare(place if field == "base" else "owner/name", given)
+
+
+@pytest.mark.slow
+def test_the_start_of_a_run_is_still_there_when_it_is_refused(
+    tmp_path: Path, tiny_config: Callable[..., Config], letters: Task
+) -> None:
+    with GRPOTrainer(tiny_config(max_steps=1), task=letters) as trainer:
+        trainer.train()
+    again = tiny_config(max_steps=1, model=str(tmp_path / "run" / "checkpoint-1"), overwrite=True)
+    with pytest.raises(ConfigError, match="overwrite would delete"):
+        GRPOTrainer(again, task=letters)
+    assert (tmp_path / "run" / "checkpoint-1" / "model.safetensors").is_file()
+    with GRPOTrainer(again.replace(output_dir=tmp_path / "other"), task=letters) as trainer:
+        assert trainer.train()["step"] == 1

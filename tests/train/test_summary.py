@@ -37,6 +37,7 @@ def test_what_is_written_is_what_is_returned(run: Any) -> None:
     expected = {
         "stopped_by": "max_steps",
         "reason": "All done.",
+        "signal": None,
         "step": 20,
         "max_steps": 20,
         "final_reward": 0.5,

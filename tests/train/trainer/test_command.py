@@ -85,19 +85,22 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(moment: str, command: tuple
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("times", [1, 2])
-def test_ctrl_c_once_saves_and_twice_ends_at_once(times: int, command: tuple[CommandLine, Path]) -> None:
+@pytest.mark.parametrize("signals", [(signal.SIGINT,), (signal.SIGTERM,), (signal.SIGINT, signal.SIGTERM)])
+def test_ctrl_c_once_saves_and_twice_ends_at_once(
+    signals: tuple[signal.Signals, ...], command: tuple[CommandLine, Path]
+) -> None:
     shell, undisturbed = command
-    run = undisturbed.with_name(f"interrupted-{times}")
+    times = len(signals)
+    run = undisturbed.with_name("-".join(("interrupted-by", *(number.name for number in signals))))
     options = ("train", "--config", "run.toml", "--output-dir", str(run))
-    signals = (signal.SIGINT, signal.SIGTERM)[:times]
     pause = run.with_name("pause")
     pause.write_text(f"{run / 'metrics.jsonl'}\n13\n{times}", encoding="utf-8")  # in step 13: there is a row of step 0
     code = shell.run(*options, until=lambda: not pause.exists(), signals=signals)
     told = shell.log()
     assert "Traceback" not in told
     if times == 1:
-        assert code == 0
+        assert code == 128 + signals[0], "a restart loop goes on until it is 0"
+        assert json.loads((run / "summary.json").read_text(encoding="utf-8"))["signal"] == signals[0].name
         assert events(run)[-1] == "interrupt"
         assert list_checkpoints(run)[-1].name == "checkpoint-13"
     else:

@@ -35,7 +35,7 @@ def test_each_budget_ends_the_run(limits: dict[str, float], stopped_by: str, lea
     trainer = make(**{"max_steps": 50} | limits)
     summary = trainer.train()
     assert summary["stopped_by"] == stopped_by
-    assert summary["reason"].startswith(f"{stopped_by} is reached: ")
+    assert summary["reason"].startswith(f"{stopped_by}={limits[stopped_by]:g} is reached: ")
     assert least <= summary["step"] < 50
     assert (tmp_path / "run" / f"checkpoint-{summary['step']}").is_dir()
     assert events(tmp_path / "run")[-1] == "budget"
@@ -258,7 +258,7 @@ def test_a_run_goes_on_past_the_forecast_to_the_end_and_has_ended_then(make: Mak
     summary = resume(tmp_path / "run", given, forecast="warn", max_steps=step + 2).train()
     assert (summary["stopped_by"], summary["step"]) == ("max_steps", step + 2)
     told = resume(tmp_path / "run", given).train()["reason"]
-    assert told.startswith(f"max_steps is reached: {step + 2} of {step + 2} steps are ")
+    assert told.startswith(f"max_steps={step + 2} is reached: {step + 2} steps are done")
     assert told.endswith(". The run had ended already; set a larger max_steps to continue.")
 
 

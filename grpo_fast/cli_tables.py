@@ -1,0 +1,39 @@
+"""How commands print words, tables and notes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+def print_words(console: Console, words: Mapping[str, str]) -> None:
+    """Prints words beside their names."""
+    table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name, told in words.items():
+        table.add_row(f"[bold]{escape(name)}[/]", escape(told))
+    console.print(table, highlight=False)
+
+
+def print_table(console: Console, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints an empty line, then rows of cells under their heads."""
+    table = Table(*heads, box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print()
+    console.print(table, highlight=False)
+
+
+def print_notes(console: Console, notes: Sequence[str]) -> None:
+    """Prints a line for each note."""
+    for told in notes:
+        console.print(f"[dim]note:[/] {escape(told)}", highlight=False)
+
+
+def print_written(console: Console, *files: Path | None) -> None:
+    """Prints which files were written; ``None`` stands for one that was not asked for."""
+    for file in filter(None, files):
+        console.print(f"wrote {file}", highlight=False, markup=False, soft_wrap=True)
