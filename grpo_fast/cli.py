@@ -424,7 +424,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(app(arguments, exit_on_error=False, print_error=False))
     except CycloptsError as error:
         _fail(in_words(error))
-    except (ValueError, OSError, TrainingError) as error:
+    except (ValueError, OSError, FloatingPointError, TrainingError) as error:
         if hasattr(error, "told_elsewhere") and os.environ.get("LOCAL_RANK") != "0":
             sys.exit(1)  # another rank tells it, and the first one of each node
         _fail(of_file(error) if isinstance(error, OSError) else str(error))

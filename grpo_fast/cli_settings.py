@@ -11,7 +11,7 @@ from cyclopts import config as cyclopts_config
 
 from grpo_fast.config import Config, ConfigError, read_toml
 from grpo_fast.recipes import recipe_values
-from grpo_fast.run_dir import CONFIG_FILE, run_of
+from grpo_fast.run_dir import CONFIG_FILE, no_run, run_of
 
 
 def fill(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
@@ -48,7 +48,7 @@ def fill(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> 
                 "(to keep the original, copy the directory and resume the copy)"
             )
         if not (Path(resume) / CONFIG_FILE).exists():
-            raise ConfigError(f"there is no run in {resume} (it has no {CONFIG_FILE}); give the output_dir of a run")
+            raise ConfigError(no_run(Path(resume)))
         values = read_toml(Path(resume) / CONFIG_FILE)
     elif commands == ("evaluate",):
         values = _to_evaluate(given("SOURCE"), recipe, file, model=given("--model"))

@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from grpo_fast.consistency import check_consistency
 from grpo_fast.explain import explain
-from grpo_fast.given_values import ONE_OR_SEVERAL, SchedulerType, dataset_anywhere, expanded, model_anywhere, refuse_switches
+from grpo_fast.given_values import ONE_OR_SEVERAL, SchedulerType, dataset_anywhere, expanded, model_anywhere, refuse_misread
 from grpo_fast.json_object import JsonObject
 
 LossType = Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "gspo", "rloo", "luspo", "sapo"]
@@ -114,7 +114,7 @@ class Config(BaseModel):
     """Name of the prompt column in your own dataset; reward functions see it as ``prompt``."""
     answer_column: Annotated[str, _DATA] = "answer"
     """Name of the column of right answers, which the built-in rewards compare with; reward functions see it as ``answer``."""
-    dataset_size: Annotated[int, _DATA] = Field(2048, ge=1)
+    dataset_size: Annotated[int, _DATA] = Field(2048, ge=1, le=10_000_000)
     """Number of rows that generated tasks make (``arithmetic``, ``countdown``, ``reasoning_gym``)."""
     system_prompt: Annotated[str | None, _DATA] = None
     """System message put before every prompt; it turns plain prompts into chat messages."""
@@ -279,7 +279,7 @@ class Config(BaseModel):
     """Most tokens, padding included, in one forward and backward pass; changes memory, not results. Default: 2,048 on a CPU,
     where more is no faster, and 16,384 on a GPU."""
 
-    max_steps: Annotated[int, _BUDGET] = Field(500, ge=1)
+    max_steps: Annotated[int, _BUDGET] = Field(500, ge=1, le=1_000_000)
     """Limit in steps; also the horizon of schedules and forecasts."""
     max_tokens: Annotated[float | None, _BUDGET] = Field(None, gt=0)
     """Limit in tokens, prompts and completions together."""
@@ -367,7 +367,7 @@ class Config(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _numbers(cls, values: Any) -> Any:
-        return refuse_switches(values, cls.model_fields)
+        return refuse_misread(values, cls.model_fields)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -441,7 +441,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         ConfigError: the file is missing or is not TOML.
     """
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

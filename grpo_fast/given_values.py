@@ -87,17 +87,21 @@ def _anywhere(name: str, *, of_directory: bool = False) -> str:
     return str(path.absolute()) if name and (path.is_dir() if of_directory else path.exists()) else name
 
 
-def refuse_switches(values: Any, fields: Mapping[str, FieldInfo]) -> Any:
-    """Returns the values, and refuses True and False for numbers, which Python would take for 1 and 0.
+def refuse_misread(values: Any, fields: Mapping[str, FieldInfo]) -> Any:
+    """Returns the values, and refuses those that Python would take for others.
+
+    True and False would be the numbers 1 and 0, and an empty name, as of an unset shell variable, the current folder.
 
     Args:
         values: as given, by field name.
         fields: all fields of the configuration.
 
     Raises:
-        ValueError: a number is given as True or False; the message names it.
+        ValueError: there is such a value; the message names it.
     """
     for name, value in values.items() if isinstance(values, Mapping) else ():
+        if name in {"model", "dataset", "output_dir"} and isinstance(value, str) and not value.strip():
+            raise ValueError(f"{name}={value!r} names nothing; give a name (a shell variable may be unset), or leave it out")
         kinds = {int, float} & {fields[name].annotation, *get_args(fields[name].annotation)} if name in fields else set()
         if isinstance(value, bool) and kinds:
             raise ValueError(f"{name}={value!r} is not a number; give one, such as {name}={fields[name].default or 1}")

@@ -52,6 +52,14 @@ def run_of(path: Path) -> Path | None:
     return next((place for place in (path, path.absolute().parent) if (place / CONFIG_FILE).is_file()), None)
 
 
+def no_run(path: Path) -> str:
+    """What to say where a run was to be named, and ``path`` is none."""
+    run = run_of(path)
+    if run is not None:
+        return f"{path} is a checkpoint of a run, not a run; give {run}, which goes on from its newest checkpoint"
+    return f"there is no run in {path} (it has no {CONFIG_FILE}); give the output_dir of a run"
+
+
 def is_cut_short(path: Path) -> bool:
     """Whether this is left from a kill during :func:`replaced`."""
     return path.name.startswith(".") and path.name.endswith(CUT_SHORT)

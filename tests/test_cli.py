@@ -100,6 +100,10 @@ def test_commands_and_version(shell: Shell) -> None:
         ("train --resume none --output-dir ./none", "there is no run in none"),
         ("train --model nowhere/[at]/all", "cannot load model 'nowhere/[at]/all'"),
         ("train --reward-funcs acuracy --max-completion-length 8", "unknown reward 'acuracy'; did you mean 'accuracy'"),
+        (
+            "train --output-dir= --model embedded",
+            "output_dir='' names nothing; give a name (a shell variable may be unset), or leave it out",
+        ),
         ("report none", "none"),
     ],
 )
@@ -301,6 +305,13 @@ def test_a_failing_reward_is_told_without_a_traceback(shell: Shell, tmp_path: Pa
     assert "error: reward function 'score' raised KeyError: '[answer]'" in in_words(err)
     assert "Traceback" not in err
     assert (tmp_path / "run" / "checkpoint-0").is_dir()
+
+
+def test_logits_that_are_not_finite_are_told_without_a_traceback(shell: Shell) -> None:
+    code, _, err = shell(f"train {SMALL} --temperature 1e-300 --output-dir run --no-report")
+    assert code == 1
+    assert "error: the model's logits are not finite within the first 1 tokens of a completion" in in_words(err)
+    assert "Traceback" not in err
 
 
 def test_a_run_without_a_model_says_which_one_it_trains(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

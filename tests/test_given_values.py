@@ -44,6 +44,14 @@ def test_an_empty_string_among_several_is_refused(field: str, value: Any) -> Non
     assert Config(stop=()) == Config(stop=[]) == Config()  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("field", ["model", "dataset", "output_dir"])
+@pytest.mark.parametrize("value", ["", " "])
+def test_an_empty_name_is_refused(field: str, value: str) -> None:
+    """As a path it would be the current folder."""
+    with pytest.raises(ConfigError, match=rf"^{field}='{value}' names nothing; give a name"):
+        Config.parse({field: value})
+
+
 @pytest.mark.parametrize(
     ("values", "told"),
     [

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from grpo_fast.run_dir import CONFIG_FILE, LOCK_FILE, empty_run, is_cut_short, run_of, write_whole
+from grpo_fast.run_dir import CONFIG_FILE, LOCK_FILE, empty_run, is_cut_short, no_run, run_of, write_whole
 
 
 def test_no_reader_sees_half_a_file(tmp_path: Path) -> None:
@@ -99,3 +99,7 @@ def test_a_checkpoint_belongs_to_the_run_that_it_is_in(tmp_path: Path, monkeypat
     monkeypatch.chdir(run)
     assert run_of(Path("checkpoint-2")) == run
     assert run_of(Path("owner/name")) is None
+    assert no_run(run / "checkpoint-2") == (
+        f"{run}/checkpoint-2 is a checkpoint of a run, not a run; give {run}, which goes on from its newest checkpoint"
+    )
+    assert no_run(Path("owner/name")).startswith("there is no run in owner/name (it has no config.toml)")

@@ -85,6 +85,7 @@ class PolicySource:
             raise ConfigError(
                 f"max_completion_length={config.max_completion_length} leaves no room for a prompt in {config.model}'s "
                 f"context of {self.context_length} tokens; lower it"
+                + ("" if "model" in config.model_fields_set else ", or name another model")
             )
         self.max_prompt_length = min(room, config.max_prompt_length or room)
         """Longest prompt that leaves room for a completion."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_fast.config import Config, ConfigError
-from grpo_fast.run_dir import CONFIG_FILE
+from grpo_fast.run_dir import CONFIG_FILE, no_run
 from grpo_fast.train.launch import is_restart
 
 LIMITS = tuple(f"max_{name}" for name in ("steps", "tokens", "flops", "gpu_hours", "wall_hours", "money", "energy_kwh"))
@@ -58,7 +58,7 @@ def config_of(run_dir: str | Path) -> Config:
     """
     file = Path(run_dir) / CONFIG_FILE
     if not file.exists():
-        raise ConfigError(f"there is no run in {run_dir} (it has no {CONFIG_FILE}); give the output_dir of a run")
+        raise ConfigError(no_run(Path(run_dir)))
     return Config.from_toml(file)
 
 

@@ -162,6 +162,7 @@ class GRPOTrainer:
             ConfigError: a reward lies outside ``reward_range``; what was trained is saved.
             NonFiniteGradientError: training diverged; what was trained is saved.
             RolloutError: the engine died, or does not have the policy's weights; what was trained is saved.
+            FloatingPointError: the policy's logits are not finite; the newest checkpoint holds.
             RankLostError: another process of the run died or hangs; the newest checkpoint holds.
             KeyboardInterrupt: Ctrl-C came twice; the newest checkpoint holds.
         """
@@ -309,10 +310,8 @@ class GRPOTrainer:
     def _reason(self, signal: str, verdict: Verdict | None) -> Ending | None:
         step, watched = self.global_step, self._oversight.settled if verdict is None else verdict.ending
         if signal:
-            hint = f"`grpo-fast train --resume {self.config.output_dir}`"
-            return Ending(
-                "interrupt", f"{signal} received after step {step}; the run is saved. Continue it with {hint}.", signal
-            )
+            told = f"the run is saved. Continue it with `grpo-fast train --resume {self.config.output_dir}`."
+            return Ending("interrupt", f"{signal} received after step {step}; {told}", signal)
         if self._stop_message:
             return Ending("user", f"{self._stop_message}, after step {step}.")
         if watched is not None and watched.kind == "collapse":

@@ -83,8 +83,10 @@ def test_a_gpu_that_is_not_there_is_told() -> None:
 
 
 def test_completion_that_leaves_no_room_is_refused(tiny_model: Path) -> None:
-    with pytest.raises(ConfigError, match=r"max_completion_length=64 leaves no room .* context of 64 tokens"):
+    with pytest.raises(ConfigError, match=r"max_completion_length=64 leaves no room .* context of 64 tokens; lower it$"):
         PolicySource(Config(model=str(tiny_model), max_completion_length=64))
+    with pytest.raises(ConfigError, match=r"in embedded's context of 128 tokens; lower it, or name another model$"):
+        PolicySource(Config())
     source = PolicySource(Config(model=str(tiny_model), max_completion_length=60, max_prompt_length=10))
     assert source.max_prompt_length == 4
     assert PolicySource(Config(model=str(tiny_model), max_completion_length=60, max_prompt_length=2)).max_prompt_length == 2
