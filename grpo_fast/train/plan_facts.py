@@ -236,14 +236,19 @@ def _pace(config: Config, inputs: PlanInputs, sources: dict[str, str], notes: li
         common["watts"] = None if spec is None else spec.watts
     else:
         facts = device_facts("cpu" if pick_device(config.device).type == "cpu" else "cuda")
-        name, peak = facts.name, facts.peak_bf16_flops if config.dtype != "float32" else None
+        name, peak = facts.name, facts.peak_bf16_flops
         common["watts"] = facts.power_watts
+    in_float32 = peak is not None and config.dtype == "float32"
+    peak = None if in_float32 else peak
     if inputs.seconds_per_step is not None:
         sources["seconds_per_step"] = "given"
         return Pace(seconds=Guess(inputs.seconds_per_step, _GIVEN_FACTOR, "given"), **common), name
     if peak is None:
         sources["seconds_per_step"] = "unknown"
-        if inputs.gpu is None:
+        if in_float32:
+            why = f"the peak FLOP/s of {name} is known in bfloat16 alone, and dtype is 'float32'; leave dtype at 'auto', measure a "
+            why += "step there with --probe, or give --seconds-per-step"
+        elif inputs.gpu is None:
             why = f"the peak FLOP/s of {name} is not known; measure a step with --probe, give --seconds-per-step, or name the "
             why += "device with --gpu"
         else:

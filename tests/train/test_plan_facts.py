@@ -93,6 +93,18 @@ def test_a_named_device_without_bfloat16_is_not_asked_to_be_named() -> None:
     assert "--seconds-per-step" in told
 
 
+def test_float32_is_not_timed_by_the_peak_of_bfloat16() -> None:
+    inputs = PlanInputs(model_size=7.0, gpu="H100 80GB HBM3")
+    known = gather(Config(dtype="float32"), inputs)
+    assert (known.pace.mfu, known.pace.peak_flops, known.sources["seconds_per_step"]) == (None, None, "unknown")
+    (told,) = [note for note in known.notes if "time and money" in note]
+    assert "H100 80GB HBM3 is known in bfloat16 alone, and dtype is 'float32'; leave dtype at 'auto'" in told
+    assert gather(Config(dtype="bfloat16"), inputs).pace.peak_flops == 989.4e12
+    assert "T4 has no bfloat16" in " ".join(gather(Config(dtype="float32"), PlanInputs(model_size=7.0, gpu="T4")).notes)
+    timed = gather(Config(dtype="float32"), PlanInputs(model_size=7.0, gpu="H100 80GB HBM3", seconds_per_step=4.0))
+    assert timed.pace.seconds is not None
+
+
 def test_no_share_of_the_peak_foretells_steps_that_wait_for_launches() -> None:
     tiny = gather(recipe("embedded"), PlanInputs(gpu="RTX 4090"))
     assert (tiny.sources["seconds_per_step"], tiny.pace.mfu) == ("unknown", None)
