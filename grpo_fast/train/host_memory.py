@@ -28,10 +28,12 @@ class HostBlocks:
 
     Args:
         pinned: whether a GPU is to reach them while the host goes on.
+        device: "meta" to count without taking any.
     """
 
-    def __init__(self, *, pinned: bool) -> None:
+    def __init__(self, *, pinned: bool, device: str = "cpu") -> None:
         self._pinned = pinned
+        self._device = device
         self._blocks: list[_Block] = []
 
     @property
@@ -46,11 +48,14 @@ class HostBlocks:
         block = next((block for block in self._blocks if block.used + taken <= block.memory.nbytes), None)
         if block is None:
             wanted = max(taken, _LEAST_BLOCK_BYTES, min(_MOST_BLOCK_BYTES, self.nbytes // 4))
-            block = _Block(torch.empty(1 << (wanted - 1).bit_length(), dtype=torch.uint8, pin_memory=self._pinned))
+            block = _Block(self._block(1 << (wanted - 1).bit_length()))
             self._blocks.append(block)
         found = block.memory[block.used : block.used + size].view(dtype).view(shape)
         block.used += taken
         return found
+
+    def _block(self, num_bytes: int) -> torch.Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self._device, pin_memory=self._pinned)
 
 
 def by_itself(tensor: torch.Tensor) -> torch.Tensor:

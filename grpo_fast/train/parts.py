@@ -207,8 +207,9 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
     world.once(lambda: claim.spare(source.directory, given))
     if "engine" not in given:
         check_sampler(config, source)
-    nodes = {"num_devices": world.size, "devices_per_node": world.ranks_per_node}
-    world.each(lambda: check_room(source.model_config, source.config, **nodes))
+    place = {"num_devices": world.size, "devices_per_node": world.ranks_per_node}
+    place["begins_from_adapters"] = source.begins_from_adapters
+    world.each(lambda: check_room(source.model_config, source.config, **place))
     with contextlib.ExitStack() as on_error:
         environments = choose_environments(config, given)
         if environments is not None:

@@ -293,14 +293,15 @@ def _memory(config: Config, inputs: PlanInputs, known: PlanFacts) -> tuple[Memor
         known.notes.append(f"whether the run fits is unknown, because the memory of {inputs.gpu} is not known")
         return None, []
     room, kind = device_room(config, inputs.gpu)
+    source = PolicySource(config)
     place = MemoryInputs(
         room,
         kind,
         prompt_tokens=known.work.prompt_tokens,
         num_devices=inputs.num_devices,
         completion_tokens=known.sampled_lengths,
+        begins_from_adapters=source.begins_from_adapters,
     )
-    source = PolicySource(config)
     planner = MemoryPlanner(source.model_config, source.config, place)
     plan = planner.plan()
     return plan, [] if plan.fits else planner.changes()

@@ -246,8 +246,10 @@ def _pace(config: Config, inputs: PlanInputs, sources: dict[str, str], notes: li
     if peak is None:
         sources["seconds_per_step"] = "unknown"
         if in_float32:
-            why = f"the peak FLOP/s of {name} is known in bfloat16 alone, and dtype is 'float32'; leave dtype at 'auto', measure a "
-            why += "step there with --probe, or give --seconds-per-step"
+            why = (
+                f"the peak FLOP/s of {name} is known in bfloat16 alone, and dtype is 'float32'; leave dtype at 'auto', measure "
+            )
+            why += "a step there with --probe, or give --seconds-per-step"
         elif inputs.gpu is None:
             why = f"the peak FLOP/s of {name} is not known; measure a step with --probe, give --seconds-per-step, or name the "
             why += "device with --gpu"

@@ -32,6 +32,7 @@ from grpo_fast.train.plan_sizes import (
     moments,
     sparse_copies,
     update_bytes,
+    vllm_pass_bytes,
     weight_bytes,
 )
 from grpo_fast.train.policy_source import computes_in_bfloat16, outline_of, pick_device
@@ -40,6 +41,7 @@ from grpo_fast.train.streaming import streams_weights
 
 _CONTEXT_BYTES = {"cuda": 700 * 2**20, "cpu": 450 * 2**20}
 """Memory of the process before the model: CUDA's context and libraries' workspaces; Python with its modules."""
+_VLLM_PASS = "vLLM's activations"
 USUAL_NODE = 8
 """Devices of a node, where nothing says how many it has."""
 _NUM_CHANGES = 3
@@ -79,6 +81,7 @@ class MemoryInputs:
         completion_tokens: lengths of completions as they were sampled, group after group; without any, all are as long as
             may be.
         devices_per_node: what ``fsdp="hybrid_shard"`` divides by.
+        begins_from_adapters: whether ``model`` names saved adapters.
     """
 
     room_bytes: int
@@ -87,6 +90,7 @@ class MemoryInputs:
     num_devices: int = 1
     completion_tokens: tuple[int, ...] = ()
     devices_per_node: int = USUAL_NODE
+    begins_from_adapters: bool = False
 
 
 class MemoryPlanner:
@@ -125,8 +129,10 @@ class MemoryPlanner:
             if config.rollout == "vllm" and config.use_peft:
                 host["vLLM's weights"] = sizes.total * dtype.itemsize
         elif config.rollout == "vllm" or config.max_staleness:  # the engine stays awake, or samples while training goes on
-            lasting |= sampling
-            sampling = {}
+            # What a pass of vLLM lets go of is this process's again, where it is in it.
+            passing = set() if config.vllm_own_process or config.max_staleness else {_VLLM_PASS}
+            lasting |= {name: size for name, size in sampling.items() if name not in passing}
+            sampling = {name: size for name, size in sampling.items() if name in passing}
         training, waiting = self._training(outline, config, sizes)
         if waiting:
             host["activations"] = waiting
@@ -222,12 +228,13 @@ class MemoryPlanner:
     def _lasting(self, config: Config, sizes: ModelSizes) -> tuple[dict[str, int], dict[str, int]]:
         """Bytes by part that stay on the device, and in the host's memory."""
         parts = self._num_parts(config)
-        of_optimiser, host = moments(config, sizes.trained // parts)
+        of_optimiser, host = moments(config, sizes, parts=parts)
         return {
             "process and libraries": _CONTEXT_BYTES[self._inputs.kind],
             "weights that are trained": sizes.trained * weight_bytes(config) // parts,
             "frozen weights": sizes.frozen_bytes // parts,
-            "reference policy": sizes.reference_bytes(config) // parts,
+            "reference policy": sizes.reference_bytes(config, of_adapters=self._inputs.begins_from_adapters and parts > 1)
+            // parts,
             "reward models": self._reward_models,
             "optimiser": of_optimiser,
         }, host
@@ -296,7 +303,13 @@ class MemoryPlanner:
             cache = cpu_cache_bytes(sizes.cached_values * dtype.itemsize, self._longest(config))
             if config.vllm_kv_cache_gib is not None:
                 cache = round(config.vllm_kv_cache_gib * 2**30)
-            return {"vLLM's weights": sizes.total * dtype.itemsize, "vLLM's keys and values": cache}
+            device = DeviceMemory(self._inputs.kind, self._inputs.room_bytes)
+            activations = vllm_pass_bytes(config, sizes, device, longest=self._longest(config), itemsize=dtype.itemsize)
+            return {
+                "vLLM's weights": sizes.total * dtype.itemsize,
+                "vLLM's keys and values": cache,
+                _VLLM_PASS: activations,
+            }
         width = self._longest(config)
         rows = min(config.prompts_per_step * config.num_generations, max(1, MAX_BATCH_TOKENS // width))
         copied = sizes.trained * weight_bytes(config) if config.max_staleness else 0
@@ -355,21 +368,19 @@ def device_room(config: Config, gpu: str | None) -> tuple[int, str]:
     return facts.memory_bytes, facts.kind
 
 
-def check_room(model_config: PreTrainedConfig, config: Config, *, num_devices: int, devices_per_node: int = USUAL_NODE) -> None:
+def check_room(model_config: PreTrainedConfig, config: Config, **place: Any) -> None:
     """Ends a run before anything is loaded where weights, gradients and moments alone cannot fit.
 
     Args:
         model_config: of the model.
         config: of the run.
-        num_devices: processes of the run.
-        devices_per_node: processes of the run on a node.
+        **place: what else is known of :class:`MemoryInputs`, such as ``num_devices``.
 
     Raises:
         ConfigError: they cannot; the message says by part how much is missing, and what would fit.
     """
     room, kind = device_room(config, None)
-    inputs = MemoryInputs(room, kind, prompt_tokens=1, num_devices=num_devices, devices_per_node=devices_per_node)
-    planner = MemoryPlanner(model_config, config, inputs)
+    planner = MemoryPlanner(model_config, config, MemoryInputs(room, kind, prompt_tokens=1, **place))
     if planner.least_bytes() > room:
         try:
             told = refusal(planner.plan(), planner.changes())

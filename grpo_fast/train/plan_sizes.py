@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -15,7 +15,10 @@ from grpo_fast.ops.kept_logprob import kept_chunk_bytes
 from grpo_fast.ops.lm_head import LMHead, chunk_bytes_of, rows_per_chunk
 from grpo_fast.ops.products import rows_at_once
 from grpo_fast.train.activations import HeadBytes
+from grpo_fast.train.host_memory import HostBlocks
 
+_VLLM_BATCH = {"cuda": ((70, (16_384, 1024)), (0, (8192, 256))), "cpu": ((0, (4096, 256)),)}
+"""Tokens and sequences of a batch where none are given (vLLM 0.32), by GiB of the device; an A100 of 80 GB has the lesser."""
 _NF4_BYTES, _NESTED_NF4_BYTES = 0.5 + 4 / 64, 0.5 + 1 / 64 + 4 / (64 * 256)
 
 
@@ -34,6 +37,7 @@ class ModelSizes:
 
     Attributes:
         trained: numbers that are trained.
+        shapes: of the weights that are.
         total: all numbers, adapters included.
         frozen_bytes: of weights that are not trained.
         largest: numbers of the largest trained weight.
@@ -43,11 +47,13 @@ class ModelSizes:
         operand_itemsize: the same as it is multiplied.
         layers: how many.
         hidden: H.
+        inner: width inside a layer's MLP.
         vocab: V.
         cached_values: numbers that an engine keeps of a token.
     """
 
     trained: int
+    shapes: tuple[torch.Size, ...]
     total: int
     frozen_bytes: int
     largest: int
@@ -57,6 +63,7 @@ class ModelSizes:
     operand_itemsize: int
     layers: int
     hidden: int
+    inner: int
     vocab: int
     cached_values: int
 
@@ -77,7 +84,8 @@ class ModelSizes:
             raise ConfigError(f"{type(outline).__name__} has no output embeddings; a causal language model is needed")
         head: torch.Tensor = layer.weight
         weights = list(outline.parameters())
-        trained = [weight.numel() for weight in weights if weight.requires_grad]
+        shapes = tuple(weight.shape for weight in weights if weight.requires_grad)
+        trained = [shape.numel() for shape in shapes]
         linear = {id(module.weight) for module in outline.modules() if isinstance(module, torch.nn.Linear)} - {id(head)}
         nf4 = _NESTED_NF4_BYTES if config.use_bnb_nested_quant else _NF4_BYTES
         short = {id(weight) for weight in weights if config.load_in_4bit and id(weight) in linear}
@@ -85,6 +93,7 @@ class ModelSizes:
         model = outline.config.get_text_config()
         return cls(
             trained=sum(trained),
+            shapes=shapes,
             total=sum(weight.numel() for weight in weights),
             frozen_bytes=round(sum(count * (nf4 if packed else dtype.itemsize) for count, packed in frozen)),
             largest=max(trained, default=0),
@@ -94,6 +103,7 @@ class ModelSizes:
             operand_itemsize=dtype.itemsize,
             layers=int(model.num_hidden_layers),
             hidden=int(model.hidden_size),
+            inner=_inner_width(model),
             vocab=head.shape[0],
             cached_values=cached_values(model),
         )
@@ -102,9 +112,16 @@ class ModelSizes:
         """Weights that go to vLLM as they are, not as adapters."""
         return self.total - self.trained if config.use_peft else self.total
 
-    def reference_bytes(self, config: Config) -> int:
-        """A reference policy of its own: none without KL, nor where adapters are switched off for it."""
-        return self.total * weight_bytes(config) if config.beta > 0 and not config.use_peft else 0
+    def reference_bytes(self, config: Config, *, of_adapters: bool) -> int:
+        """A reference policy of its own: none without KL, nor where adapters are switched off or put back for it.
+
+        Args:
+            config: the run's.
+            of_adapters: whether the run begins from adapters that are sharded, which cannot be put back.
+        """
+        if config.beta == 0 or (config.use_peft and not of_adapters):
+            return 0
+        return self.whole_bytes(config) if config.use_peft else self.total * weight_bytes(config)
 
     @property
     def multiplies_as_float32(self) -> bool:
@@ -121,15 +138,31 @@ class ModelSizes:
         return self.frozen_bytes + weight_bytes(config) * self.trained
 
 
+def _inner_width(text_config: Any) -> int:
+    """That of the widest layer; some models have one each, and what names none has four times H."""
+    width = getattr(text_config, "intermediate_size", None) or 4 * text_config.hidden_size
+    return int(max(width) if isinstance(width, list | tuple) else width)
+
+
 def weight_bytes(config: Config) -> int:
     """Bytes of a number that is trained."""
     return 2 if config.weights_dtype == "bfloat16" else 4
 
 
-def moments(config: Config, trained: int) -> tuple[int, dict[str, int]]:
-    """Bytes of the optimiser on the device, and in the host's memory."""
+def moments(config: Config, sizes: ModelSizes, *, parts: int) -> tuple[int, dict[str, int]]:
+    """Bytes of the optimiser on the device, and in the host's memory.
+
+    Args:
+        config: the run's.
+        sizes: of the model.
+        parts: devices that share them.
+    """
+    trained = sizes.trained // parts
     if config.offload_optimizer:
-        return 0, {"optimiser and float32 weights": 16 * trained}
+        copies = HostBlocks(pinned=False, device="meta")
+        for rows, *others in 2 * sizes.shapes:  # weights in float32, then gradients
+            copies.empty(torch.Size((-(-rows // parts), *others)), torch.float32)
+        return 0, {"optimiser and float32 weights": 8 * trained + copies.nbytes}
     if config.optim.startswith("paged_"):
         return 0, {"paged optimiser": (2 if "8bit" in config.optim else 8) * trained}
     return (2 if config.optim == "adamw_8bit" else 8) * trained, {}
@@ -180,6 +213,25 @@ def head_bytes(config: Config, sizes: ModelSizes, device: DeviceMemory, *, num_r
         products = max(products, part * (2 * rows + sizes.hidden) * 4)  # a slice of exponentials twice, and what comes of it
     scratch = min(CACHE_BYTES, rows * vocab * 4)
     return HeadBytes(vocab, gathered + block + scratch + copied + products + rows * sizes.hidden * 4)
+
+
+def vllm_pass_bytes(config: Config, sizes: ModelSizes, device: DeviceMemory, *, longest: int, itemsize: int) -> int:
+    """Bytes of the largest pass of vLLM in this process or beside it, which it makes when it starts.
+
+    An estimate, not measured on a GPU: input, residual and both halves of an MLP of as many tokens as a batch may have, or
+    logits of as many sequences three times over in float32. CUDA graphs come on top.
+
+    Args:
+        config: the run's; read are arguments of vLLM that were given.
+        sizes: of the model.
+        device: where it runs.
+        longest: longest sequence, in tokens.
+        itemsize: bytes of a number that is computed.
+    """
+    tokens, sequences = next(most for least_gib, most in _VLLM_BATCH[device.kind] if device.memory_bytes >= least_gib * 2**30)
+    sequences = int(config.vllm_engine_args.get("max_num_seqs") or sequences)
+    tokens = min(int(config.vllm_engine_args.get("max_num_batched_tokens") or max(tokens, longest)), sequences * longest)
+    return max(tokens * (2 * sizes.hidden + 3 * sizes.inner) * itemsize, 3 * min(sequences, tokens) * sizes.vocab * 4)
 
 
 def sparse_copies(config: Config, sent_bytes: int) -> dict[str, int]:

@@ -132,6 +132,11 @@ class PolicySource:
         """Whether the tokeniser brings a chat template."""
         return self.tokenizer.chat_template is not None
 
+    @property
+    def begins_from_adapters(self) -> bool:
+        """Whether ``model`` names saved adapters."""
+        return self._start is not None
+
     def outline(self) -> PreTrainedModel:
         """The model without its weights: modules and sizes alone, adapters included, in no memory.
 

@@ -102,6 +102,21 @@ def test_adapters_leave_a_frozen_base() -> None:
     assert nf4.lasting["reference policy"] == 0
 
 
+def test_sharded_adapters_that_begin_as_saved_ones_have_a_reference_beside_them() -> None:
+    def reference(*, num_devices: int, begins: bool = True, **changes: Any) -> int:
+        inputs = MemoryInputs(80 * GIB, "cuda", 200, num_devices=num_devices, begins_from_adapters=begins)
+        lasting = MemoryPlanner(LLAMA_8B, Config(use_peft=True, **changes), inputs).plan().lasting
+        assert lasting["frozen weights"] >= 2 * num_weights(LLAMA_8B) // num_devices
+        return lasting["reference policy"]
+
+    adapters = 4 * 16 * sum(32 * (inputs + outputs) for inputs, outputs in _layers_of_llama())
+    sharded: dict[str, Any] = {"fsdp": "full_shard", "beta": 0.1}
+    assert reference(num_devices=4, **sharded) == (2 * num_weights(LLAMA_8B) + adapters) // 4
+    assert reference(num_devices=4, begins=False, **sharded) == 0, "they are switched off for it"
+    assert reference(num_devices=4, beta=0.1) == reference(num_devices=1, **sharded) == 0, "they are put back for it"
+    assert reference(num_devices=4, fsdp="full_shard") == 0
+
+
 def _layers_of_llama() -> list[tuple[int, int]]:
     return [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 14_336), (4096, 14_336), (14_336, 4096)]
 
@@ -178,6 +193,26 @@ def test_a_sleeping_vllm_lies_beside_sampling_alone() -> None:
     assert "vLLM's weights" not in asleep.host
     adapters = planner(SMALL, Config(rollout="vllm", vllm_enable_sleep_mode=True, use_peft=True)).plan()
     assert adapters.host["vLLM's weights"] >= 2 * num_weights(SMALL)
+
+
+def test_vllm_computes_beside_a_cache_of_a_given_size() -> None:
+    """Its share of the memory, where that is what is given, holds its activations too."""
+
+    def found(model: Any = LLAMA_8B, *, room_gib: float = 80, kind: str = "cuda", **changes: Any) -> tuple[Any, Any]:
+        config = Config(rollout="vllm", vllm_kv_cache_gib=2.0, **changes)
+        plan = planner(model, config, room_gib=room_gib, kind=kind).plan()
+        return plan.phases["sampling"].get("vLLM's activations"), plan.lasting.get("vLLM's activations")
+
+    token = (2 * 4096 + 3 * 14_336) * 2
+    assert found() == (16_384 * token, None), "what the trainer takes again"
+    assert found(room_gib=24) == (8192 * token, None)
+    assert found(vllm_own_process=True) == (None, 16_384 * token)
+    assert found(vllm_engine_args={"max_num_batched_tokens": 2048, "max_num_seqs": 64}) == (2048 * token, None)
+    assert found(SMALL, vllm_engine_args={"max_num_batched_tokens": 1024}) == (3 * 1024 * 1000 * 4, None), "logits"
+    assert found(SMALL, kind="cpu") == (4096 * (2 * 64 + 3 * 128) * 4, None)
+    asleep = planner(LLAMA_8B, Config(rollout="vllm", vllm_kv_cache_gib=2.0, vllm_enable_sleep_mode=True)).plan()
+    assert asleep.phases["sampling"]["vLLM's activations"] == 16_384 * token
+    assert "vLLM's activations" not in planner(LLAMA_8B, Config(rollout="vllm")).plan().phases["sampling"]
 
 
 def test_both_ends_of_a_sparse_transport_keep_what_went_over() -> None:

@@ -26,6 +26,8 @@ MODEL = LlamaConfig(
     num_key_value_heads=4,
 )
 
+NOTHING: dict[str, Any] = dict.fromkeys(ModelSizes.__dataclass_fields__, 0)
+
 
 def sizes_of(config: Config, *, dtype: torch.dtype = torch.float32) -> ModelSizes:
     return ModelSizes.of(outline_of(MODEL, config), config, dtype=dtype)
@@ -85,8 +87,28 @@ def test_an_update_makes_what_is_foretold(changes: dict[str, Any]) -> None:
 
     model.weight.grad = torch.ones_like(model.weight)
     update()
-    sizes = ModelSizes(**dict.fromkeys(ModelSizes.__dataclass_fields__, 0) | {"largest": model.weight.numel()})  # type: ignore[arg-type]
+    sizes = ModelSizes(**NOTHING | {"largest": model.weight.numel()})
     real = most_held(update) if changes else 0
     assert real == pytest.approx(update_bytes(config, sizes), rel=0.35)
     state = sum(value.nbytes for value in optimizer.state[model.weight].values() if torch.is_tensor(value) and value.ndim)
-    assert moments(config, model.weight.numel()) == (state, {})
+    trained = ModelSizes(**NOTHING | {"trained": model.weight.numel()})
+    assert moments(config, trained, parts=1) == (state, {})
+
+
+def test_an_offloaded_optimiser_takes_what_is_foretold() -> None:
+    """Its blocks are powers of two: more than the numbers in them."""
+    config = Config(offload_optimizer=True)
+    model = torch.nn.Sequential(*(torch.nn.Linear(300, rows) for rows in (700, 41, 1000, 333)))
+    optimizer: Any = build_optimizer(model, config)
+    for weight in model.parameters():
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    moments_kept = sum(value.nbytes for state in optimizer._masters.state.values() for value in state.values() if value.ndim)
+    shapes = tuple(weight.shape for weight in model.parameters())
+    trained = sum(shape.numel() for shape in shapes)
+    sizes = ModelSizes(**NOTHING | {"trained": trained, "shapes": shapes})
+    foretold = moments(config, sizes, parts=1)
+    assert foretold == (0, {"optimiser and float32 weights": moments_kept + optimizer._memory.nbytes})
+    assert 16 * trained < foretold[1]["optimiser and float32 weights"] < 22 * trained
+    shared = moments(config, sizes, parts=4)[1]["optimiser and float32 weights"]
+    assert 4 * trained < shared < 6 * trained
