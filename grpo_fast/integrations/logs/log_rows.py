@@ -129,7 +129,7 @@ def _events(path: Path, names: Names) -> RawLog:
     try:
         rows = read_events(path)
     except ModuleNotFoundError as error:
-        raise LogError(f"reading TensorBoard events needs {error.name}; `pip install grpo-fast[tracking]`") from error
+        raise LogError(f"reading TensorBoard events needs {error.name}; `pip install 'grpo-fast[tracking]'`") from error
     for name in dict.fromkeys(name for row in rows for name in row):
         names.keeps(name)
     return RawLog(rows, "TensorBoard events")
