@@ -8,8 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import get_scheduler
-from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from grpo_fast.config import Config, ConfigError
 
@@ -76,10 +74,12 @@ def _rate_at(config: Config) -> Callable[[int], float]:
     """The learning rate as a function of the step."""
     kind, given = config.lr_scheduler_type, dict(config.lr_scheduler_kwargs)
     warmup, shift = config.num_warmup_steps + 1, 0
+    if kind == "constant":  # transformers' constant_with_warmup, without the import below
+        return lambda step: config.learning_rate * (step / warmup if step < warmup else 1.0)
+    from transformers import get_scheduler  # noqa: PLC0415 (it imports peft and bitsandbytes, where they are: seconds)
+
     horizon: int | None = config.max_steps + 1
     match kind:
-        case "constant":
-            kind = "constant_with_warmup"
         case "inverse_sqrt":  # transformers' own default, of the steps of warm-up that were asked for
             given.setdefault("timescale", config.num_warmup_steps or 10_000)
         case "warmup_stable_decay" if "num_stable_steps" in given:  # both would be one too many, and warned of
@@ -95,6 +95,10 @@ def _rate_at(config: Config) -> Callable[[int], float]:
 def _check_names(config: Config, told: str) -> None:
     """Holds names of arguments against the schedule's own, and lengths of its phases against the run's."""
     kind, given = config.lr_scheduler_type, config.lr_scheduler_kwargs
+    if kind == "constant" and not given:
+        return
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION  # noqa: PLC0415 (as above)
+
     schedules: Any = TYPE_TO_SCHEDULER_FUNCTION
     parameters = inspect.signature(schedules[kind]).parameters.values()
     known = [each for each in parameters if each.name not in _OURS]

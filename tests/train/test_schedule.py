@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,16 @@ def schedule(**values: object) -> list[float]:
 def test_constant_after_warmup() -> None:
     expected = [0.1 / 4, 0.2 / 4, 0.3 / 4, 0.1, 0.1, 0.1, 0.1, 0.1]
     assert schedule(warmup_steps=3) == pytest.approx(expected, rel=1e-15)
+
+
+def test_the_usual_schedule_waits_for_no_package_that_it_does_not_need() -> None:
+    code = (
+        "import sys; from grpo_fast.config import Config; from grpo_fast.train import GRPOTrainer\n"
+        "from grpo_fast.train.schedule import learning_rates\n"
+        "learning_rates(Config(warmup_steps=3))\n"
+        "assert not {'peft', 'bitsandbytes', 'transformers.optimization'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_linear_after_warmup() -> None:
