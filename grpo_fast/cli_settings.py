@@ -70,7 +70,13 @@ def _to_evaluate(source: str | None, recipe: str | None, file: str | None, *, mo
     if run is not None:
         if recipe is not None or file is not None:
             raise ConfigError(f"{source} is evaluated with its run's configuration; leave out --recipe and --config")
-        return read_toml(run / CONFIG_FILE)
+        values = read_toml(run / CONFIG_FILE)
+        if model is not None and not values.get("use_peft"):  # of adapters it is the base, which may have moved
+            raise ConfigError(
+                f"--model {model}: the model to evaluate is the argument, {source}; leave out --model, or evaluate another "
+                f"model with this run's settings by `grpo-fast evaluate {model} --config {run / CONFIG_FILE}`"
+            )
+        return values
     if model is not None:
         raise ConfigError(f"--model {model}: the model to evaluate is the argument, {source}; leave out --model")
     if recipe is None and file is None and source == "embedded":

@@ -101,7 +101,12 @@ def test_a_checkpoint_is_evaluated_with_its_runs_settings_and_any_other_model_wi
     own = Config(model="base", seed=3, eval_size=7)
     (run / "config.toml").write_text(own.to_toml(), encoding="utf-8")
     assert of(str(run / "checkpoint-2")) == of(str(run)) == own
-    assert of(str(run), "--eval-size", "9", "--model", "elsewhere") == own.replace(eval_size=9, model="elsewhere")
+    assert of(str(run), "--eval-size", "9") == own.replace(eval_size=9)
+    with pytest.raises(ConfigError, match=rf"leave out --model, or .* `grpo-fast evaluate other --config {run}/config.toml`$"):
+        of(str(run / "checkpoint-2"), "--model", "other")
+    adapters = own.replace(use_peft=True)
+    (run / "config.toml").write_text(adapters.to_toml(), encoding="utf-8")
+    assert of(str(run), "--model", "elsewhere") == adapters.replace(model="elsewhere"), "their base, which has moved"
     assert of("embedded") == recipe("embedded")
     assert of("owner/name", "--dataset", "countdown") == Config(model="owner/name", dataset="countdown")
     file = tmp_path / "mine.toml"

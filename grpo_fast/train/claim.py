@@ -64,6 +64,7 @@ class Claim:
         Raises:
             ConfigError: the directory cannot be used, or another process does.
         """
+        self._check_place()
         self._replaces_run = not resume and self._holds_run()
         if self._replaces_run or (resume and self._run.is_dir()):
             self._take()
@@ -112,11 +113,21 @@ class Claim:
         """Releases the directory; calling it twice is harmless."""
         self._lock = None
 
+    def _check_place(self) -> None:
+        """Finds out before anything is loaded what could not be made or written after it."""
+        run = self._run
+        place = next(place for place in (run.absolute(), *run.absolute().parents) if place.exists())
+        if not place.is_dir():
+            named = f"{run} is a file" if place == run.absolute() else f"{run} cannot be made, because {place} is a file"
+            raise ConfigError(f"output_dir {named}; name a directory")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise ConfigError(
+                f"output_dir {run} cannot be written (no permission for {place}, or a read-only file system); name another"
+            )
+
     def _holds_run(self) -> bool:
         """Whether there is a run that may be replaced; anything else that stands in the way is an error."""
         run = self._run
-        if run.exists() and not run.is_dir():
-            raise ConfigError(f"output_dir {run} is a file; name a directory")
         if not run.is_dir() or all(is_cut_short(path) or path.name == LOCK_FILE for path in run.iterdir()):
             return False
         if not (run / CONFIG_FILE).exists():

@@ -210,6 +210,9 @@ def _find(name: str, revision: str | None, *, field: str = "model") -> str:
         if not any((path / file).exists() for file in ("config.json", SETTINGS_FILE)):
             _refuse_run(path)
         return str(path)
+    if (path.parent / CONFIG_FILE).is_file():
+        names = _checkpoints(path.parent)
+        raise ConfigError(f"cannot load {field.replace('_', ' ')} {name!r}: no such checkpoint is in that run, {names}")
     if _HUB_ID.fullmatch(name) is None:
         told = "" if field == "model" else f"; {field} says where it is now, if adapters name a place that it has left"
         raise ConfigError(
@@ -222,10 +225,14 @@ def _find(name: str, revision: str | None, *, field: str = "model") -> str:
 def _refuse_run(path: Path) -> None:
     """Names what to take in place of a directory that holds no model, but a run."""
     if (path / CONFIG_FILE).exists():
-        checkpoints = sorted(path.glob("checkpoint-*"), key=lambda found: (len(found.name), found.name))
-        names = ", ".join(checkpoint.name for checkpoint in checkpoints)
-        fix = f"name one of its checkpoints: {names}" if names else "it has no checkpoint yet"
-        raise ConfigError(f"cannot load model {str(path)!r}: it is the directory of a run; {fix}")
+        raise ConfigError(f"cannot load model {str(path)!r}: it is the directory of a run, {_checkpoints(path)}")
+
+
+def _checkpoints(run: Path) -> str:
+    """What a run has, to be put behind its name."""
+    found = sorted(run.glob("checkpoint-*"), key=lambda checkpoint: (len(checkpoint.name), checkpoint.name))
+    names = ", ".join(checkpoint.name for checkpoint in found)
+    return f"whose checkpoints are {names}; name one" if names else "which has no checkpoint yet"
 
 
 def attention_arguments(config: Config, model_config: PreTrainedConfig) -> dict[str, str]:

@@ -199,6 +199,22 @@ def test_a_file_system_without_locks_is_told_and_stops_nothing(
         Claim(tiny_config()).open()
 
 
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_loaded(
+    tmp_path: Path, tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=rf"^output_dir {tmp_path}/file is a file; name a directory$"):
+        Claim(tiny_config(output_dir=tmp_path / "file")).stake(resume=False)
+    with pytest.raises(ConfigError, match=rf"/file/a/b cannot be made, because {tmp_path}/file is a file; name a directory$"):
+        Claim(tiny_config(output_dir=tmp_path / "file" / "a" / "b")).stake(resume=False)
+    asked = []
+    monkeypatch.setattr("os.access", lambda place, mode: asked.append(place))  # root may write everywhere
+    with pytest.raises(ConfigError, match=rf"/new/run cannot be written \(no permission for {tmp_path}, or a read-only"):
+        Claim(tiny_config(output_dir=tmp_path / "new" / "run")).stake(resume=False)
+    assert asked == [tmp_path]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize(
     ("inside", "named"),
     [

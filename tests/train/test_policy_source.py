@@ -39,14 +39,19 @@ def test_missing_directory_is_named(tmp_path: Path) -> None:
         PolicySource(Config(model=str(tmp_path / "nowhere")))
 
 
-def test_a_run_is_no_model_and_its_checkpoints_are_named(tmp_path: Path) -> None:
+def test_a_run_is_no_model_and_its_checkpoints_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / CONFIG_FILE).touch()
-    with pytest.raises(ConfigError, match="is the directory of a run; it has no checkpoint yet"):
+    with pytest.raises(ConfigError, match=r"is the directory of a run, which has no checkpoint yet$"):
         PolicySource(Config(model=str(tmp_path)))
     for step in (10, 8):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    with pytest.raises(ConfigError, match=r"of a run; name one of its checkpoints: checkpoint-8, checkpoint-10$"):
+    with pytest.raises(ConfigError, match=r"of a run, whose checkpoints are checkpoint-8, checkpoint-10; name one$"):
         PolicySource(Config(model=str(tmp_path)))
+    monkeypatch.chdir(tmp_path.parent)
+    with pytest.raises(
+        ConfigError, match=r"/checkpoint-9': no such checkpoint is in that run, whose checkpoints are checkpoint-8, "
+    ):
+        PolicySource(Config(model=f"{tmp_path.name}/checkpoint-9"))  # and no hub is asked for it
 
 
 def test_directory_without_weights_is_named(tiny_model: Path, tmp_path: Path) -> None:
