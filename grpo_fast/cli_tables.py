@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 
 def print_words(console: Console, words: Mapping[str, str]) -> None:
@@ -19,8 +19,9 @@ def print_words(console: Console, words: Mapping[str, str]) -> None:
 
 
 def print_table(console: Console, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints an empty line, then rows of cells under their heads."""
-    table = Table(*heads, box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    """Prints an empty line, then rows of cells under their heads; on a narrow terminal words are broken, but none are cut."""
+    columns = [Column(head, overflow="fold") for head in heads]
+    table = Table(*columns, box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for row in rows:
         table.add_row(*map(escape, row))
     console.print()

@@ -238,6 +238,24 @@ def test_training_leaves_a_run_with_its_report(trained: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_where_its_output_is_no_longer_read(tmp_path: Path) -> None:
+    """As behind ``| head``: it ended without a checkpoint or a word."""
+    program = str(Path(sys.executable).with_name("grpo-fast"))
+    command = [program, "train", *SMALL.split(), "--output-dir", "run"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline().startswith("grpo-fast: embedded learns arithmetic")
+        process.stdout.close()
+        err = process.stderr.read()
+    assert process.returncode == 0, err
+    assert "BrokenPipeError: nobody reads the standard output any more" in in_words(err)
+    assert "; the run continues without it" in in_words(err)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))["step"] == 2
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.mark.slow
 def test_a_run_that_moved_goes_on_where_it_is(trained: Path, shell: Shell) -> None:
     moved = trained / "moved"
     shutil.copytree(trained / "run", moved)

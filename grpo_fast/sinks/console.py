@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import sys
 import time
 from collections import deque
@@ -69,6 +70,18 @@ def _mean(values: Sequence[float]) -> float:
     return sum(finite) / len(finite) if finite else math.nan
 
 
+class _Output(Console):
+    """Standard output. Where nobody reads it any more, as behind ``| head``, rich would end the process without a word."""
+
+    def on_broken_pipe(self) -> None:
+        """Fails as any sink may, so that the run goes on; what else is printed goes nowhere."""
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        raise BrokenPipeError("nobody reads the standard output any more")
+
+
 class ConsoleSink:
     """Shows a run on the console.
 
@@ -90,7 +103,7 @@ class ConsoleSink:
             clock: seconds, for the pace of redraws and for the time left.
             stdin: where answers come from; standard input without one.
         """
-        self.console = console if console is not None else Console()
+        self.console = console if console is not None else _Output()
         self._clock = clock
         self._stdin = stdin
         self._info: RunInfo | None = None
