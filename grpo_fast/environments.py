@@ -206,9 +206,15 @@ class Environments:
             return self._calls.run([call.function for call in calls], failed)
         except OverdueError as error:
             rows = sorted({calls[place].prompt.index for place in error.places})
+            blocked = (
+                f"; async code blocks the event loop that all share, at {error.blocked_at}: what blocks belongs in "
+                "asyncio.to_thread"
+                if error.blocked_at
+                else ""
+            )
             raise EnvironmentFailedError(
                 f"environment {self.name!r}: {method} took longer than {self.timeout_s:g} s for row "
-                f"{', '.join(map(str, rows[:5])) or 'unknown'} (environment_timeout_s)"
+                f"{', '.join(map(str, rows[:5])) or 'unknown'} (environment_timeout_s){blocked}"
             ) from None
 
     def give_back(self, made: Sequence[Any]) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import difflib
 import functools
 import importlib
 import inspect
-import threading
 import traceback
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 _MAX_CHARACTERS = 1000
@@ -91,68 +89,6 @@ def accepted_arguments(
         return dict(arguments)
     names = {parameter.name for parameter in parameters if parameter.kind in named}
     return {name: value for name, value in arguments.items() if name in names}
-
-
-class AsyncCode:
-    """One event loop for async code, kept from one call to the next: clients and locks that it keeps are bound to theirs.
-
-    It may be used inside a running loop, as notebooks have one, and by one thread after the other.
-    """
-
-    def __init__(self) -> None:
-        self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
-
-    def awaited(self, result: Any) -> Any:
-        """What a call gave in the end: an awaitable is waited for."""
-        if not inspect.isawaitable(result):
-            return result
-        return _outside_loops(lambda: self._runner.run(_wait(result)))
-
-    def together(self, awaitables: Sequence[Awaitable[None]]) -> None:
-        """Waits for several at once; where one raises, the others are cancelled and its exception is raised."""
-        if awaitables:
-            self.awaited(_gather(awaitables))
-
-    def close(self) -> None:
-        """Cancels what still runs and closes the loop; calling it twice is harmless."""
-        _outside_loops(self._runner.close)
-
-
-def _outside_loops(call: Callable[[], Any]) -> Any:
-    """Calls here, or where a loop runs here, which cannot be entered a second time, in a thread of its own."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return call()
-    outcome: list[Any] = []
-    failure: list[BaseException] = []
-
-    def target() -> None:
-        try:
-            outcome.append(call())
-        except BaseException as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=target)
-    thread.start()
-    thread.join()
-    if failure:
-        raise failure[0]
-    return outcome[0]
-
-
-async def _wait(awaitable: Awaitable[Any]) -> Any:
-    return await awaitable
-
-
-async def _gather(awaitables: Sequence[Awaitable[None]]) -> None:
-    tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def shown(value: Any) -> str:

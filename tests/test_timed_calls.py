@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -51,11 +52,18 @@ def test_what_is_raised_is_told_with_its_place_and_an_exit_is_no_end(make: Calla
     def leave() -> None:
         raise SystemExit(3)
 
+    async def leave_later() -> None:
+        leave()
+
     async def broken() -> None:
         raise KeyError("page")
 
     calls = make()
-    for function, told in ((leave, "call 1: SystemExit 3"), (broken, "call 1: KeyError 'page'")):
+    for function, told in (
+        (leave, "call 1: SystemExit 3"),
+        (leave_later, "call 1: SystemExit 3"),
+        (broken, "call 1: KeyError 'page'"),
+    ):
         with pytest.raises(LookupError, match=told):
             calls.run([int, function], failed)
     assert calls.run([int] * 9, failed) == [0] * 9
@@ -114,3 +122,45 @@ def test_closing_cancels_what_is_awaited(make: Callable[..., TimedCalls]) -> Non
     assert began.wait(20)
     calls.close()
     assert ended.wait(20)
+
+
+def test_calls_that_wait_are_not_begun_once_another_is_overdue(make: Callable[..., TimedCalls]) -> None:
+    released, done = threading.Event(), list[int]()
+    calls = make(timeout_s=1.0, workers=2)
+    with pytest.raises(OverdueError) as caught:
+        calls.run([lambda: released.wait(LONG_S)] * 2 + [lambda: done.append(1)] * 5, failed)
+    assert list(caught.value.places) == [0, 1]
+    assert caught.value.blocked_at == ""
+    released.set()
+    assert calls.run([int] * 4, failed) == [0] * 4
+    assert done == []
+
+
+def test_after_an_interrupt_nothing_waits_for_what_hangs(make: Callable[..., TimedCalls]) -> None:
+    """The signal comes while every worker hangs; closing, which makes calls, gets others."""
+    released, main = threading.Event(), threading.get_ident()
+    calls = make(workers=1)
+
+    def hang() -> None:
+        signal.pthread_kill(main, signal.SIGINT)
+        released.wait(LONG_S)
+
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        calls.run([hang], failed)
+    assert calls.run([int], failed) == [0]
+    assert time.monotonic() - begin < LONG_S / 2
+    released.set()
+
+
+def test_what_blocks_the_loop_is_told(make: Callable[..., TimedCalls]) -> None:
+    released = threading.Event()
+
+    async def block() -> None:
+        released.wait(LONG_S)
+
+    with pytest.raises(OverdueError) as caught:
+        make(timeout_s=0.5).run([block], failed)
+    released.set()
+    assert "test_timed_calls.py" in caught.value.blocked_at
+    assert "in block" in caught.value.blocked_at

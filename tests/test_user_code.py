@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-import asyncio
 import functools
-from collections.abc import Awaitable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from grpo_fast.user_code import AsyncCode, accepted_arguments, describe_failure, import_object, is_async, name_of
+from grpo_fast.user_code import accepted_arguments, describe_failure, import_object, is_async, name_of
 
 
 def test_names_are_those_of_what_is_called_in_the_end() -> None:
@@ -62,70 +60,6 @@ def test_async_functions_are_told_by_what_is_called_in_the_end() -> None:
 
     assert all(map(is_async, (later, functools.partial(functools.partial(later, scale=1.0)), Machine())))
     assert not any(map(is_async, (plain, functools.partial(plain), max, functools.partial)))
-
-
-@pytest.fixture
-def loop() -> Iterator[AsyncCode]:
-    code = AsyncCode()
-    yield code
-    code.close()
-    code.close()
-
-
-@pytest.mark.parametrize("inside", [False, True])
-def test_a_loop_is_kept_from_call_to_call(loop: AsyncCode, inside: bool) -> None:
-    async def running() -> asyncio.AbstractEventLoop:
-        return asyncio.get_running_loop()
-
-    async def in_a_notebook() -> set[asyncio.AbstractEventLoop]:
-        return {loop.awaited(running()) for _ in range(3)}
-
-    found = asyncio.run(in_a_notebook()) if inside else {loop.awaited(running()) for _ in range(3)}
-    assert len(found | {loop.awaited(running())}) == 1
-    assert loop.awaited(3) == 3
-
-
-@pytest.mark.parametrize("inside", [False, True])
-def test_several_are_awaited_at_once(loop: AsyncCode, inside: bool) -> None:
-    done: list[str] = []
-
-    def meeting() -> list[Awaitable[None]]:
-        first, second = asyncio.Event(), asyncio.Event()
-
-        async def waits(name: str, own: asyncio.Event, other: asyncio.Event) -> None:
-            own.set()
-            await other.wait()
-            done.append(name)
-
-        return [waits("a", first, second), waits("b", second, first)]
-
-    async def in_a_notebook() -> None:
-        loop.together(meeting())
-
-    if inside:
-        asyncio.run(in_a_notebook())
-    else:
-        loop.together(meeting())
-    assert sorted(done) == ["a", "b"]
-    loop.together([])
-
-
-def test_where_one_fails_the_others_are_cancelled(loop: AsyncCode) -> None:
-    ended: list[str] = []
-
-    async def waits() -> None:
-        try:
-            await asyncio.Event().wait()
-        finally:
-            ended.append("cancelled")
-
-    async def fails() -> None:
-        await asyncio.sleep(0)
-        raise KeyError("inside")
-
-    with pytest.raises(KeyError, match="inside"):
-        loop.together([waits(), fails()])
-    assert ended == ["cancelled"]
 
 
 def test_failures_tell_where_they_happened_and_are_not_endless() -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from grpo_fast import user_code
+from grpo_fast.async_code import AsyncCode
 from grpo_fast.rewards.functions import BUILT_IN
-from grpo_fast.user_code import AsyncCode, accepted_arguments, import_object, name_of, shown
+from grpo_fast.user_code import accepted_arguments, import_object, name_of, shown
 
 BATCH_ARGUMENTS = (
     *("prompts", "completions", "completion_ids", "completion_openings"),

@@ -11,10 +11,10 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from grpo_fast.async_code import AsyncCode
 from grpo_fast.rewards.batch import call_arguments, column_names
 from grpo_fast.rewards.call import TRAINER_ARGUMENTS, RewardFunction, call_reward, resolve_reward
 from grpo_fast.types import Group, TrainerState
-from grpo_fast.user_code import AsyncCode
 
 ARGUMENT = "environments"
 

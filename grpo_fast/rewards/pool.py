@@ -15,6 +15,7 @@ from typing import Any, Literal, Self, TypeAlias
 
 import cloudpickle  # type: ignore[import-untyped]
 
+from grpo_fast.async_code import AsyncCode
 from grpo_fast.rewards.batch import call_arguments, column_names, pickled
 from grpo_fast.rewards.call import (
     HeldHere,
@@ -30,7 +31,7 @@ from grpo_fast.rewards.process import WorkerDiedError, WorkerProcess
 from grpo_fast.rewards.report import RewardReport, Tally
 from grpo_fast.rewards.worker import Reply
 from grpo_fast.types import Group, TrainerState, TrainingError
-from grpo_fast.user_code import AsyncCode, is_async
+from grpo_fast.user_code import is_async
 
 OnError: TypeAlias = Literal["raise", "none"]
 

@@ -21,8 +21,9 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from grpo_fast.async_code import AsyncCode
 from grpo_fast.rewards.call import RewardFunction, await_reward, call_reward, check_columns, describe_failure, resolve_reward
-from grpo_fast.user_code import AsyncCode, is_async
+from grpo_fast.user_code import is_async
 
 
 class Reply(NamedTuple):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from grpo_fast.async_code import AsyncCode
 from grpo_fast.rewards.call import (
     GIVEN,
     InvalidRewardError,
@@ -24,7 +25,6 @@ from grpo_fast.rewards.call import (
     reward_name,
 )
 from grpo_fast.types import TrainerState
-from grpo_fast.user_code import AsyncCode
 
 STATE = TrainerState(epoch=0.5, global_step=3, max_steps=10)
 ARGUMENTS: dict[str, Any] = {
