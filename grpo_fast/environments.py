@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self, TypeAlias
 
 from grpo_fast.timed_calls import OverdueError, TimedCalls
-from grpo_fast.tools import NoEnvironment, Tool, ToolEnvironment, as_text, methods_of, schemas_of
+from grpo_fast.tools import NoEnvironment, NotTextError, Tool, ToolEnvironment, as_text, methods_of, schemas_of
 from grpo_fast.types import Message, Prompt, TrainingError, is_message
 from grpo_fast.user_code import accepted_arguments, describe_failure, import_object, name_of, shown
 
@@ -263,7 +263,9 @@ class Environments:
                 f"environment {self.name!r} has no method 'reset', which begins an episode; beside it stands step, or methods "
                 "that are tools do (docs/environments.md)"
             )
-        prepared = made if callable(getattr(made, "step", None)) else ToolEnvironment(made, self._tools)
+        prepared = (
+            made if callable(getattr(made, "step", None)) else ToolEnvironment(made, self._tools, self._calls.loop.awaited)
+        )
         with self._lock:
             self._made.append(prepared)
         return prepared
@@ -276,7 +278,7 @@ class Environments:
         if takes_text and isinstance(answer, str | list):
             try:
                 return as_text(answer)
-            except ValueError as error:
+            except NotTextError as error:
                 raise EnvironmentFailedError(f"environment {self.name!r}: reset, row {prompt.index}: {error}") from None
         wanted = "text to put behind the prompt, or None" if takes_text else "None"
         raise EnvironmentFailedError(

@@ -1,11 +1,13 @@
 """Tools: Python functions, and methods of an environment, that the policy calls in the form that its chat template has.
 
-Those of an episode are called by an environment of their own, :class:`ToolEnvironment`. What goes wrong in a call is told to
-the policy and counted, and the run goes on: tools that are not there and arguments that do not fit are the policy's doing.
+Those of an episode are called by an environment of their own, :class:`ToolEnvironment`, in whatever thread calls that: they
+may wait, block, and run a loop of their own. What goes wrong in a call is told to the policy and counted, and the run goes on:
+tools that are not there, arguments that do not fit, and code that calls ``exit()`` are the policy's doing.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +22,12 @@ Tool: TypeAlias = Callable[..., Any]
 
 _NO_TOOLS = ("reset", "get_reward", "close")
 """Public methods that a run calls itself."""
+_CONTENT = ("text", "image", "image_url", "video", "video_url", "audio", "audio_url", "input_audio")
+"""Types that parts of a message's content have; lists of other mappings are a tool's data."""
+
+
+class NotTextError(Exception):
+    """A tool returned what no model can be trained on here."""
 
 
 class NoEnvironment:
@@ -63,17 +71,21 @@ def schemas_of(tools: Mapping[str, Tool]) -> list[dict[str, Any]]:
     """What chat templates tell a model of tools: JSON schemas, from type hints and docstrings.
 
     Raises:
-        ValueError: hints or descriptions are missing; the tool is named.
+        ValueError: hints or descriptions are missing, or a tool yields and returns nothing; the tool is named.
     """
     schemas = []
     for name, tool in tools.items():
+        if inspect.isgeneratorfunction(tool) or inspect.isasyncgenfunction(tool):
+            raise ValueError(f"tool {name!r} yields, and the model reads what a tool returns; return all of it")
         try:
-            schemas.append(get_json_schema(tool))
+            schema = get_json_schema(tool)
         except Exception as error:  # of several kinds, by what is missing
             raise ValueError(
-                f"tool {name!r} cannot be described to the model: {error}; each argument needs a type hint, and a line under "
-                "'Args:' in the docstring"
+                f"tool {name!r} cannot be described to the model: {str(error).rstrip('.')}; each argument needs a type hint, "
+                "and a line under 'Args:' in the docstring"
             ) from error
+        schema["function"]["name"] = name  # by which it is called: a decorator may have left another
+        schemas.append(schema)
     return schemas
 
 
@@ -83,17 +95,19 @@ class ToolEnvironment:
     Args:
         own: what methods that are tools belong to; it has ``reset``.
         functions: other tools, by name.
+        awaited: gives what an async tool gave in the end, as :meth:`~grpo_fast.async_code.AsyncCode.awaited`.
 
     Raises:
         ValueError: a method has the name of a function.
     """
 
-    def __init__(self, own: Any, functions: Mapping[str, Tool]) -> None:
+    def __init__(self, own: Any, functions: Mapping[str, Tool], awaited: Callable[[Any], Any]) -> None:
         methods = methods_of(own)
         for name in methods:
             if name in functions:
                 raise ValueError(f"two tools have the name {name!r}: a function and a method of the environment; rename one")
         self.own = own
+        self._awaited = awaited
         self.tools: dict[str, Tool] = {**functions, **methods}
         """By name."""
         self.num_calls = 0
@@ -106,7 +120,7 @@ class ToolEnvironment:
         self.reset = self._counting_anew(own.reset)
         """Begins an episode; what it returns is put behind the prompt."""
 
-    async def step(self, message: Message) -> list[Message] | None:
+    def step(self, message: Message) -> list[Message] | None:
         """Calls what the policy asked for, one after another.
 
         Args:
@@ -114,20 +128,23 @@ class ToolEnvironment:
 
         Returns:
             One message a call; ``None`` where there was none, which ends the episode.
+
+        Raises:
+            NotTextError: a tool returned an image or the like.
         """
         calls = [call["function"] for call in message.get("tool_calls") or ()]
-        return [await self._reply(call["name"], call["arguments"]) for call in calls] or None
+        return [self._reply(call["name"], call["arguments"]) for call in calls] or None
 
-    async def _reply(self, name: str, arguments: Any) -> Message:
+    def _reply(self, name: str, arguments: Any) -> Message:
         self.num_calls += 1
         try:
-            result = self._tool(name)(**arguments)
-            if inspect.isawaitable(result):
-                result = await result
-        except Exception as error:
+            content = as_text(self._awaited(self._tool(name)(**copy.deepcopy(arguments))))  # the message stays as it was said
+        except NotTextError:
+            raise
+        except BaseException as error:  # an exit, too, ends the call and not the run
             self.num_failures += 1
-            result = {"error": str(error)}
-        return {"role": "tool", "name": name, "content": as_text(result)}
+            content = str({"error": str(error)})
+        return {"role": "tool", "name": name, "content": content}
 
     def _tool(self, name: str) -> Tool:
         if name not in self.tools:
@@ -147,11 +164,16 @@ def as_text(result: Any) -> str:
     """What a tool returned, as the policy reads it: a list of content parts by its texts, all else by ``str``.
 
     Raises:
-        ValueError: a part is no text.
+        NotTextError: a part is no text.
     """
-    if not isinstance(result, list) or not result or not all(isinstance(part, Mapping) and "type" in part for part in result):
+    if not isinstance(result, list) or not result or not all(map(_is_part, result)):
         return str(result)
     for part in result:
         if part["type"] != "text":
-            raise ValueError(f"content of the type {part['type']!r} was returned, and models are trained on text alone here")
+            raise NotTextError(f"content of the type {part['type']!r} was returned, and models are trained on text alone here")
     return "".join(str(part["text"]) for part in result)
+
+
+def _is_part(value: Any) -> bool:
+    """Whether a value can be a part of a message's content."""
+    return isinstance(value, Mapping) and value.get("type") in _CONTENT and ("text" in value or value["type"] != "text")

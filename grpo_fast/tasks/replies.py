@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from grpo_fast.types import Message, PromptText
 
 _LEAD = "\n"
-_SAID = "what the policy said"
+_SAID = "what-the-policy-said-5b0c1d7e"
 """Stands for it in the conversation that is rendered; what comes behind it does not depend on it."""
+_CHARACTERS = 8
+"""Of a token, as a first guess."""
 
 
 class Replies:
@@ -36,19 +38,21 @@ class Replies:
         self._tokenizer = tokenizer
         self._variables = chat_template_kwargs
 
-    def token_ids(self, reply: str | list[Message], *, last_token: int) -> list[int]:
+    def token_ids(self, reply: str | list[Message], *, last_token: int, room: int | None = None) -> list[int]:
         """Tokens that stand between what the policy said and what it will say.
 
         Args:
             reply: text, or messages.
             last_token: the last one of what it said. Where that is the end token that the template puts there, it is not
                 repeated.
+            room: for how many tokens there is room; of a reply that has far more, only those of its begin are made, which are
+                more than that too. ``None`` for any number.
 
         Raises:
             ConfigError: the chat template refuses the messages.
         """
         text = reply if isinstance(reply, str) else self._rendered(reply)
-        ids = self._continued(text)
+        ids = self._continued(text, room=room)
         return ids[1:] if not isinstance(reply, str) and ids[:1] == [last_token] else ids
 
     def prompt_ids(self, messages: list[Message], *, index: int) -> tuple[int, ...]:
@@ -91,17 +95,26 @@ class Replies:
         """Text of what the policy said, without special tokens."""
         return decode(self._tokenizer, token_ids)
 
-    def _continued(self, text: str) -> list[int]:
+    def _continued(self, text: str, *, room: int | None) -> list[int]:
         """Tokens of a text that continues another: some tokenisers put a space before their input."""
-        lead, whole = self._ids(_LEAD), self._ids(_LEAD + text)
+        lead, whole = self._ids(_LEAD), self._ids(_LEAD + text, room=room)
         apart = whole[: len(lead)] == lead
-        return whole[len(lead) :] if apart else self._ids(text)
+        return whole[len(lead) :] if apart else self._ids(text, room=room)
 
-    def _ids(self, text: str) -> list[int]:
-        found: list[int] = self._tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)[
-            "input_ids"
-        ]
-        return found
+    def _ids(self, text: str, *, room: int | None = None) -> list[int]:
+        """Tokens; half characters, which sandboxes give and models ask for, are question marks, as tokenisers take none.
+
+        A tool may return a whole book, which takes minutes: it is begun with a part.
+        """
+        part = len(text) if room is None else _CHARACTERS * (room + len(_LEAD))
+        while True:
+            begin = text[:part].encode("utf-8", "replace").decode()
+            found: list[int] = self._tokenizer(begin, add_special_tokens=False, return_attention_mask=False, verbose=False)[
+                "input_ids"
+            ]
+            if room is None or part >= len(text) or len(found) > 2 * (room + len(_LEAD)):
+                return found
+            part *= 4
 
     def _rendered(self, messages: list[Message]) -> str:
         said = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": _SAID}]

@@ -27,6 +27,8 @@ _FUNCTION = re.compile(r"<function=([^>\n]+)>(.*?)</function>", re.DOTALL)
 _PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 _PYTHON = {"True": True, "False": False, "None": None}
 _THINK, _THOUGHT = "<think>", "</think>"
+_MAX_LEVELS = 64
+"""Of arguments: what is sent to reward functions and written to checkpoints has to be of few."""
 _TAIL_TOKENS = 16
 """Tokens before an answer that are searched for the opening of a thought."""
 
@@ -98,6 +100,7 @@ def _checked(calls: Any) -> list[dict[str, Any]]:
 
     Raises:
         TypeError: they are of another form.
+        ValueError: arguments lie in each other too deep.
     """
     checked = []
     for call in calls:
@@ -105,8 +108,18 @@ def _checked(calls: Any) -> list[dict[str, Any]]:
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise TypeError(f"{call!r:.80} is no call of a tool")
         arguments = {} if function.get("arguments") is None else function["arguments"]
+        if not _is_flat(arguments):
+            raise ValueError(f"arguments of more than {_MAX_LEVELS} levels")
         checked.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}})
     return checked
+
+
+def _is_flat(value: Any) -> bool:
+    level = [value]
+    for _ in range(_MAX_LEVELS):
+        nested = [each for each in level if isinstance(each, Mapping | list)]
+        level = [inner for each in nested for inner in (each.values() if isinstance(each, Mapping) else each)]
+    return not level
 
 
 class ToolReplies(Replies):

@@ -208,8 +208,9 @@ class InTurns(OneTurn):
         """Puts what the environment said behind what the policy did, if there is anything, and room for it and an answer."""
         if reply is None:
             return False
-        ids = self._replies.token_ids(reply, last_token=each.turns[-1].token_ids[-1])
-        each.cut = len(each.token_ids) + len(ids) >= max_tokens
+        room = max_tokens - len(each.token_ids)
+        ids = self._replies.token_ids(reply, last_token=each.turns[-1].token_ids[-1], room=room)
+        each.cut = len(ids) >= room
         if each.cut:
             return False
         each.replies.append(ids)

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from grpo_fast.config import ConfigError
 from grpo_fast.tasks.replies import Replies, num_shared
+from tests.tool_chat import byte_tokenizer
 
 # As templates of thinking models do: an end mark and a space behind each message, the tool's words inside the user's, thoughts
 # of earlier turns left out, and an empty one put before an answer that is the last.
@@ -107,3 +108,24 @@ def test_shared_beginnings_are_counted() -> None:
     assert num_shared([(1, 2), (3,)]) == 0
     assert num_shared(["abc", "abd"]) == 2
     assert num_shared([[1, 2, 3]]) == 3
+
+
+def test_of_a_reply_without_room_only_a_begin_is_read() -> None:
+    tokenizer = byte_tokenizer()
+    replies = Replies(tokenizer, {})
+    book = [{"role": "tool", "content": "a leaf " * 100_000}]
+    begin = replies.token_ids(book, last_token=tokenizer.eos_token_id, room=50)
+    assert 50 < len(begin) < 5_000
+    for words in (1, 40, 400):
+        reply = [{"role": "tool", "content": "a leaf " * words}]
+        whole = replies.token_ids(reply, last_token=tokenizer.eos_token_id)
+        for room in (1, len(whole) - 1, len(whole), len(whole) + 1, 10 * len(whole)):
+            found = replies.token_ids(reply, last_token=tokenizer.eos_token_id, room=room)
+            assert (len(found) < room) == (len(whole) < room)
+            assert found == whole or len(whole) > room
+
+
+def test_half_characters_are_question_marks() -> None:
+    tokenizer = byte_tokenizer()
+    found = Replies(tokenizer, {}).token_ids("a\ud83d b\udcff", last_token=0)
+    assert tokenizer.decode(found) == "a? b?"

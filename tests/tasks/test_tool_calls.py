@@ -35,6 +35,8 @@ def test_calls_are_found_between_their_tags() -> None:
         ("plot", {"style": {"line": {"w": [1, {}]}}, "title": "}{ </tool_call> é 𝄞"}),
         ("stop", {}),
     ]
+    deep = "[" * 63 + "]" * 63
+    assert functions(read_calls(f'<tool_call>{{"name": "f", "arguments": {{"a": {deep}}}}}</tool_call>')[1])[0][0] == "f"
     assert read_calls("no call at all") == ("no call at all", [])
 
 
@@ -61,6 +63,7 @@ def test_calls_may_be_functions_with_parameters() -> None:
         '["add"]',
         '{"name": "add", "arguments": {"a": NaN}}',
         "[" * 20_000,
+        '{"name": "add", "arguments": {"a": ' + "[" * 64 + "]" * 64 + "}}",
         "<function=add>",
         "",
     ],
