@@ -10,6 +10,7 @@ A class without ``step`` is one as TRL has them, whose public methods are tools 
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import threading
@@ -40,7 +41,8 @@ class Environment(Protocol):
 
         Args:
             prompt: as in the dataset.
-            columns: those of the dataset's columns that the signature names; all of them where it takes ``**columns``.
+            columns: those of the dataset's columns that the signature names; all of them where it takes ``**columns``. They and
+                the prompt are copies, the episode's own.
         """
         ...
 
@@ -116,8 +118,16 @@ class Environments:
         """Makes the first environment now, so that what is wrong with it is known before the first step.
 
         Raises:
-            ValueError: it cannot be found, imported or made, lacks a method, or has a tool that cannot be described.
+            ValueError: it cannot be found, imported or made, lacks a method, or has a tool that cannot be described; what was
+                made is closed.
         """
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self) -> None:
         made = self._first()
         if isinstance(made, ToolEnvironment):
             if not made.tools:
@@ -176,16 +186,17 @@ class Environments:
         Raises:
             EnvironmentFailedError: an environment cannot be made, or a ``reset`` failed.
         """
-        assert self._make is not None
+        make = self._make
+        assert make is not None
         with self._lock:
             made = [self._free.pop() for _ in prompts[: len(self._free)]]
-        new = self.run("making it", [_Call(self._make, prompt) for prompt in prompts[len(made) :]])
-        made += [self._prepared(each) for each in new]
+        made += self.run("making it", [_Call(lambda: self._prepared(make()), prompt) for prompt in prompts[len(made) :]])
         episodes = Episodes(self, made, prompts)
         calls = []
         for each, prompt in zip(made, prompts, strict=True):
             given = {"prompt": prompt.prompt, **prompt.columns}
-            calls.append(_Call(partial(each.reset, **accepted_arguments(each.reset, given, always=("prompt",))), prompt))
+            accepted = accepted_arguments(each.reset, given, always=("prompt",))
+            calls.append(_Call(partial(_with_copies, each.reset, accepted), prompt))
         episodes.observations = [self._observation(*told) for told in zip(self.run("reset", calls), made, prompts, strict=True)]
         return episodes
 
@@ -267,6 +278,11 @@ class Environments:
             made if callable(getattr(made, "step", None)) else ToolEnvironment(made, self._tools, self._calls.loop.awaited)
         )
         with self._lock:
+            if any(made is _own(each) for each in self._made):
+                raise ValueError(
+                    f"environment {self.name!r} is one instance, which what was given returns again and again; episodes run "
+                    "side by side, so that each needs its own: give the class, or a function that makes a new one"
+                )
             self._made.append(prepared)
         return prepared
 
@@ -306,7 +322,7 @@ class Episodes:
     @property
     def environments(self) -> list[Any]:
         """[N], as the factory made them."""
-        return [each.own if isinstance(each, ToolEnvironment) else each for each in self._made]
+        return list(map(_own, self._made))
 
     @property
     def tool_calls(self) -> list[tuple[int, int] | None]:
@@ -379,7 +395,8 @@ class Episodes:
         )
 
     def _number(self, value: Any, prompt: Prompt) -> float | None:
-        value = value.item() if hasattr(value, "item") else value
+        if hasattr(value, "item") and math.prod(getattr(value, "shape", ())) == 1:
+            value = value.item()
         if value is None:
             return None
         if not isinstance(value, int | float) or not math.isfinite(value):
@@ -388,6 +405,16 @@ class Episodes:
                 "a finite number or None"
             )
         return float(value)
+
+
+def _own(made: Any) -> Any:
+    """An environment as the factory made it."""
+    return made.own if isinstance(made, ToolEnvironment) else made
+
+
+def _with_copies(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """Calls it with arguments that it may change: the dataset's own serve other episodes, and the same row later."""
+    return function(**copy.deepcopy(arguments))
 
 
 def environment_name(factory: str | Callable[[], Any]) -> str:

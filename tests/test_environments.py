@@ -125,7 +125,8 @@ def test_answers_that_cannot_be_read(prompt: Any, answer: Any, told: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"), [(1, 1.0), (None, None), (np.float32(0.5), 0.5), (True, 1.0), ("1", "'1'"), (math.nan, "nan")]
+    ("value", "expected"),
+    [(1, 1.0), (None, None), (np.array([0.5]), 0.5), (True, 1.0), ("1", "'1'"), (math.nan, "nan"), (np.zeros(2), "array")],
 )
 def test_rewards_are_numbers(value: Any, expected: Any) -> None:
     with Environments(saying(None, get_reward=lambda self: value)) as environments:
@@ -175,6 +176,25 @@ def test_what_hangs_is_named_with_its_row_and_does_not_come_back() -> None:
     released.set()
 
 
+def test_async_code_that_blocks_the_others_is_named() -> None:
+    released = threading.Event()
+
+    class Blocking:
+        def reset(self, prompt: str) -> None: ...
+
+        async def step(self, completion: str) -> None:
+            released.wait(60)
+
+    with Environments(Blocking, timeout_s=0.5) as environments, environments.begin(prompts("p", "q")) as episodes:
+        with pytest.raises(
+            EnvironmentFailedError,
+            match=r"step took longer than 0.5 s for row [78, ]+ .*; async code blocks the event loop that all share, at "
+            r".*test_environments.py:\d+, in step: released.wait\(60\): what blocks belongs in asyncio.to_thread",
+        ):
+            episodes.step([0, 1], ["x", "y"])
+        released.set()
+
+
 def test_a_call_that_hangs_does_not_keep_the_process(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
@@ -206,6 +226,69 @@ def test_closing_closes_all_environments_that_can_be_also_after_a_failure(caplog
             episodes.step([0], ["x"])
     assert closed == [1, 1, 1]
     assert "environment 'Saying': close raised OSError: the sandbox is gone" in caplog.text
+
+
+def test_what_was_made_is_closed_though_another_could_not_be() -> None:
+    closed: list[int] = []
+
+    class Sandbox:
+        made = 0
+
+        def __init__(self) -> None:
+            type(self).made += 1
+            if type(self).made == 3:
+                raise OSError("no more sandboxes")
+
+        def reset(self, prompt: str) -> None: ...
+
+        def step(self, completion: str) -> None: ...
+
+        def close(self) -> None:
+            closed.append(1)
+
+    with (
+        Environments(Sandbox, workers=1) as environments,
+        pytest.raises(EnvironmentFailedError, match="no more sandboxes"),
+        environments.begin(prompts("p", "q", "r")),
+    ):
+        raise AssertionError
+    assert closed == [1, 1]
+    with pytest.raises(ValueError, match="tools add are given beside"):
+        Environments(saying(None, close=lambda self: closed.append(2)), tools={"add": add}).start()
+    assert closed == [1, 1, 2]
+
+
+@pytest.mark.parametrize("kind", [Counting, Guessing])
+def test_one_instance_does_not_play_two_episodes_at_a_time(kind: type) -> None:
+    shared = kind()
+    with Environments(lambda: shared) as environments:
+        asked = prompts(CHAT, secret="tea")
+        for _ in range(2):
+            with environments.begin(asked):
+                pass
+        with pytest.raises(
+            EnvironmentFailedError, match=r"is one instance, which .* give the class, or a function that makes a"
+        ):
+            environments.begin([*asked, *asked])
+
+
+def test_what_an_environment_does_to_its_columns_is_not_done_to_the_dataset() -> None:
+    class Board:
+        def reset(self, prompt: list[dict[str, str]], **columns: Any) -> None:
+            self.board, self.prompt = columns["board"], prompt
+
+        def step(self, completion: str) -> str:
+            self.board.append(completion)
+            self.prompt[0]["content"] += completion
+            return str(self.board)
+
+    asked = prompts([{"role": "user", "content": "q"}], board=[[0]]) * 2
+    with Environments(Board) as environments:
+        for _ in range(2):
+            with environments.begin(asked) as episodes:
+                found = episodes.step([0, 1], ["a", "b"])
+                assert [reply[0]["content"] for reply in found if isinstance(reply, list)] == ["[[0], 'a']", "[[0], 'b']"]
+    assert asked == prompts(CHAT, board=[[0]]) * 2
 
 
 def test_environments_are_made_side_by_side_and_what_fails_in_that_ends_a_run_with_a_checkpoint() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,8 +91,13 @@ def check_rows(given: Mapping[str, Any]) -> None:
         raise ConfigError("eval_dataset is given without train_dataset; give both, or name a split by eval_split")
 
 
-def choose_environments(config: Config, given: Mapping[str, Any]) -> Environments | None:
+def choose_environments(config: Config, given: Mapping[str, Any], *, opened: ExitStack) -> Environments | None:
     """Environments and tools as given or configured, started; ``None`` where there are none.
+
+    Args:
+        config: the run's configuration.
+        given: of :class:`~grpo_fast.train.parts.Replacements`, those on environments and tools are read.
+        opened: will close them.
 
     Raises:
         ConfigError: they cannot be found, are none, or do not go together.
@@ -108,7 +114,7 @@ def choose_environments(config: Config, given: Mapping[str, Any]) -> Environment
             timeout_s=config.environment_timeout_s,
             workers=config.environment_workers,
         )
-        environments.start()
+        opened.enter_context(environments)
     except (TypeError, ValueError) as error:
         raise ConfigError(str(error)) from error
     return environments

@@ -132,9 +132,7 @@ def evaluate_model(config: Config, source: str) -> Evaluation:
     policy_source = PolicySource(config)
     check_sampler(config, policy_source)
     with contextlib.ExitStack() as opened:
-        environments = choose_environments(config, {})
-        if environments is not None:
-            opened.callback(environments.close)
+        environments = choose_environments(config, {}, opened=opened)
         replies = choose_replies(config, environments, policy_source)
         data = choose_data(config, {}, chat=policy_source.chat, environments=environments)
         tools = () if environments is None else environments.schemas

@@ -128,15 +128,14 @@ class Parts:
 
     def close(self) -> None:
         """Ends worker processes, the engine and the sinks, and releases the directory."""
-        try:
-            self.rewards.close()
-            self.eval_rewards.close()
-            self.engine.close()
+        with contextlib.ExitStack() as each:  # in the opposite order; what one raises keeps none open
+            each.callback(self.claim.release)
+            each.callback(self.sinks.close)
             if self.data.environments is not None:
-                self.data.environments.close()
-            self.sinks.close()
-        finally:
-            self.claim.release()
+                each.callback(self.data.environments.close)
+            each.callback(self.engine.close)
+            each.callback(self.eval_rewards.close)
+            each.callback(self.rewards.close)
 
 
 class Replacements(TypedDict, total=False):
@@ -211,10 +210,8 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
     place["begins_from_adapters"] = source.begins_from_adapters
     world.each(lambda: check_room(source.model_config, source.config, **place))
     with contextlib.ExitStack() as on_error:
-        environments = choose_environments(config, given)
-        if environments is not None:
-            on_error.callback(environments.close)
-        replies = choose_replies(config, environments, source)
+        environments = world.each(lambda: choose_environments(config, given, opened=on_error))
+        replies = world.each(lambda: choose_replies(config, environments, source))
         data = world.each(lambda: choose_data(config, given, chat=source.chat, environments=environments))
         rewards = build_pool(config, data.reward_funcs, config.reward_weights, world=world)
         if resume:

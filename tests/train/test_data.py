@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,10 @@ class Silent:
     def step(self, completion: str) -> None: ...
 
 
+def chosen(config: Config, given: dict[str, Any]) -> Environments | None:
+    return choose_environments(config, given, opened=contextlib.ExitStack())
+
+
 ROWS = [{"prompt": f"{letter}=", "answer": letter} for letter in "abcdefghij"]
 
 
@@ -51,7 +56,7 @@ def test_an_environment_that_rates_is_the_reward_where_no_other_is_named(letters
         def get_reward(self) -> float:
             return 1.0
 
-    silent, rating = (choose_environments(Config(), {"environment_factory": kind}) for kind in (Silent, Rating))
+    silent, rating = (chosen(Config(), {"environment_factory": kind}) for kind in (Silent, Rating))
     given = {"task": letters}
     assert choose_data(Config(), given, chat=False, environments=rating).reward_funcs == ("environment",)
     assert choose_data(Config(), given, chat=False, environments=silent).reward_funcs == ("exact_match",)
@@ -62,7 +67,7 @@ def test_an_environment_that_rates_is_the_reward_where_no_other_is_named(letters
     choose_data(Config(), {"train_dataset": [{"prompt": "a"}]}, chat=False, environments=rating)  # no answer is needed
     with pytest.raises(ConfigError, match="get_reward of an environment, but 'Silent' has none; add it"):
         choose_data(both, given, chat=False, environments=silent)
-    assert choose_environments(Config(), {}) is None
+    assert chosen(Config(), {}) is None
 
 
 def test_rows_in_hand_take_the_place_of_the_dataset(tiny_config: Callable[..., Config]) -> None:
@@ -126,19 +131,19 @@ def test_a_run_goes_on_with_the_data_and_rewards_that_it_was_begun_with(
 
 
 def test_tools_are_chosen_as_given_or_configured() -> None:
-    assert choose_environments(Config(), {}) is None
-    assert choose_environments(Config(), {"tools": ()}) is None
+    assert chosen(Config(), {}) is None
+    assert chosen(Config(), {"tools": ()}) is None
     for given in (add, [add]):
-        found = choose_environments(Config(environment_factory="missing:Game"), {"tools": given, "environment_factory": None})
+        found = chosen(Config(environment_factory="missing:Game"), {"tools": given, "environment_factory": None})
         assert found is not None
         assert found.tool_names == ["add"]
-    found = choose_environments(Config(tools="tests.test_tools:add"), {"environment_factory": Guessing})  # type: ignore[arg-type]
+    found = chosen(Config(tools="tests.test_tools:add"), {"environment_factory": Guessing})  # type: ignore[arg-type]
     assert found is not None
     assert found.tool_names == ["add", "guess"]
     with pytest.raises(ConfigError, match=r"tool 3 \(int\) is no function"):
-        choose_environments(Config(), {"tools": [3]})
+        chosen(Config(), {"tools": [3]})
     with pytest.raises(ConfigError, match="makes no environments; give a class"):
-        choose_environments(Config(), {"environment_factory": {"game": Guessing}})
+        chosen(Config(), {"environment_factory": {"game": Guessing}})
 
 
 def test_rewards_that_read_environments_are_set_apart_and_held_against_the_columns(letters: Task, tiny_model: Path) -> None:
@@ -147,7 +152,7 @@ def test_rewards_that_read_environments_are_set_apart_and_held_against_the_colum
 
     config = Config(model=str(tiny_model), max_completion_length=20)
     source = PolicySource(config)
-    environments = choose_environments(config, {"environment_factory": Silent})
+    environments = chosen(config, {"environment_factory": Silent})
     data = choose_data(config, {"task": letters, "reward_funcs": [score, short]}, chat=False, environments=environments)
     assert [judge.function for judge in data.judges] == [score]
     assert data.reward_funcs[1] is short
