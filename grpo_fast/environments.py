@@ -17,12 +17,15 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol, Self, TypeAlias
+from typing import Any, NamedTuple, Protocol, Self, TypeAlias, TypeVar
 
+from grpo_fast.async_code import AsyncCode
 from grpo_fast.timed_calls import OverdueError, TimedCalls
 from grpo_fast.tools import NoEnvironment, NotTextError, Tool, ToolEnvironment, as_text, methods_of, schemas_of
 from grpo_fast.types import Message, Prompt, TrainingError, is_message
 from grpo_fast.user_code import accepted_arguments, describe_failure, import_object, name_of, shown
+
+_T = TypeVar("_T")
 
 _log = logging.getLogger(__name__)
 
@@ -176,6 +179,11 @@ class Environments:
         return [schema["function"]["name"] for schema in self.schemas]
 
     @property
+    def loop(self) -> AsyncCode:
+        """Where async methods and tools are awaited; what reads environments has to be awaited there too."""
+        return self._calls.loop
+
+    @property
     def can_rate(self) -> bool:
         """Whether episodes end with a reward of the environment's own; known once started."""
         return self._can_rate
@@ -274,9 +282,7 @@ class Environments:
                 f"environment {self.name!r} has no method 'reset', which begins an episode; beside it stands step, or methods "
                 "that are tools do (docs/environments.md)"
             )
-        prepared = (
-            made if callable(getattr(made, "step", None)) else ToolEnvironment(made, self._tools, self._calls.loop.awaited)
-        )
+        prepared = made if callable(getattr(made, "step", None)) else ToolEnvironment(made, self._tools, self.loop.awaited)
         with self._lock:
             if any(made is _own(each) for each in self._made):
                 raise ValueError(
@@ -358,12 +364,12 @@ class Episodes:
         values = self._owner.run("get_reward", calls)
         return [self._number(value, prompt) for value, prompt in zip(values, self._prompts, strict=True)]
 
-    def ask(self, name: str, function: Callable[[list[Any]], list[float | None]]) -> list[float | None]:
+    def ask(self, name: str, function: Callable[[list[Any]], Sequence[_T]]) -> list[_T]:
         """What a function of users' says of the environments; it is given all of them.
 
         Args:
             name: what it is, in errors.
-            function: gives one value an environment.
+            function: gives one thing an environment.
 
         Raises:
             EnvironmentFailedError: it failed, or took too long.

@@ -86,6 +86,18 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
+class Scored:
+    """What came of a call of a reward function."""
+
+    values: list[float | None]
+    """One finite number or ``None`` a completion."""
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    """What was logged by ``log_metric``, by name."""
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+    """What was logged by ``log_extra``, by column: a number, text, switch or ``None`` a completion."""
+
+
+@dataclass(frozen=True, slots=True)
 class Episode:
     """A completion in which an environment answered the policy between its turns."""
 
@@ -97,8 +109,8 @@ class Episode:
     """Number of the policy's turns."""
     reward: float | None = None
     """Reward by the environment's ``get_reward``, if it has one."""
-    judgements: tuple[float | None, ...] = ()
-    """Rewards by the functions that read environments, one value each."""
+    judgements: tuple[Scored, ...] = ()
+    """What each of the reward functions that read environments said of this completion, for the reward pool."""
     asked: tuple[Message, ...] = ()
     """The prompt with what the environment appended; empty if it appended nothing. Its tokens beyond ``Prompt.token_ids``
     begin the completion's."""

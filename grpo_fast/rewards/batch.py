@@ -37,8 +37,7 @@ def call_arguments(groups: Sequence[Group], columns: Sequence[str], state: Train
         ``prompts`` (as in the dataset), ``completions`` (a text, or for a chat prompt a list with the assistant's message, in
         an episode with all messages that followed), ``completion_ids`` (lists of token ids), ``completion_openings`` (how the
         prompt began the answer, as with ``<think>``; mostly empty), ``environment_rewards`` (the environment's own, or
-        ``None``), ``environment_judgements`` (those that :class:`~grpo_fast.rewards.judged.Judged` reads), each dataset column,
-        where a row without the column gives ``None``, and ``trainer_state``.
+        ``None``), each dataset column, where a row without the column gives ``None``, and ``trainer_state``.
     """
     arguments: dict[str, Any] = {name: [] for name in (*BATCH_ARGUMENTS, *columns)}
     for group in groups:
@@ -49,7 +48,6 @@ def call_arguments(groups: Sequence[Group], columns: Sequence[str], state: Train
             arguments["completion_ids"].append(list(completion.token_ids))
             arguments["completion_openings"].append(group.prompt.opening)
             arguments["environment_rewards"].append(None if episode is None else episode.reward)
-            arguments["environment_judgements"].append(() if episode is None else episode.judgements)
         for name in columns:
             arguments[name] += [group.prompt.columns.get(name)] * len(group.completions)
     return arguments | {"trainer_state": state}

@@ -5,19 +5,17 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from grpo_fast import user_code
 from grpo_fast.async_code import AsyncCode
 from grpo_fast.rewards.functions import BUILT_IN
+from grpo_fast.types import Scored
 from grpo_fast.user_code import accepted_arguments, import_object, name_of, shown
 
-BATCH_ARGUMENTS = (
-    *("prompts", "completions", "completion_ids", "completion_openings"),
-    *("environment_rewards", "environment_judgements"),
-)
+BATCH_ARGUMENTS = ("prompts", "completions", "completion_ids", "completion_openings", "environment_rewards")
 """Lists that every reward call gets in addition to the dataset's columns, one entry per completion."""
 
 TRAINER_ARGUMENTS = ("trainer_state", "log_extra", "log_metric")
@@ -32,18 +30,6 @@ class RewardFunction:
 
     name: str
     function: Callable[..., Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """What came of a reward call."""
-
-    values: list[float | None]
-    """One finite number or ``None`` a completion."""
-    metrics: dict[str, list[float]] = field(default_factory=dict)
-    """What was logged by ``log_metric``, by name."""
-    extra: dict[str, list[Any]] = field(default_factory=dict)
-    """What was logged by ``log_extra``, by column: a number, text, switch or ``None`` a completion."""
 
 
 class HeldHere:

@@ -6,15 +6,14 @@ reads what it said.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from grpo_fast.async_code import AsyncCode
 from grpo_fast.rewards.batch import call_arguments, column_names
-from grpo_fast.rewards.call import TRAINER_ARGUMENTS, RewardFunction, call_reward, resolve_reward
-from grpo_fast.types import Group, TrainerState
+from grpo_fast.rewards.call import RewardFunction, call_reward, resolve_reward
+from grpo_fast.types import Group, Scored, TrainerState
 
 ARGUMENT = "environments"
 
@@ -31,9 +30,10 @@ class Judged:
         self.__name__ = name
         self.place = place
 
-    def __call__(self, environment_judgements: Sequence[Sequence[float | None]], **columns: Any) -> list[float | None]:
-        """What the function said, of N completions."""
-        return [said[self.place] for said in environment_judgements]
+    def __call__(self, groups: Sequence[Group]) -> list[Scored]:
+        """What the function said of each completion of some groups that were played."""
+        episodes = [completion.episode for group in groups for completion in group.completions]
+        return [episode.judgements[self.place] for episode in episodes if episode is not None]
 
 
 def set_apart(
@@ -46,9 +46,6 @@ def set_apart(
 
     Returns:
         The same with a :class:`Judged` in place of each of those, and those. What cannot be found stays, for the pool to tell.
-
-    Raises:
-        ValueError: one of those also names something of the trainer's, which only functions in the pool are given.
     """
     kept: list[str | Callable[..., Any]] = []
     apart: list[RewardFunction] = []
@@ -68,31 +65,31 @@ def _found(spec: str | Callable[..., Any]) -> RewardFunction | None:
         parameters = inspect.signature(reward.function).parameters
     except (ValueError, TypeError):
         return None
-    if ARGUMENT not in parameters:
-        return None
-    for name in TRAINER_ARGUMENTS:
-        if name in parameters:
-            raise ValueError(
-                f"reward function {reward.name!r} names {ARGUMENT!r} and {name!r}; one that reads environments is not given "
-                f"{', '.join(TRAINER_ARGUMENTS)}: log in another function, of weight 0"
-            )
-    return reward
+    return reward if ARGUMENT in parameters else None
 
 
-def judge(reward: RewardFunction, groups: Sequence[Group], environments: Sequence[Any]) -> list[float | None]:
+def judge(
+    reward: RewardFunction, groups: Sequence[Group], environments: Sequence[Any], *, state: TrainerState, loop: AsyncCode
+) -> list[Scored]:
     """What such a function says of completions.
 
     Args:
         reward: the function.
         groups: with N completions.
         environments: [N], those that the completions were played with.
+        state: how far the run is.
+        loop: that of the environments, whose connections are bound to it.
+
+    Returns:
+        [N], of each completion alone. What was logged as a metric stands with each, so that it weighs as many as were judged.
 
     Raises:
-        InvalidRewardError: it returned the wrong number or kind of values.
+        InvalidRewardError: it returned the wrong number or kind of values, or logged what is no number.
         Exception: whatever it raises.
     """
-    arguments = call_arguments(groups, column_names(groups), TrainerState())
-    for name in ("environment_judgements", "trainer_state"):
-        del arguments[name]
-    with contextlib.closing(AsyncCode()) as loop:
-        return call_reward(reward, arguments | {ARGUMENT: list(environments)}, loop).values
+    arguments = call_arguments(groups, column_names(groups), state)
+    scored = call_reward(reward, arguments | {ARGUMENT: list(environments)}, loop)
+    return [
+        Scored([value], scored.metrics, {column: [values[place]] for column, values in scored.extra.items()})
+        for place, value in enumerate(scored.values)
+    ]

@@ -27,6 +27,7 @@ from grpo_fast.rewards.call import (
     resolve_reward,
     reward_name,
 )
+from grpo_fast.rewards.judged import Judged
 from grpo_fast.rewards.process import WorkerDiedError, WorkerProcess
 from grpo_fast.rewards.report import RewardReport, Tally
 from grpo_fast.rewards.worker import Reply
@@ -115,14 +116,17 @@ class RewardPool:
         self.timeout_s = timeout_s
         self.workers = workers
         self.on_error = on_error
-        self._away = [f for f, spec in enumerate(self._specs) if workers and not isinstance(spec, HeldHere)]
-        """Numbers of the functions that the workers have, in their order."""
-        self._frozen = [_freeze(self.names[f], self._specs[f]) for f in self._away]
+        self._judged = {place: spec for place, spec in enumerate(self._specs) if isinstance(spec, Judged)}
+        """By place; all the others are called here, or in workers."""
+        others = [place for place in range(len(self._specs)) if place not in self._judged]
+        self._here = [place for place in others if not workers or isinstance(self._specs[place], HeldHere)]
+        self._away = [place for place in others if place not in self._here]
+        self._frozen = {place: _freeze(self.names[place], self._specs[place]) for place in self._away}
         self._local: dict[int, RewardFunction] | None = None
         self._slots: list[WorkerProcess | None] = [None] * workers
         self._columns: Sequence[str] | None = None
-        self._are_async: list[bool] | None = None
-        """One a function of the workers, known once they are loaded."""
+        self._are_async: dict[int, bool] | None = None
+        """By place, known once they are loaded."""
         self._loop = AsyncCode()
         self._closed = False
         self._lock = threading.Lock()
@@ -175,7 +179,10 @@ class RewardPool:
             columns = column_names(groups)
             if not tally.num_completions:
                 return tally
-            if len(self._away) < len(self.names):
+            for place, judged in self._judged.items():
+                for first, scored in enumerate(judged(groups)):
+                    tally.store(place, scored, first=first)
+            if self._here:
                 self._score_here(call_arguments(groups, columns, state), tally)
             if self._away:
                 if self._are_async is None:
@@ -209,13 +216,12 @@ class RewardPool:
             raise ValueError("the reward pool is closed; make a new one")
 
     def _resolve_here(self) -> dict[int, RewardFunction]:
-        """The functions that are called in this process, by number."""
         if self._local is None:
-            found = {f: resolve_reward(spec).function for f, spec in enumerate(self._specs) if f not in self._away}
-            for function in found.values():
-                if isinstance(function, HeldHere):
-                    function.load()
-            self._local = {f: RewardFunction(self.names[f], function) for f, function in found.items()}
+            found = {place: resolve_reward(self._specs[place]) for place in self._here}
+            for reward in found.values():
+                if isinstance(reward.function, HeldHere):
+                    reward.function.load()
+            self._local = {place: RewardFunction(self.names[place], reward.function) for place, reward in found.items()}
         return self._local
 
     def _score_here(self, arguments: dict[str, Any], tally: Tally) -> None:
@@ -228,7 +234,7 @@ class RewardPool:
             except Exception as error:
                 failed(function, error)
 
-        rewards = self._resolve_here().items()
+        rewards = list(self._resolve_here().items())
         self._loop.together([later(function, reward) for function, reward in rewards if is_async(reward.function)])
         for function, reward in rewards:
             if is_async(reward.function):
@@ -241,9 +247,8 @@ class RewardPool:
     def _calls(self, groups: Sequence[Group], columns: Sequence[str], state: TrainerState) -> list[_Call]:
         """Those of async functions come first, so that all of them are under way at once."""
         assert self._are_async is not None
-        away = list(zip(self._away, self._are_async, strict=True))
-        together = [function for function, is_one in away if is_one]
-        alone = [[function] for function, is_one in away if not is_one]
+        together = [function for function, is_one in self._are_async.items() if is_one]
+        alone = [[function] for function, is_one in self._are_async.items() if not is_one]
         parts = min(self.workers, len(groups))
         bounds = [len(groups) * part // parts for part in range(parts + 1)]
         first_of_all: list[_Call] = []
@@ -296,8 +301,7 @@ class RewardPool:
                 continue
             call = waiting.popleft()
             try:
-                numbers = [self._away.index(function) for function in call.functions]
-                worker.submit(numbers, call.arguments, timeout_s=self.timeout_s)
+                worker.submit(call.functions, call.arguments, timeout_s=self.timeout_s)
             except TimeoutError:
                 self._drop(slot, tally)
                 self._fail_all(call, "could not be given its batch in time; its worker was killed", tally, timeout=True)
@@ -349,12 +353,11 @@ class RewardPool:
         self._are_async = reply.value
 
     def _keep(self, call: _Call, reply: Reply, tally: Tally) -> None:
-        function = self._away[reply.function]
-        call.functions.remove(function)
+        call.functions.remove(reply.function)
         if reply.status == "ok":
-            tally.store(function, reply.value, first=call.first)
+            tally.store(reply.function, reply.value, first=call.first)
         else:
-            self._fail(function, reply.value, tally, trace=reply.trace)
+            self._fail(reply.function, reply.value, tally, trace=reply.trace)
 
     def _expire(self, running: dict[int, _Call], tally: Tally) -> None:
         now = time.monotonic()

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, TextIO, TypeAlias
 
 from grpo_fast.rewards.worker import HEADER, Reply, pack
@@ -38,11 +38,11 @@ class WorkerProcess:
     """One worker process and the socket to it.
 
     Args:
-        specs: the reward functions, names as they are and callables pickled.
+        specs: the reward functions by their numbers, names as they are and callables pickled.
         columns: of the dataset, the prompt's left out, to hold the functions against; ``None`` holds them against none.
     """
 
-    def __init__(self, specs: Sequence[str | bytes], columns: Sequence[str] | None = None) -> None:
+    def __init__(self, specs: Mapping[int, str | bytes], columns: Sequence[str] | None = None) -> None:
         self.channel, theirs = socket.socketpair()
         path = [entry for entry in sys.path if isinstance(entry, str)]
         with theirs:
@@ -64,7 +64,7 @@ class WorkerProcess:
         self._open = True
         self.channel.settimeout(START_TIMEOUT_S)
         with contextlib.suppress(OSError):  # a worker that is dead already is noticed where its answer is read
-            self.channel.sendall(pack(pickle.dumps((list(specs), columns))))
+            self.channel.sendall(pack(pickle.dumps((dict(specs), columns))))
 
     @property
     def process_id(self) -> int:

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from grpo_fast.rewards.call import Scored
-from grpo_fast.types import COMPLETION_COLUMNS, Group
+from grpo_fast.types import COMPLETION_COLUMNS, Group, Scored
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ class Reply(NamedTuple):
 
     status: Literal["ok", "error"]
     value: Any
-    """Loaded: which functions are async; called: a :class:`~grpo_fast.rewards.call.Scored`; failed: one line."""
+    """Loaded: by number, whether a function is async; called: a :class:`~grpo_fast.rewards.call.Scored`; failed: one line."""
     trace: str = ""
     """The traceback of what failed."""
     function: int = -1
@@ -54,9 +54,9 @@ def pack(payload: bytes) -> bytes:
 def serve(descriptor: int, parent_id: int) -> None:
     """Answers requests until the socket ends.
 
-    The first request holds the reward functions, names as they are and callables pickled, and the dataset's columns, ``None``
-    where they are not known yet. Each later one holds the numbers of one function, or of several async ones that are awaited
-    together, the deadline in seconds and the pickled arguments; each function is answered as soon as it is through.
+    The first request holds the reward functions by number, names as they are and callables pickled, and the dataset's columns,
+    ``None`` where they are not known yet. Each later one holds the numbers of one function, or of several async ones that are
+    awaited together, the deadline in seconds and the pickled arguments; each function is answered as soon as it is through.
 
     Args:
         descriptor: the inherited socket.
@@ -75,24 +75,26 @@ def serve(descriptor: int, parent_id: int) -> None:
             _answer(channel, rewards, request, loop)
 
 
-def _loaded(specs: Sequence[str | bytes], columns: Sequence[str] | None) -> tuple[Reply, list[RewardFunction]]:
+def _loaded(specs: Mapping[int, str | bytes], columns: Sequence[str] | None) -> tuple[Reply, dict[int, RewardFunction]]:
     try:
-        rewards = [resolve_reward(spec if isinstance(spec, str) else pickle.loads(spec)) for spec in specs]
+        rewards = {
+            number: resolve_reward(spec if isinstance(spec, str) else pickle.loads(spec)) for number, spec in specs.items()
+        }
         if columns is not None:
-            for reward in rewards:
+            for reward in rewards.values():
                 check_columns(reward, columns)
     except (ValueError, TypeError) as error:
-        return Reply("error", str(error), traceback.format_exc()), []
+        return Reply("error", str(error), traceback.format_exc()), {}
     except BaseException as error:
         message = (
             f"a reward function cannot be loaded in a worker process: {describe_failure(error)}; "
             "give it as 'module:function' with its folder on the Python path, or set reward_workers to 0"
         )
-        return Reply("error", message, traceback.format_exc()), []
-    return Reply("ok", [is_async(reward.function) for reward in rewards]), rewards
+        return Reply("error", message, traceback.format_exc()), {}
+    return Reply("ok", {number: is_async(reward.function) for number, reward in rewards.items()}), rewards
 
 
-def _answer(channel: socket.socket, rewards: Sequence[RewardFunction], request: bytes, loop: AsyncCode) -> None:
+def _answer(channel: socket.socket, rewards: Mapping[int, RewardFunction], request: bytes, loop: AsyncCode) -> None:
     functions, timeout_s, pickled = pickle.loads(request)
     faulthandler.dump_traceback_later(timeout_s + _ORPHAN_GRACE_S, exit=True, file=_STDERR)
     try:
@@ -109,7 +111,7 @@ def _answer(channel: socket.socket, rewards: Sequence[RewardFunction], request: 
         faulthandler.cancel_dump_traceback_later()
 
 
-def _called(function: int, rewards: Sequence[RewardFunction], arguments: Mapping[str, Any], loop: AsyncCode) -> Reply:
+def _called(function: int, rewards: Mapping[int, RewardFunction], arguments: Mapping[str, Any], loop: AsyncCode) -> Reply:
     try:
         return Reply("ok", call_reward(rewards[function], arguments, loop), function=function)
     except BaseException as error:  # SystemExit too must not end the worker

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import repeat
 from typing import Any
@@ -104,8 +105,14 @@ def _cut(prompt: Prompt, length: int | None) -> Prompt:
 
 def _completion_to_dict(completion: Completion) -> dict[str, Any]:
     kept = None if completion.kept is None else completion.kept.to_lists()
-    episode = None if completion.episode is None else asdict(completion.episode)
+    episode = None if completion.episode is None else _episode_to_dict(completion.episode)
     return {each.name: getattr(completion, each.name) for each in fields(completion)} | {"kept": kept, "episode": episode}
+
+
+def _episode_to_dict(episode: Episode) -> dict[str, Any]:
+    """JSON values: text stands for what an environment put into messages and is none; judgements are in the rewards."""
+    told = {name: json.loads(json.dumps(getattr(episode, name), default=str, skipkeys=True)) for name in ("messages", "asked")}
+    return {each.name: getattr(episode, each.name) for each in fields(episode)} | told | {"judgements": ()}
 
 
 def _completion_from_dict(item: Mapping[str, Any]) -> Completion:
@@ -176,7 +183,11 @@ class Collector:
         prompts = self._stream.take(count)
         with timer.phase("rollout"):
             groups = self._sampler.sample(
-                prompts, self._params, num_generations=config.num_generations, seed=derive_seed(config.seed, step, round_)
+                prompts,
+                self._params,
+                num_generations=config.num_generations,
+                seed=derive_seed(config.seed, step, round_),
+                state=state,
             )
         with timer.phase("reward"):
             return groups, self._rewards.score(groups, state)

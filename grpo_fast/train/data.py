@@ -144,6 +144,10 @@ def check_episodes(data: Data, prompts: EncodedPrompts, replies: Replies) -> Non
         return
     if prompts.num_plain < len(prompts):
         replies.token_ids([{"role": "user", "content": "go on"}], last_token=-1)
+    if data.judges and ARGUMENT in prompts.columns:
+        raise ConfigError(
+            f"the dataset column {ARGUMENT!r} has the name of an argument that reward functions receive; rename it"
+        )
     try:
         data.environments.check_columns(prompts.columns)
         for reward in data.judges:

@@ -22,14 +22,29 @@ from grpo_fast.rollout.engine import RolloutEngine, SamplingParams
 from grpo_fast.tasks.replies import Replies, num_shared
 from grpo_fast.train.distributed import World
 from grpo_fast.train.rng import derive_seed
-from grpo_fast.types import Completion, Episode, Group, Message, Prompt
+from grpo_fast.types import Completion, Episode, Group, Message, Prompt, Scored, TrainerState
 
 
 class Sampler(Protocol):
     """Samples answers to prompts."""
 
-    def sample(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, num_generations: int, seed: int) -> list[Group]:
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        *,
+        num_generations: int,
+        seed: int,
+        state: TrainerState | None = None,
+    ) -> list[Group]:
         """Samples ``num_generations`` answers to each prompt.
+
+        Args:
+            prompts: P.
+            sampling: limits and distribution.
+            num_generations: answers a prompt.
+            seed: of all draws.
+            state: how far the run is, for reward functions that read environments; without one, nothing is done yet.
 
         Raises:
             RolloutError: the engine failed.
@@ -52,15 +67,27 @@ class OneTurn:
     def __init__(self, engine: RolloutEngine) -> None:
         self._engine = engine
 
-    def sample(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, num_generations: int, seed: int) -> list[Group]:
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        *,
+        num_generations: int,
+        seed: int,
+        state: TrainerState | None = None,
+    ) -> list[Group]:
         """Has each prompt answered; see :class:`Sampler`."""
-        token_ids = [prompt.token_ids for prompt in prompts]
-        answers = self._engine.generate(token_ids, sampling, num_generations=num_generations, seed=seed)
-        return [Group(prompt, completions) for prompt, completions in zip(prompts, answers, strict=True)]
+        del state
+        return self._answered(prompts, sampling, num_generations=num_generations, seed=seed)
 
     def sleep(self) -> None:
         """Lets the engine sleep."""
         self._engine.sleep()
+
+    def _answered(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, num_generations: int, seed: int) -> list[Group]:
+        token_ids = [prompt.token_ids for prompt in prompts]
+        answers = self._engine.generate(token_ids, sampling, num_generations=num_generations, seed=seed)
+        return [Group(prompt, completions) for prompt, completions in zip(prompts, answers, strict=True)]
 
 
 @dataclass(slots=True)
@@ -126,7 +153,15 @@ class InTurns(OneTurn):
         self._world = world
         self._judges = judges
 
-    def sample(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, num_generations: int, seed: int) -> list[Group]:
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        *,
+        num_generations: int,
+        seed: int,
+        state: TrainerState | None = None,
+    ) -> list[Group]:
         """Has each prompt answered; see :class:`Sampler`.
 
         Raises:
@@ -138,11 +173,11 @@ class InTurns(OneTurn):
             if any(each.asked for each in grown):
                 self._speak(grown, sampling, seed)
             else:
-                groups = super().sample(prompts, sampling, num_generations=num_generations, seed=seed)
+                groups = self._answered(prompts, sampling, num_generations=num_generations, seed=seed)
                 for each, turn in zip(grown, (turn for group in groups for turn in group.completions), strict=True):
                     each.said(turn, self._replies)
             self._play(grown, episodes, share, sampling=sampling, seed=seed)
-            whole = self._completions(grown, episodes, share)
+            whole = self._completions(grown, episodes, share, state or TrainerState())
         firsts = range(0, len(grown), num_generations)
         return [Group(grown[first].prompt, whole[first : first + num_generations]) for first in firsts]
 
@@ -231,7 +266,9 @@ class InTurns(OneTurn):
         for each, [turn] in zip(grown, answers, strict=True):
             each.said(turn, self._replies)
 
-    def _completions(self, grown: Sequence[_Sequence], episodes: Episodes, share: slice) -> list[Completion]:
+    def _completions(
+        self, grown: Sequence[_Sequence], episodes: Episodes, share: slice, state: TrainerState
+    ) -> list[Completion]:
         """What became of the sequences, each with what its environment says of it."""
         ends = self._world.gather(lambda: list(zip(episodes.rewards(), episodes.tool_calls, strict=True)))
         played = [_episode(each, *end) for each, end in zip(grown, (end for part in ends for end in part), strict=True)]
@@ -239,9 +276,15 @@ class InTurns(OneTurn):
         if not self._judges:
             return whole
 
-        def judgements() -> list[tuple[float | None, ...]]:
+        known = replace(state, is_world_process_zero=self._world.is_main)
+
+        def judgements() -> list[tuple[Scored, ...]]:
             groups = [Group(each.prompt, [completion]) for each, completion in zip(grown[share], whole[share], strict=True)]
-            said = [episodes.ask(f"reward function {reward.name!r}", partial(judge, reward, groups)) for reward in self._judges]
+            loop = self._environments.loop
+            said = [
+                episodes.ask(f"reward function {reward.name!r}", partial(judge, reward, groups, state=known, loop=loop))
+                for reward in self._judges
+            ]
             return list(zip(*said, strict=True))
 
         told = [values for part in self._world.gather(judgements) for values in part]

@@ -35,21 +35,21 @@ def evaluate(config: Config, parts: Parts, state: TrainerState | None = None) ->
     """
     if not parts.eval_prompts:
         return {"eval_reward": math.nan}
-    groups = answers(config, parts.sampler, parts.eval_prompts)
+    groups = answers(config, parts.sampler, parts.eval_prompts, state)
     report = parts.eval_rewards.score(groups, state)
     each = {f"eval_rewards/{name}/mean": mean for name, mean in report.mean.items()} if len(report.mean) > 1 else {}
     logged = {f"eval_{name}": mean for name, mean in named_apart(report.logged).items()}
     return {"eval_reward": mean_known(value for group in groups for value in group.reward)} | each | logged
 
 
-def answers(config: Config, sampler: Sampler, prompts: Sequence[Prompt]) -> list[Group]:
+def answers(config: Config, sampler: Sampler, prompts: Sequence[Prompt], state: TrainerState | None = None) -> list[Group]:
     """Answers to held-out prompts, sampled as the configuration says for evaluations, not yet scored."""
     if config.eval_temperature:
         sampling = replace(sampling_params(config), temperature=config.eval_temperature)
     else:
         sampling = SamplingParams(max_tokens=config.max_completion_length, temperature=0.0, stop=config.stop)
     seed = derive_seed(config.seed, 0, 1)  # the probe has (0, 0), and training its steps from 1 on
-    return sampler.sample(prompts, sampling, num_generations=config.num_generations_eval, seed=seed)
+    return sampler.sample(prompts, sampling, num_generations=config.num_generations_eval, seed=seed, state=state)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +80,11 @@ def probe(config: Config, parts: Parts, timer: PhaseTimer) -> Baseline:
     seed = derive_seed(config.seed, 0)
     rows = np.random.default_rng(seed).permutation(len(parts.prompts))[: config.baseline_probe]
     prompts = [parts.prompts[row] for row in rows]
+    state = trainer_state(config, 0, parts.stream.state_dict())
     with timer.phase("rollout"):
-        groups = parts.sampler.sample(prompts, sampling_params(config), num_generations=1, seed=seed)
+        groups = parts.sampler.sample(prompts, sampling_params(config), num_generations=1, seed=seed, state=state)
     with timer.phase("reward"):
-        parts.rewards.score(groups, trainer_state(config, 0, parts.stream.state_dict()))
+        parts.rewards.score(groups, state)
     charge_rollout(parts.meter, groups)
     rewards = np.array([value for group in groups for value in group.reward], dtype=np.float64)
     known = rewards[np.isfinite(rewards)]

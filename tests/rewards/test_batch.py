@@ -27,7 +27,6 @@ def test_arguments_are_aligned_with_completions() -> None:
         "completion_ids": [[0], [0, 1], [0]],
         "completion_openings": ["", "", "<think>"],
         "environment_rewards": [None, None, None],
-        "environment_judgements": [(), (), ()],
         "answer": ["1", "1", "2"],
         "level": [None, None, 3],
         "trainer_state": state,
@@ -46,13 +45,10 @@ def test_an_episode_is_given_whole_and_with_its_reward() -> None:
     assert found["prompts"] == [[{"role": "user", "content": "q"}], "q"]
     asked = ({"role": "user", "content": "q: the board is empty"},)
     chat.completions = [
-        replace(each, episode=replace(each.episode, asked=asked, judgements=(0.5, None)))
-        for each in chat.completions
-        if each.episode is not None
+        replace(each, episode=replace(each.episode, asked=asked)) for each in chat.completions if each.episode is not None
     ]
     found = call_arguments([chat, plain], [], TrainerState())
     assert found["prompts"] == [list(asked), "q"]
-    assert found["environment_judgements"] == [(0.5, None), ()]
 
 
 @pytest.mark.parametrize("name", GIVEN)

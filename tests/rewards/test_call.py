@@ -16,7 +16,6 @@ from grpo_fast.rewards.call import (
     GIVEN,
     InvalidRewardError,
     RewardFunction,
-    Scored,
     await_reward,
     call_reward,
     check_columns,
@@ -24,7 +23,7 @@ from grpo_fast.rewards.call import (
     resolve_reward,
     reward_name,
 )
-from grpo_fast.types import TrainerState
+from grpo_fast.types import Scored, TrainerState
 
 STATE = TrainerState(epoch=0.5, global_step=3, max_steps=10)
 ARGUMENTS: dict[str, Any] = {
@@ -33,7 +32,6 @@ ARGUMENTS: dict[str, Any] = {
     "completion_ids": [[1], [1, 2]],
     "completion_openings": ["", ""],
     "environment_rewards": [None, 0.5],
-    "environment_judgements": [(), ()],
     "answer": ["a", "b"],
     "trainer_state": STATE,
 }

@@ -16,10 +16,9 @@ from rich.console import Console
 from rich.live import Live
 
 from grpo_fast.rewards import process as process_module
-from grpo_fast.rewards.call import Scored
 from grpo_fast.rewards.process import WorkerDiedError, WorkerProcess
 from grpo_fast.rewards.worker import Reply
-from grpo_fast.types import TrainerState
+from grpo_fast.types import Scored, TrainerState
 
 
 def alive(process_id: int) -> bool:
@@ -39,7 +38,7 @@ def answer(worker: WorkerProcess, *, within_s: float = 60.0) -> Reply:
 
 
 def ready(function: Any) -> WorkerProcess:
-    worker = WorkerProcess([cloudpickle.dumps(function)])
+    worker = WorkerProcess({0: cloudpickle.dumps(function)})
     assert answer(worker)[0] == "ok"
     return worker
 
@@ -68,8 +67,8 @@ def test_answers_that_arrive_together_or_in_pieces_are_told_apart() -> None:
     async def same(completions: list[str]) -> list[float]:
         return [float(len(text)) for text in completions]
 
-    worker = WorkerProcess([cloudpickle.dumps(same)] * 3)
-    assert answer(worker).value == [True, True, True]
+    worker = WorkerProcess(dict.fromkeys(range(3), cloudpickle.dumps(same)))
+    assert answer(worker).value == {0: True, 1: True, 2: True}
     arguments = {"completions": ["abc"] * 200_000, "trainer_state": TrainerState()}  # more than one read, and no end of one
     worker.submit([2, 0, 1], pickle.dumps(arguments), timeout_s=60.0)
     found: list[Reply] = []

@@ -6,9 +6,8 @@ import statistics
 
 import pytest
 
-from grpo_fast.rewards.call import Scored
 from grpo_fast.rewards.report import Tally
-from grpo_fast.types import Completion, Group, Prompt
+from grpo_fast.types import Completion, Group, Prompt, Scored
 
 
 def make_groups(*sizes: int) -> list[Group]:

@@ -15,15 +15,14 @@ from typing import Any
 import cloudpickle
 import pytest
 
-from grpo_fast.rewards.call import Scored
 from grpo_fast.rewards.process import WorkerProcess
 from grpo_fast.rewards.worker import HEADER, Reply, pack
-from grpo_fast.types import TrainerState
+from grpo_fast.types import Scored, TrainerState
 
 
 def serve(specs: list[str | bytes], *requests: tuple[list[int], float, dict[str, Any]]) -> list[Reply]:
     """Every reply of a worker that is sent all requests, then the end."""
-    worker = WorkerProcess(specs)
+    worker = WorkerProcess(dict(enumerate(specs)))
     waiting = list(requests)
     replies: list[Reply] = []
     try:
@@ -45,7 +44,7 @@ def test_names_and_pickled_functions_are_served() -> None:
     arguments = {"completions": ["\\boxed{18}", "no"], "answer": ["18", "18"]}
     replies = serve(["accuracy", double], ([0], 60.0, arguments), ([1], 60.0, arguments))
     assert replies == [
-        Reply("ok", [False, False]),
+        Reply("ok", {0: False, 1: False}),
         Reply("ok", Scored([1.0, 0.0]), function=0),
         Reply("ok", Scored([20.0, 4.0]), function=1),
     ]
@@ -90,7 +89,7 @@ def test_async_functions_are_awaited_together_and_answered_as_they_end() -> None
 
     specs: list[str | bytes] = [cloudpickle.dumps(function) for function in (first, second, third)]
     loaded, *replies = serve([*specs, "format"], ([0, 1, 2], 60.0, {"completions": ["a"]}), ([0], 60.0, {"completions": ["a"]}))
-    assert loaded.value == [True, True, True, False]
+    assert loaded.value == {0: True, 1: True, 2: True, 3: False}
     told = {reply.function: reply for reply in replies[:3]}
     assert told[0] == Reply("ok", Scored([1.0], {"met": [1.0]}), function=0)
     assert told[1].value.startswith("raised LookupError: met, but no answer (")
@@ -129,7 +128,7 @@ def test_a_function_that_cannot_be_found_or_loaded_is_reported(tmp_path: Path, m
 
 
 def test_no_request_is_an_end() -> None:
-    worker = WorkerProcess(["format"])
+    worker = WorkerProcess({0: "format"})
     worker.channel.shutdown(socket.SHUT_WR)
     assert worker._process.wait(timeout=60) == 0
     worker.kill()

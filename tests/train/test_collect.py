@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from grpo_fast.tasks.stream import PromptStream
 from grpo_fast.train.collect import Collected, Collector, describe, has_variance
 from grpo_fast.train.episodes import OneTurn, Sampler
 from grpo_fast.train.policy import Policy
-from grpo_fast.types import Completion, Episode, Group, Prompt, TrainerState
+from grpo_fast.types import Completion, Episode, Group, Prompt, Scored, TrainerState
 
 Build = Callable[..., Collector]
 PROMPTS = [Prompt(10 + i, f"{letter}=", (4 + i, 16), {"answer": letter}) for i, letter in enumerate("abcdefghi")]
@@ -152,8 +153,8 @@ class Episodes(OneTurn):
     def sample(self, prompts: Sequence[Prompt], sampling: SamplingParams, **options: Any) -> list[Group]:
         def episode(completion: Completion) -> Episode:
             said = tuple(place % 2 == 0 for place in range(len(completion.token_ids)))
-            messages = ({"role": "assistant", "content": "a"}, {"role": "tool", "content": "b"})
-            of_tools = {"judgements": (0.5, None), "num_tool_calls": 4, "num_tool_failures": 1}
+            messages = ({"role": "assistant", "content": "a"}, {"role": "tool", "content": "b", "from": Path("c")})
+            of_tools = {"judgements": (Scored([0.5]),), "num_tool_calls": 4, "num_tool_failures": 1}
             return Episode(said, messages, 2, 0.25, asked=({"role": "user", "content": "c"},), **of_tools)
 
         groups = super().sample(prompts, sampling, **options)
@@ -174,7 +175,12 @@ def test_episodes_survive_json_and_are_counted(build: Build, tiny_policy: Callab
     again = Collected.from_dict(
         json.loads(json.dumps(found.to_dict())), {prompt.index: prompt for prompt in PROMPTS}.__getitem__
     )
-    assert [group.completions for group in again.groups] == [group.completions for group in found.groups]
+    messages = ({"role": "assistant", "content": "a"}, {"role": "tool", "content": "b", "from": "c"})
+    for group, saved in zip(found.groups, again.groups, strict=True):
+        for completion, restored in zip(group.completions, saved.completions, strict=True):
+            assert completion.episode is not None
+            episode = replace(completion.episode, messages=messages, judgements=())  # which the rewards hold
+            assert restored == replace(completion, episode=episode)
     assert [group.prompt for group in again.groups] == [group.prompt for group in found.groups]
     assert {len(group.prompt.token_ids) for group in again.groups} == {1}
     assert found.groups[0].asked(found.groups[0].completions[0]) == [{"role": "user", "content": "c"}]

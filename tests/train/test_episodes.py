@@ -19,7 +19,7 @@ from grpo_fast.train.distributed import ALONE, World
 from grpo_fast.train.episodes import InTurns, OneTurn
 from grpo_fast.train.policy import Policy
 from grpo_fast.train.shares import SharedEngine
-from grpo_fast.types import Completion, Group, Prompt
+from grpo_fast.types import Completion, Group, Prompt, Scored
 from tests.test_tools import Guessing, add
 from tests.tool_chat import byte_tokenizer
 from tests.train.test_shares import on_ranks
@@ -362,7 +362,7 @@ def test_what_reset_returns_is_read_behind_the_prompt_and_environments_are_judge
     assert tokenizer.decode(list(group.prompt.token_ids)).endswith("<|im_start|>user\nGo.")
     assert one.episode is not None
     assert other.episode is not None
-    assert (one.episode.judgements, other.episode.judgements) == ((1.0,), (0.0,))
+    assert (one.episode.judgements, other.episode.judgements) == ((Scored([1.0]),), (Scored([0.0]),))
     assert engine.asked[1] == [
         [*group.prompt.token_ids, *one.token_ids[: len(engine.asked[1][0]) - len(group.prompt.token_ids)]]
     ]

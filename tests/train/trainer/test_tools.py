@@ -55,7 +55,10 @@ def sums(completions, **columns):
     return [sum(content.isdigit() for content in contents) - 0.25 * len(contents) for contents in said]
 
 
-def guesses(environments, **columns):
+def guesses(environments, trainer_state, log_metric, log_extra, **columns):
+    log_metric("steps_before", trainer_state.global_step)
+    log_metric("guesses", sum(environment.guesses for environment in environments) / len(environments))
+    log_extra("guessed", [environment.guesses for environment in environments])
     return [float(environment.guesses) for environment in environments]
 '''
 DATA = [{"prompt": [{"role": "user", "content": f"what of {letter}"}], "secret": letter * 2} for letter in "abcdefgh"]
@@ -139,6 +142,11 @@ def test_leaving_and_resuming_is_the_straight_run(
     assert trace(config.output_dir) == trace(tmp_path / "straight")
     found = rows(tmp_path / "straight")
     assert any(row["rewards/guesses/mean"] > 0 for row in found)
+    for row in found:
+        assert row["steps_before"] == row["step"] - 1
+        assert row["guesses"] == pytest.approx(row["rewards/guesses/mean"])
+    shown = rows(tmp_path / "straight", "completions")
+    assert {type(row["guessed"]) for row in shown} == {int}
     assert all(row["sampling/kl"] < 1e-9 for row in found) or settings
 
 
