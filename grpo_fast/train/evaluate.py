@@ -10,6 +10,7 @@ import numpy as np
 
 from grpo_fast.config import Config
 from grpo_fast.metrics import PhaseTimer, mean_known
+from grpo_fast.rewards import RewardReport
 from grpo_fast.rollout.engine import SamplingParams
 from grpo_fast.train.collect import charge_rollout, sampling_params, trainer_state
 from grpo_fast.train.episodes import Sampler
@@ -37,6 +38,7 @@ def evaluate(config: Config, parts: Parts, state: TrainerState | None = None) ->
         return {"eval_reward": math.nan}
     groups = answers(config, parts.sampler, parts.eval_prompts, state)
     report = parts.eval_rewards.score(groups, state)
+    _tell(parts, report, step=0 if state is None else state.global_step)
     each = {f"eval_rewards/{name}/mean": mean for name, mean in report.mean.items()} if len(report.mean) > 1 else {}
     logged = {f"eval_{name}": mean for name, mean in named_apart(report.logged).items()}
     return {"eval_reward": mean_known(value for group in groups for value in group.reward)} | each | logged
@@ -52,6 +54,12 @@ def answers(config: Config, sampler: Sampler, prompts: Sequence[Prompt], state: 
     return sampler.sample(prompts, sampling, num_generations=config.num_generations_eval, seed=seed, state=state)
 
 
+def _tell(parts: Parts, report: RewardReport, *, step: int) -> None:
+    """Tells of each call that failed and was only counted."""
+    for problem in report.problems:
+        parts.sinks.log_event(step, "warn", problem)
+
+
 @dataclass(frozen=True, slots=True)
 class Baseline:
     """Rewards of the untrained policy."""
@@ -62,6 +70,14 @@ class Baseline:
     """Its standard error, from the answers' own spread; NaN below two answers."""
     num_prompts: int
     """Prompts that were asked, one answer each: prompts differ more than answers do, so that is the surest for its price."""
+
+    @property
+    def event(self) -> tuple[str, str]:
+        """The event's name and words."""
+        if math.isnan(self.reward):
+            told = f"before training no answer to {self.num_prompts} prompts got a reward: reward functions gave None or NaN"
+            return "warn", f"{told} for each, or failed"
+        return "probe", f"reward before training: {self.reward:.3f} over {self.num_prompts} prompts"
 
 
 def probe(config: Config, parts: Parts, timer: PhaseTimer) -> Baseline:
@@ -84,7 +100,8 @@ def probe(config: Config, parts: Parts, timer: PhaseTimer) -> Baseline:
     with timer.phase("rollout"):
         groups = parts.sampler.sample(prompts, sampling_params(config), num_generations=1, seed=seed, state=state)
     with timer.phase("reward"):
-        parts.rewards.score(groups, state)
+        report = parts.rewards.score(groups, state)
+    _tell(parts, report, step=0)
     charge_rollout(parts.meter, groups)
     rewards = np.array([value for group in groups for value in group.reward], dtype=np.float64)
     known = rewards[np.isfinite(rewards)]

@@ -13,11 +13,13 @@ from typing import Any
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.law import AlarmState, CollapseAlarm, Forecast, OnlinePredictor, Spending, StopDecision, StoppingRule
 from grpo_fast.law.stopping import STILL_STEPS
+from grpo_fast.rewards import RewardError
 from grpo_fast.sinks import SinkSet
 from grpo_fast.train.resumable import ending_settings
 from grpo_fast.train.summary import Ending
 
 _ROUNDING = 1e-9
+_UNREWARDED_STEPS = 10
 _ASK_AGAIN = 0.1
 _ALL_WRONG = (
     "nothing was learnt, as no completion earned anything. Easier prompts, a reward with partial credit, or a higher "
@@ -31,6 +33,27 @@ _ALIKE = (
 _ANSWERS = {"stop": "end the run here", "go on": "ask again in a while", "never": "go on and do not ask again"}
 
 
+class NoRewardError(RewardError):
+    """Reward functions give no completion a reward, so that nothing is learnt.
+
+    Args:
+        function: their names.
+        steps: how many steps in a row.
+        last: of them.
+    """
+
+    def __init__(self, function: str, steps: int, last: int) -> None:
+        super().__init__(
+            function,
+            f"gave None or NaN, or failed, for every completion of the {steps} steps up to step {last}, so that nothing was "
+            "learnt; correct it, or leave out prompts that have no reward, and continue with --resume",
+        )
+        self._given = (function, steps, last)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._given
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """The outcome of watching a step."""
@@ -42,6 +65,8 @@ class Verdict:
     """Why to end the run; None to continue."""
     still: int = 0
     """Consecutive steps, this one included, in which no group held two different rewards and no other term gave a gradient."""
+    failure: NoRewardError | None = None
+    """What ends the run without a success, once the step is recorded."""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -83,6 +108,8 @@ class Oversight:
         self._told: set[str] = set()
         self._silent_until = 0
         self._still = 0
+        self._unrewarded = 0
+        """Consecutive steps in which no completion had a reward."""
 
     def start_from(self, reward: float, error: float) -> None:
         """Gives the forecaster the reward of the untrained policy; a forecaster that already has one keeps it.
@@ -126,7 +153,7 @@ class Oversight:
         if ending is None and decision is not None and decision.stop:
             ending = self._plateau(step, decision, give_up)
         self._ending, self.settled = ending, None
-        return Verdict(forecast, decision, alarm, ending, self._still)
+        return Verdict(forecast, decision, alarm, ending, self._still, self._see_rewards(step, metrics))
 
     def sound_until(self, step: int, alarm: AlarmState | None) -> int:
         """Newest step whose checkpoint is certainly from before a fall that may have begun.
@@ -162,6 +189,7 @@ class Oversight:
             "told": sorted(self._told),
             "silent_until": self._silent_until,
             "still": self._still,
+            "unrewarded": self._unrewarded,
             "ending": self._ending and asdict(self._ending) | {"settings": ending_settings(self._config)},
         }
 
@@ -192,7 +220,8 @@ class Oversight:
         self.rule.take_up(state["rule"])
         self.alarm.load_state_dict(state["alarm"])
         self._told, self._silent_until = set(state["told"]), state["silent_until"]
-        self._still = state.get("still", 0)  # neither this nor the next is in checkpoints of older versions
+        self._still = state.get("still", 0)  # none of these is in checkpoints of older versions
+        self._unrewarded = state.get("unrewarded", 0)
         ending = state.get("ending")
         if ending is not None and ending["settings"] == ending_settings(self._config):
             self._ending = self.settled = Ending(ending["kind"], ending["message"])
@@ -222,6 +251,14 @@ class Oversight:
         if self._still == STILL_STEPS:
             wrong = metrics["frac_reward_all_wrong"] == 1.0
             self._event(step, f"In {STILL_STEPS} steps no group held two different rewards: {_ALL_WRONG if wrong else _ALIKE}")
+
+    def _see_rewards(self, step: int, metrics: Mapping[str, float]) -> NoRewardError | None:
+        """Counts steps without any reward: one may have met prompts that have none, and many are a mistake."""
+        self._unrewarded = self._unrewarded + 1 if math.isnan(metrics["reward"]) else 0
+        if self._unrewarded < _UNREWARDED_STEPS:
+            return None
+        names = [name.split("/")[1] for name in metrics if name.startswith("rewards/") and name.endswith("/mean")]
+        return NoRewardError(", ".join(names), self._unrewarded, step)
 
     def _collapsed(self, step: int, alarm: AlarmState) -> Ending | None:
         if self._config.collapse_action == "stop":

@@ -228,8 +228,8 @@ class GRPOTrainer:
         if self.config.eval_steps and lost is None and (self._ending is not None or step % self.config.eval_steps == 0):
             metrics |= self._evaluate()
         self._log(metrics, verdict, collected)
-        if lost is not None:
-            raise lost  # the step itself is whole, and is saved
+        if (failure := lost or verdict.failure) is not None:
+            raise failure  # the step itself is whole, and is saved
         record = self._world.once(lambda: self._best.is_better(metrics.get("eval_reward", math.nan)))
         if self._ending is not None or record or step % self.config.save_steps == 0:
             self._save()
@@ -346,7 +346,7 @@ class GRPOTrainer:
         baseline = probe(self.config, self._parts, self._timer)
         self._evals["baseline"] = self._oversight.within_range(baseline.reward, "the untrained policy")
         self._oversight.start_from(self._evals["baseline"], baseline.error)
-        self._event("probe", f"reward before training: {baseline.reward:.3f} over {baseline.num_prompts} prompts")
+        self._event(*baseline.event)
 
     def _finish(self, ending: Ending) -> None:
         """Saves what is not saved, writes the summary and tells why the run ended."""

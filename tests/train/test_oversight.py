@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import pickle
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from grpo_fast.config import Config
 from grpo_fast.law import Forecast, OnlinePredictor, Prior, RunFacts, Spending, StoppingRule
 from grpo_fast.sinks import SinkSet
-from grpo_fast.train.oversight import Oversight, Verdict, build_rule
+from grpo_fast.train.oversight import NoRewardError, Oversight, Verdict, build_rule
 from grpo_fast.train.schedule import progress_schedule
 
 METRICS = {"reward": 0.9, "reward_std": 0.1, "frac_reward_all_wrong": 0.0, "frac_reward_zero_std": 0.0}
@@ -289,3 +290,23 @@ def test_the_law_comes_back_or_is_fed_anew_for_another_horizon() -> None:
     shorter = make(max_steps=3)
     shorter.restore(state, progress_schedule(Config(max_steps=3)))
     assert shorter.predictor.num_observations == 2
+
+
+def test_many_steps_without_a_reward_are_a_failure_that_a_resumed_run_counts_on() -> None:
+    config = Config(forecast="off", collapse_action="off")
+    none = METRICS | {"reward": math.nan, "rewards/a/mean": math.nan, "rewards/b/mean": math.nan, "rewards/b/std": math.nan}
+
+    def observer() -> Oversight:
+        return Oversight(config, predictor=OnlinePredictor(100), sinks=SinkSet([]))
+
+    first = observer()
+    assert [first.observe(step, 0.1, none).failure for step in range(1, 8)] == [None] * 7
+    assert first.observe(8, 0.1, METRICS).failure is None
+    assert [first.observe(step, 0.1, none).failure for step in range(9, 18)] == [None] * 9
+    second = observer()
+    second.restore(json.loads(json.dumps(first.state_dict())), [0.1] * 100)
+    failure = pickle.loads(pickle.dumps(second.observe(18, 0.1, none).failure))
+    assert isinstance(failure, NoRewardError)
+    assert str(failure).startswith(
+        "reward function 'a, b' gave None or NaN, or failed, for every completion of the 10 steps up to"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from grpo_fast.config import Config, ConfigError
 from grpo_fast.rewards import RewardError
 from grpo_fast.train import GRPOTrainer, NonFiniteGradientError
 from grpo_fast.train.checkpoint import list_checkpoints
+from grpo_fast.train.oversight import NoRewardError
 from grpo_fast.types import Completion
 from tests.train.trainer.runs import LETTERS, Make, Straight, beliefs, events, rows, vowels, weights
 
@@ -73,10 +75,34 @@ def test_rewards_of_none_do_not_end_a_run(make: Make, tmp_path: Path) -> None:
     assert summary["final_reward"] is None
     assert summary["best_reward"] is None
     assert torch.equal(weights(trainer), before)
+    assert [row["message"] for row in rows(tmp_path / "run", "events") if row["event"] == "warn"] == [
+        "before training no answer to 24 prompts got a reward: reward functions gave None or NaN for each, or failed",
+        "reward functions gave None or NaN for every completion of step 1, so nothing is learnt from it",
+    ]
     for row in rows(tmp_path / "run"):
         assert row["reward"] is None
         assert row["frac_reward_zero_std"] == 1.0
         assert row["loss"] == 0.0
+
+
+def test_a_run_without_any_reward_for_many_steps_fails_and_can_be_resumed(make: Make, resume: Make, tmp_path: Path) -> None:
+    mended = False
+
+    def sometimes(completions: list[str], trainer_state: Any, **columns: Any) -> list[float]:
+        if mended or trainer_state.global_step == 1:
+            return vowels(completions)
+        return [math.nan] * len(completions)
+
+    settings = {"max_steps": 20, "save_steps": 100, "reward_workers": 0}
+    with pytest.raises(NoRewardError, match=r"function 'sometimes' gave None or NaN, .* of the 10 steps up to step 12"):
+        make({"reward_funcs": [sometimes]}, **settings).train()
+    run = tmp_path / "run"
+    assert [path.name for path in list_checkpoints(run)] == ["checkpoint-12"]
+    assert len(rows(run)) == 12
+    with pytest.raises(NoRewardError, match="of the 11 steps up to step 13"):
+        resume(run, {"reward_funcs": [sometimes]}).train()
+    mended = True
+    assert resume(run, {"reward_funcs": [sometimes]}).train()["step"] == 20
 
 
 def test_the_best_checkpoint_is_kept_and_rewards_of_none_are_no_best(make: Make, tmp_path: Path) -> None:
