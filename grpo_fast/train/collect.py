@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import repeat
 from typing import Any
@@ -20,7 +20,6 @@ from grpo_fast.rewards import RewardReport
 from grpo_fast.rollout.engine import SamplingParams
 from grpo_fast.tasks.stream import PromptStream
 from grpo_fast.train.episodes import Sampler
-from grpo_fast.train.logged import named_apart
 from grpo_fast.train.rng import derive_seed
 from grpo_fast.train.shares import Rewards
 from grpo_fast.types import Completion, Episode, Group, Prompt, TrainerState
@@ -35,12 +34,13 @@ class Collected:
     sampled: list[Group]
     """Every group that was sampled, those that refilling replaced included, for the meter."""
     metrics: dict[str, float]
-    """Reward and length statistics, and what reward functions logged, of the *first* draw: refilling must not flatter the
-    learning curve."""
+    """Reward and length statistics of the *first* draw: refilling must not flatter the learning curve."""
     problems: list[str]
     """One line for each reward call that failed and was counted."""
     stream: dict[str, Any]
     """Position of the stream of prompts afterwards."""
+    logged: dict[str, float] = field(default_factory=dict)
+    """What reward functions logged as metrics, of the first draw too."""
 
     @property
     def epoch(self) -> float:
@@ -76,7 +76,8 @@ class Collected:
             }
             for group in self.sampled
         ]
-        return {"groups": rows, "metrics": self.metrics, "problems": self.problems, "stream": self.stream}
+        told = {"metrics": self.metrics, "logged": self.logged, "problems": self.problems}
+        return {"groups": rows, "stream": self.stream} | told
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any], prompt_of_row: Callable[[int], Prompt]) -> Collected:
@@ -95,7 +96,8 @@ class Collected:
             (row["place"], group) for group, row in zip(sampled, state["groups"], strict=True) if row["place"] is not None
         ]
         groups = [group for _, group in sorted(placed, key=lambda pair: pair[0])]
-        return cls(groups, sampled, dict(state["metrics"]), list(state["problems"]), dict(state["stream"]))
+        metrics, logged = dict(state["metrics"]), dict(state.get("logged", {}))
+        return cls(groups, sampled, metrics, list(state["problems"]), dict(state["stream"]), logged)
 
 
 def _cut(prompt: Prompt, length: int | None) -> Prompt:
@@ -152,8 +154,8 @@ class Collector:
         groups, report = self._sample(self._config.prompts_per_step, step, round_=0, state=state, timer=timer)
         least = self._config.reward_range[0] if self._config.reward_range is not None else 0.0
         lives = self._lives
-        metrics = describe(groups, least_reward=least, lives=lives) | report.metrics() | named_apart(report.logged)
-        problems = list(report.problems)
+        metrics = describe(groups, least_reward=least, lives=lives) | report.metrics()
+        problems, logged = list(report.problems), report.logged
         if math.isnan(metrics["reward"]) and not problems and not self._has_told:
             self._has_told = True
             problems.append(
@@ -174,7 +176,7 @@ class Collector:
         if self._config.vllm_enable_sleep_mode:
             with timer.phase("rollout"):
                 self._sampler.sleep()
-        return Collected(groups, sampled, metrics, problems, self._stream.state_dict())
+        return Collected(groups, sampled, metrics, problems, self._stream.state_dict(), logged)
 
     def _sample(
         self, count: int, step: int, *, round_: int, state: TrainerState, timer: PhaseTimer

@@ -40,8 +40,9 @@ def evaluate(config: Config, parts: Parts, state: TrainerState | None = None) ->
     report = parts.eval_rewards.score(groups, state)
     _tell(parts, report, step=0 if state is None else state.global_step)
     each = {f"eval_rewards/{name}/mean": mean for name, mean in report.mean.items()} if len(report.mean) > 1 else {}
-    logged = {f"eval_{name}": mean for name, mean in named_apart(report.logged).items()}
-    return {"eval_reward": mean_known(value for group in groups for value in group.reward)} | each | logged
+    own = {"eval_reward": mean_known(value for group in groups for value in group.reward)} | each
+    names = [name.removeprefix("eval_") for name in own]
+    return own | {f"eval_{name}": mean for name, mean in named_apart(report.logged, [*names, "rewards"]).items()}
 
 
 def answers(config: Config, sampler: Sampler, prompts: Sequence[Prompt], state: TrainerState | None = None) -> list[Group]:

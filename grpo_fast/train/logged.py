@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-_OWN = re.compile(
-    r"(step|progress|epoch|learning_rate|reward|reward_std|rewards|frac_reward_zero_std|frac_reward_all_wrong|refilled_prompts"
-    r"|steps_without_variance|alarm|forecast|completions|num_turns|tools|loss|grad_norm|entropy|kl|clip_ratio|cispo_clip_ratio"
-    r"|sampling|sample|overlap|sync|num_tokens|tokens|flops|gpu_seconds|energy_kwh|money|mfu|step_time|time|budget)(/.*)?"
-    r"|eval_.*",
-    re.DOTALL,
-)
+_NOT_IN_EVERY_STEP = ("clip_ratio", "cispo_clip_ratio", "entropy", "forecast", "kl", "mfu", "sampling")
+"""Families that a step may lack, as one without gradient does, and those that trackers are told beside metrics."""
 
 
-def is_own(name: str) -> bool:
-    """Whether a metric of the run has the name, or might have: those of the kind ``time/...`` are many."""
-    return _OWN.fullmatch(name) is not None
+def family(name: str) -> str:
+    """What stands for all metrics of a kind: ``time`` for ``time/train``."""
+    return "eval_" if name.startswith("eval_") else name.partition("/")[0]
 
 
-def named_apart(logged: Mapping[str, float]) -> dict[str, float]:
-    """Metrics under names that no metric of the run has: ``loss`` becomes ``logged/loss``, in every step.
+def named_apart(logged: Mapping[str, float], own: Iterable[str]) -> dict[str, float]:
+    """Metrics under names that no metric of the run has, in this step or another: ``loss`` becomes ``logged/loss``.
 
     Args:
         logged: by the name that a reward function gave.
+        own: names of the run's metrics in this step.
     """
-    return {f"logged/{name}" if is_own(name) else name: value for name, value in logged.items()}
+    taken = {*_NOT_IN_EVERY_STEP, "eval_", *map(family, own)}
+    return {f"logged/{name}" if family(name) in taken else name: value for name, value in logged.items()}

@@ -30,6 +30,7 @@ from grpo_fast.train.distributed import World
 from grpo_fast.train.evaluate import evaluate, probe
 from grpo_fast.train.handshake import shake_hands
 from grpo_fast.train.interrupt import InterruptFlag
+from grpo_fast.train.logged import named_apart
 from grpo_fast.train.optim import build_optimizer
 from grpo_fast.train.oversight import Oversight, Verdict
 from grpo_fast.train.parts import Replacements, build_parts, check_given
@@ -212,11 +213,9 @@ class GRPOTrainer:
         assert self._pending is not None
         parts, collected, step = self._parts, self._pending, self.global_step + 1
         learning_rate = learning_rate_at(step, self.config)
-
         update = self._learner.update(collected.groups, learning_rate=learning_rate, timer=self._timer)
         self.global_step, self._pending = step, None
         sync, lost = self._sync()
-
         times = self._charge(update)
         verdict = self._world.patiently(lambda: self._observe(collected.metrics | update.metrics))
         self._ending = self._why_end(verdict)
@@ -225,6 +224,7 @@ class GRPOTrainer:
         metrics |= {"epoch": collected.epoch} | collected.metrics | update.metrics | verdict.metrics
         metrics |= sync | times | parts.meter.metrics()
         metrics |= {f"budget/{name}": left for name, left in parts.budget.remaining(parts.meter.usage(step)).items()}
+        metrics |= named_apart(collected.logged, metrics)
         if self.config.eval_steps and lost is None and (self._ending is not None or step % self.config.eval_steps == 0):
             metrics |= self._evaluate()
         self._log(metrics, verdict, collected)

@@ -16,6 +16,7 @@ from grpo_fast.config import Config, ConfigError
 from grpo_fast.rewards import RewardError
 from grpo_fast.train import GRPOTrainer, NonFiniteGradientError
 from grpo_fast.train.checkpoint import list_checkpoints
+from grpo_fast.train.logged import named_apart
 from grpo_fast.train.oversight import NoRewardError
 from grpo_fast.types import Completion
 from tests.train.trainer.runs import LETTERS, Make, Straight, beliefs, events, rows, vowels, weights
@@ -98,7 +99,12 @@ def test_a_run_without_any_reward_for_many_steps_fails_and_can_be_resumed(make: 
         make({"reward_funcs": [sometimes]}, **settings).train()
     run = tmp_path / "run"
     assert [path.name for path in list_checkpoints(run)] == ["checkpoint-12"]
-    assert len(rows(run)) == 12
+    own = [set(row) for row in rows(run)]
+    assert len(own) == 12
+    assert "kl" in own[1] - own[0]
+    for names in own:
+        logged = named_apart(dict.fromkeys(set.union(*own), 0.0), names)
+        assert all(name.startswith("logged/") for name in logged), "what is logged has one name in every step"
     with pytest.raises(NoRewardError, match="of the 11 steps up to step 13"):
         resume(run, {"reward_funcs": [sometimes]}).train()
     mended = True
