@@ -89,6 +89,11 @@ def reward_name(spec: str | Callable[..., Any]) -> str:
         )
     if isinstance(spec, type) or not callable(spec):
         raise TypeError(f"a reward is a name, 'module:function' or a function, not {spec!r}")
+    if hasattr(spec, "forward") and hasattr(spec, "parameters"):
+        raise TypeError(
+            f"a reward is a function, and {name_of(spec)} is a model; write a function that asks it (with reward_workers=0 it "
+            "runs where the model is)"
+        )
     return name_of(spec)
 
 
@@ -159,7 +164,10 @@ async def await_reward(reward: RewardFunction, arguments: Mapping[str, Any]) -> 
 
 def describe_failure(error: BaseException) -> str:
     """One line on what went wrong in a reward call."""
-    return str(error) if isinstance(error, InvalidRewardError) else user_code.describe_failure(error)
+    if isinstance(error, InvalidRewardError):
+        return str(error)
+    unnamed = isinstance(error, KeyError) and error.args == ("environments",)
+    return user_code.describe_failure(error) + ("; what reads environments must name them in its signature" if unnamed else "")
 
 
 class _Log:

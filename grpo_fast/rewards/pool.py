@@ -225,13 +225,13 @@ class RewardPool:
         return self._local
 
     def _score_here(self, arguments: dict[str, Any], tally: Tally) -> None:
-        def failed(function: int, error: Exception) -> None:
+        def failed(function: int, error: BaseException) -> None:
             self._fail(function, describe_failure(error), tally, cause=error)
 
         async def later(function: int, reward: RewardFunction) -> None:
             try:
                 tally.store(function, await await_reward(reward, arguments))
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 failed(function, error)
 
         rewards = list(self._resolve_here().items())
@@ -241,7 +241,7 @@ class RewardPool:
                 continue
             try:
                 tally.store(function, call_reward(reward, arguments, self._loop))
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 failed(function, error)
 
     def _calls(self, groups: Sequence[Group], columns: Sequence[str], state: TrainerState) -> list[_Call]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.environments import Environments
 from grpo_fast.given_values import dataset_anywhere
-from grpo_fast.rewards import RewardFunction, reward_name
+from grpo_fast.rewards import RewardFunction, resolve_reward, reward_name
 from grpo_fast.rewards.call import check_columns
 from grpo_fast.rewards.judged import ARGUMENT, set_apart
 from grpo_fast.run_dir import write_whole
@@ -154,6 +155,25 @@ def check_episodes(data: Data, prompts: EncodedPrompts, replies: Replies) -> Non
             check_columns(reward, [*prompts.columns, ARGUMENT])
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def unheard(data: Data) -> list[str]:
+    """Tells of an environment's ``get_reward`` that no reward is made of."""
+    environments = data.environments
+    if environments is None or not environments.can_rate or data.judges or "environment" in data.reward_funcs:
+        return []
+    if any("environment_rewards" in _names(function) for function in data.reward_funcs):
+        return []
+    names = ", ".join(map(reward_name, data.reward_funcs))
+    told = f"has a get_reward, which counts for nothing here: reward_funcs are {names}; add 'environment' to them"
+    return [f"environment {environments.name!r} {told}"]
+
+
+def _names(function: str | Callable[..., Any]) -> Collection[str]:
+    try:
+        return inspect.signature(resolve_reward(function).function).parameters
+    except (ValueError, TypeError):
+        return ()
 
 
 def choose_data(config: Config, given: Mapping[str, Any], *, chat: bool, environments: Environments | None = None) -> Data:

@@ -40,6 +40,7 @@ from grpo_fast.train.data import (
     choose_environments,
     choose_replies,
     encoded_task,
+    unheard,
 )
 from grpo_fast.train.distributed import ALONE, World
 from grpo_fast.train.episodes import InTurns, OneTurn, Sampler
@@ -256,6 +257,7 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
                 *repeats(prompts, eval_prompts[: config.eval_size], prompts_per_step=config.prompts_per_step),
                 *(plain_text(prompts.num_plain, len(prompts)) if source.chat else ()),
                 *unseen(data.task.train),
+                *unheard(data),
                 *(idle_ranks(config, world) if config.rollout == "transformers" else ()),
                 *few_held_out(asked, len(eval_prompts), num_prompts=len(prompts)),
             ],

@@ -100,6 +100,24 @@ def test_callables_are_named_by_their_name() -> None:
         resolve_reward(Scorer)
 
 
+def test_models_are_no_reward_functions() -> None:
+    class Scorer:
+        def __call__(self, completions: list[str]) -> list[float]: ...
+
+        def forward(self) -> None: ...
+
+        def parameters(self) -> None: ...
+
+    with pytest.raises(TypeError, match="Scorer is a model; write a function that asks it"):
+        reward_name(Scorer())
+
+
+def test_what_reads_environments_without_naming_them_is_told_how() -> None:
+    with pytest.raises(KeyError) as caught:
+        call(lambda **columns: columns["environments"])
+    assert describe_failure(caught.value).endswith("; what reads environments must name them in its signature")
+
+
 def test_a_function_is_given_what_its_signature_takes() -> None:
     seen: dict[str, Any] = {}
 

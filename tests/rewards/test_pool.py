@@ -612,3 +612,17 @@ def test_a_thousand_completions_of_mathematics(make_pool: Factory) -> None:
 def test_rewards_import_no_torch() -> None:
     code = "import sys; import grpo_fast.rewards; assert 'torch' not in sys.modules and 'math_verify' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_exit_is_a_failed_call(make_pool: Factory, workers: int) -> None:
+    def leaves(completions: list[str]) -> list[float]:
+        sys.exit(0)
+
+    async def leaves_later(completions: list[str]) -> list[float]:
+        sys.exit(0)
+
+    pool = make_pool(leaves, leaves_later, workers=workers, on_error="none")
+    report = pool.score([group("a")])
+    assert (report.errors, report.restarts) == ({"leaves": 1, "leaves_later": 1}, 0)
+    assert all("raised SystemExit: 0" in problem for problem in report.problems)

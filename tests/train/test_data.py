@@ -19,6 +19,7 @@ from grpo_fast.train.data import (
     choose_environments,
     choose_replies,
     encoded_task,
+    unheard,
 )
 from grpo_fast.train.policy_source import PolicySource
 from tests.test_tools import Guessing, add
@@ -144,6 +145,29 @@ def test_tools_are_chosen_as_given_or_configured() -> None:
         chosen(Config(), {"tools": [3]})
     with pytest.raises(ConfigError, match="makes no environments; give a class"):
         chosen(Config(), {"environment_factory": {"game": Guessing}})
+
+
+def test_a_get_reward_that_counts_for_nothing_is_told(letters: Task) -> None:
+    class Rating(Silent):
+        def get_reward(self) -> float:
+            return 1.0
+
+    def reads(environment_rewards: list[float], **columns: Any) -> list[float]:
+        return environment_rewards
+
+    def judges(environments: list[Rating]) -> list[float]:
+        return [each.get_reward() for each in environments]
+
+    def told(functions: Any, kind: type = Rating) -> list[str]:
+        environments = chosen(Config(), {"environment_factory": kind})
+        given = {"task": letters, "reward_funcs": functions}
+        return unheard(choose_data(Config(), given, chat=False, environments=environments))
+
+    [remark] = told([short, "format"])
+    assert remark.startswith(
+        "environment 'Rating' has a get_reward, which counts for nothing here: reward_funcs are short, format;"
+    )
+    assert told(["environment", short]) == told([reads, short]) == told(judges) == told(short, Silent) == []
 
 
 def test_rewards_that_read_environments_are_set_apart_and_held_against_the_columns(letters: Task, tiny_model: Path) -> None:
