@@ -145,8 +145,7 @@ class Replacements(TypedDict, total=False):
     reward_funcs: str | Callable[..., Any] | Sequence[str | Callable[..., Any]]
     """Names, Python functions or reward models, in place of ``config.reward_funcs``; a single one needs no list."""
     train_dataset: Any
-    """Rows in place of ``config.dataset``: a ``datasets.Dataset`` or a list of mappings; see
-    :func:`~grpo_fast.tasks.files.task_of`."""
+    """Rows, in place of ``config.dataset``: a ``datasets.Dataset`` or a list of mappings."""
     eval_dataset: Any
     """Held-out rows, together with ``train_dataset``."""
     task: Task
