@@ -91,8 +91,8 @@ def reward_name(spec: str | Callable[..., Any]) -> str:
         raise TypeError(f"a reward is a name, 'module:function' or a function, not {spec!r}")
     if hasattr(spec, "forward") and hasattr(spec, "parameters"):
         raise TypeError(
-            f"a reward is a function, and {name_of(spec)} is a model; write a function that asks it (with reward_workers=0 it "
-            "runs where the model is)"
+            f"a reward is a function, and {name_of(spec)} is a model; give RewardModel(model, tokenizer=...), or a function "
+            "that asks it"
         )
     return name_of(spec)
 

@@ -108,7 +108,7 @@ def test_models_are_no_reward_functions() -> None:
 
         def parameters(self) -> None: ...
 
-    with pytest.raises(TypeError, match="Scorer is a model; write a function that asks it"):
+    with pytest.raises(TypeError, match=r"Scorer is a model; give RewardModel\(model"):
         reward_name(Scorer())
 
 
