@@ -48,8 +48,8 @@ def short(completions: list[str]) -> list[float]:
 def test_rewards_that_are_given_win_and_one_may_stand_alone(functions: Any, letters: Task) -> None:
     data = choose_data(Config(reward_funcs=("boxed_format",)), {"task": letters, "reward_funcs": functions}, chat=False)
     assert data.reward_funcs == (functions if isinstance(functions, list) else [functions])
-    assert choose_data(Config(reward_funcs=("format",)), {"task": letters}, chat=False).reward_funcs == ("format",)
-    assert choose_data(Config(), {"task": letters}, chat=False).reward_funcs == ("exact_match",)
+    assert list(choose_data(Config(reward_funcs=("format",)), {"task": letters}, chat=False).reward_funcs) == ["format"]
+    assert list(choose_data(Config(), {"task": letters}, chat=False).reward_funcs) == ["exact_match"]
 
 
 def test_an_environment_that_rates_is_the_reward_where_no_other_is_named(letters: Task) -> None:
@@ -59,10 +59,10 @@ def test_an_environment_that_rates_is_the_reward_where_no_other_is_named(letters
 
     silent, rating = (chosen(Config(), {"environment_factory": kind}) for kind in (Silent, Rating))
     given = {"task": letters}
-    assert choose_data(Config(), given, chat=False, environments=rating).reward_funcs == ("environment",)
-    assert choose_data(Config(), given, chat=False, environments=silent).reward_funcs == ("exact_match",)
+    assert list(choose_data(Config(), given, chat=False, environments=rating).reward_funcs) == ["environment"]
+    assert list(choose_data(Config(), given, chat=False, environments=silent).reward_funcs) == ["exact_match"]
     both = Config(reward_funcs=("environment", "format"))
-    assert choose_data(both, given, chat=False, environments=rating).reward_funcs == ("environment", "format")
+    assert list(choose_data(both, given, chat=False, environments=rating).reward_funcs) == ["environment", "format"]
     assert choose_data(both.replace(reward_funcs=()), given, chat=False).measure == "exact_match"
     assert choose_data(Config(), given, chat=False, environments=rating).measure == "", "a task's own reads one answer"
     choose_data(Config(), {"train_dataset": [{"prompt": "a"}]}, chat=False, environments=rating)  # no answer is needed
@@ -77,7 +77,7 @@ def test_rows_in_hand_take_the_place_of_the_dataset(tiny_config: Callable[..., C
     prompts, held_out = encoded_task(config, data.task, PolicySource(config))
     assert [prompt.prompt for prompt in prompts] == [row["prompt"] for row in ROWS]
     assert [prompt.prompt for prompt in held_out] == ["a=", "b=", "c="]
-    assert data.reward_funcs == ("accuracy",)
+    assert list(data.reward_funcs) == ["accuracy"]
     assert len(choose_data(config, {"train_dataset": ROWS}, chat=False).task.eval) == 2, "a fifth is held out"
     with pytest.raises(ConfigError, match="has no 'answer' column"):
         choose_data(config, {"train_dataset": [{"prompt": "a"}]}, chat=False)
