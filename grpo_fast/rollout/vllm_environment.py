@@ -36,6 +36,8 @@ and says nothing of precision: products in TF32, of three digits, would pass no 
 OWNER = "GRPO_FAST_VLLM_OWNER"
 """Tells vLLM's processes which process they belong to, so that they end with it; see
 :func:`~grpo_fast.rollout.vllm_transport.register`."""
+SERVER = "GRPO_FAST_VLLM_SERVER"
+"""Tells the process of vLLM's server that it is that, by its number."""
 
 
 def load_beside_vllm(module: str) -> ModuleType:

@@ -27,7 +27,7 @@ from grpo_fast.rollout.vllm_adapters import lora_options
 from grpo_fast.rollout.vllm_addresses import api_key
 from grpo_fast.rollout.vllm_client import ONE_REPLICA
 from grpo_fast.rollout.vllm_engine import require_vllm
-from grpo_fast.rollout.vllm_environment import BINDING, FLOAT32_PRODUCTS, LOCK_BYTES, NO_WORKER, UNBOUND
+from grpo_fast.rollout.vllm_environment import BINDING, FLOAT32_PRODUCTS, LOCK_BYTES, NO_WORKER, SERVER, UNBOUND
 from grpo_fast.rollout.vllm_sleep import check_segments, sleep_level
 
 HOST = "127.0.0.1"
@@ -104,7 +104,7 @@ def server_command(  # noqa: PLR0913 (what the command line offers)
         sleep_level(on_gpu=not on_cpu, has_adapters=max_lora_rank is not None)
         check_segments(version, os.environ)
         arguments += ["--enable-sleep-mode"]
-    forced = {"VLLM_SERVER_DEV_MODE": "1"}
+    forced = {"VLLM_SERVER_DEV_MODE": "1", SERVER: str(os.getpid())}  # which stays when the command takes its place
     if unreached is not None:
         forced["HF_HUB_OFFLINE"] = "1"  # else vLLM would try every file for half a minute
     if way == "ipc":

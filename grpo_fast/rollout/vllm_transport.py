@@ -10,6 +10,7 @@ Source: the interface is that of ``vllm.distributed.weight_transfer.base`` of vL
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import psutil
 import torch
 from vllm.distributed.weight_transfer import (
     TrainerWeightTransferEngine,
@@ -33,13 +35,15 @@ from vllm.distributed.weight_transfer.base import TrainerInitInfo, WeightTransfe
 
 from grpo_fast.rollout import vllm_direct
 from grpo_fast.rollout.shared_memory import SHARED_MEMORY, reserve, reserve_queues
-from grpo_fast.rollout.vllm_environment import OWNER
+from grpo_fast.rollout.vllm_environment import OWNER, SERVER
 from grpo_fast.rollout.vllm_layerwise import LayerwiseReceiver, PolicyWeights
 
 BACKEND = "grpo_fast_shm"
 SPARSE_BACKEND = "grpo_fast_sparse"
 _ALIGNMENT = 64
 _LOOK_S = 1.0
+_ENDING_S = 20.0
+"""After the death of its engine, for a server to answer its clients and end by itself."""
 
 
 @functools.cache
@@ -47,9 +51,11 @@ def register() -> None:
     """Makes this package's backends known to vLLM in this process; the entry point of ``vllm.general_plugins``.
 
     A process that vLLM started for a trainer ends with it from then on, however that ends, where vLLM's own would stay; and not
-    by Ctrl-C, which a terminal sends to both: it asks the trainer to save and end after a step that still needs the engine.
+    by Ctrl-C, which a terminal sends to both: it asks the trainer to save and end after a step that still needs the engine. A
+    server ends with its engine.
     """
     _end_with_owner()
+    _end_with_engine()
     WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryReceiver)
     WeightTransferTrainerFactory.register_engine(BACKEND, SharedMemorySender)
     WeightTransferEngineFactory.register_engine(vllm_direct.BACKEND, vllm_direct.DirectReceiver)
@@ -72,6 +78,26 @@ def _end_with_owner() -> None:
     threading.Thread(target=watch, name="owner watch", daemon=True).start()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _end_with_engine() -> None:
+    """Where vLLM's engine dies, its server (0.32) closes its port, and waits for ever if the engine still owes an answer."""
+    if os.environ.get(SERVER) != str(os.getpid()):
+        return
+
+    def watch() -> None:
+        engines: list[psutil.Process] = []
+        while not engines:  # not by their ``wait``, which would take the exit code from vLLM
+            time.sleep(_LOOK_S)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                engines = [child for child in psutil.Process().children() if "EngineCor" in child.name()]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while all(engine.is_running() and engine.status() != psutil.STATUS_ZOMBIE for engine in engines):
+                time.sleep(_LOOK_S)
+        time.sleep(_ENDING_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="engine watch", daemon=True).start()
 
 
 @dataclass

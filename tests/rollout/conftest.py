@@ -190,6 +190,11 @@ class ServerProcess:
             self._process.wait()
             self._process = None
 
+    def wait(self, timeout_s: float) -> int:
+        """Its exit code, when it has ended by itself."""
+        assert self._process is not None
+        return self._process.wait(timeout_s)
+
     def processes(self) -> list[psutil.Process]:
         """Those that it started."""
         assert self._process is not None
