@@ -18,13 +18,14 @@ from typing import Any
 from benchmarks.law import pictures, results
 from benchmarks.law.baselines import BASELINES
 from benchmarks.law.cost import cost_ms
-from benchmarks.law.curves import Curve, load_curves
+from benchmarks.law.curves import Curve, averaged, load_curves
 from benchmarks.law.evaluate import FINAL, LEVEL, SHARES, evaluate
 from benchmarks.law.limits import limits
 from benchmarks.law.models import Law
 from benchmarks.law.residuals import Residual
 from benchmarks.law.simulator import STORIES, simulate
 from benchmarks.law.stopping import Fixed, LawStop, Oracle, Patience, PlugIn, Stopper, replay
+from grpo_fast.law import Prior
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "reward_curves"
 DEFAULT = 0.78
@@ -105,6 +106,9 @@ def main() -> None:
     parser.add_argument("--all-duplicates", action="store_true", help="keep near-duplicate curves")
     parser.add_argument("--no-stopping", action="store_true")
     parser.add_argument("--simulated", type=int, default=None, metavar="N", help="judge N simulated runs instead of a folder")
+    parser.add_argument(
+        "--smoothed", type=float, metavar="KEEP", help="judge moving averages that keep so much of their past, as exports do"
+    )
     parser.add_argument("--output", type=Path, help="folder for JSON and pictures; both test beds are judged")
     options = parser.parse_args()
     law = Law()
@@ -115,6 +119,9 @@ def main() -> None:
         curves = [simulate(FIRST_SEED + seed) for seed in range(options.simulated)]
     else:
         curves = load_curves(options.folder, distinct=not options.all_duplicates)
+    if options.smoothed is not None:
+        # The prior has seen raw rewards alone, as anybody's who gives it a smoothed log.
+        law, curves = Law(prior=Prior.default()), [averaged(curve, options.smoothed) for curve in curves]
     printed(judged(curves, law, only=options.only, stopping=not options.no_stopping))
 
 

@@ -145,6 +145,16 @@ def smoothed(rewards: Array) -> Array:
     return np.asarray(uniform_filter1d(rewards, max(3, rewards.size // 12 | 1), mode="mirror"), dtype=np.float64)
 
 
+def averaged(curve: Curve, keep: float) -> Curve:
+    """The curve as smoothed exports have it: a moving average that keeps so much of its past, unbiased at its start."""
+    sums, weights = 0.0, 0.0
+    means = np.empty(curve.rewards.size)
+    for index, reward in enumerate(curve.rewards.tolist()):
+        sums, weights = keep * sums + reward, keep * weights + 1.0
+        means[index] = sums / weights
+    return replace(curve, rewards=means)
+
+
 def load_curves(folder: str | Path, *, distinct: bool = True) -> list[Curve]:
     """Every curve of a folder.
 

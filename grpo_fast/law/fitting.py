@@ -245,18 +245,21 @@ class _Foretold:
         middle: median.
         high: 95 % quantile.
         noise: half-width of the 90 % interval of the rewards' mean about that curve, which no prior can stretch.
+        noise_share: as for :meth:`~grpo_fast.law.prior.Prior.spread_at`.
     """
 
     low: float
     middle: float
     high: float
     noise: float
+    noise_share: float
 
     def needed(self, one: Witness) -> float:
-        """The least stretch with which the interval, noise and all, holds what came; 0 where noise alone explains it."""
+        """The least ``spread`` with which the interval, noise and all, holds what came; negative where any does."""
         away = one.level - self.middle
         side = self.high - self.middle if away > 0 else self.middle - self.low
-        return math.sqrt(max(away**2 - self.noise**2, 0.0)) / max(side, _TINY)
+        factor = math.sqrt(max(away**2 - self.noise**2, 0.0)) / max(side, _TINY)
+        return 1.0 + (factor - 1.0) / self.noise_share
 
 
 def level_errors(prior: Prior, one: Witness) -> Array:
@@ -285,7 +288,8 @@ def _foretold(prior: Prior, one: Witness, place: int) -> _Foretold:
     middle, width = (np.full(one.tail.size, value) for value in (told[1], told[2] - told[0]))
     moved, wider = (part.mean() for part in say.correction(one.tail, middle, width))
     low, middle_moved, high = np.clip(told[1] + moved + (told - told[1]) * wider, scale.low, scale.high)
-    return _Foretold(float(low), float(middle_moved), float(high), _Z90 * scale.noise_sd / math.sqrt(one.tail.size))
+    noise = _Z90 * scale.noise_sd / math.sqrt(one.tail.size)
+    return _Foretold(float(low), float(middle_moved), float(high), noise, draws.noise_share)
 
 
 def _weighted_quantile(values: Array, weight: Array, probability: float) -> float:

@@ -109,6 +109,7 @@ class OnlinePredictor:
         if facts.start is not None:
             self._extremes = (facts.start, facts.start)
             error = facts.start_error or _START_ERROR * self._unit
+            self.posterior.ratio = self._unit**2
             self.posterior.add(0.0, facts.start, (error / self._unit) ** 2)
         elif self.reward_range is not None:
             self.posterior.centre = sum(self.reward_range) / 2
@@ -218,7 +219,7 @@ class OnlinePredictor:
         """Mean rewards at (K,) places of the budget as a weighted sample of whole runs: (N, K) values and (N,) weights."""
         draws = self.posterior.draws(self.believed())
         x = np.asarray(progress, dtype=np.float64)
-        return self._stretched(self._curves(draws, x), draws.weight, x), draws.weight
+        return self._stretched(self._curves(draws, x), draws, x), draws.weight
 
     def forecast(self) -> Forecast:
         """The forecast from what has been observed; before the first reward it is the prior's."""
@@ -353,7 +354,7 @@ class OnlinePredictor:
         plateau = self._within(draws.start + draws.rise * GRID.asymptote[draws.shape] + draws.drift + draws.drift_ahead)
         told = slice(1, 2 + marks.size)
         columns, where = np.concatenate([curves[:, told], plateau[:, None]], axis=1), np.concatenate([x[told], [1.0]])
-        levels = self._within(quantiles(self._stretched(columns, draws.weight, where), draws.weight, _LEVELS))
+        levels = self._within(quantiles(self._stretched(columns, draws, where), draws.weight, _LEVELS))
         return levels, np.asarray(draws.weight @ (curves[:, told.stop :] - curves[:, :1]))
 
     def _times_told(self, draws: Draws, clock: StepClock, *, known: bool) -> dict[str, Any]:
@@ -364,10 +365,11 @@ class OnlinePredictor:
             told |= {name: middle, f"{name}_interval": interval, f"{name}_spending": self._spent.at(middle)}
         return told
 
-    def _stretched(self, values: Array, weight: Array, x: Array) -> Array:
+    def _stretched(self, values: Array, draws: Draws, x: Array) -> Array:
         """Samples (N, K), moved and widened by the stack and stretched by the prior's spread; past steps stay unchanged."""
-        low, middle, high = quantiles(values, weight, _LEVELS[[0, 2, 4]])
-        say, factor = self.say(), np.where(x > self._last[1], self.prior.spread_at(self._last[1]), 1.0)
+        low, middle, high = quantiles(values, draws.weight, _LEVELS[[0, 2, 4]])
+        spread = self.prior.spread_at(self._last[1], draws.noise_share)
+        say, factor = self.say(), np.where(x > self._last[1], spread, 1.0)
         moved, wider = say.correction(x, middle, high - low)
         return self._within(middle + moved + (values - middle) * factor * wider)
 

@@ -21,6 +21,7 @@ from scipy.special import log_softmax
 
 from grpo_fast.law.forms import Array
 from grpo_fast.law.posterior import DRIFTS, GRID, Believed
+from grpo_fast.law.scatter import LEAST_SD
 from grpo_fast.law.shapes import CLASSES
 
 PARTS = ((0.0, 0.01), (0.0, 0.04), (0.05, 0.1), (0.2, 0.25), (0.8, 0.25), (1.2, 0.6))
@@ -98,7 +99,8 @@ class Prior:
         class_logits: (9, 7) of :data:`~grpo_fast.law.shapes.CLASSES` by features.
         drift_none: probability that a run does not drift.
         drift_median: median of the drift's standard deviation over a budget where there is one, in units of the range.
-        spread: factors by which forecasts' intervals are stretched at :data:`SHARES`, so that 90 % intervals hold 90 %.
+        spread: factors by which forecasts' intervals are stretched at :data:`SHARES`, so that 90 % intervals hold 90 %; for
+            rewards that scatter on their own.
         about: where the prior comes from, with its figures.
 
     Raises:
@@ -185,13 +187,20 @@ class Prior:
             log_shapes=log_classes[GRID.classes],
             log_drifts=self._log_drifts(scale),
             start_sd=_START_SD * scale.unit,
+            least_noise=LEAST_SD * scale.unit,
             low=scale.low,
             high=scale.high,
         )
 
-    def spread_at(self, share: float) -> float:
-        """Factor by which intervals are stretched after a share of the budget."""
-        return float(np.interp(share, SHARES, self.spread))
+    def spread_at(self, share: float, noise_share: float) -> float:
+        """Factor by which intervals are stretched after a share of the budget.
+
+        Args:
+            share: of the budget.
+            noise_share: as :class:`~grpo_fast.law.posterior.Draws` have it. Where the rewards follow one another (smoothed ones
+                do), their noise is in the drift, which is believed as it is: the factor tends to 1.
+        """
+        return 1.0 + noise_share * (float(np.interp(share, SHARES, self.spread)) - 1.0)
 
     def _log_drifts(self, scale: RunScale) -> Array:
         sizes = DRIFTS[1:] * max(scale.noise_sd / scale.unit, 1e-6)

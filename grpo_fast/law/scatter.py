@@ -13,7 +13,8 @@ BETWEEN, WITHIN = 0.1, 0.12
 
 _MEMORY = 0.99
 _PSEUDO, _FADE = 3.0, 0.85
-_LEAST_SD = 0.003
+LEAST_SD = 0.003
+"""Least standard deviation of a reward's noise, in units of the range: no shape is exactly true."""
 
 
 class Scatter:
@@ -55,5 +56,5 @@ class Scatter:
             self._known = _MEMORY * self._known + 1.0
         pseudo = _PSEUDO * _FADE**self._count
         ratio = (pseudo * unit**2 + self._found) / (pseudo + self._known)
-        self.ratio = max(ratio, (_LEAST_SD * unit) ** 2 / theory)
+        self.ratio = max(ratio, (LEAST_SD * unit) ** 2 / theory)
         return theory

@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy.special import softmax, stdtr
 from scipy.stats import multivariate_t
 
 from grpo_fast.law import posterior as module
@@ -21,7 +22,7 @@ DOF = 6.0
 PRIOR_A = 0.3
 
 
-def believed(parts=PARTS, low: float = -math.inf, high: float = math.inf, start_sd: float = PRIOR_A) -> Believed:
+def believed(parts=PARTS, low=-math.inf, high=math.inf, *, start_sd=PRIOR_A, least_noise=0.0) -> Believed:
     return Believed(
         log_parts=np.full(len(parts), -math.log(len(parts))),
         rise=np.array([part[0] for part in parts]),
@@ -29,6 +30,7 @@ def believed(parts=PARTS, low: float = -math.inf, high: float = math.inf, start_
         log_shapes=np.full(GRID.num_shapes, -math.log(GRID.num_shapes)),
         log_drifts=np.full(DRIFTS.size, -math.log(DRIFTS.size)),
         start_sd=start_sd,
+        least_noise=least_noise,
         low=low,
         high=high,
     )
@@ -157,6 +159,31 @@ def test_ratio_multiplies_every_variance_that_was_told():
     np.testing.assert_allclose(one.drift_ahead, other.drift_ahead, rtol=1e-7, atol=1e-9)
 
 
+def test_no_shape_is_believed_to_be_truer_than_the_least_noise():
+    """A shape of the grid without noise, told to have one of 0.06: half of that is the least, and much less would do."""
+    x = np.arange(1, 41) / 80
+    posterior = filled(x, 0.2 + 0.4 * GRID.rise(x)[FLAT - 1], np.full(40, NOISE**2), 4.0)
+    free, held = (posterior.solve(believed(least_noise=sd)) for sd in (0.0, 0.03))
+    right = (1, 0, FLAT - 1)
+    least = (0.03 / (2 * NOISE)) ** 2
+    assert free.scale[right] < 0.7 * least < free.scale.max()
+    np.testing.assert_allclose(held.scale, np.maximum(free.scale, least))
+    np.testing.assert_array_equal(held.log_weight, free.log_weight)
+    narrow, wide = (exact(posterior, believed(least_noise=sd))[1] for sd in (0.0, 0.06))
+    assert wide > narrow
+    assert np.isfinite(Posterior().draws(believed(least_noise=0.01)).start).all(), "nor before the first reward"
+
+
+def test_the_noise_share_tells_rewards_that_scatter_from_rewards_that_follow_one_another():
+    x, scatter = np.arange(1, 101) / 100, NOISE * np.random.default_rng(5).standard_normal(100)
+    white, following = (filled(x, 0.5 + each, np.full(100, NOISE**2)) for each in (scatter, 3.0 * np.cumsum(scatter)))
+    prior = believed()
+    assert white.draws(prior).noise_share > 0.9
+    # Drift of variance 9 a step, in those of the noise: kappa of 30, of which the grid has 40 (16 a step) and 16 (2.6).
+    assert 1 / 17 <= following.draws(prior).noise_share < 1 / 3
+    assert Posterior().draws(prior).noise_share == 1.0
+
+
 def exact(posterior: Posterior, prior: Believed) -> tuple[float, float]:
     """Mean and standard deviation of the level at the budget's end, all components mixed."""
     solved = posterior.solve(prior)
@@ -168,15 +195,20 @@ def exact(posterior: Posterior, prior: Believed) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("count", [8, 40])
-def test_draws_have_the_exact_mean_and_spread_at_the_end(count):
+def test_draws_have_the_exact_quantiles_at_the_end(count):
     posterior, prior = filled(*observations(count)), believed()
-    draws = posterior.draws(prior)
-    level = draws.curve(GRID.rise(np.ones(1)), np.ones(1), posterior.progress)[:, 0]
-    mean, sd = exact(posterior, prior)
+    draws, solved = posterior.draws(prior), posterior.solve(prior)
+    level = draws.curve(GRID.rise(np.ones(1)), np.ones(1), posterior.progress)
     assert draws.weight.sum() == pytest.approx(1.0)
     assert draws.start.shape == (NUM_DRAWS,)
-    assert draws.weight @ level == pytest.approx(mean, abs=0.03 * sd)
-    assert math.sqrt(draws.weight @ (level - mean) ** 2) == pytest.approx(sd, rel=0.05)
+    wanted = np.array([0.02, 0.05, 0.25, 0.5, 0.75, 0.95, 0.98])
+    mass = softmax(solved.log_weight)
+    spread = np.sqrt(solved.scale * solved.level_var)
+    below = [
+        float((mass * stdtr(solved.dof, (each - posterior.centre - solved.level) / spread)).sum())
+        for each in quantiles(level, draws.weight, wanted)[:, 0]
+    ]
+    np.testing.assert_allclose(below, wanted, atol=0.01)
 
 
 def test_draws_have_the_exact_mean_of_every_coefficient():

@@ -92,13 +92,13 @@ def test_logits_are_linear_in_the_features():
 
 
 def test_drifts_lie_around_their_median_in_units_of_the_noise():
-    """Noise of 0.05 and a median of 0.06 of the range: kappa of 1.2, and 0.8 (by a log of 0.41) is nearer than 1.6 (0.29)."""
+    """Noise of 0.05 and a median of 0.06 of the range: kappa of 1.2, and 1 (by a log of 0.18) is nearer than 2.5 (0.73)."""
     prior = dataclasses.replace(NOTHING, drift_none=0.3, drift_median=0.06)
     said = np.exp(prior.believed(RunFacts(), BOUNDED, horizon=100).log_drifts)
     assert said[0] == pytest.approx(0.3)
     away = np.log(DRIFTS[1:] * 0.05 / 0.06)
     np.testing.assert_allclose(said[1:], 0.7 * np.exp(-0.5 * away**2) / np.exp(-0.5 * away**2).sum())
-    assert DRIFTS[np.argmax(said[1:]) + 1] == 1.6
+    assert DRIFTS[np.argmax(said[1:]) + 1] == 1.0
     silent = prior.believed(RunFacts(), dataclasses.replace(BOUNDED, noise_sd=0.0), horizon=100)
     assert np.all(np.isfinite(silent.log_drifts))
 
@@ -106,8 +106,10 @@ def test_drifts_lie_around_their_median_in_units_of_the_noise():
 def test_the_spread_is_interpolated_between_the_shares():
     assert SHARES == (0.2, 0.4, 0.6, 0.8)
     prior = dataclasses.replace(NOTHING, spread=(2.0, 1.0, 1.5, 0.5))
-    got = [prior.spread_at(share) for share in (0.0, 0.2, 0.3, 0.4, 0.5, 0.75, 0.8, 1.0)]
+    got = [prior.spread_at(share, 1.0) for share in (0.0, 0.2, 0.3, 0.4, 0.5, 0.75, 0.8, 1.0)]
     assert got == pytest.approx([2.0, 2.0, 1.5, 1.0, 1.25, 0.75, 0.5, 0.5])
+    followed = [prior.spread_at(share, 0.1) for share in (0.2, 0.4, 0.8)]
+    assert followed == pytest.approx([1.1, 1.0, 0.95]), "drift is believed as it is"
 
 
 def some() -> Prior:

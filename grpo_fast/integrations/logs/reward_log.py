@@ -248,7 +248,7 @@ def _oddities(log: RewardLog) -> list[str]:
     if finite.size < _FEW:
         notes.append(f"only {counted(finite.size, 'reward', '')}: too few to say much".replace(" :", ":"))
     if _look_smoothed(finite):
-        notes.append("the rewards look smoothed; give raw rewards, or intervals are too narrow")
+        notes.append("the rewards look smoothed; raw rewards tell more of the end")
     if finite.size > 1 and np.ptp(finite) == 0:
         notes.append(f"the reward is {finite[0]:g} throughout")
     if np.ptp(finite) > _WIDE_SPAN:

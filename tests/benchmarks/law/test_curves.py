@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.law.__main__ import SHARED
-from benchmarks.law.curves import Curve, load_curves, smoothed, thinned
+from benchmarks.law.curves import Curve, averaged, load_curves, smoothed, thinned
 
 INDEX = [
     *("id", "file", "source_repo", "kind", "unit_interval", "shape", "params_B", "group_size", "rollouts_per_point"),
@@ -36,6 +36,13 @@ def test_a_folder_of_logs_of_several_kinds(tmp_path):
     assert curves["b.csv"].reward_range is None
     assert curves["b.csv"].horizon == 200.0
     assert curves["a/one.csv"].shape == "still rising"
+
+
+def test_a_moving_average_by_hand():
+    curve = Curve("a", "b", np.arange(3.0), np.array([1.0, 0.0, 0.5]))
+    # (0.5 * 1 + 0) / 1.5 and (0.25 * 1 + 0.5 * 0 + 0.5) / 1.75.
+    np.testing.assert_allclose(averaged(curve, 0.5).rewards, [1.0, 1 / 3, 0.75 / 1.75])
+    np.testing.assert_array_equal(averaged(curve, 0.0).rewards, curve.rewards)
 
 
 def test_an_empty_or_missing_folder_is_told(tmp_path):

@@ -215,7 +215,7 @@ def test_steps_of_other_rows_place_no_reward(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("memory", "few", "many"), [(0.0, 0, 1), (0.9, 8, 10)])
 def test_a_smoothed_log_is_told(tmp_path: Path, memory: float, few: int, many: int) -> None:
-    told = "the rewards look smoothed; give raw rewards, or intervals are too narrow"
+    told = "the rewards look smoothed; raw rewards tell more of the end"
     steps = np.arange(1, 121)
     count = 0
     for seed in range(10):
