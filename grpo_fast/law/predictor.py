@@ -196,8 +196,8 @@ class OnlinePredictor:
         return RunScale(self._unit, low, high, share, math.sqrt(self.posterior.noise * self.posterior.ratio))
 
     @property
-    def _all_equal(self) -> bool:
-        return self._extremes[0] >= self._extremes[1]
+    def _still(self) -> bool:
+        return self._extremes[1] - self._extremes[0] < self.epsilon
 
     def say(self) -> Say:
         """Plain forecasts of this run, and their weights."""
@@ -206,13 +206,13 @@ class OnlinePredictor:
     def believed(self) -> Believed:
         """The prior in this run's units; where no range is known, the end lies within reach of what was seen.
 
-        A few rewards, or many that are all equal, show no range: nothing is within reach of them rather than of others.
+        A few rewards, or many of which no two differ by epsilon, show no range: nothing is within reach of them.
         """
         known = self.prior.believed(self.facts, self.scale, horizon=self.horizon)
-        if self.reward_range is not None or self.num_observations < _MIN_OBSERVATIONS or self._all_equal:
+        if self.reward_range is not None or self.num_observations < _MIN_OBSERVATIONS or self._still:
             return known
         low, high = self._extremes
-        reach = _REACH * max(high - low, self.epsilon)
+        reach = _REACH * (high - low)
         return replace(known, low=low - reach, high=high + reach)
 
     def levels(self, progress: Array) -> tuple[Array, Array]:
@@ -310,8 +310,7 @@ class OnlinePredictor:
     def _unit(self) -> float:
         if self.reward_range is not None:
             return self.reward_range[1] - self.reward_range[0]
-        seen = self._extremes[1] - self._extremes[0]
-        return max(seen, self.epsilon) if seen > 0 else 100.0 * self.epsilon
+        return 100.0 * self.epsilon if self._still else self._extremes[1] - self._extremes[0]
 
     def _take(self, row: Observation) -> None:
         self.rows.append(row)
@@ -397,9 +396,9 @@ class OnlinePredictor:
     def _identifiable(self, low: float, high: float) -> tuple[bool, str]:
         if self.num_observations < _MIN_OBSERVATIONS:
             return False, f"only {self.num_observations} rewards so far; at least {_MIN_OBSERVATIONS} are needed"
-        if self.reward_range is None and self._all_equal:
-            level = self._extremes[0]
-            return False, f"every reward so far is {level:g}, and the range of rewards is not known: a first rise may be ahead"
+        if self.reward_range is None and self._still:
+            said = f"no two rewards so far differ by {self.epsilon:g}, and the range of rewards is not known"
+            return False, f"{said}: a first rise may be ahead"
         share = (high - low) / (self._width_before * self._unit)
         if share > _IDENTIFIABLE_WIDTH:
             return False, (

@@ -170,14 +170,16 @@ def test_a_constant_curve_has_nothing_left_to_gain(level):
     assert forecast.x80 is None
 
 
-def test_equal_rewards_of_an_unknown_range_foretell_nothing_and_stop_nothing():
-    """A first right answer may be ahead: where rewards could go is not known before two of them differ."""
+@pytest.mark.parametrize("rare", [0.0, 1 / 128])
+def test_equal_rewards_of_an_unknown_range_foretell_nothing_and_stop_nothing(rare):
+    """The first right answers may be ahead: where rewards could go is not known before two of them differ by epsilon."""
     predictor, rule = OnlinePredictor(200), StoppingRule()
     for step in range(1, 200):
-        forecast = predictor.observe(step, step / 200, 0.0, num_prompts=16, num_generations=8)
+        reward = rare if step % 9 == 0 else 0.0
+        forecast = predictor.observe(step, step / 200, reward, num_prompts=16, num_generations=8)
         decision = rule.update(forecast)
         assert not decision.stop
-    assert forecast.reason.startswith("every reward so far is 0, and the range of rewards is not known")
+    assert forecast.reason.startswith("no two rewards so far differ by 0.01, and the range of rewards is not known")
     assert decision.veto == "not identifiable"
     assert told([0.5] * 40, 200, reward_range=UNIT).identifiable, "of a known range they tell that nothing moves"
 
