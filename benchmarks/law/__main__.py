@@ -12,6 +12,7 @@ import json
 import platform
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,7 @@ def main() -> None:
     parser.add_argument("--all-duplicates", action="store_true", help="keep near-duplicate curves")
     parser.add_argument("--no-stopping", action="store_true")
     parser.add_argument("--simulated", type=int, default=None, metavar="N", help="judge N simulated runs instead of a folder")
+    parser.add_argument("--noiseless", action="store_true", help="judge the known means of simulated runs")
     parser.add_argument(
         "--smoothed", type=float, metavar="KEEP", help="judge moving averages that keep so much of their past, as exports do"
     )
@@ -119,9 +121,12 @@ def main() -> None:
         curves = [simulate(FIRST_SEED + seed) for seed in range(options.simulated)]
     else:
         curves = load_curves(options.folder, distinct=not options.all_duplicates)
+    if options.noiseless:
+        curves = [curve if curve.mean is None else replace(curve, rewards=curve.mean) for curve in curves]
     if options.smoothed is not None:
-        # The prior has seen raw rewards alone, as anybody's who gives it a smoothed log.
-        law, curves = Law(prior=Prior.default()), [averaged(curve, options.smoothed) for curve in curves]
+        curves = [averaged(curve, options.smoothed) for curve in curves]
+    if options.noiseless or options.smoothed is not None:
+        law = Law(prior=Prior.default())  # it has seen raw rewards alone, as has anybody's who forecasts such a log
     printed(judged(curves, law, only=options.only, stopping=not options.no_stopping))
 
 
