@@ -26,7 +26,7 @@ def test_generated_tasks_have_the_sizes_of_the_configuration(dataset: str, chat:
         ("countdwn", "unknown dataset 'countdwn'; did you mean 'countdown'. A dataset is arithmetic"),
         ("gsm8:data", "did you mean 'gsm8k'"),
         ("zzz", "unknown dataset 'zzz'; A dataset is arithmetic, countdown, gsm8k"),
-        ("", "unknown dataset ''"),
+        ("", "dataset='' names nothing"),
         ("./nowhere", "no such file or directory"),
         ("/nowhere/at/all", "no such file or directory"),
         ("nowhere.jsonl", "no dataset file nowhere.jsonl"),

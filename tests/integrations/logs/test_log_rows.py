@@ -165,5 +165,5 @@ def test_events_without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "tensorboard.backend.event_processing", None)
     (tmp_path / "events.out.tfevents.1.host").write_bytes(b"")
     for path in (tmp_path, tmp_path / "events.out.tfevents.1.host"):
-        with pytest.raises(LogError, match=r"needs tensorboard.*pip install grpo-fast\[tracking\]"):
+        with pytest.raises(LogError, match=r"needs tensorboard.*pip install 'grpo-fast\[tracking\]'"):
             read(path)
