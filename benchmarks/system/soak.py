@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,10 @@ MAX_LOG_GROWTH = 1.1
 _TIMED = ("time/", "overlap/", "budget/", "step_time", "gpu_seconds", "energy_kwh", "money", "mfu")
 _QUARTERS = 4
 _KILLS_OF_A_RUN = 10
-_LATEST_KILL = 0.4  # of the time that a whole run takes: most kills come before its end, many after a new checkpoint
+_AT_START = 0.25
+"""Share of the kills that come while a run starts, the others while it trains."""
+_FURTHEST_KILL = 0.4
+"""Share of a run's steps: most kills come before its end, many after a new checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -140,10 +144,18 @@ def killed_runs(home: Path, *, num_kills: int, num_steps: int = 60, seed: int = 
     draw = random.Random(seed)
     (home / "run.toml").write_text(tiny_run(home / "unused", max_steps=num_steps, save_steps=5).to_toml(), encoding="utf-8")
     shell = CommandLine(home)
-    begun = time.monotonic()
-    if shell.run(*_go_on(home / "straight")) != 0:
+    straight = home / "straight"
+    moments = [time.monotonic()]
+
+    def sees_first_step() -> bool:
+        if len(moments) == 1 and _num_rows(straight):
+            moments.append(time.monotonic())
+        return False
+
+    if shell.run(*_go_on(straight), until=sees_first_step, signals=()) != 0:
         raise RuntimeError(f"the run that nothing disturbs failed:\n{shell.log()}")
-    whole_s = time.monotonic() - begun
+    begun, first, ended = *moments, time.monotonic()
+    start_s, step_s = first - begun, (ended - first) / num_steps
     after_steps: list[int] = []
     faults: list[str] = []
     runs = 0
@@ -152,13 +164,18 @@ def killed_runs(home: Path, *, num_kills: int, num_steps: int = 60, seed: int = 
         while len(after_steps) < num_kills:
             run, runs = home / f"run-{runs}", runs + 1
             for _ in range(min(num_kills - len(after_steps), _KILLS_OF_A_RUN)):
-                if shell.run(*_go_on(run), until=_after(draw.uniform(0.0, _LATEST_KILL * whole_s))) == 0:
+                if draw.random() < _AT_START:
+                    moment = _later(draw.uniform(0.0, start_s))
+                else:
+                    num_rows = _num_rows(run) + draw.randint(1, round(_FURTHEST_KILL * num_steps))
+                    moment = _later(draw.uniform(0.0, step_s), once=partial(_has_rows, run, num_rows))
+                if shell.run(*_go_on(run), until=moment) == 0:
                     break
                 after_steps.append(_num_rows(run))
                 progress.advance(bar)
             code = shell.run(*_go_on(run))
             if code == 0:
-                faults += [f"{run.name}: {fault}" for fault in differences(home / "straight", run)]
+                faults += [f"{run.name}: {fault}" for fault in differences(straight, run)]
             else:
                 faults.append(f"{run.name} could not be resumed (exit code {code}):\n{shell.log()[-2000:]}")
     left = shell.left_over()
@@ -174,9 +191,20 @@ def _go_on(run: Path) -> tuple[str, ...]:
     return ("train", "--config", "run.toml", "--output-dir", str(run))
 
 
-def _after(seconds: float) -> Callable[[], bool]:
-    moment = time.monotonic() + seconds
-    return lambda: time.monotonic() >= moment
+def _later(seconds: float, *, once: Callable[[], bool] = lambda: True) -> Callable[[], bool]:
+    """Whether so many seconds have passed since something was so."""
+    since: list[float] = []
+
+    def has_come() -> bool:
+        if not since and once():
+            since.append(time.monotonic())
+        return bool(since) and time.monotonic() >= since[0] + seconds
+
+    return has_come
+
+
+def _has_rows(run: Path, count: int) -> bool:
+    return _num_rows(run) >= count
 
 
 def _num_rows(run: Path) -> int:
