@@ -10,6 +10,11 @@ import time
 
 from huggingface_hub import constants, get_session
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+
+READ_ERRORS = (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError)
+"""Errors of transformers where a model cannot be read."""
+WHERE_MODELS_ARE = "Give a directory with config.json, safetensors and tokenizer, or a hub id that this machine can reach"
 
 _CONNECT_S = 10.0
 _TRIES_S = (0.0, 1.0, 2.0)  # waits before each: a resolver may fail once

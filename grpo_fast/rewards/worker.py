@@ -31,7 +31,7 @@ class Reply(NamedTuple):
 
     status: Literal["ok", "error"]
     value: Any
-    """Loaded: by number, whether a function is async; called: a :class:`~grpo_fast.rewards.call.Scored`; failed: one line."""
+    """Loaded: by number, whether a function is async; called: a :class:`~grpo_fast.types.Scored`; failed: one line."""
     trace: str = ""
     """The traceback of what failed."""
     function: int = -1

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -22,7 +21,7 @@ from transformers import (
 from grpo_fast.assets import embedded_model_dir
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.device import device_facts
-from grpo_fast.hub import out_of_reach, why_unread
+from grpo_fast.hub import READ_ERRORS, WHERE_MODELS_ARE, out_of_reach, why_unread
 from grpo_fast.ops.products import use_products
 from grpo_fast.run_dir import CONFIG_FILE
 from grpo_fast.train.adapter_start import find_start
@@ -191,9 +190,9 @@ class PolicySource:
     def _read(self, auto_class: Any, **arguments: Any) -> Any:
         try:
             return auto_class.from_pretrained(**self._arguments | arguments)
-        except (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError) as error:
+        except READ_ERRORS as error:
             reason = why_unread(error, self._unreached)
-            fix = "Give a directory with config.json, safetensors and tokenizer, or a hub id that this machine can reach."
+            fix = f"{WHERE_MODELS_ARE}."
             if "attn_implementation" in arguments and re.search("attn|attention", reason, re.IGNORECASE):
                 fix = f"Set attn_implementation='auto' in place of {arguments['attn_implementation']!r}."
             base = "" if self._start is None else f", the base of the adapters in {self.config.model!r}"

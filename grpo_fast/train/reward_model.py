@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -22,7 +20,7 @@ from transformers import (
 )
 
 from grpo_fast.config import Config, ConfigError
-from grpo_fast.hub import out_of_reach, why_unread
+from grpo_fast.hub import READ_ERRORS, WHERE_MODELS_ARE, out_of_reach, why_unread
 from grpo_fast.rewards import HeldHere, names_model
 from grpo_fast.train.policy_source import computes_in_bfloat16, pick_device
 
@@ -31,10 +29,7 @@ if TYPE_CHECKING:
 
     from grpo_fast.types import Message
 
-_FIX = (
-    "Give a directory with config.json, safetensors and tokenizer, or a hub id that this machine can reach; a function is "
-    "named 'module:function'."
-)
+_FIX = f"{WHERE_MODELS_ARE}; a function is named 'module:function'."
 
 
 class RewardModel(HeldHere):
@@ -74,6 +69,48 @@ class RewardModel(HeldHere):
         Raises:
             ConfigError: there is no such model, or it gives another number of labels than one.
         """
+        self._read_sizes(run)
+        self.tokenizer: PreTrainedTokenizerBase = self._tokenizer or self._read(AutoTokenizer)
+        return self
+
+    def load(self) -> None:
+        """Reads the weights.
+
+        Raises:
+            ConfigError: they cannot be read, or lack some that the model has.
+        """
+        if self._run is None:
+            self.check(Config())
+        assert self._run is not None
+        if self._model is None:
+            device = pick_device(self._run.device)
+            model, found = self._read(
+                AutoModelForSequenceClassification,
+                num_labels=1,
+                dtype=_dtype(self._run, device.type),
+                output_loading_info=True,
+            )
+            missing = sorted(found["missing_keys"])
+            if missing:
+                raise ConfigError(
+                    f"reward model {self._name!r} has no weights for {', '.join(missing[:3])}: it was not trained to rate "
+                    "texts; name a sequence classifier"
+                )
+            self._model = model.to(device)
+        self._model.eval().requires_grad_(False)
+
+    def num_bytes(self, run: Config, kind: str) -> int:
+        """Memory of the weights on a device ("cuda" or "cpu"), known before they are read.
+
+        Raises:
+            ConfigError: see :meth:`check`.
+        """
+        self._read_sizes(run)
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(self.config, trust_remote_code=run.trust_remote_code)
+        return int(model.num_parameters()) * _dtype(run, kind).itemsize
+
+    def _read_sizes(self, run: Config) -> None:
         self._run = run
         path = Path(self._name).expanduser()
         needs_nothing = self._model is not None and self._tokenizer is not None
@@ -92,37 +129,6 @@ class RewardModel(HeldHere):
                 f"reward model {self._name!r} ({kind}) gives {self.config.num_labels} labels to a text, but a reward is one "
                 "number; name a sequence classifier with num_labels=1"
             )
-        self.tokenizer: PreTrainedTokenizerBase = self._tokenizer or self._read(AutoTokenizer)
-        return self
-
-    def load(self) -> None:
-        """Reads the weights.
-
-        Raises:
-            ConfigError: they cannot be read, or lack some that the model has.
-        """
-        run = self._run or Config()
-        if self._run is None:
-            self.check(run)
-        if self._model is None:
-            device = pick_device(run.device)
-            dtype = torch.bfloat16 if computes_in_bfloat16(run, device.type) else torch.float32
-            model, found = self._read(AutoModelForSequenceClassification, num_labels=1, dtype=dtype, output_loading_info=True)
-            missing = sorted(found["missing_keys"])
-            if missing:
-                raise ConfigError(
-                    f"reward model {self._name!r} has no weights for {', '.join(missing[:3])}: it was not trained to rate "
-                    "texts; name a sequence classifier"
-                )
-            self._model = model.to(device)
-        self._model.eval().requires_grad_(False)
-
-    def num_bytes(self, kind: str) -> int:
-        """Memory of the weights on a device ("cuda" or "cpu"), known once it is checked."""
-        assert self._run is not None
-        with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(self.config, trust_remote_code=self._run.trust_remote_code)
-        return int(model.num_parameters()) * (2 if computes_in_bfloat16(self._run, kind) else 4)
 
     def __call__(self, prompts: Sequence[str | list[Message]], completions: Sequence[str | list[Message]]) -> list[float]:
         """Rates completions.
@@ -193,7 +199,7 @@ class RewardModel(HeldHere):
     def _read(self, auto_class: Any, **arguments: Any) -> Any:
         try:
             return auto_class.from_pretrained(**self._arguments | arguments)
-        except (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError) as error:
+        except READ_ERRORS as error:
             raise ConfigError(
                 f"cannot load reward model {self._name!r}: {why_unread(error, self._unreached)} {_FIX}"
             ) from error
@@ -209,10 +215,14 @@ def with_models(config: Config, reward_funcs: Sequence[str | Callable[..., Any]]
     return [spec.check(config) if isinstance(spec, RewardModel) else spec for spec in found]
 
 
+def _dtype(run: Config, kind: str) -> torch.dtype:
+    return torch.bfloat16 if computes_in_bfloat16(run, kind) else torch.float32
+
+
 def reward_model_bytes(config: Config, kind: str) -> int:
     """Memory of the reward models that a configuration names, on a device ("cuda" or "cpu").
 
     Raises:
         ConfigError: see :meth:`RewardModel.check`.
     """
-    return sum(RewardModel(spec).check(config).num_bytes(kind) for spec in config.reward_funcs if names_model(spec))
+    return sum(RewardModel(spec).num_bytes(config, kind) for spec in config.reward_funcs if names_model(spec))
