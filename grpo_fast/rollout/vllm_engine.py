@@ -185,7 +185,7 @@ class VLLMEngine:
         self._level = 0
         if settings.enable_sleep_mode:
             self._level = sleep_level(on_gpu=on_gpu, has_adapters=options is not None)
-            if host != "server":
+            if not host.startswith("server"):
                 check_segments(version, os.environ)
         self._sleeps = False
         self._vllm: Any = self._build(settings, dtype, options or {})
@@ -412,13 +412,13 @@ class VLLMServerEngine(VLLMEngine):
         settings: VLLMSettings | None = None,
         device: torch.device | None = None,
     ) -> None:
-        check_addresses(urls)
+        self._where = check_addresses(urls)
         self._urls = tuple(urls)
         self._decodes_alike = False
         super().__init__(model, tokenizer, autocast_dtype=autocast_dtype, settings=settings, device=device)
 
     def _host(self, settings: VLLMSettings) -> tuple[Host, int]:
-        return "server", len(self._urls)
+        return self._where, len(self._urls)
 
     def _build(self, settings: VLLMSettings, dtype: torch.dtype, options: dict[str, Any]) -> Any:
         del options  # the server's own affair: it refuses adapters that it was not started for

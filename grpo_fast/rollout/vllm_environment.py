@@ -98,14 +98,14 @@ def multiply_whole(dtype: torch.dtype) -> None:
 
 
 @contextlib.contextmanager
-def held_port() -> Iterator[int]:
-    """A port of the loopback interface that the kernel gives nobody else meanwhile.
+def held_port(address: str = "127.0.0.1") -> Iterator[int]:
+    """A port of an address of this machine's that the kernel gives nobody else meanwhile.
 
     It is bound and not listened to; whoever is told it listens there, sharing the address, as vLLM does.
     """
-    with socket.socket() as held:
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as held:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        held.bind(("127.0.0.1", 0))
+        held.bind((address, 0))
         yield int(held.getsockname()[1])
 
 

@@ -1,8 +1,8 @@
-"""vLLM servers on this machine: what the weight sync asks of all of them.
+"""vLLM servers: what the weight sync asks of all of them.
 
-All servers get the same weights, through one shared file. :mod:`~grpo_fast.rollout.vllm_requests` deals out the prompts. The
-routes that change weights are vLLM's own for training; they know no API key, which is why only servers on the loopback
-interface are taken.
+All servers get the same weights, through one shared file or copies of it (:mod:`~grpo_fast.rollout.vllm_copies`).
+:mod:`~grpo_fast.rollout.vllm_requests` deals out the prompts. The routes that change weights are vLLM's own for training; they
+know no API key, which is why servers listen on the loopback interface, and those of other machines are reached by ssh.
 
 Importing this imports vLLM; :mod:`~grpo_fast.rollout.vllm_engine` does so when an engine is built.
 """
@@ -23,6 +23,7 @@ from grpo_fast.rollout.transports import Delivery
 from grpo_fast.rollout.vllm_adapters import AdapterVersion
 from grpo_fast.rollout.vllm_addresses import api_key
 from grpo_fast.rollout.vllm_client import Needs, VLLMServer
+from grpo_fast.rollout.vllm_copies import AdapterCopies, Copies
 from grpo_fast.rollout.vllm_layerwise import PolicyWeights
 from grpo_fast.rollout.vllm_requests import Requests
 from grpo_fast.rollout.vllm_sample import OVER_HTTP, Sample, version_name, version_number
@@ -48,7 +49,7 @@ class HTTPVLLM:
         deadlines: longest times of one prompt's completions and of a phase of the sync, in seconds.
 
     Raises:
-        ValueError: a server that is not on this machine, or a key that no request can carry.
+        ValueError: an address that is none, or a key that no request can carry.
         RolloutError: a server cannot be reached.
     """
 
@@ -73,6 +74,7 @@ class HTTPVLLM:
         self._weights = PolicyWeights(policy, dtype, device)
         self._delivery = delivery
         self._sender: WeightSender | None = None
+        self._adapters = AdapterCopies()
         self._sleeper = Sleeper(
             lambda level: self.everywhere(lambda server: server.post(f"/sleep?level={level}&mode=wait")),
             lambda part: self.everywhere(lambda server: server.post(f"/wake_up?tags={part}")),
@@ -80,10 +82,15 @@ class HTTPVLLM:
         self._requests = Requests(self.servers)
         # Threads of their own: a sync that keeps requests would wait for ever behind those that it keeps.
         self._control = ThreadPoolExecutor(len(self.servers), thread_name_prefix="vLLM control")
-        self.context_length = min(self.everywhere(lambda server: server.context_length))
-        """Longest sequence that every server takes, in tokens."""
-        self.block_size = max(self.everywhere(lambda server: server.block_size))
-        """Tokens of the largest block of a prefix cache."""
+        try:
+            self.context_length = min(self.everywhere(lambda server: server.context_length))
+            """Longest sequence that every server takes, in tokens."""
+            self.block_size = max(self.everywhere(lambda server: server.block_size))
+            """Tokens of the largest block of a prefix cache."""
+        except BaseException:
+            for server in self.servers:
+                server.close()
+            raise
 
     def everywhere(self, ask: Callable[[VLLMServer], _T]) -> list[_T]:
         """Asks all servers at once; raises what the first that failed raised."""
@@ -106,7 +113,7 @@ class HTTPVLLM:
                 server.post("/pause?mode=abort&clear_cache=false")
                 server.post("/resume")
             if adapter is not None:
-                server.unload_adapter(adapter)
+                self._forget(server, adapter)
 
         leaving = ThreadPoolExecutor(len(self.servers), thread_name_prefix="vLLM end")  # the others may all hang
         wait([leaving.submit(leave, server) for server in self.servers], timeout=_HANG_UP_S)
@@ -169,6 +176,7 @@ class HTTPVLLM:
                 client=_Client(self),
                 source=self._weights,
                 bucket_bytes=self._delivery.bucket_bytes,
+                machine=self.servers[0].machine,
                 num_workers=sum(self.everywhere(lambda server: int(server.get("/get_world_size")["world_size"]))),
             )
         return self._sender.send_weights()
@@ -193,13 +201,19 @@ class HTTPVLLM:
 
     def load_adapter(self, adapter: AdapterVersion) -> None:
         """Has every server read a LoRA adapter."""
-        self.everywhere(lambda server: server.load_adapter(adapter))
+        self.everywhere(lambda server: server.load_adapter(self._adapters.bring(server, adapter)))
 
     def unload_adapter(self, adapter: AdapterVersion) -> None:
         """Has every server forget one; a server that was started again never knew it."""
         for server in self.servers:
             with contextlib.suppress(RolloutError):
-                server.unload_adapter(adapter)
+                self._forget(server, adapter)
+
+    def _forget(self, server: VLLMServer, adapter: AdapterVersion) -> None:
+        try:
+            server.unload_adapter(adapter)
+        finally:
+            self._adapters.remove(server, adapter)
 
     def undo(self) -> None:
         """Leaves an update that began: one that a worker cannot read ends it, by vLLM's own rule.
@@ -231,16 +245,32 @@ class _Client:
 
     def __init__(self, target: HTTPVLLM) -> None:
         self._target = target
+        self._copies: Copies | None = None
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self._target.everywhere(lambda server: server.post("/init_weight_transfer_engine", {"init_info": init_info}))
+        if "path" in init_info:
+            self._copies = Copies(self._target.servers, init_info["path"], init_info["num_bytes"])
+
+        def start(server: VLLMServer) -> None:
+            server.post("/init_weight_transfer_engine", {"init_info": self._as_seen(server, init_info)})
+
+        self._target.everywhere(start)
+
+    def bring(self, place: int, num_bytes: int) -> None:
+        """Brings a part of the shared file to the servers that do not see it."""
+        copies = self._copies
+        assert copies is not None
+        self._target.everywhere(lambda server: copies.bring(server, place, num_bytes))
+
+    def _as_seen(self, server: VLLMServer, info: dict[str, Any]) -> dict[str, Any]:
+        return info if self._copies is None else info | {"path": self._copies.path(server)}
 
     def start_weight_update(self) -> None:
         self._target.everywhere(lambda server: server.post("/start_weight_update"))
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        body = {"update_info": json_safe(update_info)}
-        self._target.everywhere(lambda server: server.post("/update_weights", body))
+        info = json_safe(update_info)
+        self._target.everywhere(lambda server: server.post("/update_weights", {"update_info": self._as_seen(server, info)}))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Does nothing: the sync finishes in a phase of its own, under the version's number."""

@@ -385,6 +385,9 @@ class _Client:
         with self._asked("sync_deadline_s") as llm:
             llm.init_weight_transfer_engine({"init_info": init_info})
 
+    def bring(self, place: int, num_bytes: int) -> None:
+        """Does nothing: the engine's processes read the trainer's own file."""
+
     def start_weight_update(self) -> None:
         with self._asked("sync_deadline_s") as llm:
             llm.start_weight_update()

@@ -18,6 +18,7 @@ from vllm.distributed.weight_transfer.base import TrainerInitInfo
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
+from grpo_fast.rollout.ssh_tunnel import address_towards
 from grpo_fast.rollout.vllm_environment import held_port
 from grpo_fast.rollout.vllm_layerwise import PolicyWeights
 from grpo_fast.rollout.vllm_sparse import SparseInit
@@ -33,18 +34,30 @@ class WeightSender:
         source: the weights.
         bucket_bytes: weights on the way at a time; a single weight that is larger goes whole.
         num_workers: vLLM's worker processes, which NCCL counts.
+        machine: what ``ssh`` calls the engine's machine, to which NCCL makes a connection; ``None`` for this one.
 
     Raises:
         OSError: shared memory has no room for the buckets.
     """
 
-    def __init__(self, transport: str, *, client: Any, source: PolicyWeights, bucket_bytes: int, num_workers: int = 1) -> None:
+    def __init__(
+        self,
+        transport: str,
+        *,
+        client: Any,
+        source: PolicyWeights,
+        bucket_bytes: int,
+        num_workers: int = 1,
+        machine: str | None = None,
+    ) -> None:
         register()
         self.client = client
         self._source = source
         self._transport = transport
-        with held_port() as port:
-            info = init_info(transport, source, bucket_bytes=bucket_bytes, num_workers=num_workers, port=port)
+        address = "127.0.0.1" if machine is None or transport != "nccl" else address_towards(machine)
+        with held_port(address) as port:
+            meeting = (address, port)
+            info = init_info(transport, source, bucket_bytes=bucket_bytes, num_workers=num_workers, meeting=meeting)
             self._engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
 
     def send_weights(self) -> int:
@@ -61,8 +74,10 @@ class WeightSender:
             torch.cuda.ipc_collect()
 
 
-def init_info(transport: str, source: PolicyWeights, *, bucket_bytes: int, num_workers: int, port: int) -> TrainerInitInfo:
-    """What vLLM's factory opens a transport by; the trainer's first rank sends, and listens at ``port`` where NCCL begins.
+def init_info(
+    transport: str, source: PolicyWeights, *, bucket_bytes: int, num_workers: int, meeting: tuple[str, int]
+) -> TrainerInitInfo:
+    """What vLLM's factory opens a transport by; the trainer's first rank sends, and listens at ``meeting`` where NCCL begins.
 
     Of vLLM's own, IPC refuses a weight that is larger than its buffer, as the embedding of a real model is. NCCL gathers and
     packs in a stream for each buffer, so it has one: a second would read a sharded unit that the first still gathers, and what
@@ -73,8 +88,8 @@ def init_info(transport: str, source: PolicyWeights, *, bucket_bytes: int, num_w
     if transport == "nccl":
         return NCCLTrainerInitInfo(
             rank=0,
-            master_address="127.0.0.1",
-            master_port=port,
+            master_address=meeting[0],
+            master_port=meeting[1],
             world_size=1 + num_workers,
             packed=True,
             packed_buffer_size_bytes=bucket_bytes // 2,

@@ -1,7 +1,8 @@
-"""vLLM's own server, started so that a trainer on the same machine can give it weights.
+"""vLLM's own server, started so that a trainer can give it weights.
 
 The routes that do so are vLLM's development routes, which no API key guards. So the server listens on the loopback interface
-and nowhere else; for requests it demands the key in ``VLLM_API_KEY``, where that is set.
+and nowhere else, where a trainer on another machine reaches it by ssh; for requests it demands the key in ``VLLM_API_KEY``,
+where that is set.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from grpo_fast.rollout.vllm_addresses import api_key
 from grpo_fast.rollout.vllm_client import ONE_REPLICA
 from grpo_fast.rollout.vllm_engine import require_vllm
 from grpo_fast.rollout.vllm_environment import BINDING, FLOAT32_PRODUCTS, LOCK_BYTES, NO_WORKER, SERVER, UNBOUND
+from grpo_fast.rollout.vllm_mirror import MIDDLEWARE
 from grpo_fast.rollout.vllm_sleep import check_segments, sleep_level
 
 HOST = "127.0.0.1"
@@ -116,7 +118,7 @@ def server_command(  # noqa: PLR0913 (what the command line offers)
     defaults = {"VLLM_LOGGING_LEVEL": "WARNING", BINDING: UNBOUND, "VLLM_CPU_KVCACHE_SPACE": "1"}
     if dtype in {"float32", "float"}:
         defaults |= FLOAT32_PRODUCTS
-    return ServerCommand([*arguments, *vllm_options], defaults | dict(os.environ) | forced)
+    return ServerCommand([*arguments, "--middleware", MIDDLEWARE, *vllm_options], defaults | dict(os.environ) | forced)
 
 
 def _cpu_options(vllm_options: Sequence[str]) -> list[str]:

@@ -138,4 +138,5 @@ class SparseSender(SharedMemorySender):
             self._sent[bucket.number] = new.clone()
         else:
             apply_delta(old, delta, verify=False)
+        bucket.num_filled = there.num_bytes
         self.sent_bytes += there.num_bytes

@@ -115,6 +115,8 @@ class UpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
     place: int = 0
     """Where the bucket lies in it."""
     num_bytes: int = 0
+    num_filled: int = 0
+    """Bytes of it, from its place on, that carry something."""
     names: list[str] = field(default_factory=list)
     dtype_names: list[str] = field(default_factory=list)
     shapes: list[list[int]] = field(default_factory=list)
@@ -250,6 +252,7 @@ class SharedMemorySender(TrainerWeightTransferEngine[SharedMemoryInit]):  # type
             loading: Future[None] | None = None
             for bucket in self._buckets:
                 self.fill(bucket, self._buffer[bucket.place : bucket.place + bucket.num_bytes], weights)
+                self.client.bring(bucket.place, bucket.num_filled)
                 if loading is not None:
                     loading.result()
                 loading = background.submit(self.client.update_weights, asdict(bucket))
@@ -260,6 +263,7 @@ class SharedMemorySender(TrainerWeightTransferEngine[SharedMemoryInit]):  # type
     def fill(self, bucket: UpdateInfo, place: torch.Tensor, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
         """Brings the next weights to the bucket's place in the file."""
         self.write(bucket, place, weights)
+        bucket.num_filled = bucket.num_bytes
         self.sent_bytes += sum(view.nbytes for _, view in bucket.views(place))
 
     def write(self, bucket: UpdateInfo, data: torch.Tensor, weights: Iterator[tuple[str, torch.Tensor]]) -> None:

@@ -347,12 +347,12 @@ def check_vllm(config: Config) -> None:
             sleep_level(on_gpu=on_gpu, has_adapters=config.use_peft)
         except ValueError as error:
             raise ConfigError(f"vllm_enable_sleep_mode=True: {error}") from None
-    host: Host = "server" if urls else "own process" if config.vllm_own_process else "in process"
+    host: Host = "own process" if config.vllm_own_process else "in process"
     try:
-        choose_transport(config.vllm_transport, host, on_gpu=on_gpu, num_engines=max(1, len(urls)))
         if config.rollout == "vllm-http":
-            check_addresses(urls)
+            host = check_addresses(urls)
             api_key()
+        choose_transport(config.vllm_transport, host, on_gpu=on_gpu, num_engines=max(1, len(urls)))
         require_vllm()
         check_engine_args(config.vllm_engine_args, on_gpu=on_gpu)
     except (ValueError, RolloutError) as error:

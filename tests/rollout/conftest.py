@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import asyncssh
 import psutil
 import pytest
 import torch
@@ -146,8 +147,9 @@ def _kill_group(group: int) -> None:
 class ServerProcess:
     """``grpo-fast serve`` on the embedded model, with all that it starts, in a process group of its own."""
 
-    def __init__(self, log: Path, port: int, *options: str) -> None:
+    def __init__(self, log: Path, port: int, *options: str, inside: Sequence[str] = ()) -> None:
         self._options = options
+        self._inside = inside
         self.port = port
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = log
@@ -158,7 +160,7 @@ class ServerProcess:
         assert program is not None
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [program, "serve", "embedded", "--port", str(self.port), *self._options],
+                [*self._inside, program, "serve", "embedded", "--port", str(self.port), *self._options],
                 stdout=log,
                 stderr=log,
                 env={name: value for name, value in os.environ.items() if name != "COVERAGE_PROCESS_CONFIG"},
@@ -167,7 +169,7 @@ class ServerProcess:
 
     def wait_until_ready(self) -> None:
         assert self._process is not None
-        for _ in range(240):
+        for _ in range(400):
             assert self._process.poll() is None, self._log.read_text(encoding="utf-8")[-3000:]
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=2):
                 return
@@ -220,9 +222,9 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., AbstractCon
     """Runs a server with options for as long as the context lasts."""
 
     @contextlib.contextmanager
-    def run(*options: str) -> Iterator[ServerProcess]:
+    def run(*options: str, inside: Sequence[str] = ()) -> Iterator[ServerProcess]:
         with held_port() as port:
-            process = ServerProcess(tmp_path_factory.mktemp("server") / "log", port, *options)
+            process = ServerProcess(tmp_path_factory.mktemp("server") / "log", port, *options, inside=inside)
             try:
                 process.start()
                 process.wait_until_ready()
@@ -254,3 +256,43 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ServerPro
         finally:
             for process in processes:
                 process.stop()
+
+
+class SSHMachine:
+    """This machine behind a real SSH server: ``ssh`` calls it ``far``, and ``stranger`` where it may not log in."""
+
+    def __init__(self, directory: Path) -> None:
+        own, host = (asyncssh.generate_private_key("ssh-ed25519") for _ in range(2))
+        own.write_private_key(directory / "key")
+        own.write_public_key(directory / "allowed")
+        host.write_private_key(directory / "host")
+        (directory / "key").chmod(0o600)
+        program = Path(__file__).with_name("ssh_server.py")
+        self._process = subprocess.Popen([sys.executable, program, directory], stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        port = int(self._process.stdout.readline())
+        (directory / "known").write_text(f"[127.0.0.1]:{port} {host.export_public_key().decode()}")
+        self.config = directory / "config"
+        self.config.write_text(
+            f"Host far stranger\n  HostName 127.0.0.1\n  Port {port}\n  User tester\n  IdentitiesOnly yes\n"
+            f"  UserKnownHostsFile {directory / 'known'}\n  StrictHostKeyChecking yes\n"
+            f"Host far\n  IdentityFile {directory / 'key'}\nHost stranger\n  IdentityFile {directory / 'none'}\n"
+        )
+
+    def stop(self) -> None:
+        """Cuts all connections and takes no more; calling it twice is harmless."""
+        self._process.kill()
+        self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def ssh_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SSHMachine]:
+    if shutil.which("ssh") is None:
+        pytest.skip("there is no ssh program")
+    machine = SSHMachine(tmp_path_factory.mktemp("ssh"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRPO_FAST_SSH", f"ssh -F {machine.config}")
+        yield machine
+    machine.stop()

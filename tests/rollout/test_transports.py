@@ -18,6 +18,7 @@ def test_auto_is_what_works_everywhere(host: str, chosen: str, on_gpu: bool) -> 
     [
         ("direct", "server", 1, "an engine behind a server; choose shared_memory or sparse or ipc or nccl"),
         ("direct", "own process", 1, "'direct' cannot reach an engine in its own process"),
+        ("ipc", "server elsewhere", 1, "an engine behind a server on another machine; choose shared_memory or sparse or nccl"),
         ("ipc", "in process", 1, "an engine in the trainer's process; choose direct or shared_memory or sparse"),
         ("nccl", "own process", 1, "'nccl' cannot reach an engine in its own process on the trainer's GPU"),
         ("ipc", "server", 2, "'ipc' supports one server, not 2"),

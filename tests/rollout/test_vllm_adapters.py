@@ -62,7 +62,7 @@ def base_bytes(model: torch.nn.Module) -> int:
 def directories(engine: VLLMEngine) -> list[Path]:
     """Versions on disk."""
     target: Any = engine._vllm
-    return list(Path(target._versions._directory.name).iterdir())
+    return list(Path(target._versions._directory.path).iterdir())
 
 
 def test_a_version_is_what_peft_reads(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ KILLED = """
 import os
 from grpo_fast.rollout.vllm_adapters import AdapterVersions
 versions = AdapterVersions(None)
-print(versions._directory.name, flush=True)
+print(versions._directory.path, flush=True)
 os.kill(os.getpid(), 9)
 """
 
@@ -100,11 +100,11 @@ def test_what_a_killed_trainer_left_in_memory_is_removed_and_what_others_use_is_
     left, fresh, used = Path(found.stdout.strip()), AdapterVersions(model), AdapterVersions(model)
     assert (found.returncode, left.is_dir()) == (-9, True)
     used.write()
-    for directory in (left, Path(used._directory.name)):
+    for directory in (left, Path(used._directory.path)):
         os.utime(directory, (1, 1))
     last = AdapterVersions(model)
     assert not left.exists()
-    assert Path(fresh._directory.name).exists()
+    assert Path(fresh._directory.path).exists()
     assert used.write().path.exists()
     for versions in (fresh, used, last, last):
         versions.close()

@@ -12,7 +12,7 @@ from grpo_fast.rollout.vllm_addresses import api_key, check_addresses, server_ad
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("http://192.0.2.1:8000", "is on another machine, but weights are sent through shared memory"),
+        ("http://192.0.2.1:8000", r"is on another machine, where others could reach .*; .*and give ssh://192\.0\.2\.1:8000$"),
         ("127.0.0.1:8000", "is not the address of a server"),
         ("http://127.0.0.1", "is not the address of a server"),
         ("http://127.0.0.1:0", "'http://127.0.0.1:0' is not the address of a server"),
@@ -21,6 +21,10 @@ from grpo_fast.rollout.vllm_addresses import api_key, check_addresses, server_ad
         ("http://[::1:8000", r"'http://\[::1:8000' is not the address of a server"),
         ("http://127.0.0.1:8000/v1", r"/v1 has a path.*; give http://127\.0\.0\.1:8000$"),
         ("http://127.0.0.1:8000?model=a", r"has a path.*; give http://127\.0\.0\.1:8000$"),
+        ("ssh://node2", "'ssh://node2' is not the address of a server"),
+        ("ssh://-oProxyCommand=touch:8000", "is not the address of a server"),
+        ("ssh://node2:8000/v1", "/v1 has a path.*; give ssh://node2:8000$"),
+        ("https://127.0.0.1:8000", r"is not the address of a server; .* or ssh://node2:8000 on another machine$"),
         ("http://0.0.0.0:8000", r"is an address of this machine that others can reach too.*; give http://127\.0\.0\.1:8000,"),
     ],
 )
@@ -43,7 +47,20 @@ def test_this_machine_by_its_own_name_is_not_called_another_one(monkeypatch: pyt
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "localhost", "[::1]"])
 def test_every_address_of_the_loopback_interface_is_taken(host: str) -> None:
-    assert server_address(f"http://{host}:8000/") == (host.strip("[]"), 8000)
+    assert server_address(f"http://{host}:8000/") == (host.strip("[]"), 8000, None)
+    assert check_addresses([f"http://{host}:8000"]) == "server"
+
+
+@pytest.mark.parametrize("machine", ["node2", "Node2", "me@node2", "me@node2.example.com", "192.0.2.1"])
+def test_what_ssh_calls_a_machine_is_kept_as_it_is(machine: str) -> None:
+    assert server_address(f"ssh://{machine}:8000") == ("127.0.0.1", 8000, machine)
+    assert check_addresses(["http://127.0.0.1:8000", f"ssh://{machine}:8000"]) == "server elsewhere"
+
+
+def test_ports_of_several_machines_are_several_servers() -> None:
+    check_addresses(["ssh://node2:8000", "ssh://node3:8000", "ssh://node2:8001", "http://127.0.0.1:8000"])
+    with pytest.raises(ValueError, match="ssh://node2:8000 and ssh://node2:8000 are the same server"):
+        check_addresses(["ssh://node2:8000", "ssh://node2:8000"])
 
 
 @pytest.mark.parametrize(
@@ -63,6 +80,9 @@ def test_without_a_server_there_is_nothing_to_ask() -> None:
 def test_a_password_in_an_address_is_refused_and_not_repeated() -> None:
     with pytest.raises(ValueError, match=r"the address of http://127\.0\.0\.1:8000 has a user name.*VLLM_API_KEY") as told:
         server_address("http://me:secret@127.0.0.1:8000")
+    assert "secret" not in str(told.value)
+    with pytest.raises(ValueError, match=r"the address of ssh://node2:8000 has a password, .*; use a key") as told:
+        server_address("ssh://me:secret@node2:8000")
     assert "secret" not in str(told.value)
 
 

@@ -30,7 +30,7 @@ def test_each_transport_is_known_to_vllm_on_both_sides(name: str, source: Any) -
     from grpo_fast.rollout.vllm_transport import register
 
     register()
-    info = init_info(name, source, bucket_bytes=1 << 20, num_workers=1, port=5005)
+    info = init_info(name, source, bucket_bytes=1 << 20, num_workers=1, meeting=("192.0.2.7", 5005))
     assert info.backend == BACKENDS[name]
     assert info.is_sender
     sender = WeightTransferTrainerFactory._registry[info.backend]()
@@ -53,12 +53,12 @@ def test_the_direct_way_is_known_to_vllms_workers() -> None:
 def test_buckets_are_packed_and_all_workers_are_counted(source: Any) -> None:
     from grpo_fast.rollout.vllm_senders import init_info
 
-    ipc = dataclasses.asdict(init_info("ipc", source, bucket_bytes=1 << 20, num_workers=1, port=5))
+    ipc = dataclasses.asdict(init_info("ipc", source, bucket_bytes=1 << 20, num_workers=1, meeting=("127.0.0.1", 5)))
     assert ipc == {"rank": 0, "packed": True, "packed_buffer_size_bytes": 1 << 20}
-    nccl = dataclasses.asdict(init_info("nccl", source, bucket_bytes=1 << 20, num_workers=4, port=5005))
+    nccl = dataclasses.asdict(init_info("nccl", source, bucket_bytes=1 << 20, num_workers=4, meeting=("192.0.2.7", 5005)))
     assert nccl == {
         "rank": 0,
-        "master_address": "127.0.0.1",
+        "master_address": "192.0.2.7",
         "master_port": 5005,
         "world_size": 5,
         "packed": True,
@@ -71,7 +71,7 @@ def test_a_weight_that_is_larger_than_the_buckets_of_cuda_ipc_has_room(source: A
     """vLLM refuses it otherwise, and every real model has one: the embedding of Qwen2.5-0.5B takes 272 MB."""
     from grpo_fast.rollout.vllm_senders import init_info
 
-    info = init_info("ipc", source, bucket_bytes=1 << 16, num_workers=1, port=5)
+    info = init_info("ipc", source, bucket_bytes=1 << 16, num_workers=1, meeting=("127.0.0.1", 5))
     assert info.packed_buffer_size_bytes == 1000 * 300 * 2
 
 

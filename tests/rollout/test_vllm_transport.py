@@ -26,16 +26,22 @@ class Recorder:
         self.mapped = torch.empty(0)
         self.calls: list[str] = []
         self.received: dict[str, torch.Tensor] = {}
+        self.brought: dict[int, torch.Tensor] = {}
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self.path = init_info["path"]
         self.mapped = torch.from_file(self.path, shared=True, size=init_info["num_bytes"], dtype=torch.uint8)
+
+    def bring(self, place: int, num_bytes: int) -> None:
+        self.brought[place] = self.mapped[place : place + num_bytes].clone()
 
     def start_weight_update(self) -> None:
         self.calls.append("start")
 
     def update_weights(self, info: dict[str, Any]) -> None:
         self.calls.append("update")
+        filled = self.brought.pop(info["place"])
+        assert torch.equal(filled, self.mapped[info["place"] : info["place"] + info["num_filled"]])
         for name, kind, shape, offset in zip(
             *(info[key] for key in ("names", "dtype_names", "shapes", "offsets")), strict=True
         ):
