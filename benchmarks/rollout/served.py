@@ -8,7 +8,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -27,6 +27,8 @@ from grpo_fast.rollout.vllm_environment import held_port
 from grpo_fast.rollout.vllm_server import server_command
 
 WEIGHTS = "model.safetensors"
+OWN_MEMORY = ("unshare", "--map-root-user", "--mount", "sh", "-c", 'mount -t tmpfs none /dev/shm && exec "$@"', "sh")
+"""Before a command: gives it shared memory of its own, as on another machine or in another container."""
 Rival = Callable[[int], int]
 """Samples with a seed and returns how many tokens it sampled."""
 
@@ -36,8 +38,10 @@ def save_weights(model: PreTrainedModel, directory: Path, dtype: torch.dtype) ->
 
 
 @contextmanager
-def served(model: PreTrainedModel, *, dtype: torch.dtype, transport: Transport = "auto") -> Iterator[tuple[str, int]]:
-    """A server of the model; yields its address and the number of its process."""
+def served(
+    model: PreTrainedModel, *, dtype: torch.dtype, transport: Transport = "auto", inside: Sequence[str] = ()
+) -> Iterator[tuple[str, int]]:
+    """A server of the model, started by the words ``inside``; yields its address and the number of its process."""
     with tempfile.TemporaryDirectory() as directory, held_port() as port:
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(directory)
@@ -48,7 +52,7 @@ def served(model: PreTrainedModel, *, dtype: torch.dtype, transport: Transport =
         command = server_command(directory, port=port, on_cpu=True, dtype=name, max_model_len=length, transport=transport)
         # A rival reads files, which a server that began with dummy weights refuses.
         arguments = ["auto" if argument == "dummy" else argument for argument in command.arguments]
-        process = subprocess.Popen(arguments, env=command.environment)
+        process = subprocess.Popen([*inside, *arguments], env=command.environment)
         try:
             for _ in range(600):
                 if process.poll() is not None:

@@ -5,7 +5,8 @@ one sampled token:
 
 - ``grpo_fast``: the whole sync, with the reset of the prefix cache and the probe that proves it; directly from the policy where
   the engine is in the trainer's process, else through shared memory: in a process of its own (``--host own``) or as a server
-  (``--host server``); or what changed alone (``--transport sparse``), one value in a hundred;
+  (``--host server``), also with memory of its own, to which they go over the server's port (``--host elsewhere``); or what
+  changed alone (``--transport sparse``), one value in a hundred;
 - ``reload_weights``: vLLM's own reload from an iterator, tensor by tensor, and the reset (in this process only);
 - ``safetensors``: the model saved to a RAM disk and reloaded from there, and the reset;
 - ``load_weights``: the model's bare loader, tensor by tensor, which fails where vLLM has repacked a weight.
@@ -34,7 +35,7 @@ from transformers import PreTrainedModel
 from benchmarks.ops.measure import quantiles
 from benchmarks.ops.store import commit, today
 from benchmarks.rollout.models import CONTEXT, LAYOUTS, any_tokenizer
-from benchmarks.rollout.served import WEIGHTS, save_weights, served
+from benchmarks.rollout.served import OWN_MEMORY, WEIGHTS, save_weights, served
 from grpo_fast.device import device_facts, versions
 from grpo_fast.rollout import SamplingParams
 from grpo_fast.rollout.transports import Transport
@@ -43,7 +44,7 @@ from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMServerEngine, VLLMSett
 OUTPUT = Path(__file__).parents[1] / "results" / "cpu" / "sync.json"
 RAM_DISK = Path("/dev/shm")
 DTYPE = torch.bfloat16
-ENGINES = {"in": "in process", "own": "own process", "server": "server"}
+ENGINES = {"in": "in process", "own": "own process", "server": "server", "elsewhere": "server, other memory"}
 Way = Callable[[], None]
 
 
@@ -142,16 +143,18 @@ def measure(name: str, num_layers: int | None, *, host: str, transport: Transpor
     own = host == "own"
     settings = VLLMSettings(max_length=CONTEXT, kv_cache_bytes=64 * 2**20, own_process=own, transport=transport)
     try:
-        if host == "server":
-            with served(model, dtype=DTYPE, transport=transport) as (url, _):
+        if host in {"server", "elsewhere"}:
+            inside = OWN_MEMORY if host == "elsewhere" else ()
+            with served(model, dtype=DTYPE, transport=transport, inside=inside) as (url, _):
                 engine = VLLMServerEngine(model, any_tokenizer(), urls=[url], autocast_dtype=DTYPE, settings=settings)
-                found = take_turns(model, engine, server_ways(model, engine, directory), rounds)
+                ways = {} if inside else server_ways(model, engine, directory)  # the RAM disk is not seen there
+                found = take_turns(model, engine, ways, rounds)
                 engine.close()
         else:
             model.config.save_pretrained(directory)
             engine = VLLMEngine(model, any_tokenizer(), autocast_dtype=DTYPE, settings=settings)
-            ways = own_process_ways if own else in_process_ways
-            found = take_turns(model, engine, ways(model, engine, directory), rounds)
+            inner = own_process_ways if own else in_process_ways
+            found = take_turns(model, engine, inner(model, engine, directory), rounds)
             engine.close()
     finally:
         shutil.rmtree(directory)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from benchmarks.rollout.served import OWN_MEMORY
 from grpo_fast.assets import embedded_model_dir
 from grpo_fast.rollout import RolloutError, SamplingParams
 from grpo_fast.rollout.vllm_client import VLLMServer
@@ -30,7 +31,6 @@ pytestmark = [
 PROMPTS = [[1] + [3 + (7 * position) % 50 for position in range(75)], [1, 4, 5, 6], [1, 9]]
 SAMPLING = SamplingParams(max_tokens=8, temperature=0.7)
 SETTINGS = VLLMSettings(transport="sparse", bucket_bytes=1_200_000, sync_deadline_s=60, request_deadline_s=60)
-OWN_MEMORY = ["unshare", "--map-root-user", "--mount", "sh", "-c", 'mount -t tmpfs none /dev/shm && exec "$@"', "sh"]
 
 
 class Far(NamedTuple):

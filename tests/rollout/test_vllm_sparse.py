@@ -24,7 +24,7 @@ SAMPLING = SamplingParams(max_tokens=8, temperature=0.7)
 
 
 class Copies:
-    """A client that keeps copies as a worker does."""
+    """A client that keeps copies as a worker does, and has of the file only what was brought, as on another machine."""
 
     def __init__(self) -> None:
         self.held: dict[int, torch.Tensor] = {}
@@ -34,6 +34,10 @@ class Copies:
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self.mapped = torch.from_file(init_info["path"], shared=True, size=init_info["num_bytes"], dtype=torch.uint8)
+        self.own = torch.full_like(self.mapped, 255)
+
+    def bring(self, place: int, num_bytes: int) -> None:
+        self.own[place : place + num_bytes] = self.mapped[place : place + num_bytes]
 
     def start_weight_update(self) -> None:
         self.whole = []
@@ -44,7 +48,7 @@ class Copies:
         if self.broken:
             raise ConnectionError("the wire broke")
         update = SparseUpdate(**info)
-        delta = update.delta(self.mapped[update.place : update.place + update.num_bytes])
+        delta = update.delta(self.own[update.place : update.place + update.num_bytes])
         held = self.held.setdefault(update.number, torch.zeros(update.num_bytes, dtype=torch.uint8))
         apply_delta(held.view(delta.values.dtype), delta)
         self.weights |= {name: view.clone() for name, view in update.views(held)}
