@@ -53,6 +53,7 @@ class Tunnel:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._local = 0
+        self._words = ""
         self._is_closed = False
 
     def open(self) -> int:
@@ -72,19 +73,8 @@ class Tunnel:
 
     def why_ended(self) -> str | None:
         """What ``ssh`` said at its end; ``None`` while the connection stands, or where there was none yet."""
-        process = self._process
-        if process is None:
-            return None
-        try:
-            code = process.wait(_AFTER_S)
-        except subprocess.TimeoutExpired:
-            return None
-        told = _pipe(process.stderr)
-        os.set_blocking(told, False)  # what ssh started may hold it open
-        with contextlib.suppress(BlockingIOError):
-            lines = os.read(told, _MOST_WORDS).decode(errors="replace").strip().splitlines()
-            return lines[-1] if lines else f"exit code {code}"
-        return f"exit code {code}"
+        with self._lock:
+            return self._last_words()
 
     def close(self) -> None:
         """Ends the connection for good; calling it twice is harmless."""
@@ -95,6 +85,7 @@ class Tunnel:
     def _log_in(self) -> None:
         options = [part for name, value in _OPTIONS.items() for part in ("-o", f"{name}={value}")]
         there = f"127.0.0.1:{self._local}:127.0.0.1:{self._port}"
+        self._words = ""
         self._process = _started([*options, "-T", "-L", there, "--", self.host, "cat"])
         with contextlib.suppress(BrokenPipeError):  # it has ended already
             os.write(_pipe(self._process.stdin), b"\n")
@@ -102,12 +93,27 @@ class Tunnel:
         ready = select.poll()
         ready.register(echo, select.POLLIN)
         if not ready.poll(1000 * _LOGIN_S) or not os.read(echo, 1):
-            words = self.why_ended() or f"no answer within {_LOGIN_S:g} s"
+            words = self._last_words() or f"no answer within {_LOGIN_S:g} s"
             self._close()
             raise RolloutError(
                 f"ssh cannot reach {self.host}: {words}; `ssh {self.host} cat` must work without a question "
                 f"(a key, and a known host); options go into ~/.ssh/config, or a command of yours into {PROGRAM}"
             )
+
+    def _last_words(self) -> str | None:
+        process = self._process
+        if process is None:
+            return None
+        try:
+            code = process.wait(_AFTER_S)
+        except subprocess.TimeoutExpired:
+            return None
+        if not self._words:  # the pipe tells them once
+            told = _pipe(process.stderr)
+            os.set_blocking(told, False)  # what ssh started may hold it open
+            with contextlib.suppress(BlockingIOError):
+                self._words = os.read(told, _MOST_WORDS).decode(errors="replace").strip()
+        return self._words.splitlines()[-1] if self._words else f"exit code {code}"
 
     def _close(self) -> None:
         process, self._process = self._process, None
