@@ -43,10 +43,12 @@ class NoRewardError(RewardError):
     """
 
     def __init__(self, function: str, steps: int, last: int) -> None:
+        many = f"the {steps} steps up to step {last}" if steps > 1 else f"step {last}"
+        again = "continue with --resume" if steps < last else "start the run again with --overwrite"
         super().__init__(
             function,
-            f"gave None or NaN, or failed, for every completion of the {steps} steps up to step {last}, so that nothing was "
-            "learnt; correct it, or leave out prompts that have no reward, and continue with --resume",
+            f"gave None or NaN, or failed, for every completion of {many}, so that nothing was learnt; correct it, or leave out "
+            f"prompts that have no reward, and {again}",
         )
         self._given = (function, steps, last)
 
@@ -110,6 +112,7 @@ class Oversight:
         self._still = 0
         self._unrewarded = 0
         """Consecutive steps in which no completion had a reward."""
+        self._functions = ""
 
     def start_from(self, reward: float, error: float) -> None:
         """Gives the forecaster the reward of the untrained policy; a forecaster that already has one keeps it.
@@ -155,6 +158,15 @@ class Oversight:
         self._ending, self.settled = ending, None
         return Verdict(forecast, decision, alarm, ending, self._still, self._see_rewards(step, metrics))
 
+    def check_rewarded(self, step: int, ending: Ending) -> None:
+        """Refuses to call a run done that reached its budget at ``step`` without a single reward.
+
+        Raises:
+            NoRewardError: it did.
+        """
+        if ending.event == "budget" and 0 < step == self._unrewarded:
+            raise NoRewardError(self._functions, step, step)
+
     def sound_until(self, step: int, alarm: AlarmState | None) -> int:
         """Newest step whose checkpoint is certainly from before a fall that may have begun.
 
@@ -190,6 +202,7 @@ class Oversight:
             "silent_until": self._silent_until,
             "still": self._still,
             "unrewarded": self._unrewarded,
+            "functions": self._functions,
             "ending": self._ending and asdict(self._ending) | {"settings": ending_settings(self._config)},
         }
 
@@ -221,7 +234,7 @@ class Oversight:
         self.alarm.load_state_dict(state["alarm"])
         self._told, self._silent_until = set(state["told"]), state["silent_until"]
         self._still = state.get("still", 0)  # none of these is in checkpoints of older versions
-        self._unrewarded = state.get("unrewarded", 0)
+        self._unrewarded, self._functions = state.get("unrewarded", 0), state.get("functions", "")
         ending = state.get("ending")
         if ending is not None and ending["settings"] == ending_settings(self._config):
             self._ending = self.settled = Ending(ending["kind"], ending["message"])
@@ -255,10 +268,9 @@ class Oversight:
     def _see_rewards(self, step: int, metrics: Mapping[str, float]) -> NoRewardError | None:
         """Counts steps without any reward: one may have met prompts that have none, and many are a mistake."""
         self._unrewarded = self._unrewarded + 1 if math.isnan(metrics["reward"]) else 0
-        if self._unrewarded < _UNREWARDED_STEPS:
-            return None
         names = [name.split("/")[1] for name in metrics if name.startswith("rewards/") and name.endswith("/mean")]
-        return NoRewardError(", ".join(names), self._unrewarded, step)
+        self._functions = ", ".join(names)
+        return None if self._unrewarded < _UNREWARDED_STEPS else NoRewardError(self._functions, self._unrewarded, step)
 
     def _collapsed(self, step: int, alarm: AlarmState) -> Ending | None:
         if self._config.collapse_action == "stop":

@@ -184,6 +184,7 @@ class GRPOTrainer:
                     self._ending = self._why_end()
                     if self._ending is None:
                         yield self._learn()
+                self._oversight.check_rewarded(self.global_step, self._ending)
                 self._finish(self._ending)
             except GeneratorExit:
                 self._finish(self._ending or Ending("user", f"The loop was left after step {self.global_step}."))
@@ -284,8 +285,7 @@ class GRPOTrainer:
     def _observe(self, metrics: dict[str, float]) -> Verdict:
         """Shows the step to forecast and alarm; a collapse takes the checkpoints since its onset out of the choice."""
         self._recent_rewards = [*self._recent_rewards, metrics["reward"]][-_SMOOTHED_STEPS:]
-        step = self.global_step
-        used = self._parts.meter.usage(step)
+        step, used = self.global_step, self._parts.meter.usage(self.global_step)
         spent = Spending(tokens=float(used.tokens), device_hours=used.gpu_hours, money=used.money)
         verdict = self._oversight.observe(
             step, self._progress[step - 1], metrics, spent=spent, give_up=lambda: bool(self._interrupt)

@@ -64,26 +64,41 @@ def test_a_budget_spent_in_mid_step_keeps_the_rollout(whole: Straight, tmp_path:
     assert trace(config.output_dir) == whole.trace
 
 
-def test_rewards_of_none_do_not_end_a_run(make: Make, tmp_path: Path) -> None:
-    def nothing(completions: list[str], **columns: Any) -> list[None]:
-        return [None] * len(completions)
+def test_a_run_that_ends_without_any_reward_fails_and_steps_without_one_do_not_end_it(
+    make: Make, resume: Make, tmp_path: Path
+) -> None:
+    rewarded = False
 
-    trainer = make({"reward_funcs": [nothing]}, forecast="stop", max_steps=3, save_steps=1)
-    before = weights(trainer)
-    summary = trainer.train()
-    assert summary["step"] == 3
+    def nothing(completions: list[str], **columns: Any) -> list[float | None]:
+        return vowels(completions) if rewarded else [None] * len(completions)
+
+    given = {"reward_funcs": [nothing]}
+    trainer = make(given, forecast="stop", max_steps=3, save_steps=2, reward_workers=0)
+    before, run = weights(trainer), tmp_path / "run"
+    with pytest.raises(NoRewardError, match=r"'nothing' gave None .* of the 3 steps up to step 3, .* again with --overwrite"):
+        trainer.train()
     assert trainer._oversight.predictor.num_observations == 0
-    assert summary["final_reward"] is None
-    assert summary["best_reward"] is None
     assert torch.equal(weights(trainer), before)
-    assert [row["message"] for row in rows(tmp_path / "run", "events") if row["event"] == "warn"] == [
+    assert [row["message"] for row in rows(run, "events") if row["event"] == "warn"] == [
         "before training no answer to 24 prompts got a reward: reward functions gave None or NaN for each, or failed",
         "reward functions gave None or NaN for every completion of step 1, so nothing is learnt from it",
     ]
-    for row in rows(tmp_path / "run"):
+    for row in rows(run):
         assert row["reward"] is None
         assert row["frac_reward_zero_std"] == 1.0
         assert row["loss"] == 0.0
+    with pytest.raises(NoRewardError, match="'nothing' gave None"):
+        resume(run, given).train()
+    rewarded = True
+    summary = resume(run, given, max_steps=4).train()
+    assert (summary["step"], summary["stopped_by"]) == (4, "max_steps")
+
+
+def test_a_loop_that_is_left_before_any_reward_is_no_failure(make: Make) -> None:
+    trainer = make({"reward_funcs": [lambda completions, **columns: [None] * len(completions)]}, reward_workers=0)
+    next(loop := trainer.steps())
+    loop.close()
+    assert (trainer.summary["stopped_by"], trainer.summary["final_reward"]) == ("user", None)
 
 
 def test_a_run_without_any_reward_for_many_steps_fails_and_can_be_resumed(make: Make, resume: Make, tmp_path: Path) -> None:
@@ -95,7 +110,7 @@ def test_a_run_without_any_reward_for_many_steps_fails_and_can_be_resumed(make: 
         return [math.nan] * len(completions)
 
     settings = {"max_steps": 20, "save_steps": 100, "reward_workers": 0}
-    with pytest.raises(NoRewardError, match=r"function 'sometimes' gave None or NaN, .* of the 10 steps up to step 12"):
+    with pytest.raises(NoRewardError, match=r"function 'sometimes' gave None or NaN, .* of the 10 steps up to step 12, .* --resume"):
         make({"reward_funcs": [sometimes]}, **settings).train()
     run = tmp_path / "run"
     assert [path.name for path in list_checkpoints(run)] == ["checkpoint-12"]
