@@ -38,6 +38,9 @@ _GENERATE = "/inference/v1/generate"
 _LOOK_S = 2.0
 _POLL_S = 1.0
 _TELL_S = 30.0
+_BUSY = frozenset({http.client.TOO_MANY_REQUESTS, http.client.SERVICE_UNAVAILABLE})
+"""What a server, or a proxy before it, answers while it starts, scales or has too much to do: nothing was done."""
+_REST_S, _LONGEST_REST_S = 0.25, 5.0
 _HINTS = {
     401: "set VLLM_API_KEY to the key that it was started with",
     403: "start it with `grpo-fast serve`, or with --enable-scale-out",
@@ -53,7 +56,8 @@ class Calls:
 
     def __init__(self) -> None:
         self._connections: set[http.client.HTTPConnection] = set()
-        self._ended = False
+        self.ended = threading.Event()
+        """Whether all were ended."""
 
     def open(self, connection: http.client.HTTPConnection) -> None:
         """Connects, so that :meth:`end` reaches it.
@@ -64,7 +68,7 @@ class Calls:
         """
         self._connections.add(connection)
         connection.connect()
-        if self._ended:  # asked after the socket is there: whoever ended them since has seen it
+        if self.ended.is_set():  # asked after the socket is there: whoever ended them since has seen it
             raise ConnectionAbortedError
 
     def drop(self, connection: http.client.HTTPConnection) -> None:
@@ -79,7 +83,7 @@ class Calls:
 
     def end(self) -> None:
         """Ends all: vLLM drops requests whose client is gone, and whoever waits for one is told so."""
-        self._ended = True
+        self.ended.set()
         for connection in list(self._connections):
             with contextlib.suppress(OSError, AttributeError):  # it has just ended by itself, or has no socket yet
                 connection.sock.shutdown(socket.SHUT_RDWR)
@@ -125,7 +129,7 @@ class VLLMServer:
         self._control_deadline_s = deadline_s if control_deadline_s is None else control_deadline_s
         self._run = run
         self._control = Calls()
-        self._has_answered = False
+        self._has_answered = self._busy_told = False
         self._looking = threading.Lock()
         self._next_look = 0.0
         self.adapter: str | None = None
@@ -137,7 +141,7 @@ class VLLMServer:
         return None if self._tunnel is None else self._tunnel.host
 
     def call(self, method: Method, path: str, body: Any = None, *, calls: Calls | None = None) -> str:
-        """Sends one request.
+        """Sends one request, again and again within its deadline where the server is busy.
 
         Args:
             method: of HTTP.
@@ -156,15 +160,20 @@ class VLLMServer:
         )
         port = self._port if self._tunnel is None else self._tunnel.open()
         connection = http.client.HTTPConnection(self._host, port, timeout=deadline_s)
-        calls = calls or self._control
+        calls, until, rest_s = calls or self._control, time.monotonic() + deadline_s, _REST_S
         try:
-            calls.open(connection)
-            sent = body if body is None or isinstance(body, (bytes, memoryview)) else json.dumps(body)
-            connection.request(method, path, sent, self._headers)
-            self._await_answer(connection.sock, deadline_s)
-            answer = connection.getresponse()
-            text = answer.read().decode(errors="replace")
-            self._has_answered = True
+            while True:
+                status, text = self._tried(connection, method, path, body, calls=calls, until=until)
+                if status not in _BUSY:
+                    break
+                if not self._busy_told:
+                    self._busy_told = True
+                    _log.warning("vLLM's server %s is busy (status %d at %s) and is asked again", self.url, status, path)
+                if time.monotonic() + rest_s >= until:
+                    busy = f"was too busy for {path} for {deadline_s:g} s ({setting}), with status {status}: {text[:300]}"
+                    raise RolloutError(f"vLLM's server {self.url} {busy}")
+                calls.ended.wait(rest_s)
+                rest_s = min(2 * rest_s, _LONGEST_REST_S)
         except TimeoutError:
             raise RolloutError(f"vLLM's server {self.url} did not answer {path} within {deadline_s:g} s ({setting})") from None
         except (OSError, http.client.HTTPException) as error:
@@ -176,19 +185,33 @@ class VLLMServer:
             ) from error
         finally:
             calls.drop(connection)
-        if answer.status != http.client.OK:
-            hint = f"; {_HINTS[answer.status]}" if answer.status in _HINTS else ""
-            raise RolloutError(f"vLLM's server {self.url} refused {path} with status {answer.status}: {text[:300]}{hint}")
+        if status != http.client.OK:
+            hint = f"; {_HINTS[status]}" if status in _HINTS else ""
+            raise RolloutError(f"vLLM's server {self.url} refused {path} with status {status}: {text[:300]}{hint}")
         return text
 
-    def _await_answer(self, connection: socket.socket, deadline_s: float) -> None:
+    def _tried(
+        self, connection: http.client.HTTPConnection, method: str, path: str, body: Any, *, calls: Calls, until: float
+    ) -> tuple[int, str]:
+        """Sends a request once; returns the status and the body of the answer."""
+        connection.close()
+        calls.open(connection)
+        sent = body if body is None or isinstance(body, (bytes, memoryview)) else json.dumps(body)
+        connection.request(method, path, sent, self._headers)
+        self._await_answer(connection.sock, until)
+        answer = connection.getresponse()
+        text = answer.read().decode(errors="replace")
+        self._has_answered = True
+        return answer.status, text
+
+    def _await_answer(self, connection: socket.socket, until: float) -> None:
         """Waits as long as the server listens: one whose engine has died ends, and owes answers for ever (vLLM 0.32).
 
         Raises:
             TimeoutError: there is no answer in time.
             ConnectionRefusedError: the server takes no connections any more.
         """
-        ready, until = select.poll(), time.monotonic() + deadline_s
+        ready = select.poll()
         ready.register(connection, select.POLLIN)
         while not ready.poll(1000 * max(0.0, min(_LOOK_S, until - time.monotonic()))):
             if time.monotonic() >= until:

@@ -47,8 +47,8 @@ class NoRewardError(RewardError):
         again = "continue with --resume" if steps < last else "start the run again with --overwrite"
         super().__init__(
             function,
-            f"gave None or NaN, or failed, for every completion of {many}, so that nothing was learnt; correct it, or leave out "
-            f"prompts that have no reward, and {again}",
+            f"gave None or NaN, or failed, for every completion of {many}, so that nothing was learnt; correct it, or leave "
+            f"out prompts that have no reward, and {again}",
         )
         self._given = (function, steps, last)
 

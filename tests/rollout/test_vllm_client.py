@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import re
@@ -126,6 +127,84 @@ class _Up(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         """Says nothing."""
+
+
+class _Busy(_Up):
+    """Is busy for the first two requests of each path, or for ever."""
+
+    for_ever = False
+    status = 503
+
+    def setup(self) -> None:
+        self.asked: list[str] = self.server.asked  # type: ignore[attr-defined]
+        super().setup()
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        if self.for_ever or self.asked.count(self.path) < 3:
+            self.send_error(self.status, "Overloaded")
+        else:
+            super().do_GET()
+
+    def do_POST(self) -> None:
+        self.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.do_GET()
+
+
+@contextlib.contextmanager
+def busy(**kind: Any) -> Iterator[tuple[str, list[Any]]]:
+    """The address of a server that is busy, and what it was asked."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), type("_Kind", (_Busy,), kind)) as up:
+        up.asked = asked = []  # type: ignore[attr-defined]
+        threading.Thread(target=up.serve_forever, args=(0.01,)).start()
+        try:
+            yield f"http://127.0.0.1:{up.server_address[1]}", asked
+        finally:
+            up.shutdown()
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_server_is_asked_again(status: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(vllm_client, "_REST_S", 0.01)
+    with busy(status=status) as (url, asked):
+        server = VLLMServer(url, api_key=None, deadline_s=60)
+        assert server.post("/start", {"some": "body"}) == json.loads(_Up.body)
+        assert server.post("/sample", {}, calls=Calls()) == json.loads(_Up.body)
+        assert asked == [{"some": "body"}, "/start"] * 3 + [{}, "/sample"] * 3
+        wait_until_up([url], timeout_s=60, deadline_s=60)
+        assert asked[-3:] == ["/v1/models"] * 3
+    told = [message for message in caplog.messages if "busy" in message]
+    assert told[0] == f"vLLM's server {url} is busy (status {status} at /start) and is asked again"
+    assert len(told) == 2, "each server once"
+
+
+def test_a_server_that_stays_busy_is_told_after_the_deadline_of_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_client, "_REST_S", 0.01)
+    with busy(for_ever=True) as (url, asked):
+        server = VLLMServer(url, api_key=None, deadline_s=0.4, control_deadline_s=0.2)
+        with pytest.raises(
+            RolloutError, match=rf"{url} was too busy for /pause for 0\.2 s \(sync_deadline_s\), with status 503:"
+        ):
+            server.post("/pause", {})
+        assert 4 <= len(asked) <= 12, "ever more rarely"
+        with pytest.raises(RolloutError, match=r"too busy for /inference/v1/generate for 0\.4 s \(request_deadline_s\)"):
+            server.sample([1], {}, Calls())
+
+
+def test_the_rest_between_two_tries_ends_with_the_calls_and_the_server_owes_an_answer_till_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told = threading.Event()
+    monkeypatch.setattr(vllm_client, "_REST_S", 600)
+    monkeypatch.setattr(vllm_client._log, "warning", lambda *_: told.set())
+    with busy(for_ever=True) as (url, _), ThreadPoolExecutor(1) as pool:
+        server = VLLMServer(url, api_key=None, deadline_s=6000)
+        waiting = pool.submit(server.post, "/pause", {})
+        assert told.wait(20)
+        assert server.owes_answer
+        server.close()
+        assert "ConnectionAbortedError at /pause" in str(waiting.exception(20))
+        assert not server.owes_answer
 
 
 def test_a_server_that_is_being_started_is_waited_for_and_one_that_goes_again_is_called_gone(

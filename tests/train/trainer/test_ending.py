@@ -110,7 +110,9 @@ def test_a_run_without_any_reward_for_many_steps_fails_and_can_be_resumed(make: 
         return [math.nan] * len(completions)
 
     settings = {"max_steps": 20, "save_steps": 100, "reward_workers": 0}
-    with pytest.raises(NoRewardError, match=r"function 'sometimes' gave None or NaN, .* of the 10 steps up to step 12, .* --resume"):
+    with pytest.raises(
+        NoRewardError, match=r"function 'sometimes' gave None or NaN, .* of the 10 steps up to step 12, .* --resume"
+    ):
         make({"reward_funcs": [sometimes]}, **settings).train()
     run = tmp_path / "run"
     assert [path.name for path in list_checkpoints(run)] == ["checkpoint-12"]
