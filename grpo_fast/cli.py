@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 from contextlib import suppress
-from json import dumps as to_json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -19,7 +18,7 @@ from grpo_fast import __version__
 from grpo_fast.cli_evaluate import evaluate
 from grpo_fast.cli_files import ToDraw, ToWrite
 from grpo_fast.cli_settings import fill
-from grpo_fast.cli_tables import print_notes, print_table, print_words, print_written
+from grpo_fast.cli_tables import print_json, print_notes, print_table, print_words, print_written
 from grpo_fast.config import Config
 from grpo_fast.mistakes import in_words, of_file
 from grpo_fast.run_dir import CONFIG_FILE
@@ -74,8 +73,9 @@ def train(
             if trainer.is_main_process and "model" not in settings.model_fields_set:
                 Console().print("no model given (--model): training the small demo model in the package", highlight=False)
             summary = trainer.train()
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(_after_interrupt(run)) from None
+    except KeyboardInterrupt as interrupt:
+        interrupt.args = (_after_interrupt(run),)
+        raise
     if not trainer.is_main_process:
         return 0
     console = Console()
@@ -173,7 +173,7 @@ def _tell_plan(found: Plan, *, plot: Path | None, json: bool) -> None:
 
         write_plan_plot(plot, found.to_dict())
     if json:
-        print(to_json(found.to_dict(), allow_nan=False))
+        print_json(found.to_dict())
     else:
         _print_plan(found, plot)
 
@@ -277,7 +277,7 @@ def forecast(  # noqa: PLR0913 (flags)
         )
         write_log_plot(plot, beliefs)
     if json:
-        print(to_json(result.to_dict(), allow_nan=False))
+        print_json(result.to_dict())
         return 0
     console = Console()
     print_words(console, result.to_words())
@@ -327,7 +327,7 @@ def fit(
         write_prior_plot(plot, found.to_dict())
     found.prior.save(output)
     if json:
-        print(to_json({"output": str(output)} | found.to_dict(), allow_nan=False))
+        print_json({"output": str(output)} | found.to_dict())
         return 0
     console = Console()
     print_table(console, ("run", "counts with", "what it says"), found.run_words())
@@ -429,7 +429,8 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(1)  # another rank tells it, and the first one of each node
         _fail(of_file(error) if isinstance(error, OSError) else str(error))
     except KeyboardInterrupt as interrupt:
-        _fail("; ".join(filter(None, ("stopped at once", str(interrupt)))), code=_code_of(signal.SIGINT))
+        code = _code_of(getattr(interrupt, "signal", signal.SIGINT))
+        _fail("; ".join(filter(None, ("stopped at once", str(interrupt)))), code=code)
 
 
 def _fail(message: str, *, code: int = 1) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from json import dumps as to_json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from grpo_fast.cli_files import ToWrite
-from grpo_fast.cli_tables import print_table, print_written
+from grpo_fast.cli_tables import print_json, print_table, print_written
 from grpo_fast.config import Config
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ def evaluate(
     if output is not None:
         found.write_completions(output)
     if json:
-        print(to_json(found.to_dict(), allow_nan=False))
+        print_json(found.to_dict())
         return 0
     console = Console()
     _tell(console, found)

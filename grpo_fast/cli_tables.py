@@ -1,13 +1,20 @@
-"""How commands print words, tables and notes."""
+"""How commands print words, tables, notes and JSON."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """Prints one JSON object on a line; where nobody reads it, as behind ``| head``, rich ends the command without a word."""
+    Console().out(json.dumps(value, allow_nan=False), highlight=False)
 
 
 def print_words(console: Console, words: Mapping[str, str]) -> None:

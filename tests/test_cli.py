@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -227,6 +228,39 @@ def test_a_crash_in_native_code_says_where_it_was(tmp_path: Path) -> None:
     assert done.returncode == -signal.SIGSEGV
     assert "Fatal Python error: Segmentation fault" in done.stderr
     assert f'File "{tmp_path / "crash.py"}", line 5 in score' in done.stderr
+
+
+TWICE = """
+import os
+import signal
+import time
+
+def score(completions, **columns):
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+"""
+
+
+def test_a_second_sigterm_ends_a_run_at_once_with_the_exit_code_of_the_first(tmp_path: Path) -> None:
+    (tmp_path / "twice.py").write_text(TWICE, encoding="utf-8")
+    command = [sys.executable, "-m", "grpo_fast", "train", *SMALL.split(), "--reward-funcs", "twice:score"]
+    done = subprocess.run([*command, "--output-dir", "run"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stderr.endswith("continues from its newest checkpoint, or from the start if it has none\n")
+    assert "error: stopped at once; `grpo-fast train --resume run`" in done.stderr
+
+
+def test_json_that_nobody_reads_ends_a_command_without_a_word(tmp_path: Path) -> None:
+    """As in ``| true``: it said "Broken pipe", as if a file were broken."""
+    rows = [f"{step},{0.5 + step / 100}" for step in range(1, 13)]
+    (tmp_path / "log.csv").write_text("\n".join(["step,reward", *rows]), encoding="utf-8")
+    command = [sys.executable, "-m", "grpo_fast", "forecast", "log.csv", "--max-steps", "50", "--json"]
+    read, written = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, cwd=tmp_path, stdout=written, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(written)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 @pytest.mark.slow

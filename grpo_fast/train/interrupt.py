@@ -10,6 +10,14 @@ from typing import Any, Self
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+class EndedAtOnceError(KeyboardInterrupt):
+    """A second signal; :attr:`signal` is the first, which asked for the end."""
+
+    def __init__(self, first: signal.Signals) -> None:
+        super().__init__()
+        self.signal = first
+
+
 class InterruptFlag:
     """Remembers that the user, or a scheduler, asked the process to end; active inside a ``with`` block.
 
@@ -40,5 +48,5 @@ class InterruptFlag:
         if self.name and number == signal.SIGHUP:  # no sign of haste: a shell sends it too, and a logout after SIGTERM
             return
         if self.name:
-            raise KeyboardInterrupt
+            raise EndedAtOnceError(signal.Signals[self.name])
         self.name = signal.Signals(number).name

@@ -56,9 +56,10 @@ def test_second_signal_ends_at_once(number: signal.Signals) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.001)
         assert flag
-        with pytest.raises(KeyboardInterrupt):  # noqa: PT012 (the signal arrives on its own time)
+        with pytest.raises(KeyboardInterrupt) as raised:  # noqa: PT012 (the signal arrives on its own time)
             os.kill(os.getpid(), number)
             time.sleep(5)
+    assert raised.value.signal == signal.SIGTERM, "the first"  # type: ignore[attr-defined]
 
 
 def test_handlers_are_put_back_and_the_flag_starts_anew() -> None:
