@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from grpo_fast.cli_files import ToWrite
-from grpo_fast.cli_tables import print_json, print_table, print_written
+from grpo_fast.cli_tables import print_json, print_notes, print_table, print_written
 from grpo_fast.config import Config
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def evaluate(
     default once each, and greedily.
 
     Args:
-        source: A run, a checkpoint of one, a model's directory, a hub id, or ``embedded``.
+        source: A run, a checkpoint of one, the directory of a model or of adapters, a hub id, or ``embedded``.
         recipe: A named configuration of the package, such as ``embedded``.
         config: A TOML file of the settings below.
         output: Write all completions with their rewards to this JSON lines file.
@@ -57,6 +57,7 @@ def evaluate(
         return 0
     console = Console()
     _tell(console, found)
+    print_notes(console, found.problems)
     print_written(console, output)
     return 0
 

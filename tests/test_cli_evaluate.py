@@ -4,6 +4,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 Shell = Callable[..., tuple[int, str, str]]
 FEW = "--eval-size 8 --reward-workers 0"
 
@@ -22,3 +24,18 @@ def test_a_model_is_evaluated_in_a_table_in_json_and_by_completion(shell: Shell,
     found = json.loads(out)
     assert found["reward"]["mean"] == sum(line["reward"] for line in lines) / 8
     assert list(tmp_path.iterdir()) == [tmp_path / "answers.jsonl"], "an evaluation leaves no run behind"
+
+
+def test_reward_calls_that_fail_are_told(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "careless.py").write_text("def score(completions, **columns):\n    return 1 / 0\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    line = f"evaluate embedded {FEW} --reward-funcs careless:score --reward-on-error none"
+    told = "reward function 'score' raised ZeroDivisionError: division by zero"
+    code, out, _ = shell(line)
+    assert code == 0
+    assert "unknown" in out, "no completion has a reward"
+    assert f"note: {told}" in " ".join(out.split())
+    code, out, _ = shell(f"{line} --json")
+    assert code == 0
+    [problem] = json.loads(out)["problems"]
+    assert problem.startswith(told)

@@ -14,7 +14,9 @@ import numpy as np
 
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.metrics import mean_known
+from grpo_fast.rewards import RewardReport
 from grpo_fast.run_dir import run_of, write_whole
+from grpo_fast.train.adapters import SETTINGS_FILE
 from grpo_fast.train.checkpoint import check_checkpoint
 from grpo_fast.train.data import Data, check_episodes, choose_data, choose_environments, choose_replies, encoded
 from grpo_fast.train.distributed import ALONE
@@ -66,6 +68,8 @@ class Evaluation:
     """Estimate of the training reward, the weighted sum of its functions."""
     rewards: dict[str, Estimate]
     """Estimates of each reward function by its name; the task's own measure is among them."""
+    problems: Sequence[str] = ()
+    """One line for each reward call that failed, with ``reward_on_error`` "none"."""
 
     @property
     def lengths(self) -> list[int]:
@@ -91,6 +95,7 @@ class Evaluation:
             "mean_length": float(np.mean(self.lengths)),
             "max_length": max(self.lengths),
             "truncated_share": self.truncated_share,
+            "problems": list(self.problems),
         }
 
     def write_completions(self, path: Path) -> None:
@@ -117,7 +122,7 @@ def evaluate_model(config: Config, source: str) -> Evaluation:
         config: of data, rewards, sampling and engine; for a run's checkpoint usually the run's own. ``eval_size``,
             ``eval_split``, ``eval_temperature`` and ``num_generations_eval`` are as in training.
         source: a checkpoint of a run; a run, of which the checkpoint is taken that its summary names, or else the newest; or a
-            model's directory or hub id, as in ``config.model``.
+            model's directory or hub id, as in ``config.model``; a directory of adapters needs no ``use_peft``.
 
     Raises:
         ConfigError: model, data or rewards cannot be read, or nothing is held out.
@@ -165,21 +170,28 @@ def _resolved(config: Config, source: str) -> tuple[Config, Path | None]:
     """The configuration to measure with, and the checkpoint that is meant, if ``source`` is a run or one of its checkpoints."""
     config, run = config.replace(**PLAIN), run_of(Path(source))
     if run is None:
-        return config.replace(model=source), None
+        adapters = (Path(source) / SETTINGS_FILE).is_file() and not (Path(source) / "config.json").exists()
+        return config.replace(model=source, use_peft=config.use_peft or adapters), None
     checkpoint = checkpoint_to_use(run) if run == Path(source) else Path(source)
     check_checkpoint(checkpoint)
     return config if config.use_peft else config.replace(model=str(checkpoint), revision=None), checkpoint
 
 
-def _scored(config: Config, data: Data, groups: Sequence[Group], score: Callable[[Sequence[Group]], Any]) -> dict[str, Any]:
-    """Estimates of the reward and of each function; the groups keep the training rewards."""
+def _scored(
+    config: Config, data: Data, groups: Sequence[Group], score: Callable[[Sequence[Group]], RewardReport]
+) -> dict[str, Any]:
+    """Estimates of the reward and of each function, and what failed; the groups keep the training rewards."""
     measured: dict[str, Estimate] = {}
+    problems: tuple[str, ...] = ()
     if data.measure and data.measure not in data.reward_funcs:
         measure = build_pool(config, (data.measure,), (), world=ALONE)
         with contextlib.closing(measure):
-            measured = _each(measure.score(groups).mean, groups)
-    each = _each(score(groups).mean, groups) | measured
-    return {"reward": Estimate.of([group.reward for group in groups]), "rewards": each}
+            report = measure.score(groups)
+            measured, problems = _each(report.mean, groups), report.problems
+    report = score(groups)
+    each = _each(report.mean, groups) | measured
+    reward = Estimate.of([group.reward for group in groups])
+    return {"reward": reward, "rewards": each, "problems": report.problems + problems}
 
 
 def _each(names: Iterable[str], groups: Sequence[Group]) -> dict[str, Estimate]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,16 @@ def test_a_checkpoint_gets_the_reward_that_its_run_measured(
         assert found.model == str(config.output_dir / f"checkpoint-{step}")
     summary = json.loads((config.output_dir / "summary.json").read_text(encoding="utf-8"))
     assert evaluate_model(config, str(config.output_dir)).model.endswith(summary["use"]["checkpoint"])
+
+
+def test_adapters_alone_are_known_by_their_file(letters_config: Callable[..., Config], tmp_path: Path) -> None:
+    config = letters_config(learning_rate=3e-2, use_peft=True, max_steps=2)
+    with GRPOTrainer(config) as trainer:
+        trainer.train()
+    adapters = shutil.copytree(config.output_dir / "checkpoint-2", tmp_path / "adapters")
+    found = evaluate_model(letters_config(), str(adapters))
+    assert found.groups == evaluate_model(config, str(config.output_dir)).groups
+    assert found.groups != evaluate_model(letters_config(), config.model).groups
 
 
 def test_functions_are_estimated_apart_and_completions_kept(letters_config: Callable[..., Config], tmp_path: Path) -> None:
