@@ -36,7 +36,7 @@ _MANIFEST = "manifest.json"
 _OPTIMIZER = "optimizer.pt"
 _SHARDS = "optimizer"
 _STATE = "state.json"
-_NAME = re.compile(r"checkpoint-(\d+)")
+_NAME = re.compile(r"checkpoint-(\d+)|\.checkpoint-(\d+)\.old")
 _NO_ROOM_BYTES = 2**20
 
 
@@ -84,6 +84,8 @@ def save_checkpoint(
             raise CheckpointError(_why_unwritten(cause, final)) from failure
 
         try:
+            if world.is_main:
+                recover_checkpoints(run_dir)
             if cause:  # which is so on all ranks
                 world.once(tell)
             raise
@@ -164,24 +166,36 @@ def check_checkpoint(path: Path) -> None:
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first; one that a crash caught in mid-replacement is put back."""
-    for old in run_dir.glob(".checkpoint-*.old"):
-        final = run_dir / old.name.removeprefix(".").removesuffix(".old")
-        if not final.exists():
-            old.rename(final)
-    found = [(int(match[1]), path) for path in run_dir.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    """Complete checkpoints of a run, oldest first; one that is being replaced, or was in a crash, by the name it has then."""
+    found = {}
+    for path in sorted(run_dir.glob("*checkpoint-*")):  # a hidden name before the final one
+        if match := _NAME.fullmatch(path.name):
+            found[int(match[1] or match[2])] = path
+    return [path for _, path in sorted(found.items())]
 
 
-def prune_checkpoints(run_dir: Path, *, keep: int, protect: Collection[str] = ()) -> None:
-    """Deletes all but the newest ``keep`` checkpoints and those named in ``protect``, and leftovers of interrupted writes."""
-    for path in list_checkpoints(run_dir)[:-keep]:
+def recover_checkpoints(run_dir: Path) -> list[Path]:
+    """The same for the one process that writes them: what a crash caught in mid-replacement is put back."""
+    for path in list_checkpoints(run_dir):
+        if path.name.startswith("."):
+            path.rename(run_dir / path.name.removeprefix(".").removesuffix(".old"))
+    return list_checkpoints(run_dir)
+
+
+def prune_checkpoints(run_dir: Path, *, keep: int, protect: Collection[str] = ()) -> list[Path]:
+    """Deletes all but the newest ``keep`` checkpoints and those named in ``protect``, and leftovers of interrupted writes.
+
+    Returns:
+        Those that are left, oldest first.
+    """
+    for path in recover_checkpoints(run_dir)[:-keep]:
         if path.name not in protect:
             # The rename makes deletion atomic too: a half-deleted checkpoint never bears the name of a whole one.
             path.rename(_hidden(path, "deleted"))
     for suffix in ("deleted", "partial", "old"):
         for path in run_dir.glob(f".checkpoint-*.{suffix}"):
             shutil.rmtree(path, ignore_errors=True)
+    return list_checkpoints(run_dir)
 
 
 def _hidden(path: Path, suffix: str) -> Path:

@@ -24,7 +24,7 @@ from grpo_fast.rewards import RewardError
 from grpo_fast.rollout import RolloutError, WeightSyncError
 from grpo_fast.train.ahead import Rollouts
 from grpo_fast.train.best import BestCheckpoints, way_back
-from grpo_fast.train.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
+from grpo_fast.train.checkpoint import CheckpointError, load_checkpoint, prune_checkpoints, recover_checkpoints, save_checkpoint
 from grpo_fast.train.collect import Collected, Collector, charge_rollout, trainer_state
 from grpo_fast.train.distributed import World
 from grpo_fast.train.evaluate import evaluate, probe
@@ -389,17 +389,17 @@ class GRPOTrainer:
         self._saved_step = self.global_step
         self._world.once(lambda: self._after_save(path))
 
-    def _after_save(self, path: Path) -> None:
+    def _after_save(self, saved: Path) -> None:
         config, step = self.config, self.global_step
         protected = self._best.protected(sound_until=self._oversight.sound_until(step, self._alarm))
-        prune_checkpoints(config.output_dir, keep=config.save_total_limit, protect=protected)
-        self._best.keep_only([kept.name for kept in list_checkpoints(config.output_dir)])
+        kept = prune_checkpoints(config.output_dir, keep=config.save_total_limit, protect=protected)
+        self._best.keep_only([path.name for path in kept])
         best = self._best.best()
         if best is None:
             self._parts.record.save_state(step)
         else:
             self._parts.record.save_state(step, best_metric=best.metric, best_step=best.step, best_checkpoint=best.name)
-        self._event("checkpoint", f"saved {path}")
+        self._event("checkpoint", f"saved {saved}")
 
     def _state_dict(self) -> dict[str, Any]:
         parts, ahead = self._parts, self._rollouts.ready()
@@ -420,7 +420,7 @@ class GRPOTrainer:
     def _restore(self) -> None:
         """Puts everything back to the newest checkpoint, and the run's record with it."""
         parts, run = self._parts, self.config.output_dir  # which other ranks may reach by another path
-        checkpoints = [run / path.name for path in self._world.once(lambda: list_checkpoints(run))]
+        checkpoints = [run / path.name for path in self._world.once(lambda: recover_checkpoints(run))]
         if not checkpoints:
             self._world.once(lambda: parts.record.truncate(-1))
             return

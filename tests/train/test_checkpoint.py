@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import math
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from grpo_fast.train.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     prune_checkpoints,
+    recover_checkpoints,
     save_checkpoint,
 )
 from grpo_fast.train.optim import build_optimizer
@@ -151,10 +153,43 @@ def test_a_crash_between_the_two_renames_is_recovered(bench: Bench) -> None:
     path = bench.save(4)
     path.rename(bench.run / ".checkpoint-4.old")
     shutil.copytree(bench.run / ".checkpoint-4.old", bench.run / ".checkpoint-4.partial")
+    [found] = list_checkpoints(bench.run)
+    assert found.name == ".checkpoint-4.old", "a reader moves nothing: a run may be writing"
+    check_checkpoint(found)
+    assert recover_checkpoints(bench.run) == [path]
     assert list_checkpoints(bench.run) == [path]
     bench.train(seed=1)
     bench.load(path)
     assert same(bench.snapshot(), before)
+
+
+def test_a_reader_in_the_middle_of_a_replacement_does_not_disturb_it(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It put the old one back, so that the new one could not take its place."""
+    path, seen, rename = bench.save(4, {"value": 1}), [], Path.rename
+
+    def watched(self: Path, target: Path) -> Path:
+        renamed = rename(self, target)
+        seen.append([found.name for found in list_checkpoints(bench.run)])
+        return renamed
+
+    monkeypatch.setattr(Path, "rename", watched)
+    bench.save(4, {"value": 2})
+    assert seen == [[".checkpoint-4.old"], ["checkpoint-4"]]
+    assert bench.load(path) == {"value": 2}
+
+
+def test_a_replacement_that_fails_puts_the_old_one_back(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, rename = bench.save(4, {"value": 1}), Path.rename
+
+    def full(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(CheckpointError, match=f"the disk is full; the newest whole checkpoint is {path}"):
+        bench.save(4, {"value": 2})
+    assert bench.load(path) == {"value": 1}
 
 
 def test_a_crash_after_the_renames_leaves_the_new_one(bench: Bench) -> None:
@@ -189,7 +224,7 @@ def test_pruning_keeps_the_newest_and_the_protected_one(bench: Bench) -> None:
     (bench.run / "metrics.jsonl").touch()
     prune_checkpoints(bench.run, keep=2, protect={paths[0].name})
     assert names(bench.run) == {"checkpoint-1", "checkpoint-3", "checkpoint-10", "metrics.jsonl"}
-    prune_checkpoints(bench.run, keep=1)
+    assert prune_checkpoints(bench.run, keep=1) == paths[3:]
     assert names(bench.run) == {"checkpoint-10", "metrics.jsonl"}
     check_checkpoint(paths[3])
 
