@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
+import selectors
 import sys
 import threading
 import traceback
@@ -14,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+_log = logging.getLogger(__name__)
 _CLOSING_S = 2.0
 _ANSWER_S = 1.0
 _NUM_THREADS = 32
@@ -25,13 +28,14 @@ class AsyncCode:
 
     Any number of threads may wait for it at a time, those too in which a loop of their own runs, as notebooks have one. The
     thread begins with the first awaitable. It is a daemon, and so are those of ``asyncio.to_thread``: what hangs in them does
-    not keep the process.
+    not keep the process. Code that blocks the loop while other code waits in it is told once.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._told = False
 
     def awaited(self, result: Any) -> Any:
         """What a call gave in the end: an awaitable is waited for, and what it raises, an exit too, is raised here."""
@@ -39,7 +43,7 @@ class AsyncCode:
             return result
         waiting = asyncio.run_coroutine_threadsafe(_outcome(result), self._running())
         try:
-            value, error = waiting.result()
+            value, error = self._result(waiting)
         except BaseException:  # as Ctrl-C: no one waits for it any more
             waiting.cancel()
             raise
@@ -50,7 +54,7 @@ class AsyncCode:
     def together(self, awaitables: Sequence[Awaitable[None]]) -> None:
         """Waits for several at once; where one raises, the others are cancelled and its exception is raised."""
         if awaitables:
-            self.awaited(_gather(awaitables))
+            self.awaited(awaitables[0] if len(awaitables) == 1 else _gather(awaitables))
 
     def blocked_at(self) -> str:
         """Which line of whose code keeps the loop from going on with anything else; empty where it is free."""
@@ -61,11 +65,32 @@ class AsyncCode:
         answered = threading.Event()
         loop.call_soon_threadsafe(answered.set)
         frame = None if answered.wait(_ANSWER_S) else sys._current_frames().get(thread.ident or 0)
-        if frame is None:
+        if frame is None or frame.f_code.co_filename == selectors.__file__:  # where a free loop waits
             return ""
         stack = traceback.extract_stack(frame)
         at = next((each for each in stack if not each.filename.startswith(_FRAMEWORK)), stack[-1])
         return f"{at.filename}:{at.lineno}, in {at.name}: {at.line}"
+
+    def _result(self, waiting: Future[Any]) -> Any:
+        """What is waited for; meanwhile the loop is watched."""
+        while not self._told:
+            with suppress(NotYet):
+                return waiting.result(_ANSWER_S)
+            self._tell_blocked()
+        return waiting.result()
+
+    def _tell_blocked(self) -> None:
+        with self._lock:
+            loop = self._loop
+        at = self.blocked_at() if loop is not None and len(asyncio.all_tasks(loop)) > 1 else ""
+        with self._lock:
+            told, self._told = self._told, self._told or bool(at)
+        if at and not told:
+            _log.warning(
+                "async code blocks its event loop at %s: whatever else is awaited there waits for it; await what takes long, "
+                "or hand it to asyncio.to_thread",
+                at,
+            )
 
     def close(self) -> None:
         """Cancels what still runs and ends the loop; calling it twice is harmless."""

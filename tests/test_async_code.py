@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from grpo_fast import async_code
 from grpo_fast.async_code import AsyncCode
 
 
@@ -127,6 +128,40 @@ def test_what_blocks_the_loop_is_found(loop: AsyncCode) -> None:
     assert "test_async_code.py" in told
     assert told.endswith("in blocks: released.wait(60)  # this line")
     assert loop.blocked_at() == ""
+
+
+def test_code_that_holds_others_up_is_told_once(
+    loop: AsyncCode, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(async_code, "_ANSWER_S", 0.05)
+
+    async def careless() -> None:
+        until = time.monotonic() + 20
+        while not caplog.messages and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(0.2)
+
+    for _ in range(2):
+        loop.together([careless(), asyncio.sleep(0.01)])
+    [told] = caplog.messages
+    assert "async code blocks its event loop at" in told
+    assert "test_async_code.py" in told
+    assert "in careless: time.sleep(0." in told
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_code_that_holds_nothing_up_is_not_told(
+    number: int, loop: AsyncCode, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(async_code, "_ANSWER_S", 0.5)
+
+    async def alone() -> None:
+        if number == 1:
+            time.sleep(2)
+        await asyncio.sleep(2)
+
+    loop.together([alone() for _ in range(number)])
+    assert not caplog.messages
 
 
 def test_threads_beside_the_loop_give_what_they_ran(loop: AsyncCode) -> None:
