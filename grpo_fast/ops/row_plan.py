@@ -3,11 +3,11 @@
 Plain Python on a few thousand numbers: it runs on the host before the model does, so that dead sequences reach neither its
 forward nor its backward pass and nothing has to be read back from the device.
 
-A sequence's gradient is exactly zero when none of its tokens is scored, or when its surrogate is (its advantage is 0, or it is
-masked for being off-policy) and no other term of the loss reaches it (no KL term, no entropy bonus). Normalisers are computed
-before anything is left out, so gradients do not change. A loss term outside the objective (a mixture of experts' load
-balance) is not known here; keep every sequence live then. Of a sequence that is live, the head sees the scored rows alone:
-not the prompt, not padding, not what a tool answered.
+A sequence's gradient is exactly zero when none of its tokens is scored, or when its surrogate is (its advantage is 0) and no
+other term of the loss reaches it (no KL term, no entropy bonus). Normalisers are computed before anything is left out, so
+gradients do not change. A loss term outside the objective (a mixture of experts' load balance) is not known here; keep every
+sequence live then. Of a sequence that is live, the head sees the scored rows alone: not the prompt, not padding, not what a
+tool answered.
 """
 
 from __future__ import annotations
@@ -82,7 +82,6 @@ def live_sequences(
     *,
     beta: float = 0.0,
     entropy_coef: float = 0.0,
-    masked: Sequence[bool] | None = None,
 ) -> list[bool]:
     """Tells which sequences carry gradient.
 
@@ -91,7 +90,6 @@ def live_sequences(
         advantages: [N]. NaN counts as live, so that the loss shows it.
         beta: weight of the KL term of the loss.
         entropy_coef: weight of the entropy bonus.
-        masked: [N] sequences whose importance weights are known to be 0 throughout, as for those too far off-policy.
 
     Returns:
         [N]: ``False`` where the gradient is exactly zero.
@@ -101,13 +99,9 @@ def live_sequences(
     """
     if len(num_scored_tokens) != len(advantages):
         raise ValueError(f"{len(num_scored_tokens)} token counts for {len(advantages)} advantages; give one each a sequence")
-    if masked is not None and len(masked) != len(advantages):
-        raise ValueError(f"{len(masked)} masked flags for {len(advantages)} advantages; give one each a sequence")
     reaches_all = beta != 0 or entropy_coef != 0
-    gone = masked or [False] * len(advantages)
     return [
-        tokens > 0 and (reaches_all or (advantage != 0 and not out))
-        for tokens, advantage, out in zip(num_scored_tokens, advantages, gone, strict=True)
+        tokens > 0 and (reaches_all or advantage != 0) for tokens, advantage in zip(num_scored_tokens, advantages, strict=True)
     ]
 
 

@@ -113,13 +113,8 @@ def test_what_carries_gradient() -> None:
     assert live_sequences(tokens, advantages) == [False, True, False, False, True]
     assert live_sequences(tokens, advantages, beta=0.1) == [True, True, False, True, True]
     assert live_sequences(tokens, advantages, entropy_coef=0.1) == [True, True, False, True, True]
-    masked = [False, True, False, False, False]
-    assert live_sequences(tokens, advantages, masked=masked) == [False, False, False, False, True]
-    assert live_sequences(tokens, advantages, masked=masked, beta=0.1) == [True, True, False, True, True]
     with pytest.raises(ValueError, match="5 token counts for 1"):
         live_sequences(tokens, [0.0])
-    with pytest.raises(ValueError, match="2 masked flags for 5"):
-        live_sequences(tokens, advantages, masked=[True, False])
 
 
 def test_a_whole_plan() -> None:
@@ -217,7 +212,7 @@ def test_gradients_are_equal_with_and_without_what_is_dropped(
             num_rows += len(places)
         return total, num_rows
 
-    live = live_sequences(counts, advantages, beta=spec.beta, entropy_coef=spec.entropy_coef, masked=masked)
+    live = live_sequences(counts, advantages, beta=spec.beta, entropy_coef=spec.entropy_coef)
     plan = plan_rows(lengths, counts, live=live, token_budget=budget, layout=layout, keep_dead_rows_for_metrics=keep)
     whole, every_row = gradients([tuple(range(len(step)))])
     planned, some_rows = gradients([batch.sequences for batch in plan.micro_batches if batch.carries_gradient])
