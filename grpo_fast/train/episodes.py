@@ -7,12 +7,13 @@ environment does the same again.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, repeat
-from typing import Protocol
+from typing import NamedTuple
 
 from grpo_fast.environments import EnvironmentFailedError, Environments, Episodes, Reply
 from grpo_fast.kept_tokens import KeptTokens
@@ -25,8 +26,25 @@ from grpo_fast.train.rng import derive_seed
 from grpo_fast.types import Completion, Episode, Group, Message, Prompt, Scored, TrainerState
 
 
-class Sampler(Protocol):
-    """Samples answers to prompts."""
+class _Asked(NamedTuple):
+    """What is to be answered, and how; see :meth:`Sampler.sample`."""
+
+    prompts: Sequence[Prompt]
+    sampling: SamplingParams
+    num_generations: int
+    seed: int
+    state: TrainerState
+
+
+class Sampler(ABC):
+    """Has an engine answer prompts.
+
+    Args:
+        engine: samples.
+    """
+
+    def __init__(self, engine: RolloutEngine) -> None:
+        self._engine = engine
 
     def sample(
         self,
@@ -49,45 +67,30 @@ class Sampler(Protocol):
         Raises:
             RolloutError: the engine failed.
             EnvironmentFailedError: an environment did.
+            ConfigError: the chat template refuses what an environment said.
         """
-        ...
+        return self._groups(_Asked(prompts, sampling, num_generations, seed, state or TrainerState()))
 
     def sleep(self) -> None:
         """Lets the engine sleep until its weights are renewed."""
-        ...
-
-
-class OneTurn:
-    """Completions as the engine gives them.
-
-    Args:
-        engine: samples.
-    """
-
-    def __init__(self, engine: RolloutEngine) -> None:
-        self._engine = engine
-
-    def sample(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: SamplingParams,
-        *,
-        num_generations: int,
-        seed: int,
-        state: TrainerState | None = None,
-    ) -> list[Group]:
-        """Has each prompt answered; see :class:`Sampler`."""
-        del state
-        return self._answered(prompts, sampling, num_generations=num_generations, seed=seed)
-
-    def sleep(self) -> None:
-        """Lets the engine sleep."""
         self._engine.sleep()
 
-    def _answered(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, num_generations: int, seed: int) -> list[Group]:
-        token_ids = [prompt.token_ids for prompt in prompts]
-        answers = self._engine.generate(token_ids, sampling, num_generations=num_generations, seed=seed)
-        return [Group(prompt, completions) for prompt, completions in zip(prompts, answers, strict=True)]
+    @abstractmethod
+    def _groups(self, asked: _Asked) -> list[Group]:
+        """Each prompt with its answers."""
+
+    def _answered(self, asked: _Asked) -> list[Group]:
+        """The same, as the engine gives them in one turn."""
+        token_ids = [prompt.token_ids for prompt in asked.prompts]
+        answers = self._engine.generate(token_ids, asked.sampling, num_generations=asked.num_generations, seed=asked.seed)
+        return [Group(prompt, completions) for prompt, completions in zip(asked.prompts, answers, strict=True)]
+
+
+class OneTurn(Sampler):
+    """Completions as the engine gives them."""
+
+    def _groups(self, asked: _Asked) -> list[Group]:
+        return self._answered(asked)
 
 
 @dataclass(slots=True)
@@ -124,7 +127,7 @@ class _Sequence:
         return self.opening + [token for turn, reply in self.parts for token in (*turn.token_ids, *reply)]
 
 
-class InTurns(OneTurn):
+class InTurns(Sampler):
     """Completions in which an environment answers the policy until it has no more to say, or a limit is reached.
 
     Args:
@@ -153,33 +156,21 @@ class InTurns(OneTurn):
         self._world = world
         self._judges = judges
 
-    def sample(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: SamplingParams,
-        *,
-        num_generations: int,
-        seed: int,
-        state: TrainerState | None = None,
-    ) -> list[Group]:
-        """Has each prompt answered; see :class:`Sampler`.
-
-        Raises:
-            ConfigError: the chat template refuses what an environment said.
-        """
-        grown = [_Sequence(prompt) for prompt in prompts for _ in range(num_generations)]
+    def _groups(self, asked: _Asked) -> list[Group]:
+        count = asked.num_generations
+        grown = [_Sequence(prompt) for prompt in asked.prompts for _ in range(count)]
         share = self._world.share(len(grown))
-        with self._begin(grown, share, num_generations=num_generations, max_tokens=sampling.max_tokens) as episodes:
+        with self._begin(grown, share, num_generations=count, max_tokens=asked.sampling.max_tokens) as episodes:
             if any(each.asked for each in grown):
-                self._speak(grown, sampling, seed)
+                self._speak(grown, asked.sampling, asked.seed)
             else:
-                groups = self._answered(prompts, sampling, num_generations=num_generations, seed=seed)
-                for each, turn in zip(grown, (turn for group in groups for turn in group.completions), strict=True):
+                turns = (turn for group in self._answered(asked) for turn in group.completions)
+                for each, turn in zip(grown, turns, strict=True):
                     each.said(turn, self._replies)
-            self._play(grown, episodes, share, sampling=sampling, seed=seed)
-            whole = self._completions(grown, episodes, share, state or TrainerState())
-        firsts = range(0, len(grown), num_generations)
-        return [Group(grown[first].prompt, whole[first : first + num_generations]) for first in firsts]
+            self._play(grown, episodes, share, sampling=asked.sampling, seed=asked.seed)
+            whole = self._completions(grown, episodes, share, asked.state)
+        firsts = range(0, len(grown), count)
+        return [Group(grown[first].prompt, whole[first : first + count]) for first in firsts]
 
     def _begin(self, grown: Sequence[_Sequence], share: slice, *, num_generations: int, max_tokens: int) -> Episodes:
         """Begins episodes, and puts behind the prompts what environments have to say there."""
