@@ -23,7 +23,7 @@ from grpo_fast.async_code import AsyncCode
 from grpo_fast.timed_calls import OverdueError, TimedCalls
 from grpo_fast.tools import NoEnvironment, NotTextError, Tool, ToolEnvironment, as_text, methods_of, schemas_of
 from grpo_fast.types import Message, Prompt, TrainingError, is_message
-from grpo_fast.user_code import accepted_arguments, describe_failure, import_object, name_of, shown
+from grpo_fast.user_code import accepted_arguments, describe_failure, import_object, name_of, number_of, shown
 
 _T = TypeVar("_T")
 
@@ -401,16 +401,15 @@ class Episodes:
         )
 
     def _number(self, value: Any, prompt: Prompt) -> float | None:
-        if hasattr(value, "item") and math.prod(getattr(value, "shape", ())) == 1:
-            value = value.item()
         if value is None:
             return None
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        number = number_of(value)
+        if number is None or not math.isfinite(number):
             raise EnvironmentFailedError(
                 f"environment {self._owner.name!r}: get_reward returned {shown(value)} for row {prompt.index}; it must return "
-                "a finite number or None"
+                "a finite number or None (rewards are float32)"
             )
-        return float(value)
+        return number
 
 
 def _own(made: Any) -> Any:

@@ -6,11 +6,14 @@ import difflib
 import functools
 import importlib
 import inspect
+import math
 import traceback
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 _MAX_CHARACTERS = 1000
+_LARGEST = 3.4028234663852886e38
+"""Of float32, in which rewards become advantages."""
 
 
 def name_of(function: Callable[..., Any]) -> str:
@@ -91,9 +94,28 @@ def accepted_arguments(
     return {name: value for name, value in arguments.items() if name in names}
 
 
+def single(value: Any) -> Any:
+    """The number in an array or tensor that holds no more than one; anything else as it is."""
+    return value.item() if hasattr(value, "item") and math.prod(getattr(value, "shape", ())) == 1 else value
+
+
+def number_of(value: Any) -> float | None:
+    """The number that code gave, also in an array or tensor; ``None`` for anything else.
+
+    One that float32 cannot hold is infinite.
+    """
+    value = single(value)
+    if not isinstance(value, int | float):
+        return None
+    return math.inf if value > _LARGEST else -math.inf if value < -_LARGEST else float(value)
+
+
 def shown(value: Any) -> str:
     """A value with its type, as errors show it."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # of an int of many digits, or of users' own
+        text = "a value that cannot be written"
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
 
 

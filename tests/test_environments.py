@@ -126,7 +126,10 @@ def test_answers_that_cannot_be_read(prompt: Any, answer: Any, told: str) -> Non
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [(1, 1.0), (None, None), (np.array([0.5]), 0.5), (True, 1.0), ("1", "'1'"), (math.nan, "nan"), (np.zeros(2), "array")],
+    [
+        *((1, 1.0), (None, None), (np.array([0.5]), 0.5), (True, 1.0)),
+        *(("1", "'1'"), (math.nan, "nan"), (np.zeros(2), "array"), (10**400, "10000"), (-1e39, r"-1e\+39")),
+    ],
 )
 def test_rewards_are_numbers(value: Any, expected: Any) -> None:
     with Environments(saying(None, get_reward=lambda self: value)) as environments:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from grpo_fast.user_code import accepted_arguments, describe_failure, import_object, is_async, name_of
+from grpo_fast.user_code import accepted_arguments, describe_failure, import_object, is_async, name_of, number_of, shown
 
 
 def test_names_are_those_of_what_is_called_in_the_end() -> None:
@@ -71,3 +73,18 @@ def test_failures_tell_where_they_happened_and_are_not_endless() -> None:
     assert describe_failure(caught.value).endswith("in broken: return 1 / 0)")
     assert describe_failure(KeyError("k")) == "raised KeyError: 'k'"
     assert len(describe_failure(ValueError("x" * 5000))) < 1100
+
+
+def test_numbers_are_those_of_float32_and_all_values_can_be_shown() -> None:
+    largest = float(np.finfo(np.float32).max)
+    assert [number_of(value) for value in (True, 3, np.float64(0.5), np.array([[2]]), largest)] == [1.0, 3.0, 0.5, 2.0, largest]
+    assert [number_of(value) for value in (10**400, -(10**400), 2 * largest)] == [math.inf, -math.inf, math.inf]
+    assert [number_of(value) for value in (None, "1", np.zeros(2), 1j)] == [None] * 4
+    assert math.isnan(number_of(math.nan) or 0.0)
+
+    class Broken:
+        def __repr__(self) -> str:
+            raise KeyError
+
+    assert [shown(value) for value in (1.5, 10**5000)] == ["1.5 (float)", "a value that cannot be written (int)"]
+    assert shown(Broken()) == "a value that cannot be written (Broken)"

@@ -13,7 +13,7 @@ from grpo_fast import user_code
 from grpo_fast.async_code import AsyncCode
 from grpo_fast.rewards.functions import BUILT_IN
 from grpo_fast.types import Scored
-from grpo_fast.user_code import accepted_arguments, import_object, name_of, shown
+from grpo_fast.user_code import accepted_arguments, import_object, name_of, number_of, shown, single
 
 BATCH_ARGUMENTS = ("prompts", "completions", "completion_ids", "completion_openings", "environment_rewards")
 """Lists that every reward call gets in addition to the dataset's columns, one entry per completion."""
@@ -211,10 +211,10 @@ def _name(name: Any) -> str:
 
 
 def _metric(name: str, value: Any) -> float:
-    value = _single(value)
-    if not isinstance(value, int | float):
+    number = number_of(value)
+    if number is None:
         raise InvalidRewardError(f"logged {shown(value)} as the metric {name!r}; log_metric takes one number")
-    return float(value)
+    return number
 
 
 def _column(column: str, values: Sequence[Any], length: int) -> list[Any]:
@@ -222,13 +222,8 @@ def _column(column: str, values: Sequence[Any], length: int) -> list[Any]:
         raise InvalidRewardError(
             f"logged {len(values)} values in the column {column!r} for {length} completions; log_extra takes one each"
         )
-    cells = map(_single, values)
+    cells = map(single, values)
     return [cell if cell is None or isinstance(cell, str | int | float) else str(cell) for cell in cells]
-
-
-def _single(value: Any) -> Any:
-    """The number in an array or tensor that holds no more than one."""
-    return value.item() if hasattr(value, "item") and math.prod(getattr(value, "shape", ())) == 1 else value
 
 
 def _checked(result: Any, length: int) -> list[float | None]:
@@ -245,11 +240,11 @@ def _checked(result: Any, length: int) -> list[float | None]:
 def _number(value: Any, index: int) -> float | None:
     if value is None:
         return None
-    if hasattr(value, "item"):
-        value = value.item()
-    if not isinstance(value, int | float):
+    number = number_of(value)
+    if number is None:
         raise InvalidRewardError(f"returned {shown(value)} for completion {index}; a reward is a float or None")
-    number = float(value)
     if math.isinf(number):
-        raise InvalidRewardError(f"returned {number} for completion {index}; a reward must be finite (None leaves it out)")
+        raise InvalidRewardError(
+            f"returned {shown(value)} for completion {index}; a reward must be a finite number of float32 (None leaves it out)"
+        )
     return None if math.isnan(number) else number
