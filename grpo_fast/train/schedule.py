@@ -13,6 +13,8 @@ from grpo_fast.config import Config, ConfigError
 
 _OURS = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
 """Arguments of transformers' schedules that do not come from ``lr_scheduler_kwargs``."""
+_PLAIN = ("constant", "linear")
+"""Schedules without arguments, done here: with transformers' come peft and bitsandbytes, where they are, for seconds."""
 
 
 def learning_rates(config: Config) -> list[float]:
@@ -73,12 +75,15 @@ def falls_if_shorter(config: Config, max_steps: int) -> bool:
 def _rate_at(config: Config) -> Callable[[int], float]:
     """The learning rate as a function of the step."""
     kind, given = config.lr_scheduler_type, dict(config.lr_scheduler_kwargs)
-    warmup, shift = config.num_warmup_steps + 1, 0
-    if kind == "constant":  # transformers' constant_with_warmup, without the import below
+    warmup, shift, end = config.num_warmup_steps + 1, 0, config.max_steps + 1
+    if kind == "constant":  # transformers' constant_with_warmup
         return lambda step: config.learning_rate * (step / warmup if step < warmup else 1.0)
-    from transformers import get_scheduler  # noqa: PLC0415 (it imports peft and bitsandbytes, where they are: seconds)
+    if kind == "linear":
+        fall = max(1, end - warmup)
+        return lambda step: config.learning_rate * (step / warmup if step < warmup else max(0.0, (end - step) / fall))
+    from transformers import get_scheduler  # noqa: PLC0415 (see _PLAIN)
 
-    horizon: int | None = config.max_steps + 1
+    horizon: int | None = end
     match kind:
         case "inverse_sqrt":  # transformers' own default, of the steps of warm-up that were asked for
             given.setdefault("timescale", config.num_warmup_steps or 10_000)
@@ -97,11 +102,7 @@ def _check_names(config: Config, told: str) -> None:
     kind, given = config.lr_scheduler_type, config.lr_scheduler_kwargs
     if kind == "constant" and not given:
         return
-    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION  # noqa: PLC0415 (as above)
-
-    schedules: Any = TYPE_TO_SCHEDULER_FUNCTION
-    parameters = inspect.signature(schedules[kind]).parameters.values()
-    known = [each for each in parameters if each.name not in _OURS]
+    known = [] if kind in _PLAIN else _arguments(kind)
     unknown = [name for name in given if name not in {each.name for each in known}]
     if unknown:
         there = f"it has {', '.join(each.name for each in known)}" if known else "it has none"
@@ -116,3 +117,11 @@ def _check_names(config: Config, told: str) -> None:
     if config.num_warmup_steps + sum(phases.values()) > config.max_steps:
         parts = " + ".join(f"{name}={value}" for name, value in {"num_warmup_steps": config.num_warmup_steps, **phases}.items())
         raise ConfigError(f"{told}: {parts} exceeds max_steps={config.max_steps}; shorten one, or raise max_steps")
+
+
+def _arguments(kind: str) -> list[inspect.Parameter]:
+    """What a schedule of transformers takes in ``lr_scheduler_kwargs``."""
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION  # noqa: PLC0415 (see _PLAIN)
+
+    schedules: Any = TYPE_TO_SCHEDULER_FUNCTION
+    return [each for each in inspect.signature(schedules[kind]).parameters.values() if each.name not in _OURS]

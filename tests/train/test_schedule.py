@@ -43,11 +43,12 @@ def test_constant_after_warmup() -> None:
     assert schedule(warmup_steps=3) == pytest.approx(expected, rel=1e-15)
 
 
-def test_the_usual_schedule_waits_for_no_package_that_it_does_not_need() -> None:
+def test_the_usual_schedules_wait_for_no_package_that_they_do_not_need() -> None:
     code = (
         "import sys; from grpo_fast.config import Config; from grpo_fast.train import GRPOTrainer\n"
         "from grpo_fast.train.schedule import learning_rates\n"
-        "learning_rates(Config(warmup_steps=3))\n"
+        "for kind in ('constant', 'linear'):\n"
+        "    learning_rates(Config(warmup_steps=3, lr_scheduler_type=kind))\n"
         "assert not {'peft', 'bitsandbytes', 'transformers.optimization'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -99,6 +100,14 @@ def theirs(kind: str, warmup: int, given: dict[str, Any]) -> list[float]:
         optimizer.step()
         scheduler.step()
     return rates
+
+
+@pytest.mark.parametrize("warmup", [0, 5, 19])
+def test_a_linear_fall_is_that_of_transformers_bit_by_bit(warmup: int) -> None:
+    assert (
+        schedule(lr_scheduler_type="linear", warmup_steps=warmup, max_steps=20)[warmup:]
+        == theirs("linear", warmup, {})[warmup:]
+    )
 
 
 def test_every_schedule_of_transformers_is_there_or_refused() -> None:
