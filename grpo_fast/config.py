@@ -7,7 +7,6 @@ Python, and is written back, resolved, into every run. Nothing here imports torc
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -16,12 +15,15 @@ import tomli_w
 from cyclopts import Group, Parameter
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from grpo_fast.config_file import ConfigError, read_toml
 from grpo_fast.consistency import check_consistency
 from grpo_fast.explain import explain
 from grpo_fast.given_values import ONE_OR_SEVERAL, SchedulerType, dataset_anywhere, expanded, model_anywhere, refuse_misread
 from grpo_fast.json_object import JsonObject
 
-LossType = Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "gspo", "rloo", "luspo", "sapo"]
+__all__ = ["Config", "ConfigError", "read_toml"]
+
+LossType = Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "gspo", "rloo", "luspo", "sapo", "vespo"]
 ImportanceMode = Literal[
     "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_truncate", "geometric_mask"
 ]
@@ -31,10 +33,6 @@ _GROUPS = ("Model", "LoRA", "Data", "Reward", "Rollout", "Objective", "Optimiser
 _MODEL, _LORA, _DATA, _REWARD, _ROLLOUT, _OBJECTIVE, _OPTIM, _BUDGET, _FORECAST, _RUN = (
     Parameter(group=Group(name, sort_key=place)) for place, name in enumerate(_GROUPS, start=1)
 )
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the field, the value and the fix."""
 
 
 class Config(BaseModel):
@@ -222,6 +220,14 @@ class Config(BaseModel):
     """SAPO's gate temperature for positive advantages."""
     sapo_temperature_neg: Annotated[float, _OBJECTIVE] = Field(1.05, gt=0)
     """SAPO's gate temperature for negative advantages."""
+    vespo_k_pos: Annotated[float, _OBJECTIVE] = Field(2.0, ge=0)
+    """VESPO's power for advantages from 0 up: how much less a completion counts that has become less likely."""
+    vespo_lambda_pos: Annotated[float, _OBJECTIVE] = Field(3.0, ge=1e-4)
+    """VESPO's decay for advantages from 0 up: how much less a completion counts that has become more likely."""
+    vespo_k_neg: Annotated[float, _OBJECTIVE] = Field(3.0, ge=0)
+    """VESPO's power for negative advantages."""
+    vespo_lambda_neg: Annotated[float, _OBJECTIVE] = Field(2.0, ge=1e-4)
+    """VESPO's decay for negative advantages."""
     scale_rewards: Annotated[Literal["group", "batch", "none"], _OBJECTIVE] = "group"
     """Divide centred rewards by the group's standard deviation, the batch's, or not at all."""
     multi_objective_aggregation: Annotated[Literal["sum_then_normalize", "normalize_then_sum"], _OBJECTIVE] = (
@@ -231,6 +237,9 @@ class Config(BaseModel):
     scale each in its group, add them, and scale the sum over the batch (GDPO), so that none drowns in another."""
     mask_truncated_completions: Annotated[bool, _OBJECTIVE] = False
     """Exclude completions from the loss that were cut at the length limit."""
+    off_policy_mask_threshold: Annotated[float | None, _OBJECTIVE] = Field(None, gt=0)
+    """Take completions of negative advantage out of the policy loss where the policy has moved from their sampler by more than
+    this, in nats a token (DeepSeek-V3.2). Default: keep all."""
     vllm_importance_sampling_correction: Annotated[bool | None, _OBJECTIVE] = None
     """Correct the mismatch between sampler and trainer by importance weights, which costs one more forward pass. Default: on
     with vLLM or ``max_staleness`` above 0."""
@@ -433,17 +442,3 @@ class Config(BaseModel):
     def replace(self, **changes: Any) -> Config:
         """A changed copy, validated; raises the same errors as :meth:`parse`."""
         return self.parse(self.model_dump() | changes)
-
-
-def read_toml(path: str | Path) -> dict[str, Any]:
-    """Reads a TOML file into plain values.
-
-    Raises:
-        ConfigError: the file is missing or is not TOML.
-    """
-    try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from None

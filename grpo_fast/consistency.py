@@ -118,6 +118,12 @@ def _check_rollout(config: Config) -> None:
             "vllm_importance_sampling_correction=True with bypass_old_logprobs=True: the ratio is taken to the sampler "
             "already, so there is nothing to correct; choose one of the two"
         )
+    mode = config.vllm_importance_sampling_mode
+    if config.loss_type == "vespo" and config.corrects_sampler and not mode.startswith("token"):
+        raise ValueError(
+            f"loss_type='vespo' with vllm_importance_sampling_mode={mode!r}: VESPO multiplies ratios of tokens to one of the "
+            "sequence itself; set vllm_importance_sampling_mode='token_truncate' or 'token_mask'"
+        )
     low, high = config.vllm_importance_sampling_clip_min, config.vllm_importance_sampling_clip_max
     if low is not None and high is not None and not low < high:
         raise ValueError(f"vllm_importance_sampling_clip_min={low:g} must be below vllm_importance_sampling_clip_max={high:g}")

@@ -19,6 +19,9 @@ rloo       1/N sum_i -min(r_i A_i, clip(r_i) A_i), r_i = exp(sum_t log r_t); A a
            the mean of the *other* completions, unscaled; the KL goes into the reward
 luspo      1/N sum_i n_i -min(r_i A_i, clip(r_i) A_i), r_i = exp(mean_t log r_t)         2602.05261; ``luspo`` (*)
 sapo       1/N sum_i 1/n_i sum_t -sigmoid(tau (r_t - 1)) 4/tau A_i                       2511.20347; ``sapo``
+vespo      1/(sum_i n_i) sum_i sum_t -stop_grad(phi(w_i)) A_i logp_t, with               2602.10693; ``vespo``
+           phi(w) = exp(lambda (1 - w)) w^k and w_i = exp(sum_t log r_t), times the
+           importance ratio against the sampler where that is corrected
 =========  ============================================================================  =========================
 
 (*) with ``importance_sampling_level="sequence"``.
@@ -88,6 +91,11 @@ class Objective:
             entropy_coef=config.entropy_coef,
             sapo_temperature_pos=config.sapo_temperature_pos,
             sapo_temperature_neg=config.sapo_temperature_neg,
+            vespo_k_pos=config.vespo_k_pos,
+            vespo_lambda_pos=config.vespo_lambda_pos,
+            vespo_k_neg=config.vespo_k_neg,
+            vespo_lambda_neg=config.vespo_lambda_neg,
+            off_policy_mask_threshold=config.off_policy_mask_threshold,
         )
 
     def advantages(self, rewards: torch.Tensor, *, scale_rewards: ScaleRewards) -> GroupAdvantage:
@@ -212,6 +220,7 @@ _ROWS = (
     ),
     Objective("luspo", "clip", "sequence", "sequence_sum", paper="2602.05261"),
     Objective("sapo", "sapo", "token", "sequence_mean", paper="2511.20347"),
+    Objective("vespo", "vespo", "token", "token_mean", paper="2602.10693"),
 )
 
 OBJECTIVES: Mapping[str, Objective] = MappingProxyType({row.name: row for row in _ROWS})

@@ -12,7 +12,7 @@ import pytest
 import tomli_w
 from cyclopts import Parameter
 
-from grpo_fast.config import Config, ConfigError, read_toml
+from grpo_fast.config import Config, ConfigError
 from grpo_fast.recipes import recipe
 
 EVERYTHING_SET: dict[str, Any] = {
@@ -172,19 +172,6 @@ def test_missing_file(tmp_path: Path) -> None:
         Config.from_toml(tmp_path / "none.toml")
 
 
-def test_invalid_toml_names_file_and_line(tmp_path: Path) -> None:
-    file = tmp_path / "bad.toml"
-    file.write_text("seed = 1\nbeta = = 2\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"bad\.toml is not valid TOML: .*line 2"):
-        read_toml(file)
-
-
-def test_a_file_of_an_editor_that_marks_utf_8_is_read(tmp_path: Path) -> None:
-    file = tmp_path / "marked.toml"
-    file.write_bytes(b"\xef\xbb\xbfsystem_prompt = 'na\xc3\xafve'\n")
-    assert read_toml(file) == {"system_prompt": "na\u00efve"}
-
-
 def test_settings_in_a_table_are_told_where_to_stand(tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
     file.write_text("[optimiser]\nlearning_rate = 1e-3\n", encoding="utf-8")
@@ -196,13 +183,6 @@ def test_settings_in_a_table_are_told_where_to_stand(tmp_path: Path) -> None:
 def test_numbers_that_would_fill_memory_before_the_first_step_are_refused(field: str) -> None:
     with pytest.raises(ConfigError, match=rf"^{field}: Input should be less than or equal to \d+ \(got 9{{20}}\)$"):
         Config.parse({field: 10**20 - 1})
-
-
-def test_file_that_is_not_text(tmp_path: Path) -> None:
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(b"\xff\xfe\x00\x80")
-    with pytest.raises(ConfigError, match=r"model\.safetensors is not valid TOML"):
-        read_toml(file)
 
 
 def test_unknown_key_in_a_file(tmp_path: Path) -> None:

@@ -41,6 +41,10 @@ from grpo_fast.config import Config, ConfigError
         ),
         ({"reward_funcs": ["accuracy"], "reward_weights": [1.0, 2.0]}, r"reward_weights has 2 values for 1 reward_funcs"),
         ({"loss_type": "cispo"}, r"loss_type='cispo' needs epsilon_high"),
+        (
+            {"loss_type": "vespo", "rollout": "vllm"},
+            r"loss_type='vespo' with vllm_importance_sampling_mode='sequence_mask'.*'token_truncate' or 'token_mask'",
+        ),
         ({"rollout": "vllm-http"}, r"rollout='vllm-http' with vllm_server_urls=\(\)"),
         (
             {"rollout": "vllm-http", "vllm_server_urls": ["http://127.0.0.1:1"], "vllm_own_process": True},

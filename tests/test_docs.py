@@ -50,6 +50,7 @@ OTHER_NAMES = {
 SOMETIMES = {
     *("rewards/vowels/nones", "rewards/vowels/errors", "rewards/vowels/timeouts", "rewards/restarts", "logged/loss"),
     *("completions/mean_terminated_length", "num_turns/mean", "tools/call_frequency", "tools/failure_frequency"),
+    *("vespo/phi_seq_mean", "sampling/off_policy_mask/masked_fraction"),
     *("cispo_clip_ratio", "sampling/effective_sample_size", "sampling/importance_weight/masked_fraction"),
     *("sample/staleness_mean", "overlap/rollout_s", "sync/seconds", "sync/probe_kl", "sync/version", "mfu", "budget/gpu_hours"),
     *("eval_rewards/vowels/mean", "eval_vowels"),

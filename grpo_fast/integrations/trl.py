@@ -22,6 +22,7 @@ from torch import nn
 
 from grpo_fast.ops import LMHead, LossBatch, LossSpec, fused_grpo, token_logprob
 from grpo_fast.ops.loss_spec import RatioLevel, Surrogate
+from grpo_fast.ops.sequence_weights import sampler_log_ratios
 
 try:
     from trl import GRPOConfig, GRPOTrainer
@@ -37,11 +38,14 @@ _SURROGATES: dict[str, Surrogate] = {
     "luspo": "clip",
     "cispo": "cispo",
     "sapo": "sapo",
+    "vespo": "vespo",
 }
 _LEVELS: dict[str, RatioLevel] = {"token": "token", "sequence": "sequence"}
 _NUM_CHECKED = 16
 """Micro-batches whose loss is held against TRL's formula: enough to meet an off-policy one where there are any."""
 _LOSS_TOLERANCE = 1e-4
+_LEAST_DECAY = 1e-4
+"""Of VESPO's lambda, in TRL."""
 _PROBE_TOLERANCE = 1e-3
 _PROBE_TOLERANCE_HALF = 0.2  # nats; a half-precision model rounds its logits, the head here does not
 
@@ -93,7 +97,7 @@ class FusedGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         advantages = inputs["advantages"]
         if advantages.ndim != 1:
             raise ValueError(f"advantages have shape {tuple(advantages.shape)}; the fused loss takes one a sequence, (B,)")
-        corrected = self.use_vllm and self.vllm_importance_sampling_correction
+        corrected, vespo = self.use_vllm and self.vllm_importance_sampling_correction, self.loss_type == "vespo"
         training = self.model.training
         parts = float(self.current_gradient_accumulation_steps) if training else 1.0
         entropy_coef = self._entropy_weight()
@@ -103,7 +107,9 @@ class FusedGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             loss_weights=self._loss_weights(mask, inputs["num_items_in_batch"], parts=parts),
             old_logprobs=inputs.get("old_per_token_logps"),
             ref_logprobs=inputs["ref_per_token_logps"] if self.beta != 0 else None,
-            importance_weights=inputs["importance_sampling_ratio"].expand(mask.shape) if corrected else None,
+            importance_weights=inputs["importance_sampling_ratio"].expand(mask.shape) if corrected and not vespo else None,
+            sampling_logprobs=inputs.get("sampling_per_token_logps"),
+            sampler_ratios=inputs.get("importance_sampling_ratio") if vespo else None,
             num_items_in_batch=parts * float(mask.sum()) if entropy_coef != 0 else None,
             spec=self._spec(entropy_coef),
         )
@@ -128,6 +134,11 @@ class FusedGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             entropy_coef=entropy_coef,
             sapo_temperature_pos=self.args.sapo_temperature_pos,
             sapo_temperature_neg=self.args.sapo_temperature_neg,
+            vespo_k_pos=self.args.vespo_k_pos,
+            vespo_lambda_pos=max(self.args.vespo_lambda_pos, _LEAST_DECAY),
+            vespo_k_neg=self.args.vespo_k_neg,
+            vespo_lambda_neg=max(self.args.vespo_lambda_neg, _LEAST_DECAY),
+            off_policy_mask_threshold=self.off_policy_mask_threshold,
         )
 
     def _loss_weights(self, mask: torch.Tensor, num_items_in_batch: torch.Tensor, *, parts: float) -> torch.Tensor:
@@ -168,10 +179,6 @@ def check_settings(config: GRPOConfig) -> None:
         )
     refused = {
         "top_entropy_quantile": (config.top_entropy_quantile < 1.0, "set it to 1.0: the quantile needs all entropies first"),
-        "off_policy_mask_threshold": (
-            config.off_policy_mask_threshold is not None,
-            "set it to None: the mask needs all ratios first",
-        ),
         "use_liger_kernel": (
             config.use_liger_kernel,
             "set it to False: Liger would replace the forward pass that is fused here",
@@ -197,19 +204,27 @@ class _LossRequest:
     old_logprobs: torch.Tensor | None
     ref_logprobs: torch.Tensor | None
     importance_weights: torch.Tensor | None
+    sampling_logprobs: torch.Tensor | None
+    sampler_ratios: torch.Tensor | None
+    """Importance ratios of tokens that VESPO multiplies to one of the sequence."""
     num_items_in_batch: float | None
     spec: LossSpec
 
     def batch(self, scored: torch.Tensor) -> LossBatch:
         """Packed to the T tokens where ``scored`` [B, L] is true."""
+        index, ratios = scored.nonzero()[:, 0], self.sampler_ratios
         return LossBatch(
-            sequence_index=scored.nonzero()[:, 0],
+            sequence_index=index,
             advantages=self.advantages,
             loss_weights=self.loss_weights,
             old_logprobs=None if self.old_logprobs is None else self.old_logprobs[scored],
             ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[scored],
             importance_weights=None if self.importance_weights is None else self.importance_weights[scored],
             num_items_in_batch=self.num_items_in_batch,
+            sampling_logprobs=None if self.sampling_logprobs is None else self.sampling_logprobs[scored],
+            sampler_log_ratios=None
+            if ratios is None
+            else sampler_log_ratios(ratios[scored], index, num_sequences=len(self.advantages)),
         )
 
 

@@ -9,8 +9,8 @@ into
 
 before the next chunk takes its place: 6 T·H·V FLOP (4 with a frozen head), where recomputing logits in backward takes 8. Rows
 that turn out to carry no gradient (clipped, advantage 0) are left out of the last two products. Backward only multiplies by
-the incoming scalar. Where the ratio is a sequence's, chunks are cut between sequences; a sequence longer than a chunk is walked
-twice, its logits made again for the gradient.
+the incoming scalar. Where the ratio, or a weight, is a sequence's, chunks are cut between sequences; a sequence longer than a
+chunk is walked twice, its logits made again for the gradient.
 
 ``logp``, ``H``, the loss, ``d weight`` and ``d bias`` are accumulated in float32 (float64 for float64 rows), in an order that
 the sizes fix.
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +29,8 @@ from grpo_fast.ops.dispatch import Impl, Implementation, resolve, triton_kernels
 from grpo_fast.ops.head_pass import HeadPass, RowGradient, row_statistics
 from grpo_fast.ops.lm_head import LMHead, check_rows, full_precision, head_options, row_chunks, working_dtype
 from grpo_fast.ops.loss_spec import LossBatch, LossSpec, PolicyCoefficients, PolicyMetrics, check_needs, check_shapes
-from grpo_fast.ops.policy_loss import policy_coefficients, policy_loss_reference, sequence_lengths
+from grpo_fast.ops.policy_loss import policy_coefficients, policy_loss_reference
+from grpo_fast.ops.sequence_weights import sequence_lengths
 from grpo_fast.ops.token_logprob import HEAD_PASSES, token_logprob_reference
 
 
@@ -81,18 +82,21 @@ def _one_pass(  # noqa: PLR0913, PLR0917
     level: str,
     numbers: list[float],
     delta: float | None,
+    mask_threshold: float | None,
     bias_correction: bool,
     wanted: list[bool],
     name: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss, metric sums, logp [T], H [T] and three gradients, of which one that is not wanted is empty.
 
-    ``tensors`` are those of the batch, in its order; ``numbers``: ε_low, ε_high, β, the entropy's coefficient, τ_pos, τ_neg.
+    ``tensors`` are those of the batch, in its order; ``numbers``: ε_low, ε_high, β, the entropy's coefficient, τ_pos, τ_neg,
+    k_pos, λ_pos, k_neg, λ_neg.
     """
     head = LMHead(weight, bias, temperature, softcap, logit_scale, logits_dtype, operand_dtype, chunk_bytes)
     batch = LossBatch._make([*tensors[:5], num_items_in_batch, *tensors[5:]])
-    low, high, beta, entropy_coef, *temperatures = numbers
-    spec = LossSpec(surrogate, level, low, high, delta, beta, bias_correction, entropy_coef, *temperatures)  # type: ignore[arg-type]
+    low, high, beta, entropy_coef, *shapes = numbers
+    spec = LossSpec(surrogate, level, low, high, delta, beta, bias_correction, entropy_coef, *shapes)  # type: ignore[arg-type]
+    spec = replace(spec, off_policy_mask_threshold=mask_threshold)
     with full_precision(hidden):
         reached = (wanted[0], wanted[1], wanted[2])
         work = HEAD_PASSES[name](hidden, head, targets=targets, wanted=reached, gated=entropy_coef == 0)
@@ -131,7 +135,7 @@ def _units(batch: LossBatch, spec: LossSpec, *, num_rows: int, max_rows: int) ->
     if num_rows <= max_rows:
         yield slice(0, num_rows)
         return
-    if spec.importance_sampling_level == "token":
+    if not spec.couples_tokens:
         yield from row_chunks(0, num_rows, max_rows=max_rows)
         return
     start = stop = 0
@@ -231,9 +235,14 @@ def _by(name: str) -> Callable[..., FusedLoss]:
                     spec.entropy_coef,
                     spec.sapo_temperature_pos,
                     spec.sapo_temperature_neg,
+                    spec.vespo_k_pos,
+                    spec.vespo_lambda_pos,
+                    spec.vespo_k_neg,
+                    spec.vespo_lambda_neg,
                 )
             ],
             spec.delta,
+            spec.off_policy_mask_threshold,
             spec.use_bias_correction_kl,
             wanted,
             name,

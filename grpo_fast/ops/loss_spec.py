@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeAlias, get_args
 
 import torch
 
-Surrogate: TypeAlias = Literal["clip", "cispo", "sapo"]
+Surrogate: TypeAlias = Literal["clip", "cispo", "sapo", "vespo"]
 RatioLevel: TypeAlias = Literal["token", "sequence", "sequence_sum"]
 
 
@@ -35,20 +35,32 @@ class LossSpec:
     """Weight of the mean token entropy, which is subtracted from the loss."""
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
+    off_policy_mask_threshold: float | None = None
+    """Mean of ``log sampler - log policy`` over a sequence above which one with a negative advantage loses its surrogate."""
 
     def __post_init__(self) -> None:
         for name, kinds in (("surrogate", Surrogate), ("importance_sampling_level", RatioLevel)):
             if getattr(self, name) not in get_args(kinds):
                 raise ValueError(f"{name}={getattr(self, name)!r}; choose one of {', '.join(get_args(kinds))}")
-        if self.surrogate == "cispo" and self.importance_sampling_level != "token":
+        if self.surrogate in ("cispo", "vespo") and self.importance_sampling_level != "token":
             raise ValueError(
-                f"importance_sampling_level={self.importance_sampling_level!r} has no meaning for surrogate='cispo', "
-                "which weighs single tokens; use 'token'"
+                f"importance_sampling_level={self.importance_sampling_level!r} has no meaning for "
+                f"surrogate={self.surrogate!r}, which weighs log-probabilities of single tokens; use 'token'"
             )
         if self.delta is not None and self.surrogate != "clip":
             raise ValueError(
                 f"delta={self.delta} bounds a clipped ratio; surrogate={self.surrogate!r} has none, set delta=None"
             )
+
+    @property
+    def couples_tokens(self) -> bool:
+        """Whether a token's loss depends on the other tokens of its sequence."""
+        by_sequence = self.importance_sampling_level != "token" or self.surrogate == "vespo"
+        return by_sequence or self.off_policy_mask_threshold is not None
 
 
 class LossBatch(NamedTuple):
@@ -73,6 +85,10 @@ class LossBatch(NamedTuple):
     that sampled); a weight of a whole sequence is repeated on its tokens."""
     token_mask: torch.Tensor | None = None
     """bool [T]: ``False`` tokens are ignored in loss, ratio, length and metrics, whatever their numbers are."""
+    sampling_logprobs: torch.Tensor | None = None
+    """float [T]: nats in the engine that sampled; read for ``off_policy_mask_threshold``, ``None``: as the old policy's."""
+    sampler_log_ratios: torch.Tensor | None = None
+    """float [B]: logarithm of a sequence's importance ratio between the old policy and the sampler; read by ``vespo``."""
 
     def tokens(self, start: int, stop: int) -> LossBatch:
         """The same batch with the tokens from ``start`` to ``stop`` only; sequences are kept, some may be empty."""
@@ -81,7 +97,7 @@ class LossBatch(NamedTuple):
         return self._replace(**parts)
 
 
-TOKEN_FIELDS = ("sequence_index", "old_logprobs", "ref_logprobs", "importance_weights", "token_mask")
+TOKEN_FIELDS = ("sequence_index", "old_logprobs", "ref_logprobs", "importance_weights", "token_mask", "sampling_logprobs")
 """Fields of :class:`LossBatch` with one value a token."""
 
 
@@ -207,6 +223,9 @@ def check_shapes(per_token: torch.Tensor, batch: LossBatch) -> None:
     if batch.advantages.ndim != 1 or tuple(batch.advantages.shape) != weights:
         shape = tuple(batch.advantages.shape)
         raise ValueError(f"advantages {shape} and loss_weights {weights} must both have shape (B,), one a sequence")
+    if batch.sampler_log_ratios is not None and tuple(batch.sampler_log_ratios.shape) != weights:
+        shape = tuple(batch.sampler_log_ratios.shape)
+        raise ValueError(f"sampler_log_ratios has shape {shape}; it must be {weights}, one a sequence")
     index = batch.sequence_index
     if num_tokens and index.device.type == "cpu" and not torch.compiler.is_compiling():
         first, last = int(index[0]), int(index[-1])

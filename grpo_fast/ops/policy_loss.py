@@ -10,13 +10,14 @@ With ``i`` the sequence of token ``t``, ``n_i`` its scored tokens, ``w_i`` its l
     clip       l = -min(min(r, δ)·A, clamp(r, 1 - ε_low, 1 + ε_high)·A)
     cispo      l_t = -stop_grad(min(r, ε_high))·A·logp_t
     sapo       l = -sigmoid(τ·(r - 1))·4/τ·A,  τ = τ_pos where A > 0, else τ_neg
+    vespo      l_t = -A·logp_t,  v_t multiplied by φ_i of :mod:`grpo_fast.ops.sequence_weights`
 
     k3         kl_t = e^{ref_t - logp_t} - (ref_t - logp_t) - 1,  times r with the bias correction
 
     loss       Σ_t w_i·(v_t·l + β·kl_t) - c·Σ_t H_t / num_items_in_batch
 
-and its derivatives, with ``s = ∂l/∂log r`` (for cispo ``∂l/∂logp``), ``V_i = Σ v_t`` and ``K_i = Σ kl_t`` over the tokens that
-share a ratio, and ``∂log r/∂logp_t`` = 1, 1/n_i, 1:
+and its derivatives, with ``s = ∂l/∂log r`` (for cispo and vespo ``∂l/∂logp``), ``V_i = Σ v_t`` and ``K_i = Σ kl_t`` over the
+tokens that share a ratio, and ``∂log r/∂logp_t`` = 1, 1/n_i, 1:
 
     dL/dlogp_t = w_i·(s·V_i + β·K_i·r·[bias correction])·∂log r/∂logp_t + w_i·β·(1 - e^{ref_t - logp_t})·(r or 1)
     dL/dH_t    = -c / num_items_in_batch
@@ -47,6 +48,7 @@ from grpo_fast.ops.loss_spec import (
     entropy_slope,
 )
 from grpo_fast.ops.policy_loss_triton import policy_coefficients_triton, policy_loss_triton
+from grpo_fast.ops.sequence_weights import segment_sum, sequence_lengths, weighted
 
 
 class _Tokens(NamedTuple):
@@ -95,6 +97,7 @@ def policy_loss_reference(
 
 
 def _terms(logprobs: torch.Tensor, batch: LossBatch, spec: LossSpec, entropy: torch.Tensor | None) -> _Terms:
+    batch = weighted(logprobs, batch, spec)
     tokens = _tokens(logprobs, batch)
     units = _units(tokens, batch, spec)
     ratio = units.log_ratio.exp()
@@ -146,28 +149,19 @@ def _units(tokens: _Tokens, batch: LossBatch, spec: LossSpec) -> _Units:
         index = batch.sequence_index
         return _Units(log_ratio, advantages[index], weights[index], tokens.present, tokens.importance, kl)
     lengths = sequence_lengths(batch.sequence_index, num_sequences=advantages.shape[0])
-    num_tokens = lengths.to(log_ratio.dtype) if batch.token_mask is None else _segment_sum(tokens.present, lengths)
-    importance = num_tokens if batch.importance_weights is None else _segment_sum(tokens.importance, lengths)
-    summed = _segment_sum(log_ratio, lengths)
+    num_tokens = lengths.to(log_ratio.dtype) if batch.token_mask is None else segment_sum(tokens.present, lengths)
+    importance = num_tokens if batch.importance_weights is None else segment_sum(tokens.importance, lengths)
+    summed = segment_sum(log_ratio, lengths)
     if spec.importance_sampling_level == "sequence":
         summed = summed / num_tokens.clamp(min=1.0)
-    return _Units(summed, advantages, weights, num_tokens, importance, None if kl is None else _segment_sum(kl, lengths))
-
-
-def sequence_lengths(sequence_index: torch.Tensor, *, num_sequences: int) -> torch.Tensor:
-    """Tokens of each sequence, int64 [B], of an ascending index [T]; nothing is read back to the host."""
-    sequences = torch.arange(num_sequences, device=sequence_index.device, dtype=sequence_index.dtype)
-    ends = torch.searchsorted(sequence_index, sequences, right=True)
-    return torch.diff(ends, prepend=ends.new_zeros(1))
-
-
-def _segment_sum(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    return torch.segment_reduce(values, "sum", lengths=lengths, initial=0.0, unsafe=True)
+    return _Units(summed, advantages, weights, num_tokens, importance, None if kl is None else segment_sum(kl, lengths))
 
 
 def _surrogate(ratio: torch.Tensor, logprobs: torch.Tensor, advantages: torch.Tensor, spec: LossSpec) -> torch.Tensor:
     if spec.surrogate == "cispo":
         return -ratio.clamp(max=spec.epsilon_high).detach() * advantages * logprobs
+    if spec.surrogate == "vespo":
+        return -advantages * logprobs
     if spec.surrogate == "sapo":
         tau = _sapo_temperature(advantages, spec)
         return -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * advantages
@@ -233,12 +227,14 @@ def _policy_coefficients_torch(
 
 
 def _surrogate_slope(ratio: torch.Tensor, advantages: torch.Tensor, spec: LossSpec) -> torch.Tensor:
-    """Derivative of the surrogate with respect to the ratio's logarithm (``cispo``: to the token's log-probability).
+    """Derivative of the surrogate with respect to the ratio's logarithm (``cispo``, ``vespo``: to the log-probability).
 
     Products with the ratio, never choices, take a slope to 0: 0 times an infinite ratio has to be NaN.
     """
     if spec.surrogate == "cispo":
         return -ratio.clamp(max=spec.epsilon_high) * advantages
+    if spec.surrogate == "vespo":
+        return -advantages
     if spec.surrogate == "sapo":
         argument = _sapo_temperature(advantages, spec) * (ratio - 1)
         return torch.sigmoid(argument) * torch.sigmoid(-argument) * -4 * advantages * ratio
@@ -270,7 +266,7 @@ def policy_coefficients(
     Args:
         logprobs: float [T], nats under the current policy.
         batch: what else is known of the tokens and their sequences. ``batch.tokens(start, stop)`` gives the part of a block of
-            tokens: at token level any block will do, otherwise one that no sequence reaches out of.
+            tokens: any block will do, unless ``spec.couples_tokens``; then it is one that no sequence reaches out of.
         spec: which loss.
         entropy: float [T], nats.
         impl: how it is computed.

@@ -23,10 +23,13 @@ from grpo_fast.ops.jit import jit, tl
 @jit
 @no_type_check
 def _surrogate_terms(ratio, logp, advantage, numbers, SURROGATE: tl.constexpr, TWO_SIDED: tl.constexpr):
-    """The surrogate, and its derivative by log r (cispo: by logp). NaN goes through every minimum."""
+    """The surrogate, and its derivative by log r (cispo, vespo: by logp). NaN goes through every minimum."""
     low, high, delta, _, tau_pos, tau_neg = numbers
     if SURROGATE == "cispo":
         slope = -tl.minimum(ratio, high, propagate_nan=tl.PropagateNan.ALL) * advantage
+        value = slope * logp
+    elif SURROGATE == "vespo":
+        slope = -advantage
         value = slope * logp
     elif SURROGATE == "sapo":
         tau = tl.where(advantage > 0, tau_pos, tau_neg)
@@ -59,7 +62,7 @@ def _clip_flags(ratio, advantage, low, high, SURROGATE: tl.constexpr):
     if SURROGATE == "clip":
         return (ratio < low) & (advantage < 0), (ratio > high) & (advantage > 0)
     above = (ratio > high) & (advantage > 0)
-    if SURROGATE == "sapo":
+    if SURROGATE != "cispo":
         above = above & (ratio < ratio)
     return ratio < ratio, above
 

@@ -14,6 +14,7 @@ from grpo_fast.ops.policy_loss_kernels import (
     _policy_loss_sum_kernel,
     _policy_loss_token_kernel,
 )
+from grpo_fast.ops.sequence_weights import weighted
 
 NUM_SUMS = 10
 """The loss, and then the order of ``PolicyMetrics.NAMES``."""
@@ -142,6 +143,7 @@ _policy_loss_fwd.register_autograd(_policy_loss_bwd, setup_context=_setup_contex
 def _sums_and_coefficients(
     logprobs: torch.Tensor, batch: LossBatch, spec: LossSpec, entropy: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    batch = weighted(logprobs, batch, spec)
     sapo = (spec.sapo_temperature_pos, spec.sapo_temperature_neg)
     high = spec.epsilon_high if spec.surrogate == "cispo" else 1 + spec.epsilon_high
     delta = float("inf") if spec.delta is None else spec.delta
@@ -209,7 +211,8 @@ def aot_calls() -> dict[str, Callable[[], object]]:
             bias_correction=extras,
         )
 
-    rows = [("clip", "token"), ("cispo", "token"), ("sapo", "token"), ("clip", "sequence"), ("sapo", "sequence_sum")]
+    rows = [(surrogate, "token") for surrogate in ("clip", "cispo", "sapo", "vespo")]
+    rows += [("clip", "sequence"), ("sapo", "sequence_sum")]
     return {
         f"{surrogate}-{level}{'-extras' if extras else ''}": functools.partial(call, surrogate, level, extras)
         for surrogate, level in rows

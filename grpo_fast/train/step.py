@@ -21,12 +21,14 @@ from grpo_fast.metrics import MetricSums, PhaseTimer
 from grpo_fast.objective import OBJECTIVES, decoupled_advantages, sequence_kl
 from grpo_fast.ops import (
     LossBatch,
+    LossSpec,
     PolicyMetrics,
     RowPlan,
     live_sequences,
     plan_microbatches,
     plan_rows,
 )
+from grpo_fast.ops.sequence_weights import gamma_weights, off_policy_mask, sampler_log_ratios, sequence_lengths
 from grpo_fast.train.batch import TrainingSequence, build_batch, flatten_groups, shared_prompts
 from grpo_fast.train.distributed import ALONE, World
 from grpo_fast.train.head_part import head_logprobs, head_loss
@@ -97,6 +99,8 @@ class _Part:
     """Log-probabilities of the old policy; ``None``: the policy's own at this moment, a ratio of exactly 1."""
     importance: torch.Tensor | None = None
     """Importance weights against the sampler."""
+    sampler_log_ratios: torch.Tensor | None = None
+    """Of each sequence [B] the logarithm of its importance ratio against the sampler, which VESPO takes in place of weights."""
     is_filler: bool = False
     """Whether it has no weight and only keeps this rank in step with the others, which exchange shards with it."""
 
@@ -153,7 +157,7 @@ class Learner:
                 if config.bypass_old_logprobs:
                     part.old = part.batch.sampling_logprobs
                 elif config.corrects_sampler and part.carries_gradient:
-                    part.importance = self._importance_weights(part.batch, MetricSums() if part.is_filler else sums)
+                    self._correct(part, MetricSums() if part.is_filler else sums)
         with timer.phase("train"):
             set_learning_rate(self._optimizer, learning_rate)
             for iteration in range(config.num_iterations):
@@ -288,20 +292,23 @@ class Learner:
     def _accumulate(self, part: _Part, sums: MetricSums) -> torch.Tensor:
         """Adds a micro-batch's gradient and metrics; returns its log-probabilities [T]."""
         batch = part.batch
+        known = LossBatch(
+            sequence_index=batch.sequence_index,
+            advantages=batch.advantages,
+            loss_weights=batch.loss_weights,
+            old_logprobs=part.old,
+            ref_logprobs=part.reference,
+            importance_weights=part.importance,
+            num_items_in_batch=self._num_items_in_batch,
+            sampling_logprobs=batch.sampling_logprobs,
+            sampler_log_ratios=part.sampler_log_ratios,
+        )
         with torch.set_grad_enabled(part.carries_gradient):
             result = head_loss(
                 self._policy.scored_hidden_states(batch),
                 self._policy.head(self._config.temperature),
                 targets=batch.targets,
-                batch=LossBatch(
-                    sequence_index=batch.sequence_index,
-                    advantages=batch.advantages,
-                    loss_weights=batch.loss_weights,
-                    old_logprobs=part.old,
-                    ref_logprobs=part.reference,
-                    importance_weights=part.importance,
-                    num_items_in_batch=self._num_items_in_batch,
-                ),
+                batch=known,
                 spec=self._spec,
                 kept=batch.kept,
             )
@@ -309,10 +316,12 @@ class Learner:
             result.loss.backward()
         sums.add("loss", result.loss)
         _add_policy_metrics(sums, result.metrics, surrogate=self._spec.surrogate)
+        _add_sequence_metrics(sums, result.logprobs, known, self._spec)
         return result.logprobs
 
-    def _importance_weights(self, batch: TokenBatch, sums: MetricSums) -> torch.Tensor:
-        config = self._config
+    def _correct(self, part: _Part, sums: MetricSums) -> None:
+        """Corrects for the sampler: by weights of tokens, or, for VESPO, by ratios of sequences."""
+        config, batch = self._config, part.batch
         weights = importance_weights(
             self._logprobs_of(self._policy, batch) - batch.sampling_logprobs,
             batch.sequence_index,
@@ -321,7 +330,10 @@ class Learner:
             bounds=(config.vllm_importance_sampling_clip_min, config.vllm_importance_sampling_clip_max),
         )
         add_weights(sums, weights)
-        return weights
+        if self._spec.surrogate == "vespo":
+            part.sampler_log_ratios = sampler_log_ratios(weights, batch.sequence_index, num_sequences=len(batch.advantages))
+        else:
+            part.importance = weights
 
     def _reference_logprobs(self, batch: TokenBatch) -> torch.Tensor | None:
         return None if self._reference is None else self._logprobs_of(self._reference, batch)
@@ -391,7 +403,20 @@ def _add_policy_metrics(sums: MetricSums, metrics: PolicyMetrics, *, surrogate: 
     sums.add("kl", metrics.kl_sum, weight="_tokens")
     if surrogate == "cispo":
         sums.add("cispo_clip_ratio", metrics.clip_high, weight="_ratios")
-    else:
+    elif surrogate != "vespo":
         sums.add("clip_ratio/low_mean", metrics.clip_low, weight="_ratios")
         sums.add("clip_ratio/high_mean", metrics.clip_high, weight="_ratios")
         sums.add("clip_ratio/region_mean", metrics.clip_region, weight="_ratios")
+
+
+def _add_sequence_metrics(sums: MetricSums, logprobs: torch.Tensor, batch: LossBatch, spec: LossSpec) -> None:
+    """Of what weighs whole sequences; the mean of VESPO's weight has TRL's name."""
+    if spec.surrogate != "vespo" and spec.off_policy_mask_threshold is None:
+        return
+    present = sequence_lengths(batch.sequence_index, num_sequences=len(batch.advantages)) > 0
+    sums.add("_sequences", present.sum())
+    if spec.surrogate == "vespo":
+        sums.add("vespo/phi_seq_mean", (present * gamma_weights(logprobs, batch, spec)).sum(), weight="_sequences")
+    if spec.off_policy_mask_threshold is not None:
+        left_out = present & ~off_policy_mask(logprobs, batch, spec)
+        sums.add("sampling/off_policy_mask/masked_fraction", left_out.sum(), weight="_sequences")

@@ -31,6 +31,8 @@ LOSSES: dict[str, dict[str, Any]] = {
     "bnpo": {"loss_type": "bnpo", "entropy_coef": 0.05},
     "cispo": {"loss_type": "cispo", "epsilon_high": 1.2},
     "sapo": {"loss_type": "sapo"},
+    "vespo": {"loss_type": "vespo", "beta": 0.1},
+    "off-policy mask": {"loss_type": "dapo", "off_policy_mask_threshold": 0.01, "beta": 0.1},
     "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.01, "beta": 0.1},
     "luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence", "epsilon": 0.01},
     "luspo token": {"loss_type": "luspo"},
@@ -167,6 +169,19 @@ def test_the_ratio_to_the_rollout_engine(loss_type: str, per_token: bool, model_
     assert_same(ours, theirs, micro_batch(theirs.model) | {"importance_sampling_ratio": ratio})
 
 
+def test_vespo_and_the_mask_against_the_rollout_engine(model_dir: Path, tmp_path: Path) -> None:
+    options = {"loss_type": "vespo", "vllm_importance_sampling_mode": "token_mask", "off_policy_mask_threshold": 0.01}
+    ours, theirs = (
+        trainer(cls, tmp_path, model=LlamaForCausalLM.from_pretrained(model_dir), **options)
+        for cls in (fused_class(), trl.GRPOTrainer)
+    )
+    ours.use_vllm = theirs.use_vllm = True
+    inputs = micro_batch(theirs.model)
+    inputs["sampling_per_token_logps"] = inputs["old_per_token_logps"] + torch.tensor([0.3, -0.3, 0.0, 0.0, 0.3, 0.3])[:, None]
+    ratio = torch.linspace(0.8, 1.2, L).expand(B, L).masked_fill(inputs["completion_mask"] == 0, 1.0)
+    assert_same(ours, theirs, inputs | {"importance_sampling_ratio": ratio})
+
+
 def test_evaluation_and_a_batch_of_nothing_are_trls(model_dir: Path, tmp_path: Path) -> None:
     ours, theirs = (
         trainer(cls, tmp_path, model=LlamaForCausalLM.from_pretrained(model_dir), beta=0.1)
@@ -231,9 +246,8 @@ def test_whole_runs_move_the_weights_as_trl_does(options: dict[str, Any], tmp_pa
 
 
 REFUSED: dict[str, dict[str, Any]] = {
-    "loss_type='vespo'": {"loss_type": "vespo"},
+    "loss_type='gmpo'": {"loss_type": "gmpo"},
     "top_entropy_quantile=0.2": {"top_entropy_quantile": 0.2},
-    "off_policy_mask_threshold=0.5": {"off_policy_mask_threshold": 0.5},
     "use_liger_kernel=True": {"use_liger_kernel": True},
 }
 

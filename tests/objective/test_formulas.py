@@ -15,6 +15,7 @@ from grpo_fast.objective import OBJECTIVES, decoupled_advantages, sequence_kl
 from grpo_fast.ops.loss_spec import LossBatch
 from grpo_fast.ops.policy_loss import policy_loss
 from grpo_fast.ops.row_plan import live_sequences
+from grpo_fast.ops.sequence_weights import off_policy_mask
 from tests.objective.settings import LIMIT, settings
 
 NAMES = sorted(OBJECTIVES)
@@ -64,6 +65,8 @@ def make_step(name: str, *, dtype: torch.dtype = torch.float64) -> Step:
 
 def oracle_surrogate(r: torch.Tensor, logp: torch.Tensor, advantage: float, config: Config) -> torch.Tensor:
     """What one token adds, by cases on plain numbers rather than by minima of tensors."""
+    if config.loss_type == "vespo":
+        return -advantage * logp
     if config.loss_type == "cispo":
         return -min(r.item(), config.epsilon_high) * advantage * logp
     if config.loss_type == "sapo":
@@ -76,6 +79,21 @@ def oracle_surrogate(r: torch.Tensor, logp: torch.Tensor, advantage: float, conf
     if advantage < 0 and bounded.item() < 1 - config.epsilon:
         return torch.full((), -advantage * (1 - config.epsilon), dtype=torch.float64)
     return -advantage * bounded
+
+
+def oracle_factor(log_ratios: list[float], advantage: float, config: Config) -> float:
+    """What the surrogate of a whole sequence is multiplied with."""
+    factor = 1.0
+    if config.loss_type == "vespo":
+        ratio = math.exp(sum(log_ratios))
+        k, decay = (
+            (config.vespo_k_pos, config.vespo_lambda_pos) if advantage >= 0 else (config.vespo_k_neg, config.vespo_lambda_neg)
+        )
+        factor = ratio**k * math.exp(decay * (1 - ratio))
+    threshold = config.off_policy_mask_threshold
+    if threshold is not None and advantage < 0 and -sum(log_ratios) / len(log_ratios) > threshold:
+        factor = 0.0
+    return factor
 
 
 def oracle(step: Step, config: Config, *, on_policy: bool = False) -> tuple[float, torch.Tensor, torch.Tensor]:
@@ -99,8 +117,9 @@ def oracle(step: Step, config: Config, *, on_policy: bool = False) -> tuple[floa
         else:
             ratios = {t: torch.exp(logp[t] - old[t]) for t in rows}
         inner = torch.zeros((), dtype=torch.float64)
+        factor = oracle_factor([float(logp[t].detach() - old[t]) for t in rows], advantage, config)
         for t in rows:
-            term = oracle_surrogate(ratios[t], logp[t], advantage, config)
+            term = factor * oracle_surrogate(ratios[t], logp[t], advantage, config)
             if config.beta and name != "rloo":
                 gap = step.ref[t].double() - logp[t]
                 term = term + config.beta * (torch.exp(gap) - gap - 1) * ratios[t]
@@ -124,6 +143,7 @@ VARIANTS = {
     "kl": {"beta": 0.04},
     "entropy": {"entropy_coef": 0.01},
     "kl and entropy": {"beta": 0.2, "entropy_coef": 0.02},
+    "off-policy mask and kl": {"off_policy_mask_threshold": 0.04, "beta": 0.2},
 }
 
 
@@ -150,9 +170,9 @@ def test_the_inputs_are_telling(name: str) -> None:
     step = make_step(name)
     config = settings(name)
     metrics = policy_loss(step.logprobs, step.batch(config), spec=OBJECTIVES[name].spec(config)).metrics
-    if name != "sapo":
+    if name not in ("sapo", "vespo"):
         assert metrics.clip_high > 0
-    if name not in ("sapo", "cispo"):
+    if name not in ("sapo", "cispo", "vespo"):
         assert metrics.clip_low > 0
         assert metrics.clip_region < metrics.num_ratios
     assert metrics.ratio_min < 0.8
@@ -162,9 +182,12 @@ def test_the_inputs_are_telling(name: str) -> None:
     assert {1, 0} <= set(LENGTHS)
     assert (step.advantages > 0).any()
     assert (step.advantages < 0).any()
+    masked = settings(name, **VARIANTS["off-policy mask and kl"])
+    kept = off_policy_mask(step.logprobs, step.batch(config), OBJECTIVES[name].spec(masked))
+    assert 0 < (~kept).sum() < ((step.advantages < 0) & (step.lengths > 0)).sum()
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("cispo", "sapo")])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("cispo", "sapo", "vespo")])
 def test_delta_bounds_the_ratio_of_negative_advantages(name: str) -> None:
     config = settings(name, delta=1.4)
     step = make_step(name)

@@ -15,17 +15,22 @@ from grpo_fast.config import Config
 from grpo_fast.objective import OBJECTIVES, decoupled_advantages
 from grpo_fast.ops.loss_spec import LossBatch
 from grpo_fast.ops.policy_loss import policy_loss
+from grpo_fast.ops.sequence_weights import gamma_weights, off_policy_mask, sampler_log_ratios
 from tests.objective.settings import LIMIT, settings
 
 TRL_CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    name: (name, {"loss_type": name}, {}) for name in ("grpo", "dr_grpo", "bnpo", "dapo", "cispo", "sapo")
+    name: (name, {"loss_type": name}, {}) for name in ("grpo", "dr_grpo", "bnpo", "dapo", "cispo", "sapo", "vespo")
 }
 TRL_CASES["gspo"] = ("gspo", {"loss_type": "grpo", "importance_sampling_level": "sequence"}, {})
 TRL_CASES["luspo"] = ("luspo", {"loss_type": "luspo", "importance_sampling_level": "sequence"}, {})
 TRL_CASES |= {
     f"{key} with {what}": (name, trl, extra | more)
     for key, (name, trl, extra) in list(TRL_CASES.items())
-    for what, more in {"kl": {"beta": 0.1}, "entropy": {"entropy_coef": 0.05}}.items()
+    for what, more in {
+        "kl": {"beta": 0.1},
+        "entropy": {"entropy_coef": 0.05},
+        "off-policy mask": {"off_policy_mask_threshold": 0.06},
+    }.items()
 }
 TRL_CASES |= {f"{n} with delta": (n, TRL_CASES[n][1], {"delta": 1.5}) for n in ("grpo", "dapo", "gspo", "luspo")}
 
@@ -66,6 +71,7 @@ class TrlRig:
             logprobs, _ = self.own_logprobs()
             self.old = self._spread(logprobs + 0.25 * torch.randn_like(logprobs))
             self.ref = self._spread(logprobs + 0.25 * torch.randn_like(logprobs))
+            self.sampler = self._spread(logprobs + 0.25 * torch.randn_like(logprobs))
 
     def _spread(self, packed: torch.Tensor) -> torch.Tensor:
         return torch.zeros(6, 7).masked_scatter(self.mask.bool(), packed)
@@ -89,6 +95,7 @@ class TrlRig:
             old_logprobs=self.old[scored],
             ref_logprobs=self.ref[scored],
             num_items_in_batch=float(self.lengths.sum()),
+            sampling_logprobs=self.sampler[scored],
         )
 
     def inputs(self) -> dict[str, torch.Tensor]:
@@ -100,6 +107,7 @@ class TrlRig:
             "advantages": self.advantages,
             "old_per_token_logps": self.old,
             "ref_per_token_logps": self.ref,
+            "sampling_per_token_logps": self.sampler,
             "old_logps": (self.old * self.mask).sum(1),
             "num_items_in_batch": self.lengths.sum().float(),
         }
@@ -169,10 +177,42 @@ def test_loss_gradient_and_metrics_equal_trl(trl_rig: TrlRig, case: str) -> None
         assert float(m.kl_sum / m.num_tokens) == pytest.approx(reported["kl"], rel=1e-4)
     if name == "cispo":
         assert float(m.clip_high / m.num_ratios) == pytest.approx(reported["cispo_clip_ratio"])
+    elif name == "vespo":
+        phi = gamma_weights(logprobs, trl_rig.batch(config), OBJECTIVES[name].spec(config))
+        assert phi.mean().item() == pytest.approx(reported["vespo/phi_seq_mean"], rel=1e-5)
+        assert phi.std() > 0.05
     elif name != "sapo":
         for side in ("low", "high", "region"):
             found = float(getattr(m, f"clip_{side}") / m.num_ratios)
             assert found == pytest.approx(reported[f"clip_ratio/{side}_mean"])
+
+
+@of_trl
+def test_vespo_corrected_against_the_sampler_equals_trl(trl_rig: TrlRig) -> None:
+    config = settings("vespo", vespo_k_pos=1.0, vespo_lambda_pos=1.5, vespo_k_neg=0.5, vespo_lambda_neg=2.5)
+    kinds = {name: getattr(config, name) for name in ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")}
+    ratios = (0.4 * torch.randn(6, 7, generator=torch.Generator().manual_seed(2))).exp().masked_fill(trl_rig.mask == 0, 1.0)
+    ratios[2, 1] = 0.0  # as token_mask leaves it
+    trainer = trl_rig.trainer("GRPO", loss_type="vespo", **kinds)
+    theirs = trainer.compute_loss(trainer.model, trl_rig.inputs() | {"importance_sampling_ratio": ratios})
+    their_gradient = gradient_of(trl_rig.model, theirs)
+    logprobs, _ = trl_rig.own_logprobs()
+    batch, spec = trl_rig.batch(config), OBJECTIVES["vespo"].spec(config)
+    corrections = sampler_log_ratios(ratios[trl_rig.mask.bool()], batch.sequence_index, num_sequences=6)
+    corrected = batch._replace(sampler_log_ratios=corrections)
+    ours = policy_loss(logprobs, corrected, spec=spec).loss
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+    torch.testing.assert_close(gradient_of(trl_rig.model, ours), their_gradient, rtol=1e-4, atol=1e-6)
+    assert gamma_weights(logprobs, corrected, spec)[2] < 1e-3
+    without = policy_loss(trl_rig.own_logprobs()[0], batch, spec=spec).loss
+    assert not math.isclose(ours.item(), without.item(), rel_tol=1e-2)
+
+
+@of_trl
+def test_the_off_policy_mask_of_the_comparison_leaves_some_out(trl_rig: TrlRig) -> None:
+    config = settings("dapo", off_policy_mask_threshold=0.06)
+    kept = off_policy_mask(trl_rig.own_logprobs()[0], trl_rig.batch(config), OBJECTIVES["dapo"].spec(config))
+    assert 0 < (~kept).sum() < (trl_rig.advantages < 0).sum()
 
 
 @of_trl

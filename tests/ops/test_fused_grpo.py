@@ -24,6 +24,8 @@ SPECS = {
     "gspo kl entropy": LossSpec(
         importance_sampling_level="sequence", epsilon_low=0.1, epsilon_high=0.1, beta=0.1, entropy_coef=0.02
     ),
+    "vespo kl": LossSpec(surrogate="vespo", vespo_k_neg=2.5, vespo_lambda_pos=2.0, beta=0.1),
+    "off-policy mask": LossSpec(off_policy_mask_threshold=0.05),
     "rloo": LossSpec(importance_sampling_level="sequence_sum"),
     "entropy": LossSpec(entropy_coef=0.05),
 }
@@ -31,7 +33,7 @@ SPECS = {
 
 CPU = torch.device("cpu")
 both = pytest.mark.parametrize("impl", ["torch", "triton"])
-FEW = ("two-sided kl", "gspo kl entropy")
+FEW = ("two-sided kl", "gspo kl entropy", "vespo kl")
 """Objectives for kernels, which know none of them; through the interpreter all would take too long for every day."""
 
 
@@ -107,7 +109,7 @@ def test_one_pass_equals_the_two_ops(name: str, options: str, on_policy: bool, c
         assert not value.requires_grad
     if on_policy:
         assert found.metrics.ratio_min == found.metrics.ratio_max == 1.0
-    elif name not in ("sapo", "cispo"):
+    elif name not in ("sapo", "cispo", "vespo kl"):
         assert 0 < found.metrics.clip_region < found.metrics.num_ratios
 
 
@@ -302,9 +304,9 @@ def operator_arguments(
 ) -> tuple[Any, ...]:
     hidden, head, targets, batch = case(dtype=dtype, device=device, chunk_bytes=8 * V * 4)
     spec = SPECS[name]
-    numbers = [spec.epsilon_low, spec.epsilon_high, spec.beta, spec.entropy_coef, 1.0, 1.05]
+    numbers = [spec.epsilon_low, spec.epsilon_high, spec.beta, spec.entropy_coef, 1.0, 1.05, 2.0, 3.0, 3.0, 2.0]
     leaves = [value.detach() for value in (hidden, head.weight, head.bias)]
-    loss = (spec.surrogate, spec.importance_sampling_level, numbers, spec.delta, spec.use_bias_correction_kl)
+    loss = (spec.surrogate, spec.importance_sampling_level, numbers, spec.delta, None, spec.use_bias_correction_kl)
     tensors = [*batch[:5], *batch[6:]]
     return *leaves, targets, *head_options(head), tensors, batch.num_items_in_batch, *loss, wanted, impl
 

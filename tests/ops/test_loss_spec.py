@@ -16,6 +16,8 @@ BATCH = LossBatch(
     num_items_in_batch=4.0,
     importance_weights=torch.arange(4.0) + 20,
     token_mask=torch.tensor([True, False, True, True]),
+    sampling_logprobs=torch.arange(4.0) + 30,
+    sampler_log_ratios=torch.zeros(4),
 )
 
 
@@ -26,10 +28,11 @@ def test_a_part_has_its_own_tokens_and_every_sequence() -> None:
     assert part.ref_logprobs.tolist() == [11.0, 12.0]
     assert part.importance_weights.tolist() == [21.0, 22.0]
     assert part.token_mask.tolist() == [False, True]
+    assert part.sampling_logprobs.tolist() == [31.0, 32.0]
     assert part.advantages is BATCH.advantages
     assert part.num_items_in_batch == 4.0
     bare = LossBatch(BATCH.sequence_index, BATCH.advantages, BATCH.loss_weights).tokens(0, 1)
-    assert [getattr(bare, name) for name in TOKEN_FIELDS[1:]] == [None] * 4
+    assert [getattr(bare, name) for name in TOKEN_FIELDS[1:]] == [None] * 5
 
 
 def test_metrics_combine() -> None:
@@ -67,6 +70,8 @@ def test_shapes_of_sequences_and_type_of_the_mask() -> None:
         check_shapes(torch.zeros(4), BATCH._replace(advantages=torch.ones(3)))
     with pytest.raises(ValueError, match=r"advantages \(4, 1\)"):
         check_shapes(torch.zeros(4), BATCH._replace(advantages=torch.ones(4, 1)))
+    with pytest.raises(ValueError, match=r"sampler_log_ratios has shape \(3,\); it must be \(4,\)"):
+        check_shapes(torch.zeros(4), BATCH._replace(sampler_log_ratios=torch.zeros(3)))
     with pytest.raises(TypeError, match=r"torch\.int64"):
         check_shapes(torch.zeros(4), BATCH._replace(token_mask=BATCH.token_mask.long()))
 

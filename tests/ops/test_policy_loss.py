@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from grpo_fast.ops.loss_spec import LossBatch, LossSpec
-from grpo_fast.ops.policy_loss import policy_coefficients, policy_loss, policy_loss_reference, sequence_lengths
+from grpo_fast.ops.policy_loss import policy_coefficients, policy_loss, policy_loss_reference
 from tests.ops.loss_cases import EXTRAS, SPECS, case, extended
 
 
@@ -78,7 +78,7 @@ def test_a_masked_token_is_not_there(name: str) -> None:
 
 def test_importance_weights_reach_the_surrogate_alone() -> None:
     logprobs, entropy, batch = case()
-    for name in ("clip", "cispo", "sapo", "gspo", "rloo"):
+    for name in ("clip", "cispo", "sapo", "gspo", "rloo", "vespo"):
         spec = replace(SPECS[name], beta=0.3, entropy_coef=0.01)
         plain = policy_coefficients(logprobs, batch, spec=spec, entropy=entropy)
         rest = policy_coefficients(logprobs, batch._replace(advantages=batch.advantages * 0), spec=spec, entropy=entropy)
@@ -89,7 +89,11 @@ def test_importance_weights_reach_the_surrogate_alone() -> None:
         torch.testing.assert_close(weighted.metrics.values, plain.metrics.values)
 
 
-@pytest.mark.parametrize("name", [name for name in SPECS if name != "cispo"])  # its ratio is a constant by definition
+CONSTANT = ("cispo", "vespo", "vespo kl")
+"""Their ratios, or weights, are constants by definition."""
+
+
+@pytest.mark.parametrize("name", [name for name in SPECS if name not in CONSTANT])
 def test_gradients_are_those_of_the_loss(name: str) -> None:
     logprobs, entropy, batch = case()
     inputs = (logprobs.requires_grad_(), entropy.requires_grad_())
@@ -118,7 +122,7 @@ def test_on_policy_the_ratio_is_one_bit_for_bit(name: str, dtype: torch.dtype) -
 
 def test_on_policy_gradient_is_the_policy_gradient() -> None:
     logprobs, _, batch = case()
-    for name in ("clip", "two-sided", "cispo", "sapo", "gspo"):
+    for name in ("clip", "two-sided", "cispo", "sapo", "gspo", "vespo"):
         leaf = logprobs.clone().requires_grad_()
         policy_loss(leaf, batch._replace(old_logprobs=None), spec=SPECS[name]).loss.backward()
         expected = -(batch.loss_weights * batch.advantages)[batch.sequence_index]
@@ -209,11 +213,6 @@ def test_a_repeated_call_is_bitwise_the_same() -> None:
     logprobs, entropy, batch = case(torch.float32)
     losses = [policy_loss(logprobs, batch, spec=SPECS["gspo kl"], entropy=entropy).loss for _ in range(3)]
     assert losses[0] == losses[1] == losses[2]
-
-
-def test_lengths_of_an_ascending_index() -> None:
-    assert sequence_lengths(torch.tensor([1, 1, 3]), num_sequences=5).tolist() == [0, 2, 0, 1, 0]
-    assert sequence_lengths(torch.tensor([], dtype=torch.long), num_sequences=2).tolist() == [0, 0]
 
 
 def test_missing_inputs_are_named() -> None:

@@ -77,7 +77,7 @@ def test_a_second_derivative_is_refused(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch", "auto"])
-@pytest.mark.parametrize("name", ["entropy", "cispo", "sapo", "everything"])
+@pytest.mark.parametrize("name", ["entropy", "cispo", "sapo", "vespo", "off-policy mask", "everything"])
 def test_it_compiles_without_a_graph_break(name: str, impl: str, device: torch.device) -> None:
     logprobs, entropy, batch = case(torch.float32)
     batch = moved(extended(batch, "masked"), device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -152,6 +153,71 @@ def test_a_masked_sequence_leaves_the_gradient(tiny_policy: MakePolicy, groups: 
     metrics = bench.update(groups).metrics
     assert metrics["sampling/importance_weight/masked_fraction"] == 1.0
     assert bench.gradients[0].abs().max() == 0.0
+
+
+def each_in_the_loss(policy: Policy, groups: list[Group]) -> Iterator[tuple[float, torch.Tensor, torch.Tensor]]:
+    """Advantage, log-probabilities and those of the sampler of each completion that has an advantage, one by one."""
+    for group in groups:
+        for completion, advantage in zip(group.completions, group.advantages, strict=True):
+            if advantage == 0.0 or not completion.token_ids:
+                continue
+            tokens = torch.tensor([*group.prompt.token_ids, *completion.token_ids])
+            logits = policy.model(input_ids=tokens[None], use_cache=False).logits[0]
+            first = len(group.prompt.token_ids)
+            logprobs = logits.log_softmax(-1)[first - 1 : -1].gather(1, tokens[first:, None])[:, 0]
+            yield advantage, logprobs, torch.tensor(completion.logprobs)
+
+
+def gradient_of(policy: Policy, loss: torch.Tensor) -> torch.Tensor:
+    return torch.cat([value.flatten() for value in torch.autograd.grad(loss, list(policy.model.parameters()))])
+
+
+def test_completions_far_from_their_sampler_are_left_out(tiny_policy: MakePolicy, groups: list[Group]) -> None:
+    plain = Bench(tiny_policy())
+    plain.update(groups)
+    policy = tiny_policy()
+    each = list(each_in_the_loss(policy, groups))
+    gaps = sorted((theirs - ours).mean().item() for advantage, ours, theirs in each if advantage < 0)
+    threshold = sum(gaps[-2:]) / 2
+    assert threshold > 0
+    bench = Bench(tiny_policy(), off_policy_mask_threshold=threshold, tokens_per_microbatch=24)
+    metrics = bench.update(groups).metrics
+    total = sum(len(c.token_ids) for group in groups for c in group.completions)
+    loss = sum(
+        -advantage * (ours - ours.detach()).exp().sum() / total
+        for advantage, ours, theirs in each
+        if advantage > 0 or (theirs - ours).mean() <= threshold
+    )
+    expected = gradient_of(policy, loss)
+    assert relative_error(bench.gradients[0], expected) < 1e-5
+    assert relative_error(plain.gradients[0], expected) > 0.05
+    assert metrics["sampling/off_policy_mask/masked_fraction"] == pytest.approx(1 / len(each))
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_vespo_weighs_completions_by_their_ratio_to_the_sampler(
+    iterations: int, tiny_policy: MakePolicy, groups: list[Group]
+) -> None:
+    settings = {"vllm_importance_sampling_correction": True, "vllm_importance_sampling_mode": "token_truncate"}
+    settings |= {"loss_type": "vespo", "vespo_k_neg": 0.5, "vespo_lambda_neg": 0.1, "vespo_lambda_pos": 0.1}
+    bench = Bench(tiny_policy(), num_iterations=iterations, tokens_per_microbatch=24, **settings)
+    policy, total = tiny_policy(), sum(len(c.token_ids) for group in groups for c in group.completions)
+    steps = [policy.model.state_dict()]
+    bench.optimizer.register_step_post_hook(lambda *_: steps.append(deepcopy(bench.policy.model.state_dict())))
+    metrics = bench.update(groups).metrics
+    old = [ours.detach() for _, ours, _ in each_in_the_loss(policy, groups)]
+    policy.model.load_state_dict(steps[iterations - 1])
+    loss, weights = torch.zeros(()), []
+    for before, (advantage, ours, theirs) in zip(old, each_in_the_loss(policy, groups), strict=True):
+        ratio = (ours.detach() - before).exp().prod().item() * (before - theirs).exp().clamp(max=3.0).prod().item()
+        k, decay = (2.0, 0.1) if advantage > 0 else (0.5, 0.1)
+        weights.append(ratio**k * math.exp(decay * (1 - ratio)))
+        loss = loss - weights[-1] * advantage * ours.sum() / total
+    assert relative_error(bench.gradients[-1], gradient_of(policy, loss)) < 1e-4
+    assert max(weights) > 1.5 * min(weights)
+    if iterations == 1:
+        assert metrics["vespo/phi_seq_mean"] == pytest.approx(sum(weights) / len(weights), rel=1e-4)
+    assert "clip_ratio/low_mean" not in metrics
 
 
 def test_bypass_takes_the_ratio_to_the_sampler(tiny_policy: MakePolicy, groups: list[Group]) -> None:
