@@ -72,7 +72,6 @@ class Config(BaseModel):
 
     use_liger_kernel: Annotated[bool, _MODEL] = False
     """Use Liger's kernels for norms, rotary positions and gated activations, not for the loss. GPU only; not measured yet."""
-
     torch_compile: Annotated[bool, _MODEL] = False
     """Compile the model's layers for training, not for sampling. It gains little on a CPU: 0.97 of the time on the embedded
     model, 1.00 on SmolLM2-135M, after half a minute of compilation. Not measured on a GPU."""
@@ -237,6 +236,9 @@ class Config(BaseModel):
     scale each in its group, add them, and scale the sum over the batch (GDPO), so that none drowns in another."""
     mask_truncated_completions: Annotated[bool, _OBJECTIVE] = False
     """Exclude completions from the loss that were cut at the length limit."""
+    top_entropy_quantile: Annotated[float, _OBJECTIVE] = Field(1.0, ge=0, le=1)
+    """Share of a step's tokens that carry the policy loss: those of the highest entropy (0.2 in the paper). Below 1 it costs a
+    forward pass over every completion, unless the sampler is corrected for, which shares it."""
     off_policy_mask_threshold: Annotated[float | None, _OBJECTIVE] = Field(None, gt=0)
     """Take completions of negative advantage out of the policy loss where the policy has moved from their sampler by more than
     this, in nats a token (DeepSeek-V3.2). Default: keep all."""
@@ -407,6 +409,11 @@ class Config(BaseModel):
             wanted = self.rollout != "transformers" or self.max_staleness > 0
         return wanted and not self.bypass_old_logprobs
 
+    @property
+    def ranks_tokens(self) -> bool:
+        """Whether the entropy of all tokens of a step decides which of them carry the policy loss."""
+        return self.top_entropy_quantile < 1
+
     def microbatch_tokens(self, kind: str) -> int:
         """``tokens_per_microbatch`` on a device ("cuda" or "cpu")."""
         return self.tokens_per_microbatch or _MICROBATCH_TOKENS[kind]
@@ -418,8 +425,8 @@ class Config(BaseModel):
 
     @property
     def scoring_passes(self) -> tuple[bool, ...]:
-        """Extra forward passes over the trained tokens: whether adapters are on; not for the reference, for the correction."""
-        return (False,) * (self.beta > 0) + (True,) * self.corrects_sampler
+        """Extra forward passes over the trained tokens, and whether adapters are on in them: not for the reference."""
+        return (False,) * (self.beta > 0) + (True,) * (self.corrects_sampler or self.ranks_tokens)
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Config:

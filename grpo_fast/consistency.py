@@ -166,6 +166,11 @@ def _check_objective_and_run(config: Config) -> None:
         raise ValueError("overwrite=True with resume_if_exists=True: a run is either replaced or resumed; leave one out")
     if config.loss_type == "cispo" and config.epsilon_high is None:
         raise ValueError("loss_type='cispo' needs epsilon_high, the absolute cap of the ratio (MiniMax-M1 and ScaleRL use 5.0)")
+    if config.top_entropy_quantile < 1 and config.entropy_coef > 0:
+        raise ValueError(
+            f"top_entropy_quantile={config.top_entropy_quantile:g} with entropy_coef={config.entropy_coef:g}: the bonus is of "
+            "all tokens here, in TRL of those with the highest entropy; leave one out"
+        )
     if config.reward_range is not None and not config.reward_range[0] < config.reward_range[1]:
         raise ValueError(f"reward_range={config.reward_range} must be (lowest, highest), with lowest < highest")
     if config.forecast_reward_value is not None and config.price_per_gpu_hour == 0:

@@ -252,4 +252,5 @@ def test_a_warm_up_below_one_is_a_share_of_the_steps() -> None:
 def test_adapters_take_part_in_the_policys_own_passes_alone() -> None:
     assert Config().scoring_passes == ()
     assert Config(beta=0.1).scoring_passes == (False,)
+    assert Config(top_entropy_quantile=0.2).scoring_passes == (True,)
     assert Config(beta=0.1, rollout="vllm").scoring_passes == (False, True)

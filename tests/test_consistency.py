@@ -42,6 +42,10 @@ from grpo_fast.config import Config, ConfigError
         ({"reward_funcs": ["accuracy"], "reward_weights": [1.0, 2.0]}, r"reward_weights has 2 values for 1 reward_funcs"),
         ({"loss_type": "cispo"}, r"loss_type='cispo' needs epsilon_high"),
         (
+            {"top_entropy_quantile": 0.2, "entropy_coef": 0.1},
+            r"top_entropy_quantile=0\.2 with entropy_coef=0\.1.*leave one out",
+        ),
+        (
             {"loss_type": "vespo", "rollout": "vllm"},
             r"loss_type='vespo' with vllm_importance_sampling_mode='sequence_mask'.*'token_truncate' or 'token_mask'",
         ),

@@ -73,6 +73,17 @@ def head_loss(
     return FusedLoss(result.loss, result.metrics, logprobs.detach(), entropy.detach())
 
 
+def head_scores(
+    hidden: torch.Tensor, head: Head, *, targets: torch.Tensor, kept: Kept | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities and entropies, each [T], of this rank's rows, as :func:`head_logprobs`."""
+    if isinstance(head, LMHead) and kept is None:
+        logprobs, entropy = token_logprob(hidden, head, targets=targets)
+        assert entropy is not None
+        return logprobs, entropy
+    return _score(hidden, head, targets, kept)
+
+
 def head_logprobs(hidden: torch.Tensor, head: Head, *, targets: torch.Tensor, kept: Kept | None = None) -> torch.Tensor:
     """Log-probabilities [T] of this rank's rows, among the kept tokens where some were not."""
     if isinstance(head, LMHead) and kept is None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -21,22 +21,24 @@ from grpo_fast.metrics import MetricSums, PhaseTimer
 from grpo_fast.objective import OBJECTIVES, decoupled_advantages, sequence_kl
 from grpo_fast.ops import (
     LossBatch,
-    LossSpec,
-    PolicyMetrics,
     RowPlan,
     live_sequences,
     plan_microbatches,
     plan_rows,
 )
-from grpo_fast.ops.sequence_weights import gamma_weights, off_policy_mask, sampler_log_ratios, sequence_lengths
+from grpo_fast.ops.sequence_weights import sampler_log_ratios
 from grpo_fast.train.batch import TrainingSequence, build_batch, flatten_groups, shared_prompts
 from grpo_fast.train.distributed import ALONE, World
-from grpo_fast.train.head_part import head_logprobs, head_loss
+from grpo_fast.train.entropy_mask import entropy_threshold
+from grpo_fast.train.head_part import head_logprobs, head_loss, head_scores
 from grpo_fast.train.mismatch import add_mismatch, add_weights, effective_sample_size, importance_weights
 from grpo_fast.train.optim import set_learning_rate
 from grpo_fast.train.packed_model import attention_of, takes_shared_prompts
 from grpo_fast.train.policy import Policy, Scorer
+from grpo_fast.train.policy_metrics import add_policy_metrics, add_sequence_metrics
 from grpo_fast.types import Group, TokenBatch, TrainingError
+
+_T = TypeVar("_T")
 
 
 class NonFiniteGradientError(TrainingError):
@@ -53,7 +55,7 @@ class UpdateResult:
     num_dropped_tokens: int
     """Completion tokens that were sampled but not trained on."""
     measured: tuple[TrainingSequence, ...] = ()
-    """Sequences without gradient that went through the forward pass for the metrics."""
+    """Sequences without gradient that went through a forward pass for the metrics, or because their entropy counts."""
     shared_prompts: tuple[int, ...] = ()
     """Lengths of the prompts of ``trained`` that were computed by another sequence with the same one."""
     measured_shared_prompts: tuple[int, ...] = ()
@@ -74,13 +76,14 @@ class UpdateResult:
             shared_prompts=self.shared_prompts,
             num_kept=kept,
         )
+        passes = config.num_iterations * config.keep_dead_rows_for_metrics + config.ranks_tokens
         if self.measured:
-            again = config.num_iterations * self.measured
+            again = passes * self.measured
             meter.add_reference(
                 [len(s) for s in again],
                 sum(s.num_scored for s in again),
                 adapters=True,
-                shared_prompts=config.num_iterations * self.measured_shared_prompts,
+                shared_prompts=passes * self.measured_shared_prompts,
                 num_kept=_num_kept(again),
             )
         meter.add_dropped(self.num_dropped_tokens)
@@ -99,6 +102,8 @@ class _Part:
     """Log-probabilities of the old policy; ``None``: the policy's own at this moment, a ratio of exactly 1."""
     importance: torch.Tensor | None = None
     """Importance weights against the sampler."""
+    entropy: torch.Tensor | None = None
+    """Under the policy before the update, where it decides which tokens carry the policy loss."""
     sampler_log_ratios: torch.Tensor | None = None
     """Of each sequence [B] the logarithm of its importance ratio against the sampler, which VESPO takes in place of weights."""
     is_filler: bool = False
@@ -153,13 +158,18 @@ class Learner:
             parts = self._micro_batches(sequences, plans)
             sums = MetricSums()
             for part in parts:
+                part_sums = MetricSums() if part.is_filler else sums
                 part.reference = self._reference_logprobs(part.batch) if self._spec.beta else None
                 if config.bypass_old_logprobs:
                     part.old = part.batch.sampling_logprobs
-                elif config.corrects_sampler and part.carries_gradient:
-                    self._correct(part, MetricSums() if part.is_filler else sums)
+                if config.ranks_tokens or (config.corrects_sampler and part.carries_gradient):
+                    self._score(part, part_sums)
+            if config.ranks_tokens:
+                self._keep_high_entropy(parts)
         with timer.phase("train"):
             set_learning_rate(self._optimizer, learning_rate)
+            if not config.keep_dead_rows_for_metrics:
+                parts = [part for part in parts if part.carries_gradient]
             for iteration in range(config.num_iterations):
                 with self._policy.whole_head(trains=True):
                     for part in parts:
@@ -235,7 +245,8 @@ class Learner:
         live = live_sequences(
             in_loss, [s.advantage for s in sequences], beta=self._spec.beta, entropy_coef=self._spec.entropy_coef
         )
-        kept = [alive or (config.keep_dead_rows_for_metrics and n > 0) for alive, n in zip(live, in_loss, strict=True)]
+        scores_all = config.keep_dead_rows_for_metrics or config.ranks_tokens
+        kept = [alive or (scores_all and n > 0) for alive, n in zip(live, in_loss, strict=True)]
         owners = share_out([len(s) * keep for s, keep in zip(sequences, kept, strict=True)], self._world.size)
         return [
             plan_rows(
@@ -244,7 +255,7 @@ class Learner:
                 live=[alive and owner == rank for alive, owner in zip(live, owners, strict=True)],
                 token_budget=self._token_budget,
                 layout=shared_prompts(sequences) if self._shares_prompts else self._policy.layout,
-                keep_dead_rows_for_metrics=config.keep_dead_rows_for_metrics,
+                keep_dead_rows_for_metrics=scores_all,
             )
             for rank in range(self._world.size)
         ]
@@ -283,7 +294,7 @@ class Learner:
     def _whole_heads(self) -> Iterator[None]:
         """Heads of the policy and the reference, where they score."""
         with contextlib.ExitStack() as stack:
-            if self._config.corrects_sampler:
+            if self._config.corrects_sampler or self._config.ranks_tokens:
                 stack.enter_context(self._policy.whole_head(trains=False))
             if self._reference is not None:
                 stack.enter_context(self._reference.whole_head(trains=False))
@@ -315,15 +326,34 @@ class Learner:
         if part.carries_gradient:
             result.loss.backward()
         sums.add("loss", result.loss)
-        _add_policy_metrics(sums, result.metrics, surrogate=self._spec.surrogate)
-        _add_sequence_metrics(sums, result.logprobs, known, self._spec)
+        add_policy_metrics(sums, result.metrics, surrogate=self._spec.surrogate)
+        add_sequence_metrics(sums, result.logprobs, known, self._spec)
         return result.logprobs
 
-    def _correct(self, part: _Part, sums: MetricSums) -> None:
+    def _score(self, part: _Part, sums: MetricSums) -> None:
+        """What the policy says of the tokens before the update, in one pass."""
+        if self._config.ranks_tokens:
+            logprobs, part.entropy = self._scored(head_scores, self._policy, part.batch)
+        else:
+            logprobs = self._scored(head_logprobs, self._policy, part.batch)
+        if self._config.corrects_sampler and part.carries_gradient:
+            self._correct(part, logprobs, sums)
+
+    def _keep_high_entropy(self, parts: Sequence[_Part]) -> None:
+        """Leaves the policy loss to the tokens of the step, on all ranks, whose entropy is highest."""
+        own = [part.entropy.float().cpu().numpy() for part in parts if part.entropy is not None and not part.is_filler]
+        every = itertools.chain.from_iterable(self._world.gather(lambda: own))
+        threshold = entropy_threshold(list(every), self._config.top_entropy_quantile)
+        for part in parts:
+            assert part.entropy is not None
+            keep = (part.entropy.double() >= threshold).float()
+            part.importance = keep if part.importance is None else part.importance * keep
+
+    def _correct(self, part: _Part, logprobs: torch.Tensor, sums: MetricSums) -> None:
         """Corrects for the sampler: by weights of tokens, or, for VESPO, by ratios of sequences."""
         config, batch = self._config, part.batch
         weights = importance_weights(
-            self._logprobs_of(self._policy, batch) - batch.sampling_logprobs,
+            logprobs - batch.sampling_logprobs,
             batch.sequence_index,
             num_sequences=len(batch.advantages),
             mode=config.vllm_importance_sampling_mode,
@@ -336,13 +366,13 @@ class Learner:
             part.importance = weights
 
     def _reference_logprobs(self, batch: TokenBatch) -> torch.Tensor | None:
-        return None if self._reference is None else self._logprobs_of(self._reference, batch)
+        return None if self._reference is None else self._scored(head_logprobs, self._reference, batch)
 
     @torch.no_grad()
-    def _logprobs_of(self, policy: Scorer, batch: TokenBatch) -> torch.Tensor:
+    def _scored(self, score: Callable[..., _T], policy: Scorer, batch: TokenBatch) -> _T:
+        """What ``score`` finds of a batch's tokens under a policy."""
         hidden = policy.scored_hidden_states(batch)
-        head = policy.head(self._config.temperature)
-        return head_logprobs(hidden, head, targets=batch.targets, kept=batch.kept)
+        return score(hidden, policy.head(self._config.temperature), targets=batch.targets, kept=batch.kept)
 
     def _apply_gradient(self, sums: MetricSums) -> None:
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
@@ -393,30 +423,3 @@ def share_out(costs: Sequence[int], num_ranks: int) -> list[int]:
     total = max(1, sum(costs))
     ends = itertools.accumulate(costs)
     return [min(num_ranks - 1, (2 * end - cost) * num_ranks // (2 * total)) for end, cost in zip(ends, costs, strict=True)]
-
-
-def _add_policy_metrics(sums: MetricSums, metrics: PolicyMetrics, *, surrogate: str) -> None:
-    """TRL's names; ``kl`` is there whether or not it is in the loss, and 0 without a reference."""
-    sums.add("_tokens", metrics.num_tokens)
-    sums.add("_ratios", metrics.num_ratios)
-    sums.add("entropy", metrics.entropy_sum, weight="_tokens")
-    sums.add("kl", metrics.kl_sum, weight="_tokens")
-    if surrogate == "cispo":
-        sums.add("cispo_clip_ratio", metrics.clip_high, weight="_ratios")
-    elif surrogate != "vespo":
-        sums.add("clip_ratio/low_mean", metrics.clip_low, weight="_ratios")
-        sums.add("clip_ratio/high_mean", metrics.clip_high, weight="_ratios")
-        sums.add("clip_ratio/region_mean", metrics.clip_region, weight="_ratios")
-
-
-def _add_sequence_metrics(sums: MetricSums, logprobs: torch.Tensor, batch: LossBatch, spec: LossSpec) -> None:
-    """Of what weighs whole sequences; the mean of VESPO's weight has TRL's name."""
-    if spec.surrogate != "vespo" and spec.off_policy_mask_threshold is None:
-        return
-    present = sequence_lengths(batch.sequence_index, num_sequences=len(batch.advantages)) > 0
-    sums.add("_sequences", present.sum())
-    if spec.surrogate == "vespo":
-        sums.add("vespo/phi_seq_mean", (present * gamma_weights(logprobs, batch, spec)).sum(), weight="_sequences")
-    if spec.off_policy_mask_threshold is not None:
-        left_out = present & ~off_policy_mask(logprobs, batch, spec)
-        sums.add("sampling/off_policy_mask/masked_fraction", left_out.sum(), weight="_sequences")

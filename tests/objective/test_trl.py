@@ -16,6 +16,7 @@ from grpo_fast.objective import OBJECTIVES, decoupled_advantages
 from grpo_fast.ops.loss_spec import LossBatch
 from grpo_fast.ops.policy_loss import policy_loss
 from grpo_fast.ops.sequence_weights import gamma_weights, off_policy_mask, sampler_log_ratios
+from grpo_fast.train.entropy_mask import entropy_threshold
 from tests.objective.settings import LIMIT, settings
 
 TRL_CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -206,6 +207,25 @@ def test_vespo_corrected_against_the_sampler_equals_trl(trl_rig: TrlRig) -> None
     assert gamma_weights(logprobs, corrected, spec)[2] < 1e-3
     without = policy_loss(trl_rig.own_logprobs()[0], batch, spec=spec).loss
     assert not math.isclose(ours.item(), without.item(), rel_tol=1e-2)
+
+
+@of_trl
+@pytest.mark.parametrize("case", ["dapo with kl", "grpo", "gspo", "luspo", "cispo", "vespo with kl"])
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.6])
+def test_the_mask_by_entropy_equals_trl(trl_rig: TrlRig, case: str, share: float) -> None:
+    name, trl_arguments, extra = TRL_CASES[case]
+    config = settings(name, **extra)
+    clip = {"epsilon": config.epsilon, "epsilon_high": config.epsilon_high}
+    trainer = trl_rig.trainer("GRPO", top_entropy_quantile=share, **trl_arguments, **clip, **extra)
+    theirs = trainer.compute_loss(trainer.model, trl_rig.inputs())
+    their_gradient = gradient_of(trl_rig.model, theirs)
+    logprobs, entropy = trl_rig.own_logprobs()
+    keep = (entropy >= entropy_threshold([entropy.detach().numpy()], share)).float()
+    batch = trl_rig.batch(config)._replace(importance_weights=keep)
+    ours = policy_loss(logprobs, batch, spec=OBJECTIVES[name].spec(config)).loss
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5, abs=1e-6)
+    torch.testing.assert_close(gradient_of(trl_rig.model, ours), their_gradient, rtol=1e-4, atol=1e-6)
+    assert 0 < keep.sum() < 0.7 * len(keep)
 
 
 @of_trl

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from grpo_fast.config import ConfigError
 from grpo_fast.ops import Kept, LMHead, LossBatch, LossSpec, fused_grpo
-from grpo_fast.train.head_part import HeadPart, first_token_of, head_logprobs, head_loss
+from grpo_fast.train.head_part import HeadPart, first_token_of, head_logprobs, head_loss, head_scores
 
 VOCABULARY = 19
 
@@ -44,6 +44,9 @@ def test_the_loss_over_parts_is_that_over_the_whole_head(frozen: bool) -> None:
         assert (own.grad is None) == frozen
         with torch.no_grad():
             logprobs = head_logprobs(hidden, head, targets=targets)
+            scores = head_scores(hidden, head, targets=targets)
+        assert torch.equal(scores[0], logprobs)
+        assert torch.equal(scores[1], result.entropy)
         values = [result.loss, result.metrics.values, result.logprobs, result.entropy, logprobs, hidden.grad]
         found.append(values + ([] if frozen else [own.grad]))
     for one, other in zip(*found, strict=True):

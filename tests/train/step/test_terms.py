@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from grpo_fast.compute import ComputeMeter, ModelShape
+from grpo_fast.device import EstimatedEnergy
 from grpo_fast.metrics import PhaseTimer
 from grpo_fast.objective import decoupled_advantages
 from grpo_fast.ops import FusedLoss, fused_grpo
@@ -153,3 +155,61 @@ def test_sequences_are_shared_out_evenly_and_in_order(num_ranks: int) -> None:
 def test_a_step_without_work_is_shared_out_too() -> None:
     assert share_out([0, 0, 0], 4) == [0, 0, 0]
     assert share_out([], 2) == []
+
+
+@pytest.mark.parametrize("settings", [{}, {"loss_type": "gspo"}, {"beta": 0.3}, {"keep_dead_rows_for_metrics": True}], ids=str)
+def test_only_tokens_of_high_entropy_carry_the_policy_loss(
+    settings: dict[str, Any], tiny_policy: MakePolicy, groups: list[Group]
+) -> None:
+    """The quantile is of all tokens of the step, those of groups without variance too; the KL term is of all tokens."""
+    beta, policy, reference = settings.get("beta", 0.0), tiny_policy(), tiny_policy()
+    with torch.no_grad():
+        reference.model.lm_head.weight.mul_(0.7)
+    bench = Bench(tiny_policy(), reference if beta else None, top_entropy_quantile=0.3, tokens_per_microbatch=24, **settings)
+    result = bench.update(groups)
+    each = []
+    for group in groups:
+        for completion, advantage in zip(group.completions, group.advantages, strict=True):
+            tokens = torch.tensor([*group.prompt.token_ids, *completion.token_ids])
+            first = len(group.prompt.token_ids)
+            ours, theirs = (
+                one.model(input_ids=tokens[None], use_cache=False).logits[0, first - 1 : -1].log_softmax(-1)
+                for one in (policy, reference)
+            )
+            own, ref = (rows.gather(1, tokens[first:, None])[:, 0] for rows in (ours, theirs.detach()))
+            each.append((advantage, own, ref, -(ours.exp() * ours).sum(1).detach()))
+    entropies = torch.cat([entropy for *_, entropy in each])
+    threshold = torch.quantile(entropies, 0.7)
+    live = torch.cat([entropy for advantage, *_, entropy in each if advantage != 0])
+    assert torch.quantile(live, 0.7) != threshold
+    total = len(entropies)
+    loss = torch.zeros(())
+    for advantage, own, ref, entropy in each:
+        keep = (entropy >= threshold).float()
+        ratio = (own - own.detach()).exp()
+        if settings.get("loss_type") == "gspo":
+            loss = loss - advantage * (own - own.detach()).mean().exp() * keep.sum() / len(own) / len(each)
+        else:
+            kl = (ref - own).exp() - (ref - own) - 1
+            loss = loss + (-advantage * ratio * keep + beta * ratio * kl).sum() / total
+    expected = torch.cat([value.flatten() for value in torch.autograd.grad(loss, list(policy.model.parameters()))])
+    assert relative_error(bench.gradients[0], expected) < 2e-5
+    every = Bench(tiny_policy(), reference if beta else None, **settings)
+    every.update(groups)
+    assert relative_error(every.gradients[0], expected) > 0.05
+    if settings == {}:
+        assert result.metrics["entropy"] == pytest.approx(live.mean().item(), rel=1e-5)
+    if "keep_dead_rows_for_metrics" in settings:
+        assert result.metrics["entropy"] == pytest.approx(entropies.mean().item(), rel=1e-5)
+
+
+def test_the_pass_for_the_entropies_is_metered(tiny_policy: MakePolicy, groups: list[Group]) -> None:
+    flops = []
+    for settings in ({}, {"top_entropy_quantile": 0.3}, {"keep_dead_rows_for_metrics": True}):
+        bench = Bench(tiny_policy(), **settings)
+        result = bench.update(groups)
+        meter = ComputeMeter(ModelShape.from_model(bench.policy.model), power=EstimatedEnergy(0.0))
+        result.charge(meter, bench.config)
+        flops.append(meter.usage(0).flops)
+    forward = flops[0] / 3  # a third of a training pass
+    assert flops[1] == pytest.approx(flops[0] + forward + (flops[2] - flops[0]), rel=1e-6)
