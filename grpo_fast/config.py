@@ -69,7 +69,6 @@ class Config(BaseModel):
     gradient_checkpointing_mode: Annotated[Literal["full", "selective", "offload"], _MODEL] = "full"
     """``full``: recompute whole layers. ``selective``: keep the outputs of matrix products and attention (faster, more memory).
     ``offload``: recompute whole layers and keep their inputs in host memory (GPU only)."""
-
     use_liger_kernel: Annotated[bool, _MODEL] = False
     """Use Liger's kernels for norms, rotary positions and gated activations, not for the loss. GPU only; not measured yet."""
     torch_compile: Annotated[bool, _MODEL] = False
@@ -207,6 +206,12 @@ class Config(BaseModel):
     """Variant of the GRPO loss."""
     beta: Annotated[float, _OBJECTIVE] = Field(0.0, ge=0)
     """Weight of the KL penalty towards the reference policy; 0 loads no reference."""
+    sync_ref_model: Annotated[bool, _OBJECTIVE] = False
+    """Move the reference policy towards the trained one every ``ref_model_sync_steps`` steps. Not with adapters."""
+    ref_model_mixup_alpha: Annotated[float, _OBJECTIVE] = Field(0.6, gt=0, le=1)
+    """Share of the way that such a move takes; 1 makes the reference the trained policy."""
+    ref_model_sync_steps: Annotated[int, _OBJECTIVE] = Field(512, ge=1)
+    """Steps from one such move to the next."""
     epsilon: Annotated[float, _OBJECTIVE] = Field(0.2, gt=0)
     """Lower (and, without ``epsilon_high``, upper) clip range of the ratio."""
     epsilon_high: Annotated[float | None, _OBJECTIVE] = Field(None, gt=0)
@@ -409,11 +414,6 @@ class Config(BaseModel):
             wanted = self.rollout != "transformers" or self.max_staleness > 0
         return wanted and not self.bypass_old_logprobs
 
-    @property
-    def ranks_tokens(self) -> bool:
-        """Whether the entropy of all tokens of a step decides which of them carry the policy loss."""
-        return self.top_entropy_quantile < 1
-
     def microbatch_tokens(self, kind: str) -> int:
         """``tokens_per_microbatch`` on a device ("cuda" or "cpu")."""
         return self.tokens_per_microbatch or _MICROBATCH_TOKENS[kind]
@@ -426,7 +426,7 @@ class Config(BaseModel):
     @property
     def scoring_passes(self) -> tuple[bool, ...]:
         """Extra forward passes over the trained tokens, and whether adapters are on in them: not for the reference."""
-        return (False,) * (self.beta > 0) + (True,) * (self.corrects_sampler or self.ranks_tokens)
+        return (False,) * (self.beta > 0) + (True,) * (self.corrects_sampler or self.top_entropy_quantile < 1)
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Config:

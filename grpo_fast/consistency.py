@@ -11,6 +11,7 @@ _NEEDED_BY = {
     "gradient_checkpointing": ("gradient_checkpointing_mode",),
     "use_peft": ("base_model", "lora_r", "lora_alpha", "use_rslora", "lora_target_modules", "load_in_4bit"),
     "load_in_4bit": ("bnb_4bit_quant_type", "use_bnb_nested_quant"),
+    "sync_ref_model": ("ref_model_mixup_alpha", "ref_model_sync_steps"),
 }
 """Fields that have no effect unless another one is set."""
 
@@ -166,6 +167,15 @@ def _check_objective_and_run(config: Config) -> None:
         raise ValueError("overwrite=True with resume_if_exists=True: a run is either replaced or resumed; leave one out")
     if config.loss_type == "cispo" and config.epsilon_high is None:
         raise ValueError("loss_type='cispo' needs epsilon_high, the absolute cap of the ratio (MiniMax-M1 and ScaleRL use 5.0)")
+    if config.sync_ref_model and config.beta == 0:
+        raise ValueError(
+            "sync_ref_model=True with beta=0: there is no reference policy; set beta above 0, or leave sync_ref_model out"
+        )
+    if config.sync_ref_model and config.use_peft:
+        raise ValueError(
+            "sync_ref_model=True with use_peft: the reference is the base with adapters off, or as they began, and does not "
+            "move; leave one out"
+        )
     if config.top_entropy_quantile < 1 and config.entropy_coef > 0:
         raise ValueError(
             f"top_entropy_quantile={config.top_entropy_quantile:g} with entropy_coef={config.entropy_coef:g}: the bonus is of "

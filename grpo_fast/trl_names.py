@@ -38,7 +38,6 @@ HERE: Mapping[str, str] = MappingProxyType(
         "vllm_max_model_length": "nothing: it follows from max_prompt_length and max_completion_length",
         "vllm_tensor_parallel_size": "`grpo-fast serve MODEL -- --tensor-parallel-size N`, with rollout='vllm-http'",
         "vllm_importance_sampling_cap": "vllm_importance_sampling_clip_max",
-        "sync_ref_model": "nothing: with beta above 0 the reference policy is the model at the start of the run",
         "importance_sampling_level": "loss_type='gspo' for sequence",
         "max_tool_calling_iterations": "max_turns, which counts the answer behind the last call too: one more",
         "shuffle_dataset": "shuffle",

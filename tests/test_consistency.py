@@ -41,6 +41,9 @@ from grpo_fast.config import Config, ConfigError
         ),
         ({"reward_funcs": ["accuracy"], "reward_weights": [1.0, 2.0]}, r"reward_weights has 2 values for 1 reward_funcs"),
         ({"loss_type": "cispo"}, r"loss_type='cispo' needs epsilon_high"),
+        ({"sync_ref_model": True}, r"sync_ref_model=True with beta=0: there is no reference"),
+        ({"sync_ref_model": True, "beta": 0.1, "use_peft": True}, r"sync_ref_model=True with use_peft.*leave one out"),
+        ({"ref_model_mixup_alpha": 0.5, "beta": 0.1}, r"ref_model_mixup_alpha=0\.5 without sync_ref_model"),
         (
             {"top_entropy_quantile": 0.2, "entropy_coef": 0.1},
             r"top_entropy_quantile=0\.2 with entropy_coef=0\.1.*leave one out",

@@ -2,8 +2,8 @@
 
 A checkpoint is written beside its final name, flushed to the disk, listed in a manifest with its sizes, and then renamed: a
 directory named ``checkpoint-N`` is complete by construction. It holds the model in ``save_pretrained`` layout, the optimiser
-(torch's file; of a sharded policy a directory of ``torch.distributed.checkpoint``), and everything else the trainer needs to go
-on bit by bit in ``state.json``.
+(torch's file; of a sharded policy a directory of ``torch.distributed.checkpoint``), such a directory of a reference policy that
+follows, and everything else the trainer needs to go on bit by bit in ``state.json``.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from grpo_fast.types import TrainingError
 _MANIFEST = "manifest.json"
 _OPTIMIZER = "optimizer.pt"
 _SHARDS = "optimizer"
+_REFERENCE = "reference"
 _STATE = "state.json"
 _NAME = re.compile(r"checkpoint-(\d+)|\.checkpoint-(\d+)\.old")
 _NO_ROOM_BYTES = 2**20
@@ -55,13 +56,14 @@ def save_checkpoint(
 ) -> Path:
     """Writes ``run_dir/checkpoint-<step>`` atomically, replacing one of the same step.
 
-    Rank 0 writes; of a sharded policy, every rank writes its part of the optimiser's state.
+    Rank 0 writes; of a sharded policy, every rank writes its part of the optimiser's state, and of a reference that follows.
 
     Raises:
         CheckpointError: the disk is full or not writable, for any rank; what was there before is untouched.
     """
     final = run_dir / f"checkpoint-{step}"
     partial = _hidden(final, "partial")
+    follower = policy.follower
 
     def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
@@ -69,6 +71,8 @@ def save_checkpoint(
         policy.save(partial)
         if not isinstance(policy, ShardedPolicy):
             torch.save(optimizer.state_dict(), partial / _OPTIMIZER)
+        if follower is not None and not follower.is_sharded:
+            follower.save(partial / _REFERENCE)
         (partial / _STATE).write_text(json.dumps(state), encoding="utf-8")
 
     try:
@@ -76,6 +80,8 @@ def save_checkpoint(
         if isinstance(policy, ShardedPolicy):
             with world.watched():
                 save_optimizer(policy, optimizer, partial / _SHARDS)
+                if follower is not None:
+                    follower.save(partial / _REFERENCE)
         world.once(lambda: _seal(partial, final, step=step))
     except Exception as error:
         failure, cause = error, _write_failure(error, run_dir)  # asked before removing the partial one makes room
@@ -98,12 +104,13 @@ def save_checkpoint(
 def _seal(partial: Path, final: Path, *, step: int) -> None:
     """Lists, flushes and renames what is complete."""
     old = _hidden(final, "old")
-    missing = missing_shards(partial / _SHARDS)
-    if missing:
-        raise CheckpointError(
-            f"cannot save {final}: of the optimiser's state, {', '.join(missing)} did not arrive; {_kept(final)}. All ranks "
-            "must write to one directory: name an output_dir on a file system that all nodes share"
-        )
+    for part, told in ((_SHARDS, "the optimiser's state"), (_REFERENCE, "the reference policy")):
+        missing = missing_shards(partial / part)
+        if missing:
+            raise CheckpointError(
+                f"cannot save {final}: of {told}, {', '.join(missing)} did not arrive; {_kept(final)}. All ranks "
+                "must write to one directory: name an output_dir on a file system that all nodes share"
+            )
     files = {str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()}
     (partial / _MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1), encoding="utf-8")
     for path in [*partial.rglob("*"), partial]:
@@ -117,7 +124,7 @@ def _seal(partial: Path, final: Path, *, step: int) -> None:
 
 
 def load_checkpoint(path: Path, *, policy: Policy, optimizer: torch.optim.Optimizer, world: World = ALONE) -> dict[str, Any]:
-    """Puts weights and optimiser back, in place, and returns the trainer's state.
+    """Puts weights, a reference that follows, and optimiser back, in place, and returns the trainer's state.
 
     The optimiser's state may have been written by any number of ranks, and is read by any.
 
@@ -140,6 +147,8 @@ def load_checkpoint(path: Path, *, policy: Policy, optimizer: torch.optim.Optimi
             world.gather(read)
             if not (path / _OPTIMIZER).is_file():
                 load_sharded_optimizer(policy, optimizer, path / _SHARDS)
+            if policy.follower is not None:
+                policy.follower.load(path / _REFERENCE)
     except (RankLostError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:

@@ -48,11 +48,12 @@ from grpo_fast.train.handshake import check_prompts
 from grpo_fast.train.launch import launcher, note_launch
 from grpo_fast.train.optim import check_optimizer
 from grpo_fast.train.plan_memory import check_room
-from grpo_fast.train.policy import BasePolicy, Policy, Scorer, count_parameters
+from grpo_fast.train.policy import Policy, Scorer, count_parameters
 from grpo_fast.train.policy_source import PolicySource, check_dtype, pick_device
+from grpo_fast.train.reference import build_reference
 from grpo_fast.train.resumable import LIMITS
 from grpo_fast.train.schedule import learning_rates
-from grpo_fast.train.sharding import ShardedPolicy, check_sharding, shards_of_one, spread
+from grpo_fast.train.sharding import check_sharding, shards_of_one, spread
 from grpo_fast.train.shares import MainEngine, Rewards, SharedEngine, SharedRewards, idle_ranks
 from grpo_fast.train.streaming import streams_weights
 from grpo_fast.types import Prompt
@@ -241,7 +242,7 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
             eval_prompts=eval_prompts[: config.eval_size],
             stream=PromptStream(prompts, seed=config.seed, shuffle=config.shuffle),
             policy=policy,
-            reference=_reference(source, policy, config=config, world=world) if config.beta > 0 else None,
+            reference=build_reference(source, policy, config=config, world=world) if config.beta > 0 else None,
             engine=engine,
             sampler=build_sampler(config, engine, data, replies, world=world),
             rewards=rewards,
@@ -308,13 +309,6 @@ def _build_meter(config: Config, policy: Policy, *, shape: ModelShape, facts: De
         num_devices=num_devices,
         peak_flops=facts.peak_bf16_flops if policy.autocast_dtype is not None else None,
     )
-
-
-def _reference(source: PolicySource, policy: Policy, *, config: Config, world: World) -> Scorer:
-    if policy.adapters is not None and not (policy.adapters.begun and policy.sums_gradients):
-        return BasePolicy(policy, policy.adapters)
-    reference = source.load()
-    return ShardedPolicy(reference, None, config=config, world=world) if policy.sums_gradients else reference
 
 
 def load_prior(config: Config) -> Prior:

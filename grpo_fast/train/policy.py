@@ -53,6 +53,27 @@ class Scorer(Protocol):
         ...
 
 
+class Follower(Protocol):
+    """A reference policy that follows a policy, and is saved with it."""
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds a part of it, and saves that."""
+        ...
+
+    def follow(self, step: int) -> None:
+        """Moves after a step, if that is due."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Writes its weights."""
+        ...
+
+    def load(self, directory: Path) -> None:
+        """Takes over saved weights, bit for bit."""
+        ...
+
+
 class Policy:
     """A causal language model with its tokenizer.
 
@@ -76,6 +97,8 @@ class Policy:
         self.tokenizer = tokenizer
         self.adapters = adapters
         self.autocast_dtype = autocast_dtype
+        self.follower: Follower | None = None
+        """A reference policy that follows this one."""
         self._checkpointing = checkpointing is not None
         self._head = replace(_find_head(model), operand_dtype=autocast_dtype)
         self._waiting = HostActivations(self.device) if checkpointing == "offload" else None

@@ -272,7 +272,7 @@ class ShardsError(TrainingError):
 
 
 @contextlib.contextmanager
-def _in_one_line() -> Iterator[None]:
+def in_one_line() -> Iterator[None]:
     """Torch's own error, which all ranks raise, holds the tracebacks of those that failed, and is no ``Exception``."""
     try:
         yield
@@ -290,7 +290,7 @@ def save_optimizer(policy: ShardedPolicy, optimizer: torch.optim.Optimizer, dire
     policy.reshard()
     if optimizer.state:
         state = get_optimizer_state_dict(policy.model, optimizer)
-        with _in_one_line():
+        with in_one_line():
             save(state, checkpoint_id=directory)
 
 
@@ -309,7 +309,7 @@ def load_sharded_optimizer(policy: Policy, optimizer: torch.optim.Optimizer, dir
     if isinstance(policy, ShardedPolicy):
         policy.reshard()
     state = get_optimizer_state_dict(policy.model, optimizer)
-    with warnings.catch_warnings(), _in_one_line():
+    with warnings.catch_warnings(), in_one_line():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process may well read what several wrote
         load(state, checkpoint_id=directory, no_dist=not dist.is_initialized())
     set_optimizer_state_dict(policy.model, optimizer, state)

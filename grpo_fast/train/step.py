@@ -76,7 +76,7 @@ class UpdateResult:
             shared_prompts=self.shared_prompts,
             num_kept=kept,
         )
-        passes = config.num_iterations * config.keep_dead_rows_for_metrics + config.ranks_tokens
+        passes = config.num_iterations * config.keep_dead_rows_for_metrics + (config.top_entropy_quantile < 1)
         if self.measured:
             again = passes * self.measured
             meter.add_reference(
@@ -162,9 +162,9 @@ class Learner:
                 part.reference = self._reference_logprobs(part.batch) if self._spec.beta else None
                 if config.bypass_old_logprobs:
                     part.old = part.batch.sampling_logprobs
-                if config.ranks_tokens or (config.corrects_sampler and part.carries_gradient):
+                if config.top_entropy_quantile < 1 or (config.corrects_sampler and part.carries_gradient):
                     self._score(part, part_sums)
-            if config.ranks_tokens:
+            if config.top_entropy_quantile < 1:
                 self._keep_high_entropy(parts)
         with timer.phase("train"):
             set_learning_rate(self._optimizer, learning_rate)
@@ -245,7 +245,7 @@ class Learner:
         live = live_sequences(
             in_loss, [s.advantage for s in sequences], beta=self._spec.beta, entropy_coef=self._spec.entropy_coef
         )
-        scores_all = config.keep_dead_rows_for_metrics or config.ranks_tokens
+        scores_all = config.keep_dead_rows_for_metrics or config.top_entropy_quantile < 1
         kept = [alive or (scores_all and n > 0) for alive, n in zip(live, in_loss, strict=True)]
         owners = share_out([len(s) * keep for s, keep in zip(sequences, kept, strict=True)], self._world.size)
         return [
@@ -294,7 +294,7 @@ class Learner:
     def _whole_heads(self) -> Iterator[None]:
         """Heads of the policy and the reference, where they score."""
         with contextlib.ExitStack() as stack:
-            if self._config.corrects_sampler or self._config.ranks_tokens:
+            if self._config.corrects_sampler or self._config.top_entropy_quantile < 1:
                 stack.enter_context(self._policy.whole_head(trains=False))
             if self._reference is not None:
                 stack.enter_context(self._reference.whole_head(trains=False))
@@ -332,7 +332,7 @@ class Learner:
 
     def _score(self, part: _Part, sums: MetricSums) -> None:
         """What the policy says of the tokens before the update, in one pass."""
-        if self._config.ranks_tokens:
+        if self._config.top_entropy_quantile < 1:
             logprobs, part.entropy = self._scored(head_scores, self._policy, part.batch)
         else:
             logprobs = self._scored(head_logprobs, self._policy, part.batch)

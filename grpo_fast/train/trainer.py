@@ -91,8 +91,7 @@ class GRPOTrainer:
         self._learner = Learner(config, parts.policy, self._optimizer, reference=parts.reference, world=world)
         self._rollouts = Rollouts(config, Collector(config, parts.sampler, stream=parts.stream, rewards=parts.rewards))
         self._progress = progress_schedule(config)
-        self._timer = PhaseTimer()
-        self._interrupt = InterruptFlag()
+        self._timer, self._interrupt = PhaseTimer(), InterruptFlag()
         self._pending: Collected | None = None
         self._stream_state = parts.stream.state_dict()
         self._recent_rewards: list[float] = []
@@ -215,6 +214,8 @@ class GRPOTrainer:
         parts, collected, step = self._parts, self._pending, self.global_step + 1
         learning_rate = learning_rate_at(step, self.config)
         update = self._learner.update(collected.groups, learning_rate=learning_rate, timer=self._timer)
+        if parts.policy.follower is not None:
+            parts.policy.follower.follow(step)
         self.global_step, self._pending = step, None
         sync, lost = self._sync()
         times = self._charge(update)
@@ -353,8 +354,7 @@ class GRPOTrainer:
         self._parts.meter.add_seconds(self._timer.lap())
         if self._saved_step != self.global_step or self._pending is not None:
             self._save()
-        self.summary = self._world.once(lambda: self._conclude(ending))
-        self._stop_message = ""
+        self.summary, self._stop_message = self._world.once(lambda: self._conclude(ending)), ""
 
     def _conclude(self, ending: Ending) -> dict[str, Any]:
         best = self._best.best()

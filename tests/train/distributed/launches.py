@@ -82,6 +82,8 @@ def cases(models: tuple[Path, Path], directory: Path) -> dict[str, dict[str, Any
             "num_iterations": 2,
             "refill_rounds": 1,
             "beta": 0.01,
+            "sync_ref_model": True,
+            "ref_model_sync_steps": 2,
             "weight_decay": 0.01,
             "eval_steps": 2,
             "eval_size": 5,
