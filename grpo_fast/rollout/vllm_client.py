@@ -16,24 +16,19 @@ import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
-
-import torch
-from packaging.version import Version
+from typing import Any, Literal
 
 from grpo_fast.kept_tokens import KeptTokens
 from grpo_fast.rollout.engine import RolloutError
 from grpo_fast.rollout.model_sizes import differences, served_sizes
 from grpo_fast.rollout.ssh_tunnel import Tunnel, is_hung_up
 from grpo_fast.rollout.sync_probe import Choices
-from grpo_fast.rollout.transports import BACKENDS, OLDEST_VLLM
 from grpo_fast.rollout.vllm_adapters import AdapterVersion
 from grpo_fast.rollout.vllm_addresses import api_key, server_address
+from grpo_fast.rollout.vllm_needs import Needs, misfits
 from grpo_fast.rollout.vllm_sample import PROBE_PARAMS, SCORE_PARAMS, Sample, kept_tokens, token_versions
 
 _log = logging.getLogger(__name__)
-ONE_REPLICA = "a weight sync checks one engine per server; start one server per replica and give all their URLs"
 _GENERATE = "/inference/v1/generate"
 _LOOK_S = 2.0
 _POLL_S = 1.0
@@ -87,21 +82,6 @@ class Calls:
         for connection in list(self._connections):
             with contextlib.suppress(OSError, AttributeError):  # it has just ended by itself, or has no socket yet
                 connection.sock.shutdown(socket.SHUT_RDWR)
-
-
-class Needs(NamedTuple):
-    """Settings that a server must have been started with."""
-
-    dtype: torch.dtype
-    """Type that the server must compute in."""
-    transport: str
-    """Transport of the weights."""
-    context_length: int
-    """Longest sequence, in tokens."""
-    sleeps: bool
-    """Whether it must free its memory while the policy trains."""
-    sizes: Mapping[str, int] = MappingProxyType({})
-    """Sizes of the policy's model, see :func:`~grpo_fast.rollout.model_sizes.model_sizes`."""
 
 
 class VLLMServer:
@@ -420,39 +400,6 @@ def wait_until_up(urls: Sequence[str], *, timeout_s: float, deadline_s: float) -
                     _log.warning("waiting for vLLM's server %s: %.0f s left (vllm_server_timeout)", url, left)
                     tell = now + _TELL_S
                 time.sleep(min(_POLL_S, left))
-
-
-def misfits(settings: Mapping[str, Any], version: str, needs: Needs) -> list[str]:
-    """Settings of a server that a trainer cannot work with, one line each with its fix.
-
-    Args:
-        settings: vLLM's, as its server reports them.
-        version: vLLM's.
-        needs: the trainer's.
-    """
-    model, needed = settings["model_config"], str(needs.dtype).removeprefix("torch.")
-    replicas = settings["parallel_config"]["data_parallel_size"]
-    dtype, length, sleeps = str(model["dtype"]).removeprefix("torch."), model["max_model_len"], model["enable_sleep_mode"]
-    backend, wanted = (settings["weight_transfer_config"] or {}).get("backend"), BACKENDS[needs.transport]
-    checks = {
-        f"its vLLM {version} is too old, {OLDEST_VLLM} or newer is needed": (
-            Version(version).release >= Version(OLDEST_VLLM).release
-        ),
-        f"it computes in {dtype}, the trainer in {needed}; start it with --dtype {needed}": dtype == needed,
-        f"its log-probabilities are {model['logprobs_mode']}, not those that tokens are sampled from; start it with "
-        "--logprobs-mode processed_logprobs": model["logprobs_mode"] == "processed_logprobs",
-        f"its weights are quantised ({model['quantization']}), the trainer's are not; start it without --quantization": (
-            model["quantization"] is None
-        ),
-        f"it receives weights by {backend!r}, not {wanted!r}; start it with `grpo-fast serve --transport {needs.transport}`": (
-            backend == wanted
-        ),
-        f"it takes {length} tokens, but prompt and completion may have {needs.context_length}; start it with --max-model-len "
-        f"{needs.context_length}": length >= needs.context_length,
-        f"it has {replicas} data-parallel engines, and {ONE_REPLICA}": replicas == 1,
-        "it cannot sleep; start it with `grpo-fast serve --enable-sleep-mode`": sleeps or not needs.sleeps,
-    }
-    return [problem for problem, holds in checks.items() if not holds]
 
 
 def _kept(content: list[dict[str, Any]]) -> tuple[KeptTokens, tuple[int, ...]]:

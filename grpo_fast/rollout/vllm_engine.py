@@ -32,7 +32,6 @@ from grpo_fast.rollout.sync_probe import SyncProbe
 from grpo_fast.rollout.transports import OLDEST_VLLM, Delivery, Host, Transport, choose_transport, sync_attempts
 from grpo_fast.rollout.vllm_adapters import AdapterTarget, AdapterVersions, policy_options
 from grpo_fast.rollout.vllm_addresses import check_addresses
-from grpo_fast.rollout.vllm_client import Needs
 from grpo_fast.rollout.vllm_directory import model_directory
 from grpo_fast.rollout.vllm_environment import (
     LOCK_BYTES,
@@ -42,6 +41,7 @@ from grpo_fast.rollout.vllm_environment import (
     undisturbed,
     vllm_environment,
 )
+from grpo_fast.rollout.vllm_needs import Needs
 from grpo_fast.rollout.vllm_sample import Sample, num_likeliest, sample_whole
 from grpo_fast.rollout.vllm_sleep import check_segments, sleep_level
 from grpo_fast.rollout.weight_sync import WeightSync

@@ -22,9 +22,10 @@ from grpo_fast.rollout.sync_probe import Choices
 from grpo_fast.rollout.transports import Delivery
 from grpo_fast.rollout.vllm_adapters import AdapterVersion
 from grpo_fast.rollout.vllm_addresses import api_key
-from grpo_fast.rollout.vllm_client import Needs, VLLMServer
+from grpo_fast.rollout.vllm_client import VLLMServer
 from grpo_fast.rollout.vllm_copies import AdapterCopies, Copies
 from grpo_fast.rollout.vllm_layerwise import PolicyWeights
+from grpo_fast.rollout.vllm_needs import Needs
 from grpo_fast.rollout.vllm_requests import Requests
 from grpo_fast.rollout.vllm_sample import OVER_HTTP, Sample, version_name, version_number
 from grpo_fast.rollout.vllm_senders import WeightSender, json_safe

@@ -26,10 +26,10 @@ from grpo_fast.rollout.shared_memory import check_room
 from grpo_fast.rollout.transports import BACKENDS, Transport, choose_transport
 from grpo_fast.rollout.vllm_adapters import lora_options
 from grpo_fast.rollout.vllm_addresses import api_key
-from grpo_fast.rollout.vllm_client import ONE_REPLICA
 from grpo_fast.rollout.vllm_engine import require_vllm
 from grpo_fast.rollout.vllm_environment import BINDING, FLOAT32_PRODUCTS, LOCK_BYTES, NO_WORKER, SERVER, UNBOUND
 from grpo_fast.rollout.vllm_mirror import MIDDLEWARE
+from grpo_fast.rollout.vllm_needs import ONE_REPLICA
 from grpo_fast.rollout.vllm_sleep import check_segments, sleep_level
 
 HOST = "127.0.0.1"

@@ -1,11 +1,9 @@
-"""Requests to a server that is slow, and what servers are refused for; vLLM's own server is in the tests of ``vllm_http``."""
+"""Requests to a server that is slow; vLLM's own server is in the tests of ``vllm_http``."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
-import re
 import socket
 import threading
 import time
@@ -18,21 +16,9 @@ import pytest
 import torch
 
 from grpo_fast.rollout import RolloutError, vllm_client
-from grpo_fast.rollout.vllm_client import Calls, Needs, VLLMServer, misfits, wait_until_up
+from grpo_fast.rollout.vllm_client import Calls, VLLMServer, wait_until_up
 from grpo_fast.rollout.vllm_environment import held_port
-
-SETTINGS: dict[str, Any] = {
-    "model_config": {
-        "dtype": "torch.float32",
-        "max_model_len": 128,
-        "enable_sleep_mode": False,
-        "logprobs_mode": "processed_logprobs",
-        "quantization": None,
-    },
-    "weight_transfer_config": {"backend": "grpo_fast_shm"},
-    "parallel_config": {"data_parallel_size": 1},
-}
-NEEDS = Needs(torch.float32, "shared_memory", context_length=100, sleeps=False)
+from grpo_fast.rollout.vllm_needs import Needs
 
 
 @pytest.fixture
@@ -110,7 +96,7 @@ def test_a_refusal_says_what_mends_it(status: int) -> None:
         server = VLLMServer(f"http://127.0.0.1:{listening.getsockname()[1]}", api_key=None, deadline_s=20)
         message = "has no routes that receive weights" if status == 404 else f"refused .* with status {status}.*{hints[status]}"
         with pytest.raises(RolloutError, match=message):
-            server.check(NEEDS)
+            server.check(Needs(torch.float32, "shared_memory", context_length=100, sleeps=False))
         thread.join()
 
 
@@ -260,44 +246,3 @@ def test_what_is_no_vllm_is_told_before_the_model_is_loaded(body: bytes) -> None
                 wait_until_up([url], timeout_s=60, deadline_s=60)
         finally:
             up.shutdown()
-
-
-def test_a_server_as_it_should_be_has_no_misfit() -> None:
-    assert misfits(SETTINGS, "0.32.0", NEEDS) == []
-    assert misfits(SETTINGS, "0.28.1.dev3", NEEDS._replace(context_length=128)) == []
-
-
-@pytest.mark.parametrize(
-    ("path", "value", "message"),
-    [
-        (
-            ("model_config", "dtype"),
-            "torch.bfloat16",
-            "in bfloat16, the trainer in float32; start it with --dtype float32",
-        ),
-        (("model_config", "logprobs_mode"), "raw_logprobs", "are raw_logprobs, .*--logprobs-mode processed_logprobs"),
-        (("model_config", "quantization"), "fp8", r"quantised \(fp8\)"),
-        (("model_config", "max_model_len"), 64, "takes 64 tokens, but prompt and completion may have 100"),
-        (
-            ("weight_transfer_config",),
-            None,
-            "by None, not 'grpo_fast_shm'; start it with `grpo-fast serve",
-        ),
-        (("weight_transfer_config", "backend"), "nccl", "by 'nccl', not 'grpo_fast_shm'"),
-        (("parallel_config", "data_parallel_size"), 2, "has 2 data-parallel engines, and .*start one server per replica"),
-    ],
-)
-def test_what_does_not_fit_is_named_with_its_remedy(path: tuple[str, ...], value: Any, message: str) -> None:
-    settings = copy.deepcopy(SETTINGS)
-    place = settings
-    for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
-    [problem] = misfits(settings, "0.32.0", NEEDS)
-    assert re.search(message, problem)
-
-
-def test_an_old_server_is_named() -> None:
-    assert misfits(SETTINGS, "0.27.1", NEEDS) == ["its vLLM 0.27.1 is too old, 0.28 or newer is needed"]
-    [problem] = misfits(SETTINGS, "0.32.0", NEEDS._replace(sleeps=True))
-    assert problem == "it cannot sleep; start it with `grpo-fast serve --enable-sleep-mode`"

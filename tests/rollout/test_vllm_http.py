@@ -24,8 +24,9 @@ from grpo_fast import Config, GRPOTrainer
 from grpo_fast.assets import embedded_model_dir
 from grpo_fast.rollout import RolloutError, SamplingParams, WeightSyncError
 from grpo_fast.rollout.vllm_adapters import AdapterVersion
-from grpo_fast.rollout.vllm_client import Calls, Needs, VLLMServer
+from grpo_fast.rollout.vllm_client import Calls, VLLMServer
 from grpo_fast.rollout.vllm_engine import VLLMServerEngine, VLLMSettings
+from grpo_fast.rollout.vllm_needs import Needs
 from grpo_fast.rollout.vllm_sample import Telling
 from grpo_fast.types import Completion
 
