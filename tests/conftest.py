@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from grpo_fast.ops.jit import interpreted
+from tests import quick_interpreter
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -26,6 +27,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if interpreted():
+        quick_interpreter.install()
     if (path := config.getoption("--native-library")) is not None:
         from grpo_fast.ops import native
 
