@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import get_args
@@ -102,26 +103,21 @@ def explained(name: str) -> bool:
     return any(re.fullmatch(re.escape(told).replace("NAME", ".+"), name) for told in metrics_of_the_page())
 
 
-class Shell:
-    """Runs a page's shell blocks: commands that need no shell in forks of one process, which imports torch once."""
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
+    """One process for all pages, which imports torch once: what needs no shell runs in its forks."""
+    with contextlib.closing(CommandLine(tmp_path_factory.mktemp("pages"))) as forks:
+        yield forks
 
-    def __init__(self, home: Path) -> None:
-        self._home = home
-        self._forks: CommandLine | None = None
 
-    def run(self, code: str) -> None:
-        commands = plain_commands(code)
-        if not commands:
-            run(["bash", "-euo", "pipefail", "-c", code], self._home)
-            return
-        if self._forks is None:
-            self._forks = CommandLine(self._home)
-        for words in commands:
-            assert self._forks.run(*words[1:]) == 0, f"{shlex.join(words)}\n{self._forks.log()[-3000:]}"
-
-    def close(self) -> None:
-        if self._forks is not None:
-            self._forks.close()
+def run_block(block: Block, forks: CommandLine) -> None:
+    commands = plain_commands(block.code) if block.language == "sh" else []
+    if block.language == "python":
+        assert forks.run_code(block.code) == 0, f"{block.code}\n{forks.log()[-3000:]}"
+    elif block.language == "sh" and not commands:
+        run(["bash", "-euo", "pipefail", "-c", block.code], forks.home)
+    for words in commands:
+        assert forks.run(*words[1:]) == 0, f"{shlex.join(words)}\n{forks.log()[-3000:]}"
 
 
 def run(command: list[str], home: Path) -> None:
@@ -137,21 +133,33 @@ def run(command: list[str], home: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if any(block.runs for block in blocks(page))], ids=lambda p: p.stem)
-def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path) -> None:
-    with contextlib.closing(Shell(tmp_path)) as shell:
-        for block in blocks(page):
-            if not block.runs:
-                continue
-            if block.word:
-                (tmp_path / block.word).write_text(block.code, encoding="utf-8")
-            if block.language == "sh":
-                shell.run(block.code)
-            elif block.language == "python":
-                run([sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", block.code], tmp_path)
+def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path, forks: CommandLine) -> None:
+    forks.home = tmp_path
+    for block in blocks(page):
+        if not block.runs:
+            continue
+        if block.word:
+            (tmp_path / block.word).write_text(block.code, encoding="utf-8")
+        run_block(block, forks)
     files = [file.read_text(encoding="utf-8") for file in tmp_path.rglob("metrics.jsonl")]
     logged = {name for text in files for row in text.splitlines() for name in json.loads(row)}
     unknown = {name for name in logged - OF_THE_PAGES if not explained(name)}
     assert not unknown, f"metrics.md does not explain {sorted(unknown)}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("code", "exit_code"),
+    [
+        ("import warnings\nwarnings.warn('it has another name now', DeprecationWarning)", 1),
+        ("def f(): ...\nassert f.__module__ == __name__ == '__main__'\nraise SystemExit(3)", 3),
+        ("import beside\nassert beside.VALUE == 1", 0),
+    ],
+)
+def test_code_of_a_page_runs_as_by_itself_and_can_fail(code: str, exit_code: int, tmp_path: Path, forks: CommandLine) -> None:
+    (tmp_path / "beside.py").write_text("VALUE = 1\n", encoding="utf-8")
+    forks.home = tmp_path
+    assert forks.run_code(code) == exit_code, forks.log()
 
 
 @pytest.mark.parametrize("name", sorted(NAMES | SOMETIMES))

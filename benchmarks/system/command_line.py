@@ -1,4 +1,7 @@
-"""``grpo-fast`` again and again, each time in a process of its own that can be killed, though torch is imported only once."""
+"""``grpo-fast`` again and again, each time in a process of its own that can be killed, though torch is imported only once.
+
+What draws a report, and evaluates a model, is imported once, too.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +17,29 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 _FORKS = """
-import json, os, sys
+import json, os, sys, types, warnings
+import grpo_fast.report.html, grpo_fast.train.evaluate_model
 from grpo_fast.cli import main
 from grpo_fast.tasks.load import load_task
 from grpo_fast.train import GRPOTrainer
+
+def run_code(code):
+    sys.path.insert(0, "")
+    warnings.filterwarnings("error", category=DeprecationWarning, module="__main__")
+    sys.modules["__main__"] = module = types.ModuleType("__main__")
+    exec(compile(code, "<string>", "exec"), vars(module))
 
 sys.path.remove("")  # the installed command has no such entry
 print("ready", flush=True)
 for line in sys.stdin:
     child = os.fork()
     if not child:
+        home, words = json.loads(line)
+        os.chdir(home)
         log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        main(json.loads(line))
+        sys.exit(run_code(words) if isinstance(words, str) else main(words))
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
@@ -38,7 +50,8 @@ class CommandLine:
     """A process that forks one ``grpo-fast`` after another.
 
     Args:
-        home: where the commands run, and where ``log.txt`` takes what they print; modules in it can be imported.
+        home: where the commands run, and where ``log.txt`` takes what they print; modules in it can be imported. It may be
+            another one for each command.
     """
 
     def __init__(self, home: Path) -> None:
@@ -68,10 +81,7 @@ class CommandLine:
         Returns:
             The exit code, or minus the number of the signal that ended the command.
         """
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(arguments) + "\n")
-        self._process.stdin.flush()
-        child = int(self._read())
+        child = self._start(arguments)
         begun = time.monotonic()
         while until is not None and not until():
             time.sleep(0.0005)
@@ -80,6 +90,11 @@ class CommandLine:
         with contextlib.suppress(ProcessLookupError):  # the command has ended before the moment came
             for number in signals if until is not None else ():
                 os.kill(child, number)
+        return int(self._read())
+
+    def run_code(self, code: str) -> int:
+        """Runs Python code, as ``python -c`` does, and gives the exit code; a deprecated name in it is an error."""
+        self._start(code)
         return int(self._read())
 
     def left_over(self) -> list[int]:
@@ -101,6 +116,12 @@ class CommandLine:
     def close(self) -> None:
         """Ends the process."""
         self._process.communicate()
+
+    def _start(self, words: Sequence[str] | str) -> int:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps([str(self.home), words]) + "\n")
+        self._process.stdin.flush()
+        return int(self._read())
 
     def _read(self) -> str:
         assert self._process.stdout is not None
