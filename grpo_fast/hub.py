@@ -7,6 +7,9 @@ hub is out of reach, only its cache is read. A network that is slow, or a hub th
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
 
 from huggingface_hub import constants, get_session
 from huggingface_hub.errors import StrictDataclassError
@@ -19,6 +22,31 @@ WHERE_MODELS_ARE = "Give a directory with config.json, safetensors and tokenizer
 _CONNECT_S = 10.0
 _TRIES_S = (0.0, 1.0, 2.0)  # waits before each: a resolver may fail once
 _NO_WAY = {"ConnectError", "ConnectTimeout"}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where transformers finds a model: a directory, or the hub, of which only the cache is read if it is out of reach."""
+
+    name: str
+    """Directory or hub id."""
+    revision: str | None = None
+    unreached: str | None = None
+    """Why the hub cannot be asked; ``None`` if it can be, or need not be."""
+
+    @classmethod
+    def of(cls, name: str, revision: str | None = None) -> Self:
+        """The place of a name; the hub is tried unless it is a directory."""
+        return cls(name, revision, None if Path(name).is_dir() else out_of_reach())
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of transformers' ``from_pretrained``."""
+        return {
+            "pretrained_model_name_or_path": self.name,
+            "revision": self.revision,
+            "local_files_only": self.unreached is not None,
+        }
 
 
 def out_of_reach() -> str | None:

@@ -71,6 +71,14 @@ def test_without_a_hub_the_reason_is_told(port: int) -> None:
     assert f"http://127.0.0.1:{port} cannot be reached (" in (hub.out_of_reach() or "")
 
 
+def test_a_place_without_a_hub_is_its_cache_and_a_directory_is_itself(port: int) -> None:
+    away, here = hub.Place.of("owner/name", "v1"), hub.Place.of(str(embedded_model_dir()))
+    assert "cannot be reached" in (away.unreached or "")
+    assert away.arguments == {"pretrained_model_name_or_path": "owner/name", "revision": "v1", "local_files_only": True}
+    assert here.unreached is None
+    assert here.arguments["local_files_only"] is False
+
+
 def test_offline_nothing_is_asked(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert hub.out_of_reach() is None

@@ -21,10 +21,10 @@ from transformers import (
 from grpo_fast.assets import embedded_model_dir
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.device import device_facts
-from grpo_fast.hub import READ_ERRORS, WHERE_MODELS_ARE, out_of_reach, why_unread
+from grpo_fast.hub import READ_ERRORS, WHERE_MODELS_ARE, Place, why_unread
 from grpo_fast.ops.products import use_products
 from grpo_fast.run_dir import CONFIG_FILE
-from grpo_fast.train.adapter_start import find_start
+from grpo_fast.train.adapter_start import AdapterStart, find_start
 from grpo_fast.train.adapters import SETTINGS_FILE, Adapters
 from grpo_fast.train.checkpointing import checkpoint_layers
 from grpo_fast.train.compiled import compile_layers, require_compiler
@@ -61,13 +61,15 @@ class PolicySource:
     def __init__(self, config: Config) -> None:
         self._device = pick_device(config.device)
         path = _find(config.model, config.revision)
-        self._unreached = None if Path(path).is_dir() else out_of_reach()
-        self._start = find_start(config, path, local_files_only=self._unreached is not None)
+        self._place = Place.of(path, config.revision)
+        self._start = find_start(config, path, local_files_only=self._place.unreached is not None)
         self.config = config if self._start is None else self._start.applied(config)
         """The run's, with rank, scale and modules of adapters that it begins from, and the revision of their base."""
         config = self.config
-        self._arguments = {"trust_remote_code": config.trust_remote_code, **self._place(path)}
-        self.directory: str = self._arguments["pretrained_model_name_or_path"]
+        if self._start is not None:
+            self._place = self._place_of_base(self._start)
+        self._arguments = {"trust_remote_code": config.trust_remote_code, **self._place.arguments}
+        self.directory = self._place.name
         """Directory or hub id of the model; of the base, where the run begins from adapters."""
         beside = self._start.directory if self._start is not None and self._start.has_tokenizer else None
         place = {} if beside is None else {"pretrained_model_name_or_path": str(beside), "revision": None}
@@ -90,17 +92,12 @@ class PolicySource:
         """Longest prompt that leaves room for a completion."""
         self._refuse_what_cannot_work()
 
-    def _place(self, path: str) -> dict[str, Any]:
-        """Where transformers finds the model, or the base of the adapters that are at ``path``."""
-        if self._start is not None:
-            path = _find(self._start.base, self._start.base_revision, field="base_model")
-            if self._unreached is None and not Path(path).is_dir():
-                self._unreached = out_of_reach()
-        return {
-            "pretrained_model_name_or_path": path,
-            "revision": self.config.revision,
-            "local_files_only": self._unreached is not None,
-        }
+    def _place_of_base(self, start: AdapterStart) -> Place:
+        """Where the base of adapters is; a hub that was out of reach for them is not tried again."""
+        path = _find(start.base, start.base_revision, field="base_model")
+        if self._place.unreached is None:
+            return Place.of(path, start.base_revision)
+        return Place(path, start.base_revision, self._place.unreached)
 
     def _refuse_what_cannot_work(self) -> None:
         """Names settings that this device, what is installed, or the model's kind and sizes rule out."""
@@ -157,7 +154,8 @@ class PolicySource:
         dtype = torch.bfloat16 if wants_bf16 and short else torch.float32
         quantised = loading_arguments(config, dtype=dtype, device=self._device) if config.load_in_4bit else {}
         attention = attention_arguments(config, self.model_config)
-        kept = {"adapter_kwargs": {"local_files_only": True}} if self._unreached is not None else {}  # else they are asked for
+        cached = self._place.unreached is not None
+        kept = {"adapter_kwargs": {"local_files_only": True}} if cached else {}  # else they are asked for
         model: Any = self._read(AutoModelForCausalLM, dtype=dtype, **attention, **quantised, **kept)
         if quantised:
             keep_as_loaded(model)
@@ -191,7 +189,7 @@ class PolicySource:
         try:
             return auto_class.from_pretrained(**self._arguments | arguments)
         except READ_ERRORS as error:
-            reason = why_unread(error, self._unreached)
+            reason = why_unread(error, self._place.unreached)
             fix = f"{WHERE_MODELS_ARE}."
             if "attn_implementation" in arguments and re.search("attn|attention", reason, re.IGNORECASE):
                 fix = f"Set attn_implementation='auto' in place of {arguments['attn_implementation']!r}."

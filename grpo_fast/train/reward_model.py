@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from grpo_fast.config import Config, ConfigError
-from grpo_fast.hub import READ_ERRORS, WHERE_MODELS_ARE, out_of_reach, why_unread
+from grpo_fast.hub import READ_ERRORS, WHERE_MODELS_ARE, Place, why_unread
 from grpo_fast.rewards import HeldHere, names_model
 from grpo_fast.train.policy_source import computes_in_bfloat16, pick_device
 
@@ -113,14 +113,10 @@ class RewardModel(HeldHere):
     def _read_sizes(self, run: Config) -> None:
         self._run = run
         path = Path(self._name).expanduser()
+        name = str(path) if path.is_dir() else self._name
         needs_nothing = self._model is not None and self._tokenizer is not None
-        self._unreached = None if path.is_dir() or needs_nothing else out_of_reach()
-        self._arguments = {
-            "pretrained_model_name_or_path": str(path) if path.is_dir() else self._name,
-            "revision": self._revision,
-            "trust_remote_code": run.trust_remote_code,
-            "local_files_only": self._unreached is not None,
-        }
+        self._place = Place(name) if needs_nothing else Place.of(name, self._revision)
+        self._arguments = {"trust_remote_code": run.trust_remote_code, **self._place.arguments}
         self.config: PreTrainedConfig = self._read(AutoConfig) if self._model is None else self._model.config
         """Sizes and kind of the model."""
         if self.config.num_labels != 1:
@@ -201,7 +197,7 @@ class RewardModel(HeldHere):
             return auto_class.from_pretrained(**self._arguments | arguments)
         except READ_ERRORS as error:
             raise ConfigError(
-                f"cannot load reward model {self._name!r}: {why_unread(error, self._unreached)} {_FIX}"
+                f"cannot load reward model {self._name!r}: {why_unread(error, self._place.unreached)} {_FIX}"
             ) from error
 
 
