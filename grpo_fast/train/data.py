@@ -46,6 +46,11 @@ class Data:
         return self.task.eval_reward if self.environments is None else ""
 
     @property
+    def schemas(self) -> Sequence[Mapping[str, Any]]:
+        """JSON schemas of the tools that the model is told of."""
+        return () if self.environments is None else self.environments.schemas
+
+    @property
     def _names(self) -> dict[str, Any]:
         return {
             "dataset": self.task.name,
@@ -241,14 +246,13 @@ def encoded(
     )
 
 
-def encoded_task(
-    config: Config, task: Task, source: PolicySource, *, tools: Sequence[Mapping[str, Any]] = ()
-) -> tuple[EncodedPrompts, EncodedPrompts]:
-    """Prompts to train on, and those held out; ``tools`` as in :func:`encoded`.
+def encoded_task(config: Config, data: Data, source: PolicySource) -> tuple[EncodedPrompts, EncodedPrompts]:
+    """Prompts to train on, and those held out.
 
     Raises:
         ConfigError: as :func:`encoded`; or nothing is held out, and evaluation is on.
     """
+    task, tools = data.task, data.schemas
     prompts = encoded(config, task.train, source, tools=tools, numbers=task.train_numbers)
     eval_prompts = encoded(config, task.eval, source, tools=tools, numbers=task.eval_numbers)
     if config.eval_steps and not eval_prompts:

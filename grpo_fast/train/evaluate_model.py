@@ -140,8 +140,7 @@ def evaluate_model(config: Config, source: str) -> Evaluation:
         environments = choose_environments(config, {}, opened=opened)
         replies = choose_replies(config, environments, policy_source)
         data = choose_data(config, {}, chat=policy_source.chat, environments=environments)
-        tools = () if environments is None else environments.schemas
-        prompts = encoded(config, data.task.eval, policy_source, tools=tools, numbers=data.task.eval_numbers)
+        prompts = encoded(config, data.task.eval, policy_source, tools=data.schemas, numbers=data.task.eval_numbers)
         if not prompts:
             raise ConfigError(f"{data.task.name} has no held-out rows; set eval_split")
         training = build_pool(config, data.reward_funcs, config.reward_weights, world=ALONE)

@@ -85,8 +85,6 @@ class Parts:
     """The run's own files; also one of ``sinks``."""
     sinks: SinkSet
     facts: DeviceFacts
-    remarks: Sequence[str]
-    """Warnings about the data, shown when the run starts."""
     claim: Claim
     """This process's hold on the run's directory."""
     launchers: Sequence[str]
@@ -117,6 +115,20 @@ class Parts:
             self.sinks.log_event(0, "warn", remark)
         if config.fsdp != "no_shard" and self.meter.num_devices == 1:
             self.sinks.log_event(start_step, "warn", shards_of_one(config))
+
+    @property
+    def remarks(self) -> list[str]:
+        """Warnings about the data, shown when the run starts."""
+        config, prompts, held_out = self.config, self.prompts, self.eval_prompts
+        asked = config.eval_size if "eval_size" in config.model_fields_set else 0
+        return [
+            *repeats(prompts, held_out, prompts_per_step=config.prompts_per_step),
+            *(plain_text(prompts.num_plain, len(prompts)) if self.policy.tokenizer.chat_template is not None else ()),
+            *unseen(self.data.task.train),
+            *unheard(self.data),
+            *(idle_ranks(config, self.meter.num_devices) if config.rollout == "transformers" else ()),
+            *few_held_out(asked, len(held_out), num_prompts=len(prompts)),
+        ]
 
     def describe(self, step: int) -> str:
         """One line on the run that starts."""
@@ -207,9 +219,9 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
     world.once(lambda: claim.spare(source.directory, given))
     if "engine" not in given:
         check_sampler(config, source)
-    place = {"num_devices": world.size, "devices_per_node": world.ranks_per_node}
-    place["begins_from_adapters"] = source.begins_from_adapters
-    world.each(lambda: check_room(source.model_config, source.config, **place))
+    ranks = {"num_devices": world.size, "devices_per_node": world.ranks_per_node}
+    begins = source.begins_from_adapters
+    world.each(lambda: check_room(source.model_config, source.config, begins_from_adapters=begins, **ranks))
     with contextlib.ExitStack() as on_error:
         environments = world.each(lambda: choose_environments(config, given, opened=on_error))
         replies = world.each(lambda: choose_replies(config, environments, source))
@@ -217,8 +229,7 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
         rewards = build_pool(config, data.reward_funcs, config.reward_weights, world=world)
         if resume:
             world.once(lambda: data.check_names(config.output_dir))
-        schemas = () if environments is None else environments.schemas
-        prompts, eval_prompts = world.each(lambda: encoded_task(config, data.task, source, tools=schemas))
+        prompts, eval_prompts = world.each(lambda: encoded_task(config, data, source))
         check_prompts(prompts, eval_prompts, world)
         on_error.callback(rewards.close)
         rewards.start(prompts.columns)
@@ -229,11 +240,9 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
         shape, num_parameters = ModelShape.from_model(whole.model), count_parameters(whole.model)  # before it is spread
         streams = world.size > 1 and "engine" not in given and streams_weights(config)
         policy = whole if world.size == 1 else spread(source, whole, config=config, world=world, streams=streams)
-        read = policy if streams else whole
         longest = max(prompts.longest, eval_prompts.longest)
-        engine = _share_engine(config, read, longest, given=given.get("engine"), world=world)
+        engine = _share_engine(config, policy if streams else whole, longest, given=given.get("engine"), world=world)
         on_error.callback(engine.close)
-        asked = config.eval_size if "eval_size" in config.model_fields_set else 0
         facts = device_facts("cpu" if policy.device.type == "cpu" else "cuda")
         parts = Parts(
             config=config,
@@ -253,14 +262,6 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
             record=record,
             sinks=sinks,
             facts=facts,
-            remarks=[
-                *repeats(prompts, eval_prompts[: config.eval_size], prompts_per_step=config.prompts_per_step),
-                *(plain_text(prompts.num_plain, len(prompts)) if source.chat else ()),
-                *unseen(data.task.train),
-                *unheard(data),
-                *(idle_ranks(config, world) if config.rollout == "transformers" else ()),
-                *few_held_out(asked, len(eval_prompts), num_prompts=len(prompts)),
-            ],
             claim=claim,
             launchers=world.gather(launcher),
         )
@@ -326,8 +327,7 @@ def load_prior(config: Config) -> Prior:
 
 
 def _build_budget(config: Config, given: Budget | None) -> Budget:
-    limits = {name: getattr(config, name) for name in LIMITS}
-    budget = given or Budget.from_config(**limits)
+    budget = given or Budget.from_config(**{name: getattr(config, name) for name in LIMITS})
     if budget.money is not None and config.price_per_gpu_hour == 0:
         raise ConfigError(f"a budget of money ({budget.money:g}) needs price_per_gpu_hour above 0")
     return budget

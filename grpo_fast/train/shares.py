@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     import torch
 
 
-def idle_ranks(config: Config, world: World) -> list[str]:
+def idle_ranks(config: Config, num_ranks: int) -> list[str]:
     """The warning that a step has fewer prompts than ranks, each of which samples for whole prompts."""
-    idle = world.size - config.prompts_per_step
+    idle = num_ranks - config.prompts_per_step
     if idle <= 0:
         return []
-    told = f"prompts_per_step={config.prompts_per_step} with {world.size} ranks: in each step {idle} sample nothing, and wait"
+    told = f"prompts_per_step={config.prompts_per_step} with {num_ranks} ranks: in each step {idle} sample nothing, and wait"
     return [f"{told}; raise prompts_per_step, or start fewer"]
 
 

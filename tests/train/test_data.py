@@ -74,7 +74,7 @@ def test_an_environment_that_rates_is_the_reward_where_no_other_is_named(letters
 def test_rows_in_hand_take_the_place_of_the_dataset(tiny_config: Callable[..., Config]) -> None:
     config = tiny_config(eval_size=3)
     data = choose_data(config, {"train_dataset": ROWS, "eval_dataset": ROWS[:3]}, chat=False)
-    prompts, held_out = encoded_task(config, data.task, PolicySource(config))
+    prompts, held_out = encoded_task(config, data, PolicySource(config))
     assert [prompt.prompt for prompt in prompts] == [row["prompt"] for row in ROWS]
     assert [prompt.prompt for prompt in held_out] == ["a=", "b=", "c="]
     assert list(data.reward_funcs) == ["accuracy"]
@@ -91,7 +91,7 @@ def test_a_prompt_that_cannot_be_used_is_named_by_its_row_in_the_table(tiny_conf
         rows = [*ROWS[:number], {"prompt": "", "answer": ""}, *ROWS[number + 1 :]]
         task = choose_data(config, {"train_dataset": rows}, chat=False).task
         with pytest.raises(ConfigError, match=f"the prompt of row {number} is empty"):
-            encoded_task(config, task, source)
+            encoded_task(config, Data(task, ()), source)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_rewards_that_read_environments_are_set_apart_and_held_against_the_colum
     data = choose_data(config, {"task": letters, "reward_funcs": [score, short]}, chat=False, environments=environments)
     assert [judge.function for judge in data.judges] == [score]
     assert data.reward_funcs[1] is short
-    prompts, _ = encoded_task(config, letters, source)
+    prompts, _ = encoded_task(config, Data(letters, ()), source)
     replies = choose_replies(config, environments, source)
     with pytest.raises(ConfigError, match="reward function 'score' needs a dataset column 'solution'; the dataset has answer"):
         check_episodes(data, prompts, replies)

@@ -251,6 +251,6 @@ def test_a_reward_that_fails_is_told_on_all_ranks_or_counted(make_group: Callabl
 
 
 def test_only_ranks_without_a_prompt_are_idle() -> None:
-    assert idle_ranks(Config(prompts_per_step=4), World(0, 4)) == []
-    [told] = idle_ranks(Config(prompts_per_step=4), World(0, 6))
+    assert idle_ranks(Config(prompts_per_step=4), 4) == []
+    [told] = idle_ranks(Config(prompts_per_step=4), 6)
     assert told.startswith("prompts_per_step=4 with 6 ranks: in each step 2 sample nothing")
