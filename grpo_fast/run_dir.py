@@ -49,7 +49,9 @@ def run_of(path: Path) -> Path | None:
     """The run that a directory is, or is a checkpoint of; ``None`` for anything else."""
     if not path.is_dir():
         return None
-    return next((place for place in (path, path.absolute().parent) if (place / CONFIG_FILE).is_file()), None)
+    whole = path.absolute()
+    places = (path, whole.parent) if whole.name.startswith("checkpoint-") else (path,)  # a merged model may lie there too
+    return next((place for place in places if (place / CONFIG_FILE).is_file()), None)
 
 
 def no_run(path: Path) -> str:

@@ -15,6 +15,12 @@ _MAX_CHARACTERS = 1000
 _LARGEST = 3.4028234663852886e38
 """Of float32, in which rewards become advantages."""
 
+_HINTS = {
+    "answer": "; answers in a column of another name: set answer_column",
+    "environments": "; environments are there with tools or an environment_factory",
+}
+"""What to do about arguments that are missing."""
+
 
 def name_of(function: Callable[..., Any]) -> str:
     """The ``__name__`` of what is called in the end, or of its class."""
@@ -85,8 +91,8 @@ def accepted_arguments(
             near = difflib.get_close_matches(parameter.name, arguments, n=1)
             raise LookupError(
                 f"needs a dataset column {parameter.name!r}; the dataset has {', '.join(columns) or 'no column but the prompt'}"
-                + (f"; did you mean {near[0]!r}?" if near else "")
-                + ("; answers in a column of another name: set answer_column" if parameter.name == "answer" else "")
+                + (f"; did you mean {near[0]!r}?" if near and parameter.name != "environments" else "")
+                + _HINTS.get(parameter.name, "")
             )
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return dict(arguments)

@@ -95,6 +95,8 @@ def test_a_checkpoint_belongs_to_the_run_that_it_is_in(tmp_path: Path, monkeypat
     (run / CONFIG_FILE).touch()
     assert run_of(run) == run_of(run / "checkpoint-2") == run
     assert run_of(run / "checkpoint-3") is None
+    (run / "merged").mkdir()
+    assert run_of(run / "merged") is None, "a model that was exported to there is no checkpoint"
     assert run_of(tmp_path) is None
     monkeypatch.chdir(run)
     assert run_of(Path("checkpoint-2")) == run

@@ -191,7 +191,7 @@ def _called(reward: RewardFunction, arguments: Mapping[str, Any], log: _Log) -> 
 
 def _accepted(reward: RewardFunction, arguments: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        return accepted_arguments(reward.function, arguments, always=GIVEN)
+        return accepted_arguments(reward.function, arguments, always=(*GIVEN, "environments"))
     except LookupError as error:
         raise InvalidRewardError(str(error)) from None
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from grpo_fast.config import Config, ConfigError
+from grpo_fast.rewards import names_model
 from grpo_fast.run_dir import CONFIG_FILE, LOCK_FILE, empty_run, is_cut_short
 
 _log = logging.getLogger(__name__)
@@ -85,11 +86,12 @@ class Claim:
             ("base model", base),
             ("dataset", config.dataset.removeprefix("gsm8k:")),
             ("forecast_prior", config.forecast_prior),
+            *(("reward model", spec) for spec in config.reward_funcs if names_model(spec)),
         ]
         for name in ("train_dataset", "eval_dataset"):  # a datasets.Dataset tells its files
             sources += [(name, file["filename"]) for file in getattr(given.get(name), "cache_files", ())]
         for name, place in sources if self._replaces_run else ():
-            if place and Path(place).exists() and run in (found := Path(place).resolve(), *found.parents):
+            if place and (path := Path(place).expanduser()).exists() and run in (found := path.resolve(), *found.parents):
                 raise ConfigError(
                     f"overwrite would delete {self._run}, where this run's {name} is ({place}); name another output_dir, or "
                     "move that out of it first"

@@ -149,6 +149,10 @@ def test_a_missing_column_is_named() -> None:
         match="no column but the prompt; answers in a column of another name: set answer_column",
     ):
         call(resolve_reward("accuracy").function, bare)
+    with pytest.raises(InvalidRewardError, match="; environments are there with tools or an environment_factory"):
+        call(lambda environments: [0.0])
+    with pytest.raises(InvalidRewardError, match=r"'judge' needs a dataset column 'page'; the dataset has answer$"):
+        check_columns(RewardFunction("judge", lambda environments, page: [0.0]), ["answer", "environments"])
 
 
 @pytest.mark.parametrize(

@@ -223,6 +223,7 @@ def test_a_place_that_cannot_be_written_is_told_before_anything_is_loaded(
         ({"dataset": "rows.jsonl"}, "dataset"),
         ({"dataset": "gsm8k:checkpoint-1"}, "dataset"),
         ({"forecast_prior": "prior.json"}, "forecast_prior"),
+        ({"reward_funcs": "checkpoint-1"}, "reward model"),
         ({"train_dataset": "rows.arrow"}, "train_dataset"),
         ({"eval_dataset": "rows.arrow"}, "eval_dataset"),
     ],
@@ -238,7 +239,7 @@ def test_a_run_is_not_replaced_by_one_that_begins_from_it(
     (field, value), *_ = inside.items()
     place = value.replace(Path(value.removeprefix("gsm8k:")).name, str(run / value.removeprefix("gsm8k:")))
     given = {field: SimpleNamespace(cache_files=[{"filename": place}])} if field.endswith("_dataset") else {}
-    settings = {} if given or field == "base" else {field: place}
+    settings: dict[str, Any] = {} if given or field == "base" else {field: (place,) if field == "reward_funcs" else place}
     claim = Claim(tiny_config(**settings, output_dir=link, overwrite=True))
     claim.stake(resume=False)
     with pytest.raises(ConfigError, match=rf"overwrite would delete {link}, where this run's {named} is \({run}/"):
