@@ -88,7 +88,7 @@ def find_start(config: Config, source: str, *, local_files_only: bool) -> Adapte
     Raises:
         ConfigError: adapters of a kind that is not trained here, damaged, or of an unknown base.
     """
-    get = _reader(source, config.revision, local_files_only=local_files_only)
+    get = reader(source, config.revision, local_files_only=local_files_only)
     settings = None if get("config.json") else get(SETTINGS_FILE)
     if settings is None:
         if config.base_model is not None:
@@ -137,8 +137,8 @@ def _read(file: Path, told: str) -> dict[str, Any]:
     return found
 
 
-def _reader(source: str, revision: str | None, *, local_files_only: bool) -> Callable[[str], Path | None]:
-    """Gives a file of a directory or of the hub, by its name; ``None`` where it is not there."""
+def reader(source: str, revision: str | None, *, local_files_only: bool) -> Callable[[str], Path | None]:
+    """What gives a file of a directory or of the hub, by its name; ``None`` where it is not there."""
 
     def get(name: str) -> Path | None:
         if Path(source).is_dir():

@@ -236,12 +236,12 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
         check_episodes(data, prompts, replies)
         if "engine" not in given:
             world.patiently(lambda: wait_for_servers(config))  # it may take minutes: after all that is cheap to check
-        whole = world.each(source.load)
-        shape, num_parameters = ModelShape.from_model(whole.model), count_parameters(whole.model)  # before it is spread
+        outline = source.outline()
+        shape, num_parameters = ModelShape.from_model(outline), count_parameters(outline)
         streams = world.size > 1 and "engine" not in given and streams_weights(config)
-        policy = whole if world.size == 1 else spread(source, whole, config=config, world=world, streams=streams)
+        policy, read = (source.load(),) * 2 if world.size == 1 else spread(source, config=config, world=world, streams=streams)
         longest = max(prompts.longest, eval_prompts.longest)
-        engine = _share_engine(config, policy if streams else whole, longest, given=given.get("engine"), world=world)
+        engine = _share_engine(config, read, longest, given=given.get("engine"), world=world)
         on_error.callback(engine.close)
         facts = device_facts("cpu" if policy.device.type == "cpu" else "cuda")
         parts = Parts(

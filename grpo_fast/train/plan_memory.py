@@ -137,7 +137,7 @@ class MemoryPlanner:
         if waiting:
             host["activations"] = waiting
         if self._num_parts(config) > 1 and not streams_weights(config):
-            lasting["whole weights to sample from"] = sizes.whole_bytes(config)
+            lasting["whole weights to sample from"] = sizes.frozen_copy_bytes(config)
         return MemoryPlan(lasting, {"sampling": sampling, **training}, self._inputs.room_bytes, host)
 
     def _training(self, outline: PreTrainedModel, config: Config, sizes: ModelSizes) -> tuple[dict[str, dict[str, int]], int]:
@@ -229,12 +229,13 @@ class MemoryPlanner:
         """Bytes by part that stay on the device, and in the host's memory."""
         parts = self._num_parts(config)
         of_optimiser, host = moments(config, sizes, parts=parts)
+        of_adapters = self._inputs.begins_from_adapters and parts > 1
+        reference = sizes.reference_bytes(config, of_adapters=of_adapters, in_parts=parts > 1)
         return {
             "process and libraries": _CONTEXT_BYTES[self._inputs.kind],
             "weights that are trained": sizes.trained * weight_bytes(config) // parts,
             "frozen weights": sizes.frozen_bytes // parts,
-            "reference policy": sizes.reference_bytes(config, of_adapters=self._inputs.begins_from_adapters and parts > 1)
-            // parts,
+            "reference policy": reference // parts,
             "reward models": self._reward_models,
             "optimiser": of_optimiser,
         }, host

@@ -112,16 +112,17 @@ class ModelSizes:
         """Weights that go to vLLM as they are, not as adapters."""
         return self.total - self.trained if config.use_peft else self.total
 
-    def reference_bytes(self, config: Config, *, of_adapters: bool) -> int:
+    def reference_bytes(self, config: Config, *, of_adapters: bool, in_parts: bool) -> int:
         """A reference policy of its own: none without KL, nor where adapters are switched off or put back for it.
 
         Args:
             config: the run's.
             of_adapters: whether the run begins from adapters that are sharded, which cannot be put back.
+            in_parts: whether devices share it.
         """
         if config.beta == 0 or (config.use_peft and not of_adapters):
             return 0
-        return self.whole_bytes(config) if config.use_peft else self.total * weight_bytes(config)
+        return self.frozen_copy_bytes(config) if config.use_peft or in_parts else self.total * weight_bytes(config)
 
     @property
     def multiplies_as_float32(self) -> bool:
@@ -136,6 +137,10 @@ class ModelSizes:
     def whole_bytes(self, config: Config) -> int:
         """All weights, of the types that they are kept in."""
         return self.frozen_bytes + weight_bytes(config) * self.trained
+
+    def frozen_copy_bytes(self, config: Config) -> int:
+        """All weights of a copy beside shards that is not trained: of the type of computation, adapters in float32."""
+        return self.whole_bytes(config) if config.use_peft else self.total * self.operand_itemsize
 
 
 def _inner_width(text_config: Any) -> int:

@@ -27,6 +27,7 @@ from grpo_fast.train.distributed import World
 from grpo_fast.train.head_part import Head
 from grpo_fast.train.offload import HostActivations
 from grpo_fast.train.packed_model import let_pack, let_pad, model_inputs, takes_shared_prompts
+from grpo_fast.train.stored_weights import is_hollow
 from grpo_fast.train.streaming import Once
 from grpo_fast.types import TokenBatch
 
@@ -80,7 +81,8 @@ class Policy:
     Weights that are trained are held in float32, unless the configuration says otherwise; on a GPU forward passes run in
     bfloat16 under autocast, products of the head too, so that updates smaller than half a bfloat16 ulp (most, at learning rates
     of RL) are not lost. With ``adapters`` only those are trained and saved; they are layers inside ``model``, which otherwise
-    stays what it is. ``padding_free`` packs micro-batches into one row; ``None`` does so if the model supports it.
+    stays what it is. ``padding_free`` packs micro-batches into one row; ``None`` does so if the model supports it. The model is
+    tried out at once, or, if its weights are still to come (:func:`~.stored_weights.is_hollow`), by :meth:`try_out`.
     """
 
     def __init__(
@@ -102,9 +104,21 @@ class Policy:
         self._checkpointing = checkpointing is not None
         self._head = replace(_find_head(model), operand_dtype=autocast_dtype)
         self._waiting = HostActivations(self.device) if checkpointing == "offload" else None
-        self._check_head()
-        self.layout: Layout = "padded" if padding_free is False else self._try_packing(required=padding_free is True)
+        self._padding_free = padding_free
+        self.layout: Layout = "padded"
         """Layout that micro-batches must have."""
+        if not is_hollow(self._head.weight):
+            self.try_out()
+
+    def try_out(self) -> None:
+        """Finds out how the model computes logits, and whether it takes packed sequences.
+
+        Raises:
+            ConfigError: its logits are not the head's, or it does not take what it must.
+        """
+        self._check_head()
+        if self._padding_free is not False:
+            self.layout = self._try_packing(required=self._padding_free is True)
 
     @property
     def device(self) -> torch.device:
@@ -179,15 +193,24 @@ class Policy:
             for name, value in saved.named_parameters():
                 own[name].copy_(value)
 
+    def _model_logits(self, **inputs: torch.Tensor) -> torch.Tensor:
+        """Logits [B, S, V] as the model itself computes them."""
+        with self.autocast():
+            logits: torch.Tensor = self.model(**inputs, use_cache=False).logits
+        return logits
+
+    def _plain_head(self) -> LMHead:
+        """The head of whole weights."""
+        return self._head
+
     @torch.no_grad()
     def _check_head(self) -> None:
         tokens = torch.arange(min(8, self._head.weight.shape[0]), device=self.device)[None]
         mask = torch.ones_like(tokens)
-        with self.autocast():
-            logits = self.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits[0].float()
+        logits = self._model_logits(input_ids=tokens, attention_mask=mask)[0].float()
         expected = logits.log_softmax(-1)[:-1].gather(1, tokens[0, 1:, None])[:, 0]
         hidden = self._hidden_states(input_ids=tokens, attention_mask=mask)[0, :-1]
-        found = token_logprob(hidden, self._head, targets=tokens[0, 1:], want_entropy=False)[0]
+        found = token_logprob(hidden, self._plain_head(), targets=tokens[0, 1:], want_entropy=False)[0]
         error = (expected - found).abs().max().item()
         if not error <= (_PROBE_TOLERANCE if self.autocast_dtype is None else _PROBE_TOLERANCE_BF16):
             raise ConfigError(

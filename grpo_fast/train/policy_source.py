@@ -24,7 +24,7 @@ from grpo_fast.device import device_facts
 from grpo_fast.hub import READ_ERRORS, WHERE_MODELS_ARE, Place, why_unread
 from grpo_fast.ops.products import use_products
 from grpo_fast.run_dir import CONFIG_FILE
-from grpo_fast.train.adapter_start import AdapterStart, find_start
+from grpo_fast.train.adapter_start import AdapterStart, find_start, reader
 from grpo_fast.train.adapters import SETTINGS_FILE, Adapters
 from grpo_fast.train.checkpointing import checkpoint_layers
 from grpo_fast.train.compiled import compile_layers, require_compiler
@@ -37,6 +37,7 @@ from grpo_fast.train.quantised import (
     require_bitsandbytes,
     tell_what_is_left,
 )
+from grpo_fast.train.stored_weights import NotInPartsError, StoredWeights, hollow_model
 from grpo_fast.train.text_part import freeze_beside_text
 
 _log = logging.getLogger(__name__)
@@ -141,17 +142,16 @@ class PolicySource:
         """
         return outline_of(self.model_config, self.config, start=None if self._start is None else self._start.directory)
 
-    def load(self) -> Policy:
+    def load(self, *, trained: bool = True) -> Policy:
         """Reads the weights.
+
+        Args:
+            trained: whether the policy will be; one that is not has weights of the type that it computes in.
 
         Raises:
             ConfigError: they cannot be read, or the model computes its logits in a way the head does not describe.
         """
-        config = self.config
-        wants_bf16 = self._computes_in_bfloat16
-        # a frozen weight has no update that bfloat16 could lose
-        short = config.use_peft or config.weights_dtype == "bfloat16"
-        dtype = torch.bfloat16 if wants_bf16 and short else torch.float32
+        config, dtype = self.config, self._dtype(trained=trained)
         quantised = loading_arguments(config, dtype=dtype, device=self._device) if config.load_in_4bit else {}
         attention = attention_arguments(config, self.model_config)
         cached = self._place.unreached is not None
@@ -160,6 +160,39 @@ class PolicySource:
         if quantised:
             keep_as_loaded(model)
             tell_what_is_left(model)
+        return self._policy(model)
+
+    def load_hollow(self, *, trained: bool = True) -> tuple[Policy, StoredWeights]:
+        """The policy without its weights, and where each rank finds its part of them; adapters are there.
+
+        Args:
+            trained: as of :meth:`load`.
+
+        Raises:
+            NotInPartsError: weights have to be read as a whole.
+            ConfigError: as :meth:`load`.
+        """
+        if self.config.load_in_4bit:
+            raise NotInPartsError("load_in_4bit makes four bits of whole weights")
+        told = {"dtype": self._dtype(trained=trained), "trust_remote_code": self.config.trust_remote_code}
+        model = hollow_model(
+            self.model_config,
+            self._device,
+            arguments=told | attention_arguments(self.config, self.model_config),
+            place={name: value for name, value in self._arguments.items() if name != "trust_remote_code"},
+        )
+        get = reader(self.directory, self._arguments["revision"], local_files_only=self._place.unreached is not None)
+        stored = StoredWeights(model, get)
+        return self._policy(model), stored
+
+    def _dtype(self, *, trained: bool) -> torch.dtype:
+        # a frozen weight has no update that bfloat16 could lose
+        short = not trained or self.config.use_peft or self.config.weights_dtype == "bfloat16"
+        return torch.bfloat16 if self._computes_in_bfloat16 and short else torch.float32
+
+    def _policy(self, model: Any) -> Policy:
+        """The policy of a model as transformers gives it."""
+        config = self.config
         if config.use_liger_kernel:
             use_liger_kernels(model)
         _disable_dropout(model)
@@ -176,7 +209,7 @@ class PolicySource:
         policy = Policy(
             model.to(self._device),
             self.tokenizer,
-            autocast_dtype=torch.bfloat16 if wants_bf16 else None,
+            autocast_dtype=torch.bfloat16 if self._computes_in_bfloat16 else None,
             checkpointing=config.gradient_checkpointing_mode if config.gradient_checkpointing else None,
             adapters=adapters,
             padding_free=config.padding_free,

@@ -25,7 +25,7 @@ from grpo_fast.train.distributed import World
 from grpo_fast.train.head_part import Head
 from grpo_fast.train.policy import BasePolicy, Policy, Scorer
 from grpo_fast.train.policy_source import PolicySource
-from grpo_fast.train.sharding import ShardedPolicy, in_one_line
+from grpo_fast.train.sharding import ShardedPolicy, in_one_line, load_sharded
 from grpo_fast.types import TokenBatch
 
 
@@ -102,9 +102,10 @@ def build_reference(source: PolicySource, policy: Policy, *, config: Config, wor
     """The reference of a policy that has just been loaded from ``source``; one that follows becomes the policy's follower."""
     if policy.adapters is not None and not (policy.adapters.begun and policy.sums_gradients):
         return BasePolicy(policy, policy.adapters)
-    reference = source.load()
     if policy.sums_gradients:
-        reference = ShardedPolicy(reference, None, config=config, world=world)
+        reference: Policy = load_sharded(source, None, config=config, world=world, trained=config.sync_ref_model)
+    else:
+        reference = source.load()
     if not config.sync_ref_model:
         return reference
     moving = MovingReference(reference, policy, alpha=config.ref_model_mixup_alpha, steps=config.ref_model_sync_steps)

@@ -7,20 +7,23 @@ place. Where the head is also the embedding, both gradients meet in the shard.
 
 Gradients are sums over the ranks, not means: every normaliser is of the whole step already.
 
-Engines and saved models need whole weights. Servers get them from the shards, a layer at a time
-(:mod:`~grpo_fast.train.streaming`), and so do files then. For engines in the ranks' own processes a mirror is kept on the ranks
-that sample and on rank 0: after each update those weights of it that are trained are renewed, a tensor at a time.
+A model is not loaded whole to be sharded: each unit is made, cut, and let go of, and each rank reads its own rows of the files
+(:mod:`~grpo_fast.train.stored_weights`). What cannot be read so is loaded whole by every rank first.
+
+Engines and saved models need whole weights. Servers and files get them from the shards, a layer at a time
+(:mod:`~grpo_fast.train.streaming`). For engines in the ranks' own processes a mirror is kept on the ranks that sample, in the
+type that it computes in: after each update those weights of it that are trained are renewed, a tensor at a time.
 
 A frozen base is sharded as trained weights are, and neither has gradients nor is it sent again; of one in four bits the scales
 stay whole, and it goes to servers in its bytes until it is read. Adapters are sharded with the layer that they belong to.
 
-Not covered: models that one device cannot hold even once (every rank reads all weights before it keeps its part), the
-optimisers of bitsandbytes, tensor parallelism but for the head.
+Not covered: the optimisers of bitsandbytes, tensor parallelism but for the head.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -39,15 +42,20 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 from grpo_fast.config import Config, ConfigError
+from grpo_fast.ops import LMHead
 from grpo_fast.rollout.whole_weights import gather, whole_weights
+from grpo_fast.train.adapter_start import reader
 from grpo_fast.train.distributed import World
 from grpo_fast.train.head_part import Head, HeadPart, first_token_of
 from grpo_fast.train.optim import load_state
 from grpo_fast.train.policy import Policy
 from grpo_fast.train.policy_source import PolicySource, pick_device
 from grpo_fast.train.quantised import give_shards_scales, make_shardable
+from grpo_fast.train.stored_weights import NotInPartsError, StoredWeights, give_memory
 from grpo_fast.train.streaming import Once, StreamedModel
 from grpo_fast.types import TrainingError
+
+_log = logging.getLogger(__name__)
 
 
 def check_sharding(config: Config) -> None:
@@ -86,21 +94,33 @@ class ShardedPolicy(Policy):
     """Takes over a policy, and spreads it.
 
     Args:
-        policy: whole, the same on every rank; not to be used afterwards.
+        policy: whole, or without its weights, the same on every rank; not to be used afterwards.
         mirror: another one with the same weights, to be kept whole; ``None`` where this rank needs none.
         config: how to shard.
         world: over whom.
-        streams: whether whole weights are read from the shards; no rank has a mirror then.
+        streams: whether engines read whole weights from the shards; no rank has a mirror then.
+        stored: the weights of a policy without them.
     """
 
-    def __init__(self, policy: Policy, mirror: Policy | None, *, config: Config, world: World, streams: bool = False) -> None:
-        vars(self).update(vars(policy))  # its checks are done, and would run the model
+    def __init__(
+        self,
+        policy: Policy,
+        mirror: Policy | None,
+        *,
+        config: Config,
+        world: World,
+        streams: bool = False,
+        stored: StoredWeights | None = None,
+    ) -> None:
+        vars(self).update(vars(policy))  # a whole one's checks are done, and would run the model
         self._mirror = mirror
         self._device = policy.device
         self._mesh = _mesh(config, world, policy.device)
         if config.load_in_4bit:
             make_shardable(self.model)
         self._units = self._shard(config)
+        if stored is not None:
+            stored.fill(self.model)
         trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
         self._shards = cast("dict[str, DTensor]", trained)
         head = self.model.get_output_embeddings()
@@ -108,11 +128,9 @@ class ShardedPolicy(Policy):
         self._head_part = self._place_head() if config.fsdp_parallel_head else None
         if config.load_in_4bit and streams:
             give_shards_scales(self.model)
-        self._streamed = (
-            StreamedModel(self.model, units=cast("list[torch.nn.Module]", self._units), logits=self._logits, world=world)
-            if streams
-            else None
-        )
+        units = cast("list[torch.nn.Module]", self._units)
+        self._streams = streams
+        self._streamed = StreamedModel(self.model, units=units, logits=self._logits, world=world)
 
     @property
     def device(self) -> torch.device:
@@ -134,6 +152,7 @@ class ShardedPolicy(Policy):
         layers = [module for module in model.base_model.modules() if type(module).__name__ in (model._no_split_modules or ())]
         units: list[Any] = [*layers, model.base_model, *([] if tied else [model.get_output_embeddings()])]
         for module in units:
+            give_memory(module.parameters())  # what an inner unit has is in parts by now
             fully_shard(
                 module,
                 mesh=self._mesh,
@@ -197,19 +216,20 @@ class ShardedPolicy(Policy):
 
         Where weights are streamed, it is the model that they are read from, inside :meth:`reading`.
         """
-        if self._streamed is not None:
+        if self._streams:
             return self._streamed
+        short = None if self.adapters is not None else self.autocast_dtype  # the mirror's; adapters are float32 in it
         with torch.no_grad():
             mirrored = {} if self._mirror is None else dict(self._mirror.model.named_parameters())
             for name, shard in self._shards.items():
-                whole = gather(shard)
+                whole = gather(shard, short)
                 if mirrored:
                     mirrored[name].copy_(whole)
         return self.model if self._mirror is None else self._mirror.model
 
     def reading(self, world: World) -> Once:
         """The means by which rank 0 reads whole weights; see :meth:`Policy.reading`."""
-        return self._streamed or world
+        return self._streamed
 
     def _logits(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         self.reshard()
@@ -222,11 +242,7 @@ class ShardedPolicy(Policy):
         return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
     def save(self, directory: Path) -> None:
-        """Writes the mirror, or what rank 0 gathers in host memory; see :meth:`Policy.save`."""
-        if self._streamed is None:
-            assert self._mirror is not None
-            self._mirror.save(directory)
-            return
+        """Writes what rank 0 gathers in host memory; see :meth:`Policy.save`."""
         held = {name: value for name, value in self.model.state_dict().items() if not isinstance(value, DTensor)}
         wanted = [name for name, _ in self._streamed.named_parameters() if self.adapters is None or ".lora_" in name]
         held |= {name: weight.cpu() for name, weight in whole_weights(self._streamed, wanted)}
@@ -238,10 +254,35 @@ class ShardedPolicy(Policy):
         if self.adapters is not None:
             self.adapters.load(directory, part=_shard_like)
             return
-        saved = type(self.model).from_pretrained(directory, dtype=torch.float32)
-        with torch.no_grad():
-            for name, value in saved.named_parameters():
-                self._shards[name].copy_(_shard_like(self._shards[name], value))
+        try:
+            StoredWeights(self.model, reader(str(directory), None, local_files_only=True)).fill(self.model)
+        except NotInPartsError as error:
+            _log.info("every rank reads all of %s, because %s", directory, error)
+            saved = type(self.model).from_pretrained(directory, dtype=torch.float32)
+            with torch.no_grad():
+                for name, value in saved.named_parameters():
+                    self._shards[name].copy_(_shard_like(self._shards[name], value))
+
+    def try_out(self) -> None:
+        """Finds out what a whole policy has found out already; every rank has to ask for it."""
+        super().try_out()
+        self.reshard()
+
+    def _model_logits(self, **inputs: torch.Tensor) -> torch.Tensor:
+        layer = self.model.get_output_embeddings()
+        if isinstance(layer, FSDPModule):  # which gathers its own weight
+            return super()._model_logits(**inputs)
+        shard = layer.weight
+        layer.weight = torch.nn.Parameter(gather(shard), requires_grad=False)
+        try:
+            return super()._model_logits(**inputs)
+        finally:
+            layer.weight = shard
+
+    def _plain_head(self) -> LMHead:
+        self.reshard()
+        weight, bias = self._head.weight, self._head.bias
+        return replace(self._head, weight=gather(weight), bias=None if bias is None else gather(bias))
 
     def reshard(self) -> None:
         """Lets go of what forward passes have left gathered, which no later update would reach."""
@@ -249,22 +290,67 @@ class ShardedPolicy(Policy):
             unit.reshard()
 
 
-def spread(source: PolicySource, whole: Policy, *, config: Config, world: World, streams: bool = False) -> Policy:
-    """The policy to train: ``whole`` itself, or a sharded one, which is made of ``whole`` or, where needed, mirrored by it.
+def spread(source: PolicySource, *, config: Config, world: World, streams: bool = False) -> tuple[Policy, Policy]:
+    """Loads the policy to train, and the one that this rank's engine reads: the same, or a whole mirror of shards.
 
     Args:
-        source: of another one, beside a mirror.
-        whole: as loaded.
+        source: of both.
         config: of the run.
         world: its ranks.
-        streams: whether whole weights are read from the shards alone.
+        streams: whether engines read whole weights from the shards alone.
     """
     if config.fsdp == "no_shard":
-        return whole
-    if streams or (config.rollout != "transformers" and not world.is_main):
-        return ShardedPolicy(whole, None, config=config, world=world, streams=streams)
-    whole.model.requires_grad_(False)
-    return ShardedPolicy(source.load(), whole, config=config, world=world)
+        whole = world.each(source.load)
+        return whole, whole
+    mirrored = not streams and (config.rollout == "transformers" or world.is_main)
+    mirror = world.each(lambda: _load_mirror(source) if mirrored else None)
+    policy = load_sharded(source, mirror, config=config, world=world, streams=streams)
+    return policy, mirror or policy
+
+
+def _load_mirror(source: PolicySource) -> Policy:
+    """A whole policy, read a weight at a time if possible, so that none of the ranks of a host has a copy there on the way."""
+    try:
+        mirror, stored = source.load_hollow(trained=False)
+    except NotInPartsError:
+        mirror = source.load(trained=False)
+    else:
+        give_memory(mirror.model.parameters())
+        stored.fill(mirror.model)
+        mirror.try_out()
+    mirror.model.requires_grad_(False)
+    return mirror
+
+
+def load_sharded(
+    source: PolicySource,
+    mirror: Policy | None,
+    *,
+    config: Config,
+    world: World,
+    streams: bool = False,
+    trained: bool = True,
+) -> ShardedPolicy:
+    """Loads a policy in parts: each rank its own, where the files allow that, else the whole one first.
+
+    Args:
+        source: of the policy.
+        mirror: see :class:`ShardedPolicy`.
+        config: how to shard.
+        world: over whom.
+        streams: see :class:`ShardedPolicy`.
+        trained: whether it will be; else its weights have the type in which they are gathered anyway.
+    """
+    try:
+        hollow, stored = world.each(lambda: source.load_hollow(trained=trained))
+    except NotInPartsError as error:
+        if world.is_main:
+            _log.warning("every rank reads the whole model before it keeps its part, because %s", error)
+        whole = world.each(lambda: source.load(trained=trained))
+        return ShardedPolicy(whole, mirror, config=config, world=world, streams=streams)
+    policy = ShardedPolicy(hollow, mirror, config=config, world=world, streams=streams, stored=stored)
+    policy.try_out()
+    return policy
 
 
 class ShardsError(TrainingError):

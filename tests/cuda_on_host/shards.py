@@ -54,7 +54,7 @@ def sharded(device: Device, settings: dict[str, Any]) -> dict[str, Any]:
 
     config = Config.parse(settings)
     source = PolicySource(config)
-    policy = spread(source, source.load(), config=config, world=World(0, 1))
+    policy, _ = spread(source, config=config, world=World(0, 1))
     device.waits.clear()
     metrics = updated(policy, config)
     in_head = "/gathered_token_logprob/"

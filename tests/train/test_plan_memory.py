@@ -127,7 +127,10 @@ def test_shards_divide_what_lasts() -> None:
     assert shared.lasting["optimiser"] == whole.lasting["optimiser"] // 4
     assert shared.phases["updating weights"]["gradients"] == whole.phases["updating weights"]["gradients"] // 4
     assert "whole weights to sample from" not in whole.lasting
-    assert shared.lasting["whole weights to sample from"] == 4 * num_weights(SMALL)
+    for dtype, size in (("auto", 2), ("float32", 4)):
+        found = planner(SMALL, Config(fsdp="full_shard", dtype=dtype, beta=0.1), num_devices=4).plan()
+        assert found.lasting["whole weights to sample from"] == size * num_weights(SMALL)
+        assert found.lasting["reference policy"] == size * num_weights(SMALL) // 4
     assert planner(SMALL, Config(), num_devices=4).plan().lasting["optimiser"] == whole.lasting["optimiser"]
     servers = {"rollout": "vllm-http", "vllm_server_urls": ("http://127.0.0.1:8000",)}
     streamed = planner(SMALL, Config(fsdp="full_shard", **servers), num_devices=4).plan()

@@ -14,6 +14,7 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -205,7 +206,7 @@ def test_saved_weights_come_back_bit_by_bit(world: World, make_policy: Callable[
         for parameter in policy.model.parameters():
             parameter.mul_(1.7)
     expected = {name: value.clone() for name, value in policy.whole_model().named_parameters()}
-    policy.save(tmp_path)
+    policy.reading(world).once(lambda: policy.save(tmp_path))
     other = ShardedPolicy(make_policy(), make_policy(), config=settings(), world=world)
     other.load_weights(tmp_path)
     assert all(torch.equal(value, expected[name]) for name, value in other.whole_model().named_parameters())
@@ -237,28 +238,62 @@ def test_shards_of_a_gpu_may_lie_in_the_hosts_memory(tiny_model: Path, tmp_path:
         assert run["squared"] == pytest.approx(squared(whole.model), rel=1e-6), kind
 
 
-def test_what_is_not_sharded_stays_as_it_is(tiny_model: Path, tiny_policy: MakePolicy) -> None:
+def test_what_is_not_sharded_stays_as_it_is(world: World, tiny_model: Path) -> None:
     config = settings(fsdp="no_shard", model=str(tiny_model))
-    whole = tiny_policy()
-    assert spread(PolicySource(config), whole, config=config, world=World(0, 2)) is whole
+    whole, read = spread(PolicySource(config), config=config, world=world)
+    assert read is whole
     assert not whole.sums_gradients
     assert whole.whole_model() is whole.model
 
 
 @pytest.mark.parametrize("streams", [True, False])
-def test_a_model_is_read_again_for_a_mirror_alone(streams: bool, world: World, tiny_model: Path) -> None:
+def test_no_model_is_loaded_whole_but_a_mirror(
+    streams: bool, world: World, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = settings(model=str(tiny_model), rollout="transformers")
-    whole = PolicySource(config).load()
-    before = {name: value.detach().clone() for name, value in whole.model.named_parameters()}
-    policy = spread(PolicySource(config), whole, config=config, world=world, streams=streams)
-    assert (policy.model is whole.model) == streams
+    source = PolicySource(config)
+    before = {name: value.detach().clone() for name, value in source.load().model.named_parameters()}
+    monkeypatch.setattr(source, "load", None)
+    policy, read = spread(source, config=config, world=world, streams=streams)
+    assert (read is policy) == streams
     for name, value in policy.model.named_parameters():
         assert isinstance(value, DTensor)
         assert value.requires_grad
         assert torch.equal(value.full_tensor(), before[name])
     if not streams:
-        assert policy.whole_model() is whole.model
-        assert not any(value.requires_grad or isinstance(value, DTensor) for value in whole.model.parameters())
+        assert all(torch.equal(value, before[name]) for name, value in read.model.named_parameters())
+        assert not any(value.requires_grad or isinstance(value, DTensor) for value in read.model.parameters())
+        assert policy.whole_model() is read.model
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_reference_in_the_type_of_computation_scores_as_the_policy_does(
+    dtype: str, world: World, tiny_model: Path, groups: list[Group]
+) -> None:
+    config = settings(model=str(tiny_model), rollout="transformers", dtype=dtype, beta=0.1)
+    source = PolicySource(config)
+    policy, _ = spread(source, config=config, world=world)
+    reference = cast("Policy", _reference(source, policy, config=config, world=world))
+    assert {value.dtype for value in reference.model.parameters()} == {getattr(torch, dtype)}
+    assert {value.dtype for value in policy.model.parameters()} == {torch.float32}
+    assert Bench(policy, config, reference).update(groups).metrics["kl"] == 0.0
+
+
+def test_a_mirror_has_the_type_that_it_computes_in_and_files_that_of_the_shards(
+    world: World, tiny_model: Path, tmp_path: Path
+) -> None:
+    config = settings(model=str(tiny_model), rollout="transformers", dtype="bfloat16")
+    policy, read = spread(PolicySource(config), config=config, world=world)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.add_(1e-3)
+    true = {name: value.full_tensor() for name, value in cast("Any", policy.model).named_parameters()}
+    for name, value in policy.whole_model().named_parameters():
+        assert torch.equal(value, true[name].bfloat16())
+    assert read.model is policy.whole_model()
+    policy.reading(world).once(lambda: policy.save(tmp_path))
+    saved = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(saved[name], value) and value.dtype == torch.float32 for name, value in true.items())
 
 
 @pytest.mark.parametrize("fsdp", ["full_shard", "shard_grad_op"])
@@ -274,7 +309,7 @@ def test_the_reference_of_saved_adapters_is_what_they_were(
     saved.save(tmp_path)
     config = settings(model=str(tmp_path), use_peft=True, beta=0.05, fsdp=fsdp)
     source = PolicySource(config)
-    policies = [source.load(), spread(source, source.load(), config=config, world=world)]
+    policies = [source.load(), spread(source, config=config, world=world)[0]]
     whole, sharded = (
         Bench(policy, config, cast("Policy", _reference(source, policy, config=config, world=world))) for policy in policies
     )
