@@ -141,7 +141,7 @@ class Config(BaseModel):
     """Engine that samples completions: the policy itself (``transformers``), vLLM in the trainer's process (``vllm``), or vLLM
     servers (``vllm-http``)."""
     vllm_server_urls: Annotated[tuple[str, ...], ONE_OR_SEVERAL, _ROLLOUT] = ()
-    """Servers of ``vllm-http``: ``http://127.0.0.1:8000``, which ``grpo-fast serve`` starts, or ``ssh://node2:8000`` elsewhere."""
+    """Servers of ``vllm-http``: ``http://127.0.0.1:8000``, as ``grpo-fast serve`` starts one, or ``ssh://node2:8000``."""
     vllm_server_timeout: Annotated[float, _ROLLOUT] = Field(240.0, ge=0)
     """Longest wait, in seconds, for those servers to be up when a run starts or resumes."""
     vllm_gpu_memory_utilization: Annotated[float, _ROLLOUT] = Field(0.3, gt=0, le=1)

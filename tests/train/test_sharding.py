@@ -22,9 +22,9 @@ from grpo_fast.config import Config, ConfigError
 from grpo_fast.metrics import PhaseTimer
 from grpo_fast.train.distributed import World
 from grpo_fast.train.optim import build_optimizer
-from grpo_fast.train.parts import _reference
 from grpo_fast.train.policy import Policy
 from grpo_fast.train.policy_source import PolicySource
+from grpo_fast.train.reference import build_reference
 from grpo_fast.train.sharding import (
     ShardedPolicy,
     check_sharding,
@@ -273,7 +273,7 @@ def test_a_reference_in_the_type_of_computation_scores_as_the_policy_does(
     config = settings(model=str(tiny_model), rollout="transformers", dtype=dtype, beta=0.1)
     source = PolicySource(config)
     policy, _ = spread(source, config=config, world=world)
-    reference = cast("Policy", _reference(source, policy, config=config, world=world))
+    reference = cast("Policy", build_reference(source, policy, config=config, world=world))
     assert {value.dtype for value in reference.model.parameters()} == {getattr(torch, dtype)}
     assert {value.dtype for value in policy.model.parameters()} == {torch.float32}
     assert Bench(policy, config, reference).update(groups).metrics["kl"] == 0.0
@@ -311,7 +311,8 @@ def test_the_reference_of_saved_adapters_is_what_they_were(
     source = PolicySource(config)
     policies = [source.load(), spread(source, config=config, world=world)[0]]
     whole, sharded = (
-        Bench(policy, config, cast("Policy", _reference(source, policy, config=config, world=world))) for policy in policies
+        Bench(policy, config, cast("Policy", build_reference(source, policy, config=config, world=world)))
+        for policy in policies
     )
     for step in range(3):
         found = sharded.update(groups).metrics
