@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
+import numpy as np
 
 from grpo_fast.tasks.encoded import token_ids_of
 from grpo_fast.tasks.task import Rows
@@ -14,6 +15,7 @@ from grpo_fast.types import Prompt
 
 _MANY = 0.1
 _SHOWN_CHARACTERS = 60
+_ALL_WHOLE = 2.0**53  # up to it float64 holds every whole number
 _MEDIA = tuple(getattr(datasets, name) for name in ("Image", "Audio", "Video") if hasattr(datasets, name))
 
 
@@ -84,6 +86,19 @@ def unseen(rows: Rows) -> list[str]:
         return []
     told = f"the columns {', '.join(map(repr, found))} hold" if len(found) > 1 else f"the column {found[0]!r} holds"
     return [f"{told} images, video or audio, which the model does not see: it is trained only on the text of the prompts"]
+
+
+def rounded(rows: Rows) -> list[str]:
+    """A remark on answers that were read as floats and are too large to have kept all digits, as JSON's large ints are."""
+    kind = rows.features.get("answer") if isinstance(rows, datasets.Dataset) else None
+    if not isinstance(rows, datasets.Dataset) or kind != datasets.Value("float64"):
+        return []
+    answers = rows.with_format("numpy", columns=["answer"])["answer"][:]
+    count = int((np.abs(answers) >= _ALL_WHOLE).sum())
+    if not count:
+        return []
+    told = f"{count} of {len(rows)} answers are numbers of 2**53 or more and were read as floats, which keep 16 digits of them"
+    return [f"{told}; if they have more, give the answers as text"]
 
 
 def _holds_media(kind: Any) -> bool:

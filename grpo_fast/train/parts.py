@@ -29,7 +29,7 @@ from grpo_fast.run_dir import CONFIG_FILE, write_whole
 from grpo_fast.sinks import JsonlSink, RunInfo, Sink, SinkSet, build_sinks
 from grpo_fast.tasks import PromptStream, Task
 from grpo_fast.tasks.encoded import EncodedPrompts
-from grpo_fast.tasks.remarks import few_held_out, plain_text, repeats, unseen
+from grpo_fast.tasks.remarks import few_held_out, plain_text, repeats, rounded, unseen
 from grpo_fast.tasks.replies import Replies
 from grpo_fast.train.claim import Claim
 from grpo_fast.train.data import (
@@ -125,6 +125,7 @@ class Parts:
             *repeats(prompts, held_out, prompts_per_step=config.prompts_per_step),
             *(plain_text(prompts.num_plain, len(prompts)) if self.policy.tokenizer.chat_template is not None else ()),
             *unseen(self.data.task.train),
+            *rounded(self.data.task.train),
             *unheard(self.data),
             *(idle_ranks(config, self.meter.num_devices) if config.rollout == "transformers" else ()),
             *few_held_out(asked, len(held_out), num_prompts=len(prompts)),
@@ -219,9 +220,8 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
     world.once(lambda: claim.spare(source.directory, given))
     if "engine" not in given:
         check_sampler(config, source)
-    ranks = {"num_devices": world.size, "devices_per_node": world.ranks_per_node}
-    begins = source.begins_from_adapters
-    world.each(lambda: check_room(source.model_config, source.config, begins_from_adapters=begins, **ranks))
+    place = {"devices_per_node": world.ranks_per_node, "begins_from_adapters": source.begins_from_adapters}
+    world.each(lambda: check_room(source.model_config, source.config, num_devices=world.size, **place))
     with contextlib.ExitStack() as on_error:
         environments = world.each(lambda: choose_environments(config, given, opened=on_error))
         replies = world.each(lambda: choose_replies(config, environments, source))

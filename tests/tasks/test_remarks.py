@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from datasets import Audio, Dataset, Features, Image, Sequence, Value
 
-from grpo_fast.tasks.remarks import few_held_out, plain_text, repeats, unseen
+from grpo_fast.tasks.remarks import few_held_out, plain_text, repeats, rounded, unseen
+from grpo_fast.tasks.tables import read_files
 from grpo_fast.types import Prompt
 
 
@@ -62,3 +65,17 @@ def test_fewer_held_out_prompts_than_were_asked_for_are_told() -> None:
     assert (
         few_held_out(40, 40, num_prompts=160) == few_held_out(0, 40, num_prompts=160) == few_held_out(9, 0, num_prompts=9) == []
     )
+
+
+def test_large_answers_of_a_json_file_are_told_to_have_lost_digits(tmp_path: Path) -> None:
+    def read(*answers: str) -> Dataset:
+        file = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+        file.write_text("".join(f'{{"answer": {answer}}}\n' for answer in answers), encoding="utf-8")
+        return read_files({"train": file}, split="train")
+
+    large = read("2", "null", "99999999999999999999")
+    assert large["answer"][2] != 99999999999999999999, "there is something to tell"
+    [told] = rounded(large)
+    assert told.startswith("1 of 3 answers are numbers of 2**53 or more")
+    assert rounded(read("2", "9007199254740993")) == rounded(read("2.5", "900719925474099")) == []
+    assert rounded(read('"99999999999999999999"')) == rounded([{"prompt": "p"}]) == []
