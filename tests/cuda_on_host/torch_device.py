@@ -111,8 +111,10 @@ class Device:
         from triton.runtime import interpreter
 
         from grpo_fast.ops import jit
+        from tests import quick_interpreter
 
         jit._INTERPRETED = False
+        quick_interpreter.install()
         run = interpreter.GridExecutor.__call__
 
         def given(value: Any) -> Any:
