@@ -62,10 +62,10 @@ def test_two_hundred_steps_learn_what_the_reference_learns(tmp_path: Path, embed
 
     found = curve(fused_grpo, config("fused"))
     expected = curve(fused_grpo_reference, config("reference"))
-    other = curve(fused_grpo_reference, config("other", seed=1))
+    other = curve(fused_grpo_reference, config("other", seed=1), num_steps=100)  # more would only widen its gap
     assert follow_each_other(found[:20], expected[:20])
     for name in ("reward", "entropy"):
-        assert largest_gap(found, expected, name) <= largest_gap(other, expected, name)
+        assert largest_gap(found, expected, name) <= largest_gap(other, expected[:100], name)
     assert statistics.mean(step["reward"] for step in expected[-20:]) > 0.9
     # the guard: rounded logits, an error of the size that public kernels have, would have been told
     rounded = curve(in_bfloat16, config("rounded"), num_steps=20)
