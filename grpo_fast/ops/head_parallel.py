@@ -21,6 +21,7 @@ Source: the vocabulary-parallel cross-entropy of Megatron-LM (arXiv 1909.08053, 
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -165,7 +166,7 @@ def parallel_token_logprob(
     Args:
         hidden: float [T, H], the same on every rank.
         head: this rank's part: weight [V/R, H] and bias [V/R], parts of any size, in the order of the ranks.
-        targets: int64 [T], tokens of the whole vocabulary.
+        targets: int64 [T], tokens of the whole vocabulary; one outside it gets NaN.
         first_token: token of the part's first row.
         group: over which the vocabulary is spread; torch's default group without one.
 
@@ -178,7 +179,7 @@ def parallel_token_logprob(
         TypeError: targets are not int64.
     """
     _check(hidden, head, targets, first_token)
-    return _of_every_row(hidden, head, targets, first_token, _Rows.of(hidden, head, group))
+    return _of_every_row(hidden, head, targets, first_token, _Rows.of(hidden, head, first_token, group))
 
 
 def _of_every_row(
@@ -188,7 +189,8 @@ def _of_every_row(
         found: tuple[torch.Tensor, torch.Tensor] = _ParallelLogprob.apply(  # type: ignore[no-untyped-call]
             hidden, head.weight, head.bias, targets, head, first_token, ranks
         )
-    return found
+    outside = (targets < 0) | (targets >= ranks.vocabulary)  # no rank's: each would take it for another's
+    return found[0].masked_fill(outside, math.nan), found[1].masked_fill(outside, math.nan)
 
 
 class _Rows(NamedTuple):
@@ -200,18 +202,21 @@ class _Rows(NamedTuple):
     """This rank's among those of all, one rank's below the other's."""
     max_rows: int
     """Of a chunk: as many as fit on every rank, whose parts of the head and devices may differ; all must cut alike."""
+    vocabulary: int
+    """Tokens of all parts."""
     group: dist.ProcessGroup | None
 
     @classmethod
-    def of(cls, hidden: torch.Tensor, head: LMHead, group: dist.ProcessGroup | None) -> _Rows:
+    def of(cls, hidden: torch.Tensor, head: LMHead, first_token: int, group: dist.ProcessGroup | None) -> _Rows:
         num_rows, rank = hidden.shape[0], dist.get_rank(group)
-        told = torch.zeros(2, dist.get_world_size(group), dtype=torch.int64, device=hidden.device)
+        told = torch.zeros(3, dist.get_world_size(group), dtype=torch.int64, device=hidden.device)
         told[0, rank].fill_(num_rows)
         told[1, rank].fill_(rows_per_chunk(head, hidden.device, bytes_per_logit=working_dtype(hidden).itemsize))
+        told[2, rank].fill_(first_token + head.weight.shape[0])
         dist.all_reduce(told, group=group)
-        counts, limits = told.tolist()
+        counts, limits, ends = told.tolist()
         first = sum(counts[:rank])
-        return cls(counts, slice(first, first + num_rows), min(limits), group)
+        return cls(counts, slice(first, first + num_rows), min(limits), max(ends), group)
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows [T_r, ...] of each rank, one rank's below the other's."""
@@ -274,7 +279,7 @@ def gathered_token_logprob(
         ValueError: as :func:`parallel_token_logprob`.
     """
     _check(hidden, head, targets, first_token)
-    rows = _Rows.of(hidden, head, group)
+    rows = _Rows.of(hidden, head, first_token, group)
     every: torch.Tensor = _Gather.apply(hidden, rows)  # type: ignore[no-untyped-call]
     found = _of_every_row(every, head, rows.gather(targets), first_token, rows)
     own: torch.Tensor = _TakeOwn.apply(torch.stack(found, 1), rows)  # type: ignore[no-untyped-call]

@@ -363,7 +363,7 @@ def _policy_loss_sum_kernel(sums_ptr, out_ptr, num_parts, entropy_slope, BLOCK: 
         sign = tl.where(program == 9, -1.0, 1.0)
         smallest = tl.minimum(smallest, tl.min(tl.where(inside, values * sign, float("inf")), axis=0))
     if program == 0:
-        total += entropy_slope * other
+        total += tl.where(entropy_slope == 0.0, 0.0, entropy_slope * other)  # 0 times an unknown entropy is no loss
     if program >= 8:
         total = tl.where(other == other, tl.where(program == 9, -smallest, smallest), other)
     tl.store(out_ptr + program, total.to(tl.float32))

@@ -78,6 +78,18 @@ def test_a_token_that_the_bias_takes_out_counts_for_nothing() -> None:
     assert (weight.grad[7] == 0).all()
 
 
+@pytest.mark.parametrize("token", [-1, 23])
+def test_a_target_that_no_rank_has_is_nan(token: int) -> None:
+    hidden, weight = inputs(biased=False)
+    whole = parallel_token_logprob(hidden, LMHead(weight), targets=TARGETS, first_token=0)
+    targets = TARGETS.clone()
+    targets[3] = token
+    found = parallel_token_logprob(hidden, LMHead(weight), targets=targets, first_token=0)
+    for values, right in zip(found, whole, strict=True):
+        assert values.isnan().nonzero().flatten().tolist() == [3]
+        assert torch.equal(values[targets == TARGETS], right[targets == TARGETS])
+
+
 def test_no_rows_give_nothing() -> None:
     hidden, weight, bias = inputs()
     logprob, entropy = parallel_token_logprob(hidden[:0], LMHead(weight, bias), targets=TARGETS[:0], first_token=0)

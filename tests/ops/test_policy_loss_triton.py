@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -37,6 +39,18 @@ def arguments(name: str, device: torch.device, extra: str = "weighted and masked
 @pytest.mark.parametrize("name", ["clip", "cispo", "gspo kl"])
 def test_the_operator_is_well_registered(name: str, extra: str, device: torch.device) -> None:
     torch.library.opcheck(_policy_loss_fwd, arguments(name, device, extra))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_an_entropy_that_the_loss_does_not_use_cannot_ruin_it(level: str, device: torch.device) -> None:
+    logprobs, entropy, batch = case(torch.float32)
+    batch, spec = moved(batch, device), LossSpec(importance_sampling_level=level)
+    entropy[11] = math.nan
+    results = [
+        policy_loss(logprobs.to(device), batch, spec=spec, entropy=each, impl="triton") for each in (entropy.to(device), None)
+    ]
+    assert results[0].loss.isfinite()
+    assert torch.equal(results[0].loss, results[1].loss)
 
 
 @pytest.mark.parametrize("extra", ["plain", "weighted and masked", "on-policy"])
