@@ -25,7 +25,7 @@ from grpo_fast.train.distributed import World
 from grpo_fast.train.head_part import Head
 from grpo_fast.train.policy import BasePolicy, Policy, Scorer
 from grpo_fast.train.policy_source import PolicySource
-from grpo_fast.train.sharding import ShardedPolicy, in_one_line, load_sharded
+from grpo_fast.train.sharding import ShardedPolicy, in_one_line, load_reference
 from grpo_fast.types import TokenBatch
 
 
@@ -103,7 +103,7 @@ def build_reference(source: PolicySource, policy: Policy, *, config: Config, wor
     if policy.adapters is not None and not (policy.adapters.begun and policy.sums_gradients):
         return BasePolicy(policy, policy.adapters)
     if policy.sums_gradients:
-        reference: Policy = load_sharded(source, None, config=config, world=world, trained=config.sync_ref_model)
+        reference: Policy = load_reference(source, config=config, world=world)
     else:
         reference = source.load()
     if not config.sync_ref_model:

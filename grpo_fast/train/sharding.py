@@ -179,7 +179,7 @@ class ShardedPolicy(Policy):
             yield
             return
         trains = trains and sharded.weight.requires_grad
-        plain = [self._plain(cast(DTensor, shard.detach())).requires_grad_(trains) for shard in shards]
+        plain = [self._plain(cast(DTensor, shard.detach()), trains=trains).requires_grad_(trains) for shard in shards]
         self._head = replace(sharded, weight=plain[0], bias=plain[1] if len(plain) > 1 else None)
         try:
             yield
@@ -200,8 +200,11 @@ class ShardedPolicy(Policy):
         first = first_token_of(self._head.weight.shape[0], num_ranks=group.size(), rank=self._mesh.get_local_rank("shard"))
         return HeadPart(self._head, first, group)
 
-    def _plain(self, shard: DTensor) -> torch.Tensor:
-        return gather(shard) if self._head_part is None else shard.to_local().to(self._device)
+    def _plain(self, shard: DTensor, *, trains: bool) -> torch.Tensor:
+        if self._head_part is not None:
+            return shard.to_local().to(self._device)
+        # products round the weight to this type anyway; a bias is added as it is, and gradients are summed in float32
+        return gather(shard, None if trains or shard.ndim == 1 else self.autocast_dtype)
 
     def _add_gradient(self, shard: DTensor, gradient: torch.Tensor) -> None:
         parts: list[Any] = [Partial()] * self._mesh.ndim
@@ -351,6 +354,13 @@ def load_sharded(
     policy = ShardedPolicy(hollow, mirror, config=config, world=world, streams=streams, stored=stored)
     policy.try_out()
     return policy
+
+
+def load_reference(source: PolicySource, *, config: Config, world: World) -> ShardedPolicy:
+    """Loads a policy in parts that is not trained, and scores as one that is; one that follows it keeps float32 as well."""
+    head: Any = source.outline().get_output_embeddings()
+    is_plain = getattr(head, "bias", None) is None  # a bias is added in the type that it is kept in
+    return load_sharded(source, None, config=config, world=world, trained=config.sync_ref_model or not is_plain)
 
 
 class ShardsError(TrainingError):

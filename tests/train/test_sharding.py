@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.metrics import PhaseTimer
+from grpo_fast.ops import LMHead, token_logprob
 from grpo_fast.train.distributed import World
 from grpo_fast.train.optim import build_optimizer
 from grpo_fast.train.policy import Policy
@@ -266,17 +267,43 @@ def test_no_model_is_loaded_whole_but_a_mirror(
         assert policy.whole_model() is read.model
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.fixture
+def biased_model(sizes: dict[str, Any], tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+    """Directory of a model whose head has a bias."""
+    given = {name: value for name, value in sizes.items() if name != "head_dim"}
+    model = PhiForCausalLM(PhiConfig(**given, tie_word_embeddings=False))
+    torch.nn.init.normal_(model.lm_head.bias)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("model", "dtype"), [("tiny", "float32"), ("tiny", "bfloat16"), ("biased", "bfloat16")])
 def test_a_reference_in_the_type_of_computation_scores_as_the_policy_does(
-    dtype: str, world: World, tiny_model: Path, groups: list[Group]
+    model: str, dtype: str, world: World, tiny_model: Path, biased_model: Path, groups: list[Group]
 ) -> None:
-    config = settings(model=str(tiny_model), rollout="transformers", dtype=dtype, beta=0.1)
+    directory = biased_model if model == "biased" else tiny_model
+    config = settings(model=str(directory), rollout="transformers", dtype=dtype, beta=0.1)
     source = PolicySource(config)
     policy, _ = spread(source, config=config, world=world)
     reference = cast("Policy", build_reference(source, policy, config=config, world=world))
-    assert {value.dtype for value in reference.model.parameters()} == {getattr(torch, dtype)}
+    kept = "float32" if model == "biased" else dtype
+    assert {value.dtype for value in reference.model.parameters()} == {getattr(torch, kept)}
     assert {value.dtype for value in policy.model.parameters()} == {torch.float32}
     assert Bench(policy, config, reference).update(groups).metrics["kl"] == 0.0
+
+
+def test_a_head_that_only_scores_is_gathered_in_the_type_of_its_products(world: World, biased_model: Path) -> None:
+    config = settings(model=str(biased_model), rollout="transformers", dtype="bfloat16")
+    policy, _ = spread(PolicySource(config), config=config, world=world)
+    hidden, scores, kinds = torch.randn(9, 32).bfloat16(), [], []
+    for trains in (True, False):
+        with policy.whole_head(trains=trains):
+            head = cast("LMHead", policy.head(0.7))
+            scores.append(token_logprob(hidden, head, targets=torch.arange(9))[0].detach())
+            kinds.append([head.weight.dtype, cast("torch.Tensor", head.bias).dtype])
+    assert kinds == [[torch.float32, torch.float32], [torch.bfloat16, torch.float32]]
+    assert torch.equal(*scores)
 
 
 def test_a_mirror_has_the_type_that_it_computes_in_and_files_that_of_the_shards(
