@@ -170,7 +170,8 @@ def decoupled_advantages(rewards: torch.Tensor, weights: Sequence[float]) -> tor
     num_prompts, group_size, num_rewards = rewards.shape
     each = group_advantage(rewards.permute(2, 0, 1).reshape(-1, group_size), scale_rewards="group")
     factors = rewards.new_tensor(weights)
-    total = torch.tensordot(factors, each.advantages.view(num_rewards, num_prompts, group_size), dims=1)
+    # not a matrix product, some of which round each half of a sum that cancels in another way
+    total = (factors[:, None, None] * each.advantages.view(num_rewards, num_prompts, group_size)).sum(0)
     scored = ~rewards.isnan().all(2)
     known = total[scored]
     if known.numel() < 2:  # nothing differs, and one number has no spread

@@ -175,14 +175,17 @@ class PolicySource:
         if self.config.load_in_4bit:
             raise NotInPartsError("load_in_4bit makes four bits of whole weights")
         told = {"dtype": self._dtype(trained=trained), "trust_remote_code": self.config.trust_remote_code}
-        model = hollow_model(
-            self.model_config,
-            self._device,
-            arguments=told | attention_arguments(self.config, self.model_config),
-            place={name: value for name, value in self._arguments.items() if name != "trust_remote_code"},
-        )
         get = reader(self.directory, self._arguments["revision"], local_files_only=self._place.unreached is not None)
-        stored = StoredWeights(model, get)
+        try:
+            model = hollow_model(
+                self.model_config,
+                self._device,
+                arguments=told | attention_arguments(self.config, self.model_config),
+                place={name: value for name, value in self._arguments.items() if name != "trust_remote_code"},
+            )
+            stored = StoredWeights(model, get)
+        except READ_ERRORS as error:  # transformers' own way tells it better
+            raise NotInPartsError(f"it cannot be read ({error})") from error
         return self._policy(model), stored
 
     def _dtype(self, *, trained: bool) -> torch.dtype:

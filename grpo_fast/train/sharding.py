@@ -351,7 +351,7 @@ def load_sharded(
             _log.warning("every rank reads the whole model before it keeps its part, because %s", error)
         whole = world.each(lambda: source.load(trained=trained))
         return ShardedPolicy(whole, mirror, config=config, world=world, streams=streams)
-    policy = ShardedPolicy(hollow, mirror, config=config, world=world, streams=streams, stored=stored)
+    policy = world.each(lambda: ShardedPolicy(hollow, mirror, config=config, world=world, streams=streams, stored=stored))
     policy.try_out()
     return policy
 

@@ -267,6 +267,17 @@ def test_no_model_is_loaded_whole_but_a_mirror(
         assert policy.whole_model() is read.model
 
 
+def test_a_damaged_file_is_told_as_where_nothing_is_sharded(world: World, tiny_model: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model, broken)
+    whole = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    config = settings(model=str(broken), rollout="transformers")
+    for streams in (True, False):
+        with pytest.raises(ConfigError, match=r"cannot load model .*broken"):
+            spread(PolicySource(config), config=config, world=world, streams=streams)
+
+
 @pytest.fixture
 def biased_model(sizes: dict[str, Any], tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
     """Directory of a model whose head has a bias."""
