@@ -12,4 +12,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(grpo_fast, library) {
   library.def(
       "packed_index(Tensor prompts, Tensor sizes, Tensor completions, Tensor segment_starts) "
       "-> (Tensor cu_seqlens, Tensor positions, Tensor row_index, Tensor sequence_index)");
+  library.def(
+      "policy_loss(Tensor logprobs, Tensor? entropy, Tensor sequence_index, Tensor advantages, Tensor loss_weights, "
+      "Tensor? old_logprobs, Tensor? ref_logprobs, Tensor? importance_weights, Tensor? token_mask, str surrogate, str level, "
+      "float[] numbers, bool two_sided, bool bias_correction) -> (Tensor sums, Tensor coefficients)");
+  library.def("ascends(Tensor index) -> bool");
+  library.def(
+      "group_advantage(Tensor rewards, str scale_rewards, bool leave_one_out, float epsilon) "
+      "-> (Tensor advantages, Tensor zero_variance, Tensor mean, Tensor std)");
 }

@@ -26,12 +26,14 @@ Source: TRL 1.16 ``GRPOTrainer`` and ``RLOOTrainer``; GRPO arXiv 2402.03300; RLO
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple, TypeAlias, no_type_check
 
 import torch
 
 from grpo_fast.ops import jit as kernels
+from grpo_fast.ops import native
 from grpo_fast.ops.dispatch import Impl, Implementation, resolve
 from grpo_fast.ops.jit import jit, tl
 
@@ -325,8 +327,19 @@ def aot_calls() -> dict[str, Callable[[], object]]:
     return {name: functools.partial(call, *row) for name, row in rows.items()}
 
 
+def _group_advantage_native(rewards: torch.Tensor, *, scale_rewards: ScaleRewards, leave_one_out: bool) -> GroupAdvantage:
+    return GroupAdvantage(*native.call("group_advantage", rewards.detach(), scale_rewards, leave_one_out, STD_EPSILON))
+
+
+def _native_obstacle(like: torch.Tensor) -> str | None:
+    if like.dtype not in (torch.float32, torch.float64):
+        return f"the extension takes rewards in float32 or float64, here they are {str(like.dtype).removeprefix('torch.')}"
+    return native.host_obstacle(like)
+
+
 _IMPLEMENTATIONS: Mapping[str, Implementation[Callable[..., GroupAdvantage]]] = {
     "triton": Implementation(_group_advantage_triton, _obstacle, kernels.drawback),
+    "native": Implementation(_group_advantage_native, _native_obstacle, native.tracing),
     "torch": Implementation(group_advantage_reference),
 }
 
@@ -366,10 +379,12 @@ def group_advantage(
         raise ValueError(f"rewards have shape {tuple(rewards.shape)}; they must be (P, G), one row a prompt and G at least 1")
     if scale_rewards not in ("group", "batch", "none"):
         raise ValueError(f"scale_rewards={scale_rewards!r}; choose 'group', 'batch' or 'none'")
-    if rewards.device.type == "cpu" and not torch.compiler.is_compiling():
-        _refuse_infinite(rewards)
     run = resolve("group_advantage", _IMPLEMENTATIONS, impl=impl, like=rewards)
-    return run(rewards, scale_rewards=scale_rewards, leave_one_out=leave_one_out)
+    result = run(rewards, scale_rewards=scale_rewards, leave_one_out=leave_one_out)
+    # An infinite reward shows in its group's mean, and there are fewer means than rewards.
+    if rewards.device.type == "cpu" and not torch.compiler.is_compiling() and not math.isfinite(result.mean.sum().item()):
+        _refuse_infinite(rewards)
+    return result
 
 
 def _padded(groups: Sequence[Sequence[float | None]]) -> torch.Tensor:

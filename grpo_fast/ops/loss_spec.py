@@ -7,6 +7,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeAlias, get_args
 
 import torch
 
+from grpo_fast.ops import native
+
 Surrogate: TypeAlias = Literal["clip", "cispo", "sapo", "vespo"]
 RatioLevel: TypeAlias = Literal["token", "sequence", "sequence_sum"]
 
@@ -229,8 +231,14 @@ def check_shapes(per_token: torch.Tensor, batch: LossBatch) -> None:
     index = batch.sequence_index
     if num_tokens and index.device.type == "cpu" and not torch.compiler.is_compiling():
         first, last = int(index[0]), int(index[-1])
-        if first < 0 or last >= weights[0] or bool((index.diff() < 0).any()):
+        if first < 0 or last >= weights[0] or not _ascends(index):
             raise ValueError(f"sequence_index goes from {first} to {last}; it must ascend and stay under B, here {weights[0]}")
+
+
+def _ascends(index: torch.Tensor) -> bool:
+    if native.obstacle(index) is None:
+        return bool(native.call("ascends", index))
+    return not bool((index.diff() < 0).any())
 
 
 def check_needs(batch: LossBatch, spec: LossSpec, entropy: torch.Tensor | None) -> None:

@@ -20,9 +20,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 BUILD = "GRPO_FAST_BUILD=cpu pip install --no-build-isolation --no-deps ."
 """Command that builds it from a checkout; use ``cuda`` in place of ``cpu`` with nvcc and a torch for CUDA."""
-SLOWER = "weight pack, weight delta and sequence packing run in plain PyTorch and Python"
+SLOWER = "weight pack, weight delta, sequence packing, policy loss and group advantages run in plain PyTorch and Python"
 """Consequence of its absence."""
-OPS = ("pack_weights", "unpack_weights", "weight_delta", "pack_sequences", "packed_index")
+OPS = (
+    "pack_weights",
+    "unpack_weights",
+    "weight_delta",
+    "pack_sequences",
+    "packed_index",
+    "policy_loss",
+    "ascends",
+    "group_advantage",
+)
 
 
 def library() -> Path | None:
@@ -49,8 +58,15 @@ def load(path: Path | None = None) -> str:
         torch.ops.load_library(path)
     except OSError as error:
         return f"{path.name} does not load under torch {torch.__version__} ({error}); rebuild it: {BUILD}"
+    if missing := [op for op in OPS if not hasattr(torch.ops.grpo_fast, op)]:
+        return f"{path.name} has no {', '.join(missing)}, so it is older than this package; rebuild it: {BUILD}"
     _register_fakes()
     return ""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _problem() -> str:
+    return load()
 
 
 def has_cuda() -> bool:
@@ -62,18 +78,32 @@ def status() -> str:
     """``built`` or ``missing``, a colon, and the consequence, in words."""
     if problem := load():
         return f"missing: {SLOWER}; {problem}"
-    return f"built: compiled weight pack, delta and packing for the CPU{' and CUDA' * has_cuda()}"
+    return (
+        f"built: compiled weight pack, delta, packing, policy loss and group advantages for the CPU{' and CUDA' * has_cuda()}"
+    )
 
 
 def obstacle(like: torch.Tensor) -> str | None:
     """Why the extension cannot run on inputs like a tensor; ``None`` where it can."""
-    if problem := load():
+    if problem := _problem():
         return problem
     if like.device.type == "cpu" or (like.device.type == "cuda" and has_cuda()):
         return None
     if like.device.type == "cuda":
         return f"the native extension was built without CUDA; {BUILD.replace('=cpu', '=cuda')}"
     return f"the native extension has no kernels for {like.device.type}"
+
+
+def host_obstacle(like: torch.Tensor) -> str | None:
+    """The same of an op that the extension has for the CPU alone."""
+    return (
+        obstacle(like) if like.device.type == "cpu" else f"the extension has it for the CPU alone, not for {like.device.type}"
+    )
+
+
+def tracing(like: torch.Tensor) -> str | None:
+    """Why ``auto`` passes the extension over in a graph; ``None`` outside of one."""
+    return "a compiled graph fuses plain PyTorch" if torch.compiler.is_compiling() else None
 
 
 def native_kernels(run: F) -> Implementation[F]:
@@ -91,7 +121,7 @@ def call(op: str, *arguments: Any) -> Any:
     Raises:
         RuntimeError: the extension is not there, or it refuses an argument, with its reason.
     """
-    if problem := load():
+    if problem := _problem():
         raise RuntimeError(f"{op}: {problem}")
     return getattr(torch.ops.grpo_fast, op)(*arguments)
 
@@ -117,12 +147,35 @@ def _index_shapes(
     return ends, prompts.new_empty(tokens), prompts.new_empty(rows), prompts.new_empty(rows)
 
 
+def _loss_shapes(logprobs: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return logprobs.new_empty(10, dtype=torch.float32), logprobs.new_empty(logprobs.shape, dtype=torch.float32)
+
+
+def _truth(index: torch.Tensor) -> bool:
+    """A truth that values decide, for tracing: the index of a traced call is not checked."""
+    return True
+
+
+def _advantage_shapes(rewards: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
+    each = rewards.new_empty(rewards.shape[0])
+    return torch.empty_like(rewards), torch.empty_like(each, dtype=torch.bool), each, torch.empty_like(each)
+
+
 def _unknown_size() -> Any:
     """A size that values decide, for tracing."""
     return torch.library.get_ctx().new_dynamic_size()
 
 
 def _register_fakes() -> None:
-    fakes: tuple[Callable[..., Any], ...] = (_writes, _writes, _delta_shapes, _plan_shapes, _index_shapes)
+    fakes: tuple[Callable[..., Any], ...] = (
+        _writes,
+        _writes,
+        _delta_shapes,
+        _plan_shapes,
+        _index_shapes,
+        _loss_shapes,
+        _truth,
+        _advantage_shapes,
+    )
     for op, fake in zip(OPS, fakes, strict=True):
         torch.library.register_fake(f"grpo_fast::{op}", fake)

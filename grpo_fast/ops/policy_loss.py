@@ -36,6 +36,7 @@ from typing import NamedTuple
 
 import torch
 
+from grpo_fast.ops import native
 from grpo_fast.ops.dispatch import Impl, Implementation, resolve, triton_kernels
 from grpo_fast.ops.loss_spec import (
     LossBatch,
@@ -47,6 +48,7 @@ from grpo_fast.ops.loss_spec import (
     check_shapes,
     entropy_slope,
 )
+from grpo_fast.ops.policy_loss_native import obstacle, policy_coefficients_native, policy_loss_native
 from grpo_fast.ops.policy_loss_triton import policy_coefficients_triton, policy_loss_triton
 from grpo_fast.ops.sequence_weights import segment_sum, sequence_lengths, weighted
 
@@ -249,8 +251,16 @@ def _surrogate_slope(ratio: torch.Tensor, advantages: torch.Tensor, spec: LossSp
     return -(reaches_first + reaches_second) * advantages * ratio
 
 
-_COEFFICIENTS = {"triton": triton_kernels(policy_coefficients_triton), "torch": Implementation(_policy_coefficients_torch)}
-_IMPLEMENTATIONS = {"triton": triton_kernels(policy_loss_triton), "torch": Implementation(policy_loss_reference)}
+_COEFFICIENTS = {
+    "triton": triton_kernels(policy_coefficients_triton),
+    "native": Implementation(policy_coefficients_native, obstacle, native.tracing),
+    "torch": Implementation(_policy_coefficients_torch),
+}
+_IMPLEMENTATIONS = {
+    "triton": triton_kernels(policy_loss_triton),
+    "native": Implementation(policy_loss_native, obstacle, native.tracing),
+    "torch": Implementation(policy_loss_reference),
+}
 
 
 def policy_coefficients(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -118,37 +118,47 @@ def _(logprobs: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return logprobs.new_empty(NUM_SUMS, dtype=torch.float32), logprobs.new_empty(logprobs.shape, dtype=torch.float32)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Keeps what the gradient is made of; arguments and results are those of ``_launch_policy_loss``."""
     logprobs, entropy, mask, numbers = inputs[0], inputs[1], inputs[8], inputs[11]
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], mask)
     ctx.dtypes = (logprobs.dtype, None if entropy is None else entropy.dtype)
     ctx.entropy_slope = numbers[-1]
 
 
-@torch.autograd.function.once_differentiable
-def _policy_loss_bwd(ctx: Any, grad_sums: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+def input_gradients(ctx: Any, grad_loss: torch.Tensor, grad_logprobs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of the operator's arguments; that of the log-probabilities is known, in the working type."""
     coefficients, mask = ctx.saved_tensors
-    grad_loss = grad_sums[0]
     grad_entropy = None
     if ctx.needs_input_grad[1] and ctx.entropy_slope != 0:
         slope = (grad_loss * ctx.entropy_slope).to(ctx.dtypes[1])
         grad_entropy = slope.expand_as(coefficients) if mask is None else slope * mask
-    return ((coefficients * grad_loss).to(ctx.dtypes[0]), grad_entropy, *(None,) * 12)
+    return (grad_logprobs.to(ctx.dtypes[0]), grad_entropy, *(None,) * 12)
 
 
-_policy_loss_fwd.register_autograd(_policy_loss_bwd, setup_context=_setup_context)
+@torch.autograd.function.once_differentiable
+def _policy_loss_bwd(ctx: Any, grad_sums: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    return input_gradients(ctx, grad_sums[0], ctx.saved_tensors[0] * grad_sums[0])
+
+
+_policy_loss_fwd.register_autograd(_policy_loss_bwd, setup_context=setup_context)
+
+
+Forward: TypeAlias = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+"""An operator with the arguments and results of ``_launch_policy_loss``."""
 
 
 def _sums_and_coefficients(
-    logprobs: torch.Tensor, batch: LossBatch, spec: LossSpec, entropy: torch.Tensor | None
+    forward: Forward, logprobs: torch.Tensor, batch: LossBatch, spec: LossSpec, entropy: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch = weighted(logprobs, batch, spec)
     sapo = (spec.sapo_temperature_pos, spec.sapo_temperature_neg)
     high = spec.epsilon_high if spec.surrogate == "cispo" else 1 + spec.epsilon_high
     delta = float("inf") if spec.delta is None else spec.delta
     numbers = [1 - spec.epsilon_low, high, delta, spec.beta, *sapo, entropy_slope(batch, spec)]
-    result: tuple[torch.Tensor, torch.Tensor] = _policy_loss_fwd(
+    return forward(
         logprobs,
         entropy,
         batch.sequence_index,
@@ -164,28 +174,41 @@ def _sums_and_coefficients(
         spec.delta is not None,
         spec.use_bias_correction_kl,
     )
-    return result
+
+
+def loss_by(
+    forward: Forward, logprobs: torch.Tensor, batch: LossBatch, spec: LossSpec, entropy: torch.Tensor | None
+) -> PolicyLoss:
+    """:func:`~grpo_fast.ops.policy_loss.policy_loss` by an operator; differentiable once."""
+    sums, _ = _sums_and_coefficients(forward, logprobs, batch, spec, entropy)
+    return PolicyLoss(sums[0], PolicyMetrics(sums[1:].detach()))
+
+
+@torch.no_grad()
+def coefficients_by(
+    forward: Forward, logprobs: torch.Tensor, batch: LossBatch, spec: LossSpec, entropy: torch.Tensor | None
+) -> PolicyCoefficients:
+    """:func:`~grpo_fast.ops.policy_loss.policy_coefficients` by an operator."""
+    sums, coefficients = _sums_and_coefficients(forward, logprobs, batch, spec, entropy)
+    slopes = None
+    if spec.entropy_coef != 0:
+        slopes = coefficients.new_full((), entropy_slope(batch, spec)).expand_as(coefficients)
+        slopes = slopes if batch.token_mask is None else slopes * batch.token_mask
+    return PolicyCoefficients(sums[0], coefficients, slopes, PolicyMetrics(sums[1:]))
 
 
 def policy_loss_triton(
     logprobs: torch.Tensor, batch: LossBatch, *, spec: LossSpec, entropy: torch.Tensor | None = None
 ) -> PolicyLoss:
     """``impl="triton"`` of :func:`~grpo_fast.ops.policy_loss.policy_loss`; differentiable once."""
-    sums, _ = _sums_and_coefficients(logprobs, batch, spec, entropy)
-    return PolicyLoss(sums[0], PolicyMetrics(sums[1:].detach()))
+    return loss_by(_policy_loss_fwd, logprobs, batch, spec, entropy)
 
 
-@torch.no_grad()
 def policy_coefficients_triton(
     logprobs: torch.Tensor, batch: LossBatch, *, spec: LossSpec, entropy: torch.Tensor | None = None
 ) -> PolicyCoefficients:
     """``impl="triton"`` of :func:`~grpo_fast.ops.policy_loss.policy_coefficients`."""
-    sums, coefficients = _sums_and_coefficients(logprobs, batch, spec, entropy)
-    slopes = None
-    if spec.entropy_coef != 0:
-        slopes = coefficients.new_full((), entropy_slope(batch, spec)).expand_as(coefficients)
-        slopes = slopes if batch.token_mask is None else slopes * batch.token_mask
-    return PolicyCoefficients(sums[0], coefficients, slopes, PolicyMetrics(sums[1:]))
+    return coefficients_by(_policy_loss_fwd, logprobs, batch, spec, entropy)
 
 
 def aot_calls() -> dict[str, Callable[[], object]]:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grpo_fast.ops import native
 from grpo_fast.ops.group_advantage import GroupAdvantage, _group_advantage_fwd, _launch_shape, group_advantage
 
 module = importlib.import_module("grpo_fast.ops.group_advantage")  # the package has the function under that name
@@ -56,19 +57,25 @@ def many_rewards(num_prompts: int, group_size: int, *, dtype: torch.dtype = torc
     return rewards
 
 
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(native.load() != "", reason=native.load()))
+HOST = pytest.mark.parametrize("impl", ["torch", NATIVE])
+
+
+@HOST
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("leave_one_out", [False, True])
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_advantages_equal_the_formula(scale: str, leave_one_out: bool, dtype: torch.dtype) -> None:
+def test_advantages_equal_the_formula(scale: str, leave_one_out: bool, dtype: torch.dtype, impl: str) -> None:
     rewards = torch.tensor(REWARDS, dtype=dtype)
-    result = group_advantage(rewards, scale_rewards=scale, leave_one_out=leave_one_out)
+    result = group_advantage(rewards, scale_rewards=scale, leave_one_out=leave_one_out, impl=impl)
     assert result.advantages.dtype == dtype
     truth = torch.tensor(expected(rewards.double().tolist(), scale, leave_one_out), dtype=torch.float64)
     torch.testing.assert_close(result.advantages.double(), truth, rtol=torch.finfo(dtype).eps, atol=1e-12)
 
 
-def test_group_statistics() -> None:
-    result = group_advantage(torch.tensor(REWARDS))
+@HOST
+def test_group_statistics(impl: str) -> None:
+    result = group_advantage(torch.tensor(REWARDS), impl=impl)
     assert result.zero_variance.tolist() == [False, True, False, True, True, False]
     torch.testing.assert_close(result.mean, torch.tensor([0.5, 0.1, 0.5, 3.0, NAN, 0.3]), equal_nan=True)
     torch.testing.assert_close(
@@ -76,26 +83,32 @@ def test_group_statistics() -> None:
     )
 
 
+@HOST
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("leave_one_out", [False, True])
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_equal_rewards_give_exact_zeros(scale: str, leave_one_out: bool) -> None:
-    rewards = torch.tensor([[0.1] * 7, [1 / 3] * 7, [1e6 + 0.1] * 7, [0.0, 1.0] * 3 + [0.5]])
-    result = group_advantage(rewards, scale_rewards=scale, leave_one_out=leave_one_out)
+def test_equal_rewards_give_exact_zeros(scale: str, leave_one_out: bool, dtype: torch.dtype, impl: str) -> None:
+    rewards = torch.tensor([[0.1] * 7, [1 / 3] * 7, [1e6 + 0.1] * 7, [0.0, 1.0] * 3 + [0.5]], dtype=dtype)
+    result = group_advantage(rewards, scale_rewards=scale, leave_one_out=leave_one_out, impl=impl)
     assert (result.advantages[:3] == 0).all()
+    assert not result.advantages[:3].signbit().any()
     assert (result.advantages[3] != 0).sum() == 6
     assert result.zero_variance.tolist() == [True, True, True, False]
 
 
-def test_a_padded_group_equals_the_group_itself() -> None:
-    short = group_advantage(torch.tensor([[1.0, 0.0, 0.5]])).advantages
-    padded = group_advantage(torch.tensor([[1.0, 0.0, 0.5, NAN, NAN], [1.0, 2.0, 3.0, 4.0, 5.0]])).advantages
+@HOST
+def test_a_padded_group_equals_the_group_itself(impl: str) -> None:
+    short = group_advantage(torch.tensor([[1.0, 0.0, 0.5]]), impl=impl).advantages
+    padded = group_advantage(torch.tensor([[1.0, 0.0, 0.5, NAN, NAN], [1.0, 2.0, 3.0, 4.0, 5.0]]), impl=impl).advantages
     assert torch.equal(padded[:1, :3], short)
     assert (padded[0, 3:] == 0).all()
 
 
-def test_a_large_offset_costs_no_precision() -> None:
+@HOST
+def test_a_large_offset_costs_no_precision(impl: str) -> None:
     rewards = torch.tensor([[0.0, 1.0, 2.0, 5.0]])
-    torch.testing.assert_close(group_advantage(rewards + 2**20).advantages, group_advantage(rewards).advantages, rtol=0, atol=0)
+    near, far = (group_advantage(rewards + offset, impl=impl).advantages for offset in (0, 2**20))
+    assert torch.equal(near, far)
 
 
 @given(
@@ -138,6 +151,62 @@ def test_lists_of_groups_of_any_size_with_none() -> None:
     assert group_advantage([]).advantages.shape == (0, 1)
     with pytest.raises(ValueError, match=r"\(2, 0\)"):
         group_advantage([[], []])
+
+
+@pytest.mark.usefixtures("native_library")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("leave_one_out", [False, True])
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_the_extension_equals_the_reference(scale: str, leave_one_out: bool, dtype: torch.dtype) -> None:
+    flat = 0
+    for shape in [(0, 4), (6, 4), (37, 7), (300, 8), (515, 16), (9, 1), (3, 1500), (1, 5000), (2049, 2)]:
+        for holes in (True, False):
+            rewards = many_rewards(*shape, dtype=dtype)
+            rewards = rewards if holes else rewards.nan_to_num(0.5)
+            options = {"scale_rewards": scale, "leave_one_out": leave_one_out}
+            found = group_advantage(rewards, **options, impl="native")
+            truth = group_advantage(rewards.double(), **options, impl="torch")
+            for ours, exact in zip(found, truth, strict=True):
+                assert ours.dtype == (torch.bool if exact.dtype == torch.bool else dtype)
+                torch.testing.assert_close(
+                    ours, exact.to(ours.dtype), rtol=4 * torch.finfo(dtype).eps, atol=1e-12, equal_nan=True
+                )
+            assert (found.advantages[found.zero_variance] == 0).all()
+            flat += int(found.zero_variance.sum())
+    assert flat > 100
+
+
+@pytest.mark.usefixtures("native_library")
+@pytest.mark.parametrize("scale", ["group", "batch"])
+def test_threads_and_other_groups_change_no_bit(scale: str) -> None:
+    rewards = many_rewards(5000, 16).nan_to_num(0.25)
+    rewards[4000, 3] = NAN
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 3, 3):
+            torch.set_num_threads(count)
+            found.append(group_advantage(rewards, scale_rewards=scale, impl="native").advantages)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[1], found[2])
+    if scale == "group":
+        assert torch.equal(found[0][123:200], group_advantage(rewards[123:200], impl="native").advantages)
+        strided = rewards.T.contiguous().T
+        assert torch.equal(found[0], group_advantage(strided, impl="native").advantages)
+
+
+@pytest.mark.usefixtures("native_library")
+def test_the_extension_takes_what_it_can_compute() -> None:
+    with pytest.raises(ValueError, match="float32 or float64, here they are bfloat16"):
+        group_advantage(torch.zeros(2, 4, dtype=torch.bfloat16), impl="native")
+    for arguments, reason in (
+        ((torch.zeros(2, 4, dtype=torch.int32), "group"), "float32 or float64"),
+        ((torch.zeros(2, 0), "group"), "G at least 1"),
+        ((torch.zeros(2, 4), "std"), "scale_rewards=std"),
+    ):
+        with pytest.raises(RuntimeError, match=reason):
+            native.call("group_advantage", *arguments, False, 1e-4)
 
 
 SHAPES = [(6, 4), (37, 7), (300, 8), (515, 16), (9, 1), (3, 1500), (1, 4096), (2049, 2)]
@@ -224,7 +293,7 @@ def test_the_operator_is_well_registered(scale: str, device: torch.device) -> No
     torch.library.opcheck(_group_advantage_fwd, (many_rewards(1100, 4).to(device), scale, False))
 
 
-@pytest.mark.parametrize("impl", ["triton", "torch", "auto"])
+@pytest.mark.parametrize("impl", ["triton", NATIVE, "torch", "auto"])
 def test_it_compiles_without_a_graph_break(impl: str, device: torch.device) -> None:
     rewards = many_rewards(30, 8).to(device)
     torch._dynamo.reset()

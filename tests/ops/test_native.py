@@ -51,7 +51,7 @@ def test_an_obstacle_is_named_by_device() -> None:
 @pytest.mark.usefixtures("native_library")
 def test_every_op_is_registered_with_its_schema() -> None:
     text = (ROOT / "csrc" / "bindings.cpp").read_text(encoding="utf-8")
-    schemas = "".join(re.findall(r'"([^"]*)"', text))
+    schemas = "\n".join(re.findall(r'"([^"]*)"', text))
     names = re.findall(r"\b([a-z]\w+)\(", schemas)
     assert tuple(names) == native.OPS
     for name in names:

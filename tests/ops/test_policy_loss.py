@@ -17,7 +17,7 @@ from tests.ops.loss_cases import EXTRAS, SPECS, case, extended
 def test_coefficients_are_the_gradient_of_the_reference(name: str, extra: str, dtype: torch.dtype) -> None:
     logprobs, entropy, batch = case(dtype)
     batch, spec = extended(batch, extra), SPECS[name]
-    found = policy_coefficients(logprobs, batch, spec=spec, entropy=entropy)
+    found = policy_coefficients(logprobs, batch, spec=spec, entropy=entropy, impl="torch")
     leaves = logprobs.clone().requires_grad_(), entropy.clone().requires_grad_()
     expected = policy_loss_reference(leaves[0], batch, spec=spec, entropy=leaves[1])
     gradients = torch.autograd.grad(expected.loss, leaves, allow_unused=True)
