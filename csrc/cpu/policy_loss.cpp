@@ -13,6 +13,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../numbers.h"
@@ -30,7 +31,7 @@ constexpr int64_t kPart = 8 * kBlock;
 constexpr int32_t kInfinityBits = 0x7f800000;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-enum class Surrogate { kClip, kTwoSidedClip, kCispo, kSapo };
+enum class Surrogate { kClip, kTwoSidedClip, kCispo, kSapo, kVespo };
 
 struct Numbers {
   Surrogate surrogate;
@@ -38,6 +39,7 @@ struct Numbers {
   bool bias_correction;
 
   bool clips() const { return surrogate == Surrogate::kClip || surrogate == Surrogate::kTwoSidedClip; }
+  bool weighs_tokens() const { return surrogate == Surrogate::kCispo || surrogate == Surrogate::kVespo; }
 };
 
 // Sums over some tokens. Extremes are bits of ratios, whose magnitudes order as integers do, a NaN above them all.
@@ -90,12 +92,14 @@ struct Terms {
   float value, slope;
 };
 
-// The surrogate and its derivative by log r (cispo: by logp). NaN goes through every minimum.
+// The surrogate and its derivative by log r (cispo, vespo: by logp). NaN goes through every minimum.
 template <Surrogate kind>
 GRPO_INLINE Terms surrogate_terms(float ratio, float logp, float advantage, const Numbers& n) {
   if constexpr (kind == Surrogate::kCispo) {
     const float slope = -(ratio > n.high ? n.high : ratio) * advantage;
     return {slope * logp, slope};
+  } else if constexpr (kind == Surrogate::kVespo) {
+    return {-advantage * logp, -advantage};
   } else if constexpr (kind == Surrogate::kSapo) {
     const float tau = advantage > 0.0f ? n.tau_pos : n.tau_neg;
     const float argument = tau * (ratio - 1.0f);
@@ -138,6 +142,7 @@ GRPO_CLONES double token_block(const Block& block, const Numbers& n) {
   if (n.surrogate == Surrogate::kClip) return token_terms<Surrogate::kClip>(block, n);
   if (n.surrogate == Surrogate::kTwoSidedClip) return token_terms<Surrogate::kTwoSidedClip>(block, n);
   if (n.surrogate == Surrogate::kCispo) return token_terms<Surrogate::kCispo>(block, n);
+  if (n.surrogate == Surrogate::kVespo) return token_terms<Surrogate::kVespo>(block, n);
   return token_terms<Surrogate::kSapo>(block, n);
 }
 
@@ -349,7 +354,8 @@ void spread_sequences(const Inputs& in, int64_t begin, int64_t count, Stage& sta
 }
 
 void token_part(const Inputs& in, const Numbers& n, int64_t begin, int64_t end, Stage& stage, Sums& sums) {
-  const float low = n.clips() ? n.low : -kInfinity, high = n.surrogate == Surrogate::kSapo ? kInfinity : n.high;
+  const bool bounds = n.clips() || n.surrogate == Surrogate::kCispo;
+  const float low = n.clips() ? n.low : -kInfinity, high = bounds ? n.high : kInfinity;
   for (int64_t at = begin; at < end; at += kBlock) {
     const Block block = read_block(in, at, std::min(kBlock, end - at), stage);
     spread_sequences(in, at, block.count, stage);
@@ -454,11 +460,15 @@ Tensor checked_index(const Tensor& index, int64_t num_tokens) {
 
 Numbers read_numbers(const std::string& surrogate, const std::vector<double>& values, bool two_sided, bool bias_correction) {
   require(values.size() == 7, "numbers has ", values.size(), " values; it must have 7");
-  const bool clip = surrogate == "clip", cispo = surrogate == "cispo";
-  require(clip || cispo || surrogate == "sapo", "surrogate=", surrogate, "; the extension knows clip, cispo and sapo");
+  const std::pair<const char*, Surrogate> known[] = {
+      {"clip", two_sided ? Surrogate::kTwoSidedClip : Surrogate::kClip},
+      {"cispo", Surrogate::kCispo},
+      {"sapo", Surrogate::kSapo},
+      {"vespo", Surrogate::kVespo}};
+  const auto* kind = std::find_if(std::begin(known), std::end(known), [&](const auto& each) { return surrogate == each.first; });
+  require(kind != std::end(known), "surrogate=", surrogate, "; the extension knows clip, cispo, sapo and vespo");
   const auto at = [&](int i) { return static_cast<float>(values[i]); };
-  const Surrogate kind = clip ? two_sided ? Surrogate::kTwoSidedClip : Surrogate::kClip : cispo ? Surrogate::kCispo : Surrogate::kSapo;
-  return {kind, at(0), at(1), at(2), at(3), at(4), at(5), bias_correction};
+  return {kind->second, at(0), at(1), at(2), at(3), at(4), at(5), bias_correction};
 }
 
 Tensor totals(const std::vector<Sums>& parts, double entropy_slope) {
@@ -484,7 +494,7 @@ std::tuple<Tensor, Tensor> policy_loss(
   const int64_t num_tokens = logprobs.numel(), num_sequences = advantages.numel();
   const Numbers n = read_numbers(surrogate, numbers, two_sided, bias_correction);
   const bool by_token_level = level == "token";
-  require(by_token_level || n.surrogate != Surrogate::kCispo, "surrogate=cispo weighs single tokens; level=", level);
+  require(by_token_level || !n.weighs_tokens(), "surrogate=", surrogate, " weighs single tokens; level=", level);
   require(num_tokens == 0 || num_sequences > 0, num_tokens, " tokens of no sequence");
   const Tensor logp = float_vector(logprobs, num_tokens, "logprobs"), index = checked_index(sequence_index, num_tokens);
   const auto old = float_vector(old_logprobs, num_tokens, "old_logprobs");
