@@ -85,7 +85,8 @@ def status() -> str:
 
 def obstacle(like: torch.Tensor) -> str | None:
     """Why the extension cannot run on inputs like a tensor; ``None`` where it can."""
-    if problem := _problem():
+    problem: str = _problem()
+    if problem:
         return problem
     if like.device.type == "cpu" or (like.device.type == "cuda" and has_cuda()):
         return None

@@ -1,7 +1,7 @@
 """The policy loss by the compiled extension, on a CPU: loss, metrics and ``dL/dlogp`` of a token come from one look at it.
 
-Every loss of :mod:`grpo_fast.ops.policy_loss` is there, in float32; float64 stays with plain PyTorch. Terms are float32 and sums
-float64, in an order that no number of threads changes.
+Every loss of :mod:`grpo_fast.ops.policy_loss` is there, in float32; float64 stays with plain PyTorch. Terms are float32 and
+sums float64, in an order that no number of threads changes.
 """
 
 from __future__ import annotations
