@@ -14,6 +14,8 @@ from typing import Any
 
 from grpo_fast.async_code import AsyncCode
 
+_LOOK_S = 1.0
+
 
 class OverdueError(Exception):
     """Calls that took longer than they may.
@@ -109,7 +111,8 @@ class TimedCalls:
             late = [place for place, began in running.items() if now - began >= self._timeout_s]
             if late or (not running and self._threads is not threads):
                 raise OverdueError(late, blocked_at=self.loop.blocked_at())
-            results.wait(min(running.values(), default=now) + self._timeout_s - now)
+            # not for long at a time: a signal that comes just before a wait begins would not end it
+            results.wait(min(_LOOK_S, min(running.values(), default=now) + self._timeout_s - now))
 
     def _leave(self, threads: ThreadPool) -> None:
         """Later calls get new threads."""

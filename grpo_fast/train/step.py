@@ -39,6 +39,8 @@ from grpo_fast.train.policy_metrics import add_policy_metrics, add_sequence_metr
 from grpo_fast.types import Group, TokenBatch, TrainingError
 
 _T = TypeVar("_T")
+_ROUNDING = 2.0**-40
+"""Of sums of float64 numbers, by far; what float32 rewards differ by is more."""
 
 
 class NonFiniteGradientError(TrainingError):
@@ -203,14 +205,16 @@ class Learner:
             group.advantages = row
 
     def _advantages(self, groups: Sequence[Group]) -> torch.Tensor:
-        """float64 [P, G]."""
+        """float64 [P, G]; exactly 0 where a reward is its group's mean up to rounding, which no order of a sum shall decide."""
         if self._config.multi_objective_aggregation == "normalize_then_sum":
             each = torch.tensor([group.rewards for group in groups], dtype=torch.float64)
             return decoupled_advantages(each, self._config.reward_weights or [1.0] * each.shape[2])
         rewards = torch.tensor([group.reward for group in groups], dtype=torch.float64)
         if self._objective.kl_in_reward and self._config.beta > 0:
             rewards -= self._config.beta * self._kl_of_completions(groups).view_as(rewards)
-        return self._objective.advantages(rewards, scale_rewards=self._config.scale_rewards).advantages
+        found = self._objective.advantages(rewards, scale_rewards=self._config.scale_rewards)
+        mean = found.mean[:, None]
+        return found.advantages.masked_fill((rewards - mean).abs() <= _ROUNDING * mean.abs(), 0.0)
 
     def _kl_of_completions(self, groups: Sequence[Group]) -> torch.Tensor:
         """float64 [N] on the CPU: first-order KL of each whole completion to the reference."""

@@ -64,7 +64,7 @@ def test_none_leaves_a_function_out(make_pool: Factory, workers: int) -> None:
         ("raise KeyError('lost')", r"reward function 'bad' raised KeyError: 'lost' \(.*in bad"),
         ("return [1.0]", "reward function 'bad' returned 1 values for 2 completions"),
         ("return ['1', '2']", r"reward function 'bad' returned '1' \(str\) for completion 0"),
-        ("return [1.0, float('inf')]", "reward function 'bad' returned inf for completion 1"),
+        ("return [1.0, float('inf')]", "reward function 'bad' returned inf .float. for completion 1"),
         ("return None", "reward function 'bad' returned None"),
     ],
 )

@@ -75,6 +75,19 @@ def test_rloo_takes_the_kl_from_the_rewards(tiny_policy: MakePolicy, make_group:
     assert moved.advantages != pytest.approx(same, abs=0.05)
 
 
+@pytest.mark.parametrize("scale_rewards", ["group", "none"])
+def test_a_reward_that_is_the_mean_but_for_rounding_teaches_nothing(
+    scale_rewards: str, tiny_policy: MakePolicy, make_group: MakeGroup
+) -> None:
+    rewards = [4 / 9, 8 / 9, 9 / 9, 7 / 9]
+    assert sum(rewards) / 4 not in rewards
+    group = make_group(0, rewards)
+    assert len(Bench(tiny_policy(), scale_rewards=scale_rewards).update([group]).trained) == 3
+    assert group.advantages[3] == 0.0
+    near = make_group(0, [*rewards[:3], float(torch.tensor(7 / 9))])
+    assert len(Bench(tiny_policy(), scale_rewards=scale_rewards).update([near]).trained) == 4
+
+
 def test_several_rewards_are_scaled_one_by_one(tiny_policy: MakePolicy, make_group: MakeGroup) -> None:
     groups = [make_group(number, [0.0] * 4) for number in range(2)]
     small, large = [[0.0, 0.001, 0.002, 0.003], [0.0] * 4], [[0.0] * 4, [300.0, 200.0, 100.0, 0.0]]
