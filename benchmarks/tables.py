@@ -231,32 +231,10 @@ def sync_table() -> str:
     return _markdown([head, "weights", "sync", "unproven: vLLM's reload", "unproven: safetensors on a RAM disk"], rows)
 
 
-def slower_ops() -> str:
-    """What is slower here than elsewhere: the two small ops on a CPU, when they are called alone."""
-    cases = {record["kind"]: record for record in reversed(_read("cpu/ops.json")["cases"])}
-    told = {
-        kind: [
-            report.duration(row["p50_ms"])
-            for name in ("grpo_fast", "torch eager", "torch.compile")
-            for row in cases[kind]["rows"]
-            if row["contender"] == name
-        ]
-        for kind in ("loss", "advantage")
-    }
-    tokens, groups = cases["loss"]["parameters"]["num_tokens"], cases["advantage"]["parameters"]
-    text = (
-        "Two small ops are slower on a CPU than plain PyTorch when they are called alone: `policy_loss` over {:,} tokens takes "
-        "{}, eager PyTorch {}, `torch.compile` {}; `group_advantage` over {:,} groups of {} takes {}, eager PyTorch {}, "
-        "`torch.compile` {}."
-    ).format(tokens, *told["loss"], groups["num_prompts"], groups["group_size"], *told["advantage"])
-    return textwrap.fill(text, _WIDTH) + "\n"
-
-
 MADE: dict[str, Callable[[], str]] = {
     "highlights": highlights,
     "step_table": step_table,
     "ops_table": ops_table,
-    "slower_ops": slower_ops,
     "early_stop_table": early_stop_table,
     "law_table": law_table,
     "interval_table": interval_table,
