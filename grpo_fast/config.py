@@ -154,7 +154,7 @@ class Config(BaseModel):
     """Let vLLM sleep while the policy trains, which frees its GPU memory for the trainer (with adapters, its weights move to
     host memory). Servers need ``grpo-fast serve --enable-sleep-mode``."""
     vllm_own_process: Annotated[bool, _ROLLOUT] = False
-    """Run the engine of ``rollout='vllm'`` in a separate process; with ``max_staleness`` it then slows the trainer less."""
+    """Run the engine of ``rollout='vllm'`` in a separate process, as several ranks do; ``max_staleness`` overlaps better so."""
     vllm_transport: Annotated[Literal["auto", "shared_memory", "sparse", "ipc", "nccl"], _ROLLOUT] = "auto"
     """How weights reach vLLM. ``auto``: directly within the trainer's process, else through shared memory. ``sparse``: only the
     weights that changed, at the price of a copy of them in host memory at either end. ``ipc`` (a process on the same GPU) and

@@ -3,9 +3,8 @@
 The engine starts from the architecture alone and gets its weights from the policy, through vLLM's own weight transfer
 (:mod:`~grpo_fast.rollout.vllm_transport`) and the phases of :mod:`~grpo_fast.rollout.weight_sync`, before the first request and
 after every update; of a policy with LoRA adapters only those, after the first (:mod:`~grpo_fast.rollout.vllm_adapters`).
-Nothing of vLLM is patched. Log-probabilities are those of the distribution that tokens were sampled from.
-
-Not covered: several GPUs, quantised engines, speculative decoding, models with code of their own.
+Nothing of vLLM is patched. Log-probabilities are those of the distribution that tokens were sampled from. Not covered: several
+GPUs for one engine, quantised engines, speculative decoding, models with code of their own.
 """
 
 from __future__ import annotations
@@ -231,14 +230,15 @@ class VLLMEngine:
             arguments["enable_chunked_prefill"] = False
         check_room(LOCK_BYTES, "vLLM's locks")
         multiply_whole(dtype)
-        environment = vllm_environment(own_process=settings.own_process, transport=self._delivery.transport)
+        own = settings.own_process
+        environment = vllm_environment(own_process=own, transport=self._delivery.transport, device=self._device)
         with model_directory(self._model, self._tokenizer) as directory, undisturbed(), environment:
             inside = load_beside_vllm("grpo_fast.rollout.vllm_in_process")
             return inside.InProcessVLLM(
                 self._model,
                 dtype=dtype,
                 delivery=self._delivery,
-                own_process=settings.own_process,
+                own_process=own,
                 deadlines=_deadlines(settings),
                 arguments={"model": str(directory), **arguments, **options, **settings.engine_args},
             )

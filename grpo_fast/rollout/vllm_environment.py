@@ -7,7 +7,7 @@ import os
 import random
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import import_module, metadata
 from types import ModuleType
 
@@ -28,6 +28,12 @@ memory, whose filling up by others ends them.
 BINDING, UNBOUND = "VLLM_CPU_OMP_THREADS_BIND", "nobind"
 """Which cores vLLM's threads run on, on a CPU; its workers do as they are told there."""
 _THREADS = "OMP_NUM_THREADS"
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+_LAUNCH = {
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
+    *("ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+}
+"""What torchrun tells its processes; an engine that believed it would wait for others, at a store that is not its own."""
 LOCK_BYTES = 2**20
 """Shared memory of the locks that an engine makes."""
 FLOAT32_PRODUCTS = {"TRITON_F32_DEFAULT": "ieee"}
@@ -57,17 +63,26 @@ def load_beside_vllm(module: str) -> ModuleType:
 
 
 @contextlib.contextmanager
-def vllm_environment(*, own_process: bool = False, transport: str = "") -> Iterator[None]:
+def vllm_environment(*, own_process: bool = False, transport: str = "", device: torch.device | None = None) -> Iterator[None]:
     """The environment that vLLM reads while it builds an engine; it has no other switch for these.
 
     In the trainer's process an engine on a GPU would leave torch one thread of the host for all that comes, the trainer's own
-    work too, unless a number of threads is told.
+    work too, unless a number of threads is told. In its own process it takes the first GPU that it sees. In neither is it one
+    of the ranks that torchrun has started.
+
+    Args:
+        own_process: whether the engine has one.
+        transport: of the weights.
+        device: where the engine is to be.
     """
     pickles = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if transport == "ipc" else {}
     threads = {} if own_process else {_THREADS: os.environ.get(_THREADS, str(torch.get_num_threads()))}
-    wanted = (
-        pickles
+    seen = {_VISIBLE: _visible_name(device)} if own_process and device is not None and device.type == "cuda" else {}
+    wanted: dict[str, str | None] = (
+        dict.fromkeys(name for name in os.environ if name in _LAUNCH or name.startswith("TORCHELASTIC_"))
+        | pickles
         | threads
+        | seen
         | {
             "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(own_process)),
             BINDING: UNBOUND,
@@ -76,15 +91,26 @@ def vllm_environment(*, own_process: bool = False, transport: str = "") -> Itera
         }
     )
     before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
+    _set(wanted)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        _set(before)
+
+
+def _set(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def _visible_name(device: torch.device) -> str:
+    """What ``CUDA_VISIBLE_DEVICES`` calls a GPU."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    listed = os.environ.get(_VISIBLE)
+    return listed.split(",")[index] if listed else str(index)
 
 
 def multiply_whole(dtype: torch.dtype) -> None:

@@ -125,15 +125,10 @@ def check_ranks(config: Config, num_ranks: int) -> None:
     Raises:
         ConfigError: such a setting; the message names it and the fix.
     """
-    if config.rollout == "vllm":
-        raise ConfigError(
-            f"rollout='vllm' works in a run of one process only, and this run has {num_ranks}; start servers with `grpo-fast "
-            "serve` and use rollout='vllm-http'"
-        )
     if config.vllm_transport == "ipc":
         raise ConfigError(
-            f"vllm_transport='ipc' with {num_ranks} processes: vLLM's CUDA IPC needs all of them to send, but only the first "
-            "one talks to the servers; choose 'shared_memory', or 'nccl' for a server on other GPUs, here and with `serve`"
+            f"vllm_transport='ipc' with {num_ranks} processes: vLLM's CUDA IPC needs all of them to send to one engine; choose "
+            "'shared_memory', or 'nccl' for a server on other GPUs, here and with `serve`"
         )
     if config.max_staleness:
         raise ConfigError(

@@ -127,7 +127,7 @@ class Parts:
             *unseen(self.data.task.train),
             *rounded(self.data.task.train),
             *unheard(self.data),
-            *(idle_ranks(config, self.meter.num_devices) if config.rollout == "transformers" else ()),
+            *(idle_ranks(config, self.meter.num_devices) if config.rollout != "vllm-http" else ()),
             *few_held_out(asked, len(held_out), num_prompts=len(prompts)),
         ]
 
@@ -395,12 +395,15 @@ def _share_engine(config: Config, policy: Policy, longest: int, *, given: Rollou
     """The engine, as all ranks use it together."""
     if given is None and config.rollout == "vllm-http" and world.size > 1:
         return MainEngine(lambda: build_engine(config, policy, longest), world, reading=policy.reading(world))
-    engine = given or build_engine(config, policy, longest)
+    engine = given or build_engine(config, policy, longest, alone=world.size == 1)
     return engine if world.size == 1 else SharedEngine(engine, world)
 
 
-def build_engine(config: Config, policy: Policy, longest: int) -> RolloutEngine:
-    """The engine that the configuration names; ``longest`` is the length of the longest prompt in tokens."""
+def build_engine(config: Config, policy: Policy, longest: int, *, alone: bool = True) -> RolloutEngine:
+    """The engine that the configuration names; ``longest`` is the length of the longest prompt in tokens.
+
+    Beside other ranks vLLM has a process of its own, because in one with a process group it would take that for its own.
+    """
     if config.rollout == "transformers":
         return TransformersEngine(
             policy.model, policy.tokenizer, autocast_dtype=policy.autocast_dtype, own_weights=config.max_staleness > 0
@@ -413,7 +416,7 @@ def build_engine(config: Config, policy: Policy, longest: int) -> RolloutEngine:
         sync_deadline_s=config.sync_deadline_s,
         request_deadline_s=config.request_deadline_s,
         pause_mode=config.vllm_pause_mode,
-        own_process=config.vllm_own_process,
+        own_process=config.vllm_own_process or not alone,
         transport=config.vllm_transport,
         enable_sleep_mode=config.vllm_enable_sleep_mode,
         engine_args=config.vllm_engine_args,

@@ -130,7 +130,8 @@ class MemoryPlanner:
                 host["vLLM's weights"] = sizes.total * dtype.itemsize
         elif config.rollout == "vllm" or config.max_staleness:  # the engine stays awake, or samples while training goes on
             # What a pass of vLLM lets go of is this process's again, where it is in it.
-            passing = set() if config.vllm_own_process or config.max_staleness else {_VLLM_PASS}
+            apart = config.vllm_own_process or config.max_staleness or self._inputs.num_devices > 1
+            passing = set() if apart else {_VLLM_PASS}
             lasting |= {name: size for name, size in sampling.items() if name not in passing}
             sampling = {name: size for name, size in sampling.items() if name in passing}
         training, waiting = self._training(outline, config, sizes)

@@ -305,7 +305,7 @@ def spread(source: PolicySource, *, config: Config, world: World, streams: bool 
     if config.fsdp == "no_shard":
         whole = world.each(source.load)
         return whole, whole
-    mirrored = not streams and (config.rollout == "transformers" or world.is_main)
+    mirrored = not streams and (config.rollout != "vllm-http" or world.is_main)
     mirror = world.each(lambda: _load_mirror(source) if mirrored else None)
     policy = load_sharded(source, mirror, config=config, world=world, streams=streams)
     return policy, mirror or policy

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import json
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -363,6 +366,35 @@ def test_a_run_whose_rollouts_run_beside_its_training(pause_mode: str, embedded_
     assert len({group.prompt.index for step in steps for group in step.groups}) == 5 * config.prompts_per_step
     assert min(row["overlap/rollout_s"] for row in rows[1:]) > 0
     assert max(row["sampling/kl"] for row in rows) > 1e-6, "the sampler is another policy, and it is measured"
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.usefixtures("untraced")
+def test_each_rank_samples_by_an_engine_of_its_own(embedded_config: Callable[..., Config], tmp_path: Path) -> None:
+    same: dict[str, Any] = {"rollout": "vllm", "prompts_per_step": 4, "max_steps": 2, "eval_steps": 0, "baseline_probe": 0}
+    config = embedded_config(**same, reward_workers=0, output_dir=tmp_path / "alone")
+    with GRPOTrainer(config) as trainer:
+        trainer.train()
+    program, run = Path(sys.executable).with_name("grpo-fast"), tmp_path / "ranks"
+    flags = [part for name, value in same.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    flags += ["--recipe", "embedded", "--device", "cpu", "--fsdp", "full_shard", "--forecast", "off", "--reward-workers", "0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    command = [*launcher, str(program), "train", *flags, "--no-report", "--output-dir", str(run)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone, ranks = (
+        {
+            name: [json.loads(line) for line in (place / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+            for name in ("metrics", "completions")
+        }
+        for place in (config.output_dir, run)
+    )
+    assert [row["sync/version"] for row in ranks["metrics"]] == [1, 2]
+    assert all(row["sync/probe_kl"] < 1e-8 for row in ranks["metrics"])
+    assert all(row["sampling/sampling_logp_difference/max"] < 1e-4 for row in ranks["metrics"])
+    assert [row["reward"] for row in ranks["metrics"]] == pytest.approx([row["reward"] for row in alone["metrics"]])
+    assert [row["completion"] for row in ranks["completions"]] == [row["completion"] for row in alone["completions"]]
 
 
 def test_a_cache_that_is_told_frees_a_gpu_of_the_share() -> None:

@@ -31,6 +31,36 @@ def test_the_environment_is_vllms_inside_and_the_users_afterwards(monkeypatch: p
     assert dict(os.environ) == before
 
 
+def test_an_engine_is_none_of_torchruns_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = {
+        "RANK": "1",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_PORT": "29500",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    for own_process in (False, True):
+        with vllm_environment(own_process=own_process):
+            assert not launched.keys() & os.environ.keys()
+        assert {name: os.environ[name] for name in launched} == launched
+
+
+def test_an_engine_in_its_own_process_sees_the_gpu_of_the_trainer_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    second = torch.device("cuda", 1)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with vllm_environment(own_process=True, device=second):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-8a,6")
+    with vllm_environment(own_process=True, device=second):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-8a"
+    for shared in ({"device": second}, {"own_process": True, "device": torch.device("cpu")}, {"own_process": True}):
+        with vllm_environment(**shared):
+            assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,GPU-8a,6"
+
+
 def test_an_engine_in_the_trainers_process_is_told_how_many_threads_torch_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     with vllm_environment():
