@@ -253,7 +253,7 @@ def test_the_reference_is_made_from_the_docstrings(tmp_path: Path) -> None:
     make = ["make", "--dry-run", "--no-print-directory", "--old-file=env-dev", "docs"]
     made = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True)
     command = shlex.split(made.stdout)
-    command[0] = str(Path(sys.executable).with_name("pdoc"))
+    command[0] = sys.executable
     command[command.index("--output-directory") + 1] = str(tmp_path)
     run(command, tmp_path)
     text = "".join(page.read_text(encoding="utf-8") for page in tmp_path.rglob("*.html"))

@@ -41,6 +41,8 @@ from grpo_fast.types import Group, TokenBatch, TrainingError
 _T = TypeVar("_T")
 _ROUNDING = 2.0**-40
 """Of sums of float64 numbers, by far; what float32 rewards differ by is more."""
+_SAME_ENTROPY = 1e-5
+"""Nats by which rounding may part tokens of one entropy, as where completions begin alike: all of them are kept, or none."""
 
 
 class NonFiniteGradientError(TrainingError):
@@ -350,7 +352,7 @@ class Learner:
         threshold = entropy_threshold(list(every), self._config.top_entropy_quantile)
         for part in parts:
             assert part.entropy is not None
-            keep = (part.entropy.double() >= threshold).float()
+            keep = (part.entropy.double() >= threshold - _SAME_ENTROPY).float()
             part.importance = keep if part.importance is None else part.importance * keep
 
     def _correct(self, part: _Part, logprobs: torch.Tensor, sums: MetricSums) -> None:

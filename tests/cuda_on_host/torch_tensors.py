@@ -56,7 +56,10 @@ class OnDevice(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})
+        found = torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})
+        if func == torch.Tensor.data.__set__:  # no operation that would come back here
+            args[0].inner = args[1].inner
+        return found
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -232,8 +232,10 @@ class Traffic(TorchDispatchMode):
 def head_traffic(world: World, values: dict[str, Any]) -> dict[str, Any]:
     """How often an update of two iterations gathers the head and scatters its gradient, whole or in parts."""
     found = {}
+    kept = {name: value for name, value in values.items() if "ref_model" not in name}
+    changes = {"fsdp": "full_shard", "num_iterations": 2, "beta": 0.0}
     for parallel in (False, True):
-        config = Config.parse(values | {"fsdp": "full_shard", "num_iterations": 2, "beta": 0.0, "fsdp_parallel_head": parallel})
+        config = Config.parse(kept | changes | {"fsdp_parallel_head": parallel})
         policy = ShardedPolicy(PolicySource(config).load(), None, config=config, world=world)
         learner = Learner(config, policy, build_optimizer(policy.model, config), reference=None, world=world)
         completions = [Completion((4 + n, 5, 6 + n, 7), (-1.0,) * 4, "stop", "") for n in range(8)]
