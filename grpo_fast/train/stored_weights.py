@@ -72,8 +72,11 @@ class StoredWeights:
         first, own = 0, tensor
         if isinstance(tensor, DTensor):
             own = tensor.to_local()
-            mesh = tensor.device_mesh
-            first = mesh.get_local_rank("shard") * -(-tensor.shape[0] // mesh["shard"].size())  # as FSDP cuts rows
+            mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
+            assert mesh.mesh_dim_names is not None
+            assert coordinate is not None
+            dimension = mesh.mesh_dim_names.index("shard")
+            first = coordinate[dimension] * -(-tensor.shape[0] // mesh.size(dimension))  # as FSDP cuts rows
         if own.numel():
             with safe_open(self._files[name], framework="pt") as opened:
                 part = opened.get_slice(name)
