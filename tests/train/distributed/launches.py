@@ -6,10 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from transformers import AutoConfig, AutoModelForCausalLM
 
 PROGRAM = Path(__file__).with_name("rank_program.py")
 TIMED = ("time/", "budget/", "step_time", "gpu_seconds", "energy_kwh", "money", "mfu")
@@ -139,3 +142,10 @@ class Launch:
         done = torchrun(num_ranks, PROGRAM, file, directory, cwd=directory)
         assert done.returncode == 0, done.stderr
         self.found = [json.loads((directory / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(num_ranks)]
+
+
+def random_model(kind: str, sizes: Mapping[str, Any]) -> Any:
+    """A model of random weights, the same each time; sizes that are ``None`` are the architecture's own."""
+    torch.manual_seed(5)
+    given = {name: value for name, value in sizes.items() if value is not None}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **given))

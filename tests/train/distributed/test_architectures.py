@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from tests.train.distributed.launches import COMMON, torchrun, trace
+from tests.train.distributed.launches import COMMON, random_model, torchrun, trace
 from tests.train.distributed.rank_program import play
 
 PROGRAM = Path(__file__).with_name("architecture_program.py")
@@ -36,9 +36,7 @@ def models(sizes: dict[str, Any], tokenizer: PreTrainedTokenizerFast, tmp_path_f
     """A directory of tiny models with random weights, by architecture."""
     directory = tmp_path_factory.mktemp("models")
     for kind, changes in KINDS.items():
-        torch.manual_seed(5)
-        given = {key: value for key, value in (sizes | changes).items() if value is not None}
-        AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **given)).save_pretrained(directory / kind)
+        random_model(kind, sizes | changes).save_pretrained(directory / kind)
         tokenizer.save_pretrained(directory / kind)
     return directory
 

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tests.train.distributed.launches import torchrun
+from tests.train.distributed.launches import random_model, torchrun
 from tests.train.distributed.loading_program import TRY_MEMORY
 
 PROGRAM = Path(__file__).with_name("loading_program.py")
@@ -43,9 +42,7 @@ def models(sizes: dict[str, Any], tokenizer: PreTrainedTokenizerFast, tmp_path_f
     """A directory of models with random weights, in one file or in several."""
     directory = tmp_path_factory.mktemp("models")
     for kind, changes in KINDS.items():
-        torch.manual_seed(5)
-        given = {key: value for key, value in (sizes | changes).items() if value is not None}
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind.rpartition(" ")[2], **given))
+        model = random_model(kind.rpartition(" ")[2], sizes | changes)
         model.generation_config.temperature = 0.75
         model.generation_config.do_sample = True
         model.save_pretrained(directory / kind, max_shard_size="20KB" if kind == "qwen2" else "1GB")
