@@ -129,7 +129,7 @@ class Config(BaseModel):
     reward_weights: Annotated[tuple[float, ...], _REWARD] = ()
     """One weight per reward function. Default: 1 each."""
     reward_range: Annotated[tuple[float, float] | None, _REWARD] = None
-    """Lowest and highest possible mean reward, if known; it sharpens the forecast."""
+    """Lowest and highest possible mean reward; it sharpens the forecast. Default: known for built-in rewards, else unknown."""
     reward_timeout_s: Annotated[float, _REWARD] = Field(30.0, gt=0)
     """Deadline of one reward call, in seconds; a worker that misses it is killed."""
     reward_workers: Annotated[int, _REWARD] = Field(1, ge=0)

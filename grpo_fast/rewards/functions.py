@@ -132,6 +132,9 @@ BUILT_IN: Mapping[str, Callable[..., list[float | None]]] = {
 }
 """Reward functions by the name a configuration calls them."""
 
+BOUNDS: Mapping[str, tuple[float, float]] = dict.fromkeys(BUILT_IN.keys() - {"environment"}, (0.0, 1.0))
+"""Least and greatest reward of those where that is known."""
+
 
 def completion_text(completion: Any) -> str:
     """The text of a completion: itself, or the content of its last message.

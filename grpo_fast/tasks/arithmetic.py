@@ -43,6 +43,7 @@ def arithmetic_task(*, size: int, eval_size: int, seed: int) -> Task:
         eval=[_row(*draw_problem(seed, index=index, split="eval")) for index in range(eval_size)],
         reward_funcs=("grpo_fast.tasks.arithmetic:arithmetic_accuracy",),
         eval_reward="grpo_fast.tasks.arithmetic:arithmetic_accuracy",
+        reward_range=(0.0, 1.0),
     )
 
 

@@ -63,6 +63,7 @@ def countdown_task(*, size: int, eval_size: int, seed: int, chat: bool) -> Task:
         eval=[_row(seed, split="eval", index=index, chat=chat) for index in range(eval_size)],
         reward_funcs=(reward,),
         eval_reward=reward,
+        reward_range=(0.0, 1.0),
     )
 
 

@@ -37,3 +37,5 @@ class Task:
     """Numbers of ``train``'s rows in the table that they were taken from, for errors; ``None`` where they are its own."""
     eval_numbers: Sequence[int] | None = None
     """The same of ``eval``'s."""
+    reward_range: tuple[float, float] | None = None
+    """Least and greatest reward of each of ``reward_funcs``, where known; that of built-in ones always is."""

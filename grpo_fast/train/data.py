@@ -15,6 +15,7 @@ from grpo_fast.environments import Environments
 from grpo_fast.given_values import dataset_anywhere
 from grpo_fast.rewards import RewardFunction, resolve_reward, reward_name
 from grpo_fast.rewards.call import check_columns
+from grpo_fast.rewards.functions import BOUNDS
 from grpo_fast.rewards.judged import ARGUMENT, set_apart
 from grpo_fast.run_dir import write_whole
 from grpo_fast.tasks import Rows, Task, encode_prompts, load_task, task_of
@@ -212,6 +213,24 @@ def choose_data(config: Config, given: Mapping[str, Any], *, chat: bool, environ
         return Data(task, chosen)
     stand_ins, judges = set_apart(chosen)
     return Data(task, stand_ins, environments, judges)
+
+
+def reward_range(config: Config, task: Task, reward_funcs: Sequence[str | Callable[..., Any]]) -> tuple[float, float] | None:
+    """The range of the mean reward: as configured, else from the rewards themselves; ``None`` where one's is not known.
+
+    Args:
+        config: the run's configuration; its range and weights are read.
+        task: knows the range of its own rewards.
+        reward_funcs: the training rewards.
+    """
+    if config.reward_range is not None:
+        return config.reward_range
+    known = {**dict.fromkeys(task.reward_funcs, task.reward_range), **BOUNDS}
+    bounds = [known.get(spec) if isinstance(spec, str) else None for spec in reward_funcs]
+    weights = config.reward_weights or [1.0] * len(bounds)
+    ends = [sorted((weight * of[0], weight * of[1])) for weight, of in zip(weights, bounds, strict=False) if of is not None]
+    least, greatest = (sum(end[place] for end in ends) for place in (0, 1))
+    return (least, greatest) if len(ends) == len(bounds) and least < greatest else None
 
 
 def encoded(

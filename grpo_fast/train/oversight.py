@@ -187,8 +187,8 @@ class Oversight:
         nearest = min(max(reward, bounds[0]), bounds[1])
         if abs(nearest - reward) > _ROUNDING * (bounds[1] - bounds[0]):
             raise ConfigError(
-                f"the mean reward {reward:g} of {where} is outside reward_range={bounds}; correct reward_range, which a recipe "
-                "sets for its own rewards, or leave it out if the range is not known"
+                f"the mean reward {reward:g} of {where} is outside reward_range={bounds}; correct reward_range, or leave it "
+                "out if the range is not known"
             )
         return nearest
 

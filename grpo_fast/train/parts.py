@@ -40,6 +40,7 @@ from grpo_fast.train.data import (
     choose_environments,
     choose_replies,
     encoded_task,
+    reward_range,
     unheard,
 )
 from grpo_fast.train.distributed import ALONE, World
@@ -226,6 +227,7 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
         environments = world.each(lambda: choose_environments(config, given, opened=on_error))
         replies = world.each(lambda: choose_replies(config, environments, source))
         data = world.each(lambda: choose_data(config, given, chat=source.chat, environments=environments))
+        config = config.model_copy(update={"reward_range": reward_range(config, data.task, data.reward_funcs)})
         rewards = build_pool(config, data.reward_funcs, config.reward_weights, world=world)
         if resume:
             world.once(lambda: data.check_names(config.output_dir))

@@ -236,6 +236,7 @@ def make_plan(config: Config, inputs: PlanInputs | None = None) -> Plan:
     inputs = inputs or PlanInputs()
     config = _in_its_arithmetic(config, inputs.gpu)
     known = gather(config, inputs)
+    config = config.model_copy(update={"reward_range": known.reward_range})
     try:
         memory, changes = _memory(config, inputs, known)
     except UncountableError as error:

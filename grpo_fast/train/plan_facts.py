@@ -17,10 +17,10 @@ from grpo_fast.config import Config, ConfigError
 from grpo_fast.device import GPU_TABLE, device_facts, gpu_spec, similar_gpus
 from grpo_fast.law import RunFacts
 from grpo_fast.metrics import PhaseTimer
-from grpo_fast.tasks import load_task
+from grpo_fast.tasks import Task, load_task
 from grpo_fast.tools import find_tools, schemas_of
 from grpo_fast.train.collect import Collector
-from grpo_fast.train.data import encoded
+from grpo_fast.train.data import encoded, reward_range
 from grpo_fast.train.evaluate import evaluate, probe
 from grpo_fast.train.optim import build_optimizer
 from grpo_fast.train.parts import Parts, build_parts
@@ -122,6 +122,7 @@ class PlanFacts:
         notes: what was assumed, in sentences.
         held_out: held-out reward of the untrained policy, where it was measured.
         sampled_lengths: tokens of the completions of a probe's step, group after group.
+        reward_range: lowest and highest possible mean reward, if known.
     """
 
     facts: RunFacts
@@ -137,6 +138,7 @@ class PlanFacts:
     notes: list[str] = field(default_factory=list)
     held_out: float | None = None
     sampled_lengths: tuple[int, ...] = ()
+    reward_range: tuple[float, float] | None = None
 
 
 def gather(config: Config, inputs: PlanInputs) -> PlanFacts:
@@ -161,7 +163,8 @@ def _unprobed(config: Config, inputs: PlanInputs) -> PlanFacts:
         outline = source.outline()
         size, shape, model = _size(outline), ModelShape.from_model(outline), config.model
     sources["model_size"] = "given" if inputs.model_size is not None else "read"
-    dataset, count, prompt_tokens = _data(config, inputs, source, notes)
+    task = None if inputs.data_size is not None and inputs.prompt_tokens is not None else _task(config, source)
+    dataset, count, prompt_tokens = _data(config, inputs, source, task=task, notes=notes)
     lengths = _lengths(config, inputs, notes)
     sources["completion_tokens"] = lengths.source
     sources |= {"num_prompts": "read" if inputs.data_size is None else "given"}
@@ -183,14 +186,28 @@ def _unprobed(config: Config, inputs: PlanInputs) -> PlanFacts:
         dataset=dataset,
         sources=sources,
         notes=notes,
+        reward_range=_reward_range(config, task),
     )
 
 
-def _data(config: Config, inputs: PlanInputs, source: PolicySource | None, notes: list[str]) -> tuple[str, int, float]:
-    """Name, number of prompts and their mean length in tokens."""
-    if inputs.data_size is not None and inputs.prompt_tokens is not None:
+def _task(config: Config, source: PolicySource | None) -> Task:
+    return load_task(config, chat=source is not None and source.chat, needs_reward=config.environment_factory is None)
+
+
+def _reward_range(config: Config, task: Task | None) -> tuple[float, float] | None:
+    if task is None or (config.environment_factory is not None and not config.reward_funcs):
+        return config.reward_range
+    return reward_range(config, task, config.reward_funcs or task.reward_funcs)
+
+
+def _data(
+    config: Config, inputs: PlanInputs, source: PolicySource | None, *, task: Task | None, notes: list[str]
+) -> tuple[str, int, float]:
+    """Name, number of prompts and their mean length in tokens; without a task both are given."""
+    if task is None:
+        assert inputs.data_size is not None
+        assert inputs.prompt_tokens is not None
         return "data of that size", inputs.data_size, inputs.prompt_tokens
-    task = load_task(config, chat=source is not None and source.chat, needs_reward=config.environment_factory is None)
     count = inputs.data_size or len(task.train)
     if inputs.prompt_tokens is not None:
         return task.name, count, inputs.prompt_tokens
@@ -357,6 +374,7 @@ def _measured(config: Config, inputs: PlanInputs, parts: Parts) -> PlanFacts:
         notes=notes,
         held_out=None if math.isnan(held_out) else held_out,
         sampled_lengths=steps.lengths,
+        reward_range=parts.config.reward_range,
     )
 
 

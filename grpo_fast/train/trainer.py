@@ -83,10 +83,10 @@ class GRPOTrainer:
             TypeError: ``config`` is not a Config, or there is no such argument.
         """
         check_given(config, given)
-        self.config = config
         self._world = world = World.join(pick_device(config.device), timeout_s=config.ddp_timeout_s)
         resume = shake_hands(config, world, resume=resume)
         parts = self._parts = build_parts(config, given, resume=resume, world=world)
+        self.config = config = parts.config
         self._optimizer = build_optimizer(parts.policy.model, config)
         self._learner = Learner(config, parts.policy, self._optimizer, reference=parts.reference, world=world)
         self._rollouts = Rollouts(config, Collector(config, parts.sampler, stream=parts.stream, rewards=parts.rewards))

@@ -19,6 +19,7 @@ from grpo_fast.train.data import (
     choose_environments,
     choose_replies,
     encoded_task,
+    reward_range,
     unheard,
 )
 from grpo_fast.train.policy_source import PolicySource
@@ -50,6 +51,26 @@ def test_rewards_that_are_given_win_and_one_may_stand_alone(functions: Any, lett
     assert data.reward_funcs == (functions if isinstance(functions, list) else [functions])
     assert list(choose_data(Config(reward_funcs=("format",)), {"task": letters}, chat=False).reward_funcs) == ["format"]
     assert list(choose_data(Config(), {"task": letters}, chat=False).reward_funcs) == ["exact_match"]
+
+
+@pytest.mark.parametrize(
+    ("functions", "settings", "found"),
+    [
+        (["own:task"], {}, (-1.0, 2.0)),
+        (["accuracy"], {}, (0.0, 1.0)),
+        (["accuracy", "format", "own:task"], {"reward_weights": (1.0, 0.5, 2.0)}, (-2.0, 5.5)),
+        (["accuracy", "format"], {"reward_weights": (1.0, -0.5)}, (-0.5, 1.0)),
+        (["accuracy"], {"reward_weights": (0.0,)}, None),
+        (["accuracy", short], {}, None),
+        (["environment"], {}, None),
+        (["own:other"], {}, None),
+        ([short], {"reward_range": (-9.0, 0.0)}, (-9.0, 0.0)),
+        (["accuracy"], {"reward_range": (0.0, 0.5)}, (0.0, 0.5)),
+    ],
+)
+def test_the_range_of_the_reward_follows_from_the_rewards(functions: Any, settings: Any, found: Any) -> None:
+    task = Task("own", ROWS, [], ("own:task",), "", reward_range=(-1.0, 2.0))
+    assert reward_range(Config(**settings), task, functions) == found
 
 
 def test_an_environment_that_rates_is_the_reward_where_no_other_is_named(letters: Task) -> None:

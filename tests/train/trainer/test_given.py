@@ -12,6 +12,7 @@ import torch
 from benchmarks.system.soak import trace
 from grpo_fast.config import Config
 from grpo_fast.law import OnlinePredictor
+from grpo_fast.recipes import recipe, recipe_names
 from grpo_fast.sinks import RunInfo
 from grpo_fast.tasks.task import Task
 from grpo_fast.train import GRPOTrainer
@@ -43,6 +44,22 @@ class Listening:
 
     def close(self) -> None:
         self.closed += 1
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_takes_any_reward(name: str) -> None:
+    assert recipe(name).reward_range is None, "it would end runs with rewards beyond it"
+
+
+def test_the_range_of_built_in_rewards_is_known_and_that_of_own_ones_is_not(make: Make, tmp_path: Path) -> None:
+    def great(completions: list[str], **columns: Any) -> list[float]:
+        return [2.0 + len(text) for text in completions]
+
+    for functions, found in (([great], None), (["exact_match"], (0.0, 1.0))):
+        with make({"reward_funcs": functions}, forecast="stop", max_steps=1, overwrite=True) as trainer:
+            assert trainer.train()["step"] == 1
+        assert trainer.config.reward_range == trainer._parts.predictor.reward_range == found
+        assert Config.from_toml(tmp_path / "run" / "config.toml").reward_range == found
 
 
 def test_parts_can_be_given(make: Make, tmp_path: Path) -> None:
