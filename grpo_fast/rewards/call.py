@@ -142,6 +142,7 @@ def call_reward(reward: RewardFunction, arguments: Mapping[str, Any], loop: Asyn
     Args:
         reward: the function.
         arguments: those of :data:`BATCH_ARGUMENTS` and one list a dataset column, all of one length, and ``trainer_state``.
+            The function gets copies of the lists, which it may change.
         loop: where it is awaited.
 
     Returns:
@@ -185,7 +186,8 @@ class _Log:
 
 
 def _called(reward: RewardFunction, arguments: Mapping[str, Any], log: _Log) -> Any:
-    given = {**arguments, "log_extra": log.log_extra, "log_metric": log.log_metric}
+    own = {name: [*value] if isinstance(value, list) else value for name, value in arguments.items()}
+    given = {**own, "log_extra": log.log_extra, "log_metric": log.log_metric}
     return reward.function(**_accepted(reward, given))
 
 

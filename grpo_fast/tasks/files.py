@@ -13,6 +13,7 @@ from datasets import Dataset
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.tasks.tables import evenly, read_directory, read_files, read_hub
 from grpo_fast.tasks.task import Task
+from grpo_fast.user_code import shown
 
 _LARGEST_EVAL_SHARE = 5
 
@@ -125,21 +126,33 @@ def _read(config: Config, path: Path | None, *, split: str) -> Dataset:
 
 def _table(given: Any, name: str) -> Dataset:
     """Rows given in Python as a table; ``name`` is the argument's."""
-    if isinstance(given, Mapping):
+    if isinstance(given, Mapping) and all(isinstance(split, Dataset) for split in given.values()):
         first = next(iter(given), "train")
         raise ConfigError(f"{name} holds splits ({', '.join(map(str, given))}); give one of them, as {name}=data[{first!r}]")
     if not isinstance(given, Dataset | list | tuple):
         raise ConfigError(
-            f"{name} is of type {type(given).__name__}; give a datasets.Dataset or a list of rows (of a dataset that streams, "
-            "those that were taken: list(data.take(1000))). A file, or one of the hub, is named by the configuration's dataset"
+            f"{name} is of type {type(given).__name__}; give a datasets.Dataset or a list of rows (Dataset.from_pandas and "
+            "Dataset.from_dict make one of other tables; of a dataset that streams, take rows: list(data.take(1000))). A file, "
+            "or one of the hub, is named by the configuration's dataset"
         )
     try:
-        table = given if isinstance(given, Dataset) else Dataset.from_list(list(given))
+        table = given if isinstance(given, Dataset) else _of_rows(given)
+    except OverflowError as error:
+        raise ConfigError(f"{name} holds a whole number of more than 64 bits ({error}); give such numbers as text") from error
     except Exception as error:
         raise ConfigError(f"{name} is no table: {error}; give rows with the same columns, of plain values") from error
     if not len(table):
         raise ConfigError(f"{name} has no rows; leave it out, or give some")
     return table
+
+
+def _of_rows(rows: Sequence[Any]) -> Dataset:
+    """A table with the columns of all rows; ``Dataset.from_list`` would take those of the first one."""
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise TypeError(f"row {number} is {shown(row)}, and a row is a mapping like {{'prompt': '...', 'answer': '...'}}")
+    columns = dict.fromkeys(column for row in rows for column in row)
+    return Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})
 
 
 def _named(config: Config, table: Dataset, told: str) -> Dataset:

@@ -91,7 +91,7 @@ def encode_prompts(  # noqa: PLR0913 (each a setting of its own)
                     f"the prompt of row {named[index]} is plain text, and tools are told of by the chat template, which is for "
                     "messages; give prompts as messages, or set system_prompt"
                 )
-            if not ids:
+            if not ids or not text:
                 raise ConfigError(f"the prompt of row {named[index]} is empty; leave the row out")
             if max_prompt_length is not None and len(ids) > max_prompt_length:
                 if overlong == "error":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from grpo_fast.hub import out_of_reach
 
 FILE_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
 """Reader of ``datasets`` by the ending of a file's name."""
+_DIGITS_OF_64_BITS = 20
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
@@ -71,22 +73,48 @@ def read_files(files: Mapping[str, Path], *, split: str) -> Dataset:
         if path.stat().st_size == 0:
             raise ConfigError(f"the dataset file {path} is empty; give one with rows")
     shown = ", ".join(str(path) for path in files.values())
-    suffix = next(iter(files.values())).suffix
+    first = next(iter(files.values()))
+    builder = FILE_BUILDERS[first.suffix]
     paths = {name: str(path) for name, path in files.items()}
     try:
         with _quiet():
-            return load_dataset(FILE_BUILDERS[suffix], data_files=paths, split=split, **_text_options(list(files.values())))
+            return load_dataset(builder, data_files=paths, split=split, **_text_options(first))
     except Exception as error:
-        raise ConfigError(f"cannot read split {split!r} of {shown}: {_reason(error)}") from error
+        wrong = filter(None, map(_wrong_line, files.values() if builder == "json" else ()))
+        raise ConfigError(f"cannot read split {split!r} of {shown}: {next(wrong, _reason(error))}") from error
 
 
-def _text_options(paths: Sequence[Path]) -> dict[str, Any]:
+def _wrong_line(path: Path) -> str:
+    """Which line of JSON cannot be read, and why; empty if each can."""
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    is_array = path.suffix == ".json" and text.lstrip().startswith("[")
+    for before, part in enumerate([text] if is_array else text.split("\n")):
+        try:
+            if part.strip():
+                json.loads(part, parse_int=_within_64_bits)
+        except json.JSONDecodeError as error:
+            return f"JSON parse error in line {before + error.lineno}: {error.msg} (character {error.colno})"
+        except ValueError as error:
+            return str(error) if is_array else f"{error} (line {before + 1})"
+    return ""
+
+
+def _within_64_bits(digits: str) -> int:
+    if len(digits) > _DIGITS_OF_64_BITS or not -(2**63) <= int(digits) < 2**63:
+        raise ValueError(f"the number {digits[:_DIGITS_OF_64_BITS]}... has more than 64 bits; write it as text, in quotes")
+    return int(digits)
+
+
+def _text_options(path: Path) -> dict[str, Any]:
     """Reader options for tables of text: every cell stays text, since a guessed type would turn the answer 007 into 7."""
-    separator = _SEPARATORS.get(paths[0].suffix)
+    separator = _SEPARATORS.get(path.suffix)
     if separator is None:
         return {}
-    with paths[0].open(encoding="utf-8-sig", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         heads = next(csv.reader(file, delimiter=separator), [])
+    twice = [head for head in dict.fromkeys(heads) if heads.count(head) > 1]
+    if twice:
+        raise ValueError(f"it has the column {twice[0]!r} twice; rename one")
     return {"sep": separator, "keep_default_na": False, "features": Features({head: Value("string") for head in heads})}
 
 
@@ -106,9 +134,16 @@ def read_directory(directory: Path, *, name: str | None, split: str) -> Dataset:
             if (directory / "dataset_dict.json").exists() or (directory / "state.json").exists():
                 saved = load_from_disk(str(directory))
                 return _chosen(saved if isinstance(saved, DatasetDict) else {str(saved.split or "train"): saved}, split)
-            return load_dataset(str(directory.resolve()), name=name, split=split)
+            return load_dataset(str(directory.resolve()), name=name, split=split, **_options_of(directory))
     except Exception as error:
         raise ConfigError(f"cannot read split {split!r} of the directory {directory}: {_reason(error)}") from error
+
+
+def _options_of(directory: Path) -> dict[str, Any]:
+    """Reader options for a directory that holds tables of text, all with the same columns, and no other data."""
+    paths = [path for path in directory.rglob("*") if path.suffix in FILE_BUILDERS]
+    options = [_text_options(path) for path in paths]
+    return options[0] if options and all(option == options[0] for option in options) else {}
 
 
 def evenly(size: int, count: int) -> Sequence[int]:
@@ -132,6 +167,8 @@ def _reason(error: Exception) -> str:
     told = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
     if "corresponds to no data" in str(told):  # what `datasets` makes of a file of blank lines
         return "it has no rows"
+    if "column names don't match" in str(told):
+        return "its files differ in their columns; give all the same, or name one file"
     lines = str(told).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(told).__name__
 

@@ -196,6 +196,21 @@ def test_results_that_are_refused(result: Any, message: str) -> None:
         call(lambda: result)
 
 
+def test_a_function_may_change_its_lists_and_no_other_sees_it() -> None:
+    def takes_all(completions: list[str], answer: list[str]) -> list[float]:
+        answer.clear()
+        return [float(len(completions.pop(0))) for _ in range(len(completions))]
+
+    def loses_all(completions: list[str]) -> list[float]:
+        completions.clear()
+        return [float(len(text)) for text in completions]
+
+    for _ in range(2):
+        assert call(takes_all) == [1.0, 2.0]
+        with pytest.raises(InvalidRewardError, match="returned 0 values for 2 completions"):
+            call(loses_all)
+
+
 def test_async_functions_are_awaited() -> None:
     async def later(completions: list[str]) -> list[float]:
         await asyncio.sleep(0)

@@ -94,6 +94,11 @@ def test_rows_in_hand_are_what_a_file_of_them_is(make: Any, tmp_path: Path) -> N
     assert [row["prompt"] for row in given.eval] == ["q20", "q22", "q25", "q27"], "eval_size of them, evenly"
 
 
+def test_rows_in_hand_keep_columns_that_the_first_row_lacks() -> None:
+    rows = [{"prompt": "a", "answer": "b"}, {"prompt": "c", "answer": "d", "level": 3}]
+    assert [row["level"] for row in task_of(Config(), rows, needs_reward=True).train] == [None, 3]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -106,7 +111,9 @@ def test_rows_in_hand_are_what_a_file_of_them_is(make: Any, tmp_path: Path) -> N
         ([], r"train_dataset has no rows"),
         (Dataset.from_list([]), r"train_dataset has no rows"),
         ([{"prompt": 1}, {"prompt": "x"}], r"train_dataset is no table: .*give rows with the same columns, of plain values"),
-        (["a"], r"train_dataset is no table"),
+        (["a"], r"train_dataset is no table: row 0 is 'a' \(str\), and a row is a mapping"),
+        ({"prompt": ["a"], "answer": ["b"]}, r"train_dataset is of type dict; .* Dataset.from_dict make one"),
+        ([{"prompt": "a", "answer": 10**30}], r"train_dataset holds a whole number of more than 64 bits .* as text"),
         (ROWS, r"train_dataset has no 'prompt' column; it has question, answer, level"),
         ([{"prompt": "a"}], r"train_dataset has no 'answer' column .* or set reward_funcs"),
     ],

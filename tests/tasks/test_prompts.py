@@ -187,6 +187,8 @@ def test_missing_and_empty_prompts_name_the_row() -> None:
         encode_prompts([{"prompt": "a"}, {"text": "a"}], tokenizer())
     with pytest.raises(ConfigError, match=r"the prompt of row 0 is empty"):
         encode_one("", tokenizer=tokenizer(form="$A"))
+    with pytest.raises(ConfigError, match=r"the prompt of row 0 is empty"):
+        encode_one("")
 
 
 def test_nulls_that_a_table_adds_to_messages_do_not_reach_the_template() -> None:

@@ -49,7 +49,19 @@ def test_a_file_that_changes_is_read_anew(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("broken.jsonl", '{"prompt": "a"}\n{oops\n', "broken.jsonl: .*JSON parse error"),
+        (
+            "broken.jsonl",
+            '\n{"prompt": "a\u2028"}\n{oops\n',
+            r"broken.jsonl: JSON parse error in line 3: .* \(character 2\)",
+        ),
+        ("bom.jsonl", '\ufeff{"prompt": "a"}\n{oops\n', "bom.jsonl: JSON parse error in line 2: "),
+        ("array.json", '[{"prompt": "a"},\n {"prompt"', "array.json: JSON parse error in line 2: "),
+        (
+            "large.jsonl",
+            '{"prompt": "a", "answer": "7"}\n{"prompt": "b", "answer": -123456789012345678901234567890}\n',
+            r"the number -1234567890123456789... has more than 64 bits; write it as text, in quotes \(line 2\)",
+        ),
+        ("twice.csv", "prompt,answer,answer\na,b,c\n", "twice.csv: it has the column 'answer' twice; rename one"),
         ("broken.parquet", "no parquet", "broken.parquet: .*Parquet"),
         ("empty.jsonl", "", "empty.jsonl is empty"),
         ("blank.jsonl", "\n\n", "blank.jsonl: it has no rows"),
@@ -82,6 +94,21 @@ def test_reads_directories_of_files_and_saved_ones(tmp_path: Path) -> None:
     for name in ("files", "saved", "splits"):
         with pytest.raises(ConfigError, match=f"split 'dev' of the directory .*{name}: .*(dev|train)"):
             read_directory(tmp_path / name, name=None, split="dev")
+
+
+def test_cells_of_text_tables_in_a_directory_are_what_stands_there(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.csv").write_text("prompt,answer\na,007\nNA,\n", encoding="utf-8")
+    (tmp_path / "README.md").write_text("Mine.\n", encoding="utf-8")
+    expected = [{"prompt": "a", "answer": "007"}, {"prompt": "NA", "answer": ""}]
+    assert read_directory(tmp_path, name=None, split="train").to_list() == expected
+
+
+def test_files_of_a_directory_with_unlike_columns_are_told(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n', encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text('{"prompt": "a", "answer": 1}\n', encoding="utf-8")
+    with pytest.raises(ConfigError, match="its files differ in their columns; give all the same, or name one file"):
+        read_directory(tmp_path, name=None, split="train")
 
 
 def test_a_directory_without_data_is_named(tmp_path: Path) -> None:
