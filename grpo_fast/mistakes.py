@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 from cyclopts import CycloptsError, Token
 from cyclopts.exceptions import (
     MissingArgumentError,
@@ -50,8 +52,10 @@ def in_words(error: CycloptsError) -> str:
 
 
 def of_file(error: OSError) -> str:
-    """The message for a file that cannot be read or written: its name, and the system's reason."""
-    return str(error) if error.filename is None or not error.strerror else f"{error.filename}: {error.strerror}"
+    """The message for a file that cannot be read or written: its name, and the system's reason; the fix for a full disk."""
+    named = f"{error.filename}: {error.strerror}" if error.filename is not None and error.strerror else str(error)
+    full = error.errno in {errno.ENOSPC, errno.EDQUOT}
+    return f"{named}; make room on that disk, then repeat the command: what was written before is whole" if full else named
 
 
 def _unknown(error: UnknownOptionError, token: Token) -> str:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+
 import pytest
 from cyclopts import CycloptsError
 
@@ -45,3 +47,5 @@ def test_a_file_that_is_not_there_is_told_without_a_number() -> None:
         open("nosuch.json")  # noqa: PTH123, SIM115 (never opened)
     assert of_file(caught.value) == "nosuch.json: No such file or directory"
     assert of_file(OSError("a message of its own")) == "a message of its own"
+    full = OSError(errno.ENOSPC, "No space left on device", "runs/a/metrics.jsonl")
+    assert of_file(full).startswith("runs/a/metrics.jsonl: No space left on device; make room on that disk, then repeat")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import logging
@@ -155,8 +156,11 @@ class Claim:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
-        except BaseException:
-            file.close()
+        except BaseException as error:
+            if isinstance(error, OSError):
+                error.filename = error.filename or str(self._run)
+            with contextlib.suppress(OSError):  # it writes again what could not be written
+                file.close()
             raise
         self._lock = _locks[place] = _Lock(file)
 

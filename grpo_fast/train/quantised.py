@@ -20,6 +20,8 @@ from grpo_fast.config import Config, ConfigError
 
 _BLOCK = 64
 _log = logging.getLogger(__name__)
+_KERNELS = logging.getLogger("bitsandbytes.backends.cpu.ops")
+_KERNELS.setLevel(logging.ERROR)  # it warns of a faster 4-bit kernel when peft or transformers import it, for runs without any
 
 
 def require_bitsandbytes(field: str) -> None:
@@ -31,6 +33,7 @@ def require_bitsandbytes(field: str) -> None:
     missing = [name for name in ("bitsandbytes", "accelerate") if find_spec(name) is None]
     if missing:
         raise ConfigError(f"{field} needs {' and '.join(missing)}; `pip install 'grpo-fast[quant]'`")
+    _KERNELS.setLevel(logging.NOTSET)
 
 
 def refuse_ragged_blocks(outline: torch.nn.Module, device: torch.device) -> None:

@@ -79,6 +79,13 @@ def holder(tmp_path: Path) -> Any:
 
 
 @pytest.mark.slow
+def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / LOCK_FILE).symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"Invalid argument|No space left") as caught:
+        Claim(Config(output_dir=tmp_path)).open()
+    assert caught.value.filename == str(tmp_path)
+
+
 def test_a_run_that_another_process_has_is_left_alone_until_that_was_killed(
     holder: Any, tmp_path: Path, tiny_config: Callable[..., Config]
 ) -> None:

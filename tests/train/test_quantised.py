@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,7 +29,7 @@ from grpo_fast.train import GRPOTrainer
 from grpo_fast.train.export import export_merged
 from grpo_fast.train.policy import Policy, count_parameters
 from grpo_fast.train.policy_source import PolicySource
-from grpo_fast.train.quantised import dequantised, loading_arguments, refuse_ragged_blocks
+from grpo_fast.train.quantised import dequantised, loading_arguments, refuse_ragged_blocks, require_bitsandbytes
 
 FOUR_BIT: dict[str, Any] = {"use_peft": True, "load_in_4bit": True, "use_bnb_nested_quant": True}
 NF4 = (
@@ -175,6 +178,14 @@ def test_it_is_loaded_onto_the_gpu_of_the_rank(monkeypatch: pytest.MonkeyPatch) 
     for device, place in ((torch.device("cuda"), torch.device("cuda", 3)), (torch.device("cpu"), torch.device("cpu"))):
         found = loading_arguments(Config.parse(FOUR_BIT), dtype=torch.float32, device=device)
         assert found["device_map"] == {"": place}
+
+
+def test_only_what_needs_bitsandbytes_hears_of_its_kernels() -> None:
+    code = "from grpo_fast.train import GRPOTrainer; import bitsandbytes"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    assert ran.stderr == ""
+    require_bitsandbytes("optim='adamw_8bit'")
+    assert logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
 
 
 def test_without_bitsandbytes_the_cure_is_told(wide_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
