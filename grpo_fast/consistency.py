@@ -176,11 +176,6 @@ def _check_objective_and_run(config: Config) -> None:
             "sync_ref_model=True with use_peft: the reference is the base with adapters off, or as they began, and does not "
             "move; leave one out"
         )
-    if config.top_entropy_quantile < 1 and config.entropy_coef > 0:
-        raise ValueError(
-            f"top_entropy_quantile={config.top_entropy_quantile:g} with entropy_coef={config.entropy_coef:g}: the bonus is of "
-            "all tokens here, in TRL of those with the highest entropy; leave one out"
-        )
     if config.reward_range is not None and not config.reward_range[0] < config.reward_range[1]:
         raise ValueError(f"reward_range={config.reward_range} must be (lowest, highest), with lowest < highest")
     if config.forecast_reward_value is not None and config.price_per_gpu_hour == 0:

@@ -45,10 +45,6 @@ from grpo_fast.config import Config, ConfigError
         ({"sync_ref_model": True, "beta": 0.1, "use_peft": True}, r"sync_ref_model=True with use_peft.*leave one out"),
         ({"ref_model_mixup_alpha": 0.5, "beta": 0.1}, r"ref_model_mixup_alpha=0\.5 without sync_ref_model"),
         (
-            {"top_entropy_quantile": 0.2, "entropy_coef": 0.1},
-            r"top_entropy_quantile=0\.2 with entropy_coef=0\.1.*leave one out",
-        ),
-        (
             {"loss_type": "vespo", "rollout": "vllm"},
             r"loss_type='vespo' with vllm_importance_sampling_mode='sequence_mask'.*'token_truncate' or 'token_mask'",
         ),

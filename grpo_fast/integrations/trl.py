@@ -110,7 +110,10 @@ class FusedGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             importance_weights=inputs["importance_sampling_ratio"].expand(mask.shape) if corrected and not vespo else None,
             sampling_logprobs=inputs.get("sampling_per_token_logps"),
             sampler_ratios=inputs.get("importance_sampling_ratio") if vespo else None,
-            num_items_in_batch=parts * float(mask.sum()) if entropy_coef != 0 else None,
+            parts=parts,
+            high_entropy=functools.partial(self.get_high_entropy_mask, mask=mask, threshold=1 - self.top_entropy_quantile)
+            if self.top_entropy_quantile < 1
+            else None,
             spec=self._spec(entropy_coef),
         )
 
@@ -178,7 +181,6 @@ def check_settings(config: GRPOConfig) -> None:
             f"loss_type={config.loss_type!r} is not fused; choose one of {sorted(_SURROGATES)}, or use trl.GRPOTrainer"
         )
     refused = {
-        "top_entropy_quantile": (config.top_entropy_quantile < 1.0, "set it to 1.0: the quantile needs all entropies first"),
         "use_liger_kernel": (
             config.use_liger_kernel,
             "set it to False: Liger would replace the forward pass that is fused here",
@@ -207,20 +209,30 @@ class _LossRequest:
     sampling_logprobs: torch.Tensor | None
     sampler_ratios: torch.Tensor | None
     """Importance ratios of tokens that VESPO multiplies to one of the sequence."""
-    num_items_in_batch: float | None
+    parts: float
+    """Micro-batches of an update."""
+    high_entropy: Callable[[torch.Tensor], torch.Tensor] | None
+    """Which tokens carry the policy loss, by the entropies of all, both [B, L]; ``None``: all."""
     spec: LossSpec
 
-    def batch(self, scored: torch.Tensor) -> LossBatch:
-        """Packed to the T tokens where ``scored`` [B, L] is true."""
+    def batch(self, scored: torch.Tensor, keep: torch.Tensor | None) -> LossBatch:
+        """Packed to the T tokens where ``scored`` [B, L] is true; ``keep`` [T] are those that carry the policy loss."""
         index, ratios = scored.nonzero()[:, 0], self.sampler_ratios
+        weights = None if self.importance_weights is None else self.importance_weights[scored]
+        if keep is not None:
+            weights = keep if weights is None else weights * keep
+        counted = None
+        if self.spec.entropy_coef != 0:
+            counted = self.parts * float(self.mask.sum() if keep is None else keep.sum())
         return LossBatch(
             sequence_index=index,
             advantages=self.advantages,
             loss_weights=self.loss_weights,
             old_logprobs=None if self.old_logprobs is None else self.old_logprobs[scored],
             ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[scored],
-            importance_weights=None if self.importance_weights is None else self.importance_weights[scored],
-            num_items_in_batch=self.num_items_in_batch,
+            importance_weights=weights,
+            num_items_in_batch=counted,
+            entropy_weights=keep,
             sampling_logprobs=None if self.sampling_logprobs is None else self.sampling_logprobs[scored],
             sampler_log_ratios=None
             if ratios is None
@@ -287,9 +299,16 @@ def add_fused_loss(model: Any, *, temperature: float) -> None:
             loss = None
             logprobs, entropy = token_logprob(rows, head, targets=labels[scored])
         else:
-            batch = request.batch(scored[:, -width:])
+            first = keep = None
+            if request.high_entropy is not None:
+                with torch.no_grad():
+                    _, first = token_logprob(rows, head, targets=labels[scored])
+                assert first is not None
+                keep = request.high_entropy(_padded(first, scored[:, -width:]))[scored[:, -width:]].to(first.dtype)
+            batch = request.batch(scored[:, -width:], keep)
             result = fused_grpo(rows, head, targets=labels[scored], batch=batch, spec=request.spec)
-            loss, logprobs, entropy = result.loss, result.logprobs, result.entropy
+            loss, logprobs = result.loss, result.logprobs
+            entropy = result.entropy if first is None else first  # of which TRL takes the same quantile
         assert entropy is not None
         return FusedCausalLMOutput(
             loss=loss, log_probs=_padded(logprobs, scored), entropy=_padded(entropy, scored), label_mask=scored

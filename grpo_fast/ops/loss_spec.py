@@ -91,6 +91,8 @@ class LossBatch(NamedTuple):
     """float [T]: nats in the engine that sampled; read for ``off_policy_mask_threshold``, ``None``: as the old policy's."""
     sampler_log_ratios: torch.Tensor | None = None
     """float [B]: logarithm of a sequence's importance ratio between the old policy and the sampler; read by ``vespo``."""
+    entropy_weights: torch.Tensor | None = None
+    """float [T]: weight of a token's entropy in the bonus, for which ``num_items_in_batch`` is then their sum over the step."""
 
     def tokens(self, start: int, stop: int) -> LossBatch:
         """The same batch with the tokens from ``start`` to ``stop`` only; sequences are kept, some may be empty."""
@@ -99,7 +101,15 @@ class LossBatch(NamedTuple):
         return self._replace(**parts)
 
 
-TOKEN_FIELDS = ("sequence_index", "old_logprobs", "ref_logprobs", "importance_weights", "token_mask", "sampling_logprobs")
+TOKEN_FIELDS = (
+    "sequence_index",
+    "old_logprobs",
+    "ref_logprobs",
+    "importance_weights",
+    "token_mask",
+    "sampling_logprobs",
+    "entropy_weights",
+)
 """Fields of :class:`LossBatch` with one value a token."""
 
 
@@ -256,8 +266,23 @@ def check_needs(batch: LossBatch, spec: LossSpec, entropy: torch.Tensor | None) 
 
 
 def entropy_slope(batch: LossBatch, spec: LossSpec) -> float:
-    """Derivative of the loss with respect to the entropy of any one token; 0 without an entropy bonus."""
+    """Derivative of the loss with respect to the entropy of any one token of weight 1; 0 without an entropy bonus."""
     if spec.entropy_coef == 0:
         return 0.0
     assert batch.num_items_in_batch is not None
     return -spec.entropy_coef / max(batch.num_items_in_batch, 1.0)
+
+
+def weighted_entropy(entropy: torch.Tensor, batch: LossBatch) -> torch.Tensor:
+    """Sum of the tokens' entropies times ``batch.entropy_weights``: a differentiable scalar."""
+    mask = batch.token_mask
+    present = entropy if mask is None else torch.where(mask, entropy, 0.0)
+    dtype = torch.float64 if entropy.dtype == torch.float64 else torch.float32
+    return (present_entropy_weights(batch, dtype=dtype) * present.to(dtype)).sum()
+
+
+def present_entropy_weights(batch: LossBatch, *, dtype: torch.dtype) -> torch.Tensor:
+    """``batch.entropy_weights`` [T], 0 for masked tokens."""
+    assert batch.entropy_weights is not None
+    weights = batch.entropy_weights.to(dtype)
+    return weights if batch.token_mask is None else torch.where(batch.token_mask, weights, 0.0)

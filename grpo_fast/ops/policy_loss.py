@@ -1,7 +1,8 @@
 """Policy-gradient loss of packed tokens: the one place that holds the mathematics of every objective.
 
 With ``i`` the sequence of token ``t``, ``n_i`` its scored tokens, ``w_i`` its loss weight (the objective's normaliser),
-``A_i`` its advantage, ``v_t`` its importance weight (1 where none is given) and ``d_t = logp_t - old_t``:
+``A_i`` its advantage, ``v_t`` its importance weight, ``u_t`` its weight in the entropy bonus (1 where none is given) and
+``d_t = logp_t - old_t``:
 
     ratio      r = exp(d_t)                token
                r = exp(Σ_{t in i} d_t / n_i)   sequence
@@ -14,13 +15,13 @@ With ``i`` the sequence of token ``t``, ``n_i`` its scored tokens, ``w_i`` its l
 
     k3         kl_t = e^{ref_t - logp_t} - (ref_t - logp_t) - 1,  times r with the bias correction
 
-    loss       Σ_t w_i·(v_t·l + β·kl_t) - c·Σ_t H_t / num_items_in_batch
+    loss       Σ_t w_i·(v_t·l + β·kl_t) - c·Σ_t u_t·H_t / num_items_in_batch
 
 and its derivatives, with ``s = ∂l/∂log r`` (for cispo and vespo ``∂l/∂logp``), ``V_i = Σ v_t`` and ``K_i = Σ kl_t`` over the
 tokens that share a ratio, and ``∂log r/∂logp_t`` = 1, 1/n_i, 1:
 
     dL/dlogp_t = w_i·(s·V_i + β·K_i·r·[bias correction])·∂log r/∂logp_t + w_i·β·(1 - e^{ref_t - logp_t})·(r or 1)
-    dL/dH_t    = -c / num_items_in_batch
+    dL/dH_t    = -c·u_t / num_items_in_batch
 
 Everything is float32, or float64 for float64 inputs; the sum over tokens is one reduction. Sums over sequences are segment
 sums of an ascending index, forward and backward, so that nothing depends on the order of atomics. Nothing is read back to the
@@ -47,6 +48,8 @@ from grpo_fast.ops.loss_spec import (
     check_needs,
     check_shapes,
     entropy_slope,
+    present_entropy_weights,
+    weighted_entropy,
 )
 from grpo_fast.ops.policy_loss_native import obstacle, policy_coefficients_native, policy_loss_native
 from grpo_fast.ops.policy_loss_triton import policy_coefficients_triton, policy_loss_triton
@@ -110,8 +113,10 @@ def _terms(logprobs: torch.Tensor, batch: LossBatch, spec: LossSpec, entropy: to
     loss = (units.weights * per_unit).sum()
     total_entropy = None if entropy is None else (_where(batch.token_mask, _working(entropy))).sum()
     if spec.entropy_coef != 0:
+        assert entropy is not None
         assert total_entropy is not None
-        loss = loss + entropy_slope(batch, spec) * total_entropy
+        weighed = total_entropy if batch.entropy_weights is None else weighted_entropy(entropy, batch)
+        loss = loss + entropy_slope(batch, spec) * weighed
     with torch.no_grad():
         metrics = _metrics(ratio.detach(), units, spec, kl=kl, entropy=total_entropy)
     return _Terms(tokens, units, ratio, loss, metrics)
@@ -224,7 +229,11 @@ def _policy_coefficients_torch(
             own = by_token and spec.use_bias_correction_kl
             slopes = slopes + beta * kl_weights * (-difference if own else 1 - torch.exp(difference))
         slopes = _where(batch.token_mask, slopes)
-        entropy_slopes = tokens.present * entropy_slope(batch, spec) if spec.entropy_coef != 0 else None
+        entropy_slopes = None
+        if spec.entropy_coef != 0:
+            own = batch.entropy_weights is None
+            weights = tokens.present if own else present_entropy_weights(batch, dtype=tokens.present.dtype)
+            entropy_slopes = weights * entropy_slope(batch, spec)
     return PolicyCoefficients(loss, slopes, entropy_slopes, metrics)
 
 

@@ -8,7 +8,16 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from grpo_fast.ops.loss_spec import LossBatch, LossSpec, PolicyCoefficients, PolicyLoss, PolicyMetrics, entropy_slope
+from grpo_fast.ops.loss_spec import (
+    LossBatch,
+    LossSpec,
+    PolicyCoefficients,
+    PolicyLoss,
+    PolicyMetrics,
+    entropy_slope,
+    present_entropy_weights,
+    weighted_entropy,
+)
 from grpo_fast.ops.policy_loss_kernels import (
     _policy_loss_sequence_kernel,
     _policy_loss_sum_kernel,
@@ -157,7 +166,8 @@ def _sums_and_coefficients(
     sapo = (spec.sapo_temperature_pos, spec.sapo_temperature_neg)
     high = spec.epsilon_high if spec.surrogate == "cispo" else 1 + spec.epsilon_high
     delta = float("inf") if spec.delta is None else spec.delta
-    numbers = [1 - spec.epsilon_low, high, delta, spec.beta, *sapo, entropy_slope(batch, spec)]
+    slope = entropy_slope(batch, spec) if batch.entropy_weights is None else 0.0  # weighed ones are added in PyTorch
+    numbers = [1 - spec.epsilon_low, high, delta, spec.beta, *sapo, slope]
     return forward(
         logprobs,
         entropy,
@@ -181,7 +191,15 @@ def loss_by(
 ) -> PolicyLoss:
     """:func:`~grpo_fast.ops.policy_loss.policy_loss` by an operator; differentiable once."""
     sums, _ = _sums_and_coefficients(forward, logprobs, batch, spec, entropy)
-    return PolicyLoss(sums[0], PolicyMetrics(sums[1:].detach()))
+    return PolicyLoss(_with_bonus(sums[0], batch, spec, entropy), PolicyMetrics(sums[1:].detach()))
+
+
+def _with_bonus(loss: torch.Tensor, batch: LossBatch, spec: LossSpec, entropy: torch.Tensor | None) -> torch.Tensor:
+    """Adds the bonus of weighed entropies, which is not in the kernels."""
+    if spec.entropy_coef == 0 or batch.entropy_weights is None:
+        return loss
+    assert entropy is not None
+    return loss + entropy_slope(batch, spec) * weighted_entropy(entropy, batch)
 
 
 @torch.no_grad()
@@ -193,8 +211,12 @@ def coefficients_by(
     slopes = None
     if spec.entropy_coef != 0:
         slopes = coefficients.new_full((), entropy_slope(batch, spec)).expand_as(coefficients)
-        slopes = slopes if batch.token_mask is None else slopes * batch.token_mask
-    return PolicyCoefficients(sums[0], coefficients, slopes, PolicyMetrics(sums[1:]))
+        if batch.entropy_weights is not None:
+            slopes = slopes * present_entropy_weights(batch, dtype=coefficients.dtype)
+        elif batch.token_mask is not None:
+            slopes = slopes * batch.token_mask
+    loss = _with_bonus(sums[0], batch, spec, entropy)
+    return PolicyCoefficients(loss, coefficients, slopes, PolicyMetrics(sums[1:]))
 
 
 def policy_loss_triton(

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 
-def entropy_threshold(entropies: Sequence[npt.NDArray[np.float32]], share: float) -> float:
+def entropy_threshold(entropies: Sequence[npt.NDArray[np.float64]], share: float) -> float:
     """The least entropy, in nats, of a token that carries the policy loss.
 
     Args:
@@ -28,5 +28,5 @@ def entropy_threshold(entropies: Sequence[npt.NDArray[np.float32]], share: float
         return math.inf
     place = round((1 - share) * (len(values) - 1), 6)  # which rounding may have put a hair beside a whole number
     below, above = math.floor(place), math.ceil(place)
-    ranked = np.partition(values.astype(np.float64), (below, above))
+    ranked = np.partition(values, (below, above))
     return float(ranked[below] + (place - below) * (ranked[above] - ranked[below]))

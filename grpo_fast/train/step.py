@@ -108,6 +108,8 @@ class _Part:
     """Importance weights against the sampler."""
     entropy: torch.Tensor | None = None
     """Under the policy before the update, where it decides which tokens carry the policy loss."""
+    high_entropy: torch.Tensor | None = None
+    """1 for the tokens that it chose, 0 for the others."""
     sampler_log_ratios: torch.Tensor | None = None
     """Of each sequence [B] the logarithm of its importance ratio against the sampler, which VESPO takes in place of weights."""
     is_filler: bool = False
@@ -319,6 +321,7 @@ class Learner:
             num_items_in_batch=self._num_items_in_batch,
             sampling_logprobs=batch.sampling_logprobs,
             sampler_log_ratios=part.sampler_log_ratios,
+            entropy_weights=part.high_entropy,
         )
         with torch.set_grad_enabled(part.carries_gradient):
             result = head_loss(
@@ -346,14 +349,15 @@ class Learner:
             self._correct(part, logprobs, sums)
 
     def _keep_high_entropy(self, parts: Sequence[_Part]) -> None:
-        """Leaves the policy loss to the tokens of the step, on all ranks, whose entropy is highest."""
-        own = [part.entropy.float().cpu().numpy() for part in parts if part.entropy is not None and not part.is_filler]
-        every = itertools.chain.from_iterable(self._world.gather(lambda: own))
-        threshold = entropy_threshold(list(every), self._config.top_entropy_quantile)
+        """Leaves policy loss and entropy bonus to the tokens of the step, on all ranks, whose entropy is highest."""
+        own = [part.entropy.double().cpu().numpy() for part in parts if part.entropy is not None and not part.is_filler]
+        every = list(itertools.chain.from_iterable(self._world.gather(lambda: own)))
+        threshold = entropy_threshold(every, self._config.top_entropy_quantile)
         for part in parts:
             assert part.entropy is not None
-            keep = (part.entropy.double() >= threshold - _SAME_ENTROPY).float()
+            keep = part.high_entropy = (part.entropy.double() >= threshold - _SAME_ENTROPY).float()
             part.importance = keep if part.importance is None else part.importance * keep
+        self._num_items_in_batch = float(sum((values >= threshold - _SAME_ENTROPY).sum() for values in every))
 
     def _correct(self, part: _Part, logprobs: torch.Tensor, sums: MetricSums) -> None:
         """Corrects for the sampler: by weights of tokens, or, for VESPO, by ratios of sequences."""

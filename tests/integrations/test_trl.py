@@ -36,6 +36,14 @@ LOSSES: dict[str, dict[str, Any]] = {
     "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.01, "beta": 0.1},
     "luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence", "epsilon": 0.01},
     "luspo token": {"loss_type": "luspo"},
+    "high entropy": {"loss_type": "dapo", "top_entropy_quantile": 0.3, "beta": 0.1},
+    "gspo high entropy": {
+        "loss_type": "grpo",
+        "importance_sampling_level": "sequence",
+        "epsilon": 0.01,
+        "top_entropy_quantile": 0.3,
+    },
+    "bonus of high entropy": {"loss_type": "grpo", "top_entropy_quantile": 0.3, "entropy_coef": 0.05},
     "adaptive entropy": {"loss_type": "dapo", "use_adaptive_entropy": True, "entropy_target": 9.0, "entropy_coef": 0.01},
 }
 
@@ -222,8 +230,9 @@ def test_scoring_passes_agree_with_the_loss_bit_for_bit(model_dir: Path, tmp_pat
         {"loss_type": "dapo", "num_iterations": 2, "steps_per_generation": 2, "gradient_accumulation_steps": 2},
         {"loss_type": "grpo", "beta": 0.2, "mask_truncated_completions": True, "epsilon": 0.01, "num_iterations": 2},
         {"loss_type": "luspo", "importance_sampling_level": "sequence", "steps_per_generation": 2},
+        {"top_entropy_quantile": 0.3, "entropy_coef": 0.01, "gradient_accumulation_steps": 2},
     ],
-    ids=["dapo in parts", "kl, truncated masked", "luspo off-policy"],
+    ids=["dapo in parts", "kl, truncated masked", "luspo off-policy", "tokens of high entropy"],
 )
 def test_whole_runs_move_the_weights_as_trl_does(options: dict[str, Any], tmp_path: Path) -> None:
     weights, logs = [], []
@@ -247,7 +256,6 @@ def test_whole_runs_move_the_weights_as_trl_does(options: dict[str, Any], tmp_pa
 
 REFUSED: dict[str, dict[str, Any]] = {
     "loss_type='gmpo'": {"loss_type": "gmpo"},
-    "top_entropy_quantile=0.2": {"top_entropy_quantile": 0.2},
     "use_liger_kernel=True": {"use_liger_kernel": True},
 }
 

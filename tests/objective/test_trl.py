@@ -210,7 +210,7 @@ def test_vespo_corrected_against_the_sampler_equals_trl(trl_rig: TrlRig) -> None
 
 
 @of_trl
-@pytest.mark.parametrize("case", ["dapo with kl", "grpo", "gspo", "luspo", "cispo", "vespo with kl"])
+@pytest.mark.parametrize("case", ["dapo with kl", "grpo with entropy", "gspo", "luspo with entropy", "cispo", "vespo with kl"])
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.6])
 def test_the_mask_by_entropy_equals_trl(trl_rig: TrlRig, case: str, share: float) -> None:
     name, trl_arguments, extra = TRL_CASES[case]
@@ -221,8 +221,8 @@ def test_the_mask_by_entropy_equals_trl(trl_rig: TrlRig, case: str, share: float
     their_gradient = gradient_of(trl_rig.model, theirs)
     logprobs, entropy = trl_rig.own_logprobs()
     keep = (entropy >= entropy_threshold([entropy.detach().numpy()], share)).float()
-    batch = trl_rig.batch(config)._replace(importance_weights=keep)
-    ours = policy_loss(logprobs, batch, spec=OBJECTIVES[name].spec(config)).loss
+    batch = trl_rig.batch(config)._replace(importance_weights=keep, entropy_weights=keep, num_items_in_batch=float(keep.sum()))
+    ours = policy_loss(logprobs, batch, spec=OBJECTIVES[name].spec(config), entropy=entropy).loss
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5, abs=1e-6)
     torch.testing.assert_close(gradient_of(trl_rig.model, ours), their_gradient, rtol=1e-4, atol=1e-6)
     assert 0 < keep.sum() < 0.7 * len(keep)

@@ -52,11 +52,14 @@ def case(
 
 
 def extended(batch: LossBatch, extra: str) -> LossBatch:
-    """The same tokens with importance weights (some 0), with a mask (one sequence wholly), or on-policy."""
+    """The same tokens with weights (some 0) of ratios and of entropies, with a mask (one sequence wholly), or on-policy."""
     tokens = len(batch.sequence_index)
     if "weighted" in extra:
         weights = torch.linspace(0, 2, tokens, dtype=batch.advantages.dtype)
-        batch = batch._replace(importance_weights=torch.where(torch.arange(tokens) % 5 == 2, 0.0, weights))
+        batch = batch._replace(
+            importance_weights=torch.where(torch.arange(tokens) % 5 == 2, 0.0, weights),
+            entropy_weights=torch.where(torch.arange(tokens) % 3 == 0, 0.0, weights.flip(0)),
+        )
     if "masked" in extra:
         present = torch.arange(tokens) % 4 != 1
         batch = batch._replace(token_mask=present & (batch.sequence_index != 1))

@@ -113,6 +113,19 @@ def test_one_pass_equals_the_two_ops(name: str, options: str, on_policy: bool, c
         assert 0 < found.metrics.clip_region < found.metrics.num_ratios
 
 
+@pytest.mark.parametrize("name", ["entropy", "gspo kl entropy"])
+def test_one_pass_weighs_the_entropies_of_tokens(name: str) -> None:
+    hidden, head, targets, batch = case()
+    weights = (torch.arange(T) % 3 != 0).double()
+    given = {"targets": targets, "batch": batch._replace(entropy_weights=weights), "spec": SPECS[name]}
+    expected = outcome(fused_grpo_reference(hidden, head, **given), hidden, head)
+    found = outcome(fused_grpo(hidden, replace(head, chunk_bytes=8 * V * 8), **given), hidden, head)
+    for value, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-10, atol=1e-12)
+    every = outcome(fused_grpo(hidden, head, **given | {"batch": batch}), hidden, head)
+    assert not torch.allclose(every[3], expected[3], rtol=1e-3)
+
+
 TYPES = [("torch", torch.float32), ("torch", torch.bfloat16), ("triton", torch.float32), ("triton", torch.float16)]
 BUDGETED = [
     marked(name, impl, dtype, slow=impl == "triton" and (name, dtype) != (FEW[0], torch.float32))

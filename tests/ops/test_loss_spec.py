@@ -18,6 +18,7 @@ BATCH = LossBatch(
     token_mask=torch.tensor([True, False, True, True]),
     sampling_logprobs=torch.arange(4.0) + 30,
     sampler_log_ratios=torch.zeros(4),
+    entropy_weights=torch.arange(4.0) + 40,
 )
 
 
@@ -29,10 +30,11 @@ def test_a_part_has_its_own_tokens_and_every_sequence() -> None:
     assert part.importance_weights.tolist() == [21.0, 22.0]
     assert part.token_mask.tolist() == [False, True]
     assert part.sampling_logprobs.tolist() == [31.0, 32.0]
+    assert part.entropy_weights.tolist() == [41.0, 42.0]
     assert part.advantages is BATCH.advantages
     assert part.num_items_in_batch == 4.0
     bare = LossBatch(BATCH.sequence_index, BATCH.advantages, BATCH.loss_weights).tokens(0, 1)
-    assert [getattr(bare, name) for name in TOKEN_FIELDS[1:]] == [None] * 5
+    assert [getattr(bare, name) for name in TOKEN_FIELDS[1:]] == [None] * 6
 
 
 def test_metrics_combine() -> None:

@@ -55,7 +55,7 @@ def test_a_masked_token_is_not_there(name: str) -> None:
     logprobs, entropy, batch = case()
     batch = extended(batch, "weighted and masked")
     mask = batch.token_mask
-    kept = {"sequence_index", "old_logprobs", "ref_logprobs", "importance_weights"}
+    kept = {"sequence_index", "old_logprobs", "ref_logprobs", "importance_weights", "entropy_weights"}
     compact = batch._replace(token_mask=None, **{field: getattr(batch, field)[mask] for field in kept})
     expected = policy_coefficients(logprobs[mask], compact, spec=SPECS[name], entropy=entropy[mask])
     poison = {field: torch.where(mask, getattr(batch, field), math.nan) for field in kept - {"sequence_index"}}

@@ -101,6 +101,7 @@ def cases(models: tuple[Path, Path], directory: Path) -> dict[str, dict[str, Any
             "mask_truncated_completions": True,
             "top_k": 20,
             "top_entropy_quantile": 0.5,
+            "entropy_coef": 0.01,
         },
         "adapters": {"use_peft": True, "lora_r": 4, "beta": 0.02, "learning_rate": 1e-2, "max_steps": 6},
         "quantised": {"use_peft": True, "lora_r": 4, "load_in_4bit": True, "use_bnb_nested_quant": True},

@@ -170,11 +170,15 @@ def test_a_step_without_work_is_shared_out_too() -> None:
     assert share_out([], 2) == []
 
 
-@pytest.mark.parametrize("settings", [{}, {"loss_type": "gspo"}, {"beta": 0.3}, {"keep_dead_rows_for_metrics": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"loss_type": "gspo"}, {"beta": 0.3}, {"keep_dead_rows_for_metrics": True}, {"entropy_coef": 0.2}],
+    ids=str,
+)
 def test_only_tokens_of_high_entropy_carry_the_policy_loss(
     settings: dict[str, Any], tiny_policy: MakePolicy, groups: list[Group]
 ) -> None:
-    """The quantile is of all tokens of the step, those of groups without variance too; the KL term is of all tokens."""
+    """The quantile is of all tokens of the step, those of groups without variance too, and the KL term; the bonus is not."""
     beta, policy, reference = settings.get("beta", 0.0), tiny_policy(), tiny_policy()
     with torch.no_grad():
         reference.model.lm_head.weight.mul_(0.7)
@@ -190,15 +194,16 @@ def test_only_tokens_of_high_entropy_carry_the_policy_loss(
                 for one in (policy, reference)
             )
             own, ref = (rows.gather(1, tokens[first:, None])[:, 0] for rows in (ours, theirs.detach()))
-            each.append((advantage, own, ref, -(ours.exp() * ours).sum(1).detach()))
-    entropies = torch.cat([entropy for *_, entropy in each])
+            each.append((advantage, own, ref, -(ours.exp() * ours).sum(1)))
+    entropies = torch.cat([entropy.detach() for *_, entropy in each])
     threshold = torch.quantile(entropies, 0.7)
     live = torch.cat([entropy for advantage, *_, entropy in each if advantage != 0])
     assert torch.quantile(live, 0.7) != threshold
-    total = len(entropies)
+    total, num_kept = len(entropies), (entropies >= threshold).sum()
     loss = torch.zeros(())
     for advantage, own, ref, entropy in each:
         keep = (entropy >= threshold).float()
+        loss = loss - settings.get("entropy_coef", 0.0) * (keep * entropy).sum() / num_kept
         ratio = (own - own.detach()).exp()
         if settings.get("loss_type") == "gspo":
             loss = loss - advantage * (own - own.detach()).mean().exp() * keep.sum() / len(own) / len(each)
@@ -212,7 +217,7 @@ def test_only_tokens_of_high_entropy_carry_the_policy_loss(
     assert relative_error(every.gradients[0], expected) > 0.05
     if settings == {}:
         assert result.metrics["entropy"] == pytest.approx(live.mean().item(), rel=1e-5)
-    if "keep_dead_rows_for_metrics" in settings:
+    if "keep_dead_rows_for_metrics" in settings or "entropy_coef" in settings:
         assert result.metrics["entropy"] == pytest.approx(entropies.mean().item(), rel=1e-5)
 
 
