@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import tomli_w
-from cyclopts import Group, Parameter
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from grpo_fast.config_file import ConfigError, read_toml
+from grpo_fast.config_model import ModelSettings, group
 from grpo_fast.consistency import check_consistency
 from grpo_fast.explain import explain
-from grpo_fast.given_values import ONE_OR_SEVERAL, SchedulerType, dataset_anywhere, expanded, model_anywhere, refuse_misread
+from grpo_fast.given_values import ONE_OR_SEVERAL, SchedulerType, dataset_anywhere, expanded, refuse_misread
 from grpo_fast.json_object import JsonObject
 
 __all__ = ["Config", "ConfigError", "read_toml"]
@@ -29,73 +29,17 @@ ImportanceMode = Literal[
 ]
 
 _MICROBATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
-_GROUPS = ("Model", "LoRA", "Data", "Reward", "Rollout", "Objective", "Optimiser", "Budget", "Forecast", "Run")
-_MODEL, _LORA, _DATA, _REWARD, _ROLLOUT, _OBJECTIVE, _OPTIM, _BUDGET, _FORECAST, _RUN = (
-    Parameter(group=Group(name, sort_key=place)) for place, name in enumerate(_GROUPS, start=1)
-)
+_DATA, _REWARD, _ROLLOUT, _OBJECTIVE = map(group, ("Data", "Reward", "Rollout", "Objective"))
+_OPTIM, _BUDGET, _FORECAST, _RUN = map(group, ("Optimiser", "Budget", "Forecast", "Run"))
 
 
-class Config(BaseModel):
+class Config(ModelSettings):
     """Everything that decides a run. Frozen; make a changed copy with :meth:`replace`.
 
     Raises:
         ConfigError: an unknown field (the nearest known one is named), a bad type, a value out of range, or fields that do not
             go together.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-    model: Annotated[str, AfterValidator(model_anywhere), _MODEL] = "embedded"
-    """Causal language model, or LoRA adapters of one: a directory, a hub id, or ``embedded`` for the package's tiny one."""
-    revision: Annotated[str | None, _MODEL] = None
-    """Branch, tag or commit of a hub model."""
-    trust_remote_code: Annotated[bool, _MODEL] = False
-    """Run modelling code that comes with the model."""
-    dtype: Annotated[Literal["auto", "float32", "bfloat16"], _MODEL] = "auto"
-    """Compute type of the forward and backward pass; frozen weights are cast to it, trained ones keep ``weights_dtype``.
-    ``auto``: bfloat16 on a GPU that supports it, else float32."""
-    device: Annotated[Literal["auto", "cpu", "cuda"], _MODEL] = "auto"
-    """Device of the policy. ``auto``: the GPU if there is one, else the CPU."""
-    attn_implementation: Annotated[str, _MODEL] = "auto"
-    """Attention implementation of transformers: ``sdpa``, ``eager``, ``flash_attention_2``, ...; ``auto``: ``sdpa`` if the
-    model supports it (Gemma 2 does not), else ``eager``."""
-    padding_free: Annotated[bool | None, _MODEL] = None
-    """Pack sequences into one row without padding. Default: on if the model's attention supports packed sequences."""
-    share_prompts: Annotated[bool | None, _MODEL] = None
-    """Compute each prompt once for all its completions: 1.7 to 3.7 times as fast as padding, for prompts of 30 to 300 tokens.
-    Needs packing with ``sdpa`` or ``eager``. Default: on for a CPU with such packing; off for a GPU (not measured there)."""
-    gradient_checkpointing: Annotated[bool, _MODEL] = False
-    """Recompute activations in the backward pass: a third more compute for much less memory."""
-    gradient_checkpointing_mode: Annotated[Literal["full", "selective", "offload"], _MODEL] = "full"
-    """``full``: recompute whole layers. ``selective``: keep the outputs of matrix products and attention (faster, more memory).
-    ``offload``: recompute whole layers and keep their inputs in host memory (GPU only)."""
-    use_liger_kernel: Annotated[bool, _MODEL] = False
-    """Use Liger's kernels for norms, rotary positions and gated activations, not for the loss. GPU only; not measured yet."""
-    torch_compile: Annotated[bool, _MODEL] = False
-    """Compile the model's layers for training, not for sampling. It gains little on a CPU: 0.97 of the time on the embedded
-    model, 1.00 on SmolLM2-135M, after half a minute of compilation. Not measured on a GPU."""
-
-    use_peft: Annotated[bool, _LORA] = False
-    """Train LoRA adapters over frozen weights: new ones, or those that ``model`` names. The reference policy has them off, or
-    as they were saved. They have no dropout, because with it the ratio of an on-policy step would not be 1."""
-    base_model: Annotated[str | None, AfterValidator(lambda name: name and model_anywhere(name)), _LORA] = None
-    """Base model of the adapters that ``model`` names. Default: the one that their own configuration names."""
-    lora_r: Annotated[int, _LORA] = Field(16, ge=1)
-    """Rank of the adapters."""
-    lora_alpha: Annotated[int, _LORA] = Field(32, ge=1)
-    """Scale of the adapters: their update is multiplied by ``lora_alpha / lora_r``."""
-    use_rslora: Annotated[bool, _LORA] = False
-    """Multiply the adapters' update by ``lora_alpha / sqrt(lora_r)`` instead (rsLoRA)."""
-    lora_target_modules: Annotated[tuple[str, ...], ONE_OR_SEVERAL, _LORA] = ("all-linear",)
-    """Modules that get an adapter, by the last part of their names (``q_proj``, ...). ``all-linear``: every linear layer except
-    the head."""
-
-    load_in_4bit: Annotated[bool, _LORA] = False
-    """Keep the frozen base in four bits, by bitsandbytes (QLoRA)."""
-    bnb_4bit_quant_type: Annotated[Literal["nf4", "fp4"], _LORA] = "nf4"
-    """Data type of the four bits: quantiles of a normal distribution (``nf4``) or a 4-bit float (``fp4``)."""
-    use_bnb_nested_quant: Annotated[bool, _LORA] = False
-    """Quantise the scales to 8 bits too, which saves 0.4 bits per weight."""
 
     dataset: Annotated[str, AfterValidator(dataset_anywhere), _DATA] = "arithmetic"
     """``arithmetic``, ``gsm8k``, ``countdown``, ``reasoning_gym:TASK``, a hub id, or a directory, parquet, JSONL or
@@ -179,6 +123,11 @@ class Config(BaseModel):
     """Keep the k most probable tokens; 0 keeps all."""
     min_p: Annotated[float, _ROLLOUT] = Field(0.0, ge=0, lt=1)
     """Drop tokens whose probability is below this share of the highest one; 0 drops none."""
+    repetition_penalty: Annotated[float, _ROLLOUT] = Field(1.0, gt=0)
+    """Make tokens that the prompt or the completion holds already less likely: their logits are divided by this, or multiplied
+    where they are negative. The policy is trained without it, so that the sampler is corrected for."""
+    generation_kwargs: Annotated[JsonObject, _ROLLOUT] = Field(default_factory=dict)
+    """Other sampling parameters of vLLM, such as ``{"presence_penalty": 0.5}``; the sampler is corrected for too."""
     stop: Annotated[tuple[str, ...], ONE_OR_SEVERAL, _ROLLOUT] = ()
     """Strings that end a completion; with an environment, they end a turn."""
     environment_factory: Annotated[str | None, _ROLLOUT] = None
@@ -205,6 +154,8 @@ class Config(BaseModel):
     """Variant of the GRPO loss."""
     beta: Annotated[float, _OBJECTIVE] = Field(0.0, ge=0)
     """Weight of the KL penalty towards the reference policy; 0 loads no reference."""
+    use_bias_correction_kl: Annotated[bool, _OBJECTIVE] = True
+    """Multiply the KL penalty by the ratio, so that its gradient is right off policy too (DeepSeek-V3.2)."""
     sync_ref_model: Annotated[bool, _OBJECTIVE] = False
     """Move the reference policy towards the trained one every ``ref_model_sync_steps`` steps. Not with adapters."""
     ref_model_mixup_alpha: Annotated[float, _OBJECTIVE] = Field(0.6, gt=0, le=1)
@@ -218,7 +169,18 @@ class Config(BaseModel):
     delta: Annotated[float | None, _OBJECTIVE] = Field(None, gt=1)
     """Upper bound of the ratio for negative advantages too (two-sided clipping)."""
     entropy_coef: Annotated[float, _OBJECTIVE] = Field(0.0, ge=0)
-    """Weight of an entropy bonus."""
+    """Weight of an entropy bonus; with ``use_adaptive_entropy`` the weight to begin with."""
+    use_adaptive_entropy: Annotated[bool, _OBJECTIVE] = False
+    """Move ``entropy_coef`` after each update: up where the entropy is at ``entropy_target`` or below, which is also where the
+    bonus counts, else down (Skywork-OR1)."""
+    entropy_target: Annotated[float, _OBJECTIVE] = Field(0.2, ge=0)
+    """Mean entropy of a token, in nats, that is aimed at."""
+    entropy_coef_delta: Annotated[float, _OBJECTIVE] = Field(0.005, gt=0)
+    """Step of ``entropy_coef``."""
+    entropy_coef_min: Annotated[float, _OBJECTIVE] = Field(0.0, ge=0)
+    """Least weight that the steps lead to."""
+    entropy_coef_max: Annotated[float, _OBJECTIVE] = Field(1.0, gt=0)
+    """Greatest weight that the steps lead to."""
     sapo_temperature_pos: Annotated[float, _OBJECTIVE] = Field(1.0, gt=0)
     """SAPO's gate temperature for positive advantages."""
     sapo_temperature_neg: Annotated[float, _OBJECTIVE] = Field(1.05, gt=0)
@@ -248,7 +210,7 @@ class Config(BaseModel):
     this, in nats a token (DeepSeek-V3.2). Default: keep all."""
     vllm_importance_sampling_correction: Annotated[bool | None, _OBJECTIVE] = None
     """Correct the mismatch between sampler and trainer by importance weights, which costs one more forward pass. Default: on
-    with vLLM or ``max_staleness`` above 0."""
+    with vLLM, ``max_staleness`` above 0 or a ``repetition_penalty``."""
     vllm_importance_sampling_mode: Annotated[ImportanceMode, _OBJECTIVE] = "sequence_mask"
     """Importance ratio per token, per sequence, or geometric mean over the sequence; ``truncate`` clips it to the bounds,
     ``mask`` sets it to 0 beyond them."""
@@ -406,11 +368,16 @@ class Config(BaseModel):
         return f"top_p={self.top_p:g}, top_k={self.top_k}, min_p={self.min_p:g}"
 
     @property
+    def rewards_entropy(self) -> bool:
+        """Whether there is an entropy bonus, or may come to be one."""
+        return self.entropy_coef > 0 or self.use_adaptive_entropy
+
+    @property
     def corrects_sampler(self) -> bool:
         """Whether importance weights correct the mismatch between sampler and trainer."""
         wanted = self.vllm_importance_sampling_correction
         if wanted is None:
-            wanted = self.rollout != "transformers" or self.max_staleness > 0
+            wanted = self.rollout != "transformers" or self.max_staleness > 0 or self.repetition_penalty != 1
         return wanted and not self.bypass_old_logprobs
 
     def microbatch_tokens(self, kind: str) -> int:

@@ -11,9 +11,15 @@ _NEEDED_BY = {
     "gradient_checkpointing": ("gradient_checkpointing_mode",),
     "use_peft": ("base_model", "lora_r", "lora_alpha", "use_rslora", "lora_target_modules", "load_in_4bit"),
     "load_in_4bit": ("bnb_4bit_quant_type", "use_bnb_nested_quant"),
+    "beta": ("use_bias_correction_kl",),
+    "use_adaptive_entropy": ("entropy_target", "entropy_coef_delta", "entropy_coef_min", "entropy_coef_max"),
     "sync_ref_model": ("ref_model_mixup_alpha", "ref_model_sync_steps"),
 }
 """Fields that have no effect unless another one is set."""
+
+
+VLLM_SAMPLING = {"presence_penalty", "frequency_penalty", "min_tokens", "allowed_token_ids"}
+"""Sampling parameters of vLLM that change which token is drawn and nothing else that a run decides."""
 
 
 def check_consistency(config: Config) -> None:
@@ -114,6 +120,7 @@ def _check_rollout(config: Config) -> None:
             "max_staleness=0"
         )
     _check_support(config)
+    _check_generation(config)
     if config.vllm_importance_sampling_correction and config.bypass_old_logprobs:
         raise ValueError(
             "vllm_importance_sampling_correction=True with bypass_old_logprobs=True: the ratio is taken to the sampler "
@@ -128,6 +135,27 @@ def _check_rollout(config: Config) -> None:
     low, high = config.vllm_importance_sampling_clip_min, config.vllm_importance_sampling_clip_max
     if low is not None and high is not None and not low < high:
         raise ValueError(f"vllm_importance_sampling_clip_min={low:g} must be below vllm_importance_sampling_clip_max={high:g}")
+
+
+def _check_generation(config: Config) -> None:
+    given = config.generation_kwargs
+    if not given:
+        return
+    unknown = sorted(given.keys() - VLLM_SAMPLING)
+    if unknown:
+        raise ValueError(
+            f"generation_kwargs={given}: {', '.join(unknown)} cannot be set here; take {', '.join(sorted(VLLM_SAMPLING))}, or the "
+            "setting of that name, if there is one"
+        )
+    if config.rollout == "transformers":
+        raise ValueError(
+            f"generation_kwargs={given} with rollout='transformers': they are vLLM's; set rollout='vllm' or 'vllm-http', or "
+            "use temperature, top_p, top_k, min_p and repetition_penalty"
+        )
+    if config.truncates_support:
+        raise ValueError(
+            f"generation_kwargs={given} with {config.support_text}: which tokens were kept is not known then; leave one out"
+        )
 
 
 def _check_support(config: Config) -> None:
@@ -175,6 +203,10 @@ def _check_objective_and_run(config: Config) -> None:
         raise ValueError(
             "sync_ref_model=True with use_peft: the reference is the base with adapters off, or as they began, and does not "
             "move; leave one out"
+        )
+    if config.use_adaptive_entropy and config.entropy_coef_min > config.entropy_coef_max:
+        raise ValueError(
+            f"entropy_coef_min={config.entropy_coef_min:g} exceeds entropy_coef_max={config.entropy_coef_max:g}; swap them"
         )
     if config.reward_range is not None and not config.reward_range[0] < config.reward_range[1]:
         raise ValueError(f"reward_range={config.reward_range} must be (lowest, highest), with lowest < highest")

@@ -88,6 +88,7 @@ class Objective:
             epsilon_high=config.epsilon if config.epsilon_high is None else config.epsilon_high,
             delta=config.delta,
             beta=0.0 if self.kl_in_reward else config.beta,
+            use_bias_correction_kl=config.use_bias_correction_kl,
             entropy_coef=config.entropy_coef,
             sapo_temperature_pos=config.sapo_temperature_pos,
             sapo_temperature_neg=config.sapo_temperature_neg,

@@ -7,7 +7,6 @@ from types import MappingProxyType
 
 _BATCH = "prompts_per_step, the prompts of a step over all processes; tokens_per_microbatch limits memory and changes no result"
 _SERVER = "rollout='vllm-http' with vllm_server_urls; `grpo-fast serve` starts one"
-_SAMPLING = "temperature, top_p, top_k, min_p and stop; with any other change of the logits another policy would be sampled"
 
 HERE: Mapping[str, str] = MappingProxyType(
     {
@@ -29,8 +28,6 @@ HERE: Mapping[str, str] = MappingProxyType(
         "use_vllm": "rollout='vllm', or 'vllm-http' for servers",
         "peft_config": "use_peft with lora_r, lora_alpha and lora_target_modules",
         "lora_dropout": "nothing: with dropout the ratio of an on-policy step would not be 1",
-        "generation_kwargs": _SAMPLING,
-        "repetition_penalty": _SAMPLING,
         "vllm_mode": "rollout='vllm' for colocate, 'vllm-http' for server",
         "vllm_server_base_url": _SERVER,
         "vllm_server_host": _SERVER,

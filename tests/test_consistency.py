@@ -43,6 +43,21 @@ from grpo_fast.config import Config, ConfigError
         ({"loss_type": "cispo"}, r"loss_type='cispo' needs epsilon_high"),
         ({"sync_ref_model": True}, r"sync_ref_model=True with beta=0: there is no reference"),
         ({"sync_ref_model": True, "beta": 0.1, "use_peft": True}, r"sync_ref_model=True with use_peft.*leave one out"),
+        ({"use_bias_correction_kl": False}, r"use_bias_correction_kl=False without beta; set beta too"),
+        ({"entropy_target": 0.5}, r"entropy_target=0\.5 without use_adaptive_entropy"),
+        (
+            {"use_adaptive_entropy": True, "entropy_coef_min": 0.3, "entropy_coef_max": 0.2},
+            r"entropy_coef_min=0\.3 exceeds entropy_coef_max=0\.2; swap them",
+        ),
+        (
+            {"generation_kwargs": {"seed": 3}, "rollout": "vllm"},
+            r"generation_kwargs={'seed': 3}: seed cannot be set here; take .*presence_penalty",
+        ),
+        ({"generation_kwargs": {"min_tokens": 3}}, r"with rollout='transformers': they are vLLM's.*or use temperature"),
+        (
+            {"generation_kwargs": {"min_tokens": 3}, "rollout": "vllm", "top_k": 5},
+            r"generation_kwargs={'min_tokens': 3} with top_p=1, top_k=5, min_p=0.*leave one out",
+        ),
         ({"ref_model_mixup_alpha": 0.5, "beta": 0.1}, r"ref_model_mixup_alpha=0\.5 without sync_ref_model"),
         (
             {"loss_type": "vespo", "rollout": "vllm"},

@@ -20,6 +20,7 @@ import pytest
 from benchmarks.system.command_line import CommandLine
 from grpo_fast import Forecast, ops
 from grpo_fast.config import Config
+from grpo_fast.consistency import VLLM_SAMPLING
 from grpo_fast.law.posterior import GRID
 from grpo_fast.objective import OBJECTIVES
 from grpo_fast.rewards.call import GIVEN
@@ -41,7 +42,6 @@ OTHER_NAMES = {
     "save_to_disk",
     "peft_config",
     "read_timeout",
-    "generation_kwargs",
     "stopped_by",
     "get_reward",
     "merge_and_unload",
@@ -51,7 +51,7 @@ OTHER_NAMES = {
 SOMETIMES = {
     *("rewards/vowels/nones", "rewards/vowels/errors", "rewards/vowels/timeouts", "rewards/restarts", "logged/loss"),
     *("completions/mean_terminated_length", "num_turns/mean", "tools/call_frequency", "tools/failure_frequency"),
-    *("vespo/phi_seq_mean", "sampling/off_policy_mask/masked_fraction"),
+    *("vespo/phi_seq_mean", "sampling/off_policy_mask/masked_fraction", "entropy_coef"),
     *("cispo_clip_ratio", "sampling/effective_sample_size", "sampling/importance_weight/masked_fraction"),
     *("sample/staleness_mean", "overlap/rollout_s", "sync/seconds", "sync/probe_kl", "sync/version", "mfu", "budget/gpu_hours"),
     *("eval_rewards/vowels/mean", "eval_vowels"),
@@ -231,6 +231,7 @@ def test_every_name_in_the_text_exists(page: Path) -> None:
         *GIVEN,
         *(field.name for field in fields(TrainerState)),
         *OTHER_NAMES,
+        *VLLM_SAMPLING,
         *(HERE if page.stem == "from-trl" else ()),
     } | values
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)

@@ -130,7 +130,7 @@ class PlateauStopCallback(TrainerCallback, ExportableState):
         self._progress = _schedule(kwargs.get("lr_scheduler"), horizon)
         self._counts = _counts(args, self._args["num_prompts"], self._args["num_generations"])
         self._facts = _completed(RunFacts(**(self._args["facts"] or {})), kwargs.get("model"))
-        self._also_learns = any(getattr(args, name, None) for name in ("beta", "entropy_coef"))
+        self._also_learns = any(getattr(args, name, None) for name in ("beta", "entropy_coef", "use_adaptive_entropy"))
         self._begin(horizon)
         for step, reward, tokens, zero_std in seen:
             if step <= min(state.global_step, horizon):

@@ -82,6 +82,8 @@ class DecodeBatch:
             self._llama_step = LlamaStep(model, self._width + limit, num_rows=len(lengths), num_steps=limit)
         self._stepping = stepping
         self._mask = self._decode_mask()
+        self._present: torch.Tensor | None = None
+        """Tokens that each sequence holds already, [n, V], where repetition is penalised."""
         self._rows = np.arange(len(lengths))
 
     def _decode_mask(self) -> torch.Tensor | None:
@@ -97,11 +99,15 @@ class DecodeBatch:
     def run(self, transcript: Transcript, check_every: int) -> None:
         """Samples until every sequence has ended or is as long as allowed."""
         cache, logits = self._prefill()
+        if self._sampling.repetition_penalty != 1:
+            self._present = self._tokens_of_prompts(logits.shape[-1])
         pending: list[Draw] = []
         limit = self._sampling.max_tokens
         for step in range(1, limit + 1):
-            pending.append(sample(logits, self._sampling, self._draws[step - 1]))
+            pending.append(sample(logits, self._sampling, self._draws[step - 1], self._present))
             tokens = pending[-1].tokens
+            if self._present is not None:
+                self._present.scatter_(1, tokens[:, None], value=True)
             if step % check_every == 0 or step == limit:
                 ended = self._report(transcript, pending, step)
                 if step == limit or ended.all():
@@ -111,6 +117,12 @@ class DecodeBatch:
                 if (len(ended) - count) * _COMPACT_SHARE >= len(ended):
                     tokens = self._compact(cache, tokens, ended, count)
             logits = self._step(cache, tokens)
+
+    def _tokens_of_prompts(self, vocabulary: int) -> torch.Tensor:
+        held = np.zeros((len(self._prompts), vocabulary), dtype=bool)
+        for row, prompt in zip(held, self._prompts, strict=True):
+            row[list(prompt)] = True
+        return torch.from_numpy(held[self._source]).to(self._device)
 
     def _report(self, transcript: Transcript, pending: list[Draw], step: int) -> NDArray[np.bool_]:
         tokens = torch.stack([draw.tokens for draw in pending]).cpu().numpy()
@@ -205,4 +217,6 @@ class DecodeBatch:
         self._draws = self._draws[:, order]
         if self._mask is not None:
             self._mask = self._mask[order]
+        if self._present is not None:
+            self._present = self._present[order]
         return tokens[order]

@@ -5,9 +5,9 @@ The trainer knows this protocol and nothing else: transformers, vLLM in-process 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from grpo_fast.types import Completion, TrainingError
 
@@ -41,6 +41,10 @@ class SamplingParams:
     """Most probable tokens kept; 0 keeps all."""
     min_p: float = 0.0
     """Tokens under this share of the top probability are dropped; 0 drops none."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of tokens that prompt or completion hold already, and multiplies the negative ones."""
+    other: Mapping[str, Any] = field(default_factory=dict)
+    """Parameters that the engine's own sampler knows besides these."""
     stop: tuple[str, ...] = ()
     """Strings that end a completion; the text is cut before the string, the tokens are kept."""
 
@@ -51,10 +55,16 @@ class SamplingParams:
             "top_p must lie in (0, 1]": 0 < self.top_p <= 1,
             "top_k must be 0 (off) or more": self.top_k >= 0,
             "min_p must lie in [0, 1)": 0 <= self.min_p < 1,
+            "repetition_penalty must be above 0": self.repetition_penalty > 0,
         }
         for message, holds in checks.items():
             if not holds:
                 raise ValueError(f"{message}, got {getattr(self, message.split()[0])!r}")
+
+    @property
+    def changes_of_logits(self) -> dict[str, Any]:
+        """What the sampler does to logits before the temperature and the filters, by vLLM's names."""
+        return {"repetition_penalty": self.repetition_penalty, **self.other}
 
     @property
     def truncates_support(self) -> bool:

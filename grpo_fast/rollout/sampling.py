@@ -114,23 +114,41 @@ def _nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
     return cut.scatter_(-1, index, logits.gather(-1, index).masked_fill_(~kept, -math.inf))
 
 
-def sample(logits: torch.Tensor, sampling: SamplingParams, draws: torch.Tensor) -> Draw:
+def penalise(logits: torch.Tensor, present: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Logits with those of some tokens divided by ``penalty``, or, if negative, multiplied by it, as in transformers and vLLM.
+
+    Args:
+        logits: float32 [n, V], not yet divided by the temperature.
+        present: bool [n, V], the tokens that prompt or completion hold already.
+        penalty: above 0; 1 changes nothing.
+
+    Source:
+        CTRL, arXiv 1909.05858.
+    """
+    return torch.where(present, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def sample(logits: torch.Tensor, sampling: SamplingParams, draws: torch.Tensor, present: torch.Tensor | None = None) -> Draw:
     """Draws one token a row.
 
     At temperature 0 it is the most probable token, and its log-probability is that of the plain softmax (temperature 1, no
     filter): the point mass actually sampled from would give 0 for every token. Otherwise the log-probability is that of
-    the distribution sampled from: at the temperature, renormalised over the support that the filters keep.
+    the distribution sampled from: at the temperature, renormalised over the support that the filters keep. Either is of the
+    penalised logits, where repetition is.
 
     Args:
         logits: [n, V], any float type.
         sampling: how to sample.
         draws: float64 [n], uniform in [0, 1); not read at temperature 0.
+        present: bool [n, V], for ``repetition_penalty``.
 
     Returns:
         Tokens, log-probabilities, and above temperature 0 what a cut support kept. A row of non-finite logits gives a NaN
         log-probability.
     """
     scaled = logits.float()
+    if present is not None:
+        scaled = penalise(scaled, present, sampling.repetition_penalty)
     if sampling.temperature == 0:
         chosen = scaled.argmax(-1, keepdim=True)
         return Draw(chosen[:, 0], scaled.log_softmax(-1).gather(-1, chosen)[:, 0])

@@ -171,6 +171,8 @@ class TransformersEngine:
                 exceed the context of the model together. Raised before anything is computed.
             FloatingPointError: the model gave logits that are not finite.
         """
+        if sampling.other:
+            raise ValueError(f"the transformers engine does not know {', '.join(sampling.other)}; sample with vLLM")
         limits = check_request(
             prompts,
             sampling,

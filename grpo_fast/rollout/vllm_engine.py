@@ -343,10 +343,10 @@ class VLLMEngine:
             "detokenize": bool(sampling.stop),
             "ignore_eos": True,
             "stop_token_ids": self._end_tokens,
+            **sampling.changes_of_logits,
         }
         if likeliest := num_likeliest(sampling, self._vocabulary, self._vllm.telling, len(limits) * num_generations):
-            filters = {"top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": sampling.min_p}
-            common |= filters | {"logprobs": likeliest}
+            common |= {"top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": sampling.min_p, "logprobs": likeliest}
         seeds = np.random.SeedSequence(seed).generate_state(first_prompt + len(limits), np.uint32).tolist()[first_prompt:]
         # vLLM gives the G completions consecutive seeds; those of two prompts stay apart
         return [common | {"max_tokens": limit, "seed": each << 20} for limit, each in zip(limits, seeds, strict=True)]

@@ -231,6 +231,8 @@ def sampling_params(config: Config) -> SamplingParams:
         top_p=config.top_p,
         top_k=config.top_k,
         min_p=config.min_p,
+        repetition_penalty=config.repetition_penalty,
+        other=config.generation_kwargs,
         stop=config.stop,
     )
 

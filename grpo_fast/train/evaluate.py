@@ -11,7 +11,6 @@ import numpy as np
 from grpo_fast.config import Config
 from grpo_fast.metrics import PhaseTimer, mean_known
 from grpo_fast.rewards import RewardReport
-from grpo_fast.rollout.engine import SamplingParams
 from grpo_fast.train.collect import charge_rollout, sampling_params, trainer_state
 from grpo_fast.train.episodes import Sampler
 from grpo_fast.train.logged import named_apart
@@ -50,7 +49,7 @@ def answers(config: Config, sampler: Sampler, prompts: Sequence[Prompt], state: 
     if config.eval_temperature:
         sampling = replace(sampling_params(config), temperature=config.eval_temperature)
     else:
-        sampling = SamplingParams(max_tokens=config.max_completion_length, temperature=0.0, stop=config.stop)
+        sampling = replace(sampling_params(config), temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)
     seed = derive_seed(config.seed, 0, 1)  # the probe has (0, 0), and training its steps from 1 on
     return sampler.sample(prompts, sampling, num_generations=config.num_generations_eval, seed=seed, state=state)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-_NOT_IN_EVERY_STEP = ("clip_ratio", "cispo_clip_ratio", "entropy", "forecast", "kl", "mfu", "sampling", "vespo")
+_NOT_IN_EVERY_STEP = ("clip_ratio", "cispo_clip_ratio", "entropy", "entropy_coef", "forecast", "kl", "mfu", "sampling", "vespo")
 """Families that a step may lack, as one without gradient does, and those that trackers are told beside metrics."""
 
 

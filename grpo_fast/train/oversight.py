@@ -259,7 +259,7 @@ class Oversight:
 
     def _see_variance(self, step: int, metrics: Mapping[str, float]) -> None:
         """Counts steps whose rewards teach nothing, and tells of them once they are many."""
-        also_learns = bool(self._config.beta or self._config.entropy_coef)
+        also_learns = bool(self._config.beta or self._config.rewards_entropy)
         self._still = 0 if also_learns or metrics["frac_reward_zero_std"] < 1.0 else self._still + 1
         if self._still == STILL_STEPS:
             wrong = metrics["frac_reward_all_wrong"] == 1.0

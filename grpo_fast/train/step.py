@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +29,7 @@ from grpo_fast.ops import (
 from grpo_fast.ops.sequence_weights import sampler_log_ratios
 from grpo_fast.train.batch import TrainingSequence, build_batch, flatten_groups, shared_prompts
 from grpo_fast.train.distributed import ALONE, World
+from grpo_fast.train.entropy_control import EntropyControl
 from grpo_fast.train.entropy_mask import entropy_threshold
 from grpo_fast.train.head_part import head_logprobs, head_loss, head_scores
 from grpo_fast.train.mismatch import add_mismatch, add_weights, effective_sample_size, importance_weights
@@ -148,6 +149,8 @@ class Learner:
         self._objective = OBJECTIVES[config.loss_type]
         self._spec = self._objective.spec(config)
         self._num_items_in_batch = 0.0
+        self.entropy = EntropyControl(config)
+        """The weight of the entropy bonus."""
 
     def update(self, groups: Sequence[Group], *, learning_rate: float, timer: PhaseTimer) -> UpdateResult:
         """Gives the groups of a step their advantages and takes ``num_iterations`` optimiser steps on them.
@@ -177,16 +180,26 @@ class Learner:
             if not config.keep_dead_rows_for_metrics:
                 parts = [part for part in parts if part.carries_gradient]
             for iteration in range(config.num_iterations):
+                self._spec = replace(self._spec, entropy_coef=self.entropy.in_force)
+                seen = torch.zeros(2, dtype=torch.float64, device=self._policy.device)
                 with self._policy.whole_head(trains=True):
                     for part in parts:
                         part_sums = MetricSums() if part.is_filler else sums
-                        logprobs = self._accumulate(part, part_sums)
+                        logprobs, entropies = self._accumulate(part, part_sums)
+                        if config.use_adaptive_entropy and not part.is_filler:
+                            keep = torch.ones_like(entropies) if part.high_entropy is None else part.high_entropy
+                            seen += torch.stack([(keep * entropies).sum(), keep.sum()])
                         if iteration == 0:
                             add_mismatch(part_sums, logprobs - part.batch.sampling_logprobs)
                             part.old = logprobs if part.old is None else part.old
                 self._apply_gradient(sums)
+                if config.use_adaptive_entropy:
+                    self._world.sum([seen])
+                    self.entropy.observe(*seen.tolist())
             found = sums.compute(self._world.gather)
             metrics = {name: value for name, value in found.items() if not name.startswith("_")} | effective_sample_size(found)
+        if config.use_adaptive_entropy:
+            metrics["entropy_coef"] = self.entropy.coefficient
         metrics["loss"] = metrics.get("loss", 0.0) / config.num_iterations
         cuts = [
             [part.sequences for plan in plans for part in plan.micro_batches if part.carries_gradient == gradient]
@@ -251,7 +264,7 @@ class Learner:
         config = self._config
         in_loss = [s.num_scored if s.in_loss else 0 for s in sequences]
         live = live_sequences(
-            in_loss, [s.advantage for s in sequences], beta=self._spec.beta, entropy_coef=self._spec.entropy_coef
+            in_loss, [s.advantage for s in sequences], beta=self._spec.beta, entropy_coef=float(config.rewards_entropy)
         )
         scores_all = config.keep_dead_rows_for_metrics or config.top_entropy_quantile < 1
         kept = [alive or (scores_all and n > 0) for alive, n in zip(live, in_loss, strict=True)]
@@ -308,8 +321,8 @@ class Learner:
                 stack.enter_context(self._reference.whole_head(trains=False))
             yield
 
-    def _accumulate(self, part: _Part, sums: MetricSums) -> torch.Tensor:
-        """Adds a micro-batch's gradient and metrics; returns its log-probabilities [T]."""
+    def _accumulate(self, part: _Part, sums: MetricSums) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds a micro-batch's gradient and metrics; returns its log-probabilities and entropies, each [T]."""
         batch = part.batch
         known = LossBatch(
             sequence_index=batch.sequence_index,
@@ -337,7 +350,7 @@ class Learner:
         sums.add("loss", result.loss)
         add_policy_metrics(sums, result.metrics, surrogate=self._spec.surrogate)
         add_sequence_metrics(sums, result.logprobs, known, self._spec)
-        return result.logprobs
+        return result.logprobs, result.entropy
 
     def _score(self, part: _Part, sums: MetricSums) -> None:
         """What the policy says of the tokens before the update, in one pass."""

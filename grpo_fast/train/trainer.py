@@ -43,7 +43,7 @@ from grpo_fast.train.step import Learner, NonFiniteGradientError, UpdateResult
 from grpo_fast.train.summary import Ending, Outcome, write_summary
 from grpo_fast.types import Group
 
-_STATE_VERSION = 3
+_STATE_VERSION = 4
 _SMOOTHED_STEPS = 10
 
 
@@ -99,9 +99,8 @@ class GRPOTrainer:
         self._alarm: AlarmState | None = None
         self._best = BestCheckpoints()
         self._evals: dict[str, float] = {}
-        self._opened = False
+        self._opened, self._stop_message = False, ""
         self._saved_step: int | None = None
-        self._stop_message = ""
         self._ending: Ending | None = None
         self._loop: Callable[[], Generator[StepResult] | None] = lambda: None
         self.global_step = 0
@@ -414,6 +413,7 @@ class GRPOTrainer:
             "recent_rewards": self._recent_rewards,
             "best": self._best.state_dict(),
             "evals": self._evals,
+            "entropy": self._learner.entropy.state_dict(),
             "rng": rng_state(),
         }
 
@@ -428,16 +428,16 @@ class GRPOTrainer:
         if state["version"] != _STATE_VERSION:
             raise CheckpointError(f"{checkpoints[-1]} is from another version of grpo_fast (state {state['version']})")
         self.global_step = self._saved_step = state["step"]
-        self._stream_state = state["stream"]
         parts.stream.load_state_dict(state["stream"])
         if state["pending"] is not None:
             self._pending = Collected.from_dict(state["pending"], parts.prompts.of_row)
         ahead = [Collected.from_dict(saved, parts.prompts.of_row) for saved in state["ahead"]]
         self._rollouts.restore(self.global_step + 1 + (self._pending is not None), ahead)
-        self._recent_rewards, self._evals = state["recent_rewards"], state["evals"]
+        self._stream_state, self._recent_rewards, self._evals = state["stream"], state["recent_rewards"], state["evals"]
         self._best = BestCheckpoints.from_state_dict(state["best"])
         self._best.keep_only([path.name for path in checkpoints])
         parts.meter.load_state_dict(state["meter"])
+        self._learner.entropy.load_state_dict(state["entropy"])
         self._world.once(lambda: parts.record.truncate(self.global_step))
         self._oversight.restore(state["oversight"], self._progress)
         parts.engine.sync_weights(parts.policy.whole_model(), self.global_step)

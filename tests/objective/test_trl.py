@@ -16,6 +16,7 @@ from grpo_fast.objective import OBJECTIVES, decoupled_advantages
 from grpo_fast.ops.loss_spec import LossBatch
 from grpo_fast.ops.policy_loss import policy_loss
 from grpo_fast.ops.sequence_weights import gamma_weights, off_policy_mask, sampler_log_ratios
+from grpo_fast.train.entropy_control import EntropyControl
 from grpo_fast.train.entropy_mask import entropy_threshold
 from tests.objective.settings import LIMIT, settings
 
@@ -274,13 +275,46 @@ def test_advantages_of_rewards_scaled_one_by_one_equal_trl(trl_rig: TrlRig) -> N
 
 
 @of_trl
+@pytest.mark.parametrize("share", [1.0, 0.4])
+def test_a_bonus_that_follows_the_entropy_equals_trl(trl_rig: TrlRig, share: float) -> None:
+    head = trl_rig.model.lm_head.weight
+    kept = head.detach().clone()
+    with torch.no_grad():
+        middle = trl_rig.own_logprobs()[1].mean().item()
+    adaptive = {"use_adaptive_entropy": True, "entropy_target": middle, "entropy_coef": 0.05, "entropy_coef_max": 0.058}
+    config = settings("grpo", **adaptive)
+    trainer = trl_rig.trainer("GRPO", loss_type="grpo", epsilon_high=0.28, top_entropy_quantile=share, **adaptive)
+    ours, weights = EntropyControl(config), []
+    try:
+        for scale in (1.5, 1.5, 0.2, 3.0, 3.0, 0.1):
+            with torch.no_grad():
+                head.copy_(kept * scale)
+            theirs = trainer.compute_loss(trainer.model, trl_rig.inputs()).item()
+            logprobs, entropy = (values.detach() for values in trl_rig.own_logprobs())
+            keep = (entropy >= entropy_threshold([entropy.double().numpy()], share)).float()
+            batch = trl_rig.batch(config)._replace(
+                importance_weights=keep, entropy_weights=keep, num_items_in_batch=float(keep.sum())
+            )
+            spec = replace(OBJECTIVES["grpo"].spec(config), entropy_coef=ours.in_force)
+            assert policy_loss(logprobs, batch, spec=spec, entropy=entropy).loss.item() == pytest.approx(theirs, rel=1e-5)
+            ours.observe(float((keep * entropy).sum()), float(keep.sum()))
+            assert ours.coefficient == pytest.approx(trainer._metrics["train"]["entropy_coef"][-1])
+            weights.append(ours.in_force)
+    finally:
+        with torch.no_grad():
+            head.copy_(kept)
+    assert len(set(weights)) > 2
+    assert 0.0 in weights
+
+
+@of_trl
 def test_kl_without_bias_correction_equals_trl(trl_rig: TrlRig) -> None:
-    config = settings("grpo", beta=0.3)
+    config = settings("grpo", beta=0.3, use_bias_correction_kl=False)
     trainer = trl_rig.trainer("GRPO", loss_type="grpo", epsilon_high=0.28, beta=0.3, use_bias_correction_kl=False)
     theirs = trainer.compute_loss(trainer.model, trl_rig.inputs())
     logprobs, _ = trl_rig.own_logprobs()
     spec = OBJECTIVES["grpo"].spec(config)
-    ours = policy_loss(logprobs, trl_rig.batch(config), spec=replace(spec, use_bias_correction_kl=False)).loss
-    corrected = policy_loss(logprobs, trl_rig.batch(config), spec=spec).loss
+    ours = policy_loss(logprobs, trl_rig.batch(config), spec=spec).loss
+    corrected = policy_loss(logprobs, trl_rig.batch(config), spec=replace(spec, use_bias_correction_kl=True)).loss
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
     assert not math.isclose(ours.item(), corrected.item(), rel_tol=1e-4)

@@ -15,6 +15,7 @@ from grpo_fast.rollout import RolloutEngine, SamplingParams
         ("top_k", -1),
         ("min_p", 1.0),
         ("min_p", -0.5),
+        ("repetition_penalty", 0.0),
     ],
 )
 def test_refuses_a_value_out_of_range_and_names_field_and_value(field: str, value: float) -> None:

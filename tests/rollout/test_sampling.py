@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from grpo_fast.rollout import SamplingParams
 from grpo_fast.rollout import sampling as module
-from grpo_fast.rollout.sampling import sample, truncate, uniforms
+from grpo_fast.rollout.sampling import penalise, sample, truncate, uniforms
 
 PROBS = torch.tensor([[0.4, 0.05, 0.25, 0.1, 0.2]])
 
@@ -171,3 +172,17 @@ def test_what_was_kept_is_told_of_a_cut_support_alone() -> None:
         greedy = sample(logits, SamplingParams(max_tokens=1, temperature=0.0, **cut), draws)
         assert greedy.kept is None, "greedy log-probabilities are those of the whole softmax"
     assert sample(logits, SamplingParams(max_tokens=1), draws).kept is None
+
+
+@pytest.mark.parametrize("penalty", [0.7, 1.3])
+def test_repetition_is_penalised_as_transformers_does(penalty: float) -> None:
+    logits = torch.randn(3, 11, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[0, 1, 2, 2], [5, 5, 5, 5], [10, 3, 0, 7]])
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone())
+    present = torch.zeros(3, 11, dtype=torch.bool).scatter_(1, ids, value=True)
+    assert torch.equal(penalise(logits, present, penalty), expected)
+    assert not torch.equal(expected, logits)
+    params = SamplingParams(max_tokens=1, temperature=0.8, repetition_penalty=penalty)
+    found = sample(logits, params, torch.tensor([0.2, 0.5, 0.8]).double(), present)
+    rows = (expected.double() / 0.8).log_softmax(-1)
+    torch.testing.assert_close(found.logprobs.double(), rows.gather(1, found.tokens[:, None])[:, 0], rtol=0, atol=1e-6)

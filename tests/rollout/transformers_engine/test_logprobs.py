@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, RepetitionPenaltyLogitsProcessor
 
 from grpo_fast.ops import Kept, LMHead, kept_logprob, token_logprob
 from grpo_fast.rollout import RolloutEngine, SamplingParams
@@ -138,3 +139,46 @@ def test_the_policy_over_what_was_kept_has_the_engines_log_probabilities(
         completion.kept is None
         for completion in flat(engine.generate(PROMPTS, SamplingParams(max_tokens=2), num_generations=1, seed=1))
     )
+
+
+@pytest.mark.parametrize("impl", ["auto", "module"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral-windowed"])
+def test_repetition_is_penalised_over_prompt_and_completion(name: str, impl: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = build(name)
+    engine = TransformersEngine(model, tokenizer, impl=impl)
+    params = SamplingParams(max_tokens=20, temperature=0.8, repetition_penalty=1.7)
+    groups = engine.generate(PROMPTS, params, num_generations=4, seed=1)
+    assert len({len(completion.token_ids) for completion in flat(groups)}) > 3, "rows leave the batch on the way"
+    plain, without = 0.0, flat(engine.generate(PROMPTS, replace(params, repetition_penalty=1.0), num_generations=4, seed=1))
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for completion in group:
+            tokens = torch.tensor([[*prompt, *completion.token_ids]])
+            with torch.no_grad():
+                logits = model(input_ids=tokens).logits[0].double()
+            for place, (token, logprob) in enumerate(zip(completion.token_ids, completion.logprobs, strict=True)):
+                end = len(prompt) + place
+                row = RepetitionPenaltyLogitsProcessor(1.7)(tokens[:, :end], logits[None, end - 1].clone())[0] / 0.8
+                assert logprob == pytest.approx(row.log_softmax(-1)[token].item(), abs=1e-5)
+                plain = max(plain, abs(logprob - (logits[end - 1] / 0.8).log_softmax(-1)[token].item()))
+    assert plain > 0.1
+    assert [one.token_ids for one in without] != [one.token_ids for one in flat(groups)]
+
+
+def test_greedy_with_a_penalty_equals_transformers_generate(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    engine = TransformersEngine(llama, tokenizer)
+    params = SamplingParams(max_tokens=10, temperature=0.0, repetition_penalty=1.8)
+    groups = engine.generate(PROMPTS, params, num_generations=1, seed=0)
+    plain = engine.generate(PROMPTS, replace(params, repetition_penalty=1.0), num_generations=1, seed=0)
+    assert [group[0].token_ids for group in groups] != [group[0].token_ids for group in plain]
+    for prompt, [completion] in zip(PROMPTS, groups, strict=True):
+        wanted = llama.generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=10, repetition_penalty=1.8, eos_token_id=2, pad_token_id=0
+        )[0, len(prompt) :]
+        assert list(completion.token_ids) == wanted.tolist()
+
+
+def test_what_the_engine_does_not_know_is_refused(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ValueError, match="does not know presence_penalty; sample with vLLM"):
+        TransformersEngine(llama, tokenizer).generate(
+            PROMPTS, SamplingParams(max_tokens=2, other={"presence_penalty": 1.0}), num_generations=1, seed=0
+        )

@@ -229,6 +229,7 @@ def test_bypass_takes_the_ratio_to_the_sampler(tiny_policy: MakePolicy, groups: 
 
 def test_only_engines_of_their_own_are_corrected_unless_asked() -> None:
     assert not Config().corrects_sampler
+    assert Config(repetition_penalty=1.1).corrects_sampler
     assert Config(rollout="vllm").corrects_sampler
     assert not Config(rollout="vllm", bypass_old_logprobs=True).corrects_sampler
     assert not Config(rollout="vllm", vllm_importance_sampling_correction=False).corrects_sampler

@@ -231,3 +231,28 @@ def test_the_pass_for_the_entropies_is_metered(tiny_policy: MakePolicy, groups: 
         flops.append(meter.usage(0).flops)
     forward = flops[0] / 3  # a third of a training pass
     assert flops[1] == pytest.approx(flops[0] + forward + (flops[2] - flops[0]), rel=1e-6)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_the_weight_of_the_bonus_follows_the_entropy_of_each_update(
+    share: float, tiny_policy: MakePolicy, groups: list[Group]
+) -> None:
+    settings = {"top_entropy_quantile": share, "tokens_per_microbatch": 24, "num_iterations": 2, "entropy_coef": 0.3}
+    fixed, none = Bench(tiny_policy(), **settings), Bench(tiny_policy(), **settings | {"entropy_coef": 1e-30})
+    adaptive = {"use_adaptive_entropy": True, "entropy_target": 9.0, "entropy_coef_delta": 0.05}
+    moved = Bench(tiny_policy(), **settings | adaptive)
+    for bench in (fixed, none, moved):
+        result = bench.update(groups)
+    assert relative_error(moved.gradients[0], none.gradients[0]) < 1e-6, "no entropy is known before the first update"
+    assert relative_error(fixed.gradients[0], none.gradients[0]) > 0.01
+    assert result.metrics["entropy_coef"] == pytest.approx(0.4)
+    begun = Bench(tiny_policy(), **settings | adaptive | {"num_iterations": 1})
+    begun.learner.entropy.load_state_dict({"coefficient": 0.3, "entropy": 1.0})
+    result = begun.update(groups)
+    assert relative_error(begun.gradients[0], fixed.gradients[0]) < 1e-6
+    state = begun.learner.entropy.state_dict()
+    assert state["coefficient"] == pytest.approx(0.35)
+    if share == 1:
+        assert state["entropy"] == pytest.approx(result.metrics["entropy"], rel=1e-5)
+    else:
+        assert state["entropy"] > 1.01 * result.metrics["entropy"], "the mean is of the tokens that the bonus is of"
