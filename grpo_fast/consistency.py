@@ -144,8 +144,8 @@ def _check_generation(config: Config) -> None:
     unknown = sorted(given.keys() - VLLM_SAMPLING)
     if unknown:
         raise ValueError(
-            f"generation_kwargs={given}: {', '.join(unknown)} cannot be set here; take {', '.join(sorted(VLLM_SAMPLING))}, or the "
-            "setting of that name, if there is one"
+            f"generation_kwargs={given}: {', '.join(unknown)} cannot be set here; take {', '.join(sorted(VLLM_SAMPLING))}, or "
+            "the setting of that name, if there is one"
         )
     if config.rollout == "transformers":
         raise ValueError(

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from grpo_fast import GRPOTrainer
 from grpo_fast.config import Config, ConfigError
-from grpo_fast.trl_names import _USUAL, HERE, here
+from grpo_fast.train.parts import Replacements
+from grpo_fast.trl_names import _USUAL, HERE, NOT_HERE, here
 
 PAGE = Path(__file__).parents[1] / "docs" / "from-trl.md"
 
@@ -24,8 +26,27 @@ def test_the_names_are_trls_and_not_ours() -> None:
     }
     theirs |= set(inspect.signature(trl.GRPOTrainer.__init__).parameters)
     theirs |= {"logging_dir", "warmup_ratio"}  # of transformers before 5
-    assert set(HERE) <= theirs
-    assert not set(HERE) & set(Config.model_fields)
+    assert set(HERE) | set(NOT_HERE) <= theirs
+    assert not set(HERE) & set(NOT_HERE)
+    assert not (set(HERE) | set(NOT_HERE)) & set(Config.model_fields)
+
+
+def test_no_setting_of_trl_is_unknown() -> None:
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+    theirs = {field.name for field in dataclasses.fields(trl.GRPOConfig)}
+    theirs |= (
+        set(inspect.signature(trl.GRPOTrainer.__init__).parameters) - {"self"} - set(inspect.signature(GRPOTrainer).parameters)
+    )
+    theirs -= set(Replacements.__annotations__)
+    unknown = sorted(theirs - set(Config.model_fields) - set(HERE) - set(NOT_HERE))
+    assert not unknown, f"neither the configuration nor trl_names.py knows {unknown}"
+
+
+def test_a_setting_without_a_counterpart_is_told_why() -> None:
+    with pytest.raises(
+        ConfigError, match=r"'tf32', a TRL name; leave it out, it has no counterpart: torch and its environment"
+    ):
+        Config.parse({"tf32": True})
 
 
 def test_usual_names_are_told_without_a_word_of_trl() -> None:
@@ -43,6 +64,6 @@ def test_servers_are_waited_for_as_long_as_trl_waits() -> None:
     assert Config.model_fields["vllm_server_timeout"].default == theirs.default
 
 
-@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("name", [*HERE, *NOT_HERE])
 def test_the_page_on_trl_has_them_all(name: str) -> None:
     assert f"`{name}`" in PAGE.read_text(encoding="utf-8")

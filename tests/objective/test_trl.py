@@ -237,6 +237,42 @@ def test_the_off_policy_mask_of_the_comparison_leaves_some_out(trl_rig: TrlRig) 
 
 
 @of_trl
+@pytest.mark.parametrize("lengths", [[7, 1, 4, 5, 0, 2], [7, 1, 4, 0, 0, 0]], ids=["one masked", "a micro-batch masked"])
+@pytest.mark.parametrize("case", ["dapo", "grpo", "gspo", "luspo", "dr_grpo", "cispo", "sapo", "vespo", "bnpo", "grpo with kl"])
+def test_a_step_is_the_sum_of_trls_micro_batches(trl_rig: TrlRig, case: str, lengths: list[int]) -> None:
+    name, trl_arguments, extra = TRL_CASES[case]
+    config = settings(name, **extra)
+    clip = {"epsilon": config.epsilon, "epsilon_high": config.epsilon_high}
+    sizes = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
+    trainer = trl_rig.trainer("GRPO", **trl_arguments, **clip, **extra, **sizes)
+    trainer.current_gradient_accumulation_steps = 2
+    counts = torch.tensor(lengths)
+    mask = (torch.arange(7)[None] < counts[:, None]).long()
+    inputs = trl_rig.inputs() | {"completion_mask": mask, "num_items_in_batch": counts.sum().float()}
+    parts = [
+        {key: value if value.ndim == 0 else value[rows] for key, value in inputs.items()} for rows in ([0, 1, 2], [3, 4, 5])
+    ]
+    each = [trainer.compute_loss(trainer.model, part) for part in parts]
+    theirs, their_gradient = sum(loss.item() for loss in each), gradient_of(trl_rig.model, sum(each))
+    scored, own = mask.bool(), mask[trl_rig.mask.bool()].bool()
+    logprobs, _ = trl_rig.own_logprobs()
+    batch = trl_rig.batch(config)._replace(
+        sequence_index=torch.repeat_interleave(torch.arange(6), counts),
+        loss_weights=OBJECTIVES[name].loss_weights(counts, max_completion_length=LIMIT),
+        old_logprobs=trl_rig.old[scored],
+        ref_logprobs=trl_rig.ref[scored],
+        sampling_logprobs=trl_rig.sampler[scored],
+    )
+    ours = policy_loss(logprobs[own], batch, spec=OBJECTIVES[name].spec(config)).loss
+    gradient = gradient_of(trl_rig.model, ours)
+    if case == "bnpo":  # TRL's is a mean of each micro-batch's own mean
+        assert not torch.allclose(gradient, their_gradient, rtol=1e-2)
+        return
+    assert ours.item() == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+    torch.testing.assert_close(gradient, their_gradient, rtol=1e-4, atol=1e-6)
+
+
+@of_trl
 def test_rloo_equals_trl(trl_rig: TrlRig) -> None:
     config = settings("rloo")
     trainer = trl_rig.trainer("RLOO", epsilon=config.epsilon, epsilon_high=config.epsilon_high)
