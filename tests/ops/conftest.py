@@ -12,12 +12,16 @@ in processes of their own without the variable: ``benchmarks/aot.py``, which ``t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from grpo_fast.ops import native
+
+# Read once, at the first product on a GPU: without it, versions of torch refuse products while outputs are poisoned (below).
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture(scope="session")

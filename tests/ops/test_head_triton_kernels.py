@@ -9,10 +9,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from grpo_fast.ops import head_triton
 from grpo_fast.ops.head_pass import RowGradient, RowStatistics, row_statistics
 from grpo_fast.ops.head_shapes import Choice, Tile
 from grpo_fast.ops.head_triton import TritonHeadPass
+from grpo_fast.ops.jit import interpreted
 from grpo_fast.ops.lm_head import LMHead
+from grpo_fast.ops.products import mm_into
 from grpo_fast.ops.token_logprob import token_logprob_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
@@ -88,13 +91,31 @@ def by_reference(given: Case, *, entropy: bool, dtype: torch.dtype) -> list[torc
     return [value.detach().double().cpu() for value in (logprobs, entropies, *gradients)]
 
 
+def cut_off(given: Case, *, entropy: bool) -> list[float]:
+    """What the gradients of float16 inputs may be off by because a GPU multiplies them in TensorFloat-32, by output.
+
+    It has ten bits after the first, all that a float16 has. Of E, and in the weight's gradient of the scaled rows too, the
+    others are cut off: up to 2^-10 of each term. In the interpreter nothing is.
+    """
+    if interpreted() or given.hidden.dtype != torch.float16:
+        return [0.0] * 5
+    hidden, weight = given.hidden.double(), given.head.weight.double()
+    vocabulary = replace(given.head, weight=torch.eye(len(weight), dtype=torch.float64, device=weight.device))
+    logits = Case(hidden @ weight.T, vocabulary, given.targets, given.gradient)
+    slopes = by_reference(logits, entropy=entropy, dtype=torch.float64)[2].abs()
+    sums = (slopes @ weight.abs().cpu(), 2 * slopes.T @ hidden.abs().cpu())
+    return [0.0, 0.0, *(2.0**-10 * each.max().item() for each in sums), 0.0]
+
+
 def assert_within_budget(given: list[Case], *, entropy: bool, choice: Choice | None = None) -> None:
     """Four times the error of the float32 specification plus half an ulp, of the worst of some draws."""
-    for output in zip(*(zip(*three(each, entropy=entropy, choice=choice), strict=True) for each in given), strict=True):
+    more = (max(values) for values in zip(*(cut_off(each, entropy=entropy) for each in given), strict=True))
+    outputs = zip(*(zip(*three(each, entropy=entropy, choice=choice), strict=True) for each in given), strict=True)
+    for output, cut in zip(outputs, more, strict=False):
         errors = [((found - exact).abs().max(), (base - exact).abs().max()) for found, base, exact in output]
         found, base = (max(values).item() for values in zip(*errors, strict=True))
         largest = max(exact.abs().max().item() for _, _, exact in output)
-        assert found <= 4 * base + torch.finfo(given[0].hidden.dtype).eps / 2 * largest
+        assert found <= 4 * base + torch.finfo(given[0].hidden.dtype).eps / 2 * largest + cut
         assert largest > 1e-3
 
 
@@ -124,6 +145,29 @@ def test_errors_of_tier_2_keep_to_the_same_budget(
 ) -> None:
     draws = [case(device, size, dtype=torch.float16, seed=seed, **OPTIONS[options]) for seed in range(4)]
     assert_within_budget(draws, entropy=entropy, choice=TIER_2)
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_the_budget_knows_what_tensorfloat_32_cuts_off(
+    entropy: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its operands are cut here as a GPU may cut them: by nothing else would a first run on one be told of it."""
+
+    def ten_bits(values: torch.Tensor) -> torch.Tensor:
+        return (values.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+    def cutting(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor, add: bool = False) -> None:
+        if torch.backends.cuda.matmul.fp32_precision == "tf32":
+            left, right = ten_bits(left), ten_bits(right)
+        mm_into(left, right, out=out, add=add)
+
+    draws = [case(device, (5, 24, 131), dtype=torch.float16, seed=seed) for seed in range(4)]
+    monkeypatch.setattr(head_triton, "mm_into", cutting)
+    if interpreted():
+        with pytest.raises(AssertionError):
+            assert_within_budget(draws, entropy=entropy)
+    monkeypatch.setitem(globals(), "interpreted", lambda: False)
+    assert_within_budget(draws, entropy=entropy)
 
 
 @pytest.mark.slow
@@ -258,14 +302,19 @@ def test_a_target_outside_the_vocabulary_is_nan_in_its_row(target: int, device: 
 
 
 def test_a_row_does_not_depend_on_the_rows_beside_it(device: torch.device) -> None:
+    """Logits are sums that are exact in any order, as cuBLAS may take another for another number of rows."""
     given = case(device, (29, 24, 300))
+    hidden, weight = (torch.round(8 * values) / 8 for values in (given.hidden, given.head.weight))
+    given = given._replace(hidden=hidden, head=replace(given.head, weight=weight))
     statistics, (dhidden, *_) = run(given)
     for rows in (slice(0, 1), slice(7, 9), slice(11, 28), slice(3, 29)):
         part = RowGradient(*(slope[rows] for slope in given.gradient))
         found, (dpart, *_) = run(Case(given.hidden[rows], given.head, given.targets[rows], part))
         assert torch.equal(found.logprobs, statistics.logprobs[rows])
         assert torch.equal(found.entropy, statistics.entropy[rows])
-        assert torch.equal(dpart, dhidden[rows])
+        if interpreted():
+            assert torch.equal(dpart, dhidden[rows])
+        torch.testing.assert_close(dpart, dhidden[rows], rtol=1e-5, atol=1e-6)
 
 
 def test_live_rows_are_bitwise_the_same_beside_dead_ones(device: torch.device) -> None:
