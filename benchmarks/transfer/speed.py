@@ -3,6 +3,8 @@
 Parameter lists are those of published models, with as many layers as fit the memory. Contenders take turns; results are first
 held against the PyTorch reference bit by bit. "Copy" is the faster of two copies that move as many bytes as the case reads and
 writes: ``torch.Tensor.copy_``, and on a CPU the C library's ``memmove`` on as many threads as torch has.
+
+The file is rewritten after every case. One that fails is told and loses no other, and what ``--budget`` does not reach is named.
 """
 
 from __future__ import annotations
@@ -10,7 +12,9 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -138,8 +142,8 @@ def run(name: str, calls: Calls, num_bytes: int, device: torch.device, rounds: i
     return record
 
 
-def measure(device: torch.device, *, smoke: bool, rounds: int, only: str = "") -> list[dict[str, Any]]:
-    """Every case on one device whose name holds ``only``."""
+def cases(device: torch.device, *, smoke: bool) -> dict[str, Callable[[], tuple[Calls, int]]]:
+    """Every case on one device, by name; its tensors are made when it is called."""
     made: dict[str, Callable[[], tuple[Calls, int]]] = {}
     for model in SMOKE if smoke else MODELS:
         for dtype in (torch.float32, torch.bfloat16):
@@ -150,36 +154,68 @@ def measure(device: torch.device, *, smoke: bool, rounds: int, only: str = "") -
         made[f"delta of {count:,}, {share:.1%} changed"] = partial(delta_calls, count, share, device)
     for name, case in packing_calls(1000 if smoke else 1_000_000).items():
         made[f"plan {name}"] = partial(tuple, case)
-    return [run(name, *make(), device, rounds) for name, make in made.items() if only in name]
+    return made
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def measure(
+    device: torch.device, *, smoke: bool, rounds: int, only: str = "", seconds: float = float("inf")
+) -> Iterator[dict[str, Any] | str]:
+    """Records of the cases whose name holds ``only``, or in words why one has none, each as soon as it is known.
+
+    Args:
+        device: whose.
+        smoke: in miniature.
+        rounds: readings of each contender.
+        only: part of a name.
+        seconds: after which no further case begins.
+    """
+    deadline = time.monotonic() + seconds
+    for name, make in cases(device, smoke=smoke).items():
+        if only not in name:
+            continue
+        if time.monotonic() > deadline:
+            yield f"{name}: left out, {seconds:.0f} s are over; measure it with --only"
+            continue
+        try:
+            yield run(name, *make(), device, rounds)
+        except Exception as error:  # the other cases are measured all the same
+            yield f"{name}: {type(error).__name__}: {error}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns 1 where a case has no record; 0 otherwise."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--smoke", action="store_true", help="miniatures, written nowhere")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", default="", help="part of a case's name; other cases keep their results")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no further case begins")
     parser.add_argument(
         "--output", type=Path, help="instead of benchmarks/results/<device>/transfer.json, as where the tree is not kept"
     )
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     if problem := native.load():
         raise SystemExit(problem)
     facts = device_facts()
     device = torch.device(facts.kind)
-    records = measure(device, smoke=given.smoke, rounds=given.rounds, only=given.only)
-    for record in records:
-        times = ", ".join(f"{name} {row['p50_ms']:.3g} ms" for name, row in record["rows"].items())
-        share = f" ({record['share_of_copy']:.0%} of copy)" if "share_of_copy" in record else ""
-        print(f"{record['case']}: {times}{share}")
-    if not given.smoke:
-        output = given.output or default_path(facts).with_name("transfer.json")
-        kept = json.loads(output.read_text(encoding="utf-8"))["cases"] if given.only and output.exists() else []
-        fresh = {record["case"]: record for record in records}
-        records = [fresh.pop(record["case"], record) for record in kept] + list(fresh.values())
-        content = {"device": facts.name, "threads": torch.get_num_threads(), "versions": versions(), "cases": records}
-        output.parent.mkdir(exist_ok=True)
-        output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    output = None if given.smoke else given.output or default_path(facts).with_name("transfer.json")
+    header = {"device": facts.name, "threads": torch.get_num_threads(), "versions": versions()}
+    kept = json.loads(output.read_text(encoding="utf-8"))["cases"] if given.only and output and output.exists() else []
+    known = {record["case"]: record for record in kept}
+    failed = False
+    for found in measure(device, smoke=given.smoke, rounds=given.rounds, only=given.only, seconds=given.budget):
+        if isinstance(found, str):
+            failed = True
+            print(found, flush=True)
+            continue
+        times = ", ".join(f"{name} {row['p50_ms']:.3g} ms" for name, row in found["rows"].items())
+        share = f" ({found['share_of_copy']:.0%} of copy)" if "share_of_copy" in found else ""
+        print(f"{found['case']}: {times}{share}", flush=True)
+        known[found["case"]] = found
+        if output is not None:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(json.dumps(header | {"cases": list(known.values())}, indent=1) + "\n", encoding="utf-8")
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ def native_library() -> None:
 
 
 def test_every_case_runs_in_miniature() -> None:
-    records = speed.measure(torch.device("cpu"), smoke=True, rounds=2)
+    records = list(speed.measure(torch.device("cpu"), smoke=True, rounds=2))
     assert len(records) == 8
     assert len({record["case"] for record in records}) == 8
     for record in records:
@@ -30,6 +32,36 @@ def test_every_case_runs_in_miniature() -> None:
         if record["num_bytes"]:
             assert {"copy_", "memmove"} < record["rows"].keys()
             assert record["share_of_copy"] > 0
+
+
+def test_what_was_measured_is_kept_whatever_becomes_of_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, seen, real = tmp_path / "of" / "a device" / "transfer.json", list[str](), speed.run
+
+    def known() -> list[str]:
+        return [record["case"] for record in json.loads(path.read_text(encoding="utf-8"))["cases"]]
+
+    def breaks(name: str, *rest: Any) -> dict[str, Any]:
+        seen.append(name)
+        if "0.1%" in name:
+            raise torch.OutOfMemoryError("no room")
+        if "10.0%" in name:
+            assert known() == [case for case in seen[:-1] if "0.1%" not in case], "before the next case begins"
+        return real(name, *rest)
+
+    small = speed.cases(torch.device("cpu"), smoke=True)
+    monkeypatch.setattr(speed, "cases", lambda device, smoke: {name: small[name] for name in small if "delta" in name})
+    monkeypatch.setattr(speed, "run", breaks)
+    arguments = ["--rounds", "2", "--output", str(path)]
+    assert speed.main(arguments) == 1
+    assert "OutOfMemoryError: no room" in capsys.readouterr().out
+    assert len(known()) == 2
+    assert speed.main([*arguments, "--budget", "-1"]) == 1
+    assert "left out" in capsys.readouterr().out
+    monkeypatch.setattr(speed, "run", real)
+    assert speed.main([*arguments, "--only", "0.1%"]) == 0
+    assert sorted(known()) == sorted(name for name in small if "delta" in name)
 
 
 def test_copies_move_every_byte() -> None:
