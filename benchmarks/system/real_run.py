@@ -68,7 +68,7 @@ def piece(config: Config, *, seconds: float, until: str = "end") -> dict[str, An
         for step in trainer.steps():
             if "stop" not in found and step.decision is not None and step.decision.stop:
                 found["stop"] = _stop(step) | {"accuracy": trainer.evaluate()}
-                _write(run, found)
+            _write(run, found)  # a piece that is killed must not leave the start to the next one, which begins later
             if time.monotonic() > deadline or (until == "law" and "stop" in found):
                 break
         last = trainer.global_step == trainer.config.max_steps

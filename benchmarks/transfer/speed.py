@@ -4,7 +4,7 @@ Parameter lists are those of published models, with as many layers as fit the me
 held against the PyTorch reference bit by bit. "Copy" is the faster of two copies that move as many bytes as the case reads and
 writes: ``torch.Tensor.copy_``, and on a CPU the C library's ``memmove`` on as many threads as torch has.
 
-The file is rewritten after every case. One that fails is told and loses no other, and what ``--budget`` does not reach is named.
+The file is rewritten after every case. One that fails is told and loses no other; what ``--budget`` does not reach is named.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import pytest
 from benchmarks.ops import store
 from benchmarks.system import report
 from benchmarks.system.real_run import main
+from grpo_fast import GRPOTrainer
 
 SMALL = [
     "prompts_per_step=8",
@@ -72,6 +73,23 @@ def test_pieces_make_the_run_in_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert f"At step {found['stop']['step']} the law foretold a mean reward of {foretold:.3f} for the end" in told
     assert f"| end of the budget | 8 | {found['end']['accuracy']:.3f} |" in told
     assert "It learns to add." in told
+
+
+@pytest.mark.slow
+def test_a_piece_that_is_killed_leaves_what_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = GRPOTrainer.steps
+
+    def killed(trainer: GRPOTrainer) -> Any:
+        for step in steps(trainer):
+            if step.step == 4:
+                raise SystemError("killed")
+            yield step
+
+    with monkeypatch.context() as patch, pytest.raises(SystemError):
+        patch.setattr(GRPOTrainer, "steps", killed)
+        run(tmp_path, "run")
+    _, found = run(tmp_path, "run", minutes=0)
+    assert found["start"]["step"] == 0
 
 
 @pytest.mark.slow
