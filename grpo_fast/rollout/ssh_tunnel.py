@@ -13,6 +13,7 @@ import shlex
 import socket
 import subprocess
 import threading
+from collections import deque
 from typing import IO
 
 from grpo_fast.rollout.engine import RolloutError
@@ -24,13 +25,14 @@ _LOGIN_S = 60.0
 _END_S = 5.0
 _AFTER_S = 0.5
 """What ssh forwards ends a moment before itself."""
-_MOST_WORDS = 10_000
+_MOST_LINES = 20
 _REFUSAL_S = 0.2
 _OPTIONS = {
     "BatchMode": "yes",  # nobody is there to type a password
     "ControlMaster": "no",  # a shared connection would outlive this one, or end it
     "ControlPath": "none",
-    "ExitOnForwardFailure": "yes",
+    "ExitOnForwardFailure": "no",  # the user's configuration may forward ports that another ssh of theirs holds
+    "RemoteCommand": "none",
     "ConnectTimeout": "20",
     "ServerAliveInterval": "5",
     "ServerAliveCountMax": "3",
@@ -53,7 +55,8 @@ class Tunnel:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._local = 0
-        self._words = ""
+        self._words: deque[str] = deque(maxlen=_MOST_LINES)
+        self._reader = threading.Thread()
         self._is_closed = False
 
     def open(self) -> int:
@@ -76,6 +79,11 @@ class Tunnel:
         with self._lock:
             return self._last_words()
 
+    @property
+    def is_forbidden(self) -> bool:
+        """Whether the other machine lets this user log in, and connects nobody to its ports."""
+        return any("administratively prohibited" in line for line in list(self._words))
+
     def close(self) -> None:
         """Ends the connection for good; calling it twice is harmless."""
         with self._lock:
@@ -85,8 +93,10 @@ class Tunnel:
     def _log_in(self) -> None:
         options = [part for name, value in _OPTIONS.items() for part in ("-o", f"{name}={value}")]
         there = f"127.0.0.1:{self._local}:127.0.0.1:{self._port}"
-        self._words = ""
         self._process = _started([*options, "-T", "-L", there, "--", self.host, "cat"])
+        self._words = deque(maxlen=_MOST_LINES)
+        self._reader = threading.Thread(target=_read_all, args=(self._process.stderr, self._words), daemon=True)
+        self._reader.start()
         with contextlib.suppress(BrokenPipeError):  # it has ended already
             os.write(_pipe(self._process.stdin), b"\n")
         echo = _pipe(self._process.stdout)
@@ -99,6 +109,10 @@ class Tunnel:
                 f"ssh cannot reach {self.host}: {words}; `ssh {self.host} cat` must work without a question "
                 f"(a key, and a known host); options go into ~/.ssh/config, or a command of yours into {PROGRAM}"
             )
+        if not _is_listened_to(self._local):
+            words = next(iter(reversed(self._words)), "it does not say why")
+            self._close()
+            raise RolloutError(f"ssh reaches {self.host}, but leads no port of this machine there: {words}")
 
     def _last_words(self) -> str | None:
         process = self._process
@@ -108,12 +122,9 @@ class Tunnel:
             code = process.wait(_AFTER_S)
         except subprocess.TimeoutExpired:
             return None
-        if not self._words:  # the pipe tells them once
-            told = _pipe(process.stderr)
-            os.set_blocking(told, False)  # what ssh started may hold it open
-            with contextlib.suppress(BlockingIOError):
-                self._words = os.read(told, _MOST_WORDS).decode(errors="replace").strip()
-        return self._words.splitlines()[-1] if self._words else f"exit code {code}"
+        self._reader.join(_AFTER_S)  # what ssh started may hold the pipe open
+        told = [line for line in self._words if not line.startswith("debug")]
+        return told[-1] if told else f"exit code {code}"
 
     def _close(self) -> None:
         process, self._process = self._process, None
@@ -121,10 +132,14 @@ class Tunnel:
             return
         process.terminate()
         try:
-            process.communicate(timeout=_END_S)
+            process.wait(_END_S)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.communicate()
+            process.wait()
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
 
 
 def is_hung_up(connection: socket.socket) -> bool:
@@ -172,3 +187,19 @@ def _started(arguments: list[str]) -> subprocess.Popen[bytes]:
 def _pipe(pipe: IO[bytes] | None) -> int:
     assert pipe is not None
     return pipe.fileno()
+
+
+def _is_listened_to(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # whoever holds the port only does so too
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return True
+        return False
+
+
+def _read_all(pipe: IO[bytes], words: deque[str]) -> None:
+    """Of what ssh says only the last is kept: it has a line for every connection that is refused, and its end is told last."""
+    with pipe:
+        words.extend(line.decode(errors="replace").strip() for line in pipe)

@@ -159,6 +159,11 @@ class VLLMServer:
         except (OSError, http.client.HTTPException) as error:
             if self._tunnel is not None and (words := self._tunnel.why_ended()):
                 raise RolloutError(f"the ssh connection to vLLM's server {self.url} has ended: {words}") from error
+            if self._tunnel is not None and self._tunnel.is_forbidden:
+                raise RolloutError(
+                    f"{self._tunnel.host} lets ssh log in, but forbids it to lead to a port (administratively prohibited), "
+                    f"so vLLM's server {self.url} cannot be reached; its sshd must allow it to this key (AllowTcpForwarding)"
+                ) from None
             state, again = ("is gone", "restart it") if self._has_answered else ("cannot be reached", "start it")
             raise RolloutError(
                 f"vLLM's server {self.url} {state} ({type(error).__name__} at {path}); {again} with `grpo-fast serve`"

@@ -13,10 +13,12 @@ import asyncssh
 
 
 class Allowing(asyncssh.SSHServer):
-    """Connects clients to every port that they ask for."""
+    """Connects clients to every port that they ask for but 1."""
 
-    def connection_requested(self, *place: object) -> bool:
-        return bool(place)
+    def connection_requested(self, host: str, port: int, *_: object) -> bool:
+        if port == 1:
+            raise asyncssh.ChannelOpenError(asyncssh.OPEN_ADMINISTRATIVELY_PROHIBITED, "open failed")
+        return bool(host)
 
 
 async def run(process: asyncssh.SSHServerProcess[bytes]) -> None:

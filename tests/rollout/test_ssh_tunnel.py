@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -70,6 +71,30 @@ def test_where_it_cannot_log_in_it_says_what_ssh_says(host: str, words: str) -> 
     assert own_ssh() == []
 
 
+def test_what_the_users_configuration_asks_for_beside_does_not_end_it(
+    port: int, ssh_machine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A port that another ssh of the user's forwards already, and a command for logging in by hand."""
+    with held_port() as taken, socket.create_server(("127.0.0.1", taken)):
+        config = tmp_path / "config"
+        config.write_text(
+            f"Host far\n  LocalForward {taken} 127.0.0.1:1\n  RemoteCommand false\nInclude {ssh_machine.config}\n"
+        )
+        monkeypatch.setenv("GRPO_FAST_SSH", f"ssh -F {config}")
+        server = VLLMServer(f"ssh://far:{port}", api_key=None, deadline_s=20)
+        assert server.put("/memory", b"x")["length"] == 1
+        server.close()
+
+
+@pytest.mark.usefixtures("ssh_machine")
+def test_a_machine_that_connects_nobody_to_its_ports_is_not_waited_for() -> None:
+    begin = time.monotonic()
+    with pytest.raises(RolloutError, match=r"far lets ssh log in, but forbids .*ssh://far:1 .*must allow it"):
+        wait_until_up(["ssh://far:1"], timeout_s=30, deadline_s=10)
+    assert time.monotonic() - begin < 20
+    assert own_ssh() == []
+
+
 def test_without_the_program_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRPO_FAST_SSH", "/none/ssh -v")
     with pytest.raises(RolloutError, match=r"/none/ssh cannot be started \(No such file or directory\)"):
@@ -126,13 +151,21 @@ def test_the_address_of_this_machine_is_that_of_the_network_that_leads_there() -
 
 
 def test_a_connection_that_breaks_is_told_as_such(ssh_machine: Any) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        server = VLLMServer(f"ssh://far:{silent.getsockname()[1]}", api_key=None, deadline_s=60)
-        begin = time.monotonic()
-        threading.Timer(1.0, ssh_machine.stop).start()
-        with pytest.raises(
-            RolloutError, match=r"the ssh connection to vLLM's server ssh://far:\d+ has ended: .*far|127\.0\.0\.1"
-        ):
-            server.get("/version")
-        assert time.monotonic() - begin < 20
-        server.close()
+    """After connections to a server that was not up, of which ssh says more than the end of all."""
+    with held_port() as port:
+        server = VLLMServer(f"ssh://far:{port}", api_key=None, deadline_s=60)
+        assert server._tunnel is not None
+        local = server._tunnel.open()
+        for _ in range(200):
+            with socket.create_connection(("127.0.0.1", local)) as refused:
+                assert refused.recv(1) == b""
+        with socket.create_server(("127.0.0.1", port)):
+            begin = time.monotonic()
+            threading.Timer(1.0, ssh_machine.stop).start()
+            with pytest.raises(
+                RolloutError, match=rf"the ssh connection to vLLM's server ssh://far:{port} has ended: "
+            ) as error:
+                server.get("/version")
+            assert "open failed" not in str(error.value)
+            assert time.monotonic() - begin < 20
+    server.close()
