@@ -16,9 +16,7 @@ from typing import Any
 from grpo_fast.rollout.engine import RolloutError
 from grpo_fast.rollout.vllm_adapters import AdapterVersion
 from grpo_fast.rollout.vllm_client import VLLMServer
-from grpo_fast.rollout.vllm_mirror import MIDDLEWARE, ROUTES
-
-_MARK_BYTES = 32
+from grpo_fast.rollout.vllm_mirror import MARK_BYTES, MIDDLEWARE, ROUTES
 
 
 class Copies:
@@ -36,7 +34,7 @@ class Copies:
     def __init__(self, servers: Sequence[VLLMServer], path: str, num_bytes: int) -> None:
         with Path(path).open("r+b") as file:
             self._bytes = mmap.mmap(file.fileno(), num_bytes)
-        mark = secrets.token_bytes(min(_MARK_BYTES, num_bytes))  # no file of another machine has it; buckets go over it
+        mark = secrets.token_bytes(MARK_BYTES)  # no file of another machine has it; buckets go over it
         self._bytes[: len(mark)] = mark
         self._paths: dict[VLLMServer, str] = {}
         self._writers: dict[str, VLLMServer] = {}
@@ -69,7 +67,7 @@ class AdapterCopies:
     def bring(self, server: VLLMServer, adapter: AdapterVersion) -> AdapterVersion:
         """The version, or where the server does not see it a copy that it then has."""
         files = sorted(path for path in adapter.path.iterdir() if path.is_file())
-        if not files or _sees(server, str(files[-1]), files[-1].read_bytes()[:_MARK_BYTES]):
+        if not files or _sees(server, str(files[-1]), files[-1].read_bytes()[:MARK_BYTES]):
             return adapter
         self._written.add((server, adapter.name))
         told = [server.put(_route("adapters", name=adapter.name, file=file.name), file.read_bytes()) for file in files]

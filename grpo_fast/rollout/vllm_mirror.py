@@ -7,7 +7,7 @@ read the trainer's. ``grpo-fast serve`` adds :class:`Mirror` to vLLM's server by
 =========================================== ==================================================================
 Request                                     Answer
 =========================================== ==================================================================
-``GET /grpo_fast/sees?path=&mark=``         whether a file here begins with these bytes (in hexadecimal)
+``GET /grpo_fast/sees?path=&mark=``         whether a file here begins with these 32 bytes (in hexadecimal)
 ``POST /grpo_fast/memory?num_bytes=``       makes the file, in place of one before: its path for processes here
 ``PUT /grpo_fast/memory?path=&place=``      writes the body there
 ``PUT /grpo_fast/adapters?name=&file=``     writes one file of a LoRA adapter: the adapter's directory
@@ -26,6 +26,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from http import HTTPStatus
@@ -39,6 +40,8 @@ from grpo_fast.rollout.vllm_addresses import api_key
 MIDDLEWARE = "grpo_fast.rollout.vllm_mirror.Mirror"
 """What vLLM's option ``--middleware`` calls it."""
 ROUTES = "/grpo_fast"
+MARK_BYTES = 32
+"""Of a file's beginning that are compared, all at once: by fewer, whoever reaches the port could read a file piece by piece."""
 _PLAIN_NAME = re.compile(r"[\w][\w.-]*")
 _Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 _Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -160,12 +163,21 @@ def _has_key(scope: Mapping[str, Any]) -> bool:
 
 
 def begins_with(path: str, mark: bytes) -> bool:
-    """Whether there is such a file here; one of another machine may have its name, but not what it holds."""
+    """Whether there is such a file here; one of another machine may have its name, but not what it holds.
+
+    Raises:
+        ValueError: the mark has not :data:`MARK_BYTES`.
+    """
+    if len(mark) != MARK_BYTES:
+        raise ValueError(f"a mark has {MARK_BYTES} bytes, not {len(mark)}")
     try:
-        with Path(path).open("rb") as file:
-            return file.read(len(mark)) == mark
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would hold the server up
     except OSError:
         return False
+    try:
+        return stat.S_ISREG(os.fstat(handle).st_mode) and os.pread(handle, MARK_BYTES, 0) == mark
+    finally:
+        os.close(handle)
 
 
 async def _body(receive: _Receive) -> AsyncIterator[bytes]:

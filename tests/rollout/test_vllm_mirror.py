@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,10 +92,27 @@ def test_a_trainer_whose_memory_is_gone_is_told(mirror: Mirror) -> None:
 
 
 def test_a_file_is_seen_by_what_it_begins_with(mirror: Mirror, tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"mark and more")
-    assert ask(mirror, "GET", f"/grpo_fast/sees?path={tmp_path}/file&mark={b'mark'.hex()}")[1] == {"sees": True}
-    assert ask(mirror, "GET", f"/grpo_fast/sees?path={tmp_path}/file&mark={b'other'.hex()}")[1] == {"sees": False}
-    assert ask(mirror, "GET", f"/grpo_fast/sees?path={tmp_path}/none&mark={b'mark'.hex()}")[1] == {"sees": False}
+    mark = bytes(range(32))
+    (tmp_path / "file").write_bytes(mark + b"more")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    os.mkfifo(tmp_path / "pipe")
+    for name, sought, sees in (
+        ("file", mark, True),
+        ("link", mark, True),
+        ("file", mark[::-1], False),
+        ("none", mark, False),
+        ("pipe", mark, False),
+        ("", mark, False),
+    ):
+        assert ask(mirror, "GET", f"/grpo_fast/sees?path={tmp_path}/{name}&mark={sought.hex()}")[1] == {"sees": sees}
+
+
+@pytest.mark.parametrize("mark", [b"", b"s", b"secret", bytes(33)])
+def test_no_file_can_be_read_piece_by_piece(mark: bytes, mirror: Mirror, tmp_path: Path) -> None:
+    (tmp_path / "key").write_bytes(b"secret" + bytes(60))
+    status, answer = ask(mirror, "GET", f"/grpo_fast/sees?path={tmp_path}/key&mark={mark.hex()}")
+    assert status == 400
+    assert "sees" not in answer
 
 
 def test_adapters_are_files_of_a_directory_that_can_be_removed(mirror: Mirror) -> None:
