@@ -27,7 +27,7 @@ from grpo_fast.rollout.transports import BACKENDS, Transport, choose_transport
 from grpo_fast.rollout.vllm_adapters import lora_options
 from grpo_fast.rollout.vllm_addresses import api_key
 from grpo_fast.rollout.vllm_engine import require_vllm
-from grpo_fast.rollout.vllm_environment import BINDING, FLOAT32_PRODUCTS, LOCK_BYTES, NO_WORKER, SERVER, UNBOUND
+from grpo_fast.rollout.vllm_environment import BINDING, FLOAT32_PRODUCTS, LOCK_BYTES, NO_WORKER, OWNER, SERVER, UNBOUND
 from grpo_fast.rollout.vllm_mirror import MIDDLEWARE
 from grpo_fast.rollout.vllm_needs import ONE_REPLICA
 from grpo_fast.rollout.vllm_sleep import check_segments, sleep_level
@@ -106,7 +106,8 @@ def server_command(  # noqa: PLR0913 (what the command line offers)
         sleep_level(on_gpu=not on_cpu, has_adapters=max_lora_rank is not None)
         check_segments(version, os.environ)
         arguments += ["--enable-sleep-mode"]
-    forced = {"VLLM_SERVER_DEV_MODE": "1", SERVER: str(os.getpid())}  # which stays when the command takes its place
+    own = str(os.getpid())  # which stays when the command takes its place
+    forced = {"VLLM_SERVER_DEV_MODE": "1", SERVER: own, OWNER: own}
     if unreached is not None:
         forced["HF_HUB_OFFLINE"] = "1"  # else vLLM would try every file for half a minute
     if way == "ipc":

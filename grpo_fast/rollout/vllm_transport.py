@@ -52,7 +52,7 @@ def register() -> None:
 
     A process that vLLM started for a trainer ends with it from then on, however that ends, where vLLM's own would stay; and not
     by Ctrl-C, which a terminal sends to both: it asks the trainer to save and end after a step that still needs the engine. A
-    server ends with its engine.
+    server ends with its engine, and the engine with it.
     """
     _end_with_owner()
     _end_with_engine()
@@ -66,8 +66,11 @@ def register() -> None:
 
 
 def _end_with_owner() -> None:
-    parent = os.getppid()
-    if os.environ.get(OWNER) != str(parent):
+    parent, started_by = os.getppid(), multiprocessing.parent_process()
+    owner = os.environ.get(OWNER)
+    if started_by is not None and owner == str(started_by.pid) != str(parent):
+        os.kill(os.getpid(), signal.SIGKILL)  # it was killed while this process was loading
+    if owner != str(parent):
         return
 
     def watch() -> None:

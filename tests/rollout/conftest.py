@@ -209,6 +209,11 @@ class ServerProcess:
             self._process.wait()
             self._process = None
 
+    def kill_alone(self) -> None:
+        """At once, and nothing that it started."""
+        assert self._process is not None
+        self._process.kill()
+
     def wait(self, timeout_s: float) -> int:
         """Its exit code, when it has ended by itself."""
         assert self._process is not None

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import socket
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import psutil
 import pytest
 import torch
 from huggingface_hub import constants
@@ -38,6 +40,7 @@ def test_the_server_listens_on_the_loopback_interface_alone(monkeypatch: pytest.
     assert json.loads(options["--weight-transfer-config"]) == {"backend": "grpo_fast_shm"}
     assert {"--dtype", "float32", "--block-size", "--max-model-len", "64"} <= set(command.arguments)
     assert command.environment["VLLM_SERVER_DEV_MODE"] == "1"
+    assert command.environment["GRPO_FAST_VLLM_OWNER"] == str(os.getpid()), "whose place the server takes"
     assert command.environment["VLLM_API_KEY"] == "secret"
     assert "secret" not in repr(command)
 
@@ -254,6 +257,17 @@ def test_workers_that_split_the_model_get_adapters(
     answers = engine.generate(PROMPTS, SAMPLING, num_generations=2, seed=1)
     assert measure_errors(model, PROMPTS, answers, SAMPLING.temperature).agrees
     engine.close()
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_engine_and_workers_do_not_outlive_a_server_that_is_killed(split_server: Any) -> None:
+    """As by the kernel, where memory is short; they would keep theirs, and no server could take its place."""
+    processes = split_server.processes()
+    split_server.kill_alone()
+    _, alive = psutil.wait_procs(processes, timeout=30)
+    assert len(processes) > 2
+    assert not alive
 
 
 @pytest.mark.vllm

@@ -195,15 +195,17 @@ OWNING = """
 import multiprocessing, os, time
 from grpo_fast.rollout.vllm_transport import register
 
-def engine(owner):
+def engine(owner, loads):
     os.environ["GRPO_FAST_VLLM_OWNER"] = str(owner)
-    register()
     print(os.getpid(), flush=True)
+    while loads and os.getppid() == owner:
+        time.sleep(0.1)
+    register()
     time.sleep(300)
 
 context = multiprocessing.get_context("fork")
-for owner in (os.getpid(), 1):
-    context.Process(target=engine, args=(owner,)).start()
+for owner, loads in ((os.getpid(), False), (os.getpid(), True), (1, False)):
+    context.Process(target=engine, args=(owner, loads)).start()
 time.sleep(300)
 """
 
@@ -211,16 +213,16 @@ time.sleep(300)
 @pytest.mark.slow
 @pytest.mark.usefixtures("untraced")
 def test_a_process_of_vllms_ends_with_the_trainer_that_is_killed_and_no_other_does() -> None:
-    """As vLLM starts its engine; without it the engine would stay, with its memory."""
+    """As vLLM starts its engine; without it the engine would stay, with its memory. One is still loading at that moment."""
     psutil = pytest.importorskip("psutil")
     with subprocess.Popen([sys.executable, "-c", OWNING], stdout=subprocess.PIPE, text=True) as trainer:
         assert trainer.stdout is not None
-        engines = {int(trainer.stdout.readline()) for _ in range(2)}
+        engines = {int(trainer.stdout.readline()) for _ in range(3)}
         trainer.kill()
     ended, alive = psutil.wait_procs(map(psutil.Process, engines), timeout=5)
     for process in alive:
         process.kill()
-    assert (len(ended), len(alive)) == (1, 1)
+    assert (len(ended), len(alive)) == (2, 1)
 
 
 def test_registering_twice_is_harmless() -> None:
