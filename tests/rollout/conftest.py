@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import os
 import shutil
 import signal
@@ -25,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 
 from grpo_fast.assets import embedded_model_dir
 from grpo_fast.rollout.engine import SamplingParams
-from grpo_fast.rollout.sampling import truncate
+from grpo_fast.rollout.sampling import penalise, truncate
 from grpo_fast.rollout.vllm_environment import held_port
 from grpo_fast.types import Completion
 
@@ -115,6 +116,33 @@ def misses_support() -> Callable[..., list[int]]:
         ]
 
     return misses
+
+
+@pytest.fixture
+def penalty_error() -> Callable[..., float]:
+    """Largest error of log-probabilities under a repetition penalty of 1.3, a presence penalty of 0.7 and at least 5 tokens."""
+
+    @torch.no_grad()
+    def measure(
+        model: PreTrainedModel, prompts: list[list[int]], answers: list[list[Completion]], end_tokens: list[int]
+    ) -> float:
+        worst = plain = 0.0
+        for prompt, completion in ((prompt, each) for prompt, group in zip(prompts, answers, strict=True) for each in group):
+            tokens = torch.tensor([*prompt, *completion.token_ids])
+            logits = model(input_ids=tokens[None]).logits[0, len(prompt) - 1 : -1].double()
+            for place, (row, logprob) in enumerate(zip(logits, completion.logprobs, strict=True)):
+                held, said = (torch.zeros(len(row), dtype=torch.bool) for _ in range(2))
+                held[tokens[: len(prompt) + place]] = True
+                said[tokens[len(prompt) : len(prompt) + place]] = True
+                changed = penalise(row, held, 1.3) - 0.7 * said
+                changed[end_tokens] -= math.inf if place < 5 else 0.0
+                target = tokens[len(prompt) + place]
+                worst = max(worst, abs((changed / 0.7).log_softmax(-1)[target].item() - logprob))
+                plain = max(plain, abs((row / 0.7).log_softmax(-1)[target].item() - logprob))
+        assert plain > 0.1
+        return worst
+
+    return measure
 
 
 @pytest.fixture

@@ -101,6 +101,13 @@ def test_the_same_call_gives_the_same_answer(served: Served) -> None:
     assert served.engine.generate(PROMPTS, SAMPLING, num_generations=3, seed=5) != first
 
 
+def test_servers_penalise_too(served: Served, penalty_error: Callable[..., float]) -> None:
+    served.engine.sync_weights(served.model, 30)
+    sampling = replace(SAMPLING, repetition_penalty=1.3, other={"presence_penalty": 0.7, "min_tokens": 5})
+    answers = served.engine.generate(PROMPTS, sampling, num_generations=2, seed=3)
+    assert penalty_error(served.model, PROMPTS, answers, served.engine._end_tokens) < 1e-4
+
+
 @pytest.mark.parametrize("cut", [{"top_k": 7, "top_p": 0.9}, {"top_p": 0.9}])
 def test_the_policy_over_what_servers_kept_has_their_log_probabilities(
     served: Served, cut: dict[str, float], misses_support: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch

@@ -236,6 +236,6 @@ def test_resuming_from_a_damaged_checkpoint_names_the_way_out(make: Make, resume
     (tmp_path / "run" / "checkpoint-6").rmdir()
     assert resume(tmp_path / "run").global_step == 3
     text = state.read_text(encoding="utf-8")
-    state.write_text(text.replace('"version": 3', '"version": 9'), encoding="utf-8")
+    state.write_text(text.replace('"version": 4', '"version": 9'), encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"another version of grpo_fast \(state 9\)"):
         resume(tmp_path / "run")
