@@ -58,7 +58,6 @@ def straight(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         "learning_rate": 3e-3,
         "lr_scheduler_type": "linear",
         "warmup_steps": 2,
-        "repetition_penalty": 1.1,
         "use_adaptive_entropy": True,
         "entropy_target": 9.0,
         "weight_decay": 0.01,

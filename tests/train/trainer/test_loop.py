@@ -116,6 +116,14 @@ NAMES = {
 }
 
 
+def test_a_repetition_penalty_is_corrected_for(make: Make, tmp_path: Path) -> None:
+    make(repetition_penalty=1.3, vllm_importance_sampling_mode="token_truncate", max_steps=2).train()
+    for row in rows(tmp_path / "run"):
+        assert row["sampling/sampling_logp_difference/max"] > 1e-2
+        assert 0.5 < row["sampling/importance_sampling_ratio/mean"] < 2
+        assert 0 < row["sampling/effective_sample_size"] < 0.9999
+
+
 def test_metrics_have_their_names_and_meanings(whole: Straight) -> None:
     last = rows(whole.config.output_dir)[-1]
     assert set(last) >= NAMES
