@@ -28,7 +28,7 @@ from grpo_fast.rollout.whole_weights import whole_weights
 
 _BESIDE = 64 * 2**10
 """Bytes of a version beside its tensors: names, settings, a page each for files and directories."""
-_PREFIX = "grpo_fast-adapters-"
+_PREFIX = "grpo_fast-held-"
 _YOUNG_S = 60.0
 _ADAPTER = "default"
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -144,7 +144,7 @@ def _sweep(home: Path) -> None:
         with contextlib.suppress(OSError):  # another user's, or just removed
             if time.time() - left.stat().st_mtime < _YOUNG_S:
                 continue  # it may only be about to be locked
-            lock = os.open(left, os.O_RDONLY)
+            lock = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(left)

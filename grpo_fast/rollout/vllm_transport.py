@@ -15,13 +15,11 @@ import functools
 import multiprocessing
 import os
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import psutil
@@ -34,7 +32,8 @@ from vllm.distributed.weight_transfer import (
 from vllm.distributed.weight_transfer.base import TrainerInitInfo, WeightTransferInitInfo, WeightTransferUpdateInfo
 
 from grpo_fast.rollout import vllm_direct
-from grpo_fast.rollout.shared_memory import SHARED_MEMORY, reserve, reserve_queues
+from grpo_fast.rollout.shared_memory import reserve, reserve_queues
+from grpo_fast.rollout.vllm_adapters import HeldDirectory
 from grpo_fast.rollout.vllm_environment import OWNER, SERVER
 from grpo_fast.rollout.vllm_layerwise import LayerwiseReceiver, PolicyWeights
 
@@ -230,17 +229,19 @@ class SharedMemorySender(TrainerWeightTransferEngine[SharedMemoryInit]):  # type
         self._buffer_bytes = half * min(2, len(self._buckets))
 
     def _open(self) -> None:
-        handle, path = tempfile.mkstemp(prefix="grpo_fast-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)
+        home = HeldDirectory()  # in which the next trainer finds what this one leaves where it is killed here
+        path = str(home.path / "weights")
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fix = "lower bucket_bytes or give more shared memory (docker: --shm-size)"
-            reserve(handle, self._buffer_bytes, "buckets of weights", place=Path(path).parent, fix=fix)
+            reserve(handle, self._buffer_bytes, "buckets of weights", place=home.path.parent, fix=fix)
             self._buffer = _map(path, self._buffer_bytes)
             for bucket in self._buckets:
                 bucket.path = path
             self.client.init_weight_transfer_engine({"path": path, "num_bytes": self._buffer_bytes})
         finally:
             os.close(handle)
-            Path(path).unlink()
+            home.close()
 
     def send_weights(self) -> None:
         """Sends the model, bucket by bucket; a rank that is not the sender gathers its part of each weight and drops it."""

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -97,6 +99,28 @@ def test_the_file_is_gone_once_it_is_open(model: torch.nn.Module) -> None:
     build_sender(model, client)
     assert client.path
     assert not Path(client.path).exists()
+
+
+def test_what_a_trainer_leaves_that_is_killed_before_the_file_is_open_is_removed_by_the_next(model: torch.nn.Module) -> None:
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+
+    class Hanging(Recorder):
+        def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+            theirs.send(init_info["path"])
+            time.sleep(300)
+
+    trainer = context.Process(target=build_sender, args=(model, Hanging()))
+    trainer.start()
+    left = Path(ours.recv())
+    trainer.kill()
+    trainer.join()
+    assert left.exists()
+    os.utime(left.parent, (0, 0))  # what is young may be another's that begins
+    client = Recorder()
+    build_sender(model, client)
+    assert not left.exists()
+    assert not Path(client.path).parent.exists()
 
 
 def test_memory_that_is_full_is_named_before_anything_is_written(
