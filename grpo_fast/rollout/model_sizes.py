@@ -16,12 +16,16 @@ _NAMES = (
     "num_key_value_heads",
     "vocab_size",
 )
+_WINDOW = "sliding_window"
 
 
 def model_sizes(config: PreTrainedConfig) -> dict[str, int]:
-    """Numbers that decide the shapes of a model's weights, by their names in its configuration, as far as it has them."""
+    """Numbers that decide the shapes of a model's weights, by their names in its configuration, as far as it has them.
+
+    With them the window of its attention, 0 where it has none: the proof of a sync is shorter, and would not show another.
+    """
     text = config.get_text_config(decoder=True)
-    found = {name: getattr(text, name, None) for name in _NAMES}
+    found = {name: getattr(text, name, None) for name in _NAMES} | {_WINDOW: getattr(text, _WINDOW, None) or 0}
     return {name: size for name, size in found.items() if isinstance(size, int)}
 
 

@@ -137,16 +137,28 @@ class HTTPVLLM:
         self.everywhere(lambda server: server.post("/resume"))
 
     def check(self, needs: Needs) -> None:
-        """Checks that every server was started as the trainer needs it.
+        """Checks that every server was started as the trainer needs it, and is no other one by another name.
 
         One that another trainer left asleep is woken by the next sync.
 
         Raises:
-            RolloutError: one was not.
+            RolloutError: one was not, or is.
         """
         self.everywhere(lambda server: server.check(needs))
+        self._tell_apart()
         if any(self.everywhere(lambda server: bool(server.get("/is_sleeping")["is_sleeping"]))):
             self._sleeper.found_asleep()
+
+    def _tell_apart(self) -> None:
+        """Each server in turn calls its weights by a name of its own, which the others must not know then."""
+        seen: dict[str, VLLMServer] = {}
+        for number, server in enumerate(self.servers if len(self.servers) > 1 else []):
+            found = str(server.get("/weight_info")["weight_version"])
+            if found in seen:
+                raise RolloutError(f"{seen[found].url} and {server.url} lead to the same server; name each once")
+            name = f"server {number}@{self._run_name}"
+            server.call("POST", "/update_weight_version", {"new_version": name})
+            seen[name] = server
 
     def check_decoding(self, token_ids: Sequence[int], text: str) -> None:
         """Checks that every server's tokeniser makes this text of tokens: it is what finds stop strings.

@@ -235,6 +235,15 @@ def test_a_server_of_another_model_is_refused_before_weights_are_sent(served: Se
         VLLMServerEngine(larger, served.engine._tokenizer, urls=[url], settings=VLLMSettings(sync_deadline_s=60))
 
 
+@pytest.mark.usefixtures("ssh_machine")
+def test_one_server_by_two_names_is_told_before_weights_are_sent(served: Served, servers: Any) -> None:
+    """Each bucket would be loaded twice."""
+    urls = [servers[0].url, servers[1].url, f"ssh://far:{servers[0].port}"]
+    with pytest.raises(RolloutError, match=rf"^{urls[0]} and {urls[2]} lead to the same server; name each once$"):
+        VLLMServerEngine(served.model, served.engine._tokenizer, urls=urls, settings=VLLMSettings(sync_deadline_s=60))
+    served.engine.sync_weights(served.model, 3)
+
+
 def test_stop_strings_are_looked_for_in_the_policys_text_alone(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     sampling = replace(SAMPLING, stop=("9",))
     with monkeypatch.context() as patch:
