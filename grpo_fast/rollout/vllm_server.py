@@ -37,6 +37,7 @@ _CPU_BLOCK_SIZE = 32
 _WORKERS = re.compile(r"-tp|-pp|--(tensor|pipeline)[-_]parallel[-_]size|--distributed[-_]executor[-_]backend")
 """Options that ask for workers."""
 _OWN = {"--port", "--dtype", "--max-model-len", "--max-lora-rank", "--enable-sleep-mode"}
+_KEY = re.compile(r"--api[-_]k")
 _REPLICAS = re.compile(r"-dp|--data[-_]parallel")
 
 
@@ -150,7 +151,9 @@ def _check_options(options: Sequence[str], *, taken: Sequence[str]) -> None:
 
     names = {name(argument) for argument in taken if argument.startswith("--")}
     for option in options:
-        if option.startswith("--") and name(option) in names:
+        if _KEY.match(option):
+            raise ValueError("--api-key is refused: all users of this machine could read it; set VLLM_API_KEY, as for `train`")
+        if option.startswith("--") and any(each.startswith(name(option)) for each in names):  # abbreviations count
             fix = "give serve's own option before --" if name(option) in _OWN else "leave it out"
             raise ValueError(f"{option} is set by `grpo-fast serve` itself; {fix}")
         if _REPLICAS.match(option):

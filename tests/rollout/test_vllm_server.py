@@ -166,6 +166,8 @@ def test_options_of_vllms_own_go_to_it_and_workers_take_the_place_of_none() -> N
         (["--port", "1"], "--port is set by `grpo-fast serve` itself; give serve's own option before --"),
         (["--load_format", "auto"], "--load_format is set by"),
         (["--enable-chunked-prefill"], "--enable-chunked-prefill is set by"),
+        (["--hos=0.0.0.0"], "--hos=0.0.0.0 is set by"),
+        (["--api_key", "secret"], "--api-key is refused: all users of this machine could read it; set VLLM_API_KEY"),
         (["-dp", "2"], "-dp is refused: a weight sync checks one engine per server; start one server per replica"),
         (["more"], "'more' is not an option; give vLLM's own options after --"),
     ],
