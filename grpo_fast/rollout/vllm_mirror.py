@@ -19,6 +19,7 @@ Nothing here imports vLLM.
 
 from __future__ import annotations
 
+import errno
 import hmac
 import json
 import mmap
@@ -32,6 +33,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from grpo_fast.rollout.shared_memory import reserve
 from grpo_fast.rollout.vllm_adapters import HeldDirectory
@@ -140,6 +143,10 @@ class _Memory:
     """
 
     def __init__(self, link: Path, num_bytes: int) -> None:
+        left = psutil.virtual_memory().available
+        if num_bytes > left:  # taking it would have the kernel end the server, or another process
+            asked = f"{num_bytes / 2**20:.1f} MiB are asked for, {left / 2**20:.1f} are left"
+            raise OSError(errno.ENOMEM, f"this machine has no memory for buckets of weights: {asked}")
         self._file = os.fdopen(os.memfd_create("grpo_fast-weights"), "r+b")
         reserve(self._file.fileno(), num_bytes, "buckets of weights")
         self._bytes = mmap.mmap(self._file.fileno(), num_bytes)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from grpo_fast.rollout.vllm_mirror import Mirror
@@ -81,6 +82,14 @@ def test_memory_goes_when_another_trainer_makes_its_own(mirror: Mirror) -> None:
     assert ask(mirror, "PUT", f"/grpo_fast/memory?path={first}&place=0", b"a")[0] == 400
     assert not Path(first).is_symlink()
     assert ask(mirror, "PUT", f"/grpo_fast/memory?path={second}&place=0", b"a")[0] == 200
+
+
+def test_more_memory_than_the_machine_has_is_refused_before_it_is_taken(mirror: Mirror) -> None:
+    most = psutil.virtual_memory().total
+    status, answer = ask(mirror, "POST", f"/grpo_fast/memory?num_bytes={2 * most}")
+    assert status == 507
+    assert f"{2 * most / 2**20:.1f} MiB are asked for" in answer["error"]
+    assert ask(mirror, "POST", "/grpo_fast/memory?num_bytes=4")[0] == 200
 
 
 def test_a_trainer_whose_memory_is_gone_is_told(mirror: Mirror) -> None:
