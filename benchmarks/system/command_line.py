@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 _FORKS = """
-import json, os, sys, types, warnings
+import gc, json, os, sys, types, warnings
+gc.disable()
 import grpo_fast.report.html, grpo_fast.train.evaluate_model
 from grpo_fast.cli import main
 from grpo_fast.tasks.load import load_task
@@ -30,6 +31,8 @@ def run_code(code):
     exec(compile(code, "<string>", "exec"), vars(module))
 
 sys.path.remove("")  # the installed command has no such entry
+gc.freeze()  # else each fork looks through all of it as it ends, and copies the pages
+gc.enable()
 print("ready", flush=True)
 for line in sys.stdin:
     child = os.fork()
