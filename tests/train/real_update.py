@@ -7,7 +7,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile
 from transformers import AutoModelForCausalLM
 
 from grpo_fast.config import Config
@@ -24,10 +24,10 @@ from grpo_fast.types import Completion, Group, Prompt
 
 def most_held(work: Callable[[], object]) -> int:
     """Bytes that PyTorch's allocator gave out at most at once, beyond those that were out before."""
-    # torch 2.11 warns of events that it does not accumulate
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
+    with profile(profile_memory=True) as profiled:  # torch.profiler's makes a tree of all operators too, which takes longer
         work()
-    found = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    results: Any = profiled.kineto_results
+    found = [event for event in results.events() if event.name() == "[memory]"]
     return max(accumulate(event.nbytes() for event in sorted(found, key=lambda event: event.start_ns())))
 
 
@@ -64,9 +64,9 @@ def policy_of(model_config: Any, config: Config) -> Policy:
 
 
 def update_peak(model_config: Any, config: Config, *, prompt_tokens: int, completion_tokens: Sequence[int]) -> int:
-    """What the second update holds at most beside what lasts: moments are made in the first."""
+    """What an update holds at most beside what lasts: moments are made in another one before it."""
     policy = policy_of(model_config, config)
     learner = Learner(config, policy, build_optimizer(policy.model, config), reference=None)
     groups = groups_of(config, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, vocab=model_config.vocab_size)
-    learner.update(groups, learning_rate=1e-5, timer=PhaseTimer())
+    learner.update(groups[:1], learning_rate=1e-5, timer=PhaseTimer())
     return most_held(lambda: learner.update(groups, learning_rate=1e-5, timer=PhaseTimer()))
