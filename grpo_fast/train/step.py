@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -331,7 +332,7 @@ class Learner:
             old_logprobs=part.old,
             ref_logprobs=part.reference,
             importance_weights=part.importance,
-            num_items_in_batch=self._num_items_in_batch,
+            num_items_in_batch=math.inf if part.is_filler else self._num_items_in_batch,  # no weight reaches the entropy bonus
             sampling_logprobs=batch.sampling_logprobs,
             sampler_log_ratios=part.sampler_log_ratios,
             entropy_weights=part.high_entropy,

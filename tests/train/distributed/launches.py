@@ -87,6 +87,7 @@ def cases(models: tuple[Path, Path], directory: Path) -> dict[str, dict[str, Any
             "beta": 0.01,
             "sync_ref_model": True,
             "ref_model_sync_steps": 2,
+            "entropy_coef": 0.05,
             "weight_decay": 0.01,
             "eval_steps": 2,
             "eval_size": 5,

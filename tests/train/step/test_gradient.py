@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from grpo_fast.config import ConfigError
+from grpo_fast.metrics import MetricSums
 from grpo_fast.objective import OBJECTIVES
+from grpo_fast.train.batch import build_batch, flatten_groups
 from grpo_fast.train.policy import Policy
-from grpo_fast.train.step import NonFiniteGradientError
+from grpo_fast.train.step import NonFiniteGradientError, _Part
 from grpo_fast.types import Episode, Group
 from tests.train.step.bench import Bench, MakeGroup, MakePolicy, relative_error, truth
 
@@ -73,6 +75,22 @@ def test_microbatches_change_nothing(loss_type: str, tiny_policy: MakePolicy, gr
         assert relative_error(parts.gradients[0], whole.gradients[0]) < 2e-6
         assert (parts.weights() - whole.weights()).abs().max() < 1e-6
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("loss_type", sorted(OBJECTIVES))
+def test_a_batch_that_only_keeps_a_rank_in_step_gives_no_gradient(
+    loss_type: str, tiny_policy: MakePolicy, groups: list[Group]
+) -> None:
+    bench = Bench(tiny_policy(), loss_type=loss_type, epsilon_high=5.0, entropy_coef=0.1)
+    sequences = flatten_groups(groups, mask_truncated=False)
+    batch = build_batch(sequences, [0.0] * len(sequences), bench.policy.device)
+    bench.learner._num_items_in_batch = 30.0
+    gradients = []
+    for is_filler in (True, False):
+        bench.learner._accumulate(_Part(batch, (), carries_gradient=True, is_filler=is_filler), MetricSums())
+        gradients.append(bench._flat("grad"))
+    assert not gradients[0].any()
+    assert gradients[1].any(), "the guard"
 
 
 @pytest.mark.parametrize(("settings", "expected"), [({}, 2), ({"tokens_per_microbatch": 4096}, 1)], ids=["default", "given"])
