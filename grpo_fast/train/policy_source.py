@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,14 @@ class PolicySource:
         attention = attention_arguments(config, self.model_config)
         cached = self._place.unreached is not None
         kept = {"adapter_kwargs": {"local_files_only": True}} if cached else {}  # else they are asked for
-        model: Any = self._read(AutoModelForCausalLM, dtype=dtype, **attention, **quantised, **kept)
+        told = {
+            "output_loading_info": True,
+            "ignore_mismatched_sizes": True,
+        }  # it would draw these too, or raise what names none
+        model, found = self._read(AutoModelForCausalLM, dtype=dtype, **attention, **quantised, **kept, **told)
+        problem = _lacking(found)
+        if problem is not None:
+            raise ConfigError(f"cannot load {self._named}: {problem}")
         if quantised:
             keep_as_loaded(model)
             tell_what_is_left(model)
@@ -229,9 +237,27 @@ class PolicySource:
             fix = f"{WHERE_MODELS_ARE}."
             if "attn_implementation" in arguments and re.search("attn|attention", reason, re.IGNORECASE):
                 fix = f"Set attn_implementation='auto' in place of {arguments['attn_implementation']!r}."
-            base = "" if self._start is None else f", the base of the adapters in {self.config.model!r}"
-            name = self.config.model if self._start is None else self._start.base
-            raise ConfigError(f"cannot load model {name!r}{base}: {reason} {fix}") from error
+            raise ConfigError(f"cannot load {self._named}: {reason} {fix}") from error
+
+    @property
+    def _named(self) -> str:
+        """The model, for errors."""
+        if self._start is None:
+            return f"model {self.config.model!r}"
+        return f"model {self._start.base!r}, the base of the adapters in {self.config.model!r}"
+
+
+def _lacking(found: Mapping[str, Any]) -> str | None:
+    """What transformers did not find in a model's files and has drawn at random, on each rank anew; ``None`` if it found all."""
+    missing = sorted(found["missing_keys"])
+    if missing:
+        return (
+            f"its files have no weights for {', '.join(missing[:3])}{' and others' * (len(missing) > 3)}, which would be drawn "
+            "at random; name a causal language model whose files are complete"
+        )
+    for name, stored, wanted in sorted(found["mismatched_keys"]):
+        return f"{name} has the shape {tuple(stored)} in its files, and {tuple(wanted)} by its config.json; mend one of the two"
+    return None
 
 
 def _find(name: str, revision: str | None, *, field: str = "model") -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -70,6 +71,21 @@ def test_damaged_weights_are_named(tiny_model: Path, tmp_path: Path) -> None:
     source = PolicySource(Config(model=str(tmp_path), max_completion_length=8))
     with pytest.raises(ConfigError, match="cannot load model"):
         source.load()
+
+
+def test_weights_that_the_files_lack_are_named(tiny_model: Path, tmp_path: Path) -> None:
+    """Drawn at random, they would be others on each rank, and others in the reference than in the policy."""
+    whole = load_file(tiny_model / "model.safetensors")
+    name, up = "lm_head.weight", "model.layers.0.mlp.up_proj.weight"
+    kinds = {
+        f"no weights for {name}, {up}, which would": {key: weight for key, weight in whole.items() if key not in {name, up}},
+        rf"{name} has the shape \(30, 32\) in its files, and \(28, 32\) by": whole | {name: torch.ones(30, 32)},
+    }
+    for told, weights in kinds.items():
+        shutil.copytree(tiny_model, tmp_path, dirs_exist_ok=True)
+        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ConfigError, match=f"cannot load model .*{told}"):
+            PolicySource(Config(model=str(tmp_path), max_completion_length=8)).load()
 
 
 def test_sizes_that_do_not_go_together_are_named(tiny_model: Path, tmp_path: Path) -> None:
