@@ -207,9 +207,9 @@ class Policy:
     def _check_head(self) -> None:
         tokens = torch.arange(min(8, self._head.weight.shape[0]), device=self.device)[None]
         mask = torch.ones_like(tokens)
+        hidden = self._hidden_states(input_ids=tokens, attention_mask=mask)[0, :-1]
         logits = self._model_logits(input_ids=tokens, attention_mask=mask)[0].float()
         expected = logits.log_softmax(-1)[:-1].gather(1, tokens[0, 1:, None])[:, 0]
-        hidden = self._hidden_states(input_ids=tokens, attention_mask=mask)[0, :-1]
         found = token_logprob(hidden, self._plain_head(), targets=tokens[0, 1:], want_entropy=False)[0]
         error = (expected - found).abs().max().item()
         if not error <= (_PROBE_TOLERANCE if self.autocast_dtype is None else _PROBE_TOLERANCE_BF16):

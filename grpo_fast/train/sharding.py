@@ -262,9 +262,10 @@ class ShardedPolicy(Policy):
         except NotInPartsError as error:
             _log.info("every rank reads all of %s, because %s", directory, error)
             saved = type(self.model).from_pretrained(directory, dtype=torch.float32)
+            own = cast("dict[str, DTensor]", dict(self.model.named_parameters()))
             with torch.no_grad():
                 for name, value in saved.named_parameters():
-                    self._shards[name].copy_(_shard_like(self._shards[name], value))
+                    own[name].copy_(_shard_like(own[name], value))
 
     def try_out(self) -> None:
         """Finds out what a whole policy has found out already; every rank has to ask for it."""
@@ -272,6 +273,7 @@ class ShardedPolicy(Policy):
         self.reshard()
 
     def _model_logits(self, **inputs: torch.Tensor) -> torch.Tensor:
+        cast("FSDPModule", self.model.base_model).unshard()  # OPT's own pass goes by parts of it, around its hooks
         layer = self.model.get_output_embeddings()
         if isinstance(layer, FSDPModule):  # which gathers its own weight
             return super()._model_logits(**inputs)

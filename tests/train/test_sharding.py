@@ -16,7 +16,16 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    PhiConfig,
+    PhiForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.metrics import PhaseTimer
@@ -29,6 +38,7 @@ from grpo_fast.train.reference import build_reference
 from grpo_fast.train.sharding import (
     ShardedPolicy,
     check_sharding,
+    load_sharded,
     load_sharded_optimizer,
     load_whole_optimizer,
     save_optimizer,
@@ -211,6 +221,28 @@ def test_saved_weights_come_back_bit_by_bit(world: World, make_policy: Callable[
     other = ShardedPolicy(make_policy(), make_policy(), config=settings(), world=world)
     other.load_weights(tmp_path)
     assert all(torch.equal(value, expected[name]) for name, value in other.whole_model().named_parameters())
+
+
+@pytest.mark.parametrize("kind", [Gemma3Config, OPTConfig])
+def test_a_model_comes_back_that_sees_or_goes_around_the_hooks_of_its_decoder(
+    kind: type, world: World, sizes: dict[str, Any], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    small = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    sees = {"vision_config": small | {"intermediate_size": 16, "image_size": 28, "patch_size": 14}, "mm_tokens_per_image": 4}
+    options = {"text_config": sizes} | sees if kind is Gemma3Config else sizes | {"ffn_dim": 48, "word_embed_proj_dim": 32}
+    torch.manual_seed(3)
+    true = AutoModelForCausalLM.from_config(kind(**options))
+    true.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    source = PolicySource(settings(model=str(tmp_path / "model"), rollout="transformers"))
+    policy = load_sharded(source, None, config=source.config, world=world)
+    policy.reading(world).once(lambda: policy.save(tmp_path / "saved"))
+    with torch.no_grad():
+        for weight in policy.model.parameters():
+            weight.zero_()
+    policy.load_weights(tmp_path / "saved")
+    found = {name: cast("DTensor", weight).full_tensor() for name, weight in policy.model.named_parameters()}
+    assert all(torch.equal(found[name], weight) for name, weight in true.named_parameters())
 
 
 @pytest.mark.slow
