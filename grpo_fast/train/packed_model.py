@@ -64,6 +64,8 @@ def let_pack(model: PreTrainedModel) -> str | None:
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         return f"{type(model).__name__} has layers of kind {', '.join(sorted(kinds))}, which cannot be packed"
+    if not model._can_set_attn_implementation():
+        return f"{type(model).__name__} computes attention by code of its own, not by one that its configuration names"
     model.set_attn_implementation(_PREFIX + name)
     return None
 

@@ -16,6 +16,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    GPTNeoConfig,
     GptOssConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -184,8 +185,14 @@ def test_sampling_is_left_as_it_was(sizes: dict[str, Any], tokenizer: PreTrained
     [
         (lambda sizes: BloomConfig(vocab_size=28, hidden_size=32, n_layer=2, n_head=2), "BloomForCausalLM does not tell its"),
         (lambda sizes: GptOssConfig(**sizes, num_local_experts=4, rope_parameters=None), "GptOssAttention adds s_aux"),
+        (
+            lambda sizes: GPTNeoConfig(
+                vocab_size=28, hidden_size=32, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]]
+            ),
+            "GPTNeoForCausalLM computes attention by code of its own",  # whose masks end at the longest single sequence
+        ),
     ],
-    ids=["no flash attention", "sinks"],
+    ids=["no flash attention", "sinks", "own attention"],
 )
 def test_a_model_that_cannot_is_refused_by_name_or_padded(
     make: Callable[[dict[str, Any]], PreTrainedConfig], message: str, sizes: dict[str, Any], tokenizer: PreTrainedTokenizerFast
