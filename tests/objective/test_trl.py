@@ -311,6 +311,27 @@ def test_advantages_of_rewards_scaled_one_by_one_equal_trl(trl_rig: TrlRig) -> N
 
 
 @of_trl
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_advantages_of_every_scale_equal_trl(trl_rig: TrlRig, scale: Any) -> None:
+    """One group has two rewards that are known, the other one."""
+
+    def known(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+        places = range(len(completion_ids))
+        return [
+            None if place in {1, 3, 4} else ids[-1] + 0.1 * place for place, ids in zip(places, completion_ids, strict=True)
+        ]
+
+    trainer = trl_rig.trainer("GRPO", reward_funcs=known, scale_rewards=scale, max_steps=1, save_strategy="no")
+    trainer.train()
+    rewards = torch.tensor(list(trainer._logs["rewards"]["known"]), dtype=torch.float64).view(2, 3)
+    assert rewards.isnan().tolist() == [[False, True, False], [True, True, False]]
+    ours = OBJECTIVES["dapo"].advantages(rewards, scale_rewards=scale).advantages
+    theirs = torch.tensor(list(trainer._logs["advantages"]), dtype=torch.float64)
+    torch.testing.assert_close(ours.flatten(), theirs, rtol=1e-4, atol=1e-5)
+    assert theirs[0] != 0
+
+
+@of_trl
 @pytest.mark.parametrize("share", [1.0, 0.4])
 def test_a_bonus_that_follows_the_entropy_equals_trl(trl_rig: TrlRig, share: float) -> None:
     head = trl_rig.model.lm_head.weight
