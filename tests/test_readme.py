@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,25 +19,31 @@ SHELL = [block.replace("\\\n", " ") for block in re.findall(r"```sh\n(.*?)```", 
 COMMANDS = [line.strip() for block in SHELL for line in block.splitlines() if line.startswith("grpo-fast")]
 
 
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
+    """One process, which imports torch once: what the README runs is run in its forks."""
+    with contextlib.closing(CommandLine(tmp_path_factory.mktemp("readme"))) as forks:
+        yield forks
+
+
 @pytest.mark.slow
-def test_the_python_example_runs(tmp_path: Path) -> None:
+def test_the_python_example_runs(tmp_path: Path, forks: CommandLine) -> None:
     assert len(PYTHON) == 1
-    script = tmp_path / "example.py"
-    script.write_text(PYTHON[0], encoding="utf-8")
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "1 " in done.stdout
-    assert done.stdout.strip().splitlines()[-1].endswith(".")
+    forks.home = tmp_path
+    assert forks.run_code(PYTHON[0]) == 0, forks.log()
+    told = forks.log().splitlines()
+    for begins in ("1 0.", "20 0.", "max_steps=20 is reached"):
+        assert any(line.startswith(begins) for line in told), told
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_commands_of_the_embedded_model_run(tmp_path: Path) -> None:
+def test_the_commands_of_the_embedded_model_run(tmp_path: Path, forks: CommandLine) -> None:
     local = [command for command in COMMANDS if "--model" not in command]  # those that need no hub
     assert len(local) == 3
-    with contextlib.closing(CommandLine(tmp_path)) as shell:
-        for command in local:
-            assert shell.run(*shlex.split(command, comments=True)[1:]) == 0, f"{command}\n{shell.log()}"
+    forks.home = tmp_path
+    for command in local:
+        assert forks.run(*shlex.split(command, comments=True)[1:]) == 0, f"{command}\n{forks.log()}"
     assert (tmp_path / "runs/first/report.html").exists()
     assert (tmp_path / "runs/first/checkpoint-20/model.safetensors").exists()
 
