@@ -391,7 +391,7 @@ def test_doctor_speaks(shell: Shell) -> None:
 
 @pytest.mark.slow
 def test_a_lora_run_is_exported_as_a_plain_model(shell: Shell) -> None:
-    code, out, _ = shell(f"train {SMALL} --use-peft --lora-r 4 --lora-target-modules q_proj --output-dir adapted")
+    code, out, _ = shell(f"train {SMALL} --use-peft --lora-r 4 --lora-target-modules q_proj --output-dir adapted --no-report")
     assert code == 0
     assert "its adapters are merged by `grpo-fast export adapted --output DIRECTORY`" in in_words(out)
     code, out, _ = shell("export adapted --output whole")

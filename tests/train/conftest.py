@@ -148,8 +148,7 @@ def short_embedded_run(embedded_config: Callable[..., Config]) -> Callable[..., 
             **changes,
         )
         with GRPOTrainer(config) as trainer:
-            trainer.train()
-            return trainer.evaluate()
+            return float(trainer.train()["eval_reward"])
 
     return train
 
