@@ -20,6 +20,8 @@ from grpo_fast.config import Config, ConfigError
 from grpo_fast.tasks import load_task
 from grpo_fast.train.policy_source import PolicySource
 
+TRIES_S = hub._TRIES_S
+
 
 class _Slow(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
@@ -32,7 +34,8 @@ class _Slow(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def port(monkeypatch: pytest.MonkeyPatch) -> int:
-    """A port of this machine at which the hub is said to be, and nobody listens."""
+    """A port of this machine at which the hub is said to be, and nobody listens; it is tried again sooner than elsewhere."""
+    monkeypatch.setattr(hub, "_TRIES_S", (0.0, 0.1, 0.1))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         number: int = free.getsockname()[1]
@@ -44,8 +47,9 @@ def port(monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 @pytest.fixture
-def late(port: int) -> Iterator[None]:
+def late(port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A hub that comes after a second, is slow and answers with an error."""
+    monkeypatch.setattr(hub, "_TRIES_S", TRIES_S)
     servers: list[HTTPServer] = []
 
     def serve() -> None:
