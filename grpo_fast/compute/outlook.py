@@ -71,6 +71,7 @@ class StepWork:
         checkpointing: whether activations are recomputed.
         scoring_passes: passes without gradient over what is trained on, by a reference policy or against the sampler; of each,
             whether adapters take part.
+        idle_passes: passes without gradient over what is not trained on.
         top_k: tokens that are kept of each position at most; 0 where nothing bounds them.
     """
 
@@ -81,6 +82,7 @@ class StepWork:
     num_iterations: int = 1
     checkpointing: bool = False
     scoring_passes: tuple[bool, ...] = ()
+    idle_passes: int = 0
     top_k: int = 0
 
     def tokens(self, completion_tokens: Array) -> Array:
@@ -95,15 +97,20 @@ class StepWork:
             trained_share: share of completions that carry a gradient.
         """
         prompt, completion = max(1, round(self.prompt_tokens)), max(1, round(completion_tokens))
-        num_trained = round(trained_share * self.num_prompts * self.num_generations)
+        num_sampled = self.num_prompts * self.num_generations
+        num_trained = round(trained_share * num_sampled)
         meter = ComputeMeter(self.shape, power=_NoPower())
         meter.add_rollout([prompt] * self.num_prompts, [[completion] * self.num_generations] * self.num_prompts)
+        kept_of_each = min(self.top_k, self.shape.vocab_size) if self.top_k else None
         lengths, scored = [prompt + completion] * num_trained, completion * num_trained
-        kept = scored * min(self.top_k, self.shape.vocab_size) if self.top_k else None
+        kept = kept_of_each and scored * kept_of_each
         iterations = self.num_iterations
         meter.add_train(lengths, scored, checkpointing=self.checkpointing, num_iterations=iterations, num_kept=kept)
         for adapters in self.scoring_passes:
             meter.add_reference(lengths, scored, adapters=adapters, num_kept=kept)
+        num_idle = self.idle_passes * (num_sampled - num_trained)
+        lengths, scored = [prompt + completion] * num_idle, completion * num_idle
+        meter.add_reference(lengths, scored, adapters=True, num_kept=kept_of_each and scored * kept_of_each)
         return float(meter.usage(0).flops)
 
 

@@ -26,7 +26,7 @@ from grpo_fast.train.optim import build_optimizer
 from grpo_fast.train.parts import Parts, build_parts
 from grpo_fast.train.policy import count_parameters
 from grpo_fast.train.policy_source import PolicySource, pick_device
-from grpo_fast.train.step import Learner
+from grpo_fast.train.step import Learner, idle_passes
 
 ASSUMED_MFU = 0.1
 """Share of the peak that is assumed where nothing was timed, within a factor of 3: sampling waits for memory, not for FLOPs."""
@@ -415,5 +415,6 @@ def _work(config: Config, shape: ModelShape, prompt_tokens: float) -> StepWork:
         num_iterations=config.num_iterations,
         checkpointing=config.recomputes_products,
         scoring_passes=config.scoring_passes,
+        idle_passes=idle_passes(config),
         top_k=config.top_k,
     )

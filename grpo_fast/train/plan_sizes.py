@@ -43,6 +43,7 @@ class ModelSizes:
         largest: numbers of the largest trained weight.
         widest: numbers of the largest frozen linear layer.
         head_trained: whether the head is trained.
+        head_biased: whether it has a bias.
         head_itemsize: bytes of a number of the head as it is kept.
         operand_itemsize: the same as it is multiplied.
         layers: how many.
@@ -59,6 +60,7 @@ class ModelSizes:
     largest: int
     widest: int
     head_trained: bool
+    head_biased: bool
     head_itemsize: int
     operand_itemsize: int
     layers: int
@@ -99,6 +101,7 @@ class ModelSizes:
             largest=max(trained, default=0),
             widest=max((count for count, packed in frozen if packed), default=0),
             head_trained=head.requires_grad,
+            head_biased=getattr(layer, "bias", None) is not None,
             head_itemsize=weight_bytes(config) if head.requires_grad else dtype.itemsize,
             operand_itemsize=dtype.itemsize,
             layers=int(model.num_hidden_layers),
@@ -122,7 +125,8 @@ class ModelSizes:
         """
         if config.beta == 0 or (config.use_peft and not of_adapters):
             return 0
-        return self.frozen_copy_bytes(config) if config.use_peft or in_parts else self.total * weight_bytes(config)
+        is_short = in_parts and not config.sync_ref_model and not self.head_biased
+        return self.frozen_copy_bytes(config) if config.use_peft or is_short else self.total * weight_bytes(config)
 
     @property
     def multiplies_as_float32(self) -> bool:

@@ -248,7 +248,7 @@ class PolicySource:
 
 
 def _lacking(found: Mapping[str, Any]) -> str | None:
-    """What transformers did not find in a model's files and has drawn at random, on each rank anew; ``None`` if it found all."""
+    """What transformers did not find in a model's files and has drawn at random, on each rank anew; ``None``: it found all."""
     missing = sorted(found["missing_keys"])
     if missing:
         return (

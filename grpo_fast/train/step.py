@@ -82,8 +82,8 @@ class UpdateResult:
             shared_prompts=self.shared_prompts,
             num_kept=kept,
         )
-        passes = config.num_iterations * config.keep_dead_rows_for_metrics + (config.top_entropy_quantile < 1)
         if self.measured:
+            passes = idle_passes(config)
             again = passes * self.measured
             meter.add_reference(
                 [len(s) for s in again],
@@ -417,6 +417,11 @@ class Learner:
         self._optimizer.step()
         self._optimizer.zero_grad()
         sums.add("grad_norm", norm.to(self._policy.device), reduction="max")  # shards may lie in the host's memory
+
+
+def idle_passes(config: Config) -> int:
+    """Forward passes over completions that give no gradient: for the metrics, and because their entropy counts."""
+    return config.num_iterations * config.keep_dead_rows_for_metrics + (config.top_entropy_quantile < 1)
 
 
 def _num_kept(sequences: Sequence[TrainingSequence]) -> int | None:

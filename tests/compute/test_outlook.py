@@ -39,6 +39,9 @@ def test_a_step_costs_what_the_meter_will_charge() -> None:
     cut.add_rollout([10] * 4, [[20] * 8] * 4)
     cut.add_train([30] * 16, 20 * 16, num_kept=5 * 20 * 16)
     assert replace(WORK, top_k=5).flops(20.0, 0.5) == cut.usage(1).flops < WORK.flops(20.0, 0.5)
+    idle = ComputeMeter(SHAPE, power=EstimatedEnergy(0.0))
+    idle.add_reference([30] * 3 * 16, 20 * 3 * 16)
+    assert replace(work, idle_passes=3).flops(20.0, 0.5) == used.flops + idle.usage(1).flops
     assert WORK.flops(20.0, 0.0) < WORK.flops(20.0, 0.5) < work.flops(20.0, 0.5)
 
 

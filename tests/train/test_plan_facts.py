@@ -79,6 +79,13 @@ def test_a_plan_without_model_and_data() -> None:
         gather(Config(), PlanInputs(model_size=7.0, completion_tokens=999.0))
 
 
+def test_passes_over_completions_without_gradient_are_counted() -> None:
+    known = PlanInputs(model_size=0.5)
+    assert gather(Config(), known).work.idle_passes == 0
+    both = Config(top_entropy_quantile=0.2, keep_dead_rows_for_metrics=True, num_iterations=3)
+    assert gather(both, known).work.idle_passes == 4
+
+
 def test_a_device_that_no_table_holds_is_planned_for_by_its_time_per_step() -> None:
     known = gather(Config(), PlanInputs(model_size=0.5, gpu="RTX 4060 Laptop", seconds_per_step=5.0))
     assert known.device == "RTX 4060 Laptop"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, LlamaConfig, MambaConfig, Qwen2Config, Qwen3MoeConfig, StableLmConfig
+from transformers import BertConfig, BertModel, LlamaConfig, MambaConfig, PhiConfig, Qwen2Config, Qwen3MoeConfig, StableLmConfig
 
 from grpo_fast.compute.memory import MemoryPlan
 from grpo_fast.config import Config, ConfigError
@@ -134,6 +134,9 @@ def test_shards_divide_what_lasts() -> None:
         found = planner(SMALL, Config(fsdp="full_shard", dtype=dtype, beta=0.1), num_devices=4).plan()
         assert found.lasting["whole weights to sample from"] == size * num_weights(SMALL)
         assert found.lasting["reference policy"] == size * num_weights(SMALL) // 4
+    for model, changes in ((SMALL, {"sync_ref_model": True}), (PhiConfig(**SIZES), {})):  # Phi's head has a bias
+        found = planner(model, Config(fsdp="full_shard", beta=0.1, **changes), num_devices=4).plan()
+        assert found.lasting["reference policy"] == 4 * num_weights(model) // 4, "it keeps float32"
     assert planner(SMALL, Config(), num_devices=4).plan().lasting["optimiser"] == whole.lasting["optimiser"]
     servers = {"rollout": "vllm-http", "vllm_server_urls": ("http://127.0.0.1:8000",)}
     streamed = planner(SMALL, Config(fsdp="full_shard", **servers), num_devices=4).plan()
