@@ -26,7 +26,8 @@ from grpo_fast.train.optim import build_optimizer
 from grpo_fast.train.parts import Parts, build_parts
 from grpo_fast.train.policy import count_parameters
 from grpo_fast.train.policy_source import PolicySource, pick_device
-from grpo_fast.train.step import Learner, idle_passes
+from grpo_fast.train.results import idle_passes
+from grpo_fast.train.step import Learner
 
 ASSUMED_MFU = 0.1
 """Share of the peak that is assumed where nothing was timed, within a factor of 3: sampling waits for memory, not for FLOPs."""

@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import torch
 from torch.distributed.tensor import DTensor
 
-from grpo_fast.compute import ComputeMeter
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.metrics import MetricSums, PhaseTimer
 from grpo_fast.objective import OBJECTIVES, decoupled_advantages, sequence_kl
@@ -38,6 +37,7 @@ from grpo_fast.train.optim import set_learning_rate
 from grpo_fast.train.packed_model import attention_of, takes_shared_prompts
 from grpo_fast.train.policy import Policy, Scorer
 from grpo_fast.train.policy_metrics import add_policy_metrics, add_sequence_metrics
+from grpo_fast.train.results import UpdateResult
 from grpo_fast.types import Group, TokenBatch, TrainingError
 
 _T = TypeVar("_T")
@@ -49,50 +49,6 @@ _SAME_ENTROPY = 1e-5
 
 class NonFiniteGradientError(TrainingError):
     """The gradient is not finite; the weights were left as they were."""
-
-
-@dataclass(frozen=True, slots=True)
-class UpdateResult:
-    """The outcome of an update."""
-
-    metrics: dict[str, float]
-    trained: tuple[TrainingSequence, ...]
-    """The sequences that were trained on; the others carried no gradient."""
-    num_dropped_tokens: int
-    """Completion tokens that were sampled but not trained on."""
-    measured: tuple[TrainingSequence, ...] = ()
-    """Sequences without gradient that went through a forward pass for the metrics, or because their entropy counts."""
-    shared_prompts: tuple[int, ...] = ()
-    """Lengths of the prompts of ``trained`` that were computed by another sequence with the same one."""
-    measured_shared_prompts: tuple[int, ...] = ()
-    """The same of ``measured``."""
-
-    def charge(self, meter: ComputeMeter, config: Config) -> None:
-        """Meters what was computed."""
-        lengths = [len(sequence) for sequence in self.trained]
-        scored = sum(sequence.num_scored for sequence in self.trained)
-        kept = _num_kept(self.trained)
-        for adapters in config.scoring_passes:
-            meter.add_reference(lengths, scored, adapters=adapters, shared_prompts=self.shared_prompts, num_kept=kept)
-        meter.add_train(
-            lengths,
-            scored,
-            checkpointing=config.recomputes_products,
-            num_iterations=config.num_iterations,
-            shared_prompts=self.shared_prompts,
-            num_kept=kept,
-        )
-        if self.measured:
-            passes = idle_passes(config)
-            again = passes * self.measured
-            meter.add_reference(
-                [len(s) for s in again],
-                sum(s.num_scored for s in again),
-                adapters=True,
-                shared_prompts=passes * self.measured_shared_prompts,
-                num_kept=_num_kept(again),
-            )
-        meter.add_dropped(self.num_dropped_tokens)
 
 
 @dataclass(slots=True)
@@ -181,22 +137,7 @@ class Learner:
             if not config.keep_dead_rows_for_metrics:
                 parts = [part for part in parts if part.carries_gradient]
             for iteration in range(config.num_iterations):
-                self._spec = replace(self._spec, entropy_coef=self.entropy.in_force)
-                seen = torch.zeros(2, dtype=torch.float64, device=self._policy.device)
-                with self._policy.whole_head(trains=True):
-                    for part in parts:
-                        part_sums = MetricSums() if part.is_filler else sums
-                        logprobs, entropies = self._accumulate(part, part_sums)
-                        if config.use_adaptive_entropy and not part.is_filler:
-                            keep = torch.ones_like(entropies) if part.high_entropy is None else part.high_entropy
-                            seen += torch.stack([(keep * entropies).sum(), keep.sum()])
-                        if iteration == 0:
-                            add_mismatch(part_sums, logprobs - part.batch.sampling_logprobs)
-                            part.old = logprobs if part.old is None else part.old
-                self._apply_gradient(sums)
-                if config.use_adaptive_entropy:
-                    self._world.sum([seen])
-                    self.entropy.observe(*seen.tolist())
+                self._iterate(parts, sums, is_first=iteration == 0)
             found = sums.compute(self._world.gather)
             metrics = {name: value for name, value in found.items() if not name.startswith("_")} | effective_sample_size(found)
         if config.use_adaptive_entropy:
@@ -322,6 +263,26 @@ class Learner:
                 stack.enter_context(self._reference.whole_head(trains=False))
             yield
 
+    def _iterate(self, parts: Sequence[_Part], sums: MetricSums, *, is_first: bool) -> None:
+        """One optimiser step on all micro-batches."""
+        follows_entropy = self._config.use_adaptive_entropy
+        self._spec = replace(self._spec, entropy_coef=self.entropy.in_force)
+        seen = torch.zeros(2, dtype=torch.float64, device=self._policy.device)
+        with self._policy.whole_head(trains=True):
+            for part in parts:
+                part_sums = MetricSums() if part.is_filler else sums
+                logprobs, entropies = self._accumulate(part, part_sums)
+                if follows_entropy and not part.is_filler:
+                    keep = torch.ones_like(entropies) if part.high_entropy is None else part.high_entropy
+                    seen += torch.stack([(keep * entropies).sum(), keep.sum()])
+                if is_first:
+                    add_mismatch(part_sums, logprobs - part.batch.sampling_logprobs)
+                    part.old = logprobs if part.old is None else part.old
+        self._apply_gradient(sums)
+        if follows_entropy:
+            self._world.sum([seen])
+            self.entropy.observe(*seen.tolist())
+
     def _accumulate(self, part: _Part, sums: MetricSums) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds a micro-batch's gradient and metrics; returns its log-probabilities and entropies, each [T]."""
         batch = part.batch
@@ -417,17 +378,6 @@ class Learner:
         self._optimizer.step()
         self._optimizer.zero_grad()
         sums.add("grad_norm", norm.to(self._policy.device), reduction="max")  # shards may lie in the host's memory
-
-
-def idle_passes(config: Config) -> int:
-    """Forward passes over completions that give no gradient: for the metrics, and because their entropy counts."""
-    return config.num_iterations * config.keep_dead_rows_for_metrics + (config.top_entropy_quantile < 1)
-
-
-def _num_kept(sequences: Sequence[TrainingSequence]) -> int | None:
-    """Tokens that were kept for the completions' tokens, all together; ``None`` where no support was cut."""
-    sizes = [int(sequence.kept.sizes.sum()) for sequence in sequences if sequence.kept is not None]
-    return sum(sizes) if sizes else None
 
 
 def _check_kept(sequences: Sequence[TrainingSequence], config: Config) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -18,7 +18,7 @@ from typing import Any, Self, Unpack
 from grpo_fast.compute.budget import BudgetVerdict
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.environments import EnvironmentFailedError
-from grpo_fast.law import AlarmState, Forecast, Spending, StopDecision
+from grpo_fast.law import AlarmState, Spending
 from grpo_fast.metrics import PhaseTimer, mean_known
 from grpo_fast.rewards import RewardError
 from grpo_fast.rollout import RolloutError, WeightSyncError
@@ -36,28 +36,15 @@ from grpo_fast.train.oversight import Oversight, Verdict
 from grpo_fast.train.parts import Replacements, build_parts, check_given
 from grpo_fast.train.policy import Policy
 from grpo_fast.train.policy_source import pick_device
+from grpo_fast.train.results import StepResult, UpdateResult
 from grpo_fast.train.resumable import check_resumable, config_of
 from grpo_fast.train.rng import load_rng_state, rng_state
 from grpo_fast.train.schedule import learning_rate_at, progress_schedule
-from grpo_fast.train.step import Learner, NonFiniteGradientError, UpdateResult
+from grpo_fast.train.step import Learner, NonFiniteGradientError
 from grpo_fast.train.summary import Ending, Outcome, write_summary
-from grpo_fast.types import Group
 
 _STATE_VERSION = 4
 _SMOOTHED_STEPS = 10
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """The outcome of one step."""
-
-    step: int
-    metrics: dict[str, float]
-    forecast: Forecast | None
-    decision: StopDecision | None
-    alarm: AlarmState | None
-    groups: Sequence[Group]
-    """The prompts of the step with completions, rewards and advantages."""
 
 
 class GRPOTrainer:
@@ -99,8 +86,9 @@ class GRPOTrainer:
         self._alarm: AlarmState | None = None
         self._best = BestCheckpoints()
         self._evals: dict[str, float] = {}
-        self._opened, self._stop_message = False, ""
+        self._opened = False
         self._saved_step: int | None = None
+        self._stop_message = ""
         self._ending: Ending | None = None
         self._loop: Callable[[], Generator[StepResult] | None] = lambda: None
         self.global_step = 0

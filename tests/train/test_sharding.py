@@ -35,6 +35,7 @@ from grpo_fast.train.optim import build_optimizer
 from grpo_fast.train.policy import Policy
 from grpo_fast.train.policy_source import PolicySource
 from grpo_fast.train.reference import build_reference
+from grpo_fast.train.results import UpdateResult
 from grpo_fast.train.sharding import (
     ShardedPolicy,
     check_sharding,
@@ -44,7 +45,7 @@ from grpo_fast.train.sharding import (
     save_optimizer,
     spread,
 )
-from grpo_fast.train.step import Learner, UpdateResult
+from grpo_fast.train.step import Learner
 from grpo_fast.types import Group
 from tests.cuda_on_host.build import build_torch_device
 from tests.cuda_on_host.shards import squared, updated

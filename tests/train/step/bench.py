@@ -12,7 +12,8 @@ from grpo_fast.config import Config
 from grpo_fast.metrics import PhaseTimer
 from grpo_fast.train.optim import build_optimizer
 from grpo_fast.train.policy import Policy
-from grpo_fast.train.step import Learner, UpdateResult
+from grpo_fast.train.results import UpdateResult
+from grpo_fast.train.step import Learner
 from grpo_fast.types import Group
 
 MakeGroup = Callable[..., Group]
