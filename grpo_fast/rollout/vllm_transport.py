@@ -65,15 +65,13 @@ def register() -> None:
 
 
 def _end_with_owner() -> None:
-    parent, started_by = os.getppid(), multiprocessing.parent_process()
-    owner = os.environ.get(OWNER)
-    if started_by is not None and owner == str(started_by.pid) != str(parent):
-        os.kill(os.getpid(), signal.SIGKILL)  # it was killed while this process was loading
-    if owner != str(parent):
+    """With the process that started it, which is the owner or, for a worker, the engine."""
+    parent = multiprocessing.parent_process()
+    if parent is None or os.environ.get(OWNER) in {None, str(os.getpid())}:
         return
 
     def watch() -> None:
-        while os.getppid() == parent:  # a pipe between the two would stay open in whatever the trainer forked since
+        while os.getppid() == parent.pid:  # a pipe between the two would stay open in whatever the trainer forked since
             time.sleep(_LOOK_S)
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -62,6 +62,19 @@ def test_requests_and_their_bytes_go_through_it(port: int) -> None:
 
 
 @pytest.mark.usefixtures("ssh_machine")
+def test_what_has_ended_is_made_anew_by_the_next_request(port: int) -> None:
+    """As by a sync that is repeated whole."""
+    server = VLLMServer(f"ssh://far:{port}", api_key=None, deadline_s=20)
+    for _ in range(2):
+        assert server.put("/memory", b"x")["length"] == 1
+        [ssh] = own_ssh()
+        ssh.kill()
+        psutil.wait_procs([ssh], timeout=10)
+    server.close()
+    assert own_ssh() == []
+
+
+@pytest.mark.usefixtures("ssh_machine")
 @pytest.mark.parametrize(("host", "words"), [("stranger", "Permission denied"), ("nowhere.invalid", "Could not resolve")])
 def test_where_it_cannot_log_in_it_says_what_ssh_says(host: str, words: str) -> None:
     with pytest.raises(

@@ -220,7 +220,8 @@ import multiprocessing, os, time
 from grpo_fast.rollout.vllm_transport import register
 
 def engine(owner, loads):
-    os.environ["GRPO_FAST_VLLM_OWNER"] = str(owner)
+    if owner:
+        os.environ["GRPO_FAST_VLLM_OWNER"] = str(owner)
     print(os.getpid(), flush=True)
     while loads and os.getppid() == owner:
         time.sleep(0.1)
@@ -228,7 +229,7 @@ def engine(owner, loads):
     time.sleep(300)
 
 context = multiprocessing.get_context("fork")
-for owner, loads in ((os.getpid(), False), (os.getpid(), True), (1, False)):
+for owner, loads in ((os.getpid(), False), (os.getpid(), True), (0, False)):
     context.Process(target=engine, args=(owner, loads)).start()
 time.sleep(300)
 """
