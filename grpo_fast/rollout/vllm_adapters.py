@@ -9,12 +9,7 @@ Nothing here imports vLLM or peft: an adapter is what peft left in the policy's 
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
 import shutil
-import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -22,14 +17,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from safetensors.torch import save_file
 
-from grpo_fast.rollout.shared_memory import SHARED_MEMORY, check_room
+from grpo_fast.rollout.held_directory import HeldDirectory
+from grpo_fast.rollout.shared_memory import check_room
 from grpo_fast.rollout.weight_sync import SyncTarget
 from grpo_fast.rollout.whole_weights import whole_weights
 
 _BESIDE = 64 * 2**10
 """Bytes of a version beside its tensors: names, settings, a page each for files and directories."""
-_PREFIX = "grpo_fast-held-"
-_YOUNG_S = 60.0
 _ADAPTER = "default"
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM supports."""
@@ -71,25 +65,6 @@ class AdapterVersion(NamedTuple):
     number: int
     path: Path
     num_bytes: int
-
-
-class HeldDirectory:
-    """A directory of one process, in shared memory where there is one; making one removes those that killed processes left."""
-
-    def __init__(self) -> None:
-        home = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
-        _sweep(home or Path(tempfile.gettempdir()))
-        self._directory = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=home)
-        self.path = Path(self._directory.name)
-        self._lock: int | None = os.open(self.path, os.O_RDONLY)
-        fcntl.flock(self._lock, fcntl.LOCK_SH)
-
-    def close(self) -> None:
-        """Removes it with all in it; calling it twice is harmless."""
-        self._directory.cleanup()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
 
 
 class AdapterVersions:
@@ -136,20 +111,6 @@ class AdapterVersions:
     def close(self) -> None:
         """Removes all; calling it twice is harmless."""
         self._directory.close()
-
-
-def _sweep(home: Path) -> None:
-    """Removes what processes that were killed left, which is memory; the kernel has let go of their locks."""
-    for left in home.glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError):  # another user's, or just removed
-            if time.time() - left.stat().st_mtime < _YOUNG_S:
-                continue  # it may only be about to be locked
-            lock = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(left)
-            finally:
-                os.close(lock)
 
 
 class AdapterHost(SyncTarget, Protocol):

@@ -36,8 +36,8 @@ from typing import Any
 
 import psutil
 
+from grpo_fast.rollout.held_directory import HeldDirectory
 from grpo_fast.rollout.shared_memory import reserve
-from grpo_fast.rollout.vllm_adapters import HeldDirectory
 from grpo_fast.rollout.vllm_addresses import api_key
 
 MIDDLEWARE = "grpo_fast.rollout.vllm_mirror.Mirror"

@@ -32,8 +32,8 @@ from vllm.distributed.weight_transfer import (
 from vllm.distributed.weight_transfer.base import TrainerInitInfo, WeightTransferInitInfo, WeightTransferUpdateInfo
 
 from grpo_fast.rollout import vllm_direct
+from grpo_fast.rollout.held_directory import HeldDirectory
 from grpo_fast.rollout.shared_memory import reserve, reserve_queues
-from grpo_fast.rollout.vllm_adapters import HeldDirectory
 from grpo_fast.rollout.vllm_environment import OWNER, SERVER
 from grpo_fast.rollout.vllm_layerwise import LayerwiseReceiver, PolicyWeights
 

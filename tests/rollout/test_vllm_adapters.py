@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -83,31 +80,6 @@ def test_a_version_is_what_peft_reads(tmp_path: Path) -> None:
     assert not first.path.exists()
     versions.close()
     assert not second.path.exists()
-
-
-KILLED = """
-import os
-from grpo_fast.rollout.vllm_adapters import AdapterVersions
-versions = AdapterVersions(None)
-print(versions._directory.path, flush=True)
-os.kill(os.getpid(), 9)
-"""
-
-
-def test_what_a_killed_trainer_left_in_memory_is_removed_and_what_others_use_is_not() -> None:
-    found = subprocess.run([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True, check=False)
-    model = adapted_model()
-    left, fresh, used = Path(found.stdout.strip()), AdapterVersions(model), AdapterVersions(model)
-    assert (found.returncode, left.is_dir()) == (-9, True)
-    used.write()
-    for directory in (left, Path(used._directory.path)):
-        os.utime(directory, (1, 1))
-    last = AdapterVersions(model)
-    assert not left.exists()
-    assert Path(fresh._directory.path).exists()
-    assert used.write().path.exists()
-    for versions in (fresh, used, last, last):
-        versions.close()
 
 
 def test_ranks_are_those_that_vllm_has_room_for() -> None:
