@@ -20,9 +20,10 @@ from grpo_fast.train.adapters import SETTINGS_FILE
 from grpo_fast.train.checkpoint import check_checkpoint
 from grpo_fast.train.data import Data, check_episodes, choose_data, choose_environments, choose_replies, encoded
 from grpo_fast.train.distributed import ALONE
+from grpo_fast.train.engines import build_engine, build_sampler, check_sampler, check_vllm, wait_for_servers
 from grpo_fast.train.evaluate import answers
 from grpo_fast.train.export import PLAIN, checkpoint_to_use
-from grpo_fast.train.parts import build_engine, build_pool, build_sampler, check_sampler, check_vllm, wait_for_servers
+from grpo_fast.train.parts import build_pool
 from grpo_fast.train.policy_source import PolicySource, check_dtype
 from grpo_fast.types import Group
 

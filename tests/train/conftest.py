@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from grpo_fast.config import Config
 from grpo_fast.tasks.task import Task
 from grpo_fast.train import GRPOTrainer
+from grpo_fast.train.parts import Parts, build_parts
 from grpo_fast.train.policy import Policy
 from grpo_fast.types import Completion, Group, Prompt
 
@@ -191,3 +192,17 @@ def make_group() -> Callable[..., Group]:
         return Group(prompt, completions, [[value] for value in rewards], list(rewards))
 
     return make
+
+
+@pytest.fixture
+def build(tiny_config: Callable[..., Config], letters: Task) -> Iterator[Callable[..., Parts]]:
+    """Builds the parts of a run of the tiny model, and closes them."""
+    opened: list[Parts] = []
+
+    def make(given: dict[str, Any] | None = None, *, resume: bool = False, **settings: Any) -> Parts:
+        opened.append(build_parts(tiny_config(**settings), {"task": letters} | (given or {}), resume=resume))
+        return opened[-1]
+
+    yield make
+    for parts in opened:
+        parts.close()

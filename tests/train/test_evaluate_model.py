@@ -12,7 +12,7 @@ from packaging.version import Version
 
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.rollout.vllm_environment import held_port
-from grpo_fast.train import CheckpointError, GRPOTrainer, parts
+from grpo_fast.train import CheckpointError, GRPOTrainer, engines
 from grpo_fast.train.evaluate_model import Estimate, evaluate_model
 
 REWARDS = """
@@ -127,7 +127,7 @@ def test_the_error_is_that_of_independent_prompts_not_of_completions_that_are_al
 def test_servers_that_are_starting_are_waited_for(
     letters_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "require_vllm", lambda: Version("1"))
+    monkeypatch.setattr(engines, "require_vllm", lambda: Version("1"))
     with held_port() as port:
         url = f"http://127.0.0.1:{port}"
         config = letters_config(rollout="vllm-http", vllm_server_urls=[url], vllm_server_timeout=0.05)

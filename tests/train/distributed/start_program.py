@@ -17,7 +17,7 @@ from packaging.version import Version
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.rollout import RolloutError
 from grpo_fast.tasks.task import Task
-from grpo_fast.train import parts
+from grpo_fast.train import engines
 from grpo_fast.train.distributed import World
 from grpo_fast.train.handshake import check_directory
 from tests.train.distributed.rank_program import ROWS, play
@@ -70,7 +70,7 @@ def main(settings: Path, output: Path) -> None:
         asked.extend(urls)
         raise RolloutError("nobody answers")
 
-    parts.require_vllm, parts.wait_until_up = (lambda: Version("1")), ask  # type: ignore[assignment]
+    engines.require_vllm, engines.wait_until_up = (lambda: Version("1")), ask  # type: ignore[assignment]
     found["servers"], found["asked"] = tried(servers, servers), asked
     hybrid = {"fsdp": "hybrid_shard"}
     for name, counts in {"uneven nodes": ["1", "2"], "untold nodes": ["", ""]}.items():

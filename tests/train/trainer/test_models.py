@@ -87,7 +87,7 @@ def test_a_model_that_cannot_be_sampled_from_is_refused_before_it_is_loaded(
 def test_a_model_that_vllm_cannot_be_sized_for_is_refused_before_it_is_loaded(
     tokenizer: PreTrainedTokenizerFast, tiny_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("grpo_fast.train.parts.require_vllm", lambda: None)  # it need not be installed to say so
+    monkeypatch.setattr("grpo_fast.train.engines.require_vllm", lambda: None)  # it need not be installed to say so
     AutoConfig.for_model("mamba", hidden_size=32, num_hidden_layers=2, state_size=4).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     config = tiny_config(model=str(tmp_path), output_dir=tmp_path / "run", rollout="vllm")
