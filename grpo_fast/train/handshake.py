@@ -1,8 +1,8 @@
-"""What ranks tell each other before anything is loaded: that they were started alike, and see one directory.
+"""What ranks tell each other as they start: that they were started alike, see one directory, and read the same data and model.
 
 A rank that was started otherwise would not fail, but train something else, or hang in an exchange that the others do not make.
 What may differ is the path of ``output_dir``, as long as it leads to the same directory; everything else that is compared must
-be the same on all. Not compared are weights, columns of the data beside the prompt, and Python functions that are handed in.
+be the same on all. Not compared are columns of the data beside the prompt, and Python functions that are handed in.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import platform
 import socket
 import tempfile
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.device import package_version
@@ -27,6 +29,7 @@ from grpo_fast.train.launch import in_words, launcher
 from grpo_fast.train.resumable import takes_up_run
 
 _SHOWN_CHARACTERS = 60
+_COMPARED_NUMBERS = 64
 
 
 def shake_hands(config: Config, world: World, *, resume: bool) -> bool:
@@ -117,6 +120,28 @@ def _digest(prompts: EncodedPrompts) -> str:
     for token_ids in prompts.token_ids():
         digest.update(array("q", [len(token_ids)]).tobytes() + token_ids.tobytes())
     return f"{len(prompts)} of sha256 {digest.hexdigest()[:8]}"
+
+
+def check_weights(weights: Iterable[tuple[str, torch.Tensor]], world: World) -> None:
+    """Compares models by what each of their weights begins with: a copy of another checkpoint begins otherwise.
+
+    Args:
+        weights: with their names, at least the first row of each.
+        world: the ranks.
+
+    Raises:
+        ConfigError: the ranks have not read the same model.
+    """
+    if world.size > 1:
+        check_alike({"the weights of the model": _beginnings(weights)}, world)
+
+
+def _beginnings(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for name, weight in weights:
+        numbers = weight.detach().reshape(-1)[:_COMPARED_NUMBERS].cpu().contiguous()
+        digest.update(name.encode() + numbers.view(torch.uint8).numpy().tobytes())
+    return f"sha256 {digest.hexdigest()[:8]}"
 
 
 def check_ranks(config: Config, num_ranks: int) -> None:

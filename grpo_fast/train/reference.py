@@ -105,7 +105,7 @@ def build_reference(source: PolicySource, policy: Policy, *, config: Config, wor
     if policy.sums_gradients:
         reference: Policy = load_reference(source, config=config, world=world)
     else:
-        reference = source.load()
+        reference = world.each(source.load)
     if not config.sync_ref_model:
         return reference
     moving = MovingReference(reference, policy, alpha=config.ref_model_mixup_alpha, steps=config.ref_model_sync_steps)

@@ -46,6 +46,7 @@ from grpo_fast.ops import LMHead
 from grpo_fast.rollout.whole_weights import gather, whole_weights
 from grpo_fast.train.adapter_start import reader
 from grpo_fast.train.distributed import World
+from grpo_fast.train.handshake import check_weights
 from grpo_fast.train.head_part import Head, HeadPart, first_token_of
 from grpo_fast.train.optim import load_state
 from grpo_fast.train.policy import Policy
@@ -306,6 +307,7 @@ def spread(source: PolicySource, *, config: Config, world: World, streams: bool 
     """
     if config.fsdp == "no_shard":
         whole = world.each(source.load)
+        check_weights(whole.model.named_parameters(), world)
         return whole, whole
     mirrored = not streams and (config.rollout != "vllm-http" or world.is_main)
     mirror = world.each(lambda: _load_mirror(source) if mirrored else None)
@@ -352,7 +354,9 @@ def load_sharded(
         if world.is_main:
             _log.warning("every rank reads the whole model before it keeps its part, because %s", error)
         whole = world.each(lambda: source.load(trained=trained))
+        check_weights(whole.model.named_parameters(), world)
         return ShardedPolicy(whole, mirror, config=config, world=world, streams=streams)
+    check_weights(stored.beginnings(), world)
     policy = world.each(lambda: ShardedPolicy(hollow, mirror, config=config, world=world, streams=streams, stored=stored))
     policy.try_out()
     return policy

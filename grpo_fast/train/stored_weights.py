@@ -13,7 +13,7 @@ import contextlib
 import copy
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,14 @@ class StoredWeights:
         problem = _more_than_a_copy(model, get) or _other_weights(model, shapes)
         if problem is not None:
             raise NotInPartsError(problem)
+
+    def beginnings(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The first row of each weight, with its name."""
+        for file in dict.fromkeys(self._files.values()):
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 (it is no mapping)
+                    part = opened.get_slice(name)
+                    yield name, part[:1] if part.get_shape() else opened.get_tensor(name)
 
     @torch.no_grad()
     def fill(self, model: torch.nn.Module) -> None:

@@ -47,6 +47,8 @@ def found(output: Path) -> list[dict[str, Any]]:
         "unwritable": ["run cannot be written to by rank 1", "Too many open files", "fsdp='full_shard'"],
         "prompts": ["training prompts ('24 of sha256", "on rank 0; '24 of sha256", "same command, configuration, packages"],
         "one rank's data": ["prompt"],
+        "weights": ["the weights of the model ('sha256", "on rank 0; 'sha256", "same command, configuration, packages"],
+        "sharded weights": ["the weights of the model ('sha256", "on rank 0; 'sha256"],
         "servers": ["rollout='vllm-http': nobody answers"],
         "uneven nodes": ["as many ranks on each node; of 2 there are 1 on the node of rank 0, 2 on the node of rank 1"],
         "untold nodes": ["LOCAL_WORLD_SIZE", "fsdp='full_shard'"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from packaging.version import Version
+from safetensors.torch import load_file, save_file
 
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.rollout import RolloutError
@@ -37,6 +39,17 @@ def unwritable(config: Config, world: World) -> str:
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     return ""
+
+
+def own_model(directory: Path, model: Path, *, is_changed: bool) -> Path:
+    """A directory with a copy of the model, of which one weight may be another."""
+    shutil.copytree(model, directory / "model")
+    file = directory / "model" / "model.safetensors"
+    weights = load_file(file)
+    if is_changed:
+        next(weights[name] for name in weights if "down_proj" in name).mul_(1.001)
+    save_file(weights, file, metadata={"format": "pt"})
+    return directory
 
 
 def main(settings: Path, output: Path) -> None:
@@ -78,6 +91,11 @@ def main(settings: Path, output: Path) -> None:
         if counts[rank]:
             os.environ["LOCAL_WORLD_SIZE"] = counts[rank]
         found[name] = tried(hybrid, hybrid)
+    os.chdir(own_model(output.parent / f"rank {rank}", Path(common["model"]), is_changed=rank == 1))
+    here = {"model": "/proc/self/cwd/model"}  # one path that leads to another model on each rank, as on two nodes
+    found["weights"] = tried(here, here)
+    shards = here | {"fsdp": "full_shard"}
+    found["sharded weights"] = tried(shards, shards)
     found["left"] = sorted(path.name for path in output.iterdir() if not path.name.startswith("rank-"))
     found["alike"] = tried({"prompts_per_step": 1}, {"prompts_per_step": 1}, name="alike")
     os.chdir([output, output / "apart 0"][rank])
