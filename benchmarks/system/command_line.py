@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 _FORKS = """
-import gc, json, os, sys, types, warnings
+import atexit, gc, json, os, sys, types, warnings
+atexit.register(lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2))  # last of all: Triton's bindings call the frozen a leak
 gc.disable()
 import grpo_fast.report.html, grpo_fast.train.evaluate_model
 from grpo_fast.cli import main
