@@ -1,4 +1,4 @@
-"""A hundred steps, with the fused loss and with its reference."""
+"""Two hundred steps, with the fused loss and with its reference."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from grpo_fast.ops.fused_grpo import fused_grpo_reference
 from grpo_fast.train import head_part
 
 
-def curve(loss: Callable[..., FusedLoss], config: Config, *, num_steps: int = 100) -> list[dict[str, float]]:
+def curve(loss: Callable[..., FusedLoss], config: Config, *, num_steps: int = 200) -> list[dict[str, float]]:
     """Metrics of the first steps of a run with some loss."""
     with pytest.MonkeyPatch.context() as patch, GRPOTrainer(config) as trainer:
         patch.setattr(head_part, "fused_grpo", loss)
@@ -54,7 +54,7 @@ def follow_each_other(one: list[dict[str, float]], two: list[dict[str, float]]) 
 
 
 @pytest.mark.slow
-def test_a_hundred_steps_learn_what_the_reference_learns(tmp_path: Path, embedded_config: Callable[..., Config]) -> None:
+def test_two_hundred_steps_learn_what_the_reference_learns(tmp_path: Path, embedded_config: Callable[..., Config]) -> None:
     """Errors too small to be seen in one step can drift; a run of another seed says how far apart equal runs may be."""
 
     def config(name: str, seed: int = 0) -> Config:
@@ -62,10 +62,10 @@ def test_a_hundred_steps_learn_what_the_reference_learns(tmp_path: Path, embedde
 
     found = curve(fused_grpo, config("fused"))
     expected = curve(fused_grpo_reference, config("reference"))
-    other = curve(fused_grpo_reference, config("other", seed=1))
+    other = curve(fused_grpo_reference, config("other", seed=1), num_steps=100)  # more would only widen its gap
     assert follow_each_other(found[:20], expected[:20])
     for name in ("reward", "entropy"):
-        assert largest_gap(found, expected, name) <= largest_gap(other, expected, name)
+        assert largest_gap(found, expected, name) <= largest_gap(other, expected[:100], name)
     assert statistics.mean(step["reward"] for step in expected[-20:]) > 0.9
     # the guard: rounded logits, an error of the size that public kernels have, would have been told
     rounded = curve(in_bfloat16, config("rounded"), num_steps=20)
