@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,9 @@ def test_servers_are_waited_for_as_long_as_trl_waits() -> None:
 @pytest.mark.parametrize("name", [*HERE, *NOT_HERE])
 def test_the_page_on_trl_has_them_all(name: str) -> None:
     assert f"`{name}`" in PAGE.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", NOT_HERE)
+def test_the_page_says_why_in_the_words_of_the_error(name: str) -> None:
+    text = " ".join(PAGE.read_text(encoding="utf-8").split())
+    assert re.search(rf"`{name}`(, `\w+`)*: {re.escape(NOT_HERE[name])}\.", text)

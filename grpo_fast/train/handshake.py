@@ -133,7 +133,7 @@ def check_weights(weights: Iterable[tuple[str, torch.Tensor]], world: World) -> 
         ConfigError: the ranks have not read the same model.
     """
     if world.size > 1:
-        check_alike({"the weights of the model": _beginnings(weights)}, world)
+        check_alike({"the weights of the model": world.each(lambda: _beginnings(weights))}, world)
 
 
 def _beginnings(weights: Iterable[tuple[str, torch.Tensor]]) -> str:

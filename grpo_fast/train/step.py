@@ -327,12 +327,12 @@ class Learner:
         """Leaves policy loss and entropy bonus to the tokens of the step, on all ranks, whose entropy is highest."""
         own = [part.entropy.double().cpu().numpy() for part in parts if part.entropy is not None and not part.is_filler]
         every = list(itertools.chain.from_iterable(self._world.gather(lambda: own)))
-        threshold = entropy_threshold(every, self._config.top_entropy_quantile)
+        least = entropy_threshold(every, self._config.top_entropy_quantile) - _SAME_ENTROPY
         for part in parts:
             assert part.entropy is not None
-            keep = part.high_entropy = (part.entropy.double() >= threshold - _SAME_ENTROPY).float()
+            keep = part.high_entropy = (part.entropy.double() >= least).float()
             part.importance = keep if part.importance is None else part.importance * keep
-        self._num_items_in_batch = float(sum((values >= threshold - _SAME_ENTROPY).sum() for values in every))
+        self._num_items_in_batch = float(sum((values >= least).sum() for values in every))
 
     def _correct(self, part: _Part, logprobs: torch.Tensor, sums: MetricSums) -> None:
         """Corrects for the sampler: by weights of tokens, or, for VESPO, by ratios of sequences."""
