@@ -163,4 +163,4 @@ def test_between_micro_batches_nothing_waits_for_the_device(runs: dict[str, dict
         waits = [place for place in waits if "/kept_logprob/" not in place]
     if name == "padded, of a sequence":  # transformers asks whether anything is padded
         waits = [place for place in waits if "/_hidden_states/" not in place]
-    assert sorted(waits) == ["_apply_gradient/aten._local_scalar_dense.default", "compute/gather/_held/tolist"]
+    assert sorted(waits) == ["_iterate/_apply_gradient/aten._local_scalar_dense.default", "compute/gather/_held/tolist"]
