@@ -9,23 +9,32 @@ from grpo_fast.metrics import PhaseTimer
 from grpo_fast.rollout import RolloutError
 from grpo_fast.rollout.buffer import RolloutBuffer
 from grpo_fast.train.collect import Collected, Collector
+from grpo_fast.train.distributed import ALONE, World
 from grpo_fast.types import Completion
 
 
 class Rollouts:
-    """Hands out the groups of one step after another; ``config.max_staleness`` decides how far ahead they are collected."""
+    """Hands out the groups of one step after another; ``config.max_staleness`` decides how far ahead they are collected.
 
-    def __init__(self, config: Config, collector: Collector) -> None:
+    Args:
+        config: of the run.
+        collector: works in a thread where groups are collected ahead.
+        world: the ranks, whose threads collect together.
+    """
+
+    def __init__(self, config: Config, collector: Collector, *, world: World = ALONE) -> None:
         self._collector = collector
         self._max_staleness = config.max_staleness
         self._keeps_running = config.vllm_pause_mode == "keep"
         self._buffer: RolloutBuffer[Collected] | None = None
         if config.max_staleness:
-            self._buffer = RolloutBuffer(
-                lambda step: collector.collect(step, PhaseTimer()),
-                max_staleness=config.max_staleness,
-                last_step=config.max_steps,
-            )
+            beside = world.beside()
+
+            def collect(step: int) -> Collected:
+                with beside():
+                    return collector.collect(step, PhaseTimer())
+
+            self._buffer = RolloutBuffer(collect, max_staleness=config.max_staleness, last_step=config.max_steps)
 
     def take(self, step: int, timer: PhaseTimer) -> Collected:
         """The groups of ``step``.

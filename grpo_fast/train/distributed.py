@@ -4,6 +4,9 @@ Every rank runs the same loop over the same step. Completions and rewards are ma
 advantages, normalisers and plans come out alike everywhere; forward and backward passes are split again, and gradients summed.
 What must be one (files, the forecast, the decision to end) happens on rank 0, which tells the others.
 
+A thread beside the main one exchanges in a process group of its own, so that the order of exchanges is the same on every rank:
+see :meth:`World.beside`.
+
 A failure inside :meth:`World.gather` or :meth:`World.once` is raised on every rank, so that all leave the loop at one place. A
 rank that dies breaks the others' next exchange: they end with :class:`RankLostError` at once, or, where it hangs, after
 ``ddp_timeout_s``. What rank 0 waits for may take longer than that, as it does for servers: see :meth:`World.patiently`.
@@ -61,6 +64,20 @@ class _Failure(NamedTuple):
         return error
 
 
+class _OfThread(threading.local):
+    """The process group in which a thread exchanges: the run's, unless it was given its own."""
+
+    group: dist.ProcessGroup | None = None
+
+    @contextlib.contextmanager
+    def exchanging_in(self, group: dist.ProcessGroup | None) -> Iterator[None]:
+        before, self.group = self.group, group
+        try:
+            yield
+        finally:
+            self.group = before
+
+
 class World:
     """The ranks of a run; on its own, the only one.
 
@@ -75,7 +92,10 @@ class World:
         self.rank = rank
         self.size = size
         self._owns_group = owns_group
+        self._timeout = timedelta(seconds=timeout_s)
         self._beat_s = min(_BEAT_S, timeout_s / 4)
+        self._here = _OfThread()
+        self._beside: list[dist.ProcessGroup] = []
 
     @classmethod
     def join(cls, device: torch.device, *, timeout_s: float, join_timeout_s: float = JOIN_TIMEOUT_S) -> Self:
@@ -154,6 +174,31 @@ class World:
         """This rank's share of ``count`` things: neighbours, as many as any other rank's or one more or fewer."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
+    def beside(self) -> Callable[[], contextlib.AbstractContextManager[None]]:
+        """Prepares a thread that exchanges while the main one does; every rank has to call it at one place.
+
+        Returns:
+            Makes the context in which that thread works: on the device of the calling one, with exchanges in a process group of
+            their own.
+
+        Raises:
+            RankLostError: a rank is gone.
+        """
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # in a new thread it is the first
+        if self.size > 1:
+            with self.watched():
+                self._beside.append(dist.new_group(backend="gloo", timeout=self._timeout))
+        group = self._beside[-1] if self._beside else None
+
+        @contextlib.contextmanager
+        def entered() -> Iterator[None]:
+            if device is not None:
+                torch.cuda.set_device(device)
+            with self._here.exchanging_in(group):
+                yield
+
+        return entered
+
     def gather(self, make: Callable[[], _T]) -> list[_T]:
         """Calls ``make`` on every rank.
 
@@ -172,7 +217,7 @@ class World:
         value, error = _attempt(make)
         told: list[tuple[_T | None, _Failure | None]] = [(None, None)] * self.size
         with self.watched():
-            dist.all_gather_object(told, (value, _packed(error)))
+            dist.all_gather_object(told, (value, _packed(error)), group=self._here.group)
         self._raise_first([failure for _, failure in told], error)
         return [value for value, _ in told]  # type: ignore[misc]
 
@@ -211,7 +256,7 @@ class World:
         value, error = _attempt(make) if self.is_main else (None, None)
         told: list[tuple[_T | None, _Failure | None]] = [(value, _packed(error))]
         with self.watched():
-            dist.broadcast_object_list(told, src=0)
+            dist.broadcast_object_list(told, src=0, group=self._here.group)
         [(found, failure)] = told
         self._raise_first([failure], error)
         return found  # type: ignore[return-value]
@@ -236,11 +281,12 @@ class World:
             while not told:
                 told = self.once(tuple)
             return told[0]
-        over = threading.Event()
+        over, group = threading.Event(), self._here.group
 
         def beat() -> None:
-            while not over.wait(self._beat_s):
-                self.once(tuple)
+            with self._here.exchanging_in(group):
+                while not over.wait(self._beat_s):
+                    self.once(tuple)
 
         with ThreadPoolExecutor(1, thread_name_prefix="rank 0 is there") as aside:
             beating = aside.submit(beat)
@@ -265,7 +311,7 @@ class World:
             flat = torch.cat([tensor.flatten() for tensor in bucket])
             flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
             with self.watched():
-                dist.all_reduce(flat)
+                dist.all_reduce(flat, group=self._here.group)
             parts = flat.split([tensor.numel() for tensor in bucket])
             torch._foreach_copy_(bucket, [part.view_as(tensor) for part, tensor in zip(parts, bucket, strict=True)])
 
@@ -286,7 +332,11 @@ class World:
             ) from error
 
     def close(self) -> None:
-        """Leaves the process group; calling it twice is harmless."""
+        """Leaves the process groups; calling it twice is harmless."""
+        while self._beside:
+            group = self._beside.pop()
+            if dist.is_initialized():
+                dist.destroy_process_group(group)
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()
 

@@ -155,11 +155,6 @@ def check_ranks(config: Config, num_ranks: int) -> None:
             f"vllm_transport='ipc' with {num_ranks} processes: vLLM's CUDA IPC needs all of them to send to one engine; choose "
             "'shared_memory', or 'nccl' for a server on other GPUs, here and with `serve`"
         )
-    if config.max_staleness:
-        raise ConfigError(
-            f"max_staleness={config.max_staleness} works in a run of one process only, and this run has {num_ranks}; "
-            "set it to 0"
-        )
 
 
 def check_nodes(config: Config, world: World) -> None:

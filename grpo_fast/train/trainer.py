@@ -76,7 +76,8 @@ class GRPOTrainer:
         self.config = config = parts.config
         self._optimizer = build_optimizer(parts.policy.model, config)
         self._learner = Learner(config, parts.policy, self._optimizer, reference=parts.reference, world=world)
-        self._rollouts = Rollouts(config, Collector(config, parts.sampler, stream=parts.stream, rewards=parts.rewards))
+        collector = Collector(config, parts.sampler, stream=parts.stream, rewards=parts.rewards)
+        self._rollouts = Rollouts(config, collector, world=world)
         self._progress = progress_schedule(config)
         self._timer, self._interrupt = PhaseTimer(), InterruptFlag()
         self._pending: Collected | None = None

@@ -389,7 +389,8 @@ def test_a_run_whose_rollouts_run_beside_its_training(pause_mode: str, embedded_
 @pytest.mark.slow
 @pytest.mark.usefixtures("untraced")
 def test_each_rank_samples_by_an_engine_of_its_own(embedded_config: Callable[..., Config], tmp_path: Path) -> None:
-    same: dict[str, Any] = {"rollout": "vllm", "prompts_per_step": 4, "max_steps": 2, "eval_steps": 0, "baseline_probe": 0}
+    same: dict[str, Any] = {"rollout": "vllm", "prompts_per_step": 4, "max_steps": 3, "eval_steps": 0, "baseline_probe": 0}
+    same |= {"max_staleness": 1}
     config = embedded_config(**same, reward_workers=0, output_dir=tmp_path / "alone")
     with GRPOTrainer(config) as trainer:
         trainer.train()
@@ -407,9 +408,10 @@ def test_each_rank_samples_by_an_engine_of_its_own(embedded_config: Callable[...
         }
         for place in (config.output_dir, run)
     )
-    assert [row["sync/version"] for row in ranks["metrics"]] == [1, 2]
+    assert [row["sync/version"] for row in ranks["metrics"]] == [1, 2, 3]
+    assert [row["sample/staleness_mean"] for row in ranks["metrics"]] == [0, 1, 1]
     assert all(row["sync/probe_kl"] < 1e-8 for row in ranks["metrics"])
-    assert all(row["sampling/sampling_logp_difference/max"] < 1e-4 for row in ranks["metrics"])
+    assert ranks["metrics"][0]["sampling/sampling_logp_difference/max"] < 1e-4, "of the weights in force"
     assert [row["reward"] for row in ranks["metrics"]] == pytest.approx([row["reward"] for row in alone["metrics"]])
     assert [row["completion"] for row in ranks["completions"]] == [row["completion"] for row in alone["completions"]]
 

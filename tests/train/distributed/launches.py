@@ -15,18 +15,19 @@ import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
 PROGRAM = Path(__file__).with_name("rank_program.py")
-TIMED = ("time/", "budget/", "step_time", "gpu_seconds", "energy_kwh", "money", "mfu")
+TIMED = ("time/", "budget/", "step_time", "gpu_seconds", "energy_kwh", "money", "mfu", "overlap/")
 RESUMED = ("whole", "adapters")
 SHARING = ("rloo", "gspo")
 ROUNDED = "short"  # of RESUMED's kind, with weights in bfloat16
 SHORT = ("mixed", "short", "qlora")
-CASES = ("whole", "rloo", "gspo", "adapters", "quantised")
+CASES = ("whole", "rloo", "gspo", "adapters", "quantised", "ahead")
 SHARDED: dict[str, dict[str, Any]] = {  # with what changes no result beside it
     "whole": {"fsdp": "full_shard"},
     "rloo": {"fsdp": "shard_grad_op", "gradient_checkpointing": True, "fsdp_parallel_head": True},
     "gspo": {"fsdp": "hybrid_shard", "offload_optimizer": True},
     "adapters": {"fsdp": "full_shard", "gradient_checkpointing": True, "offload_optimizer": True, "fsdp_parallel_head": True},
     "quantised": {"fsdp": "hybrid_shard", "fsdp_parallel_head": True},
+    "ahead": {"fsdp": "full_shard"},
 }
 
 COMMON: dict[str, Any] = {
@@ -106,6 +107,14 @@ def cases(models: tuple[Path, Path], directory: Path) -> dict[str, dict[str, Any
         },
         "adapters": {"use_peft": True, "lora_r": 4, "beta": 0.02, "learning_rate": 1e-2, "max_steps": 6},
         "quantised": {"use_peft": True, "lora_r": 4, "load_in_4bit": True, "use_bnb_nested_quant": True},
+        "ahead": {
+            "max_staleness": 2,
+            "refill_rounds": 1,
+            "eval_steps": 2,
+            "eval_size": 5,
+            "baseline_probe": 5,
+            "forecast": "warn",
+        },
         "mixed": {"dtype": "bfloat16", "fsdp": "full_shard", "max_steps": 2},
         "failing": {},
     }

@@ -11,8 +11,10 @@ import os
 import re
 import sys
 import threading
+import time
 import weakref
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +133,33 @@ def exchanges(world: World) -> dict[str, Any]:
             exchange(stumble)
         except StubbornError as error:
             found[f"{name} raised"] = [str(error), error.why]
+    found["beside"] = beside(world)
     return found
+
+
+def beside(world: World) -> bool:
+    """Whether a thread and the main one hear what is theirs, whichever of them comes first on a rank."""
+    enter = world.beside()
+
+    def exchange(who: str) -> list[Any]:
+        found: list[Any] = []
+        for number in range(30):
+            time.sleep(0.002 * ((number + world.rank + len(who)) % 3))
+            found.append(world.gather(lambda told=(who, number): told))  # type: ignore[misc]
+            found.append(world.once(lambda told=(who, number): told))  # type: ignore[misc]
+        return [*found, world.patiently(lambda: who)]
+
+    def aside() -> list[Any]:
+        with enter():
+            return exchange("aside")
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(aside)
+        heard = {"main": exchange("main"), "aside": running.result()}
+    return all(
+        told == [part for number in range(30) for part in ([(who, number)] * world.size, (who, number))] + [who]
+        for who, told in heard.items()
+    )
 
 
 def parallel_head(world: World) -> list[float]:

@@ -77,7 +77,8 @@ def program_path() -> str:
 
 @pytest.mark.slow
 def test_torchrun_restarts_a_run_whose_rank_was_killed(fatal: Callable[..., list[str]], tmp_path: Path) -> None:
-    done = torchrun(2, program_path(), *fatal(), cwd=tmp_path, options=("--no-python", "--max-restarts", "1"))
+    """What was sampled ahead, by weights that the checkpoint no longer has, is in it and is not sampled again."""
+    done = torchrun(2, program_path(), *fatal(max_staleness=1), cwd=tmp_path, options=("--no-python", "--max-restarts", "1"))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "started-1-1").stat().st_mtime - (tmp_path / "killed").stat().st_mtime < DEADLINE_S
     rows = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -192,6 +192,7 @@ def test_what_ranks_tell_each_other(launch: Launch) -> None:
     size = len(launch.found)
     told = [found["exchanges"] for found in launch.found]
     assert all(one["gathered"] == [f"rank {rank}" for rank in range(size)] for one in told)
+    assert all(one["beside"] for one in told)
     assert [one["once"] for one in told] == [True] + [False] * (size - 1)
     for number, count in enumerate((0, 1, 7)):
         edges = [one["shares"][number] for one in told]

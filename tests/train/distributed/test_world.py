@@ -40,6 +40,8 @@ def test_alone_there_is_nothing_to_exchange() -> None:
     assert ALONE.once(lambda: "x") == "x"
     assert ALONE.patiently(lambda: "y") == "y"
     assert ALONE.each(lambda: values) is values
+    with ALONE.beside()():
+        assert ALONE.gather(lambda: 8) == [8]
     assert ALONE.share(5) == slice(0, 5)
     assert ALONE.is_main
     with pytest.raises(RuntimeError, match="somebody"), ALONE.watched():
