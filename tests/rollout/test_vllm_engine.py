@@ -320,27 +320,29 @@ def test_an_environment_answers_in_turn(cut: dict[str, int], embedded_config: Ca
 @pytest.mark.slow
 @pytest.mark.usefixtures("untraced")
 def test_a_run_learns_as_much_as_with_the_embedded_engine(tmp_path: Path, embedded_config: Callable[..., Config]) -> None:
-    def run(rollout: str, max_staleness: int = 0) -> tuple[float, list[dict[str, float]]]:
+    def run(rollout: str) -> tuple[float, list[dict[str, float]]]:
         config = embedded_config(
-            output_dir=tmp_path / f"{rollout}-{max_staleness}",
+            output_dir=tmp_path / rollout,
             rollout=rollout,
-            max_staleness=max_staleness,
-            max_steps=40,
-            eval_steps=40,
+            prompts_per_step=16,
+            learning_rate=6e-4,
+            max_steps=60,
+            eval_steps=60,
+            baseline_probe=0,
         )
         with GRPOTrainer(config) as trainer:
             rows = [step.metrics for step in trainer.steps()]
             return trainer.summary["eval_reward"], rows
 
-    reached, _ = run("transformers")
+    reached, _ = run("transformers")  # with seeds 0 to 3 0.97 to 0.996, as by vLLM
     found, rows = run("vllm")
-    assert reached > 0.97
-    assert found > reached - 0.02
+    assert reached > 0.95
+    assert found > reached - 0.03
     assert max(row["sampling/sampling_logp_difference/mean"] for row in rows) < 1e-6
     weights = [row["sampling/importance_weight/mean"] for row in rows if "sampling/importance_weight/mean" in row]
-    assert len(weights) > 30
+    assert len(weights) > 50
     assert weights == pytest.approx([1.0] * len(weights), abs=1e-3), "the sampler is corrected, and little is left to correct"
-    assert [row["sync/version"] for row in rows] == list(range(1, 41))
+    assert [row["sync/version"] for row in rows] == list(range(1, 61))
     assert max(row["sync/probe_kl"] for row in rows) < 1e-8
 
 

@@ -1,4 +1,4 @@
-"""Two real vLLM servers with worker processes of their own; the last tests kill one each. Started again: test_vllm_adapters."""
+"""Two real vLLM servers with worker processes of their own; the last tests kill them. Started again: test_vllm_adapters."""
 
 from __future__ import annotations
 
@@ -357,6 +357,7 @@ def test_ranks_that_hold_shards_send_them_to_servers(servers: Any, tmp_path: Pat
         "rollout": "vllm-http",
         "vllm_server_urls": servers[0].url,
         "prompts_per_step": 4,
+        "max_staleness": 1,
         "max_steps": 2,
         "eval_steps": 0,
         "baseline_probe": 0,
@@ -372,6 +373,7 @@ def test_ranks_that_hold_shards_send_them_to_servers(servers: Any, tmp_path: Pat
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["sync/version"] for row in rows] == [1, 2]
+    assert [row["sample/staleness_mean"] for row in rows] == [0, 1]
     assert all(row["sync/probe_kl"] < 1e-8 for row in rows)
     saved = AutoModelForCausalLM.from_pretrained(run / "checkpoint-2", dtype=torch.float32)
     start = AutoModelForCausalLM.from_pretrained(embedded_model_dir(), dtype=torch.float32)
@@ -431,3 +433,19 @@ def test_a_server_that_dies_in_a_rollout_is_named_at_once(servers: Any) -> None:
     assert time.monotonic() < begin + 20
     killer.join()
     engine.close()
+
+
+def test_a_server_whose_engine_dies_owing_an_answer_ends_and_nobody_waits_for_it(servers: Any) -> None:
+    process = servers[1]
+    [engine] = [child for child in process.processes() if "EngineCor" in child.name()]
+    engine.suspend()
+    server = VLLMServer(process.url, api_key="a key of the tests", deadline_s=600)
+    with ThreadPoolExecutor(1) as pool:
+        owed = pool.submit(server.post, "/pause?mode=wait&clear_cache=false")
+        while not server.owes_answer:
+            time.sleep(0.01)
+        time.sleep(1.0)  # until the engine owes it too
+        engine.kill()
+        with pytest.raises(RolloutError, match=rf"vLLM's server {process.url} (is gone|cannot be reached|refused)"):
+            owed.result(120)
+    assert process.wait(120) == 1

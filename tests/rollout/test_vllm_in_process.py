@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
+import psutil
 import pytest
 import torch
 
@@ -18,6 +19,27 @@ from grpo_fast.rollout.vllm_sample import PROBE_PARAMS, SCORE_PARAMS
 from grpo_fast.types import Completion
 
 pytestmark = pytest.mark.vllm
+
+
+class Beside(NamedTuple):
+    """An engine in a process of its own, and all that it started."""
+
+    engine: VLLMEngine
+    started: set[psutil.Process]
+
+
+@pytest.fixture(scope="module")
+def beside(embedded: Any) -> Iterator[Beside]:
+    """An engine in a process of its own, which the last test kills."""
+    model, tokenizer, _ = embedded
+    before = set(psutil.Process().children(recursive=True))
+    settings = VLLMSettings(
+        own_process=True, pause_mode="keep", bucket_bytes=300_000, sync_deadline_s=60, request_deadline_s=120
+    )
+    engine = VLLMEngine(model, tokenizer, settings=settings)
+    started = set(psutil.Process().children(recursive=True)) - before
+    yield Beside(engine, {each for each in started if "resource_tracker" not in " ".join(each.cmdline())})  # Python's own
+    engine.close()
 
 
 @pytest.fixture
@@ -154,47 +176,6 @@ def test_what_vllm_itself_refuses_leaves_no_request_behind(embedded: Any) -> Non
     target.pause()
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("untraced")
-def test_an_engine_in_a_process_of_its_own_takes_two_hundred_syncs_and_no_memory(
-    embedded: Any, perturb: Callable[..., None], measure_errors: Callable[..., Any]
-) -> None:
-    psutil = pytest.importorskip("psutil")
-    model, tokenizer, _ = embedded
-    before = set(psutil.Process().children(recursive=True))
-    engine = VLLMEngine(model, tokenizer, settings=VLLMSettings(own_process=True, bucket_bytes=300_000, sync_deadline_s=60))
-    started = set(psutil.Process().children(recursive=True)) - before
-    started = {process for process in started if "resource_tracker" not in " ".join(process.cmdline())}  # Python's own
-    assert started
-    assert not hasattr(engine._vllm._llm.llm_engine, "model_executor"), "it is where the engine before it was"
-    processes = [psutil.Process(), *started]
-
-    def resident_mib() -> list[float]:
-        return [process.memory_info().rss / 2**20 for process in processes]
-
-    try:
-        prompts, sampling = [[1, 4, 5, 6], [1, 9]], SamplingParams(max_tokens=8)
-        for version in range(1, 201):
-            perturb(model, seed=version, scale=1e-3)
-            engine.sync_weights(model, version)
-            if version <= 20:
-                answers = engine.generate(prompts, sampling, num_generations=2, seed=version)
-                assert measure_errors(model, prompts, answers, 1.0).agrees
-            if version == 60:
-                held = resident_mib()
-        weights = sum(weight.nbytes for weight in model.parameters()) / 2**20
-        assert all(now - then < 4 * weights for then, now in zip(held, resident_mib(), strict=True))
-        for process in started:
-            process.kill()
-        with pytest.raises(RolloutError, match=r"vLLM failed with (EngineDeadError|EOFError|RolloutError): .*dropped"):
-            engine.generate(prompts, sampling, num_generations=2, seed=0)
-        with pytest.raises(WeightSyncError, match=r"the engine's process has ended|EngineDead"):
-            engine.sync_weights(model, 201)
-    finally:
-        engine.close()
-    assert not psutil.wait_procs(started, timeout=20)[1]
-
-
 def test_another_process_cannot_read_weights_where_they_are(embedded: Any) -> None:
     with pytest.raises(ValueError, match="'direct' cannot reach an engine in its own process"):
         VLLMEngine(embedded.model, embedded.tokenizer, settings=VLLMSettings(own_process=True, transport="direct"))
@@ -202,14 +183,10 @@ def test_another_process_cannot_read_weights_where_they_are(embedded: Any) -> No
 
 @pytest.mark.usefixtures("untraced")
 def test_a_process_of_its_own_takes_no_step_while_weights_change_under_requests_that_it_keeps(
-    embedded: Any, perturb: Callable[..., None]
+    embedded: Any, beside: Beside, perturb: Callable[..., None]
 ) -> None:
     """Left alone it steps whenever it has requests, also between two buckets: on a CPU it meets layers without weights."""
-    model, tokenizer, _ = embedded
-    settings = VLLMSettings(
-        own_process=True, pause_mode="keep", bucket_bytes=300_000, sync_deadline_s=60, request_deadline_s=120
-    )
-    engine = VLLMEngine(model, tokenizer, settings=settings)
+    model, engine = embedded.model, beside.engine
     prompts = [[1] + [3 + (7 * (number + place)) % 50 for place in range(20)] for number in range(16)]
     sampling = SamplingParams(max_tokens=100, temperature=1.5)
     seeds, synced = itertools.count(), threading.Event()
@@ -225,21 +202,18 @@ def test_a_process_of_its_own_takes_no_step_while_weights_change_under_requests_
             found += generate()
         return found + generate()
 
-    try:
-        with ThreadPoolExecutor(1) as pool:
-            kept = pool.submit(generate_until_synced)
-            try:
-                for version in (1, 2, 3):
-                    while not engine._vllm._running and not kept.done():
-                        time.sleep(0.01)
-                    perturb(model, seed=version, scale=0.02)
-                    assert engine.sync_weights(model, version)["sync/probe_kl"] < 1e-8
-            finally:
-                synced.set()
-            answers = kept.result(timeout=120)
-        assert not engine._vllm._llm.llm_engine.is_sleeping()
-    finally:
-        engine.close()
+    with ThreadPoolExecutor(1) as pool:
+        kept = pool.submit(generate_until_synced)
+        try:
+            for version in (1, 2, 3):
+                while not engine._vllm._running and not kept.done():
+                    time.sleep(0.01)
+                perturb(model, seed=version, scale=0.02)
+                assert engine.sync_weights(model, version)["sync/probe_kl"] < 1e-8
+        finally:
+            synced.set()
+        answers = kept.result(timeout=120)
+    assert not engine._vllm._llm.llm_engine.is_sleeping()
     assert max(len(set(completion.weight_versions)) for _, completion in answers) > 1, "no sync met a request that ran"
     worst = 0.0
     for prompt, completion in answers:
@@ -248,3 +222,37 @@ def test_a_process_of_its_own_takes_no_step_while_weights_change_under_requests_
         for here, there, version in zip(told.tolist(), completion.logprobs, completion.weight_versions, strict=False):
             worst = max(worst, abs(here - there)) if version == 3 else worst
     assert 0 < worst < 5e-5, "what was sampled since the last sync is the last weights'"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("untraced")
+def test_an_engine_in_a_process_of_its_own_takes_two_hundred_syncs_and_no_memory(
+    embedded: Any, beside: Beside, perturb: Callable[..., None], measure_errors: Callable[..., Any]
+) -> None:
+    model, engine, started = embedded.model, *beside
+    assert started
+    assert not hasattr(engine._vllm._llm.llm_engine, "model_executor"), "it is where the engine before it was"
+    processes = [psutil.Process(), *started]
+
+    def resident_mib() -> list[float]:
+        return [process.memory_info().rss / 2**20 for process in processes]
+
+    prompts, sampling = [[1, 4, 5, 6], [1, 9]], SamplingParams(max_tokens=8)
+    for version in range(1, 201):
+        perturb(model, seed=version, scale=1e-3)
+        engine.sync_weights(model, version)
+        if version <= 20:
+            answers = engine.generate(prompts, sampling, num_generations=2, seed=version)
+            assert measure_errors(model, prompts, answers, 1.0).agrees
+        if version == 60:
+            held = resident_mib()
+    weights = sum(weight.nbytes for weight in model.parameters()) / 2**20
+    assert all(now - then < 4 * weights for then, now in zip(held, resident_mib(), strict=True))
+    for process in started:
+        process.kill()
+    with pytest.raises(RolloutError, match=r"vLLM failed with (EngineDeadError|EOFError|RolloutError): .*dropped"):
+        engine.generate(prompts, sampling, num_generations=2, seed=0)
+    with pytest.raises(WeightSyncError, match=r"the engine's process has ended|EngineDead"):
+        engine.sync_weights(model, 201)
+    engine.close()
+    assert not psutil.wait_procs(started, timeout=20)[1]

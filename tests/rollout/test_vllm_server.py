@@ -5,9 +5,7 @@ import os
 import re
 import shutil
 import socket
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 from grpo_fast.assets import embedded_model_dir
 from grpo_fast.mistakes import SET_BY_SERVE
 from grpo_fast.rollout import RolloutError, SamplingParams, shared_memory, vllm_engine, vllm_server
-from grpo_fast.rollout.vllm_client import VLLMServer
 from grpo_fast.rollout.vllm_engine import VLLMServerEngine, VLLMSettings
 from grpo_fast.rollout.vllm_environment import NO_WORKER, held_port
 from grpo_fast.rollout.vllm_server import server_command
@@ -270,23 +267,6 @@ def test_engine_and_workers_do_not_outlive_a_server_that_is_killed(split_server:
     _, alive = psutil.wait_procs(processes, timeout=30)
     assert len(processes) > 2
     assert not alive
-
-
-@pytest.mark.vllm
-@pytest.mark.slow
-def test_a_server_whose_engine_dies_owing_an_answer_ends_and_nobody_waits_for_it(serve: Callable[..., Any]) -> None:
-    with serve() as process, ThreadPoolExecutor(1) as pool:
-        [engine] = [child for child in process.processes() if "EngineCor" in child.name()]
-        engine.suspend()
-        server = VLLMServer(process.url, api_key=None, deadline_s=600)
-        owed = pool.submit(server.post, "/pause?mode=wait&clear_cache=false")
-        while not server.owes_answer:
-            time.sleep(0.01)
-        time.sleep(1.0)  # until the engine owes it too
-        engine.kill()
-        with pytest.raises(RolloutError, match=rf"vLLM's server {process.url} (is gone|cannot be reached|refused)"):
-            owed.result(120)
-        assert process.wait(120) == 1
 
 
 def test_a_missing_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
