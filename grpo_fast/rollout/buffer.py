@@ -61,8 +61,21 @@ class RolloutBuffer(Generic[T]):
         with self._changed:
             return [produced.value for produced in self._ready]
 
+    def allow(self, step: int) -> None:
+        """Lets the rollouts of ``step`` and of the ``max_staleness`` steps after it be made.
+
+        Args:
+            step: the one after that whose weights are in force.
+        """
+        with self._changed:
+            self._allowed = min(step + self._max_staleness, self._last_step)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="rollouts ahead", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
     def take(self, step: int) -> tuple[T, float]:
-        """Waits for the rollouts of ``step``, and lets those of the ``max_staleness`` steps after it be made.
+        """Waits for the rollouts of ``step``, and lets those be made that :meth:`allow` would.
 
         Args:
             step: the one after that whose weights are in force.
@@ -74,11 +87,7 @@ class RolloutBuffer(Generic[T]):
             BaseException: what ``produce`` raised; the next call tries again.
         """
         with self._changed:
-            self._allowed = min(step + self._max_staleness, self._last_step)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="rollouts ahead", daemon=True)
-                self._thread.start()
-            self._changed.notify_all()
+            self.allow(step)
             self._wait(lambda: bool(self._ready) or self._error is not None)
             if not self._ready:
                 error, self._error, self._thread = self._error, None, None
@@ -90,7 +99,7 @@ class RolloutBuffer(Generic[T]):
             return found.value, found.end - found.begin - waited
 
     def hold(self) -> None:
-        """Waits until everything is made that may be; nothing begins before the next :meth:`take`."""
+        """Waits until everything is made that may be; nothing begins before the next :meth:`allow`."""
         with self._changed:
             self._wait(lambda: self._thread is None or self._error is not None or self._next > self._allowed)
 

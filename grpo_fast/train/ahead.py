@@ -69,8 +69,13 @@ class Rollouts:
         }
         return collected
 
+    def go_on(self, step: int) -> None:
+        """Lets those be collected ahead that the :meth:`take` of ``step`` would, where its own groups are there already."""
+        if self._buffer is not None:
+            self._buffer.allow(step)
+
     def hold(self, timer: PhaseTimer) -> None:
-        """Waits for the rollouts that the weights in force are to make; none begins before the next :meth:`take`.
+        """Waits for the rollouts that the weights in force are to make; none begins before :meth:`take` or :meth:`go_on`.
 
         With ``vllm_pause_mode="keep"`` it does nothing: they may run while weights change.
         """

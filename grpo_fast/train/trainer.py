@@ -188,7 +188,9 @@ class GRPOTrainer:
 
     def _collect(self) -> None:
         """Samples and scores the step's groups, unless a checkpoint brought them along."""
-        if self._pending is None:
+        if self._pending is not None:
+            self._rollouts.go_on(self.global_step + 1)
+        else:
             self._pending = self._rollouts.take(self.global_step + 1, self._timer)
             charge_rollout(self._parts.meter, self._pending.sampled)
             self._stream_state = self._pending.stream

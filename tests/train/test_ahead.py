@@ -123,6 +123,38 @@ def test_leaving_and_resuming_is_the_straight_run(moment: int, ahead: Callable[.
 
 
 @pytest.mark.parametrize("staleness", [1, 2])
+def test_a_run_that_ends_between_rollouts_and_update_resumes_as_the_straight_run(
+    staleness: int, ahead: Callable[..., Config], tmp_path: Path
+) -> None:
+    """What was still being sampled ahead is sampled again by the weights that it had begun with."""
+    common = {"max_staleness": staleness, "refill_rounds": 0}
+    straight = start(ahead(**common, output_dir=tmp_path / "straight"))
+    whole = train(straight)
+    trainer, saved = start(ahead(**common, output_dir=tmp_path / "run")), threading.Event()
+    Watched(trainer, lambda number: saved.wait(60) if number == 3 + staleness else None)
+    take, save = trainer._rollouts.take, trainer._save
+
+    def stops(step: int, timer: PhaseTimer) -> Any:
+        if step == 3:
+            trainer.stop()
+        return take(step, timer)
+
+    def saves() -> None:
+        save()
+        saved.set()
+
+    trainer._rollouts.take, trainer._save = stops, saves  # type: ignore[method-assign]
+    before = train(trainer)
+    with resume(trainer.config) as again:
+        assert (len(before), again._pending is not None, len(again._rollouts.ready())) == (2, True, staleness - 1)
+        after = list(again.steps())
+        assert torch.equal(weights(again), weights(straight))
+    assert drawn([*before, *after]) == drawn(whole)
+    for name in ("reward", "sample/staleness_mean"):
+        assert [step.metrics[name] for step in [*before, *after]] == [step.metrics[name] for step in whole]
+
+
+@pytest.mark.parametrize("staleness", [1, 2])
 def test_a_run_that_was_killed_loses_and_repeats_no_prompt(staleness: int, ahead: Callable[..., Config]) -> None:
     config = ahead(max_staleness=staleness, refill_rounds=0, save_total_limit=9)
     whole = train(start(config))
