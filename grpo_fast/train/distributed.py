@@ -138,7 +138,7 @@ class World:
     def _meet(self, timeout_s: float) -> Store:
         """Waits until all ranks have come to where they find each other."""
         try:
-            store = _store(timedelta(seconds=timeout_s))
+            store = self._store(timedelta(seconds=timeout_s))
             store.set(f"rank {self.rank}", "here")
         except RuntimeError as error:
             if "failed to listen" in str(error):
@@ -153,6 +153,14 @@ class World:
             missing = [rank for rank in range(self.size) if not store.check([f"rank {rank}"])]
             raise self._alone(timeout_s, in_words(missing)) from error
         return store
+
+    def _store(self, timeout: timedelta) -> Store:
+        """The store through which ranks find each other; it lives on, with the addresses of groups that they have left."""
+        store: Store = next(rendezvous("env://", timeout=timeout))[0]
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun's own lives on through its restarts, with the addresses of ranks that have died
+            store = PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        return PrefixStore(f"group {store.add(f'groups of rank {self.rank}', 1)}", store)
 
     def _alone(self, waited_s: float, missing: str) -> RankLostError:
         return RankLostError(
@@ -188,13 +196,13 @@ class World:
         if self.size > 1:
             with self.watched():
                 self._beside.append(dist.new_group(backend="gloo", timeout=self._timeout))
-        group = self._beside[-1] if self._beside else None
+        place = len(self._beside) - 1  # and not the group itself: its connections last as long as anyone holds it
 
         @contextlib.contextmanager
         def entered() -> Iterator[None]:
             if device is not None:
                 torch.cuda.set_device(device)
-            with self._here.exchanging_in(group):
+            with self._here.exchanging_in(self._beside[place] if self.size > 1 else None):
                 yield
 
         return entered
@@ -351,15 +359,6 @@ class World:
 
 ALONE = World()
 """The world of a run in one process."""
-
-
-def _store(timeout: timedelta) -> Store:
-    """The store through which ranks find each other."""
-    store: Store = next(rendezvous("env://", timeout=timeout))[0]
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # torchrun's own store lives on through its restarts, with the addresses of ranks that have died
-        return PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    return store
 
 
 def _own_device() -> str:

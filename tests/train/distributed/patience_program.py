@@ -1,4 +1,7 @@
-"""Two ranks, of which rank 0 works for longer than the other waits in one exchange; each prints what came of it as JSON."""
+"""Two ranks, of which rank 0 works for longer than the other waits in one exchange, and then leaves its thread alone.
+
+Each prints what came of it as JSON.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 
 from grpo_fast.rollout import RolloutError
-from grpo_fast.train.distributed import World
+from grpo_fast.train.distributed import RankLostError, World
 
 TIMEOUT_S = 6.0
 
@@ -35,8 +38,18 @@ def main() -> None:
 
     begin = time.monotonic()
     answers = [told(make) for make in (slow, fail, lambda: "quick")]
-    print(json.dumps({"timeout": TIMEOUT_S, "waited": time.monotonic() - begin, "answers": answers}))
+    found = {"timeout": TIMEOUT_S, "waited": time.monotonic() - begin, "answers": answers, "left alone": ""}
+    enter = world.beside()
+    if not world.is_main:
+        try:
+            with enter():
+                world.gather(lambda: "nobody comes")
+        except RankLostError as error:
+            found["left alone"] = str(error)
     world.close()
+    again = World.join(torch.device("cpu"), timeout_s=TIMEOUT_S, join_timeout_s=60)
+    print(json.dumps(found | {"again": again.gather(lambda: again.rank)}))
+    again.close()
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def rank_1_of_4(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def test_ranks_that_do_not_come_are_named_long_before_an_exchange_would_time_out(rank_1_of_4: pytest.MonkeyPatch) -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     rank_1_of_4.setenv("MASTER_PORT", str(store.port))
-    dist.PrefixStore("restart 0", store).set("rank 2", "here")
+    dist.PrefixStore("restart 0/group 1", store).set("rank 2", "here")
     with pytest.raises(RankLostError, match=r"rank 1 of 4 waited 2 s for the others to start, but ranks 0, 3 did not: they"):
         World.join(torch.device("cpu"), timeout_s=1800, join_timeout_s=2.0)
     assert not dist.is_initialized()
@@ -107,7 +107,7 @@ def test_ranks_that_are_there_and_cannot_be_reached_are_not_called_dead(rank_1_o
     rank_1_of_4.setenv("MASTER_PORT", str(store.port))
     rank_1_of_4.setenv("GLOO_SOCKET_IFNAME", "nowhere0")
     for rank in (0, 2, 3):
-        dist.PrefixStore("restart 0", store).set(f"rank {rank}", "here")
+        dist.PrefixStore("restart 0/group 1", store).set(f"rank {rank}", "here")
     told = r"rank 1 of 4 could not connect to the others \(.*nowhere0\); .* in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
     with pytest.raises(RankLostError, match=told):
         World.join(torch.device("cpu"), timeout_s=60)
@@ -135,3 +135,6 @@ def test_what_rank_0_waits_for_may_take_longer_than_an_exchange(tmp_path: Path) 
     for each in told:
         assert each["waited"] > 1.5 * each["timeout"]
         assert each["answers"] == [7, "RolloutError: the server is gone", "quick"]
+        assert each["again"] == [0, 1], "ranks that have left a process group join the next one"
+    assert told[1]["left alone"].startswith("rank 1 of 2 lost another rank")
+    assert "closed by peer" in told[1]["left alone"], "the connections end with the group, and not only with its process"
