@@ -66,8 +66,13 @@ class RolloutBuffer(Generic[T]):
 
         Args:
             step: the one after that whose weights are in force.
+
+        Raises:
+            ValueError: the buffer is closed.
         """
         with self._changed:
+            if self._closed:
+                raise ValueError("the rollout buffer is closed; make a new one")
             self._allowed = min(step + self._max_staleness, self._last_step)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="rollouts ahead", daemon=True)
@@ -85,6 +90,7 @@ class RolloutBuffer(Generic[T]):
 
         Raises:
             BaseException: what ``produce`` raised; the next call tries again.
+            ValueError: the buffer is closed.
         """
         with self._changed:
             self.allow(step)

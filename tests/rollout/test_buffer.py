@@ -129,6 +129,14 @@ def test_what_was_brought_along_comes_first_and_is_not_made_again() -> None:
     assert producer.order == ["begin 6", "end 6"], "nothing is made past the last step"
 
 
+def test_nothing_is_waited_for_once_it_is_closed() -> None:
+    buffer = RolloutBuffer(lambda step: step, max_staleness=1, last_step=9)
+    assert buffer.take(1)[0] == 1
+    buffer.close()
+    with pytest.raises(ValueError, match="is closed; make a new one"):
+        buffer.take(4)
+
+
 def test_without_staleness_there_is_nothing_to_make_ahead() -> None:
     with pytest.raises(ValueError, match="max_staleness=0"):
         RolloutBuffer(lambda step: step, max_staleness=0, last_step=1)
