@@ -26,8 +26,9 @@ from typing import Any, NamedTuple
 import torch
 
 from grpo_fast.ops.dispatch import Impl, Implementation, resolve, triton_kernels
+from grpo_fast.ops.first_derivative import once_differentiable
 from grpo_fast.ops.head_pass import HeadPass, RowGradient, row_statistics
-from grpo_fast.ops.lm_head import LMHead, check_rows, full_precision, head_options, row_chunks, working_dtype
+from grpo_fast.ops.lm_head import LMHead, check_rows, check_targets, full_precision, head_options, row_chunks, working_dtype
 from grpo_fast.ops.loss_spec import LossBatch, LossSpec, PolicyCoefficients, PolicyMetrics, check_needs, check_shapes
 from grpo_fast.ops.policy_loss import policy_coefficients, policy_loss_reference
 from grpo_fast.ops.sequence_weights import sequence_lengths
@@ -195,7 +196,7 @@ class _KnownGradient(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # On a CPU, reading the scalar costs nothing and usually saves a pass over every gradient.
         as_is = not torch.compiler.is_compiling() and grad_loss.device.type == "cpu" and grad_loss.item() == 1
@@ -281,10 +282,13 @@ def fused_grpo(
         sums, and detached log-probabilities and entropy of every row. With T = 0 the loss is a differentiable 0.
 
     Raises:
-        ValueError: shapes that do not fit, or an input that ``spec`` needs is missing.
-        TypeError: targets are not int64.
+        ValueError: shapes or devices that do not fit, an input that ``spec`` needs is missing, or, on the CPU, a target outside
+            the vocabulary.
+        TypeError: targets are not int64, or ``head`` is a layer.
+        RuntimeError: a second derivative is asked for.
     """
     check_rows(hidden, head, targets)
+    check_targets(hidden, head, targets)
     check_shapes(hidden, batch)
     check_needs(batch, spec, hidden)
     run = resolve("fused_grpo", _IMPLEMENTATIONS, impl=impl, like=hidden)

@@ -366,12 +366,14 @@ def group_advantage(
     Raises:
         ValueError: the shape is not [P, G], ``scale_rewards`` is unknown, or a reward is infinite. The last is seen of rewards
             on the CPU; elsewhere nothing waits for the device, and an infinite reward makes its group's advantages NaN.
-        TypeError: rewards are not floating point.
+        TypeError: rewards are not floating point, or not groups.
 
     Source:
         TRL 1.16, ``scale_rewards`` and RLOO's leave-one-out baseline, both with NaN left out.
     """
     if not isinstance(rewards, torch.Tensor):
+        if not isinstance(rewards, list | tuple) or not all(isinstance(group, list | tuple) for group in rewards):
+            raise TypeError(f"rewards are {rewards!r}; give a tensor (P, G), or a list of groups: [[1.0, 0.0], [0.5, None]]")
         rewards = _padded(rewards)
     if not rewards.is_floating_point():
         raise TypeError(f"rewards are {rewards.dtype}; give floats, with NaN where there is no reward")

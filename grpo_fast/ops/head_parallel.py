@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from grpo_fast.ops.first_derivative import once_differentiable
 from grpo_fast.ops.head_pass import Block, RowStatistics, row_statistics
 from grpo_fast.ops.lm_head import LMHead, check_rows, full_precision, row_chunks, rows_per_chunk, short_operands, working_dtype
 from grpo_fast.ops.products import as_operand, mm_into, mm_of, with_gradient
@@ -110,7 +111,7 @@ class _ParallelLogprob(torch.autograd.Function):
         return found[0], found[1]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         hidden, weight, bias, targets = ctx.saved_tensors
         group, max_rows = ctx.ranks.group, ctx.ranks.max_rows

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from grpo_fast.ops.first_derivative import once_differentiable
 from grpo_fast.ops.lm_head import (
     LMHead,
     check_rows,
@@ -171,7 +172,7 @@ class _KeptLogprob(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad_logprobs: torch.Tensor, grad_entropy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, *kept = ctx.saved_tensors
         head, work = LMHead(weight, bias, *ctx.options), working_dtype(hidden)

@@ -9,7 +9,8 @@ Logits of all rows never live at once: ops walk the rows in chunks of ``chunk_by
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -40,6 +41,7 @@ class LMHead:
     """The head: its weight, and the settings by which hidden states become the logits that are sampled from.
 
     Raises:
+        TypeError: ``weight`` is no tensor.
         ValueError: a value outside its range, with the field named.
     """
 
@@ -64,22 +66,28 @@ class LMHead:
     """Size of the block of logits that lives at once; ``None`` takes 64 MiB on a CPU and 1/32 of a GPU's memory."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.weight, torch.Tensor):
+            raise TypeError(f"weight is a {type(self.weight).__name__}; give tensors: LMHead(layer.weight, layer.bias)")
         if self.weight.ndim != 2:
             raise ValueError(f"weight has shape {tuple(self.weight.shape)}; it must be (V, H)")
         if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
             raise ValueError(
                 f"bias has shape {tuple(self.bias.shape)} for a weight of {tuple(self.weight.shape)}; it must be (V,)"
             )
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature}; it must be positive (greedy sampling has no log-probabilities)")
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"softcap={self.softcap}; it must be positive, or None for no cap")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(
+                f"temperature={self.temperature}; it must be positive and finite (greedy has no log-probabilities)"
+            )
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
+            raise ValueError(f"softcap={self.softcap}; it must be positive and finite, or None for no cap")
         if self.logits_dtype not in (None, torch.float32, torch.bfloat16):
             raise ValueError(f"logits_dtype={self.logits_dtype}; choose float32, bfloat16 or None")
         if self.operand_dtype not in (None, torch.float16, torch.bfloat16):
             raise ValueError(f"operand_dtype={self.operand_dtype}; choose bfloat16, float16 or None")
-        if self.chunk_bytes is not None and self.chunk_bytes < 1:
-            raise ValueError(f"chunk_bytes={self.chunk_bytes}; it must be at least 1, or None for the device's default")
+        if self.chunk_bytes is not None and (not isinstance(self.chunk_bytes, int) or self.chunk_bytes < 1):
+            raise ValueError(
+                f"chunk_bytes={self.chunk_bytes}; it must be a whole number from 1, or None for the device's default"
+            )
 
     @property
     def slope(self) -> float:
@@ -145,15 +153,53 @@ def check_rows(hidden: torch.Tensor, head: LMHead, targets: torch.Tensor, *, nam
     """Checks rows, and targets or another number of each, against the head.
 
     Raises:
-        ValueError: a tensor that does not fit, with its shape.
-        TypeError: targets are not int64; kernels multiply them by the weight's stride.
+        ValueError: a tensor that does not fit, with its shape or device.
+        TypeError: ``head`` is no LMHead, rows or weight are not floats, or targets are not int64; kernels multiply them by the
+            weight's stride.
     """
+    if not isinstance(head, LMHead):
+        raise TypeError(
+            f"head is a {type(head).__name__}; give LMHead(weight, bias), of a layer LMHead(layer.weight, layer.bias)"
+        )
     if hidden.ndim != 2 or hidden.shape[1] != head.weight.shape[1]:
         raise ValueError(f"hidden has shape {tuple(hidden.shape)}; for a head of {tuple(head.weight.shape)} it must be (T, H)")
+    for what, values in (("hidden", hidden), ("the head's weight", head.weight)):
+        if not values.is_floating_point():
+            raise TypeError(f"{what} is {values.dtype}; give floats")
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"{name} has shape {tuple(targets.shape)}; hidden has {hidden.shape[0]} rows, so it must be (T,)")
     if targets.dtype != torch.int64:
         raise TypeError(f"{name} is {targets.dtype}; give int64")
+    check_device(hidden, {"the head's weight": head.weight, "the head's bias": head.bias})
+
+
+def check_targets(hidden: torch.Tensor, head: LMHead, targets: torch.Tensor) -> None:
+    """Checks the targets of rows that :func:`check_rows` has passed.
+
+    Raises:
+        ValueError: they are on another device; or, seen on the CPU alone, as elsewhere nothing waits for the device: one is
+            outside the vocabulary.
+    """
+    check_device(hidden, {"targets": targets})
+    if not len(targets) or targets.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    low, high = (int(value) for value in targets.aminmax())
+    if low < 0 or high >= len(head.weight):
+        raise ValueError(
+            f"targets go from {low} to {high}; they must be from 0 to {len(head.weight) - 1}. Leave out rows that are not "
+            "scored: hidden[scored], targets[scored]"
+        )
+
+
+def check_device(like: torch.Tensor, others: Mapping[str, torch.Tensor | None]) -> None:
+    """Checks that tensors are where another is.
+
+    Raises:
+        ValueError: one is elsewhere.
+    """
+    for name, values in others.items():
+        if values is not None and values.device != like.device:
+            raise ValueError(f"{name} is on {values.device} and the rows are on {like.device}; move it there")
 
 
 def working_dtype(hidden: torch.Tensor) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeAlias, get_args
 
@@ -11,6 +12,20 @@ from grpo_fast.ops import native
 
 Surrogate: TypeAlias = Literal["clip", "cispo", "sapo", "vespo"]
 RatioLevel: TypeAlias = Literal["token", "sequence", "sequence_sum"]
+
+
+_NUMBERS = (
+    "epsilon_low",
+    "epsilon_high",
+    "beta",
+    "entropy_coef",
+    "sapo_temperature_pos",
+    "sapo_temperature_neg",
+    "vespo_k_pos",
+    "vespo_lambda_pos",
+    "vespo_k_neg",
+    "vespo_lambda_neg",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +63,10 @@ class LossSpec:
         for name, kinds in (("surrogate", Surrogate), ("importance_sampling_level", RatioLevel)):
             if getattr(self, name) not in get_args(kinds):
                 raise ValueError(f"{name}={getattr(self, name)!r}; choose one of {', '.join(get_args(kinds))}")
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"{name}={value!r}; give a finite number")
         if self.surrogate in ("cispo", "vespo") and self.importance_sampling_level != "token":
             raise ValueError(
                 f"importance_sampling_level={self.importance_sampling_level!r} has no meaning for "
@@ -221,10 +240,11 @@ def check_shapes(per_token: torch.Tensor, batch: LossBatch) -> None:
     """Checks a batch against T, the number of tokens.
 
     Raises:
-        ValueError: a tensor that does not fit, with both shapes; or, seen on the CPU alone, as elsewhere nothing waits for the
-            device: a ``sequence_index`` that does not ascend or leaves the B sequences.
-        TypeError: a mask that is not boolean.
+        ValueError: a tensor that does not fit, with both shapes or devices; or, seen on the CPU alone, as elsewhere nothing
+            waits for the device: a ``sequence_index`` that does not ascend or leaves the B sequences.
+        TypeError: a mask that is not boolean, indices that are not whole numbers, or what is no tensor.
     """
+    _check_tensors(per_token, batch)
     num_tokens, weights = per_token.shape[0], tuple(batch.loss_weights.shape)
     for name in TOKEN_FIELDS:
         values = getattr(batch, name)
@@ -239,10 +259,24 @@ def check_shapes(per_token: torch.Tensor, batch: LossBatch) -> None:
         shape = tuple(batch.sampler_log_ratios.shape)
         raise ValueError(f"sampler_log_ratios has shape {shape}; it must be {weights}, one a sequence")
     index = batch.sequence_index
+    if index.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"sequence_index is {index.dtype}; give int64 or int32")
     if num_tokens and index.device.type == "cpu" and not torch.compiler.is_compiling():
         first, last = int(index[0]), int(index[-1])
         if first < 0 or last >= weights[0] or not _ascends(index):
             raise ValueError(f"sequence_index goes from {first} to {last}; it must ascend and stay under B, here {weights[0]}")
+
+
+def _check_tensors(per_token: torch.Tensor, batch: LossBatch) -> None:
+    if not isinstance(batch, LossBatch):
+        raise TypeError(f"batch is a {type(batch).__name__}; give a LossBatch")
+    for name, values in zip(batch._fields, batch, strict=True):
+        if values is None or name == "num_items_in_batch":
+            continue
+        if not isinstance(values, torch.Tensor):
+            raise TypeError(f"{name} is a {type(values).__name__}; give a tensor")
+        if values.device != per_token.device:
+            raise ValueError(f"{name} is on {values.device} and the rows are on {per_token.device}; move it there")
 
 
 def _ascends(index: torch.Tensor) -> bool:
@@ -256,7 +290,10 @@ def check_needs(batch: LossBatch, spec: LossSpec, entropy: torch.Tensor | None) 
 
     Raises:
         ValueError: something that ``spec`` needs is missing.
+        TypeError: ``spec`` is no LossSpec.
     """
+    if not isinstance(spec, LossSpec):
+        raise TypeError(f"spec is {spec!r}; give a LossSpec, or that of an objective: OBJECTIVES['dapo'].spec(Config())")
     if spec.beta != 0 and batch.ref_logprobs is None:
         raise ValueError("beta is not 0, so ref_logprobs are needed; score the tokens under the reference, or set beta=0")
     if spec.entropy_coef != 0 and entropy is None:

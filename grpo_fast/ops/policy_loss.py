@@ -295,7 +295,8 @@ def policy_coefficients(
         float32 (float64 for float64 inputs) and detached. Losses and metrics of blocks add up to those of the whole.
 
     Raises:
-        ValueError: shapes that do not fit, or an input that ``spec`` needs is missing.
+        ValueError: shapes or devices that do not fit, or an input that ``spec`` needs is missing.
+        TypeError: an input that is not a tensor, or one of another type.
     """
     check_shapes(logprobs, batch)
     check_needs(batch, spec, entropy)
@@ -324,7 +325,8 @@ def policy_loss(
         The scalar loss, float32 (float64 for float64 inputs), and metric sums. With T = 0 the loss is a differentiable 0.
 
     Raises:
-        ValueError: shapes that do not fit, or an input that ``spec`` needs is missing.
+        ValueError: shapes or devices that do not fit, or an input that ``spec`` needs is missing.
+        TypeError: an input that is not a tensor, or one of another type.
 
     Source:
         See the module; TRL 1.16 is matched term by term.

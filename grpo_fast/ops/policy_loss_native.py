@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from grpo_fast.ops import native
+from grpo_fast.ops.first_derivative import once_differentiable
 from grpo_fast.ops.loss_spec import LossBatch, LossSpec, PolicyCoefficients, PolicyLoss
 from grpo_fast.ops.policy_loss_triton import coefficients_by, input_gradients, loss_by, setup_context
 
@@ -27,7 +28,7 @@ class _PolicyLoss(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad_sums: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
         grad_logprobs, grad_loss = ctx.saved_tensors[0], grad_sums[0]
         # A loss that backward starts from has gradient 1, and a product would take a third of the time of all else.

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
+from grpo_fast.ops.first_derivative import once_differentiable
 from grpo_fast.ops.loss_spec import (
     LossBatch,
     LossSpec,
@@ -147,7 +148,7 @@ def input_gradients(ctx: Any, grad_loss: torch.Tensor, grad_logprobs: torch.Tens
     return (grad_logprobs.to(ctx.dtypes[0]), grad_entropy, *(None,) * 12)
 
 
-@torch.autograd.function.once_differentiable
+@once_differentiable
 def _policy_loss_bwd(ctx: Any, grad_sums: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     return input_gradients(ctx, grad_sums[0], ctx.saved_tensors[0] * grad_sums[0])
 

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own custom)
 
+from grpo_fast.ops.first_derivative import once_differentiable
+
 ONEDNN_OPS = frozenset({torch.ops.mkldnn._linear_pointwise.default} if torch.backends.mkldnn.is_available() else ())
 """The operator that multiplies, in a torch that has it."""
 ROWS_STAND_ALONE = torch.__version__ >= "2.13"
@@ -118,7 +120,7 @@ class _Linear(torch.autograd.Function):
         return _onednn(rows, weight, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
         wants_rows, wants_weight, wants_bias = ctx.needs_input_grad

@@ -22,10 +22,11 @@ from typing import Any
 import torch
 
 from grpo_fast.ops.dispatch import Impl, Implementation, resolve, triton_kernels
+from grpo_fast.ops.first_derivative import once_differentiable
 from grpo_fast.ops.head_pass import HeadPass, HeadPassFactory, RowGradient, row_statistics
 from grpo_fast.ops.head_torch import TorchHeadPass
 from grpo_fast.ops.head_triton import TritonHeadPass
-from grpo_fast.ops.lm_head import LMHead, check_rows, full_precision, head_options, row_chunks, working_dtype
+from grpo_fast.ops.lm_head import LMHead, check_rows, check_targets, full_precision, head_options, row_chunks, working_dtype
 
 HEAD_PASSES: Mapping[str, HeadPassFactory] = {"triton": TritonHeadPass, "torch": TorchHeadPass}
 """The passes that make the blocks of a call, by the name of the implementation."""
@@ -151,7 +152,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
         ctx.mark_non_differentiable(output[1])
 
 
-@torch.autograd.function.once_differentiable
+@once_differentiable
 def _backward(
     ctx: Any, grad_logprobs: torch.Tensor | None, grad_entropy: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
@@ -200,10 +201,12 @@ def token_logprob(
         respect to ``hidden``, ``head.weight`` and ``head.bias``.
 
     Raises:
-        ValueError: shapes that do not fit. A target outside the vocabulary is an error on the CPU, and NaN by kernels, which
-            nothing waits for.
-        TypeError: targets are not int64.
+        ValueError: shapes or devices that do not fit. A target outside the vocabulary is an error on the CPU, and NaN by
+            kernels, which nothing waits for.
+        TypeError: targets are not int64, or ``head`` is a layer.
+        RuntimeError: a second derivative is asked for.
     """
     check_rows(hidden, head, targets)
+    check_targets(hidden, head, targets)
     run = resolve("token_logprob", _IMPLEMENTATIONS, impl=impl, like=hidden)
     return run(hidden, head, targets=targets, want_entropy=want_entropy)

@@ -5,6 +5,7 @@ import math
 import statistics
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -135,6 +136,10 @@ def test_unusable_rewards_are_refused() -> None:
         group_advantage(torch.tensor([[1, 2]]))
     with pytest.raises(ValueError, match=r"\(3,\)"):
         group_advantage(torch.zeros(3))
+    with pytest.raises(TypeError, match=r"rewards are \[1\.0, 0\.0\]; give a tensor \(P, G\), or a list of groups"):
+        group_advantage([1.0, 0.0])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"rewards are array\("):
+        group_advantage(np.ones((2, 2)))
     with pytest.raises(ValueError, match="scale_rewards='std'"):
         group_advantage(torch.zeros(1, 3), scale_rewards="std")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="prompt 1, completion 0 is -inf"):

@@ -5,7 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from grpo_fast.ops.lm_head import ROW_MULTIPLE, LMHead, default_chunk_bytes, row_chunks, rows_per_chunk, short_operands
+from grpo_fast.ops.lm_head import (
+    ROW_MULTIPLE,
+    LMHead,
+    check_rows,
+    check_targets,
+    default_chunk_bytes,
+    row_chunks,
+    rows_per_chunk,
+    short_operands,
+)
 
 CPU = torch.device("cpu")
 
@@ -86,8 +95,11 @@ def test_products_are_short_where_both_operands_are(
     ("wrong", "message"),
     [
         ({"temperature": 0.0}, "temperature=0"),
+        ({"temperature": float("inf")}, "temperature=inf; it must be positive and finite"),
         ({"softcap": -1.0}, "softcap=-1"),
+        ({"softcap": float("inf")}, "softcap=inf; it must be positive and finite, or None for no cap"),
         ({"chunk_bytes": 0}, "chunk_bytes=0"),
+        ({"chunk_bytes": 1e6}, "chunk_bytes=1000000.0; it must be a whole number"),
         ({"bias": torch.zeros(36)}, "bias has shape"),
         ({"weight": torch.zeros(3)}, "weight has shape"),
         ({"logits_dtype": torch.float16}, "logits_dtype=torch.float16"),
@@ -97,3 +109,35 @@ def test_products_are_short_where_both_operands_are(
 def test_impossible_heads_are_refused(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(LMHead(torch.zeros(37, 5)), **wrong)
+
+
+def test_a_layer_is_no_head_and_no_weight() -> None:
+    layer, rows, targets = torch.nn.Linear(5, 37), torch.zeros(2, 5), torch.zeros(2, dtype=torch.long)
+    with pytest.raises(TypeError, match=r"weight is a Linear; give tensors: LMHead\(layer.weight, layer.bias\)"):
+        LMHead(layer)  # type: ignore[arg-type]
+    with pytest.raises(
+        TypeError, match=r"head is a Linear; give LMHead\(weight, bias\), of a layer LMHead\(layer.weight, layer.bias\)"
+    ):
+        check_rows(rows, layer, targets)  # type: ignore[arg-type]
+
+
+def test_rows_and_targets_that_do_not_fit_the_head_are_refused() -> None:
+    head, rows, targets = LMHead(torch.zeros(37, 5), torch.zeros(37)), torch.zeros(2, 5), torch.tensor([0, 36])
+    check_rows(rows, head, targets)
+    check_targets(rows, head, targets)
+    check_targets(rows[:0], head, targets[:0])
+    with pytest.raises(TypeError, match=r"hidden is torch\.int64; give floats"):
+        check_rows(rows.long(), head, targets)
+    with pytest.raises(TypeError, match=r"the head's weight is torch\.int64; give floats"):
+        check_rows(rows, LMHead(torch.zeros(37, 5).long()), targets)
+    with pytest.raises(ValueError, match="the head's weight is on meta and the rows are on cpu; move it there"):
+        check_rows(rows, LMHead(head.weight.to("meta")), targets)
+    with pytest.raises(ValueError, match="the head's bias is on meta and the rows are on cpu"):
+        check_rows(rows, replace(head, bias=torch.zeros(37, device="meta")), targets)
+    with pytest.raises(ValueError, match="targets is on meta and the rows are on cpu"):
+        check_targets(rows, head, targets.to("meta"))
+    for wrong, told in (([0, 37], "from 0 to 37"), ([-100, 4], "from -100 to 4")):
+        with pytest.raises(
+            ValueError, match=rf"targets go {told}; they must be from 0 to 36. Leave out rows that are not scored"
+        ):
+            check_targets(rows, head, torch.tensor(wrong))

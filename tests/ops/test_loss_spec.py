@@ -76,6 +76,20 @@ def test_shapes_of_sequences_and_type_of_the_mask() -> None:
         check_shapes(torch.zeros(4), BATCH._replace(sampler_log_ratios=torch.zeros(3)))
     with pytest.raises(TypeError, match=r"torch\.int64"):
         check_shapes(torch.zeros(4), BATCH._replace(token_mask=BATCH.token_mask.long()))
+    with pytest.raises(TypeError, match=r"sequence_index is torch\.float32; give int64 or int32"):
+        check_shapes(torch.zeros(4), BATCH._replace(sequence_index=BATCH.sequence_index.float()))
+
+
+def test_a_batch_is_one_of_tensors_in_one_place() -> None:
+    with pytest.raises(TypeError, match="batch is a dict; give a LossBatch"):
+        check_shapes(torch.zeros(4), BATCH._asdict())  # type: ignore[arg-type]
+    for name in set(BATCH._fields) - {"num_items_in_batch"}:
+        with pytest.raises(TypeError, match=f"{name} is a list; give a tensor"):
+            check_shapes(torch.zeros(4), BATCH._replace(**{name: [1.0]}))
+        with pytest.raises(ValueError, match=f"{name} is on meta and the rows are on cpu; move it there"):
+            check_shapes(torch.zeros(4), BATCH._replace(**{name: getattr(BATCH, name).to("meta")}))
+    with pytest.raises(TypeError, match="spec is 'dapo'; give a LossSpec, or that of an objective: OBJECTIVES"):
+        check_needs(BATCH, "dapo", None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("index", [[0, 1, 0, 3], [0, 0, 1, 4], [-1, 0, 1, 3]], ids=str)
@@ -106,3 +120,7 @@ def test_impossible_losses_are_refused() -> None:
         LossSpec(surrogate="grpo")
     with pytest.raises(ValueError, match=r"importance_sampling_level='seq'; choose one of token, sequence, sequence_sum"):
         LossSpec(importance_sampling_level="seq")
+    with pytest.raises(ValueError, match="epsilon_high=None; give a finite number"):
+        LossSpec(epsilon_high=None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="beta=nan; give a finite number"):
+        LossSpec(beta=math.nan)
