@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,14 @@ class _Stream:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor: int | None = None
+        self._close: Callable[[], Any] = lambda: None
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         if not rows:
             return
         if self._descriptor is None:
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            self._close = weakref.finalize(self, os.close, self._descriptor)  # also where nobody calls close
             os.ftruncate(self._descriptor, _whole_lines(self.path.read_bytes()))
         lines = (json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
         left = memoryview("".join(lines).encode("utf-8", "backslashreplace"))
@@ -72,9 +75,8 @@ class _Stream:
             os.fsync(self._descriptor)
 
     def close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        self._close()
+        self._descriptor = None
 
 
 def _whole_lines(content: bytes) -> int:

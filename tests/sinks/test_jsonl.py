@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import math
 import os
@@ -113,6 +114,20 @@ def test_a_killed_process_leaves_whole_lines(tmp_path: Path) -> None:
     sink = JsonlSink(tmp_path)
     sink.truncate(3)
     assert [row["step"] for row in _rows(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_files_that_nobody_closed_are_closed_with_the_sink(tmp_path: Path) -> None:
+    def opened() -> list[str]:
+        places = [entry.resolve() for entry in Path("/proc/self/fd").iterdir()]
+        return sorted(place.name for place in places if place.parent == tmp_path)
+
+    sink = JsonlSink(tmp_path)
+    sink.log_step({"step": 1}, {"median": 0.5})
+    sink.log_event(1, "warn", "attention")
+    assert opened() == ["events.jsonl", "forecasts.jsonl", "metrics.jsonl"]
+    del sink
+    gc.collect()
+    assert opened() == []
 
 
 def test_a_full_disk_is_named(sink: JsonlSink, monkeypatch: pytest.MonkeyPatch) -> None:
