@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from grpo_fast import Forecast, ops
 from grpo_fast.config import Config
 from grpo_fast.consistency import VLLM_SAMPLING
 from grpo_fast.law.posterior import GRID
-from grpo_fast.objective import OBJECTIVES
+from grpo_fast.objective import OBJECTIVES, Objective
 from grpo_fast.rewards.call import GIVEN
 from grpo_fast.train.logged import family
 from grpo_fast.trl_names import HERE, NOT_HERE
@@ -228,6 +229,9 @@ def test_every_name_in_the_text_exists(page: Path) -> None:
         *(field.name for field in fields(Forecast)),
         *OBJECTIVES,
         *ops.__all__,
+        *ops.LossBatch._fields,
+        *(field.name for field in fields(ops.LMHead)),
+        *inspect.signature(Objective.loss_weights).parameters,
         *GIVEN,
         *(field.name for field in fields(TrainerState)),
         *OTHER_NAMES,
