@@ -6,10 +6,12 @@ import difflib
 import functools
 import importlib
 import inspect
+import linecache
 import math
 import traceback
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 _MAX_CHARACTERS = 1000
 _LARGEST = 3.4028234663852886e38
@@ -37,6 +39,33 @@ def is_async(function: Callable[..., Any]) -> bool:
 def _called_in_the_end(function: Callable[..., Any]) -> Callable[..., Any]:
     while isinstance(function, functools.partial):
         function = function.func
+    return function
+
+
+def with_source(function: Callable[..., Any]) -> Any:
+    """What unpickles as the function and brings its source along where that is in no file, as of a notebook's cell.
+
+    The other process can then show the line that failed.
+    """
+    called = _called_in_the_end(function)
+    code = getattr(called, "__code__", None) or getattr(type(called).__call__, "__code__", None)
+    if code is None or Path(code.co_filename).exists():
+        return function
+    lines = linecache.getlines(code.co_filename)
+    return _Sourced(function, code.co_filename, lines) if lines else function
+
+
+class _Sourced(NamedTuple):
+    function: Callable[..., Any]
+    place: str
+    lines: list[str]
+
+    def __reduce__(self) -> Any:
+        return _restored, tuple(self)
+
+
+def _restored(function: Callable[..., Any], place: str, lines: list[str]) -> Callable[..., Any]:
+    linecache.cache[place] = (sum(map(len, lines)), None, lines, place)
     return function
 
 
@@ -134,4 +163,5 @@ def describe_failure(error: BaseException) -> str:
     if not frames:
         return f"raised {text}"
     last = frames[-1]
-    return f"raised {text} ({last.filename}:{last.lineno}, in {last.name}: {last.line})"
+    line = f": {last.line}" if last.line else ""  # of code that came without its source
+    return f"raised {text} ({last.filename}:{last.lineno}, in {last.name}{line})"

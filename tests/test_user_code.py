@@ -1,14 +1,27 @@
 from __future__ import annotations
 
 import functools
+import linecache
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import pytest
 
-from grpo_fast.user_code import accepted_arguments, describe_failure, import_object, is_async, name_of, number_of, shown
+from grpo_fast.user_code import (
+    accepted_arguments,
+    describe_failure,
+    import_object,
+    is_async,
+    name_of,
+    number_of,
+    shown,
+    with_source,
+)
 
 
 def test_names_are_those_of_what_is_called_in_the_end() -> None:
@@ -88,3 +101,34 @@ def test_numbers_are_those_of_float32_and_all_values_can_be_shown() -> None:
 
     assert [shown(value) for value in (1.5, 10**5000)] == ["1.5 (float)", "a value that cannot be written (int)"]
     assert shown(Broken()) == "a value that cannot be written (Broken)"
+
+
+def test_another_process_shows_the_line_of_a_cell_that_failed(tmp_path: Path) -> None:
+    """A notebook keeps the text of its cells under names of files that are not there."""
+    cell = "class Rule:\n    def __call__(self):\n        return 1 / 0\n\n\ndef rule():\n    return 2 / 0\n"
+    place = str(tmp_path / "cell-1.py")
+    linecache.cache[place] = (len(cell), None, cell.splitlines(keepends=True), place)
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(cell, place, "exec"), names)
+    script = (
+        "import pickle, sys\nfrom grpo_fast.user_code import describe_failure\n"
+        "for function in pickle.loads(sys.stdin.buffer.read()):\n"
+        "    try:\n        function()\n    except ZeroDivisionError as error:\n        print(describe_failure(error))\n"
+    )
+
+    def told(functions: list[Any]) -> list[str]:
+        sent = cloudpickle.dumps(functions)
+        done = subprocess.run([sys.executable, "-c", script], input=sent, capture_output=True, check=True)
+        return [line.partition(" (")[2] for line in done.stdout.decode().splitlines()]
+
+    functions = [names["rule"], functools.partial(names["rule"]), names["Rule"]()]
+    assert told([with_source(function) for function in functions]) == [
+        f"{place}:7, in rule: return 2 / 0)",
+        f"{place}:7, in rule: return 2 / 0)",
+        f"{place}:3, in __call__: return 1 / 0)",
+    ]
+    assert told(functions[:1]) == [f"{place}:7, in rule)"]
+    assert with_source(test_numbers_are_those_of_float32_and_all_values_can_be_shown) is (
+        test_numbers_are_those_of_float32_and_all_values_can_be_shown
+    )
+    assert with_source(max) is max

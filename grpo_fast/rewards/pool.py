@@ -32,7 +32,7 @@ from grpo_fast.rewards.process import WorkerDiedError, WorkerProcess
 from grpo_fast.rewards.report import RewardReport, Tally
 from grpo_fast.rewards.worker import Reply
 from grpo_fast.types import Group, TrainerState, TrainingError
-from grpo_fast.user_code import is_async
+from grpo_fast.user_code import is_async, with_source
 
 OnError: TypeAlias = Literal["raise", "none"]
 
@@ -409,7 +409,7 @@ def _freeze(name: str, spec: str | Callable[..., Any]) -> str | bytes:
     if isinstance(spec, str):
         return spec
     try:
-        return bytes(cloudpickle.dumps(spec))
+        return bytes(cloudpickle.dumps(with_source(spec)))
     except Exception as error:
         raise TypeError(
             f"reward function {name!r} cannot be sent to a worker process ({error}); create its objects inside the function, "

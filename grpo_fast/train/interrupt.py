@@ -14,7 +14,7 @@ class EndedAtOnceError(KeyboardInterrupt):
     """A second signal; :attr:`signal` is the first, which asked for the end."""
 
     def __init__(self, first: signal.Signals) -> None:
-        super().__init__()
+        super().__init__(f"a second signal came after {first.name}; the newest checkpoint holds")
         self.signal = first
 
 

@@ -60,6 +60,7 @@ def test_second_signal_ends_at_once(number: signal.Signals) -> None:
             os.kill(os.getpid(), number)
             time.sleep(5)
     assert raised.value.signal == signal.SIGTERM, "the first"  # type: ignore[attr-defined]
+    assert str(raised.value) == "a second signal came after SIGTERM; the newest checkpoint holds"
 
 
 def test_handlers_are_put_back_and_the_flag_starts_anew() -> None:
