@@ -188,7 +188,7 @@ def build(case: Case, kernel: Any) -> Build:
 
 def compile_all(wanted: Iterable[Case], *, num_processes: int) -> list[Build]:
     """Compiles cases; Triton keeps what it has compiled in its own cache."""
-    with multiprocessing.get_context("spawn").Pool(num_processes) as pool:
+    with multiprocessing.get_context("fork").Pool(num_processes) as pool:  # torch is imported, and has not run
         # One at a time: a worker that drew the slow ones would be waited for.
         return sorted(build for found in pool.imap_unordered(compile_case, wanted, chunksize=1) for build in found)
 
