@@ -16,6 +16,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from benchmarks.system.command_line import CommandLine
 from grpo_fast.ops.jit import interpreted
 from tests import quick_interpreter
 
@@ -139,6 +140,15 @@ def shell(
         return (0 if code is None else int(code)), out, err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
+    """One process which imports torch once: commands, code and ranks run in its forks. Who takes it gives it a home."""
+    with untraced_processes():
+        forks = CommandLine(tmp_path_factory.mktemp("forks"))
+    with contextlib.closing(forks):
+        yield forks
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import json
 import os
@@ -11,7 +10,6 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import get_args
@@ -102,13 +100,6 @@ def metrics_of_the_page() -> set[str]:
 
 def explained(name: str) -> bool:
     return any(re.fullmatch(re.escape(told).replace("NAME", ".+"), name) for told in metrics_of_the_page())
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
-    """One process for all pages, which imports torch once: what needs no shell runs in its forks."""
-    with contextlib.closing(CommandLine(tmp_path_factory.mktemp("pages"))) as forks:
-        yield forks
 
 
 def run_block(block: Block, forks: CommandLine) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,13 +15,6 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 SHELL = [block.replace("\\\n", " ") for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)]
 COMMANDS = [line.strip() for block in SHELL for line in block.splitlines() if line.startswith("grpo-fast")]
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
-    """One process, which imports torch once: what the README runs is run in its forks."""
-    with contextlib.closing(CommandLine(tmp_path_factory.mktemp("readme"))) as forks:
-        yield forks
 
 
 @pytest.mark.slow

@@ -8,23 +8,23 @@ from typing import Any
 
 import pytest
 
+from benchmarks.system.command_line import CommandLine
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.train.distributed import ALONE
 from grpo_fast.train.handshake import check_ranks, shake_hands
-from tests.train.distributed.launches import COMMON, torchrun
+from tests.train.distributed.launches import COMMON, forked_ranks, torchrun
 
-PROGRAM = Path(__file__).with_name("distributed") / "start_program.py"
+PROGRAM = "tests.train.distributed.start_program"
 
 
 @pytest.fixture(scope="module")
-def output(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def output(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, forks: CommandLine) -> Path:
     """What two ranks of one launch were told, and the run that they made in the end."""
     directory = tmp_path_factory.mktemp("starts")
     output = directory / "runs"
     output.mkdir()
     (directory / "settings.json").write_text(json.dumps(COMMON | {"model": str(tiny_model), "max_steps": 1}), encoding="utf-8")
-    done = torchrun(2, PROGRAM, directory / "settings.json", output, cwd=directory)
-    assert done.returncode == 0, done.stderr
+    forked_ranks(forks, 2, PROGRAM, directory / "settings.json", output)
     return output
 
 

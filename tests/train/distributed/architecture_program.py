@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -18,7 +17,3 @@ def main(cases: Path, output: Path) -> None:
     found = {name: play(values) for name, values in json.loads(cases.read_text(encoding="utf-8")).items()}
     (output / f"rank-{dist.get_rank()}.json").write_text(json.dumps(found), encoding="utf-8")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))

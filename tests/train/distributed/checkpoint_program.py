@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,9 @@ class Stumbling(ShardedPolicy):
         super().load_weights(directory)
 
 
-def main(model: str, output: Path) -> None:
+def main(model: str, directory: str) -> None:
     torch.set_num_threads(1)
+    output = Path(directory)
     world = World.join(torch.device("cpu"), timeout_s=60)
     config = Config(model=model, device="cpu", fsdp="full_shard", max_completion_length=8)
     source = PolicySource(config)
@@ -79,7 +79,3 @@ def main(model: str, output: Path) -> None:
     found["lost"] = told(load)
     answers.write_text(json.dumps(found), encoding="utf-8")
     os._exit(0)  # the process group cannot be left in order any more
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))

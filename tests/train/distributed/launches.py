@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
-PROGRAM = Path(__file__).with_name("rank_program.py")
+from benchmarks.system.command_line import CommandLine
+
+ROOT = str(Path(__file__).parents[3])
 TIMED = ("time/", "budget/", "step_time", "gpu_seconds", "energy_kwh", "money", "mfu", "overlap/")
 RESUMED = ("whole", "adapters")
 SHARING = ("rloo", "gspo")
@@ -51,20 +53,7 @@ COMMON: dict[str, Any] = {
 
 def search_path(directory: Path) -> str:
     """Where a process finds the package, and modules of ``directory``."""
-    return os.pathsep.join([str(Path(__file__).parents[3]), str(directory), os.environ.get("PYTHONPATH", "")])
-
-
-def two_ranks(store: dist.TCPStore, directory: Path) -> dict[str, str]:
-    """Environment of two ranks that are started one by one, but for their numbers; ``store`` is kept by who starts them."""
-    return {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": search_path(directory),
-    }
+    return os.pathsep.join([ROOT, str(directory), os.environ.get("PYTHONPATH", "")])
 
 
 def torchrun(
@@ -76,6 +65,93 @@ def torchrun(
     return subprocess.run(
         [*launcher, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, check=False
     )
+
+
+_LIMIT_S = 400
+"""A rank that takes longer hangs: it ends, and says where it was."""
+_RANKS = """
+import faulthandler, importlib, sys
+from pathlib import Path
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+sys.path.insert(0, {root!r})
+main = importlib.import_module({program!r}).main
+
+def rank(*arguments):
+    faulthandler.enable()
+    faulthandler.dump_traceback_later({limit_s}, exit=True)
+    main(*arguments)
+
+where = {{"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}}
+config = LaunchConfig(1, 1, {num_ranks}, max_restarts=0, start_method="fork", run_id="ranks", **where)
+elastic_launch(config, rank)(*map(Path, {arguments!r}))
+"""
+
+
+def forked_ranks(forks: CommandLine, num_ranks: int, program: str, *arguments: Path) -> list[dict[str, Any]]:
+    """What ranks that call ``main`` of a module tell in JSON files.
+
+    The first of its arguments is a file, beside which they run, and the last is the directory in which they tell it.
+
+    It is torchrun's agent that starts them, in forks of a process which has imported nearly all that they need.
+    """
+    forks.home, directory = arguments[0].parent, arguments[-1]
+    words = [*map(str, arguments)]
+    code = _RANKS.format(root=ROOT, program=program, num_ranks=num_ranks, arguments=words, limit_s=_LIMIT_S)
+    assert forks.run_code(code) == 0, forks.log()[-3000:]
+    return [json.loads((directory / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(num_ranks)]
+
+
+_PAIR = """
+import faulthandler, importlib, json, os, signal, sys
+
+sys.path.insert(0, {root!r})
+os.environ.update({environment!r})
+ranks = []
+for rank in range(2):
+    ranks.append(os.fork())
+    if not ranks[-1]:
+        os.environ |= {{"RANK": str(rank), "LOCAL_RANK": str(rank)}}
+        log = os.open(f"rank-{{rank}}.log", os.O_WRONLY | os.O_CREAT)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        faulthandler.dump_traceback_later({limit_s}, exit=True)
+        sys.exit(importlib.import_module({program!r}).main(*{arguments!r}))
+codes = []
+for rank in ranks:
+    if os.waitid(os.P_PID, rank, os.WEXITED | os.WSTOPPED | os.WNOWAIT).si_code == os.CLD_STOPPED:
+        os.kill(rank, signal.SIGKILL)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]))
+with open("codes.json", "w") as file:
+    json.dump(codes, file)
+"""
+
+
+def forked_pair(
+    forks: CommandLine, directory: Path, program: str, *arguments: Any, environment: Mapping[str, str] | None = None
+) -> tuple[list[int], list[str]]:
+    """Two ranks that call ``main`` of a module, of which no torchrun ends the one for the other's sake.
+
+    A rank 1 that is stopped when rank 0 has ended is killed.
+
+    Returns:
+        For each its exit code, or minus the number of the signal that ended it, and what it printed.
+    """
+    # the launcher keeps the store, as torchrun's does: a port that is only looked for may be another process's by then
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
+    forks.home = directory
+    shared |= environment or {}
+    code = _PAIR.format(root=ROOT, environment=shared, program=program, arguments=arguments, limit_s=_LIMIT_S)
+    assert forks.run_code(code) == 0, forks.log()[-3000:]
+    told = [(directory / f"rank-{rank}.log").read_text(encoding="utf-8") for rank in range(2)]
+    return json.loads((directory / "codes.json").read_text(encoding="utf-8")), told
 
 
 def cases(models: tuple[Path, Path], directory: Path) -> dict[str, dict[str, Any]]:
@@ -145,14 +221,14 @@ def uncounted(case: str) -> tuple[str, ...]:
 class Launch:
     """What the ranks of one launch found, and the runs that they left."""
 
-    def __init__(self, num_ranks: int, models: tuple[Path, Path], directory: Path, *, leave_out: str) -> None:
+    def __init__(
+        self, num_ranks: int, models: tuple[Path, Path], directory: Path, *, leave_out: str, forks: CommandLine
+    ) -> None:
         self.directory = directory
         file = directory / "cases.json"
         wanted = {name: values for name, values in cases(models, directory).items() if not name.startswith(leave_out)}
         file.write_text(json.dumps(wanted), encoding="utf-8")
-        done = torchrun(num_ranks, PROGRAM, file, directory, cwd=directory)
-        assert done.returncode == 0, done.stderr
-        self.found = [json.loads((directory / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(num_ranks)]
+        self.found = forked_ranks(forks, num_ranks, "tests.train.distributed.rank_program", file, directory)
 
 
 def random_model(kind: str, sizes: Mapping[str, Any]) -> Any:

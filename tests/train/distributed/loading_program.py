@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft  # noqa: F401 (once, for all ranks that are forked)
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
@@ -21,6 +22,7 @@ from grpo_fast.train.sharding import ShardedPolicy, load_sharded
 from grpo_fast.train.stored_weights import NotInPartsError, is_hollow
 
 TRY_MEMORY = "memory"
+M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 def contents(model: torch.nn.Module) -> dict[str, list[Any]]:
@@ -105,6 +107,7 @@ def measured(world: World, values: dict[str, Any]) -> dict[str, Any]:
 
 def main(cases: Path, output: Path) -> None:
     torch.set_num_threads(1)
+    assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65536) == 1  # else glibc keeps what has been freed
     dist.init_process_group("gloo")
     world = World.join(torch.device("cpu"), timeout_s=60)
     wanted = json.loads(cases.read_text(encoding="utf-8"))
@@ -114,7 +117,3 @@ def main(cases: Path, output: Path) -> None:
     }
     (output / f"rank-{world.rank}.json").write_text(json.dumps(found), encoding="utf-8")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -50,7 +50,3 @@ def main() -> None:
     again = World.join(torch.device("cpu"), timeout_s=TIMEOUT_S, join_timeout_s=60)
     print(json.dumps(found | {"again": again.gather(lambda: again.rank)}))
     again.close()
-
-
-if __name__ == "__main__":
-    main()

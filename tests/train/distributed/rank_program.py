@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 import threading
 import time
 import weakref
@@ -18,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import peft  # noqa: F401 (once, for all ranks that are forked)
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
@@ -429,7 +429,3 @@ def main(cases: Path, output: Path) -> None:
         found[name] = play(values, reward, resume=half == "resumed", until={"begun": 2, "resumed": 4}.get(half))
     (output / f"rank-{world.rank}.json").write_text(json.dumps(found), encoding="utf-8")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -6,7 +6,6 @@ import json
 import os
 import resource
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -104,7 +103,3 @@ def main(settings: Path, output: Path) -> None:
     found["other path"] = tried(*(longer | path for path in paths), resume=True)
     (output / f"rank-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))

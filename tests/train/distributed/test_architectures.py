@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from tests.train.distributed.launches import COMMON, random_model, torchrun, trace
+from benchmarks.system.command_line import CommandLine
+from tests.train.distributed.launches import COMMON, forked_ranks, random_model, trace
 from tests.train.distributed.rank_program import play
 
-PROGRAM = Path(__file__).with_name("architecture_program.py")
+PROGRAM = "tests.train.distributed.architecture_program"
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 4},
@@ -42,15 +43,13 @@ def models(sizes: dict[str, Any], tokenizer: PreTrainedTokenizerFast, tmp_path_f
 
 
 @pytest.fixture(scope="module")
-def ranks(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+def ranks(models: Path, tmp_path_factory: pytest.TempPathFactory, forks: CommandLine) -> tuple[Path, list[dict[str, Any]]]:
     """What two ranks of one launch made of all of them, and where their runs are."""
     directory = tmp_path_factory.mktemp("ranks")
     names = {f"{kind} {fsdp}": (kind, fsdp) for kind in KINDS for fsdp in WAYS}
     wanted = {name: settings(models / kind, directory / name, fsdp=fsdp) for name, (kind, fsdp) in names.items()}
     (directory / "cases.json").write_text(json.dumps(wanted), encoding="utf-8")
-    done = torchrun(2, PROGRAM, directory / "cases.json", directory, cwd=directory)
-    assert done.returncode == 0, done.stderr
-    return directory, [json.loads((directory / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+    return directory, forked_ranks(forks, 2, PROGRAM, directory / "cases.json", directory)
 
 
 @pytest.mark.slow

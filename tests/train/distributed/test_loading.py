@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tests.train.distributed.launches import random_model, torchrun
+from benchmarks.system.command_line import CommandLine
+from tests.train.distributed.launches import forked_ranks, random_model
 from tests.train.distributed.loading_program import TRY_MEMORY
 
-PROGRAM = Path(__file__).with_name("loading_program.py")
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": False},
     "tied llama": {"tie_word_embeddings": True, "vocab_size": 37},  # which neither two nor four divide
@@ -56,21 +58,29 @@ def models(sizes: dict[str, Any], tokenizer: PreTrainedTokenizerFast, tmp_path_f
     return directory
 
 
-@pytest.fixture(scope="module", params=NUM_RANKS)
-def found(request: pytest.FixtureRequest, models: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of several ranks found."""
-    directory = tmp_path_factory.mktemp("ranks")
+@pytest.fixture(scope="module")
+def launch(models: Path, tmp_path_factory: pytest.TempPathFactory, forks: CommandLine) -> Callable[[int], list[dict[str, Any]]]:
+    """Tells what each of several ranks found; they are launched once."""
     common = {"device": "cpu", "max_completion_length": 8}
-    cases = {
-        name: common | WAYS[way] | {"model": kind if kind == "embedded" else str(models / kind)}
-        for name, (kind, way) in (NUM_RANKS[request.param] | {TRY_MEMORY: (TRY_MEMORY, "full")}).items()
-    }
-    (directory / "cases.json").write_text(json.dumps(cases), encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # else glibc keeps what has been freed
-        done = torchrun(request.param, PROGRAM, directory / "cases.json", directory, cwd=directory)
-    assert done.returncode == 0, done.stderr
-    return [json.loads((directory / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(request.param)]
+
+    @functools.cache
+    def found(num_ranks: int) -> list[dict[str, Any]]:
+        directory = tmp_path_factory.mktemp("ranks")
+        cases = {
+            name: common | WAYS[way] | {"model": kind if kind == "embedded" else str(models / kind)}
+            for name, (kind, way) in (NUM_RANKS[num_ranks] | {TRY_MEMORY: (TRY_MEMORY, "full")}).items()
+        }
+        file = directory / "cases.json"
+        file.write_text(json.dumps(cases), encoding="utf-8")
+        return forked_ranks(forks, num_ranks, "tests.train.distributed.loading_program", file, directory)
+
+    return found
+
+
+@pytest.fixture(params=NUM_RANKS)
+def found(request: pytest.FixtureRequest, launch: Callable[[int], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What each of several ranks found."""
+    return launch(request.param)
 
 
 @pytest.mark.slow

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 import time
 import tomllib
@@ -14,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 
+from benchmarks.system.command_line import CommandLine
 from grpo_fast.config import Config
 from grpo_fast.train import GRPOTrainer
-from tests.train.distributed.launches import torchrun, trace, two_ranks
+from tests.train.distributed.launches import forked_pair, torchrun, trace
 from tests.train.distributed.rank_program import vowels
 
 DEADLINE_S = 60.0
@@ -69,16 +67,12 @@ def fatal(tiny_model: Path, tmp_path: Path) -> Callable[..., list[str]]:
     return make
 
 
-def program_path() -> str:
-    found = shutil.which("grpo-fast", path=Path(sys.executable).parent)
-    assert found is not None
-    return found
-
-
 @pytest.mark.slow
 def test_torchrun_restarts_a_run_whose_rank_was_killed(fatal: Callable[..., list[str]], tmp_path: Path) -> None:
     """What was sampled ahead, by weights that the checkpoint no longer has, is in it and is not sampled again."""
-    done = torchrun(2, program_path(), *fatal(max_staleness=1), cwd=tmp_path, options=("--no-python", "--max-restarts", "1"))
+    program = shutil.which("grpo-fast", path=Path(sys.executable).parent)
+    assert program is not None
+    done = torchrun(2, program, *fatal(max_staleness=1), cwd=tmp_path, options=("--no-python", "--max-restarts", "1"))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "started-1-1").stat().st_mtime - (tmp_path / "killed").stat().st_mtime < DEADLINE_S
     rows = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -94,30 +88,12 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed(fatal: Callable[..., list
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fate", ["SIGKILL", "SIGSTOP"])
-def test_a_rank_that_dies_or_hangs_ends_the_others_in_time(fate: str, fatal: Callable[..., list[str]], tmp_path: Path) -> None:
-    # the launcher keeps the store, as torchrun's does: a port that is only looked for may be another process's by then
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    shared = two_ranks(store, tmp_path) | {"FATAL_SIGNAL": fate}
-    command = [program_path(), *fatal(ddp_timeout_s=1800 if fate == "SIGKILL" else 20)]
-    ranks = [
-        subprocess.Popen(
-            command,
-            cwd=tmp_path,
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        _, told = ranks[0].communicate(timeout=180)
-        ended = time.time()
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.communicate()
-    assert ended - (tmp_path / "killed").stat().st_mtime < DEADLINE_S
-    assert [rank.returncode for rank in ranks] == [1, -9]
-    assert "rank 0 of 2 lost another rank" in " ".join(told.split())
+def test_a_rank_that_dies_or_hangs_ends_the_others_in_time(
+    fate: str, fatal: Callable[..., list[str]], tmp_path: Path, forks: CommandLine
+) -> None:
+    command = fatal(ddp_timeout_s=1800 if fate == "SIGKILL" else 20)
+    codes, told = forked_pair(forks, tmp_path, "grpo_fast.cli", command, environment={"FATAL_SIGNAL": fate})
+    assert time.time() - (tmp_path / "killed").stat().st_mtime < DEADLINE_S
+    assert codes == [1, -9], told
+    assert "rank 0 of 2 lost another rank" in " ".join(told[0].split())
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]

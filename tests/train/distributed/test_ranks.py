@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.system.command_line import CommandLine
 from tests.train.distributed.launches import CASES, RESUMED, ROUNDED, SHARDED, SHORT, Launch, cases, trace, uncounted, without
 from tests.train.distributed.rank_program import play
 
@@ -21,13 +22,13 @@ def models(tiny_model: Path, wide_model: Path) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def launches(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[int, Launch]:
+def launches(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory, forks: CommandLine) -> dict[int, Launch]:
     """Two ranks; then four, which also go on with a sharded run that the two began."""
     two, four = (tmp_path_factory.mktemp(f"ranks-{count}") for count in (2, 4))
-    first = Launch(2, models, two, leave_out="resumed")
+    first = Launch(2, models, two, leave_out="resumed", forks=forks)
     for name in (*RESUMED, ROUNDED):
         shutil.copytree(two / f"begun {name}", four / f"resumed {name}")
-    return {2: first, 4: Launch(4, models, four, leave_out="begun")}
+    return {2: first, 4: Launch(4, models, four, leave_out="begun", forks=forks)}
 
 
 @pytest.fixture(params=[2, 4])

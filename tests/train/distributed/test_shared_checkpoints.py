@@ -3,42 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
-from tests.train.distributed.launches import two_ranks
-
-PROGRAM = Path(__file__).with_name("checkpoint_program.py")
+from benchmarks.system.command_line import CommandLine
+from tests.train.distributed.launches import forked_pair
 
 
 @pytest.fixture(scope="module")
-def both(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    """What each rank was told; rank 1 dies in the end. No torchrun ends the one for the other's sake."""
+def both(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, forks: CommandLine) -> list[dict[str, str]]:
+    """What each rank was told; rank 1 dies in the end."""
     output = tmp_path_factory.mktemp("checkpoints")
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    shared = two_ranks(store, output)
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, PROGRAM, tiny_model, output],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        told = [rank.communicate(timeout=240)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.communicate()
-    assert [rank.returncode for rank in ranks] == [0, 7], told
+    codes, told = forked_pair(forks, output, "tests.train.distributed.checkpoint_program", str(tiny_model), str(output))
+    assert codes == [0, 7], told
     return [json.loads((output / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
 
 

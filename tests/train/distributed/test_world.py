@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks.system.command_line import CommandLine
 from grpo_fast.config import ConfigError
 from grpo_fast.rollout.vllm_environment import held_port
 from grpo_fast.train.distributed import ALONE, RankLostError, World, _packed
-from tests.train.distributed.launches import two_ranks
-
-PROGRAM = Path(__file__).with_name("patience_program.py")
+from tests.train.distributed.launches import forked_pair
 
 
 def test_an_error_of_the_system_arrives_whole() -> None:
@@ -115,24 +110,10 @@ def test_ranks_that_are_there_and_cannot_be_reached_are_not_called_dead(rank_1_o
 
 
 @pytest.mark.slow
-def test_what_rank_0_waits_for_may_take_longer_than_an_exchange(tmp_path: Path) -> None:
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, PROGRAM],
-            env=os.environ | two_ranks(store, tmp_path) | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        told: list[dict[str, Any]] = [json.loads(rank.communicate(timeout=120)[0]) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.communicate()
-    for each in told:
+def test_what_rank_0_waits_for_may_take_longer_than_an_exchange(tmp_path: Path, forks: CommandLine) -> None:
+    codes, told = forked_pair(forks, tmp_path, "tests.train.distributed.patience_program")
+    assert codes == [0, 0], told
+    for each in (json.loads(printed.splitlines()[-1]) for printed in told):
         assert each["waited"] > 1.5 * each["timeout"]
         assert each["answers"] == [7, "RolloutError: the server is gone", "quick"]
         assert each["again"] == [0, 1], "ranks that have left a process group join the next one"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def vowels(completions, **columns):
 
 
 @pytest.fixture(scope="module")
-def command(straight: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[CommandLine, Path]]:
+def command(straight: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, forks: CommandLine) -> tuple[CommandLine, Path]:
     """The command line, and a run that nothing disturbed."""
     home = tmp_path_factory.mktemp("command")
     (home / "tiny_reward.py").write_text(REWARD, encoding="utf-8")
@@ -51,10 +51,9 @@ def command(straight: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) 
     settings |= {"max_steps": 40, "save_steps": 10, "eval_steps": 0, "num_iterations": 1, "beta": 0.0}
     config = Config.parse(settings | {"output_dir": home / "straight"})
     (home / "run.toml").write_text(config.to_toml(), encoding="utf-8")
-    command = CommandLine(home)
-    assert command.run("train", "--config", "run.toml") == 0, command.log()
-    yield command, home / "straight"
-    command.close()
+    forks.home = home
+    assert forks.run("train", "--config", "run.toml") == 0, forks.log()
+    return forks, home / "straight"
 
 
 MOMENTS: dict[str, Callable[[Path], bool]] = {
