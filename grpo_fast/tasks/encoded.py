@@ -38,13 +38,13 @@ class EncodedPrompts(Sequence[Prompt]):
         """Prompts that are plain text, not messages."""
 
     def add(
-        self, number: int, row: Mapping[str, Any], prompt: PromptText, token_ids: Sequence[int], *, opening: str = ""
+        self, number: int, columns: Iterable[str], prompt: PromptText, token_ids: Sequence[int], *, opening: str = ""
     ) -> None:
         """Keeps a row's tokens; rows come in their order.
 
         Args:
             number: of the row.
-            row: all of it; only the names of its columns are kept.
+            columns: names of the row's columns.
             prompt: what was asked.
             token_ids: its tokens.
             opening: how it begins the answer.
@@ -53,7 +53,7 @@ class EncodedPrompts(Sequence[Prompt]):
         self._tokens.extend(token_ids)
         self._ends.append(len(self._tokens))
         self._openings.append(sys.intern(opening))
-        self._columns |= dict.fromkeys(row)
+        self._columns |= dict.fromkeys(columns)
         self.num_plain += isinstance(prompt, str)
 
     @property

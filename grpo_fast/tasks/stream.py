@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from array import array
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -93,7 +92,7 @@ class PromptStream:
     def _identity(self) -> dict[str, Any]:
         digest = 0
         for token_ids in token_ids_of(self._prompts):
-            digest = zlib.crc32(array("q", token_ids).tobytes(), digest)
+            digest = zlib.crc32(np.asarray(token_ids, dtype=np.int64).tobytes(), digest)
         return {"seed": self._seed, "shuffle": self._shuffle, "num_prompts": len(self._prompts), "prompts_crc32": digest}
 
     def _order_of(self, epoch: int) -> list[int]:

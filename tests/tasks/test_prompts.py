@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features, Image, Value
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -212,7 +212,12 @@ class OnlyRows:
         return self._rows[index]
 
 
-@pytest.mark.parametrize("kind", [list, Dataset.from_list, OnlyRows])
+def _chosen(rows: list[dict[str, Any]]) -> Dataset:
+    """Rows of a greater table, in an order of their own."""
+    return Dataset.from_list([{"prompt": "other", "answer": "", "extra": [0]}, *reversed(rows)]).select(range(len(rows), 0, -1))
+
+
+@pytest.mark.parametrize("kind", [list, Dataset.from_list, OnlyRows, _chosen])
 def test_columns_and_rows_are_kept_across_chunks_and_kinds_of_table(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("grpo_fast.tasks.prompts._CHUNK_ROWS", 3)
     rows = kind([{"prompt": f"hello {row}", "answer": str(row), "extra": [row]} for row in range(7)])
@@ -220,7 +225,26 @@ def test_columns_and_rows_are_kept_across_chunks_and_kinds_of_table(kind: Any, m
     assert [prompt.index for prompt in prompts] == list(range(7))
     assert [dict(prompt.columns) for prompt in prompts] == [{"answer": str(row), "extra": [row]} for row in range(7)]
     assert [words(prompt.token_ids) for prompt in prompts] == [f"<s> hello {row}" for row in range(7)]
-    assert encode_prompts(kind([{"prompt": "a"}]) if kind is not list else [], tokenizer())[1:] == []
+    assert encode_prompts([] if kind in (list, _chosen) else kind([{"prompt": "a"}]), tokenizer())[1:] == []
+
+
+def test_a_column_beside_the_prompt_is_not_decoded_before_it_is_asked_for() -> None:
+    features = Features({"picture": Image(), "prompt": Value("string")})
+    table = Dataset.from_dict({"prompt": ["1", "2", "3"], "picture": [{"bytes": b"none", "path": None}] * 3}, features=features)
+    with pytest.raises(OSError, match="cannot identify image"):
+        table[0]
+    prompts = encode_prompts(table.select([2, 0]), tokenizer())
+    assert [words(token_ids) for token_ids in prompts.token_ids()] == ["<s> 3", "<s> 1"]
+    assert prompts.columns == ["picture"]
+
+
+def test_a_table_that_makes_its_rows_is_read_as_it_makes_them() -> None:
+    table = Dataset.from_list([{"text": "1", "answer": "a"}, {"text": "2", "answer": "b"}])
+    made = table.with_transform(lambda batch: {"prompt": [f"hello {text}" for text in batch["text"]]})
+    prompts = encode_prompts(made, tokenizer())
+    assert [(words(prompt.token_ids), dict(prompt.columns)) for prompt in prompts] == [("<s> hello 1", {}), ("<s> hello 2", {})]
+    shown = table.rename_column("text", "prompt").with_format(None, columns=["prompt"])
+    assert encode_prompts(shown, tokenizer()).columns == []
 
 
 def test_text_and_messages_may_be_mixed() -> None:
