@@ -14,12 +14,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from grpo_fast.config import ConfigError
 from grpo_fast.train.distributed import ALONE, RankLostError, World
 from grpo_fast.train.policy import Policy
 from grpo_fast.train.sharding import (
@@ -123,10 +124,19 @@ def _seal(partial: Path, final: Path, *, step: int) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_checkpoint(path: Path, *, policy: Policy, optimizer: torch.optim.Optimizer, world: World = ALONE) -> dict[str, Any]:
+def load_checkpoint(
+    path: Path, *, policy: Policy, optimizer: torch.optim.Optimizer, world: World = ALONE, has_weights: bool = False
+) -> dict[str, Any]:
     """Puts weights, a reference that follows, and optimiser back, in place, and returns the trainer's state.
 
     The optimiser's state may have been written by any number of ranks, and is read by any.
+
+    Args:
+        path: the checkpoint.
+        policy: the run's.
+        optimizer: of its weights.
+        world: the ranks.
+        has_weights: whether the policy has been made with the checkpoint's weights.
 
     Raises:
         CheckpointError: a file is missing, cut short or unreadable to any rank.
@@ -137,23 +147,35 @@ def load_checkpoint(path: Path, *, policy: Policy, optimizer: torch.optim.Optimi
     state: dict[str, Any] = {}
 
     def read() -> None:
-        policy.load_weights(path)
+        if not has_weights:
+            policy.load_weights(path)
         if (path / _OPTIMIZER).is_file():
             load_whole_optimizer(policy, optimizer, path / _OPTIMIZER)
         state.update(json.loads((path / _STATE).read_text(encoding="utf-8")))
 
+    with reading(path), world.watched():
+        world.gather(read)
+        if not (path / _OPTIMIZER).is_file():
+            load_sharded_optimizer(policy, optimizer, path / _SHARDS)
+        if policy.follower is not None:
+            policy.follower.load(path / _REFERENCE)
+    return state
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Context in which a checkpoint is read, on all ranks.
+
+    Raises:
+        CheckpointError: what failed inside; lost ranks and too little memory, which say nothing of it, are raised as they are.
+    """
     try:
-        with world.watched():
-            world.gather(read)
-            if not (path / _OPTIMIZER).is_file():
-                load_sharded_optimizer(policy, optimizer, path / _SHARDS)
-            if policy.follower is not None:
-                policy.follower.load(path / _REFERENCE)
+        yield
     except (RankLostError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); {_advice(path)}") from error
-    return state
+        reason = error.__cause__ or error if isinstance(error, ConfigError) else error  # which tells where models may be
+        raise CheckpointError(f"{path} cannot be read ({reason}); {_advice(path)}") from error
 
 
 def check_checkpoint(path: Path) -> None:

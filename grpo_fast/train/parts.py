@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypedDict
 
 from grpo_fast.compute import Budget, ComputeMeter, ModelShape
@@ -23,6 +24,7 @@ from grpo_fast.sinks import JsonlSink, RunInfo, Sink, SinkSet, build_sinks
 from grpo_fast.tasks import PromptStream, Task
 from grpo_fast.tasks.encoded import EncodedPrompts
 from grpo_fast.tasks.remarks import few_held_out, plain_text, repeats, rounded, unseen
+from grpo_fast.train.checkpoint import check_checkpoint, reading, recover_checkpoints
 from grpo_fast.train.claim import Claim
 from grpo_fast.train.data import (
     Data,
@@ -43,7 +45,7 @@ from grpo_fast.train.launch import launcher, note_launch
 from grpo_fast.train.optim import check_optimizer
 from grpo_fast.train.plan_memory import check_room
 from grpo_fast.train.policy import Policy, Scorer, count_parameters
-from grpo_fast.train.policy_source import PolicySource, check_dtype
+from grpo_fast.train.policy_source import PolicySource, check_dtype, source_to_resume
 from grpo_fast.train.reference import build_reference
 from grpo_fast.train.resumable import LIMITS
 from grpo_fast.train.schedule import learning_rates
@@ -80,6 +82,8 @@ class Parts:
     """This process's hold on the run's directory."""
     launchers: Sequence[str]
     """The launcher of each rank; see :func:`~grpo_fast.train.launch.launcher`."""
+    checkpoints: Sequence[Path]
+    """Complete checkpoints of a run that is resumed, oldest first; the policy has the weights of the last, but for adapters."""
 
     def open(self, start_step: int) -> None:
         """Writes the resolved configuration and starts the sinks."""
@@ -207,7 +211,9 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
     record, sinks = _build_sinks(config, given, world)
     budget = _build_budget(config, given.get("budget"))
     prior = load_prior(config)
-    source = world.each(lambda: PolicySource(config))
+    checkpoints = _checkpoints(config, world) if resume else []
+    newest = checkpoints[-1] if checkpoints else None
+    source = world.each(lambda: source_to_resume(config, newest))
     world.once(lambda: claim.spare(source.directory, given))
     if "engine" not in given:
         check_sampler(config, source)
@@ -231,7 +237,7 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
         outline = source.outline()
         shape, num_parameters = ModelShape.from_model(outline), count_parameters(outline)
         streams = world.size > 1 and "engine" not in given and streams_weights(config)
-        policy, read = (source.load(),) * 2 if world.size == 1 else spread(source, config=config, world=world, streams=streams)
+        policy, read = _load(source, newest, config=config, world=world, streams=streams)
         longest = max(prompts.longest, eval_prompts.longest)
         engine = share_engine(config, read, longest, given=given.get("engine"), world=world)
         on_error.callback(engine.close)
@@ -256,9 +262,32 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
             facts=facts,
             claim=claim,
             launchers=world.gather(launcher),
+            checkpoints=checkpoints,
         )
         on_error.pop_all()
     return parts
+
+
+def _checkpoints(config: Config, world: World) -> list[Path]:
+    """Complete checkpoints of the run, oldest first, of which the newest is sound by its manifest."""
+    run = config.output_dir  # which other ranks may reach by another path
+    found = [run / path.name for path in world.once(lambda: recover_checkpoints(run))]
+    if found:
+        world.gather(lambda: check_checkpoint(found[-1]))
+    return found
+
+
+def _load(
+    source: PolicySource, checkpoint: Path | None, *, config: Config, world: World, streams: bool
+) -> tuple[Policy, Policy]:
+    """The policy to train, and the one that the engine reads, with a checkpoint's weights; adapters come later."""
+    if checkpoint is not None and not config.use_peft:
+        with reading(checkpoint):
+            return _load(source.at(checkpoint), None, config=config, world=world, streams=streams)
+    if world.size > 1:
+        return spread(source, config=config, world=world, streams=streams)
+    policy = source.load()
+    return policy, policy
 
 
 def _check(config: Config, given: Replacements) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
@@ -135,6 +136,15 @@ class PolicySource:
         """Whether ``model`` names saved adapters."""
         return self._start is not None
 
+    def at(self, checkpoint: Path) -> Self:
+        """The same policy with the weights of a checkpoint that holds all of them; tokeniser and settings stay."""
+        source = copy.copy(self)
+        source._place = Place(str(checkpoint))
+        source._arguments = self._arguments | source._place.arguments
+        source.directory = str(checkpoint)
+        source.config = self.config.model_copy(update={"model": source.directory})
+        return source
+
     def outline(self) -> PreTrainedModel:
         """The model without its weights: modules and sizes alone, adapters included, in no memory.
 
@@ -245,6 +255,28 @@ class PolicySource:
         if self._start is None:
             return f"model {self.config.model!r}"
         return f"model {self._start.base!r}, the base of the adapters in {self.config.model!r}"
+
+
+def source_to_resume(config: Config, checkpoint: Path | None) -> PolicySource:
+    """The source of a run's policy; where the model's directory is gone, the run's own checkpoint stands in for it if it can.
+
+    Args:
+        config: of the run.
+        checkpoint: the one that the run is resumed from, if any.
+
+    Raises:
+        ConfigError: the directory is gone, and the run needs it; else as of :class:`PolicySource`.
+    """
+    model = Path(config.model).expanduser()
+    if checkpoint is None or not model.is_absolute() or model.is_dir():
+        return PolicySource(config)
+    needs = "adapters are all that its checkpoints hold" if config.use_peft else None
+    if needs is None and config.beta > 0:
+        needs = f"with beta={config.beta:g} it is the reference policy"
+    if needs is not None:
+        raise ConfigError(f"model {config.model!r}, with which this run began, is gone, and {needs}; put it back there")
+    _log.warning("model %r is gone: tokeniser and sizes are read from %s", config.model, checkpoint)
+    return PolicySource(config.replace(model=str(checkpoint)))
 
 
 def _lacking(found: Mapping[str, Any]) -> str | None:

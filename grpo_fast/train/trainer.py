@@ -24,7 +24,7 @@ from grpo_fast.rewards import RewardError
 from grpo_fast.rollout import RolloutError, WeightSyncError
 from grpo_fast.train.ahead import Rollouts
 from grpo_fast.train.best import BestCheckpoints, way_back
-from grpo_fast.train.checkpoint import CheckpointError, load_checkpoint, prune_checkpoints, recover_checkpoints, save_checkpoint
+from grpo_fast.train.checkpoint import CheckpointError, load_checkpoint, prune_checkpoints, save_checkpoint
 from grpo_fast.train.collect import Collected, Collector, charge_rollout, trainer_state
 from grpo_fast.train.distributed import World
 from grpo_fast.train.evaluate import evaluate, probe
@@ -410,12 +410,17 @@ class GRPOTrainer:
 
     def _restore(self) -> None:
         """Puts everything back to the newest checkpoint, and the run's record with it."""
-        parts, run = self._parts, self.config.output_dir  # which other ranks may reach by another path
-        checkpoints = [run / path.name for path in self._world.once(lambda: recover_checkpoints(run))]
+        parts, checkpoints = self._parts, self._parts.checkpoints
         if not checkpoints:
             self._world.once(lambda: parts.record.truncate(-1))
             return
-        state = load_checkpoint(checkpoints[-1], policy=parts.policy, optimizer=self._optimizer, world=self._world)
+        state = load_checkpoint(
+            checkpoints[-1],
+            policy=parts.policy,
+            optimizer=self._optimizer,
+            world=self._world,
+            has_weights=parts.policy.adapters is None,
+        )
         if state["version"] != _STATE_VERSION:
             raise CheckpointError(f"{checkpoints[-1]} is from another version of grpo_fast (state {state['version']})")
         self.global_step = self._saved_step = state["step"]

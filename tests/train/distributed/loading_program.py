@@ -65,6 +65,7 @@ def compared(world: World, values: dict[str, Any], directory: Path) -> dict[str,
     again.load_weights(directory)
     trained = [name for name, one in changed.items() if one[2]]
     resumed = contents(again.model)
+    made = resumed if config.use_peft else contents(load_sharded(source.at(directory), None, config=config, world=world).model)
     return {
         "in parts": in_parts(source),
         "differing": differing,
@@ -75,6 +76,7 @@ def compared(world: World, values: dict[str, Any], directory: Path) -> dict[str,
         "modes": [[module.training for module in one.model.modules()] for one in (whole, policy)],
         "trained": len(trained),
         "not resumed": [name for name in trained if resumed[name] != changed[name]],
+        "not made": [name for name in trained if made[name] != changed[name]],
         "told apart": all(changed[name] != true[name] for name in trained),
     }
 

@@ -100,6 +100,7 @@ def test_what_is_loaded_in_parts_is_what_is_loaded_whole(name: str, found: list[
         assert told["told apart"]
         assert told["trained"] > 10
         assert told["not resumed"] == []
+        assert told["not made"] == []
 
 
 @pytest.mark.slow

@@ -9,12 +9,13 @@ import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.system.soak import trace
-from grpo_fast.config import ConfigError
+from grpo_fast.config import Config, ConfigError
 from grpo_fast.rollout.engine import RolloutError, SamplingParams, WeightSyncError
 from grpo_fast.rollout.transformers_engine import TransformersEngine
 from grpo_fast.train import CheckpointError, GRPOTrainer
@@ -227,8 +228,13 @@ def test_resuming_what_is_no_run(tmp_path: Path) -> None:
 
 def test_resuming_from_a_damaged_checkpoint_names_the_way_out(make: Make, resume: Make, tmp_path: Path) -> None:
     make().train()
+    size = (tmp_path / "run" / "checkpoint-6" / "model.safetensors").stat().st_size
     (tmp_path / "run" / "checkpoint-6" / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"delete .*checkpoint-6 to resume from checkpoint-3"):
+        resume(tmp_path / "run")
+    file = tmp_path / "run" / "checkpoint-6" / "model.safetensors"
+    file.write_bytes(b"\xff" * size)
+    with pytest.raises(CheckpointError, match=r"^\S*checkpoint-6 cannot be read \([^()]*\); delete .* from checkpoint-3$"):
         resume(tmp_path / "run")
     state = tmp_path / "run" / "checkpoint-3" / "state.json"
     for file in (tmp_path / "run" / "checkpoint-6").iterdir():
@@ -239,3 +245,57 @@ def test_resuming_from_a_damaged_checkpoint_names_the_way_out(make: Make, resume
     state.write_text(text.replace('"version": 4', '"version": 9'), encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"another version of grpo_fast \(state 9\)"):
         resume(tmp_path / "run")
+
+
+def begun(make: Make, tiny_model: Path, run: Path, **settings: Any) -> tuple[Path, list[dict[str, Any]]]:
+    """A run of four steps, left after two, and the model of its own that it began from; and what a straight one did."""
+    model = shutil.copytree(tiny_model, run.with_name("model"))
+    settings = {"model": str(model), "max_steps": 4, "beta": 0.0} | settings
+    make(output_dir=run.with_name("straight"), **settings).train()
+    trainer = make(output_dir=run, **settings)
+    for result in trainer.steps():
+        if result.step == 2:
+            break
+    trainer.close()
+    return model, trace(run.with_name("straight"))
+
+
+@pytest.mark.parametrize("lost", ["weights", "model"])
+def test_a_resumed_run_needs_no_more_than_its_checkpoint(
+    lost: str, make: Make, resume: Make, tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    model, straight = begun(make, tiny_model, run)
+    (model / "model.safetensors").unlink()
+    if lost == "model":
+        shutil.rmtree(model)
+    trainer = resume(run)
+    assert trainer.global_step == 2
+    trainer.train()
+    assert trace(run) == straight
+    assert Config.from_toml(run / "config.toml").model == str(model)
+    told = [record.message for record in caplog.records if "is gone" in record.message]
+    gone = f"model {str(model)!r} is gone: tokeniser and sizes are read from {run}/checkpoint-2"
+    assert told == ([gone] if lost == "model" else [])
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"beta": 0.01}, "with beta=0.01 it is the reference policy"),
+        ({"use_peft": True}, "adapters are all that its checkpoints hold"),
+    ],
+    ids=str,
+)
+def test_a_run_that_needs_the_model_it_began_from_says_so(
+    settings: dict[str, Any], told: str, make: Make, resume: Make, tiny_model: Path, tmp_path: Path
+) -> None:
+    model, straight = begun(make, tiny_model, tmp_path / "run", **settings)
+    away = model.rename(tmp_path / "away")
+    with pytest.raises(
+        ConfigError, match=rf"model '{model}', with which this run began, is gone, and {told}; put it back there"
+    ):
+        resume(tmp_path / "run")
+    away.rename(model)
+    resume(tmp_path / "run").train()
+    assert trace(tmp_path / "run") == straight
