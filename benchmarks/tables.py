@@ -31,7 +31,7 @@ RESULTS_PAGE = Path(__file__).parent / "RESULTS.md"
 _MARKED = re.compile(r"(<!-- generated: (?P<name>\w+)[^\n]*-->\n).*?(<!-- end -->\n)", re.DOTALL)
 _WIDTH = 120
 _MODELS = {"the embedded model": "", "SmolLM2-135M": "_smollm2"}
-_MACHINES = ("", "_zen4")
+_MACHINES = ("", "_zen4", "_xeon")
 
 
 def highlights() -> str:
@@ -43,22 +43,32 @@ def highlights() -> str:
 
 
 def _faster() -> str:
-    (small, small_elsewhere), (large, large_elsewhere) = (
+    (small, *small_elsewhere), (large, *large_elsewhere) = (
         [_read(f"cpu/step_time{model}{machine}.json") for machine in _MACHINES] for model in _MODELS.values()
     )
-    here, elsewhere = (result["machine"].removesuffix(", quiet") for result in (small, small_elsewhere))
-    ratios = [f"{result['median_ratio_trl_over_ours']:.1f}x" for result in (small_elsewhere, large_elsewhere)]
+    ratios = [
+        f"{_ratio(one)} and {_ratio(other)} on an {_place(one)}"
+        for one, other in zip(small_elsewhere, large_elsewhere, strict=True)
+    ]
     return (
         f"**Faster.** A training step of the embedded model (0.67 M parameters) takes {_beside_trl(small)}, and a step of "
         f"SmolLM2-135M {_beside_trl(large)}. These are medians of {small['num_steps']} and {large['num_steps']} steps, ours "
-        f"and those of TRL {small['versions']['trl']} in turns, with {small['torch_threads']} threads on an {here}. On an "
-        f"{elsewhere} the ratios are {' and '.join(ratios)}."
+        f"and those of TRL {small['versions']['trl']} in turns, with {small['torch_threads']} threads on an {_place(small)}. "
+        f"The ratios are {', and '.join(ratios)}."
     )
+
+
+def _place(result: dict[str, Any]) -> str:
+    return str(result["machine"]).removesuffix(", quiet")
+
+
+def _ratio(result: dict[str, Any]) -> str:
+    return f"{result['median_ratio_trl_over_ours']:.1f}x"
 
 
 def _beside_trl(result: dict[str, Any]) -> str:
     ours, theirs = (report.duration(1000 * result[name]["p50"]) for name in ("grpo_fast_step_s", "trl_step_s"))
-    return f"{ours} against TRL's {theirs} ({result['median_ratio_trl_over_ours']:.1f}x)"
+    return f"{ours} against TRL's {theirs} ({_ratio(result)})"
 
 
 def _smaller() -> str:
@@ -110,7 +120,7 @@ def step_table() -> str:
             found = _read(f"cpu/step_time{of_model}{of_machine}.json")
             times = [report.duration(1000 * found[f"{name}_step_s"]["p50"]) for name in ("grpo_fast", "trl")]
             peaks = [report.size(round(found["peak_memory_mib"][name] * 2**20)) for name in ("grpo_fast", "trl")]
-            rows.append([f"{model}, {found['machine']}", *times, f"{found['median_ratio_trl_over_ours']:.1f}x", *peaks])
+            rows.append([f"{model}, {found['machine']}", *times, _ratio(found), *peaks])
     head = f"median step, {found['torch_threads']} threads, torch {found['versions']['torch']}"
     return _markdown([head, "grpo_fast", f"TRL {found['versions']['trl']}", "ratio", "peak memory", "TRL's"], rows)
 

@@ -188,8 +188,8 @@ class PackedWeight:
     """Weights of linear layers of one input, as one, laid out for products with few rows; a copy, for use without gradients.
 
     Reading a weight as it lies bounds a product with a few rows; oneDNN's own layout takes 0.6 of the time with 8 of them. On
-    an Intel Xeon (AVX-512, torch 2.13, November 2026) it takes 0.6 to 0.8 of MKL's with 4 and 8 rows of most of SmolLM2-135M's
-    layers, and 0.4 with 8 of its head; from 16 on both take as long, with 2 it is slower.
+    an Intel Xeon (AVX-512, 2 cores, torch 2.13, November 2026) it takes 0.75 to 0.95 of MKL's with 8 rows of SmolLM2-135M's
+    layers and 0.55 with 8 of its head, from a large cache; a rollout of 8 sequences takes 0.92. With 1 or 2 rows MKL is faster.
 
     Args:
         layers: with the same input; all or none with a bias.
