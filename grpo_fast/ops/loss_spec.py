@@ -67,6 +67,8 @@ class LossSpec:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not math.isfinite(value):
                 raise ValueError(f"{name}={value!r}; give a finite number")
+            if name.startswith("epsilon") and value < 0:
+                raise ValueError(f"{name}={value!r}; a clip range is 0 or more")
         if self.surrogate in ("cispo", "vespo") and self.importance_sampling_level != "token":
             raise ValueError(
                 f"importance_sampling_level={self.importance_sampling_level!r} has no meaning for "

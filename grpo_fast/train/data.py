@@ -82,7 +82,8 @@ class Data:
             if before != now:
                 raise ConfigError(
                     f"the run in {run_dir} started with {name} {before!r}, but now {name} is {now!r}; resume with the same "
-                    "one. If it was given in Python, give it to GRPOTrainer.resume too"
+                    "one (given in Python, give it to GRPOTrainer.resume too), or start a new run in another output_dir with "
+                    f"model='{run_dir}/checkpoint-N', which begins from a checkpoint's weights"
                 )
 
 

@@ -122,5 +122,7 @@ def test_impossible_losses_are_refused() -> None:
         LossSpec(importance_sampling_level="seq")
     with pytest.raises(ValueError, match="epsilon_high=None; give a finite number"):
         LossSpec(epsilon_high=None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"epsilon_low=-0\.1; a clip range is 0 or more"):
+        LossSpec(epsilon_low=-0.1)
     with pytest.raises(ValueError, match="beta=nan; give a finite number"):
         LossSpec(beta=math.nan)

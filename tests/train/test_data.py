@@ -135,7 +135,7 @@ def test_a_run_goes_on_with_the_data_and_rewards_that_it_was_begun_with(
     begun.check_names(tmp_path)
     begun.write_names(tmp_path)
     begun.check_names(tmp_path)
-    with pytest.raises(ConfigError, match=r"started with reward_funcs \['format', 'short'\], but now .* GRPOTrainer.resume"):
+    with pytest.raises(ConfigError, match=r"reward_funcs \['format', 'short'\], but now .* GRPOTrainer.resume .*/checkpoint-N"):
         Data(letters, [short, "format"]).check_names(tmp_path)
     other = choose_data(Config(), {"train_dataset": ROWS}, chat=False).task
     with pytest.raises(ConfigError, match=r"started with dataset 'letters', but now dataset is 'train_dataset'"):
