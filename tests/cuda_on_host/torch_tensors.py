@@ -71,6 +71,14 @@ class OnDevice(torch.Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.inner.detach().__reduce_ex__(protocol)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """torch's own takes apart the storage, which is not this tensor's but its numbers'."""
+        if id(self) not in memo:
+            copied = self.detach().clone()
+            is_parameter = isinstance(self, torch.nn.Parameter)
+            memo[id(self)] = torch.nn.Parameter(copied, self.requires_grad) if is_parameter else copied
+        return memo[id(self)]
+
     def numpy(self, **_: Any) -> Any:
         raise TypeError("a tensor on cuda:0 has no numpy array; copy it to the host first")
 

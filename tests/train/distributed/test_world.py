@@ -113,9 +113,10 @@ def test_ranks_that_are_there_and_cannot_be_reached_are_not_called_dead(rank_1_o
 def test_what_rank_0_waits_for_may_take_longer_than_an_exchange(tmp_path: Path, forks: CommandLine) -> None:
     codes, told = forked_pair(forks, tmp_path, "tests.train.distributed.patience_program")
     assert codes == [0, 0], told
-    for each in (json.loads(printed.splitlines()[-1]) for printed in told):
+    first, second = (json.loads(printed.splitlines()[-1]) for printed in told)
+    for each in (first, second):
         assert each["waited"] > 1.5 * each["timeout"]
         assert each["answers"] == [7, "RolloutError: the server is gone", "quick"]
         assert each["again"] == [0, 1], "ranks that have left a process group join the next one"
-    assert told[1]["left alone"].startswith("rank 1 of 2 lost another rank")
-    assert "closed by peer" in told[1]["left alone"], "the connections end with the group, and not only with its process"
+    assert second["left alone"].startswith("rank 1 of 2 lost another rank")
+    assert "closed by peer" in second["left alone"], "the connections end with the group, and not only with its process"
