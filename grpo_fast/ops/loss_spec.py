@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeAlias, get_args
 
 import torch
 
 from grpo_fast.ops import native
+from grpo_fast.ops.lm_head import check_device
 
 Surrogate: TypeAlias = Literal["clip", "cispo", "sapo", "vespo"]
 RatioLevel: TypeAlias = Literal["token", "sequence", "sequence_sum"]
-
-
-_NUMBERS = (
-    "epsilon_low",
-    "epsilon_high",
-    "beta",
-    "entropy_coef",
-    "sapo_temperature_pos",
-    "sapo_temperature_neg",
-    "vespo_k_pos",
-    "vespo_lambda_pos",
-    "vespo_k_neg",
-    "vespo_lambda_neg",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +50,7 @@ class LossSpec:
         for name, kinds in (("surrogate", Surrogate), ("importance_sampling_level", RatioLevel)):
             if getattr(self, name) not in get_args(kinds):
                 raise ValueError(f"{name}={getattr(self, name)!r}; choose one of {', '.join(get_args(kinds))}")
-        for name in _NUMBERS:
+        for name in (field.name for field in fields(self) if isinstance(field.default, float)):  # not those that may be None
             value = getattr(self, name)
             if not isinstance(value, int | float) or not math.isfinite(value):
                 raise ValueError(f"{name}={value!r}; give a finite number")
@@ -277,8 +264,7 @@ def _check_tensors(per_token: torch.Tensor, batch: LossBatch) -> None:
             continue
         if not isinstance(values, torch.Tensor):
             raise TypeError(f"{name} is a {type(values).__name__}; give a tensor")
-        if values.device != per_token.device:
-            raise ValueError(f"{name} is on {values.device} and the rows are on {per_token.device}; move it there")
+        check_device(per_token, {name: values})
 
 
 def _ascends(index: torch.Tensor) -> bool:
