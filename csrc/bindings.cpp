@@ -20,4 +20,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(grpo_fast, library) {
   library.def(
       "group_advantage(Tensor rewards, str scale_rewards, bool leave_one_out, float epsilon) "
       "-> (Tensor advantages, Tensor zero_variance, Tensor mean, Tensor std)");
+  library.def("few_rows_product(Tensor rows, Tensor weight, Tensor? bias) -> Tensor");
+  library.def(
+      "decoder_layer(Tensor(a!) hidden, Tensor[] norms, float[] epsilons, Tensor[] weights, Tensor[] biases, Tensor cos, "
+      "Tensor sin, Tensor source, Tensor padding, Tensor prefix_keys, Tensor prefix_values, Tensor(b!) keys, "
+      "Tensor(c!) values, int position, float scale) -> ()");
 }

@@ -34,6 +34,12 @@ of the positions the 64, 256, 1,024 or 4,096 likeliest, told at first, are not a
 in brackets the share of the completions that have one. Then processor time a token, medians, for cuts at temperature 1, with as
 many told at first, what is asked for again included.
 """
+FEW_ROWS_HEAD = """## Products of a decoding token on a CPU
+
+By `python -m benchmarks.rollout.few_rows`: all products of a token with a model's weights, in float32, by the number of
+sequences. The extension reads the weights as they lie; oneDNN takes them laid out anew, which is not in its time; torch's own
+library is MKL on an Intel processor. Medians of turns.
+"""
 
 
 def section() -> str:
@@ -41,12 +47,24 @@ def section() -> str:
     syncs = [_syncs(_read(path)) for path in sorted(store.RESULTS.glob("*/sync.json"))]
     tokens = [_tokens(_read(path)) for path in sorted(store.RESULTS.glob("*/rollout_tokens.json"))]
     cut = [_supports(_read(path)) for path in sorted(store.RESULTS.glob("*/cut_supports.json"))]
-    return "\n".join([SYNC_HEAD, *syncs, *([TOKENS_HEAD, *tokens] if tokens else []), *([SUPPORTS_HEAD, *cut] if cut else [])])
+    products = [_few_rows(_read(path)) for path in sorted(store.RESULTS.glob("*/few_rows.json"))]
+    parts = ((SYNC_HEAD, syncs), (TOKENS_HEAD, tokens), (SUPPORTS_HEAD, cut), (FEW_ROWS_HEAD, products))
+    return "\n".join(text for head, found in parts if found for text in (head, *found))
 
 
 def _read(path: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
+
+
+def _few_rows(content: dict[str, Any]) -> str:
+    threads, said = content["torch_threads"], f", {content['machine']}" if content["machine"] else ""
+    lines = [f"{content['model']}, {content['device']}, {threads} threads{said}, torch {content['versions']['torch']}:\n"]
+    lines += ["| sequences | the extension | oneDNN | torch | the weights read once |", "|---" * 5 + "|"]
+    for case in content["cases"]:
+        cells = [duration(case[f"{name}_ms"]) for name in ("ours", "onednn", "torch", "reading")]
+        lines.append("| " + " | ".join([str(case["rows"]), *cells]) + " |")
+    return "\n".join([*lines, ""])
 
 
 def _syncs(content: dict[str, Any]) -> str:

@@ -20,7 +20,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 BUILD = "GRPO_FAST_BUILD=cpu pip install --no-build-isolation --no-deps ."
 """Command that builds it from a checkout; use ``cuda`` in place of ``cpu`` with nvcc and a torch for CUDA."""
-SLOWER = "weight pack, weight delta, sequence packing, policy loss and group advantages run in plain PyTorch and Python"
+SLOWER = (
+    "weight pack, weight delta, sequence packing, policy loss, group advantages and rollouts on a CPU run in plain PyTorch and "
+    "Python"
+)
 """Consequence of its absence."""
 OPS = (
     "pack_weights",
@@ -31,6 +34,8 @@ OPS = (
     "policy_loss",
     "ascends",
     "group_advantage",
+    "few_rows_product",
+    "decoder_layer",
 )
 
 
@@ -69,18 +74,23 @@ def _problem() -> str:
     return load()
 
 
+def has_kernel(op: str, device: str) -> bool:
+    """Whether the library is there and has an op for ``CPU`` or ``CUDA`` devices."""
+    return not load() and torch._C._dispatch_has_kernel_for_dispatch_key(f"grpo_fast::{op}", device)
+
+
 def has_cuda() -> bool:
     """Whether the library is there and holds kernels for CUDA devices."""
-    return not load() and torch._C._dispatch_has_kernel_for_dispatch_key(f"grpo_fast::{OPS[0]}", "CUDA")
+    return has_kernel(OPS[0], "CUDA")
 
 
 def status() -> str:
     """``built`` or ``missing``, a colon, and the consequence, in words."""
     if problem := load():
         return f"missing: {SLOWER}; {problem}"
-    return (
-        f"built: compiled weight pack, delta, packing, policy loss and group advantages for the CPU{' and CUDA' * has_cuda()}"
-    )
+    steps = ", decoding steps" * has_kernel("decoder_layer", "CPU")
+    compiled = f"compiled weight pack, delta, packing, policy loss, group advantages{steps}"
+    return f"built: {compiled} for the CPU{' and CUDA' * has_cuda()}"
 
 
 def obstacle(like: torch.Tensor) -> str | None:
@@ -162,6 +172,10 @@ def _advantage_shapes(rewards: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...
     return torch.empty_like(rewards), torch.empty_like(each, dtype=torch.bool), each, torch.empty_like(each)
 
 
+def _product_shape(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[0])
+
+
 def _unknown_size() -> Any:
     """A size that values decide, for tracing."""
     return torch.library.get_ctx().new_dynamic_size()
@@ -177,6 +191,8 @@ def _register_fakes() -> None:
         _loss_shapes,
         _truth,
         _advantage_shapes,
+        _product_shape,
+        _writes,
     )
     for op, fake in zip(OPS, fakes, strict=True):
         torch.library.register_fake(f"grpo_fast::{op}", fake)

@@ -4,8 +4,7 @@ torch hands dense float32 products to MKL, which leaves AVX-512 unused on AMD's 
 uses it: 240 GFLOP/s against 110 on one core of an AMD EPYC (Zen 5, torch 2.13, November 2026; 572 rows, 576 to 1,536 features).
 On Zen 4, whose units are half as wide, it is 104 against 97 there, 1.4 times as fast with 8 rows, and gradients of weights take
 up to a third longer with so few.
-Where that is so, products of some size go to oneDNN; everywhere else all of this is torch's own. Only a few rows times a weight
-in oneDNN's own layout are faster by it on an Intel Xeon too: see :class:`PackedWeight`.
+Where that is so, products of some size go to oneDNN; everywhere else all of this is torch's own.
 
 Its entry is an operator that torch keeps for its compiler, ``mkldnn::_linear_pointwise``, x W^T + b. A weight must lie in order
 or be the transpose of one that does: at other strides oneDNN falls back to code a thousand times slower. Rows of a result do
@@ -33,8 +32,6 @@ _LEAST_WORK = 2**20
 """Multiplications under which oneDNN's longer way in, 10 µs, costs more than it saves."""
 _ANY = 1
 """Fewest rows for which oneDNN computes a head's products: 1, as a row's library must not depend on the number of rows."""
-_FEW, _LARGE = range(4, 16), 2**19
-"""Rows, and numbers in a weight, of the products that are faster packed where others are left to MKL."""
 _USES_TO_PACK = 16
 """A weight is laid out anew in the time that six products with 8 rows save, or some twenty with many."""
 _SLICE = 1024
@@ -43,22 +40,17 @@ _NUMBERS_TO_A_DOUBLING = 8
 """Numbers of rows that :func:`rounded_rows` gives."""
 
 
-def onednn_is_faster(vendor: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this is a processor of ``vendor`` with AVX-512, and torch one that has both libraries, of 2.13 or newer.
-
-    Args:
-        vendor: ``AuthenticAMD``, where oneDNN is faster in float32, or ``GenuineIntel``, where it is with few rows.
-        cpuinfo: what Linux says of the processor.
-    """
+def onednn_is_faster(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this is an AMD processor with AVX-512, by what Linux says of it, and torch 2.13 or newer with both libraries."""
     if not (ROWS_STAND_ALONE and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
     if not cpuinfo.exists():
         return False
     text = cpuinfo.read_text(encoding="utf-8", errors="replace")
-    return vendor in text and re.search(r"^flags\s*:.*\bavx512f\b", text, flags=re.MULTILINE) is not None
+    return "AuthenticAMD" in text and re.search(r"^flags\s*:.*\bavx512f\b", text, flags=re.MULTILINE) is not None
 
 
-USES_ONEDNN, PACKS_FEW = onednn_is_faster("AuthenticAMD"), onednn_is_faster("GenuineIntel")
+USES_ONEDNN = onednn_is_faster()
 """Of this machine, read once."""
 
 
@@ -176,20 +168,15 @@ def pays_to_pack(layer: torch.nn.Module, *, num_rows: int, num_uses: int) -> boo
         num_rows: of each product.
         num_uses: products before the weight changes.
     """
-    if not isinstance(layer, torch.nn.Linear) or num_uses < _USES_TO_PACK:
+    if not isinstance(layer, ProductLinear) or num_uses < _USES_TO_PACK:
         return False
-    weight = layer.weight
-    if PACKS_FEW and num_rows in _FEW and weight.numel() >= _LARGE:
-        return _is_plain(weight, weight)
-    return isinstance(layer, ProductLinear) and _goes_to_onednn(weight, weight, num_rows)
+    return _goes_to_onednn(layer.weight, layer.weight, num_rows)
 
 
 class PackedWeight:
     """Weights of linear layers of one input, as one, laid out for products with few rows; a copy, for use without gradients.
 
-    Reading a weight as it lies bounds a product with a few rows; oneDNN's own layout takes 0.6 of the time with 8 of them. On
-    an Intel Xeon (AVX-512, 2 cores, torch 2.13, November 2026) it takes 0.75 to 0.95 of MKL's with 8 rows of SmolLM2-135M's
-    layers and 0.55 with 8 of its head, from a large cache; a rollout of 8 sequences takes 0.92. With 1 or 2 rows MKL is faster.
+    Reading a weight as it lies bounds a product with a few rows; oneDNN's own layout takes 0.6 of the time with 8 of them.
 
     Args:
         layers: with the same input; all or none with a bias.

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from grpo_fast.ops.products import rounded_rows
 from grpo_fast.rollout.kv_cache import PreallocatedCache
 from grpo_fast.rollout.llama_step import LlamaStep
+from grpo_fast.rollout.native_step import NativeStep, takes
 from grpo_fast.rollout.sampling import Draw, sample
 from grpo_fast.rollout.shared_prefix import SharedPrefixCache
 
@@ -52,8 +53,9 @@ class DecodeBatch:
         prompts: U distinct prompts.
         rows: the N sequences.
         sampling: how to sample; its ``max_tokens`` is no less than any limit.
-        stepping: ``shared`` and ``fused`` step with :class:`LlamaStep`, over prompts kept once or copied; ``masked`` with the
-            module, given a finished mask; ``plain`` with the module, which builds its mask from the padding.
+        stepping: ``shared`` and ``fused`` step with :class:`LlamaStep`, over prompts kept once or copied; over prompts kept
+            once a few rows step with :class:`NativeStep` where it :func:`takes` them. ``masked`` steps with the module, given a
+            finished mask; ``plain`` with the module, which builds its mask from the padding.
     """
 
     def __init__(
@@ -75,11 +77,12 @@ class DecodeBatch:
         lengths = self._lengths[rows.source]
         self._positions = torch.from_numpy(lengths).to(self._device)
         self._last_positions = torch.from_numpy(lengths + rows.limits - 1).to(self._device)
-        fused = stepping in {"shared", "fused"}
-        self._llama_step = None
-        if fused:
-            limit = sampling.max_tokens
-            self._llama_step = LlamaStep(model, self._width + limit, num_rows=len(lengths), num_steps=limit)
+        longest, limit = self._width + sampling.max_tokens, sampling.max_tokens
+        self._native_step = self._llama_step = None
+        if stepping == "shared" and takes(model, len(lengths)):
+            self._native_step = NativeStep(model, longest)
+        elif stepping in {"shared", "fused"}:
+            self._llama_step = LlamaStep(model, longest, num_rows=len(lengths), num_steps=limit)
         self._stepping = stepping
         self._mask = self._decode_mask()
         self._present: torch.Tensor | None = None
@@ -186,6 +189,8 @@ class DecodeBatch:
         mask = None if self._mask is None else self._mask[..., : self._seen]
         # Rows that have ended go on until they are moved out: past its last position a model may have no embedding.
         positions, self._positions = self._positions, torch.minimum(self._positions + 1, self._last_positions)
+        if self._native_step is not None and isinstance(cache, SharedPrefixCache):
+            return self._native_step(cache, tokens, positions)
         if self._llama_step is not None:
             return self._llama_step(cache, tokens, positions, mask)
         logits = self._model(

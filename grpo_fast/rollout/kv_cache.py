@@ -47,6 +47,11 @@ class PreallocatedLayer(DynamicLayer):
         values[:, :, start:] = value_states
         return keys, values
 
+    def append(self) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Makes room for a position; returns the whole of keys and of values, and where in them it is to be written."""
+        self.length += 1
+        return self._key_buffer, self._value_buffer, self.length - 1
+
     def move(self, source: torch.Tensor, target: torch.Tensor, num_rows: int) -> None:
         """Copies rows ``source`` over rows ``target`` and keeps the first ``num_rows``."""
         for buffer in (self._key_buffer, self._value_buffer):
@@ -74,6 +79,10 @@ class PreallocatedCache(Cache):
         """Copies sequences ``index`` of ``source`` into ``rows``, layer by layer."""
         for layer, prefilled in zip(self._owned, attention_layers(source), strict=True):
             layer.fill(rows, prefilled, index)
+
+    def append(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Makes room for a position in one layer, see :meth:`PreallocatedLayer.append`."""
+        return self._owned[layer].append()
 
     def move(self, source: torch.Tensor, target: torch.Tensor, num_rows: int) -> None:
         """Copies rows ``source`` over rows ``target`` and keeps the first ``num_rows``, layer by layer."""

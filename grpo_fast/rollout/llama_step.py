@@ -112,6 +112,17 @@ class _PackedLayer(NamedTuple):
         return cls(*(PackedWeight(_linears(layer, kind)) for kind in get_args(_Kind)))
 
 
+def rotary_table(inner: Any, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines [num_positions, head size] of a model; sines of the first half negated, so that a plain roll is enough.
+
+    Rotation takes (-second half, first half): the sign goes into the table.
+    """
+    weight = inner.embed_tokens.weight
+    cos, sin = inner.rotary_emb(weight[:1, None], torch.arange(num_positions, device=weight.device)[None])
+    half = cos.shape[-1] // 2
+    return cos[0], torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)
+
+
 class LlamaStep:
     """Steps a batch by one token.
 
@@ -132,13 +143,7 @@ class LlamaStep:
         if not self._adapters and pays_to_pack(self._layers[0].mlp.gate_proj, num_rows=num_rows, num_uses=num_steps):
             self._packed = [_PackedLayer.of(layer) for layer in self._layers]
             self._head = PackedWeight([self._head])
-        weight = self._embedding.weight
-        positions = torch.arange(num_positions, device=weight.device)[None]
-        cos, sin = inner.rotary_emb(weight[:1, None], positions)
-        half = cos.shape[-1] // 2
-        self._cos = cos[0]
-        # Rotation takes (-second half, first half); the sign goes into the table, so that a plain roll is enough.
-        self._sin = torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)
+        self._cos, self._sin = rotary_table(inner, num_positions)
 
     def __call__(
         self,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from grpo_fast.ops.decoder_layer import LayerCache
 from grpo_fast.rollout.kv_cache import PreallocatedCache, attention_layers
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class SharedPrefixCache:
     """
 
     def __init__(self, source: NDArray[np.int64], padding: NDArray[np.int64], *, max_tokens: int, like: DynamicCache) -> None:
-        self._source = source
+        self._source, self._padding = source, padding
         self._own = PreallocatedCache(len(source), max_tokens, like)
         self._prefixes = []
         for layer in attention_layers(like):
@@ -43,9 +44,7 @@ class SharedPrefixCache:
             _, heads, width, size = layer.keys.shape
             self._prefixes.append([layer.keys.new_empty(len(padding), heads, width, size) for _ in range(2)])
         self._heads = heads
-        hidden = torch.from_numpy(np.arange(width) < padding[:, None])
-        blocked = torch.zeros(hidden.shape).masked_fill_(hidden, torch.finfo(torch.float32).min)
-        self._mask = blocked.repeat_interleave(heads, dim=0)[:, None] if padding.any() else None
+        self._width = width
         self._queries_a_head = 0
 
     def fill(self, prompts: slice, prefilled: DynamicCache) -> None:
@@ -66,12 +65,16 @@ class SharedPrefixCache:
             return
         index = torch.from_numpy(used)
         self._prefixes = [[side[index] for side in prefix] for prefix in self._prefixes]
-        if self._mask is not None:
-            width = self._mask.shape[-1]
-            self._mask = self._mask.view(-1, self._heads, 1, width)[index].view(-1, 1, width)
+        self._padding = self._padding[used]
+
+    def append(self, layer: int) -> LayerCache:
+        """Makes room for a position of every completion in one layer; what the extension needs to fill it and to attend."""
+        source, padding = torch.from_numpy(self._source), torch.from_numpy(self._padding)
+        prefix_keys, prefix_values = self._prefixes[layer]
+        return LayerCache(source, padding, prefix_keys, prefix_values, *self._own.append(layer))
 
     def _group(self, queries_a_head: int) -> None:
-        """Works out where each query stands in [U, key-value heads, largest group, queries a head], and back."""
+        """Works out where each query stands in [U, key-value heads, largest group, queries a head], and back; and the mask."""
         self._queries_a_head = queries_a_head
         counts = np.bincount(self._source)
         order = np.argsort(self._source, kind="stable")
@@ -83,6 +86,9 @@ class SharedPrefixCache:
         gather = np.zeros(len(counts) * heads * largest * queries_a_head, dtype=np.int64)
         gather[at] = (row * heads + head) * queries_a_head + query
         self._gather, self._scatter = torch.from_numpy(gather), torch.from_numpy(at.reshape(-1))
+        hidden = torch.from_numpy(np.arange(self._width) < self._padding[:, None])
+        blocked = torch.zeros(hidden.shape).masked_fill_(hidden, torch.finfo(torch.float32).min)
+        self._mask = blocked.repeat_interleave(heads, dim=0)[:, None] if self._padding.any() else None
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scale: float) -> torch.Tensor:
         """Appends a position to every completion of one layer and attends from it.

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.ops import store
-from benchmarks.rollout import report
+from benchmarks.rollout import few_rows, report
+from grpo_fast.ops.decoder_layer import problem
 
 
 def test_the_page_holds_each_case_with_its_rivals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,13 +38,26 @@ def test_the_page_holds_each_case_with_its_rivals(tmp_path: Path, monkeypatch: p
     cost = {"temperature": 1.0, "min_p": 0.05, "cpu_us_per_token": {"cut alone": 2000.0, "64": 2100.0}}
     cut = {"model": "a model", "device": "a CPU", "max_tokens": 64, "cases": [support | short], "in process": [cost]}
     (tmp_path / "cpu" / "cut_supports.json").write_text(json.dumps(cut), encoding="utf-8")
+    few = {"model": "a model", "device": "a CPU", "torch_threads": 2, "machine": "quiet", "versions": {"torch": "2.13.0"}}
+    few |= {"cases": [{"rows": 8, "ours_ms": 28.0, "onednn_ms": 46.0, "torch_ms": 68.0, "reading_ms": 25.0}]}
+    (tmp_path / "cpu" / "few_rows.json").write_text(json.dumps(few), encoding="utf-8")
     monkeypatch.setattr(store, "RESULTS", tmp_path)
     page = report.section()
+    assert "a model, a CPU, 2 threads, quiet, torch 2.13.0:\n" in page
+    assert "| 8 | 28 ms | 46 ms | 68 ms | 25 ms |" in page
     assert "| 0.7 | top_p 0.9 | 4,000 | 20.6 | 4 | 255 | 1,491 | 25.0% (50%) | 0.0% (0%) |" in page
     assert "| in process, temperature 1 | cut alone | 64 told |\n|---|---|---|\n| min_p 0.05 | 2 ms | 2.1 ms |" in page
     assert "| Qwen2.5-7B, 1 of 28 layers | 2.60 GB | server, shared memory | 2.5 s | 900 ms |  | 3.1 s |" in page
     rates = "970 | 1,000 | 0.970 (0.960 to 0.990) | 0.980 (0.950 to 1.010) | 0.8 % |"
     assert f"| embedded, server | 16 prompts x 8, up to 32 tokens, threads: 1, rounds: 9 | {rates}" in page
+
+
+@pytest.mark.skipif(bool(problem()), reason=problem())
+def test_products_of_few_rows_are_measured_in_miniature() -> None:
+    sizes = few_rows.Sizes("miniature", 2, ((24, 16), (16, 24)), (64, 16))
+    found = few_rows.measure([1, 8], 2, sizes)
+    assert [case["rows"] for case in found] == [1, 8]
+    assert all(case[f"{name}_ms"] > 0 for case in found for name in ("ours", "torch", "onednn", "reading", "packing"))
 
 
 @pytest.mark.vllm

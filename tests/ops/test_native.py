@@ -54,8 +54,8 @@ def test_every_op_is_registered_with_its_schema() -> None:
     schemas = "\n".join(re.findall(r'"([^"]*)"', text))
     names = re.findall(r"\b([a-z]\w+)\(", schemas)
     assert tuple(names) == native.OPS
-    for name in names:
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"grpo_fast::{name}", "CPU")
+    needs_avx512 = {"decoder_layer", "few_rows_product"}
+    assert {name for name in names if not native.has_kernel(name, "CPU")} in (set(), needs_avx512)
 
 
 @pytest.mark.usefixtures("native_library")

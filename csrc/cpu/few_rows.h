@@ -1,0 +1,209 @@
+// Products of a few rows with weights as they lie, and the vector functions beside them, for processors with AVX-512.
+//
+// Such a product is bound by reading the weight. It is read once, three outputs at a time, while the next three are fetched
+// from memory; up to eight rows share what is read. The order of a row's sums does not depend on the rows beside it.
+#pragma once
+
+#include <cstdint>
+
+#include "../numbers.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define GRPO_HAS_AVX512 1
+// GCC 12 takes what its own intrinsics leave undefined for mistakes of theirs.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+
+#define GRPO_AVX512 __attribute__((target("avx512f")))
+
+namespace grpo_fast {
+
+constexpr int64_t kLanes = 16;
+constexpr int kOutputs = 3;
+constexpr int kRows = 8;
+
+// The first `count` lanes, all of them from 16 on.
+GRPO_AVX512 GRPO_INLINE __mmask16 first_lanes(int64_t count) {
+  return static_cast<__mmask16>(count >= kLanes ? 0xffff : (1 << count) - 1);
+}
+
+// Where sums go: out[row * stride + output], plus a bias, plus what is there.
+struct Target {
+  float* out;
+  int64_t stride;
+  const float* bias;
+  bool adds;
+};
+
+template <int kNumRows, int kNumOutputs>
+GRPO_AVX512 void dot_products(const float* rows, const float* weight, int64_t size, const Target& to) {
+  __m512 sums[kNumRows][kNumOutputs];
+  for (auto& row : sums) {
+    for (auto& sum : row) sum = _mm512_setzero_ps();
+  }
+  for (int64_t at = 0; at < size; at += kLanes) {
+    const __mmask16 lanes = first_lanes(size - at);
+    __m512 column[kNumOutputs];
+    for (int output = 0; output < kNumOutputs; ++output) {
+      const float* place = weight + output * size + at;
+      _mm_prefetch(reinterpret_cast<const char*>(place + kNumOutputs * size), _MM_HINT_T0);
+      column[output] = _mm512_maskz_loadu_ps(lanes, place);
+    }
+    for (int row = 0; row < kNumRows; ++row) {
+      const __m512 values = _mm512_maskz_loadu_ps(lanes, rows + row * size + at);
+      for (int output = 0; output < kNumOutputs; ++output) {
+        sums[row][output] = _mm512_fmadd_ps(values, column[output], sums[row][output]);
+      }
+    }
+  }
+  for (int row = 0; row < kNumRows; ++row) {
+    for (int output = 0; output < kNumOutputs; ++output) {
+      float& out = to.out[row * to.stride + output];
+      const float sum = _mm512_reduce_add_ps(sums[row][output]) + (to.bias ? to.bias[output] : 0.0f);
+      out = to.adds ? out + sum : sum;
+    }
+  }
+}
+
+template <int kNumOutputs, int kNumRows = kRows>
+GRPO_AVX512 void dot_products(int64_t num_rows, const float* rows, const float* weight, int64_t size, const Target& to) {
+  if (num_rows >= kNumRows) {
+    dot_products<kNumRows, kNumOutputs>(rows, weight, size, to);
+    if (num_rows == kNumRows) return;
+    const Target rest{to.out + kNumRows * to.stride, to.stride, to.bias, to.adds};
+    dot_products<kNumOutputs>(num_rows - kNumRows, rows + kNumRows * size, weight, size, rest);
+  } else if constexpr (kNumRows > 1) {
+    dot_products<kNumOutputs, kNumRows - 1>(num_rows, rows, weight, size, to);
+  }
+}
+
+// Rows [num_rows, size] times the transpose of outputs [first, last) of a weight [.., size].
+GRPO_AVX512 inline void multiply(
+    const float* rows, int64_t num_rows, const float* weight, int64_t size, int64_t first, int64_t last, const Target& to) {
+  const auto from = [&](int64_t output) {
+    return Target{to.out + output, to.stride, to.bias ? to.bias + output : nullptr, to.adds};
+  };
+  for (; first + kOutputs <= last; first += kOutputs) {
+    dot_products<kOutputs>(num_rows, rows, weight + first * size, size, from(first));
+  }
+  for (; first < last; ++first) dot_products<1>(num_rows, rows, weight + first * size, size, from(first));
+}
+
+// e^x, to a unit in the last place; NaN of NaN.
+GRPO_AVX512 GRPO_INLINE __m512 exponential(__m512 x) {
+  constexpr float kSeries[] = {1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+  constexpr float kLog2High = 0.693359375f, kLog2Low = -2.12194440e-4f;
+  x = _mm512_min_ps(_mm512_set1_ps(88.72f), _mm512_max_ps(_mm512_set1_ps(-104.0f), x));
+  const __m512 doublings = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
+  __m512 left = _mm512_fnmadd_ps(doublings, _mm512_set1_ps(kLog2High), x);
+  left = _mm512_fnmadd_ps(doublings, _mm512_set1_ps(kLog2Low), left);
+  __m512 result = _mm512_setzero_ps();
+  for (const float factor : kSeries) result = _mm512_fmadd_ps(result, left, _mm512_set1_ps(factor));
+  return _mm512_scalef_ps(result, doublings);
+}
+
+// gate <- silu(gate) * up.
+GRPO_AVX512 inline void gated(float* gate, const float* up, int64_t count) {
+  for (int64_t at = 0; at < count; at += kLanes) {
+    const __mmask16 lanes = first_lanes(count - at);
+    const __m512 value = _mm512_maskz_loadu_ps(lanes, gate + at);
+    const __m512 below = _mm512_add_ps(_mm512_set1_ps(1.0f), exponential(_mm512_sub_ps(_mm512_setzero_ps(), value)));
+    const __m512 silu = _mm512_div_ps(value, below);
+    _mm512_mask_storeu_ps(gate + at, lanes, _mm512_mul_ps(silu, _mm512_maskz_loadu_ps(lanes, up + at)));
+  }
+}
+
+// out <- values / sqrt(mean of squares + epsilon) * weight.
+GRPO_AVX512 inline void rms_norm(const float* values, const float* weight, int64_t size, float epsilon, float* out) {
+  __m512 squares = _mm512_setzero_ps();
+  for (int64_t at = 0; at < size; at += kLanes) {
+    const __m512 part = _mm512_maskz_loadu_ps(first_lanes(size - at), values + at);
+    squares = _mm512_fmadd_ps(part, part, squares);
+  }
+  const float mean = _mm512_reduce_add_ps(squares) / static_cast<float>(size);
+  const __m512 scale = _mm512_set1_ps(1.0f / __builtin_sqrtf(mean + epsilon));
+  for (int64_t at = 0; at < size; at += kLanes) {
+    const __mmask16 lanes = first_lanes(size - at);
+    const __m512 normed = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, values + at), scale);
+    _mm512_mask_storeu_ps(out + at, lanes, _mm512_mul_ps(normed, _mm512_maskz_loadu_ps(lanes, weight + at)));
+  }
+}
+
+// Scores [count] to probabilities.
+GRPO_AVX512 inline void softmax(float* scores, int64_t count) {
+  __m512 most = _mm512_set1_ps(-__builtin_inff()), total = _mm512_setzero_ps();
+  for (int64_t at = 0; at < count; at += kLanes) {
+    const __mmask16 lanes = first_lanes(count - at);
+    most = _mm512_mask_max_ps(most, lanes, most, _mm512_maskz_loadu_ps(lanes, scores + at));
+  }
+  const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+  for (int64_t at = 0; at < count; at += kLanes) {
+    const __mmask16 lanes = first_lanes(count - at);
+    const __m512 mass = exponential(_mm512_sub_ps(_mm512_maskz_loadu_ps(lanes, scores + at), top));
+    _mm512_mask_storeu_ps(scores + at, lanes, mass);
+    total = _mm512_mask_add_ps(total, lanes, total, mass);
+  }
+  const __m512 scale = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
+  for (int64_t at = 0; at < count; at += kLanes) {
+    const __mmask16 lanes = first_lanes(count - at);
+    _mm512_mask_storeu_ps(scores + at, lanes, _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, scores + at), scale));
+  }
+}
+
+// out [kNumRows, size] <- what is there, or 0, plus shares [kNumRows, count] (rows `stride` apart) times values [count, size].
+template <int kNumRows>
+GRPO_AVX512 void mix(
+    const float* shares, int64_t stride, int64_t count, const float* values, int64_t size, float* out, bool adds) {
+  for (int64_t at = 0; at < size; at += 2 * kLanes) {
+    const __mmask16 lanes[2] = {first_lanes(size - at), first_lanes(size - at > kLanes ? size - at - kLanes : 0)};
+    __m512 sums[kNumRows][2];
+    for (int row = 0; row < kNumRows; ++row) {
+      for (int half = 0; half < 2; ++half) {
+        const __mmask16 read = adds ? lanes[half] : static_cast<__mmask16>(0);
+        sums[row][half] = _mm512_maskz_loadu_ps(read, out + row * size + at + half * kLanes);
+      }
+    }
+    for (int64_t position = 0; position < count; ++position) {
+      const float* place = values + position * size + at;
+      const __m512 value[2] = {_mm512_maskz_loadu_ps(lanes[0], place), _mm512_maskz_loadu_ps(lanes[1], place + kLanes)};
+      for (int row = 0; row < kNumRows; ++row) {
+        const __m512 share = _mm512_set1_ps(shares[row * stride + position]);
+        for (int half = 0; half < 2; ++half) sums[row][half] = _mm512_fmadd_ps(share, value[half], sums[row][half]);
+      }
+    }
+    for (int row = 0; row < kNumRows; ++row) {
+      for (int half = 0; half < 2; ++half) {
+        _mm512_mask_storeu_ps(out + row * size + at + half * kLanes, lanes[half], sums[row][half]);
+      }
+    }
+  }
+}
+
+template <int kNumRows = kRows>
+GRPO_AVX512 void mix(
+    int64_t num_rows, const float* shares, int64_t stride, int64_t count, const float* values, int64_t size, float* out,
+    bool adds) {
+  if (num_rows >= kNumRows) {
+    mix<kNumRows>(shares, stride, count, values, size, out, adds);
+    if (num_rows == kNumRows) return;
+    mix(num_rows - kNumRows, shares + kNumRows * stride, stride, count, values, size, out + kNumRows * size, adds);
+  } else if constexpr (kNumRows > 1) {
+    mix<kNumRows - 1>(num_rows, shares, stride, count, values, size, out, adds);
+  }
+}
+
+// out <- values * cos + (values rolled by half) * sin, for the numbers of one head.
+GRPO_AVX512 inline void rotate(const float* values, const float* cos, const float* sin, int64_t size, float* out) {
+  const int64_t half = size / 2;
+  for (int64_t at = 0; at < half; ++at) {
+    const float low = values[at], high = values[half + at];
+    out[at] = low * cos[at] + high * sin[at];
+    out[half + at] = high * cos[half + at] + low * sin[half + at];
+  }
+}
+
+}  // namespace grpo_fast
+#endif

@@ -1,0 +1,88 @@
+"""One decoding step of Llama-shaped models by the compiled extension: for a few sequences on a CPU, in float32.
+
+The same step as :class:`~grpo_fast.rollout.llama_step.LlamaStep`'s, a call a layer; log-probabilities agree to 1e-5.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (torch's own custom)
+
+from grpo_fast.ops.decoder_layer import MOST_ROWS, LayerWeights, decoder_layer, few_rows_product, problem
+from grpo_fast.rollout.llama_step import rotary_table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from grpo_fast.rollout.shared_prefix import SharedPrefixCache
+
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
+
+
+def takes(model: PreTrainedModel, num_rows: int) -> bool:
+    """Whether :class:`NativeStep` runs a model that :func:`~grpo_fast.rollout.llama_step.supports` accepts, and is the faster.
+
+    Args:
+        model: without adapters, of plain float32 weights on a CPU.
+        num_rows: sequences of the batch, at first.
+    """
+    if num_rows > MOST_ROWS or problem() or any(hasattr(module, "base_layer") for module in model.modules()):
+        return False
+    return all(
+        type(weight) in _PLAIN and weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous()
+        for weight in model.parameters()
+    )
+
+
+class NativeStep:
+    """Steps a batch by one token.
+
+    Args:
+        model: a model that :func:`takes` accepts; its weights are read where they lie.
+        num_positions: longest sequence of the batch.
+    """
+
+    def __init__(self, model: PreTrainedModel, num_positions: int) -> None:
+        inner: Any = model.model
+        self._embedding, self._norm, self._head = inner.embed_tokens, inner.norm, model.lm_head
+        self._layers = [_weights(layer) for layer in inner.layers]
+        self._cos, self._sin = rotary_table(inner, num_positions)
+
+    def __call__(self, cache: SharedPrefixCache, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Appends one token to every row.
+
+        Args:
+            cache: keys and values so far; grows by one position.
+            tokens: int64 [n].
+            positions: int64 [n].
+
+        Returns:
+            Logits [n, V] of the next token.
+        """
+        hidden = self._embedding(tokens)
+        cos, sin = self._cos[positions], self._sin[positions]
+        for index, layer in enumerate(self._layers):
+            decoder_layer(hidden, layer, cache.append(index), cos, sin)
+        normed = F.rms_norm(hidden, self._norm.weight.shape, self._norm.weight, self._norm.variance_epsilon)
+        return few_rows_product(normed, self._head.weight, self._head.bias)
+
+
+def _weights(layer: Any) -> LayerWeights:
+    attention, mlp = layer.self_attn, layer.mlp
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    if hasattr(attention, "q_norm"):
+        norms += [attention.q_norm, attention.k_norm]
+    linears = [
+        *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
+        *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
+    ]
+    none = torch.empty(0)
+    return LayerWeights(
+        [norm.weight.detach() for norm in norms],
+        [norm.variance_epsilon for norm in norms],
+        [linear.weight.detach() for linear in linears],
+        [none if linear.bias is None else linear.bias.detach() for linear in linears],
+        attention.scaling,
+    )
