@@ -61,5 +61,4 @@ def test_prompts_without_completions_are_forgotten() -> None:
     cache.move(torch.tensor([2]), torch.tensor([0]), 1)
     assert [len(side) for side in cache._prefixes[0]] == [1, 1]
     assert torch.equal(cache._prefixes[0][0][0], prefilled.layers[0].keys[2])
-    assert cache._mask is not None
-    assert (cache._mask < 0).sum(-1).flatten().tolist() == [2] * HEADS
+    assert cache._padding.tolist() == [2]
