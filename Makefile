@@ -74,7 +74,7 @@ sanitize: env-dev
 	    $(BIN)/python -m pytest -q -p no:cacheprovider --native-library $(SANITIZED)/grpo_fast/ops/_native.so \
 	    -m "not slow and not gpu" tests/ops/test_weight_pack.py tests/ops/test_weight_delta.py tests/ops/test_packing.py \
 	    tests/ops/test_policy_loss_native.py tests/ops/test_group_advantage.py::test_the_extension_equals_the_reference \
-	    tests/ops/test_decoder_layer.py
+	    tests/ops/test_decoder_layer.py tests/ops/test_draw_tokens.py
 
 lint: env-dev
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ from setuptools import setup
 
 TARGETS = ("none", "cpu", "cuda")
 TORCH_2_11 = "0x020b000000000000ULL"
-HOST = ("weight_pack", "weight_delta", "packing", "policy_loss", "group_advantage", "decoder_layer")
+HOST = ("weight_pack", "weight_delta", "packing", "policy_loss", "group_advantage", "decoder_layer", "draw_tokens")
 SOURCES = ["csrc/bindings.cpp", *(f"csrc/cpu/{name}.cpp" for name in HOST)]
 CUDA_SOURCES = ["csrc/cuda/weight_pack.cu", "csrc/cuda/weight_delta.cu"]
 # Without contraction a product and a sum are rounded alike on every processor and on a GPU.

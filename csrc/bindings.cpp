@@ -25,4 +25,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(grpo_fast, library) {
       "decoder_layer(Tensor(a!) hidden, Tensor[] norms, float[] epsilons, Tensor[] weights, Tensor[] biases, Tensor cos, "
       "Tensor sin, Tensor source, Tensor padding, Tensor prefix_keys, Tensor prefix_values, Tensor(b!) keys, "
       "Tensor(c!) values, int position, float scale) -> ()");
+  library.def("draw_tokens(Tensor logits, Tensor draws, float temperature) -> (Tensor tokens, Tensor logprobs)");
 }

@@ -92,11 +92,11 @@ GRPO_AVX512 inline void multiply(
   for (; first < last; ++first) dot_products<1>(num_rows, rows, weight + first * size, size, from(first));
 }
 
-// e^x, to a unit in the last place; NaN of NaN.
+// e^x, to a unit in the last place; 0 of minus infinity and NaN of NaN.
 GRPO_AVX512 GRPO_INLINE __m512 exponential(__m512 x) {
   constexpr float kSeries[] = {1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
   constexpr float kLog2High = 0.693359375f, kLog2Low = -2.12194440e-4f;
-  x = _mm512_min_ps(_mm512_set1_ps(88.72f), _mm512_max_ps(_mm512_set1_ps(-104.0f), x));
+  x = _mm512_min_ps(_mm512_set1_ps(88.72f), _mm512_max_ps(_mm512_set1_ps(-150.0f), x));
   const __m512 doublings = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
   __m512 left = _mm512_fnmadd_ps(doublings, _mm512_set1_ps(kLog2High), x);
   left = _mm512_fnmadd_ps(doublings, _mm512_set1_ps(kLog2Low), left);

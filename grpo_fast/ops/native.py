@@ -36,6 +36,7 @@ OPS = (
     "group_advantage",
     "few_rows_product",
     "decoder_layer",
+    "draw_tokens",
 )
 
 
@@ -176,6 +177,10 @@ def _product_shape(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
     return rows.new_empty(rows.shape[0], weight.shape[0])
 
 
+def _draw_shapes(logits: torch.Tensor, draws: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    return draws.new_empty(draws.shape, dtype=torch.int64), logits.new_empty(draws.shape)
+
+
 def _unknown_size() -> Any:
     """A size that values decide, for tracing."""
     return torch.library.get_ctx().new_dynamic_size()
@@ -193,6 +198,7 @@ def _register_fakes() -> None:
         _advantage_shapes,
         _product_shape,
         _writes,
+        _draw_shapes,
     )
     for op, fake in zip(OPS, fakes, strict=True):
         torch.library.register_fake(f"grpo_fast::{op}", fake)

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
+from grpo_fast.ops.draw_tokens import draw_tokens, runs_on
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -152,6 +154,8 @@ def sample(logits: torch.Tensor, sampling: SamplingParams, draws: torch.Tensor, 
     if sampling.temperature == 0:
         chosen = scaled.argmax(-1, keepdim=True)
         return Draw(chosen[:, 0], scaled.log_softmax(-1).gather(-1, chosen)[:, 0])
+    if not sampling.truncates_support and runs_on(scaled):
+        return Draw(*draw_tokens(scaled, draws, sampling.temperature))
     if sampling.temperature != 1:
         scaled = scaled / sampling.temperature
     logprobs = truncate(scaled, sampling).log_softmax(-1)
