@@ -17,7 +17,7 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -65,11 +65,13 @@ class PackedLayout:
     """int32 [pieces + 1] where each piece begins."""
     max_seqlen: int
     """Tokens of the longest piece."""
+    prompts: tuple[slice, ...]
+    """Where the prompts lie that pieces continue, in the order of the row."""
 
     @property
     def shares_prompts(self) -> bool:
         """Whether a piece continues another."""
-        return any(piece.prompt_length for piece in self.pieces)
+        return bool(self.prompts)
 
 
 def packed_layout(pieces: Sequence[Piece], *, device: torch.device) -> PackedLayout:
@@ -80,7 +82,8 @@ def packed_layout(pieces: Sequence[Piece], *, device: torch.device) -> PackedLay
         device: where attention will run.
 
     Raises:
-        ValueError: there is no piece, or one is empty, leaves a gap, or continues tokens that do not lie before it.
+        ValueError: there is no piece, or one is empty, leaves a gap, or continues tokens that do not lie before it; or prompts
+            overlap.
     """
     if not pieces:
         raise ValueError("there are no pieces; attention needs a row of at least one token")
@@ -90,6 +93,10 @@ def packed_layout(pieces: Sequence[Piece], *, device: torch.device) -> PackedLay
             raise ValueError(f"piece {number} is {piece}, but must begin at {begin} and have at least one token")
         if piece.prompt_length and not 0 <= piece.prompt_start <= piece.prompt_start + piece.prompt_length <= begin:
             raise ValueError(f"piece {number} is {piece}: its prompt does not lie before it")
+    spans = sorted({(piece.prompt_start, piece.prompt_start + piece.prompt_length) for piece in pieces if piece.prompt_length})
+    for one, other in pairwise(spans):
+        if other[0] < one[1]:
+            raise ValueError(f"prompts at {one} and at {other} overlap; let pieces continue the same or prompts that lie apart")
     buckets: list[_Bucket] = []
     slots: list[int] = []
     place, empty = [0] * ends[-1], list[int]()
@@ -116,6 +123,7 @@ def packed_layout(pieces: Sequence[Piece], *, device: torch.device) -> PackedLay
         in_order=slots == list(range(ends[-1])),
         cu_seqlens=torch.tensor(ends, dtype=torch.int32, device=device),
         max_seqlen=max(piece.length for piece in pieces),
+        prompts=tuple(slice(*span) for span in spans),
     )
 
 
@@ -225,23 +233,31 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores:
     )
 
 
+def _prompts(side: torch.Tensor, layout: PackedLayout) -> dict[int, torch.Tensor]:
+    """The prompts that pieces continue, by where they begin."""
+    edges = [0, *(edge for prompt in layout.prompts for edge in (prompt.start, prompt.stop)), len(side)]
+    parts = side.split([after - before for before, after in pairwise(edges)])
+    return {prompt.start: part for prompt, part in zip(layout.prompts, parts[1::2], strict=True)}
+
+
 def _bucketed(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedLayout, scores: Scores
 ) -> torch.Tensor:
     sides = [query, key, value]
     if not layout.in_order:
         sides = [_ToSlots.apply(side, layout) for side in sides]  # type: ignore[no-untyped-call]
-    done, start = [], 0
-    for num_rows, width, prompt in layout.buckets:
-        end = start + num_rows * width
-        rows = [side[start:end].unflatten(0, (num_rows, width)) for side in sides]
+    # in one split of a side: each slice's backward pass would fill a whole row with zeros and add it to the others'
+    in_buckets = [side.split([num_rows * width for num_rows, width, _ in layout.buckets]) for side in sides]
+    prompts = [_prompts(side, layout) if layout.shares_prompts else {} for side in (key, value)]
+    done = []
+    for (num_rows, width, prompt), *parts in zip(layout.buckets, *in_buckets, strict=True):
+        rows = [part.unflatten(0, (num_rows, width)) for part in parts]
         if prompt is not None:
-            for at, side in ((1, key), (2, value)):
-                rows[at] = torch.cat((side[prompt].expand(num_rows, -1, -1, -1), rows[at]), dim=1)
+            for at, known in enumerate(prompts, 1):
+                rows[at] = torch.cat((known[prompt.start].expand(num_rows, -1, -1, -1), rows[at]), dim=1)
         q, k, v = (side.transpose(1, 2) for side in rows)
         out = _attend(q, k, v, scores)
         done.append(out.transpose(1, 2).flatten(0, 1))
-        start = end
     joined = torch.cat(done) if len(done) > 1 else done[0]
     if not layout.in_order:
         joined = _FromSlots.apply(joined, layout)  # type: ignore[no-untyped-call]

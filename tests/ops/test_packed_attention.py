@@ -94,6 +94,18 @@ def test_completions_of_a_prompt_do_not_see_each_other() -> None:
     assert same.tolist() == [True] * 5 + [False] * 3 + [True] * 18
 
 
+def test_the_backward_pass_writes_no_row_of_zeros_for_each_bucket() -> None:
+    pieces = [piece for start in range(0, 60, 15) for piece in (Piece(start, 5), Piece(start + 5, 10, start, 5))]
+    layout = packed_layout(pieces, device=CPU)
+    sides = [torch.randn(60, 2, 8, requires_grad=True) for _ in range(3)]
+    with torch.profiler.profile() as profile:
+        packed_attention(*sides, layout, Scores(scale=0.5)).sum().backward()
+    called = {event.key: event.count for event in profile.key_averages()}
+    assert called["aten::scaled_dot_product_attention"] == len(layout.buckets) == 5
+    assert "aten::slice_backward" not in called
+    assert called["aten::split_with_sizes"] >= 5
+
+
 def test_similar_lengths_share_a_call_and_short_ones_always() -> None:
     widths = [(bucket.num_rows, bucket.width) for bucket in packed_layout(whole(100, 76, 67, 50, 3, 3), device=CPU).buckets]
     assert widths == [(2, 100), (2, 67), (2, 3)]
@@ -123,6 +135,7 @@ def test_borders_for_variable_length_kernels() -> None:
         ([Piece(0, 0)], "at least one token"),
         ([], "there are no pieces"),
         ([Piece(0, 2), Piece(2, 2, 1, 3)], "piece 1 .* its prompt does not lie before it"),
+        ([Piece(0, 5), Piece(5, 2, 0, 5), Piece(7, 2, 3, 2)], r"prompts at \(0, 5\) and at \(3, 5\) overlap"),
     ],
 )
 def test_pieces_that_make_no_row_are_refused(pieces: list[Piece], message: str) -> None:
