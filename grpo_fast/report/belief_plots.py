@@ -101,7 +101,7 @@ def _name_areas(axis: Axes, steps: Array, shares: Array, *, theme: Theme) -> Non
         if best > least:
             shown.add(number)
             box = {"facecolor": theme.stacked[number], "lw": 0, "pad": 1.5}
-            axis.text(*place, words, ha="center", va="center", fontsize=8.5, color=theme.stacked_ink, zorder=8, bbox=box)
+            axis.text(*place, words, ha="center", va="center", fontsize=8.5, color=theme.ink, zorder=8, bbox=box)
 
 
 def draw_gain(axis: Axes, rows: Sequence[Row], theme: Theme, *, epsilon: float, confidence: float) -> None:

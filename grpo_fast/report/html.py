@@ -13,9 +13,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from grpo_fast.config import Config
+from grpo_fast.report.palettes import light_and_dark
 from grpo_fast.report.plots import pictures_of
 from grpo_fast.report.run import Run
-from grpo_fast.report.theme import DARK, LIGHT, drawing, png
+from grpo_fast.report.theme import LIGHT, drawing
 from grpo_fast.run_dir import write_whole
 from grpo_fast.sinks.quantities import duration, percent, si, significant
 from grpo_fast.types import COMPLETION_COLUMNS
@@ -243,9 +244,7 @@ def _pictures(run: Run) -> list[Picture]:
         for name, draw in pictures_of(run).items():
             images = {}
             for width, narrow in (("wide", False), ("narrow", True)):
-                light, dark = (draw(run, dataclasses.replace(theme, narrow=narrow)) for theme in (LIGHT, DARK))
-                images[width] = png(light)
-                images[f"{width}_dark"] = png(dark, laid_out_as=light)
+                images[width], images[f"{width}_dark"] = light_and_dark(draw(run, dataclasses.replace(LIGHT, narrow=narrow)))
             (folder / f"{name}.png").write_bytes(images["wide"])
             heading, caption = _HEADINGS[name], " ".join(_CAPTIONS[name].split())
             encoded = {dress: base64.b64encode(image).decode() for dress, image in images.items()}

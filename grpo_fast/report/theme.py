@@ -24,6 +24,7 @@ RC: dict[Any, Any] = {
     "text.parse_math": False,
     "axes.unicode_minus": True,
     "axes.formatter.use_mathtext": False,
+    "axes.titley": 1.0,  # right above the panel: else matplotlib looks at all ticks for the place, each time
     "hatch.linewidth": 0.8,
     "path.sketch": None,
 }
@@ -59,7 +60,6 @@ class Theme:
     held_out: Color
     phases: tuple[Color, Color, Color]
     stacked: tuple[Color, Color, Color]
-    stacked_ink: Color
     narrow: bool = False
 
     @property
@@ -82,7 +82,6 @@ LIGHT = Theme(
     held_out="#00805e",
     phases=("#eceff3", "#d9eaf7", "#dcf1e7"),
     stacked=("#cdd3da", "#8cc6ec", "#66c2a5"),
-    stacked_ink="#1f2328",
 )
 DARK = Theme(
     paper="#15191e",
@@ -94,7 +93,6 @@ DARK = Theme(
     held_out="#35c596",
     phases=("#20262e", "#172c3d", "#15302a"),
     stacked=("#3c444d", "#1f5f87", "#1d6e54"),
-    stacked_ink="#ffffff",
 )
 
 
@@ -201,22 +199,17 @@ def drawing() -> Iterator[None]:
         yield
 
 
-def png(figure: Figure, *, laid_out_as: Figure | None = None) -> bytes:
-    """A figure as PNG at two pixels a CSS pixel, in 256 colours: a third of a full-colour file. Always the same bytes.
-
-    Args:
-        figure: what to draw.
-        laid_out_as: the same figure in other colours, drawn before; its axes lie where this one's will, and finding out where
-            takes longer than all else.
-    """
-    if laid_out_as is not None:
-        figure.set_layout_engine("none")
-        for axes, other in zip(figure.axes, laid_out_as.axes, strict=True):
-            axes.set_position(other.get_position(original=True))
+def png(figure: Figure) -> bytes:
+    """A figure as PNG at two pixels a CSS pixel. Always the same bytes."""
     figure.set_dpi(200)
     canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
-    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    return compressed(np.asarray(canvas.buffer_rgba()))
+
+
+def compressed(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
+    """[height, width, 4] as PNG in 256 colours: a third of a full-colour file."""
     with io.BytesIO() as file:
+        image = Image.fromarray(pixels).convert("RGB")
         image.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(file, format="PNG")
         return file.getvalue()

@@ -14,6 +14,7 @@ from matplotlib.colors import to_hex
 from grpo_fast.config import Config
 from grpo_fast.law import OnlinePredictor
 from grpo_fast.report.belief_plots import ahead_of
+from grpo_fast.report.palettes import light_and_dark
 from grpo_fast.report.plots import (
     PICTURES,
     belief_steps,
@@ -175,14 +176,13 @@ def test_every_picture_is_drawn_for_odd_runs(make_run: MakeRun, name: str, optio
             assert name not in drawn or png(PICTURES[name](run, theme)).startswith(b"\x89PNG")
 
 
-def test_a_dark_picture_is_the_same_where_it_is_laid_out_as_the_light_one(make_run: MakeRun) -> None:
+def test_a_dark_picture_is_the_same_where_it_is_drawn_with_the_light_one(make_run: MakeRun) -> None:
     run = Run.load(make_run(alarm=True, steps=40))
     with drawing():
         for name, draw in pictures_of(run).items():
-            light, dark = draw(run, LIGHT), draw(run, DARK)
-            by_itself = png(draw(run, DARK))
-            assert png(light) != by_itself, name
-            assert png(dark, laid_out_as=light) == by_itself, name
+            light, dark = light_and_dark(draw(run, LIGHT))
+            assert light == png(draw(run, LIGHT)), name
+            assert dark == png(draw(run, DARK)) != light, name
 
 
 def test_forecasts_as_they_are_logged_are_enough_for_every_picture(make_run: MakeRun) -> None:

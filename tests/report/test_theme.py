@@ -27,7 +27,7 @@ def test_words_and_series_stand_out_from_the_paper(theme: Theme) -> None:
     for name in ("ink", "muted"):
         assert _contrast(getattr(theme, name), theme.paper) >= 4.5, name
         assert all(_contrast(getattr(theme, name), phase) >= 4.0 for phase in theme.phases), name
-    assert all(_contrast(theme.stacked_ink, area) >= 4.5 for area in theme.stacked)
+    assert all(_contrast(theme.ink, area) >= 4.5 for area in theme.stacked)
     for name in ("data", "forecast", "held_out"):
         assert _contrast(getattr(theme, name), theme.paper) >= 3.0, name
 
