@@ -41,7 +41,8 @@ class _TwoPalettes(RendererBase):
 
     def __init__(self, width: int, height: int, dpi: float) -> None:
         super().__init__()
-        self.light, self.dark = RendererAgg(width, height, dpi), RendererAgg(width, height, dpi)
+        canvas: Any = RendererAgg
+        self.light, self.dark = canvas(width, height, dpi), canvas(width, height, dpi)
         self.dpi = dpi
         self._colors = _colors()
 
@@ -77,14 +78,14 @@ class _TwoPalettes(RendererBase):
     def get_text_width_height_descent(self, *text: Any) -> Any:
         return self.light.get_text_width_height_descent(*text)
 
-    def get_canvas_width_height(self) -> tuple[float, float]:
+    def get_canvas_width_height(self) -> Any:
         return self.light.get_canvas_width_height()
 
     def points_to_pixels(self, points: Any) -> Any:
         return self.light.points_to_pixels(points)
 
     def _darkened(self, gc: GraphicsContextBase) -> GraphicsContextBase:
-        dark = self.dark.new_gc()
+        dark: GraphicsContextBase = self.dark.new_gc()
         dark.copy_properties(gc)
         if gc.get_linewidth() > 0:
             dark.set_foreground(self._dark(gc.get_rgb()), isRGBA=True)
