@@ -50,7 +50,8 @@ class RankLostError(TrainingError):
 class _Failure(NamedTuple):
     """An exception on its way to other ranks; its class may take other arguments than it keeps.
 
-    Copies have the attribute ``told_elsewhere``, for whoever would tell one error once a rank.
+    Copies have the attribute ``told_elsewhere``, for whoever would tell one error once a rank. They and the original have
+    ``known_to_all``.
     """
 
     kind: type[Exception]
@@ -60,7 +61,7 @@ class _Failure(NamedTuple):
     def rebuild(self) -> Exception:
         error = self.kind.__new__(self.kind, *self.args)
         error.args = self.args  # MemoryError does not keep its arguments
-        error.__dict__.update(self.state | {"told_elsewhere": True})
+        error.__dict__.update(self.state | {"told_elsewhere": True, "known_to_all": True})
         return error
 
 
@@ -186,8 +187,9 @@ class World:
         """Prepares a thread that exchanges while the main one does; every rank has to call it at one place.
 
         Returns:
-            Makes the context in which that thread works: on the device of the calling one, with exchanges in a process group of
-            their own.
+            Makes the context in which that thread works: on the device of the calling one, with exchanges (all but :meth:`sum`)
+            in a process group of their own. What one rank raises there between two exchanges, the others raise in their next
+            one, or at the end of the context.
 
         Raises:
             RankLostError: a rank is gone.
@@ -202,10 +204,27 @@ class World:
         def entered() -> Iterator[None]:
             if device is not None:
                 torch.cuda.set_device(device)
-            with self._here.exchanging_in(self._beside[place] if self.size > 1 else None):
+            if self.size == 1:
+                yield
+                return
+            with self._here.exchanging_in(self._beside[place]), self._telling():
                 yield
 
         return entered
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Tells the others of an exception inside that no exchange has told: they would wait for this rank."""
+        try:
+            yield
+        except RankLostError:
+            raise
+        except BaseException as error:
+            if not hasattr(error, "known_to_all"):
+                with contextlib.suppress(RankLostError):
+                    self._exchange(None, error)
+            raise
+        self.gather(lambda: None)
 
     def gather(self, make: Callable[[], _T]) -> list[_T]:
         """Calls ``make`` on every rank.
@@ -222,12 +241,7 @@ class World:
         """
         if self.size == 1:
             return [make()]
-        value, error = _attempt(make)
-        told: list[tuple[_T | None, _Failure | None]] = [(None, None)] * self.size
-        with self.watched():
-            dist.all_gather_object(told, (value, _packed(error)), group=self._here.group)
-        self._raise_first([failure for _, failure in told], error)
-        return [value for value, _ in told]  # type: ignore[misc]
+        return self._exchange(*_attempt(make))  # type: ignore[return-value]
 
     def each(self, make: Callable[[], _T]) -> _T:
         """Calls ``make`` on every rank, for what each keeps to itself.
@@ -262,6 +276,8 @@ class World:
         if self.size == 1:
             return make()
         value, error = _attempt(make) if self.is_main else (None, None)
+        if self._here.group is not None:
+            self._exchange(None, error)  # any rank may have failed before: see beside
         told: list[tuple[_T | None, _Failure | None]] = [(value, _packed(error))]
         with self.watched():
             dist.broadcast_object_list(told, src=0, group=self._here.group)
@@ -315,11 +331,12 @@ class World:
         """Adds each tensor over the ranks, in place, a bucket of them at a time; short types are summed in float32."""
         if self.size == 1:
             return
+        assert self._here.group is None, "other ranks' threads that fail would be heard of too late"
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.flatten() for tensor in bucket])
             flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
             with self.watched():
-                dist.all_reduce(flat, group=self._here.group)
+                dist.all_reduce(flat)
             parts = flat.split([tensor.numel() for tensor in bucket])
             torch._foreach_copy_(bucket, [part.view_as(tensor) for part, tensor in zip(parts, bucket, strict=True)])
 
@@ -348,11 +365,20 @@ class World:
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()
 
-    def _raise_first(self, failures: Sequence[_Failure | None], own: Exception | None) -> None:
+    def _exchange(self, value: _T | None, error: BaseException | None) -> list[_T | None]:
+        """Every rank's value, or the first failure."""
+        told: list[tuple[_T | None, _Failure | None]] = [(None, None)] * self.size
+        with self.watched():
+            dist.all_gather_object(told, (value, _packed(error)), group=self._here.group)
+        self._raise_first([failure for _, failure in told], error)
+        return [value for value, _ in told]
+
+    def _raise_first(self, failures: Sequence[_Failure | None], own: BaseException | None) -> None:
         """Raises the first failure: as it is where it happened, a copy elsewhere."""
         for rank, failure in enumerate(failures):
             if failure is not None:
                 if rank == self.rank and own is not None:
+                    own.__dict__["known_to_all"] = True
                     raise own
                 raise failure.rebuild() from own
 
@@ -374,14 +400,17 @@ def _attempt(make: Callable[[], _T]) -> tuple[_T | None, Exception | None]:
         return None, error
 
 
-def _packed(error: Exception | None) -> _Failure | None:
+def _packed(error: BaseException | None) -> _Failure | None:
     if error is None:
         return None
+    told = _Failure(TrainingError, (f"{type(error).__name__}: {error}",), {})
+    if not isinstance(error, Exception):  # an exit of one rank is a failure to the others
+        return told
     failure = _Failure(type(error), error.args, dict(error.__dict__))
     try:
         pickle.dumps(failure)
     except Exception:
-        return _Failure(TrainingError, (f"{type(error).__name__}: {error}",), {})
+        return told
     return failure
 
 
