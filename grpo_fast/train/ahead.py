@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from grpo_fast.compute import ComputeMeter
 from grpo_fast.config import Config
 from grpo_fast.metrics import PhaseTimer
 from grpo_fast.rollout import RolloutError
@@ -86,6 +87,20 @@ class Rollouts:
     def ready(self) -> list[Collected]:
         """The groups collected ahead, for the checkpoint: they are neither lost nor sampled again."""
         return [] if self._buffer is None else self._buffer.ready()
+
+    def charge(self, meter: ComputeMeter) -> None:
+        """Meters what was collected ahead since the last call, by the step that it ran beside."""
+        for collected in self.ready():
+            collected.charge(meter)
+
+    def left_over(self) -> str:
+        """What the run's last sentence says of rollouts that were metered and not trained on; empty if there are none."""
+        left = [collected for collected in self.ready() if collected.charged]
+        if not left:
+            return ""
+        tokens = sum(len(completion.token_ids) for each in left for group in each.sampled for completion in group.completions)
+        steps = f"{len(left)} more step{'s' if len(left) > 1 else ''}"
+        return f" Completions of {steps} ({tokens:,} tokens) were sampled ahead; a resumed run trains on them."
 
     def restore(self, next_step: int, ready: Sequence[Collected]) -> None:
         """Starts with the groups that a checkpoint contains."""

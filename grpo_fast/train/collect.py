@@ -41,11 +41,19 @@ class Collected:
     """Position of the stream of prompts afterwards."""
     logged: dict[str, float] = field(default_factory=dict)
     """What reward functions logged as metrics, of the first draw too."""
+    charged: bool = False
+    """Whether the meter has counted the sampling."""
 
     @property
     def epoch(self) -> float:
         """Passes over the prompts until then."""
         return _epoch(self.stream)
+
+    def charge(self, meter: ComputeMeter) -> None:
+        """Meters the sampling, once."""
+        if not self.charged:
+            charge_rollout(meter, self.sampled)
+            self.charged = True
 
     def samples(self, count: int) -> list[dict[str, Any]]:
         """The first ``count`` completions with what became of them and what reward functions logged of them, for people."""
@@ -76,7 +84,7 @@ class Collected:
             }
             for group in self.sampled
         ]
-        told = {"metrics": self.metrics, "logged": self.logged, "problems": self.problems}
+        told = {"metrics": self.metrics, "logged": self.logged, "problems": self.problems, "charged": self.charged}
         return {"groups": rows, "stream": self.stream} | told
 
     @classmethod
@@ -97,7 +105,8 @@ class Collected:
         ]
         groups = [group for _, group in sorted(placed, key=lambda pair: pair[0])]
         metrics, logged = dict(state["metrics"]), dict(state.get("logged", {}))
-        return cls(groups, sampled, metrics, list(state["problems"]), dict(state["stream"]), logged)
+        problems, stream = list(state["problems"]), dict(state["stream"])
+        return cls(groups, sampled, metrics, problems, stream, logged, state.get("charged", False))
 
 
 def _cut(prompt: Prompt, length: int | None) -> Prompt:

@@ -10,7 +10,7 @@ import contextlib
 import math
 import weakref
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -25,7 +25,7 @@ from grpo_fast.rollout import RolloutError, WeightSyncError
 from grpo_fast.train.ahead import Rollouts
 from grpo_fast.train.best import BestCheckpoints, way_back
 from grpo_fast.train.checkpoint import CheckpointError, load_checkpoint, prune_checkpoints, save_checkpoint
-from grpo_fast.train.collect import Collected, Collector, charge_rollout, trainer_state
+from grpo_fast.train.collect import Collected, Collector, trainer_state
 from grpo_fast.train.distributed import World
 from grpo_fast.train.evaluate import evaluate, probe
 from grpo_fast.train.handshake import shake_hands
@@ -192,7 +192,7 @@ class GRPOTrainer:
             self._rollouts.go_on(self.global_step + 1)
         else:
             self._pending = self._rollouts.take(self.global_step + 1, self._timer)
-            charge_rollout(self._parts.meter, self._pending.sampled)
+            self._pending.charge(self._parts.meter)
             self._stream_state = self._pending.stream
             for problem in self._pending.problems:
                 self._event("warn", problem)
@@ -289,6 +289,7 @@ class GRPOTrainer:
     def _charge(self, update: UpdateResult) -> dict[str, float]:
         """Meters the step and returns its times."""
         update.charge(self._parts.meter, self.config)
+        self._rollouts.charge(self._parts.meter)
         seconds = self._timer.lap()
         self._parts.meter.add_seconds(seconds)
         return {"step_time": sum(seconds.values())} | {f"time/{phase}": value for phase, value in seconds.items()}
@@ -350,6 +351,7 @@ class GRPOTrainer:
         best = self._best.best()
         if ending.kind == "collapse":
             ending = Ending(ending.kind, f"{ending.message} {way_back(best)}")
+        ending = replace(ending, message=ending.message + self._rollouts.left_over())
         outcome = Outcome(
             self.global_step, self._smoothed_reward(), best, self._evals, self._oversight.forecast, self._evals.get("baseline")
         )

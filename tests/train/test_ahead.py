@@ -154,6 +154,26 @@ def test_a_run_that_ends_between_rollouts_and_update_resumes_as_the_straight_run
         assert [step.metrics[name] for step in [*before, *after]] == [step.metrics[name] for step in whole]
 
 
+def test_what_is_sampled_ahead_is_metered_by_the_step_beside_it_once_and_told_where_the_run_ends(
+    ahead: Callable[..., Config], tmp_path: Path
+) -> None:
+    common = {"max_staleness": 2, "refill_rounds": 0}
+    whole = train(start(ahead(**common, output_dir=tmp_path / "straight")))
+    tokens = [sum(len(c.token_ids) for group in step.groups for c in group.completions) for step in whole]
+    metered = [sum(tokens[: step + 2]) for step in range(1, STEPS + 1)]
+    assert [step.metrics["tokens/completion"] for step in whole] == metered
+    trainer = start(ahead(**common, max_tokens=int(whole[2].metrics["num_tokens"]), output_dir=tmp_path / "run"))
+    before = train(trainer)
+    assert len(before) == 3, "the limit counts what was sampled ahead"
+    told = f"Completions of 2 more steps ({sum(tokens[3:5])} tokens) were sampled ahead; a resumed run trains on them."
+    assert trainer.summary["reason"].endswith(told)
+    changed = trainer.config.replace(max_tokens=None)
+    again = GRPOTrainer.resume(changed.output_dir, config=changed, task=LETTERS, reward_funcs=[vowels])
+    after = train(again)
+    assert [step.metrics["tokens/completion"] for step in [*before, *after]] == metered
+    assert "sampled ahead" not in again.summary["reason"]
+
+
 @pytest.mark.parametrize("staleness", [1, 2])
 def test_a_run_that_was_killed_loses_and_repeats_no_prompt(staleness: int, ahead: Callable[..., Config]) -> None:
     config = ahead(max_staleness=staleness, refill_rounds=0, save_total_limit=9)
