@@ -93,10 +93,14 @@ class Rollouts:
         for collected in self.ready():
             collected.charge(meter)
 
-    def left_over(self) -> str:
-        """What the run's last sentence says of rollouts that were metered and not trained on; empty if there are none."""
-        left = [collected for collected in self.ready() if collected.charged]
-        if not left:
+    def left_over(self, taken: Collected | None) -> str:
+        """What the run's last sentence says of rollouts that were metered and not trained on; empty if there are none.
+
+        Args:
+            taken: those of a step that were taken, where its update was not begun.
+        """
+        left = [collected for collected in (taken, *self.ready()) if collected is not None and collected.charged]
+        if self._buffer is None or not left:
             return ""
         tokens = sum(len(completion.token_ids) for each in left for group in each.sampled for completion in group.completions)
         steps = f"{len(left)} more step{'s' if len(left) > 1 else ''}"

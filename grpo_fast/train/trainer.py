@@ -351,7 +351,7 @@ class GRPOTrainer:
         best = self._best.best()
         if ending.kind == "collapse":
             ending = Ending(ending.kind, f"{ending.message} {way_back(best)}")
-        ending = replace(ending, message=ending.message + self._rollouts.left_over())
+        ending = replace(ending, message=ending.message + self._rollouts.left_over(self._pending))
         outcome = Outcome(
             self.global_step, self._smoothed_reward(), best, self._evals, self._oversight.forecast, self._evals.get("baseline")
         )

@@ -145,6 +145,7 @@ def test_a_run_that_ends_between_rollouts_and_update_resumes_as_the_straight_run
 
     trainer._rollouts.take, trainer._save = stops, saves  # type: ignore[method-assign]
     before = train(trainer)
+    assert f"Completions of {staleness} more step" in trainer.summary["reason"]
     with resume(trainer.config) as again:
         assert (len(before), again._pending is not None, len(again._rollouts.ready())) == (2, True, staleness - 1)
         after = list(again.steps())
