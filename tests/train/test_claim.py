@@ -222,6 +222,17 @@ def test_a_place_that_cannot_be_written_is_told_before_anything_is_loaded(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize(("leads", "run"), [("nowhere", "link"), ("nowhere", "link/run"), ("link", "link")])
+def test_a_link_to_nowhere_is_told_before_anything_is_loaded(
+    leads: str, run: str, tmp_path: Path, tiny_config: Callable[..., Config]
+) -> None:
+    """As one to a disk that is not mounted."""
+    (tmp_path / "link").symlink_to(leads)
+    told = rf"^output_dir {tmp_path}/{run} cannot be made: {tmp_path}/link is a link to {leads}, where nothing is; "
+    with pytest.raises(ConfigError, match=told):
+        Claim(tiny_config(output_dir=tmp_path / run)).stake(resume=False)
+
+
 @pytest.mark.parametrize(
     ("inside", "named"),
     [
