@@ -28,15 +28,22 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
         OSError: the disk is full or not writable; the file is named.
     """
     partial = path.with_name(f".{path.name}{CUT_SHORT}")
-    try:
+    with naming(path):
         with partial.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        partial.replace(path)
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Context in which a file is written whose name an error shall have: that of a write that fails has none."""
+    try:
+        yield
     except OSError as error:
-        error.filename = error.filename or str(path)  # a write that fails does not know it
+        error.filename = error.filename or str(path)
         raise
-    partial.replace(path)
 
 
 def write_whole(path: Path, text: str) -> None:

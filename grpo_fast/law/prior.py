@@ -23,6 +23,7 @@ from grpo_fast.law.forms import Array
 from grpo_fast.law.posterior import DRIFTS, GRID, Believed
 from grpo_fast.law.scatter import LEAST_SD
 from grpo_fast.law.shapes import CLASSES
+from grpo_fast.run_dir import naming
 
 PARTS = ((0.0, 0.01), (0.0, 0.04), (0.05, 0.1), (0.2, 0.25), (0.8, 0.25), (1.2, 0.6))
 """Mean and standard deviation of the normals that a rise may come from, in units of the reward's range."""
@@ -144,7 +145,8 @@ class Prior:
     def save(self, path: str | Path) -> None:
         """Writes it as JSON, logits to four decimals."""
         tables = {name: np.round(getattr(self, name), 4).tolist() for name in ("part_logits", "class_logits")}
-        Path(path).write_text(json.dumps({**self.to_dict(), **tables}, indent=1) + "\n", encoding="utf-8")
+        with naming(path):
+            Path(path).write_text(json.dumps({**self.to_dict(), **tables}, indent=1) + "\n", encoding="utf-8")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, exact."""

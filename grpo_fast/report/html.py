@@ -17,7 +17,7 @@ from grpo_fast.report.palettes import light_and_dark
 from grpo_fast.report.plots import pictures_of
 from grpo_fast.report.run import Run
 from grpo_fast.report.theme import LIGHT, drawing
-from grpo_fast.run_dir import write_whole
+from grpo_fast.run_dir import replaced, write_whole
 from grpo_fast.sinks.quantities import duration, percent, si, significant
 from grpo_fast.types import COMPLETION_COLUMNS
 
@@ -245,7 +245,8 @@ def _pictures(run: Run) -> list[Picture]:
             images = {}
             for width, narrow in (("wide", False), ("narrow", True)):
                 images[width], images[f"{width}_dark"] = light_and_dark(draw(run, dataclasses.replace(LIGHT, narrow=narrow)))
-            (folder / f"{name}.png").write_bytes(images["wide"])
+            with replaced(folder / f"{name}.png") as file:
+                file.write(images["wide"])
             heading, caption = _HEADINGS[name], " ".join(_CAPTIONS[name].split())
             encoded = {dress: base64.b64encode(image).decode() for dress, image in images.items()}
             made.append(Picture(name=name, heading=heading, caption=caption, **encoded))

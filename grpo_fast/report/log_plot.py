@@ -25,6 +25,7 @@ from grpo_fast.report.belief_plots import (
 )
 from grpo_fast.report.run import Array, smoothed
 from grpo_fast.report.theme import LIGHT, Theme, drawing, dress, key, png, title, value_limits, x_label
+from grpo_fast.run_dir import naming
 from grpo_fast.sinks.quantities import percent
 
 CUTS = (0.2, 0.4, 0.6, 0.8)
@@ -231,5 +232,5 @@ def _draw_belief(axis: Axes, beliefs: LogBeliefs, share: float, *, theme: Theme)
 
 def write_log_plot(path: Path, beliefs: LogBeliefs) -> None:
     """Writes the picture as a PNG file."""
-    with drawing():
+    with drawing(), naming(path):
         path.write_bytes(png(plot_log(beliefs)))

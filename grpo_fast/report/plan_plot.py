@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from grpo_fast.report.theme import LIGHT, Theme, bare, drawing, dress, key, note, png, title, x_label
+from grpo_fast.run_dir import naming
 from grpo_fast.sinks.quantities import duration, percent, si, significant
 
 _COSTS: Mapping[str, tuple[str, Callable[[float], str]]] = {
@@ -159,5 +160,5 @@ def _short(device: str) -> str:
 
 def write_plan_plot(path: Path, plan: Mapping[str, Any]) -> None:
     """Writes the picture as a PNG file."""
-    with drawing():
+    with drawing(), naming(path):
         path.write_bytes(png(plot_plan(plan)))

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from grpo_fast.report.belief_plots import draw_shares
 from grpo_fast.report.theme import LIGHT, Theme, drawing, grid, png, title
+from grpo_fast.run_dir import naming
 
 
 def plot_prior(fitted: Mapping[str, Any], theme: Theme = LIGHT) -> Figure:
@@ -30,5 +31,5 @@ def plot_prior(fitted: Mapping[str, Any], theme: Theme = LIGHT) -> Figure:
 
 def write_prior_plot(path: Path, fitted: Mapping[str, Any]) -> None:
     """Writes the picture as a PNG file."""
-    with drawing():
+    with drawing(), naming(path):
         path.write_bytes(png(plot_prior(fitted)))

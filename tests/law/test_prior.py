@@ -250,3 +250,8 @@ def test_intervals_from_the_shipped_prior_hold_on_published_curves(shared_data):
     coverage = {share: float(np.mean(held)) for share, held in hits.items()}
     assert all(0.8 <= value <= 1.0 for value in coverage.values()), coverage
     assert 0.85 <= np.mean(list(coverage.values())) <= 0.98, coverage
+
+
+def test_a_full_disk_is_told_with_the_file() -> None:
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        some().save("/dev/full")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -72,6 +73,21 @@ def test_pictures_are_written_beside_it(report: Path) -> None:
     assert names == ["beliefs.png", "compute.png", "forecasts.png", "health.png", "phases.png", "stop.png"]
     with Image.open(report.parent / "plots" / "phases.png") as image:
         assert image.size == (1680, 780)
+
+
+def test_a_picture_that_finds_no_room_is_named_and_the_one_before_it_stays(make_run: MakeRun) -> None:
+    run = make_run(steps=12)
+    write_report(run)
+    picture, before = run / "plots" / "phases.png", resource.getrlimit(resource.RLIMIT_FSIZE)
+    content = picture.read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**12, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as told:
+            write_report(run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert told.value.filename == str(picture)
+    assert picture.read_bytes() == content
 
 
 def test_what_a_model_wrote_is_text_never_markup(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,3 +102,8 @@ def test_a_png_file_is_written(beliefs: LogBeliefs, tmp_path: Path) -> None:
     path = tmp_path / "log.png"
     write_log_plot(path, beliefs)
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_full_disk_is_told_with_the_file(beliefs: LogBeliefs) -> None:
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        write_log_plot(Path("/dev/full"), beliefs)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from matplotlib.figure import Figure
 
 from grpo_fast.report.plan_plot import headline, plot_plan, write_plan_plot
@@ -83,3 +84,8 @@ def test_what_is_unknown_is_told() -> None:
 def test_a_png_file_is_written(tmp_path: Path) -> None:
     write_plan_plot(tmp_path / "plan.png", plan())
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_full_disk_is_told_with_the_file() -> None:
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        write_plan_plot(Path("/dev/full"), plan())

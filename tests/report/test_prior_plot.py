@@ -3,6 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from grpo_fast.report.prior_plot import plot_prior, write_prior_plot
 
 FITTED: dict[str, Any] = {
@@ -24,3 +26,8 @@ def test_both_priors_are_shown_side_by_side() -> None:
 def test_a_png_file_is_written(tmp_path: Path) -> None:
     write_prior_plot(tmp_path / "prior.png", FITTED)
     assert (tmp_path / "prior.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_full_disk_is_told_with_the_file() -> None:
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        write_prior_plot(Path("/dev/full"), FITTED)
