@@ -70,6 +70,7 @@ class GRPOTrainer:
             TypeError: ``config`` is not a Config, or there is no such argument.
         """
         check_given(config, given)
+        config = config.replace(output_dir=config.output_dir.absolute())  # the same place where a script changes its folder
         self._world = world = World.join(pick_device(config.device), timeout_s=config.ddp_timeout_s)
         resume = shake_hands(config, world, resume=resume)
         parts = self._parts = build_parts(config, given, resume=resume, world=world)

@@ -234,6 +234,20 @@ def test_the_saved_model_is_the_trained_one(whole: Straight) -> None:
     assert len(AutoTokenizer.from_pretrained(path)) == model.config.vocab_size
 
 
+def test_a_run_stays_in_one_directory_where_a_script_changes_its_folder(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a reward function may that runs what was answered: checkpoints went to one place and the record to another."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    with make(output_dir=Path("here"), max_steps=2, save_steps=1) as trainer:
+        for _ in trainer.steps():
+            monkeypatch.chdir(tmp_path / "elsewhere")
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    found = {path.name for path in (tmp_path / "here").iterdir()}
+    assert {"checkpoint-1", "checkpoint-2", "config.toml", "metrics.jsonl", "summary.json"} <= found
+
+
 def test_saving_by_hand(make: Make, tmp_path: Path) -> None:
     trainer = make(overwrite=True)
     assert trainer.save() == tmp_path / "run" / "checkpoint-0"
