@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from grpo_fast.run_dir import write_whole
 from grpo_fast.sinks.sink import RunInfo
 from grpo_fast.types import COMPLETION_COLUMNS
 
@@ -150,6 +152,9 @@ class WandbSink:
 class TrackioSink:
     """Logs to trackio's local store (``trackio show`` opens it).
 
+    The run has its directory's name and a few letters of its own, as trackio goes on with the newest run of a name, which may
+    be another one's. The whole name is kept in ``<run>/trackio_name``, by which a resumed run goes on in the same place.
+
     Raises:
         ImportError: trackio is not installed.
     """
@@ -161,8 +166,11 @@ class TrackioSink:
     def start(self, info: RunInfo) -> None:
         """Opens the run; a resumed one goes on under the same name."""
         config = {key: str(value) if isinstance(value, Path) else value for key, value in info.config.items()}
-        resume = "allow" if info.start_step else "never"
-        self._trackio.init(project=PROJECT, name=info.run_dir.name, config=config, resume=resume, embed=False)
+        kept = info.run_dir / "trackio_name"
+        known = kept.read_text(encoding="utf-8").strip() if info.start_step and kept.exists() else None
+        name = known or f"{info.run_dir.name}-{uuid.uuid4().hex[:6]}"
+        self._trackio.init(project=PROJECT, name=name, config=config, resume="allow" if known else "never", embed=False)
+        write_whole(kept, f"{name}\n")
         self._started = True
 
     def log_step(self, metrics: Mapping[str, float], forecast: Mapping[str, Any] | None = None) -> None:

@@ -147,3 +147,12 @@ def test_trackio_stores_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert any(metrics.get("forecast/median") == 0.9 for _, metrics in logged)
     assert any("completions" in metrics for _, metrics in logged)
     assert not any("entropy" in metrics for _, metrics in logged)
+    # trackio goes on with the newest run of a name, as one of a sweep with a/run and b/run
+    other = tmp_path / "other" / "run"
+    _use(TrackioSink(), other, rows=[])
+    _use(TrackioSink(), tmp_path / "run", start_step=2, steps=(3,), rows=[])
+    names = [(run / "trackio_name").read_text(encoding="utf-8").strip() for run in (tmp_path / "run", other)]
+    assert all(name.startswith("run-") for name in names)
+    with sqlite3.connect(database) as connection:
+        found = connection.execute("select distinct run_name, step from metrics order by step").fetchall()
+    assert {name: [step for of, step in found if of == name] for name in names} == {names[0]: [1, 2, 3], names[1]: [1, 2]}
