@@ -263,6 +263,19 @@ def test_json_that_nobody_reads_ends_a_command_without_a_word(tmp_path: Path) ->
     assert (done.returncode, done.stderr) == (1, "")
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_a_name_that_the_output_cannot_show_is_no_error(encoding: str, tmp_path: Path) -> None:
+    """As under ``LC_ALL=C``, or of a file whose name is not UTF-8: a whole run ended with an error about a codec."""
+    rows = [f"{step},{0.5 + step / 1000 + step % 7 / 50}" for step in range(1, 61)]
+    (tmp_path / "log.csv").write_text("\n".join(["step,reward", *rows]), encoding="utf-8")
+    command = [sys.executable, "-m", "grpo_fast", "law", "fit", "log.csv", "--output", b"\xc3\xa9\xff.json"]
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
+    shown = {"ascii": b"\\xe9", "utf-8": "\xe9".encode()}[encoding]
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.endswith(b"wrote " + shown + b"\\udcff.json\n")
+
+
 @pytest.mark.slow
 def test_training_leaves_a_run_with_its_report(trained: Path) -> None:
     rows = (trained / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
