@@ -369,7 +369,7 @@ def serve(  # noqa: PLR0913 (what the command line offers)
     import torch  # noqa: PLC0415 (--help must not wait for torch)
 
     from grpo_fast.assets import embedded_model_dir  # noqa: PLC0415 (as above)
-    from grpo_fast.rollout.vllm_server import server_command  # noqa: PLC0415 (as above)
+    from grpo_fast.rollout.vllm_server import become, server_command  # noqa: PLC0415 (as above)
 
     command = server_command(
         str(embedded_model_dir()) if model == "embedded" else model,
@@ -382,7 +382,7 @@ def serve(  # noqa: PLR0913 (what the command line offers)
         enable_sleep_mode=enable_sleep_mode,
         vllm_options=vllm_options,
     )
-    os.execve(command.arguments[0], command.arguments, command.environment)
+    become(command)
 
 
 @app.command

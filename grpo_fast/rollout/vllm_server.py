@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import runpy
 import socket
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
@@ -121,6 +123,18 @@ def server_command(  # noqa: PLR0913 (what the command line offers)
     if dtype in {"float32", "float"}:
         defaults |= FLOAT32_PRODUCTS
     return ServerCommand([*arguments, "--middleware", MIDDLEWARE, *vllm_options], defaults | dict(os.environ) | forced)
+
+
+def become(command: ServerCommand) -> None:
+    """Runs the server in this process until it ends: what vLLM imports too is there already, torch above all.
+
+    It is not this process's ``__main__``, so the processes that vLLM starts do not import it again.
+    """
+    program, *options = command.arguments[2:]
+    os.environ.update(command.environment)
+    constants.HF_HUB_OFFLINE |= command.environment.get("HF_HUB_OFFLINE") == "1"  # else read once, when it was imported
+    sys.argv = [program, *options]
+    runpy.run_module(program, run_name="__main__")
 
 
 def _cpu_options(vllm_options: Sequence[str]) -> list[str]:

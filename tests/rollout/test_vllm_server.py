@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from grpo_fast.mistakes import SET_BY_SERVE
 from grpo_fast.rollout import RolloutError, SamplingParams, shared_memory, vllm_engine, vllm_server
 from grpo_fast.rollout.vllm_engine import VLLMServerEngine, VLLMSettings
 from grpo_fast.rollout.vllm_environment import NO_WORKER, held_port
-from grpo_fast.rollout.vllm_server import server_command
+from grpo_fast.rollout.vllm_server import ServerCommand, become, server_command
 
 MODEL = str(embedded_model_dir())
 PROMPTS = [[1] + [3 + (7 * position) % 50 for position in range(75)], [1, 4, 5, 6]]
@@ -185,6 +186,26 @@ def test_without_a_network_vllm_reads_the_cache_alone(tmp_path: Path, monkeypatc
     monkeypatch.setattr(vllm_server, "out_of_reach", lambda: "the hub cannot be reached (no route)")
     assert server_command("some/model", port=1, on_cpu=True).environment["HF_HUB_OFFLINE"] == "1"
     assert "HF_HUB_OFFLINE" not in server_command(MODEL, port=1, on_cpu=True).environment
+
+
+def test_the_server_runs_in_the_process_that_has_checked_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In another one torch would be imported again."""
+    (tmp_path / "told_server.py").write_text(
+        "import os, sys\n"
+        "from huggingface_hub import is_offline_mode\n"
+        "sys.modules['torch'].told = [__name__, os.getpid(), sys.argv[1:], os.environ['TOLD'], is_offline_mode()]",
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["grpo-fast", "serve"])
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(torch, "told", None, raising=False)
+    for name in ("TOLD", "HF_HUB_OFFLINE"):
+        monkeypatch.setenv(name, "0")
+    before = sys.modules["__main__"]
+    become(ServerCommand([sys.executable, "-m", "told_server", "--port", "1"], {"TOLD": "1", "HF_HUB_OFFLINE": "1"}))
+    assert torch.told == ["__main__", os.getpid(), ["--port", "1"], "1", True]
+    assert sys.modules["__main__"] is before, "what vLLM starts would import it again"
 
 
 @pytest.fixture(scope="module")
