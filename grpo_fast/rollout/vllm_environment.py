@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import random
 import socket
@@ -53,13 +54,26 @@ def load_beside_vllm(module: str) -> ModuleType:
         RolloutError: this vLLM lacks what the module needs of it, as a later one may.
     """
     try:
-        return import_module(module)
+        with _without_collections():
+            return import_module(module)
     except ImportError as error:
         [package, *_] = metadata.packages_distributions().get("vllm", ["vllm"])
         raise RolloutError(
             f"vLLM {metadata.version(package)} lacks a module that the weight sync needs ({error}); install a tested version, "
             f"{OLDEST_VLLM} to {NEWEST_TESTED}"
         ) from error
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """All that an import makes stays, and Python would look through it again and again: for vLLM 1.5 s of 12 s."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager

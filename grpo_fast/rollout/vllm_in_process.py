@@ -97,6 +97,9 @@ class InProcessVLLM:
         self._adapter: LoRARequest | None = None
         disable_envs_cache()  # with it an engine would run where the first one of this process did
         others = set(multiprocessing.active_children())
+        if not own_process:
+            gc.collect()
+            gc.freeze()  # as vLLM does when it has loaded, but it looks three times through all of Python first, for 0.5 s each
         self._llm = LLM(
             **arguments,
             dtype=str(dtype).removeprefix("torch."),

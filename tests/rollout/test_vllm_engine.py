@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import gc
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -247,6 +249,12 @@ def test_two_hundred_syncs_take_no_memory(embedded: Any, perturb: Callable[..., 
     assert min(after - before for before, after in pairwise(held)) < weights
 
 
+def count_collected(searched: list[int], phase: str, info: dict[str, int]) -> None:
+    """Notes how many objects Python looks through in a full collection."""
+    if (phase, info["generation"]) == ("start", 2):
+        searched.append(len(gc.get_objects()))
+
+
 @pytest.mark.vllm
 def test_a_tied_head_moves_with_its_embedding(
     embedded: Any, perturb: Callable[..., None], measure_errors: Callable[..., Any]
@@ -270,7 +278,14 @@ def test_a_tied_head_moves_with_its_embedding(
             tie_word_embeddings=True,
         )
     )
-    engine = VLLMEngine(model, tokenizer, settings=VLLMSettings(max_length=40, sync_deadline_s=60))
+    searched: list[int] = []
+    count = partial(count_collected, searched)
+    gc.callbacks.append(count)
+    try:
+        engine = VLLMEngine(model, tokenizer, settings=VLLMSettings(max_length=40, sync_deadline_s=60))
+    finally:
+        gc.callbacks.remove(count)
+    assert sum(number > 100_000 for number in searched) == 1, "each time that it looks through all takes half a second"
     try:
         for version in range(1, 4):
             perturb(model, seed=version, scale=0.02)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import random
 import socket
@@ -135,3 +136,11 @@ def test_a_vllm_that_lacks_something_is_named(tmp_path: Path, monkeypatch: pytes
     ):
         load_beside_vllm("of_a_later_vllm")
     assert "of_a_later_vllm" not in sys.modules
+
+
+def test_nothing_is_collected_while_vllm_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "imported_beside_vllm.py").write_text("import gc; collects = gc.isenabled()", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert gc.isenabled()
+    assert not load_beside_vllm("imported_beside_vllm").collects
+    assert gc.isenabled()
