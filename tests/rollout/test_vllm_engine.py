@@ -8,8 +8,6 @@ import gc
 import json
 import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -28,6 +26,7 @@ from grpo_fast.rollout import RolloutEngine, RolloutError, SamplingParams, Weigh
 from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMServerEngine, VLLMSettings, memory_arguments, require_vllm
 from grpo_fast.rollout.vllm_sample import Telling
 from grpo_fast.types import Completion
+from tests.rollout import warm
 
 SHARED = [1] + [3 + (7 * position) % 50 for position in range(75)]
 PROMPTS = [[*SHARED, 5, 6], [*SHARED, 7], [1, 4, 5, 6], [1, 9]]
@@ -406,18 +405,18 @@ def test_a_run_whose_rollouts_run_beside_its_training(pause_mode: str, embedded_
 @pytest.mark.slow
 @pytest.mark.usefixtures("untraced")
 def test_each_rank_samples_by_an_engine_of_its_own(embedded_config: Callable[..., Config], tmp_path: Path) -> None:
+    """By torchrun's agent; over servers the whole command starts them, in test_vllm_http."""
     same: dict[str, Any] = {"rollout": "vllm", "prompts_per_step": 4, "max_steps": 3, "eval_steps": 0, "baseline_probe": 0}
     same |= {"max_staleness": 1}
     config = embedded_config(**same, reward_workers=0, output_dir=tmp_path / "alone")
     with GRPOTrainer(config) as trainer:
         trainer.train()
-    program, run = Path(sys.executable).with_name("grpo-fast"), tmp_path / "ranks"
+    run, log = tmp_path / "ranks", tmp_path / "log"
     flags = [part for name, value in same.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     flags += ["--recipe", "embedded", "--device", "cpu", "--fsdp", "full_shard", "--forecast", "off", "--reward-workers", "0"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
-    command = [*launcher, str(program), "train", *flags, "--no-report", "--output-dir", str(run)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    process = warm.start(warm.ranks, 2, ["train", *flags, "--no-report", "--output-dir", str(run)], log=log)
+    process.join(200)
+    assert process.exitcode == 0, log.read_text(encoding="utf-8")[-3000:]
     alone, ranks = (
         {
             name: [json.loads(line) for line in (place / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
