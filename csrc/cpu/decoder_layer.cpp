@@ -10,7 +10,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <memory>
 #include <string>
 #include <vector>
 
@@ -94,11 +93,10 @@ void turn(const Attention& a, int64_t row, const float* norm, float epsilon, con
 }
 
 // One row's queries at one head of keys and values; its key and value are appended first.
-void attend(const Attention& a, const Cache& cache, int64_t row, int64_t head, std::vector<float>& room) {
+void attend(const Attention& a, const Cache& cache, int64_t row, int64_t head, float* room) {
   const int64_t prompt = cache.source[row], skipped = cache.padding[prompt], seen = cache.width - skipped;
   const int64_t own = cache.position + 1, count = seen + own;
-  room.resize(a.group * (count + a.size) + a.size);
-  float *scores = room.data(), *turned = scores + a.group * count, *normed = turned + a.group * a.size;
+  float *turned = room, *normed = turned + a.group * a.size, *scores = normed + a.size;
 
   const int64_t place = row * a.num_heads + head, own_from = place * cache.capacity * a.size;
   float *own_keys = cache.keys + own_from, *own_values = cache.values + own_from;
@@ -120,10 +118,12 @@ void attend(const Attention& a, const Cache& cache, int64_t row, int64_t head, s
 }
 
 void attend(const Attention& a, const Cache& cache) {
-  const int64_t work = 2 * a.group * a.size * (cache.width + cache.position + 1);
-  torch::stable::parallel_for(0, a.num_rows * a.num_heads, std::max<int64_t>(1, kWorkOfThread / work), [&](int64_t begin, int64_t end) {
-    std::vector<float> room;
-    for (int64_t at = begin; at < end; ++at) attend(a, cache, at % a.num_rows, at / a.num_rows, room);
+  const int64_t longest = cache.width + cache.position + 1;
+  const int64_t grain = std::max<int64_t>(1, kWorkOfThread / (2 * a.group * a.size * longest));
+  torch::stable::parallel_for(0, a.num_rows * a.num_heads, grain, [&](int64_t begin, int64_t end) {
+    thread_local Room room;
+    float* numbers = room.of(a.group * (a.size + longest) + a.size);
+    for (int64_t at = begin; at < end; ++at) attend(a, cache, at % a.num_rows, at / a.num_rows, numbers);
   });
 }
 
@@ -172,8 +172,9 @@ void decoder_layer(
   const auto epsilon = [&](size_t at) { return at < epsilons.size() ? static_cast<float>(epsilons[at]) : 0.0f; };
 
   const int64_t of_queries = num_queries * size, of_keys = num_heads * size;
-  const std::unique_ptr<float[]> room(new float[num_rows * (width + std::max(of_queries + 2 * of_keys, 2 * inner))]);
-  float *normed = room.get(), *queries = normed + num_rows * width, *new_keys = queries + num_rows * of_queries;
+  thread_local Room room;
+  float* normed = room.of(num_rows * (width + std::max(of_queries + 2 * of_keys, 2 * inner)));
+  float *queries = normed + num_rows * width, *new_keys = queries + num_rows * of_queries;
   float *new_values = new_keys + num_rows * of_keys, *gate = queries, *up = gate + num_rows * inner;
   float* state = floats(hidden, {num_rows, width}, "hidden");
   const Linear to_queries = layer.to(0, width, of_queries, queries), to_keys = layer.to(1, width, of_keys, new_keys);

@@ -2,8 +2,8 @@
 
 Such a step is bound by reading the weights. The extension reads each once, as it lies, fetching ahead what comes next, and does
 what stands between the products without torch's some 25 small operations a layer. On an Intel Xeon (2 cores, AVX-512,
-torch 2.13, November 2026) the products of a token of SmolLM2-135M take 28 ms for 8 rows, MKL's 68 and oneDNN's 46 after laying
-the weights out anew; reading the weights alone takes 25. float32 only, no gradients, processors with AVX-512.
+torch 2.13, November 2026) 64 tokens of 8 sequences of SmolLM2-135M take 2.5 s in place of 5.8 s; the products alone are in
+benchmarks/rollout/few_rows.py. float32 only, no gradients, processors with AVX-512.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 
 from grpo_fast.ops import native
 
-MOST_ROWS = 16
-"""With more, products are bound by computing, and those of torch's libraries are faster."""
+MOST_NUMBERS = 20_000
+"""Rows times hidden size up to which it is the faster way: 1.3 times with 32 rows of SmolLM2-135M and with 128 of 128 numbers on
+that Xeon, 1.1 with 48 and 0.8 with 256. Beyond, products are bound by computing, and those of torch's libraries are faster."""
 
 
 class LayerWeights(NamedTuple):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own custom)
 
-from grpo_fast.ops.decoder_layer import MOST_ROWS, LayerWeights, decoder_layer, few_rows_product, problem
+from grpo_fast.ops.decoder_layer import MOST_NUMBERS, LayerWeights, decoder_layer, few_rows_product, problem
 from grpo_fast.rollout.llama_step import rotary_table
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def takes(model: PreTrainedModel, num_rows: int) -> bool:
         model: without adapters, of plain float32 weights on a CPU.
         num_rows: sequences of the batch, at first.
     """
-    if num_rows > MOST_ROWS or problem() or any(hasattr(module, "base_layer") for module in model.modules()):
+    if num_rows * model.config.hidden_size > MOST_NUMBERS or problem() or any(hasattr(module, "base_layer") for module in model.modules()):
         return False
     return all(
         type(weight) in _PLAIN and weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous()
