@@ -28,7 +28,8 @@ def takes(model: PreTrainedModel, num_rows: int) -> bool:
         model: without adapters, of plain float32 weights on a CPU.
         num_rows: sequences of the batch, at first.
     """
-    if num_rows * model.config.hidden_size > MOST_NUMBERS or problem() or any(hasattr(module, "base_layer") for module in model.modules()):
+    adapted = any(hasattr(module, "base_layer") for module in model.modules())
+    if num_rows * model.config.hidden_size > MOST_NUMBERS or adapted or problem():
         return False
     return all(
         type(weight) in _PLAIN and weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous()
