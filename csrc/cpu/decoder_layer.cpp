@@ -1,7 +1,7 @@
 // A token a row through one decoder layer on the host, see grpo_fast/ops/decoder_layer.py.
 //
-// Five products and one attention, each shared out among torch's threads. Between them lie a norm, which is too little to be,
-// and the gate. Keys and values of a prompt are read by all of its completions, which stand beside each other.
+// What has the same input is multiplied together: four products, one attention and the gate, each shared out among torch's
+// threads; a norm is too little to be. Keys and values of a prompt are read by its completions one after the other.
 #include "few_rows.h"
 
 #ifdef GRPO_HAS_AVX512
@@ -26,8 +26,7 @@ constexpr int64_t kWorkOfThread = 1 << 16;  // multiplications that are worth wa
 struct Linear {
   const float *weight, *bias;
   int64_t num_outputs;
-  float* out;
-  int64_t stride;
+  float* out;  // [num_rows, num_outputs]
 };
 
 // Rows [num_rows, size] times several weights at once.
@@ -36,11 +35,11 @@ void multiply_all(
   const auto tiles = [](const Linear& linear) { return (linear.num_outputs + kOutputs - 1) / kOutputs; };
   int64_t num_tiles = 0;
   for (const Linear& linear : linears) num_tiles += tiles(linear);
-  const int64_t grain = std::max<int64_t>(1, kWorkOfThread / (kOutputs * size * num_rows));
+  const int64_t grain = kWorkOfThread / std::max<int64_t>(1, kOutputs * size * num_rows) + 1;
   torch::stable::parallel_for(0, num_tiles, grain, [&](int64_t begin, int64_t end) {
     for (const Linear& linear : linears) {
       const int64_t count = tiles(linear), first = std::clamp<int64_t>(begin, 0, count), last = std::clamp<int64_t>(end, 0, count);
-      const Target to{linear.out, linear.stride, linear.bias, adds};
+      const Target to{linear.out, linear.num_outputs, linear.bias, adds};
       multiply(rows, num_rows, linear.weight, size, first * kOutputs, std::min(last * kOutputs, linear.num_outputs), to);
       begin -= count;
       end -= count;
@@ -53,9 +52,11 @@ float* floats(const Tensor& tensor, std::initializer_list<int64_t> shape, const 
   require(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous(), name, " must be float32 and contiguous");
   bool fits = tensor.dim() == static_cast<int64_t>(shape.size());
   for (int64_t axis = 0; fits && axis < tensor.dim(); ++axis) fits = tensor.size(axis) == shape.begin()[axis];
-  std::ostringstream sizes;
-  for (const int64_t size : shape) sizes << (sizes.tellp() > 0 ? ", " : "") << size;
-  require(fits, name, " must be (", sizes.str(), ")");
+  if (!fits) {
+    std::ostringstream sizes;
+    for (const int64_t size : shape) sizes << (sizes.tellp() > 0 ? ", " : "") << size;
+    require(false, name, " must be (", sizes.str(), ")");
+  }
   return static_cast<float*>(tensor.mutable_data_ptr());
 }
 
@@ -119,7 +120,7 @@ void attend(const Attention& a, const Cache& cache, int64_t row, int64_t head, f
 
 void attend(const Attention& a, const Cache& cache) {
   const int64_t longest = cache.width + cache.position + 1;
-  const int64_t grain = std::max<int64_t>(1, kWorkOfThread / (2 * a.group * a.size * longest));
+  const int64_t grain = kWorkOfThread / (2 * a.group * a.size * longest) + 1;
   torch::stable::parallel_for(0, a.num_rows * a.num_heads, grain, [&](int64_t begin, int64_t end) {
     thread_local Room room;
     float* numbers = room.of(a.group * (a.size + longest) + a.size);
@@ -139,7 +140,7 @@ class Weights {
   Linear to(int at, int64_t num_inputs, int64_t num_outputs, float* out) const {
     static constexpr const char* kNames[] = {"query", "key", "value", "output", "gate", "up", "down"};
     const float* bias = biases_[at].numel() ? floats(biases_[at], {num_outputs}, "a bias") : nullptr;
-    return {floats(weights_[at], {num_outputs, num_inputs}, kNames[at]), bias, num_outputs, out, num_outputs};
+    return {floats(weights_[at], {num_outputs, num_inputs}, kNames[at]), bias, num_outputs, out};
   }
 
  private:
@@ -159,8 +160,9 @@ void decoder_layer(
   const Weights layer(weights, biases);
   const int64_t num_rows = hidden.size(0), width = hidden.size(1), size = cos.size(1), num_heads = keys.size(1);
   const int64_t num_prompts = prefix_keys.size(0), prompt_width = prefix_keys.size(2), capacity = keys.size(2);
+  require(size > 0 && size % 2 == 0 && num_heads > 0, num_heads, " heads of keys with ", size, " numbers; there must be some, an even number each");
   const int64_t num_queries = layer.outputs(0) / size, inner = layer.outputs(4);
-  require(size % 2 == 0 && num_queries % num_heads == 0, num_queries, " heads of ", size, " over ", num_heads, " of keys");
+  require(num_queries > 0 && num_queries % num_heads == 0, num_queries, " heads of ", size, " over ", num_heads, " of keys");
   require(keys.size(0) >= num_rows && position >= 0 && position < capacity, "no room at ", position, " of ", capacity);
   const std::initializer_list<int64_t> prompts{num_prompts, num_heads, prompt_width, size};
   const std::initializer_list<int64_t> completions{keys.size(0), num_heads, capacity, size};
@@ -207,7 +209,7 @@ Tensor few_rows_product(Tensor rows, Tensor weight, std::optional<Tensor> bias) 
   const Tensor result = torch::stable::empty({num_rows, num_outputs}, ScalarType::Float);
   const Linear linear{
       floats(weight, {num_outputs, size}, "weight"), bias ? floats(*bias, {num_outputs}, "bias") : nullptr, num_outputs,
-      floats(result, {num_rows, num_outputs}, "the result"), num_outputs};
+      floats(result, {num_rows, num_outputs}, "the result")};
   if (num_rows > 0) multiply_all(floats(rows, {num_rows, size}, "rows"), num_rows, size, false, {linear});
   return result;
 }

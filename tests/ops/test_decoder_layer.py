@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -185,6 +185,8 @@ def test_no_rows_are_no_work() -> None:
     decoder_layer(hidden[:0], layer, cache._replace(source=cache.source[:0]), cos[:0], sin[:0])
     assert torch.equal(cache.keys, before)
     assert few_rows_product(hidden[:0], torch.randn(3, 40)).shape == (0, 3)
+    assert few_rows_product(hidden, torch.randn(0, 40)).shape == (5, 0)
+    assert few_rows_product(hidden[:, :0], torch.randn(3, 0), torch.ones(3)).tolist() == [[1, 1, 1]] * 5
 
 
 WRONG: dict[str, tuple[str, Callable[[LayerWeights, LayerCache], tuple[LayerWeights, LayerCache]]]] = {
@@ -237,7 +239,13 @@ def test_what_does_not_fit_is_named(name: str) -> None:
     assert torch.equal(hidden, before)
 
 
-def test_heads_that_do_not_divide_are_named() -> None:
-    hidden, layer, cache, cos, sin = case(replace(Sizes(), heads=5, kv_heads=2))
+def test_heads_that_do_not_fit_are_named() -> None:
+    hidden, layer, cache, cos, sin = case(Sizes(heads=5, kv_heads=2))
     with pytest.raises(RuntimeError, match="5 heads of 12 over 2 of keys"):
         decoder_layer(hidden, layer, cache, cos, sin)
+    with pytest.raises(RuntimeError, match="2 heads of keys with 11 numbers"):
+        decoder_layer(hidden, layer, cache, cos[:, :11].contiguous(), sin)
+    with pytest.raises(RuntimeError, match="2 heads of keys with 0 numbers"):
+        decoder_layer(hidden, layer, cache, cos[:, :0], sin)
+    with pytest.raises(RuntimeError, match="0 heads of keys with 12 numbers"):
+        decoder_layer(hidden, layer, cache._replace(keys=cache.keys[:, :0]), cos, sin)
