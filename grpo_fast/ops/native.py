@@ -18,7 +18,7 @@ from grpo_fast.ops.dispatch import Implementation
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-BUILD = "GRPO_FAST_BUILD=cpu pip install --no-build-isolation --no-deps ."
+BUILD = "pip install 'setuptools>=77' && GRPO_FAST_BUILD=cpu pip install --no-build-isolation --no-deps ."
 """Command that builds it from a checkout; use ``cuda`` in place of ``cpu`` with nvcc and a torch for CUDA."""
 SLOWER = (
     "weight pack, weight delta, sequence packing, policy loss, group advantages and rollouts on a CPU run in plain PyTorch and "
