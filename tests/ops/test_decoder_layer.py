@@ -131,7 +131,7 @@ def test_a_layer_equals_the_reference(name: str) -> None:
 
 
 @pytest.mark.parametrize("num_rows", range(1, 20))
-@pytest.mark.parametrize(("size", "num_outputs"), [(1, 1), (15, 2), (16, 3), (33, 7), (576, 64)])
+@pytest.mark.parametrize(("size", "num_outputs"), [(1, 1), (15, 2), (16, 3), (33, 7), (32, 13), (100, 22), (576, 64)])
 def test_products_equal_float64(num_rows: int, size: int, num_outputs: int) -> None:
     generator = torch.Generator().manual_seed(num_rows)
     rows, weight = torch.randn(num_rows, size, generator=generator), torch.randn(num_outputs, size, generator=generator)
