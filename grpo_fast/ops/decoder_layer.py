@@ -15,8 +15,8 @@ import torch
 from grpo_fast.ops import native
 
 MOST_NUMBERS = 40_000
-"""Rows times hidden size up to which it is the faster way: on that Xeon 1.5 times with 32 rows of SmolLM2-135M's 576, 1.2 with 64
-and as fast with 96; with rows of 128, 1.4 times with 256 and 1.1 with 512. Beyond, products of torch's libraries are faster."""
+"""Rows times hidden size up to which it is the faster way: on that Xeon 1.5 times with 32 rows of SmolLM2-135M's 576, 1.2 with
+64 and as fast with 96; with rows of 128, 1.4 times with 256 and 1.1 with 512. Beyond, torch's libraries multiply faster."""
 
 
 class LayerWeights(NamedTuple):
