@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -8,6 +7,7 @@ import peft
 import pytest
 import torch
 from transformers import (
+    AutoTokenizer,
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
@@ -20,6 +20,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from grpo_fast.assets import embedded_model_dir
 from grpo_fast.ops import decoder_layer
 from grpo_fast.rollout import native_step
 from grpo_fast.rollout.engine import SamplingParams
@@ -27,6 +28,7 @@ from grpo_fast.rollout.llama_step import supports
 from grpo_fast.rollout.native_step import NativeStep, takes
 from grpo_fast.rollout.shared_prefix import SharedPrefixCache
 from grpo_fast.rollout.transformers_engine import TransformersEngine
+from tests.rollout.transformers_engine.tiny import flat
 
 pytestmark = pytest.mark.skipif(bool(decoder_layer.problem()), reason=decoder_layer.problem())
 
@@ -100,32 +102,19 @@ def test_steps_equal_the_module_in_float64(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_an_engine_samples_what_the_module_samples(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build(name)
-    model.generation_config.eos_token_id = 20  # some end early
+    model, tokenizer = build(name), AutoTokenizer.from_pretrained(embedded_model_dir())
     steps = []
     call = NativeStep.__call__
     monkeypatch.setattr(NativeStep, "__call__", lambda *arguments: (steps.append(0), call(*arguments))[1])
     sampling = SamplingParams(max_tokens=24)
     sampled = []
     for impl in ("auto", "module"):
-        engine = TransformersEngine(model, Tokenizer(), eos_token_ids=[20], impl=impl)
+        engine = TransformersEngine(model, tokenizer, eos_token_ids=[20], impl=impl)  # some end early
         sampled.append(engine.generate(PROMPTS, sampling, num_generations=4, seed=1))
         assert len(steps) in range(12, 24), "the module's run adds none"
-    for ours, its in zip(*map(itertools.chain.from_iterable, sampled), strict=True):
+    for ours, its in zip(*map(flat, sampled), strict=True):
         assert ours.token_ids == its.token_ids
         assert ours.logprobs == pytest.approx(its.logprobs, abs=1e-5)
-
-
-class Tokenizer:
-    """Decodes for completions' texts, which nothing here reads."""
-
-    eos_token_id = 20
-
-    def decode(self, ids: list[int], **_: object) -> str:
-        return " ".join(map(str, ids))
-
-    def batch_decode(self, ids: list[list[int]], **_: object) -> list[str]:
-        return [self.decode(each) for each in ids]
 
 
 def adapted(model: PreTrainedModel) -> None:
