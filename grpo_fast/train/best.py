@@ -58,6 +58,11 @@ class BestCheckpoints:
         judged = [one for one in able if one.held_out is not None] or able
         return max(judged, key=lambda one: (one.metric, -one.step), default=None)
 
+    def facts(self) -> dict[str, Any]:
+        """What Hugging Face's ``TrainerState`` keeps of the best one; nothing where there is none."""
+        best = self.best()
+        return {} if best is None else {"best_metric": best.metric, "best_step": best.step, "best_checkpoint": best.name}
+
     def is_better(self, held_out: float) -> bool:
         """Whether a held-out reward beats that of every checkpoint."""
         known = [one.held_out for one in self._saved if one.held_out is not None]

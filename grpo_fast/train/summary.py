@@ -57,10 +57,8 @@ class Outcome:
     best: Saved | None
     """The best checkpoint (after a collapse, the best from before it); None if none has a known reward."""
     evals: Mapping[str, float]
-    """``first`` and ``last`` held-out reward, if there were evaluations."""
+    """``first`` and ``last`` held-out reward, if there were evaluations, and that of the untrained ``baseline``, if probed."""
     forecast: Forecast | None
-    baseline: float | None = None
-    """Mean reward of the untrained policy, if it was probed."""
 
 
 def write_summary(config: Config, parts: Parts, ending: Ending, outcome: Outcome) -> dict[str, Any]:
@@ -79,7 +77,7 @@ def write_summary(config: Config, parts: Parts, ending: Ending, outcome: Outcome
         "best_reward": best and best.metric,
         "best_step": best and best.step,
         "use": best and {"checkpoint": best.name, "step": best.step, "reward": best.metric, "by": best.by},
-        "baseline_reward": outcome.baseline,
+        "baseline_reward": outcome.evals.get("baseline"),
         "initial_eval_reward": outcome.evals.get("first"),
         "eval_reward": outcome.evals.get("last"),
         "forecast": forecast,

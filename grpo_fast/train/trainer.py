@@ -29,6 +29,7 @@ from grpo_fast.train.collect import Collected, Collector, trainer_state
 from grpo_fast.train.distributed import World
 from grpo_fast.train.evaluate import evaluate, probe
 from grpo_fast.train.handshake import shake_hands
+from grpo_fast.train.in_step import InStep, Turn
 from grpo_fast.train.interrupt import InterruptFlag
 from grpo_fast.train.logged import named_apart
 from grpo_fast.train.optim import build_optimizer
@@ -80,7 +81,7 @@ class GRPOTrainer:
         collector = Collector(config, parts.sampler, stream=parts.stream, rewards=parts.rewards)
         self._rollouts = Rollouts(config, collector, world=world)
         self._progress = progress_schedule(config)
-        self._timer, self._interrupt = PhaseTimer(), InterruptFlag()
+        self._timer, self._interrupt, self._in_step = PhaseTimer(), InterruptFlag(), InStep(world)
         self._pending: Collected | None = None
         self._stream_state = parts.stream.state_dict()
         self._recent_rewards: list[float] = []
@@ -153,6 +154,7 @@ class GRPOTrainer:
             RolloutError: the engine died, or does not have the policy's weights; what was trained is saved.
             FloatingPointError: the policy's logits are not finite; the newest checkpoint holds.
             RankLostError: another process of the run died or hangs; the newest checkpoint holds.
+            TrainingError: another process makes other calls of the trainer between two steps; the newest checkpoint holds.
             KeyboardInterrupt: Ctrl-C came twice; the newest checkpoint holds.
         """
         loop = self._steps()
@@ -161,6 +163,7 @@ class GRPOTrainer:
 
     def _steps(self) -> Generator[StepResult]:
         with self._interrupt, self._world.watched():
+            self._in_step.take(Turn.START, self.global_step)
             self._timer.lap()  # time outside the loop is not the run's
             self._open()
             try:
@@ -172,10 +175,12 @@ class GRPOTrainer:
                     self._ending = self._why_end()
                     if self._ending is None:
                         yield self._learn()
+                        self._ending = self._in_step.take(Turn.GO_ON, self.global_step, self._ending)
                 self._oversight.check_rewarded(self.global_step, self._ending)
                 self._finish(self._ending)
             except GeneratorExit:
-                self._finish(self._ending or Ending("user", f"The loop was left after step {self.global_step}."))
+                if (ending := self._in_step.take(Turn.LEAVE, self.global_step, self._ending)) is not None:
+                    self._finish(ending)
                 raise
             except (RewardError, EnvironmentFailedError, ConfigError, NonFiniteGradientError, RolloutError) as error:
                 # Past the first of several iterations the weights have moved already: only an older checkpoint is whole.
@@ -239,6 +244,7 @@ class GRPOTrainer:
 
     def evaluate(self) -> float:
         """Mean reward of answers to the held-out prompts, by the task's own measure or else by what rewards training."""
+        self._in_step.take(Turn.EVALUATE, self.global_step)
         return self._evaluate()["eval_reward"]
 
     def _evaluate(self) -> dict[str, float]:
@@ -253,6 +259,7 @@ class GRPOTrainer:
         Returns:
             Its directory, which ``from_pretrained`` reads.
         """
+        self._in_step.take(Turn.SAVE, self.global_step)
         self._open()
         self._save()
         return self.config.output_dir / f"checkpoint-{self.global_step}"
@@ -316,11 +323,10 @@ class GRPOTrainer:
 
     def _open(self) -> None:
         """Starts the sinks."""
-        if self._opened:
-            return
-        self._world.once(lambda: self._parts.open(self.global_step))
-        self._opened = True
-        self._event("resume" if self.global_step else "start", self._parts.describe(self.global_step))
+        if not self._opened:
+            self._world.once(lambda: self._parts.open(self.global_step))
+            self._opened = True
+            self._event("resume" if self.global_step else "start", self._parts.describe(self.global_step))
 
     def _measure_start(self) -> None:
         """Probes the untrained policy once, and evaluates it where evaluation is on."""
@@ -353,9 +359,7 @@ class GRPOTrainer:
         if ending.kind == "collapse":
             ending = Ending(ending.kind, f"{ending.message} {way_back(best)}")
         ending = replace(ending, message=ending.message + self._rollouts.left_over(self._pending))
-        outcome = Outcome(
-            self.global_step, self._smoothed_reward(), best, self._evals, self._oversight.forecast, self._evals.get("baseline")
-        )
+        outcome = Outcome(self.global_step, self._smoothed_reward(), best, self._evals, self._oversight.forecast)
         summary = write_summary(self.config, self._parts, ending, outcome)
         self._event(ending.event, ending.message)
         return summary
@@ -387,11 +391,7 @@ class GRPOTrainer:
         protected = self._best.protected(sound_until=self._oversight.sound_until(step, self._alarm))
         kept = prune_checkpoints(config.output_dir, keep=config.save_total_limit, protect=protected)
         self._best.keep_only([path.name for path in kept])
-        best = self._best.best()
-        if best is None:
-            self._parts.record.save_state(step)
-        else:
-            self._parts.record.save_state(step, best_metric=best.metric, best_step=best.step, best_checkpoint=best.name)
+        self._parts.record.save_state(step, **self._best.facts())
         self._event("checkpoint", f"saved {saved}")
 
     def _state_dict(self) -> dict[str, Any]:

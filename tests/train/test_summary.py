@@ -30,9 +30,8 @@ def outcome(step: int, **values: Any) -> Outcome:
 
 def test_what_is_written_is_what_is_returned(run: Any) -> None:
     config, parts = run
-    summary = write_summary(
-        config, parts, Ending("max_steps", "All done."), outcome(20, evals={"first": 0.1, "last": 0.7}, baseline=0.125)
-    )
+    evals = {"first": 0.1, "last": 0.7, "baseline": 0.125}
+    summary = write_summary(config, parts, Ending("max_steps", "All done."), outcome(20, evals=evals))
     assert json.loads((config.output_dir / SUMMARY_FILE).read_text(encoding="utf-8")) == summary
     expected = {
         "stopped_by": "max_steps",
