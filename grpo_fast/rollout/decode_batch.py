@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache
 
 from grpo_fast.ops.products import rounded_rows
-from grpo_fast.rollout.kv_cache import PreallocatedCache
+from grpo_fast.rollout.kv_cache import PreallocatedCache, cache_argument
 from grpo_fast.rollout.llama_step import LlamaStep
 from grpo_fast.rollout.native_step import NativeStep, takes
 from grpo_fast.rollout.sampling import Draw, sample
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from grpo_fast.rollout.transcript import Transcript
 
 Stepping: TypeAlias = Literal["shared", "fused", "masked", "plain"]
+_Cache: TypeAlias = PreallocatedCache | SharedPrefixCache
 
 _PREFILL_TOKENS = 8192
 """Padded prompt tokens of one prefill forward; bounds its activations."""
@@ -83,7 +84,7 @@ class DecodeBatch:
             self._native_step = NativeStep(model, longest)
         elif stepping in {"shared", "fused"}:
             self._llama_step = LlamaStep(model, longest, num_rows=len(lengths), num_steps=limit)
-        self._stepping = stepping
+        self._stepping, self._cache_argument = stepping, cache_argument(model)
         self._mask = self._decode_mask()
         self._present: torch.Tensor | None = None
         """Tokens that each sequence holds already, [n, V], where repetition is penalised."""
@@ -135,13 +136,13 @@ class DecodeBatch:
                 transcript.record_kept(self._rows, draw.kept.nonzero().to("cpu", torch.int32).numpy())
         return transcript.record(self._rows, step - len(pending), tokens, logprobs)
 
-    def _prefill(self) -> tuple[PreallocatedCache | SharedPrefixCache, torch.Tensor]:
+    def _prefill(self) -> tuple[_Cache, torch.Tensor]:
         """Reads each prompt once.
 
         Returns:
             The cache of N sequences and the logits [N, V] of the first completion token.
         """
-        cache: PreallocatedCache | SharedPrefixCache | None = None
+        cache: _Cache | None = None
         logits = []
         count = max(1, _PREFILL_TOKENS // self._width)
         for first in range(0, len(self._prompts), count):
@@ -158,7 +159,7 @@ class DecodeBatch:
         assert cache is not None
         return cache, torch.cat(logits)
 
-    def _new_cache(self, like: DynamicCache) -> PreallocatedCache | SharedPrefixCache:
+    def _new_cache(self, like: DynamicCache) -> _Cache:
         room = self._sampling.max_tokens
         if self._stepping == "shared":
             return SharedPrefixCache(self._source, self._width - self._lengths, max_tokens=room, like=like)
@@ -172,18 +173,11 @@ class DecodeBatch:
         positions = np.arange(self._width) - (self._width - lengths)
         padded = bool((positions < 0).any())
         cache = DynamicCache()
-        logits = self._model(
-            input_ids=torch.from_numpy(ids).to(self._device),
-            attention_mask=torch.from_numpy(positions >= 0).to(self._device).long() if padded else None,
-            position_ids=torch.from_numpy(positions.clip(min=0)).to(self._device),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-            return_dict=True,
-        ).logits[:, -1]
-        return cache, logits
+        given = (torch.from_numpy(ids).to(self._device), torch.from_numpy(positions.clip(min=0)).to(self._device))
+        mask = torch.from_numpy(positions >= 0).to(self._device).long() if padded else None
+        return cache, self._logits(cache, *given, mask)
 
-    def _step(self, cache: PreallocatedCache | SharedPrefixCache, tokens: torch.Tensor) -> torch.Tensor:
+    def _step(self, cache: _Cache, tokens: torch.Tensor) -> torch.Tensor:
         """Appends one token to every row and returns the logits [n, V] of the next."""
         self._seen += 1
         mask = None if self._mask is None else self._mask[..., : self._seen]
@@ -193,21 +187,24 @@ class DecodeBatch:
             return self._native_step(cache, tokens, positions)
         if self._llama_step is not None:
             return self._llama_step(cache, tokens, positions, mask)
-        logits = self._model(
-            input_ids=tokens[:, None],
+        return self._logits(cache, tokens[:, None], positions[:, None], mask)
+
+    def _logits(
+        self, cache: _Cache | DynamicCache, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Has the module read tokens [n, S] into the cache; returns the logits [n, V] after the last."""
+        logits: torch.Tensor = self._model(
+            input_ids=ids,
+            position_ids=positions,
             attention_mask=mask,
-            position_ids=positions[:, None],
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
             return_dict=True,
-        ).logits[:, -1]
-        assert isinstance(logits, torch.Tensor)
-        return logits
+            **{self._cache_argument: cache},
+        ).logits
+        return logits[:, -1]
 
-    def _compact(
-        self, cache: PreallocatedCache | SharedPrefixCache, tokens: torch.Tensor, ended: NDArray[np.bool_], count: int
-    ) -> torch.Tensor:
+    def _compact(self, cache: _Cache, tokens: torch.Tensor, ended: NDArray[np.bool_], count: int) -> torch.Tensor:
         """Moves open rows from the end of the batch into the places of ended ones and drops all but ``count``."""
         movers = count + np.flatnonzero(~ended[count:])
         holes = np.flatnonzero(ended[:count])[: len(movers)]

@@ -7,11 +7,22 @@ places, so that a shrinking batch copies only what moves.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+
+CACHE_ARGUMENTS = ("cache", "past_key_values")
+"""What models and their layers call the cache that they are given: the first since transformers 5.24, the second before."""
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """Which of :data:`CACHE_ARGUMENTS` a model takes."""
+    forward = getattr(model, "get_base_model", lambda: model)().forward  # peft's own passes on what it is given
+    known = inspect.signature(forward).parameters
+    return next((name for name in CACHE_ARGUMENTS if name in known), CACHE_ARGUMENTS[-1])
 
 
 class PreallocatedLayer(DynamicLayer):

@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from grpo_fast.config import ConfigError
+from grpo_fast.rollout.kv_cache import CACHE_ARGUMENTS
 from grpo_fast.train.packed_model import let_compile
 
 
@@ -88,5 +89,6 @@ class _Compiled:
         self._compiled: Any = torch.compile(layer._call_impl, dynamic=True)
 
     def __call__(self, *given: Any, **named: Any) -> Any:
-        run = self._compiled if named.get("past_key_values") is None else self._eager
+        cached = any(named.get(name) is not None for name in CACHE_ARGUMENTS)
+        run = self._eager if cached else self._compiled
         return run(*given, **named)

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
-import torch
-from transformers import DynamicCache
+from typing import Any
 
-from grpo_fast.rollout.kv_cache import PreallocatedCache
+import peft
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from grpo_fast.rollout.kv_cache import CACHE_ARGUMENTS, PreallocatedCache, cache_argument
 
 
 def filled(rows: int, length: int) -> DynamicCache:
@@ -55,3 +59,26 @@ def test_under_autocast_keys_are_kept_as_attention_reads_them() -> None:
         got = cache.update(keys, values, 0)
     for part, before, new in zip(got, (source.layers[0].keys, source.layers[0].values), (keys, values), strict=True):
         assert torch.equal(part, torch.cat((before, new), dim=2).bfloat16())
+
+
+@pytest.mark.parametrize("name", CACHE_ARGUMENTS)
+def test_a_cache_goes_by_the_name_that_the_model_gives_it(name: str) -> None:
+    class Newer:
+        def forward(self, input_ids: Any, cache: Any = None, **rest: Any) -> None: ...
+
+    class Older:
+        def forward(self, input_ids: Any, past_key_values: Any = None, **rest: Any) -> None: ...
+
+    model: Any = {"cache": Newer, "past_key_values": Older}[name]()
+    assert cache_argument(model) == name
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT still asks by the old name
+def test_adapters_hide_no_cache() -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 5}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    cache, ids = DynamicCache(), torch.tensor([[1, 2, 3]])
+    adapted(input_ids=ids, **{cache_argument(adapted): cache})
+    assert cache_argument(adapted) == cache_argument(model)
+    assert cache.get_seq_length() == 3
