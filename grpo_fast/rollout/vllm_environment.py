@@ -18,7 +18,7 @@ import torch
 from grpo_fast.rollout.engine import RolloutError
 from grpo_fast.rollout.transports import OLDEST_VLLM
 
-NEWEST_TESTED = "0.32"
+NEWEST_TESTED = "0.33"
 NO_WORKER = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 """``distributed_executor_backend`` for a CPU: the engine's process runs the model itself, as it does on a GPU.
 
@@ -60,15 +60,15 @@ def load_beside_vllm(module: str) -> ModuleType:
     """Imports a module of this package that imports vLLM.
 
     Raises:
-        RolloutError: this vLLM lacks what the module needs of it, as a later one may.
+        RolloutError: this vLLM is not what the module needs, as a later one may not be.
     """
     try:
         with _without_collections():
             return import_module(module)
-    except ImportError as error:
+    except (ImportError, AttributeError, TypeError) as error:
         raise RolloutError(
-            f"vLLM {vllm_version()} lacks a module that the weight sync needs ({error}); install a tested version, "
-            f"{OLDEST_VLLM} to {NEWEST_TESTED}"
+            f"vLLM {vllm_version()} has changed what the weight sync needs ({type(error).__name__}: {error}); install a tested "
+            f"version, {OLDEST_VLLM} to {NEWEST_TESTED}"
         ) from error
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
-from vllm.distributed.weight_transfer import ParamMeta, WeightSource, WeightTransferEngine
+from vllm.distributed.weight_transfer import ParamMeta, WeightTransferEngine
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -23,7 +23,7 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from grpo_fast.rollout.whole_weights import whole_weights
 
 
-class PolicyWeights(WeightSource):  # type: ignore[misc]
+class PolicyWeights:
     """The parameters of a model, one by one, in the type that the engine computes in.
 
     Of a model with LoRA adapters they are the base's, under the names that they have without; of one in four bits, what those
@@ -54,8 +54,9 @@ class PolicyWeights(WeightSource):  # type: ignore[misc]
         return max(self._sizes())
 
     def _sizes(self) -> Iterator[int]:
-        return (torch.Size(meta.shape).numel() * meta.dtype.itemsize for meta in self.metadata())
+        return (torch.Size(meta.shape).numel() * meta.dtype.itemsize for meta in self.metadata)
 
+    @property
     def metadata(self) -> list[ParamMeta]:
         """Name, type and whole shape of what iteration yields."""
         return [

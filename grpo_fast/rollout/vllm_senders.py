@@ -10,10 +10,11 @@ import contextlib
 import os
 import pickle
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
-from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
+from vllm.distributed.weight_transfer import ParamMeta, WeightSource, WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.base import TrainerInitInfo
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
@@ -23,6 +24,35 @@ from grpo_fast.rollout.vllm_environment import held_port
 from grpo_fast.rollout.vllm_layerwise import PolicyWeights
 from grpo_fast.rollout.vllm_sparse import SparseInit
 from grpo_fast.rollout.vllm_transport import SharedMemoryInit, register
+
+if hasattr(WeightSource, "iter_full"):
+
+    class _Source(WeightSource):  # type: ignore[misc]
+        """The weights as vLLM's own transports take them, since 0.33."""
+
+        def __init__(self, weights: PolicyWeights) -> None:
+            self._weights = weights
+
+        @cached_property
+        def metadata(self) -> list[ParamMeta]:
+            return self._weights.metadata
+
+        def iter_full(self) -> Iterator[tuple[str, torch.Tensor]]:
+            return iter(self._weights)
+
+else:
+
+    class _Source(WeightSource):  # type: ignore[misc, no-redef]
+        """The weights as vLLM's own transports take them, before 0.33."""
+
+        def __init__(self, weights: PolicyWeights) -> None:
+            self._weights = weights
+
+        def metadata(self) -> list[ParamMeta]:
+            return self._weights.metadata
+
+        def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+            return iter(self._weights)
 
 
 class WeightSender:
@@ -58,7 +88,8 @@ class WeightSender:
         with held_port(address) as port:
             meeting = (address, port)
             info = init_info(transport, source, bucket_bytes=bucket_bytes, num_workers=num_workers, meeting=meeting)
-            self._engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
+            given = _Source(source) if transport in {"ipc", "nccl"} else source
+            self._engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=given)
 
     def send_weights(self) -> int:
         """Sends all of them, from the update's start to the last weight; returns how many bytes went over."""

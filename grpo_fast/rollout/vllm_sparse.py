@@ -109,7 +109,7 @@ class SparseSender(SharedMemorySender):
         super()._plan(bucket_bytes)
         self._sent: dict[int, torch.Tensor] = {}
         self._next = torch.empty(max(bucket.num_bytes for bucket in self._buckets), dtype=torch.uint8)
-        size = max(meta.dtype.itemsize for meta in self.source.metadata())
+        size = max(meta.dtype.itemsize for meta in self.source.metadata)
         for number, bucket in enumerate(self._buckets):
             bucket.number, bucket.element = number, {1: "uint8", 2: "int16"}.get(size, "int32")
 

@@ -210,7 +210,7 @@ class SharedMemorySender(TrainerWeightTransferEngine[SharedMemoryInit]):  # type
         """Cuts the model into buckets, which take turns in the two halves of the file."""
         self._buckets: list[UpdateInfo] = []
         end = 0
-        for meta in self.source.metadata():
+        for meta in self.source.metadata:
             size = torch.Size(meta.shape).numel() * meta.dtype.itemsize
             if not self._buckets or end + size > bucket_bytes:
                 self._buckets.append(self.update_info_cls())

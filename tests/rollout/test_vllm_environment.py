@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -136,14 +137,20 @@ def test_random_states_are_kept_though_vllm_seeds_them() -> None:
     assert (random.random(), np.random.random(), torch.rand(1).item()) == expected  # noqa: NPY002
 
 
-def test_a_vllm_that_lacks_something_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A later version may have moved what is imported."""
-    (tmp_path / "of_a_later_vllm.py").write_text("from packaging import moved_away", encoding="utf-8")
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("from packaging import moved_away", "ImportError: cannot import name 'moved_away'"),
+        ("import packaging; packaging.moved_away", "AttributeError: module 'packaging' has no attribute 'moved_away'"),
+        ("class Source(int, str): ...", "TypeError: multiple bases have instance lay-out conflict"),
+    ],
+)
+def test_a_vllm_that_has_changed_is_named(code: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later version may have moved what is imported, or ask for more of what is built upon it."""
+    (tmp_path / "of_a_later_vllm.py").write_text(code, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr("importlib.metadata.version", lambda package: "0.99.0")
-    with pytest.raises(
-        RolloutError, match=r"vLLM 0\.99\.0 lacks a module that the weight sync needs \(cannot import name 'moved"
-    ):
+    with pytest.raises(RolloutError, match=re.escape(f"vLLM 0.99.0 has changed what the weight sync needs ({told}")):
         load_beside_vllm("of_a_later_vllm")
     assert "of_a_later_vllm" not in sys.modules
 

@@ -24,7 +24,7 @@ def test_what_comes_is_what_was_announced(model: torch.nn.Module) -> None:
     from grpo_fast.rollout.vllm_layerwise import PolicyWeights
 
     source = PolicyWeights(model, torch.bfloat16)
-    metas = source.metadata()
+    metas = source.metadata
     found = dict(source)
     assert [(meta.name, meta.dtype, meta.shape) for meta in metas] == [(n, w.dtype, tuple(w.shape)) for n, w in found.items()]
     assert {meta.name: meta.dtype for meta in metas}["steps"] == torch.int64, "only what is a number of the model is converted"
@@ -74,7 +74,7 @@ def test_of_an_adapted_model_in_four_bits_the_base_comes_under_its_own_names() -
             PolicySource(Config(use_peft=True, load_in_4bit=four_bits, max_completion_length=16)).load().model, torch.float32
         )
         found = dict(source)
-        metas = {meta.name: (meta.dtype, meta.shape) for meta in source.metadata()}
+        metas = {meta.name: (meta.dtype, meta.shape) for meta in source.metadata}
         assert metas == {name: (torch.float32, tuple(weight.shape)) for name, weight in plain.named_parameters()}
         assert metas == {name: (weight.dtype, tuple(weight.shape)) for name, weight in found.items()}
         off = {name: (found[name] - weight).abs().max() / weight.abs().max() for name, weight in plain.named_parameters()}
@@ -112,6 +112,6 @@ def test_shards_in_four_bits_come_as_what_the_whole_base_stands_for(nested: bool
     for _ in range(2):
         found = policy.reading(world).once(lambda: dict(shards))
         assert {name: weight.tolist() for name, weight in found.items()} == {n: w.tolist() for n, w in whole}
-        assert shards.metadata() == whole.metadata()
+        assert shards.metadata == whole.metadata
         assert shards.num_bytes == whole.num_bytes
         policy.reading(world).once(lambda: policy.whole_model()(torch.tensor([[4, 5, 6]]), logits_to_keep=torch.tensor([2])))

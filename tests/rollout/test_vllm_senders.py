@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -48,6 +48,29 @@ def test_the_direct_way_is_known_to_vllms_workers() -> None:
     register()
     assert BACKENDS["direct"] == BACKEND
     assert WeightTransferEngineFactory._registry[BACKEND]() is DirectReceiver
+
+
+def test_vllms_own_transports_read_the_policy(source: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the part of a second rank, which only gathers: the first's needs a GPU. What they ask of a source changed in 0.33."""
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+    from grpo_fast.rollout import vllm_senders
+    from grpo_fast.rollout.vllm_layerwise import PolicyWeights
+
+    read: list[str] = []
+    whole = PolicyWeights.__iter__
+
+    def watched(weights: PolicyWeights) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, weight in whole(weights):
+            read.append(name)
+            yield name, weight
+
+    second = NCCLTrainerInitInfo(rank=1, master_address="192.0.2.7", master_port=5005, world_size=2)
+    monkeypatch.setattr(PolicyWeights, "__iter__", watched)
+    monkeypatch.setattr(vllm_senders, "init_info", lambda *arguments, **settings: second)
+    sender = vllm_senders.WeightSender("nccl", client=None, source=source, bucket_bytes=1 << 20)
+    assert sender.send_weights() == source.num_bytes == 2 * (1000 * 300 + 300)
+    assert read == ["weight", "bias"]
 
 
 def test_buckets_are_packed_and_all_workers_are_counted(source: Any) -> None:

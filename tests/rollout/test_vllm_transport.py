@@ -150,8 +150,9 @@ def test_a_weight_that_does_not_come_is_named(embedded: Any, monkeypatch: pytest
     from grpo_fast.rollout.vllm_transport import SharedMemoryInit, SharedMemorySender
 
     class WithoutOne(PolicyWeights):
+        @property
         def metadata(self) -> list[Any]:
-            return [meta for meta in super().metadata() if "layers.2.self_attn.o_proj" not in meta.name]
+            return [meta for meta in super().metadata if "layers.2.self_attn.o_proj" not in meta.name]
 
         def uncast(self) -> Iterator[tuple[str, torch.Tensor]]:
             return ((name, weight) for name, weight in super().uncast() if "layers.2.self_attn.o_proj" not in name)
