@@ -113,6 +113,10 @@ class Oversight:
         self._unrewarded = 0
         """Consecutive steps in which no completion had a reward."""
         self._functions = ""
+        self.collapsed = False
+        """Whether a collapse was confirmed at the newest step."""
+        self._onset: int | None = None
+        """First step of the fall that the reward was in at the newest step."""
 
     def start_from(self, reward: float, error: float) -> None:
         """Gives the forecaster the reward of the untrained policy; a forecaster that already has one keeps it.
@@ -150,9 +154,8 @@ class Oversight:
         self._see_variance(step, metrics)
         forecast, decision = self._foresee(step, progress, metrics, spent)
         alarm = None if self._config.collapse_action == "off" else self.alarm.update(step, metrics["reward"], metrics)
-        ending = None
-        if alarm is not None and alarm.confirmed:
-            ending = self._collapsed(step, alarm)
+        self.collapsed, self._onset = (False, None) if alarm is None else (alarm.confirmed, alarm.onset)
+        ending = self._collapse(step, alarm) if alarm is not None and alarm.confirmed else None
         if ending is None and decision is not None and decision.stop:
             ending = self._plateau(step, decision, give_up)
         self._ending, self.settled = ending, None
@@ -167,13 +170,12 @@ class Oversight:
         if ending.event == "budget" and 0 < step == self._unrewarded:
             raise NoRewardError(self._functions, step, step)
 
-    def sound_until(self, step: int, alarm: AlarmState | None) -> int:
-        """Newest step whose checkpoint is certainly from before a fall that may have begun.
+    def sound_until(self, step: int) -> int:
+        """Newest step whose checkpoint is certainly from before a fall that may have begun by ``step``, the newest one.
 
         The reward of a step is that of the weights before its update.
         """
-        onset = step + 1 if alarm is None or alarm.onset is None else alarm.onset
-        return onset - 2
+        return (step + 1 if self._onset is None else self._onset) - 2
 
     def within_range(self, reward: float, where: str) -> float:
         """A mean reward as the predictor takes it: what rounding put beyond ``reward_range`` is put back.
@@ -198,6 +200,8 @@ class Oversight:
             "predictor": self.predictor.state_dict(),
             "rule": self.rule.state_dict(),
             "alarm": self.alarm.state_dict(),
+            "collapsed": self.collapsed,
+            "onset": self._onset,
             "told": sorted(self._told),
             "silent_until": self._silent_until,
             "still": self._still,
@@ -235,6 +239,7 @@ class Oversight:
         self._told, self._silent_until = set(state["told"]), state["silent_until"]
         self._still = state.get("still", 0)  # none of these is in checkpoints of older versions
         self._unrewarded, self._functions = state.get("unrewarded", 0), state.get("functions", "")
+        self.collapsed, self._onset = state.get("collapsed", False), state.get("onset")
         ending = state.get("ending")
         if ending is not None and ending["settings"] == ending_settings(self._config):
             self._ending = self.settled = Ending(ending["kind"], ending["message"])
@@ -272,7 +277,7 @@ class Oversight:
         self._functions = ", ".join(names)
         return None if self._unrewarded < _UNREWARDED_STEPS else NoRewardError(self._functions, self._unrewarded, step)
 
-    def _collapsed(self, step: int, alarm: AlarmState) -> Ending | None:
+    def _collapse(self, step: int, alarm: AlarmState) -> Ending | None:
         if self._config.collapse_action == "stop":
             return Ending("collapse", f"{alarm.reason}.")
         self._event(step, f"{alarm.reason}; training continues (collapse_action='warn')")

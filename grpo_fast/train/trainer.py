@@ -18,7 +18,7 @@ from typing import Any, Self, Unpack
 from grpo_fast.compute.budget import BudgetVerdict
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.environments import EnvironmentFailedError
-from grpo_fast.law import AlarmState, Spending
+from grpo_fast.law import Spending
 from grpo_fast.metrics import PhaseTimer, mean_known
 from grpo_fast.rewards import RewardError
 from grpo_fast.rollout import RolloutError, WeightSyncError
@@ -86,7 +86,6 @@ class GRPOTrainer:
         self._stream_state = parts.stream.state_dict()
         self._recent_rewards: list[float] = []
         self._oversight = Oversight(config, predictor=parts.predictor, sinks=parts.sinks)
-        self._alarm: AlarmState | None = None
         self._best = BestCheckpoints()
         self._evals: dict[str, float] = {}
         self._opened = False
@@ -289,9 +288,8 @@ class GRPOTrainer:
         verdict = self._oversight.observe(
             step, self._progress[step - 1], metrics, spent=spent, give_up=lambda: bool(self._interrupt)
         )
-        self._alarm = verdict.alarm
-        if verdict.alarm is not None and verdict.alarm.confirmed:
-            self._best.forget_after(self._oversight.sound_until(step, verdict.alarm))
+        if self._oversight.collapsed:
+            self._best.forget_after(self._oversight.sound_until(step))
         return verdict
 
     def _charge(self, update: UpdateResult) -> dict[str, float]:
@@ -372,7 +370,7 @@ class GRPOTrainer:
     def _save(self) -> None:
         """A checkpoint, the best one noted, old ones removed."""
         if self.is_main_process:
-            collapsed = self._alarm is not None and self._alarm.confirmed
+            collapsed = self._oversight.collapsed
             held_out = self._evals["last"] if self._evals.get("step") == self.global_step and not collapsed else None
             self._best.add(self.global_step, train=math.nan if collapsed else self._smoothed_reward(), held_out=held_out)
         path = save_checkpoint(
@@ -388,7 +386,7 @@ class GRPOTrainer:
 
     def _after_save(self, saved: Path) -> None:
         config, step = self.config, self.global_step
-        protected = self._best.protected(sound_until=self._oversight.sound_until(step, self._alarm))
+        protected = self._best.protected(sound_until=self._oversight.sound_until(step))
         kept = prune_checkpoints(config.output_dir, keep=config.save_total_limit, protect=protected)
         self._best.keep_only([path.name for path in kept])
         self._parts.record.save_state(step, **self._best.facts())

@@ -136,20 +136,35 @@ def test_answers_outlive_a_resume() -> None:
     assert again.state_dict()["silent_until"] == 26
 
 
+FALL = [0.8 + 0.02 * (1 if step % 4 < 2 else -1) for step in range(42)] + [0.1] * 8
+
+
 def collapse(oversight: Oversight) -> list[Verdict]:
-    level = [0.8 + 0.02 * (1 if step % 4 < 2 else -1) for step in range(42)] + [0.1] * 8
-    return [oversight.observe(step, step / 200, METRICS | {"reward": value}) for step, value in enumerate(level, 1)]
+    return [oversight.observe(step, step / 200, METRICS | {"reward": value}) for step, value in enumerate(FALL, 1)]
 
 
 def test_a_collapse_ends_the_run() -> None:
-    oversight = watch(Person(), forecast="off")
-    verdicts = collapse(oversight)
+    verdicts = collapse(watch(Person(), forecast="off"))
     (found,) = [verdict for verdict in verdicts if verdict.ending is not None]
     assert found.ending.kind == "collapse"
     assert found.ending.message.startswith("The policy is collapsing: the reward fell from ")
     assert found.alarm.onset == 43
-    assert oversight.sound_until(49, found.alarm) == 41
-    assert oversight.sound_until(20, None) == 19
+
+
+def test_what_is_sound_is_known_at_each_step_and_after_a_resume() -> None:
+    oversight = watch(Person(), forecast="off", collapse_action="warn")
+    assert (oversight.collapsed, oversight.sound_until(0)) == (False, -1)
+    for step, value in enumerate(FALL, 1):
+        alarm = oversight.observe(step, step / 200, METRICS | {"reward": value}).alarm
+        resumed = watch(Person(), forecast="off", collapse_action="warn")
+        resumed.restore(json.loads(json.dumps(oversight.state_dict())), progress_schedule(Config(max_steps=200)))
+        for each in (oversight, resumed):
+            assert each.collapsed == alarm.confirmed
+            assert each.sound_until(step) == (step if alarm.onset is None else alarm.onset - 1) - 1
+        if alarm.confirmed:
+            assert oversight.sound_until(step) == 41
+            return
+    pytest.fail("no collapse was confirmed")
 
 
 def test_a_collapse_is_only_told_where_that_is_asked_for() -> None:

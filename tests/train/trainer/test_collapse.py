@@ -28,6 +28,13 @@ class Failing:
         return [(0.05 if self.calls >= self.from_step else 1.0) * value for value in vowels(completions)]
 
 
+class Rising(Failing):
+    """One that gives more from step to step before, so that the newest checkpoint is the best."""
+
+    def __call__(self, completions: list[str], **columns: Any) -> list[float]:
+        return [(0.4 + self.calls / 60) * value for value in super().__call__(completions)]
+
+
 FAILING: dict[str, Any] = {
     "prompts_per_step": 16,
     "max_completion_length": 3,
@@ -85,6 +92,20 @@ def test_a_collapse_is_the_same_over_a_resume(make: Make, resume: Make, tmp_path
         assert {key: summary[key] for key in same} == {key: whole[key] for key in same}, moment
         assert trace(run) == straight, moment
         assert (run / summary["use"]["checkpoint"]).is_dir()
+
+
+def test_a_checkpoint_that_is_saved_again_after_a_resume_costs_none_from_before_a_fall(
+    make: Make, resume: Make, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    for result in make({"reward_funcs": [Rising(31)]}, **FAILING).steps():
+        if result.step == 31:
+            break
+    assert result.alarm.onset == 31
+    kept = [path.name for path in list_checkpoints(run)]
+    assert len(kept) == 3, "the best, the best from before the fall, and the newest"
+    resume(run, {"reward_funcs": [Rising(31, calls=31)]}).save()
+    assert [path.name for path in list_checkpoints(run)] == kept
 
 
 def test_a_collapse_that_is_only_told_of_lets_the_run_go_on(make: Make, tmp_path: Path) -> None:
