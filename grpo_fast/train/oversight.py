@@ -243,7 +243,8 @@ class Oversight:
         ending = state.get("ending")
         if ending is not None and ending["settings"] == ending_settings(self._config):
             self._ending = self.settled = Ending(ending["kind"], ending["message"])
-            self.forecast = self.predictor.forecast() if self.predictor.num_observations else None
+        if self._config.forecast != "off" and self.predictor.num_observations:
+            self.forecast = self.predictor.forecast()
 
     def _foresee(
         self, step: int, progress: float, metrics: Mapping[str, float], spent: Spending | None

@@ -322,7 +322,8 @@ def test_a_killed_run_that_was_to_go_on_past_the_forecast_does(make: Make, resum
 
 
 def test_a_spent_budget_is_told_with_what_makes_the_run_go_on(make: Make, resume: Make, tmp_path: Path) -> None:
-    first = make(max_tokens=200.0, max_steps=50).train()
+    first = make(max_tokens=2000.0, max_steps=50, forecast="warn").train()
     summary = resume(tmp_path / "run").train()
     assert (summary["stopped_by"], summary["step"]) == ("max_tokens", first["step"])
     assert summary["reason"] == f"{first['reason']} The run had ended already; set a larger max_tokens to continue."
+    assert summary["forecast"] == first["forecast"] is not None
