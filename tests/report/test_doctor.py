@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 import io
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +10,9 @@ from packaging.specifiers import SpecifierSet
 from rich.console import Console
 
 from grpo_fast.device import DeviceFacts
-from grpo_fast.ops import native
 from grpo_fast.report import doctor as doctor_module
-from grpo_fast.report.doctor import CHECKS, FEATURES, Finding, Machine, doctor, examine, read_machine, render
+from grpo_fast.report.doctor import CHECKS, Finding, doctor, examine, render
+from grpo_fast.report.machine import FEATURES, Machine, read_machine
 
 CPU = DeviceFacts("cpu", "Fast Chip", "x86_64", 1, 8, 16 * 2**30, None, None, 28.0, None)
 GPU = DeviceFacts("cuda", "NVIDIA H200", "sm_90", 2, 132, 140 * 2**30, 989.4e12, 4.8e12, 700.0, "13.0")
@@ -62,7 +61,6 @@ def test_what_the_extension_is_missed_for_is_said() -> None:
     assert (missing.status, missing.found, missing.meaning) == ("note", "missing", "packing is slower; build it")
     built = find(change(SOUND, native="built: for the CPU"), "native ops")
     assert (built.status, built.found) == ("ok", "built")
-    assert read_machine().native == native.status()
 
 
 def test_a_missing_requirement_fails_with_its_command() -> None:
@@ -211,29 +209,8 @@ def test_every_check_has_its_own_name() -> None:
     assert len({check.name for check in CHECKS}) == len(CHECKS)
 
 
-def test_the_extras_are_those_of_the_package() -> None:
-    import tomllib
-
-    path = Path(__file__).parents[2] / "pyproject.toml"
-    declared = tomllib.loads(path.read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    for feature in FEATURES:
-        packages = {line.split(">=")[0] for line in declared[feature.extra]}
-        assert packages == set(feature.packages)
-
-
-def test_this_machine_is_read_and_can_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "hub" / "models--a--b").mkdir(parents=True)
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    machine = read_machine(tmp_path)
-    assert machine.versions["torch"] == metadata.version("torch")
-    assert machine.required["torch"].contains("2.13.0")
-    assert "hypothesis" not in machine.required
-    assert (machine.import_errors, machine.device_error) == ({}, "")
-    assert (machine.hub_models, machine.hub_datasets, machine.hub_offline) == (1, 0, True)
-    assert machine.memory_free_bytes > 0
-    assert not [check.name for check, finding in examine(machine) if finding.status == "FAIL"]
+def test_this_machine_can_train() -> None:
+    assert not [check.name for check, finding in examine(read_machine()) if finding.status == "FAIL"]
 
 
 def test_the_command_prints_and_returns_zero_where_training_works() -> None:
@@ -252,24 +229,3 @@ def test_the_command_returns_one_where_something_required_is_broken(monkeypatch:
     printed = console.file.getvalue()
     assert "Training cannot run here: torch, device, arithmetic." in printed
     assert "Worth a look: c++." in printed
-
-
-def test_packages_that_do_not_import_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "broken_package.py").write_text("raise OSError('libfoo.so: no such file')\n", encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert doctor_module._import_error("broken-package") == "OSError: libfoo.so: no such file"
-    assert doctor_module._import_error("torch") == ""
-
-
-def test_conflicts_are_read_from_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    info = tmp_path / "vllm-0.28.0.dist-info"
-    info.mkdir()
-    requires = "Requires-Dist: torch==2.12.0\nRequires-Dist: transformers>=4\nRequires-Dist: torch<1; extra == 'old'\n"
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: 0.28.0\n{requires}", encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path)
-    versions = {"vllm": "0.28.0", "torch": "2.13.0+cpu", "transformers": "5.23.0"}
-    assert doctor_module._conflicts(versions) == ("vllm 0.28.0 needs torch==2.12.0, not 2.13.0+cpu",)
-
-
-def test_memory_is_unknown_where_the_kernel_does_not_say(tmp_path: Path) -> None:
-    assert doctor_module._memory_free_bytes(tmp_path / "meminfo") == 0
