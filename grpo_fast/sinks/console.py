@@ -238,8 +238,6 @@ class ConsoleSink:
             parts.append(f"phase: {self._forecast['phase']} {percent(_number(self._forecast, 'phase_probability'))}")
             gain = percent(_number(self._forecast, "p_gain_below_eps"))
             parts.append(f"P(gain<{self._info.forecast_epsilon:g}) {gain}")
-            if math.isfinite(_number(self._forecast, "value")):
-                parts.append(f"continuing is worth {_number(self._forecast, 'value'):+.2g}")
         parts += [f"alarm: {words}" for words in [_alarm(self._metrics)] if words not in {"", "quiet"}]
         pace, seconds = self._pace()
         parts += [f"{si(pace)} tokens/s", f"{significant(seconds)} s/step"]
@@ -324,12 +322,8 @@ class ConsoleSink:
         rows.add_row("phase", Text.assemble((dots, "blue"), "  ", (phase, "bold"), (f"  {probability} sure", "bright_black")))
         gain = _number(forecast, "p_gain_below_eps")
         enough = gain >= self._info.forecast_confidence
-        words = f"{percent(gain)} sure of less than {self._info.forecast_epsilon:g}"
-        value = _number(forecast, "value")
-        if math.isfinite(value):
-            words += f"; continuing is worth {value:+.2g}, stops below 0"
-        else:
-            words += f"; stops at {percent(self._info.forecast_confidence)}"
+        least, needed = f"{self._info.forecast_epsilon:g}", percent(self._info.forecast_confidence)
+        words = f"{percent(gain)} sure of less than {least}; stops at {needed}"
         rows.add_row("gain left", _beside(_gauge(gain, "green" if enough else "blue"), Text(words)))
         if forecast.get("veto"):
             rows.add_row("", Text(f"no stop yet: {forecast['veto']}", style="bright_black"))
@@ -343,7 +337,7 @@ class ConsoleSink:
             f"{si(_number(metrics, 'num_tokens'))} tokens",
             f"{significant(_number(metrics, 'gpu_seconds') / 3600, 2)} device-h",
             f"{significant(_number(metrics, 'energy_kwh'), 2)} kWh",
-            f"{significant(money, 2)} {self._info.currency or 'money'}" if money > 0 else "",
+            f"{significant(money, 2)} money" if money > 0 else "",
         ]
         rows.add_row("spent", Text(" · ".join(part for part in spent if part and not part.startswith("-"))))
         if self._budgets():

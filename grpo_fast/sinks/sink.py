@@ -35,8 +35,6 @@ class RunInfo:
     """Remaining gain of the reward under which going on is not worth it."""
     forecast_confidence: float = 0.78
     """Probability of so small a gain that a stop demands."""
-    currency: str = ""
-    """Unit of the ``money`` metric; empty where the configuration names none."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """The resolved configuration as plain values, for trackers that store it."""
 

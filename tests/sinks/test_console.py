@@ -253,22 +253,20 @@ def test_nobody_is_asked_where_there_is_no_terminal() -> None:
     assert "Stop" not in file.getvalue()
 
 
-def test_alarm_and_value_are_told() -> None:
+def test_alarm_and_veto_are_told() -> None:
     sink, file = _plain()
     sink.start(_info())
     quiet = {"alarm/reward": 0.2, "alarm/entropy_up": 1.0}
-    sink.log_step(_metrics(1, **quiet), FORECAST | {"value": -0.003})
+    sink.log_step(_metrics(1, **quiet), FORECAST)
     sink.log_step(_metrics(11, **quiet | {"alarm/reward": 0.75}), FORECAST)
     first, second = file.getvalue().splitlines()[1:]
-    assert "continuing is worth -0.003" in first
     assert "alarm" not in first
     assert "alarm: reward 75 %, entropy up 100 % of the way to a collapse" in second
 
     sink, console = _screen(120)
-    sink.log_step(_metrics(1, **quiet), FORECAST | {"value": 0.02, "veto": "rising slope"})
+    sink.log_step(_metrics(1, **quiet), FORECAST | {"veto": "rising slope"})
     sink.close()
     shown = _shown(console)
-    assert "continuing is worth +0.02, stops below 0" in shown
     assert "no stop yet: rising slope" in shown
     assert "quiet" in shown
 
