@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from grpo_fast.report.run import Run
+from grpo_fast.report.run import Run, as_number
 from grpo_fast.report.theme import LIGHT, Theme, bare, dress, grid, note, title
 from grpo_fast.sinks.quantities import duration, percent, si, significant
 
@@ -65,11 +64,11 @@ def _saved(run: Run) -> dict[str, tuple[float, str, str]]:
         "money": ("money", significant),
     }
     rows = {}
-    share, unused = _number(saved, "steps"), run.max_steps - run.last_step
+    share, unused = as_number(saved.get("steps")), run.max_steps - run.last_step
     if 0 < share < 1 and unused > 0:
         rows["steps"] = (1 - share, f"{run.last_step} done", f"{unused} {'not run' if run.is_over else 'to come'}")
     for name, (words, unit) in kinds.items():
-        spent, kept = _number(compute, name), _number(saved, name)
+        spent, kept = as_number(compute.get(name)), as_number(saved.get(name))
         if spent > 0 and kept > 0:
             rows[words] = (
                 spent / (spent + kept),
@@ -98,8 +97,3 @@ def _draw_saved(axis: Axes, rows: Mapping[str, tuple[float, str, str]], theme: T
         kept = kept.removeprefix("about ").removesuffix(" saved").removesuffix(" to come") if theme.narrow else kept
         axis.text(0.99, row, f"{kept}, {percent(1 - share)}", va="center", ha="right", fontsize=8.5, color=theme.ink, bbox=box)
     axis.set_xlim(0, 1)
-
-
-def _number(row: Mapping[str, object], name: str) -> float:
-    value = row.get(name)
-    return float(value) if isinstance(value, (int, float)) else math.nan

@@ -6,7 +6,7 @@ It reads the plan as the JSON object that ``grpo-fast plan --json`` prints.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,8 @@ from matplotlib.figure import Figure
 
 from grpo_fast.report.theme import LIGHT, Theme, bare, drawing, dress, key, note, png, title, x_label
 from grpo_fast.run_dir import naming
-from grpo_fast.sinks.quantities import duration, percent, si, significant
+from grpo_fast.sinks.quantities import COST_WORDS, percent
 
-_COSTS: Mapping[str, tuple[str, Callable[[float], str]]] = {
-    "tokens": ("tokens", si),
-    "flops": ("model FLOPs", lambda value: si(value, "FLOP")),
-    "wall_hours": ("wall-clock time", lambda hours: duration(3600 * hours)),
-    "device_hours": ("device time", lambda hours: duration(3600 * hours)),
-    "money": ("money", significant),
-    "energy_kwh": ("energy, kWh", significant),
-}
 _RISING = ("rises to a plateau", "peaks and falls back", "still rises at the end")
 
 
@@ -131,7 +123,7 @@ def _draw_costs(axis: Axes, plan: Mapping[str, Any], theme: Theme) -> None:
     num_devices = plan["known"]["num_devices"]
     title(axis, f"What it costs, on {num_devices} x {_short(plan['device'])}", theme)
     bare(axis)
-    shown = {name: plan["costs"][name]["run"] for name in _COSTS if plan["costs"][name] is not None}
+    shown = {name: plan["costs"][name]["run"] for name in COST_WORDS if plan["costs"][name] is not None}
     if num_devices == 1:
         shown.pop("wall_hours", None)
     names = list(shown)[::-1]
@@ -140,11 +132,11 @@ def _draw_costs(axis: Axes, plan: Mapping[str, Any], theme: Theme) -> None:
     axis.set_xscale("log")
     for row, (name, share) in enumerate(zip(names, shares, strict=True)):
         _whisker(axis, share, row, theme=theme)
-        unit = _COSTS[name][1]
+        unit = COST_WORDS[name][1]
         low, middle, high = (unit(shown[name][key]) for key in ("low", "median", "high"))
         axis.text(reach, row, middle, va="center", ha="left", fontsize=9, color=theme.ink, fontweight="bold")
         axis.text(reach**2.75, row, f"{low} to {high}", va="center", ha="left", fontsize=8.5, color=theme.muted)
-    axis.set_yticks(range(len(names)), [_COSTS[name][0] for name in names], color=theme.ink)
+    axis.set_yticks(range(len(names)), [COST_WORDS[name][0] for name in names], color=theme.ink)
     axis.set_ylim(-0.6, max(len(names), 4) - 0.4)
     axis.set_xlim(1 / reach, reach**5.2)
     axis.set_xticks([])

@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter
 
 from grpo_fast.report.belief_plots import ahead_of, counts_for_stop, has_alarm, has_beliefs, plot_alarm, plot_beliefs
 from grpo_fast.report.costs import plot_compute
-from grpo_fast.report.run import Run, smoothed
+from grpo_fast.report.run import Run, as_number, smoothed
 from grpo_fast.report.theme import (
     KEY_STYLE,
     LIGHT,
@@ -144,7 +144,7 @@ def _draw_belief(axis: Axes, run: Run, forecast: Mapping[str, object], *, theme:
     axis.fill_between(step, low, high, color=theme.forecast, alpha=0.2, lw=0, label="forecast, 90 % band", zorder=3)
     axis.plot(step, median, color=theme.forecast, lw=1.6, zorder=5)
     axis.axvline(made_at, color=theme.muted, lw=0.9, zorder=2)
-    values = {name: _number(forecast, name) for name in ("median", "low", "high")}
+    values = {name: as_number(forecast.get(name)) for name in ("median", "low", "high")}
     words = "for the end {median:.3f} ({low:.3f} to {high:.3f})".format(**values)
     final = run.final_reward
     if math.isfinite(final):
@@ -161,7 +161,7 @@ def plot_phases(run: Run, theme: Theme = LIGHT) -> Figure:
     """Reward over the whole budget, phases shaded, the end marked and what was left of the budget hatched."""
     figure, (axis,) = grid(theme, 1, 1, height=3.9)
     forecast = run.forecasts[-1] if run.forecasts else None
-    beliefs = [] if forecast is None else [_number(forecast, "low"), _number(forecast, "high")]
+    beliefs = [] if forecast is None else [as_number(forecast.get("low")), as_number(forecast.get("high"))]
     axis.set_ylim(*value_limits(run.metric("reward"), run.metric("eval_reward"), beliefs=beliefs))
     axis.set_xlim(0, view_end(run) * 1.005)
     for name, start, end in phase_spans(run):
@@ -356,8 +356,3 @@ def pictures_of(run: Run) -> dict[str, Callable[[Run, Theme], Figure]]:
     """The plots for which a run has logged something."""
     needed = {"beliefs": has_beliefs, "alarm": has_alarm}
     return {name: draw for name, draw in PICTURES.items() if name not in needed or needed[name](run)}
-
-
-def _number(row: Mapping[str, object], name: str) -> float:
-    value = row.get(name)
-    return float(value) if isinstance(value, (int, float)) else math.nan

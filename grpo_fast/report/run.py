@@ -149,7 +149,7 @@ class Run:
 
     def forecast_series(self, name: str) -> Array:
         """(m,) one value a forecast, NaN where it is unknown."""
-        return np.array([_float(row.get(name)) for row in self.forecasts], dtype=np.float64)
+        return np.array([as_number(row.get(name)) for row in self.forecasts], dtype=np.float64)
 
     def seconds_by_phase(self) -> dict[str, float]:
         """Seconds of wall-clock time of each phase that took any."""
@@ -184,11 +184,12 @@ def smoothed(values: Array, *, width: float | None = None) -> Array:
 
 
 def _positive(values: Mapping[str, Any], prefix: str) -> dict[str, float]:
-    numbers = {name.removeprefix(prefix): _float(value) for name, value in values.items()}
+    numbers = {name.removeprefix(prefix): as_number(value) for name, value in values.items()}
     return {name: value for name, value in numbers.items() if value > 0}
 
 
-def _float(value: Any) -> float:
+def as_number(value: object) -> float:
+    """A JSON value as a number; NaN where it is none."""
     return float(value) if isinstance(value, (int, float)) else float("nan")
 
 
@@ -217,7 +218,7 @@ def _latest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _columns(rows: list[dict[str, Any]]) -> dict[str, Array]:
     names = dict.fromkeys(name for row in rows for name in row if name != "step")
-    return {name: np.array([_float(row.get(name)) for row in rows], dtype=np.float64) for name in names}
+    return {name: np.array([as_number(row.get(name)) for row in rows], dtype=np.float64) for name in names}
 
 
 def _config(path: Path, problems: list[str]) -> tuple[dict[str, Any], str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 
@@ -59,3 +60,14 @@ def percent(share: float) -> str:
     value = 100 * share
     edge = 0 < value < 9.95 or 99 < value < 100
     return f"{value:.1f} %" if edge and f"{value:.1f}" not in {"0.0", "100.0"} else f"{value:.0f} %"
+
+
+COST_WORDS: Mapping[str, tuple[str, Callable[[float], str]]] = {
+    "tokens": ("tokens", si),
+    "flops": ("model FLOPs", lambda value: si(value, "FLOP")),
+    "wall_hours": ("wall-clock time", lambda hours: duration(3600 * hours)),
+    "device_hours": ("device time", lambda hours: duration(3600 * hours)),
+    "money": ("money", significant),
+    "energy_kwh": ("energy, kWh", significant),
+}
+"""What a plan says that a run costs: each cost in words, and how its numbers are written."""

@@ -9,7 +9,7 @@ at which 80 % of the rise is done" is a quantile of one sample and not a product
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -23,7 +23,7 @@ from grpo_fast.device import gpu_spec
 from grpo_fast.law import Forecast, OnlinePredictor
 from grpo_fast.law.posterior import quantiles
 from grpo_fast.law.prospect import Prospect
-from grpo_fast.sinks.quantities import duration, percent, si, significant
+from grpo_fast.sinks.quantities import COST_WORDS, percent, si, significant
 from grpo_fast.train.activations import UncountableError
 from grpo_fast.train.parts import load_prior
 from grpo_fast.train.plan_facts import PlanFacts, PlanInputs, gather
@@ -184,7 +184,7 @@ class Plan:
     def cost_words(self) -> list[tuple[str, ...]]:
         """Rows of a table of costs: name, of a step, of the whole run with its 90 % interval, and by 95 % of the rise."""
         rows: list[tuple[str, ...]] = []
-        for name, (words, unit) in _UNITS.items():
+        for name, (words, unit) in COST_WORDS.items():
             if name == "device_hours" and self.facts.pace.num_devices == 1:
                 continue
             found, late = self.costs[name], self.rises[0.95]["costs"].get(name)
@@ -431,13 +431,3 @@ def _rise_words(found: Mapping[str, Any]) -> str:
         else f"beyond the budget (from step {low})"
     )
     return f"{words}, if it rises; {percent(found['probability'])} of rising runs get there"
-
-
-_UNITS: Mapping[str, tuple[str, Callable[[float], str]]] = {
-    "tokens": ("tokens", si),
-    "flops": ("model FLOPs", lambda value: si(value, "FLOP")),
-    "wall_hours": ("wall-clock time", lambda hours: duration(3600 * hours)),
-    "device_hours": ("device time", lambda hours: duration(3600 * hours)),
-    "money": ("money", significant),
-    "energy_kwh": ("energy, kWh", significant),
-}
