@@ -23,14 +23,8 @@ import torch
 from grpo_fast.config import ConfigError
 from grpo_fast.train.distributed import ALONE, RankLostError, World
 from grpo_fast.train.policy import Policy
-from grpo_fast.train.sharding import (
-    ShardedPolicy,
-    ShardsError,
-    load_sharded_optimizer,
-    load_whole_optimizer,
-    missing_shards,
-    save_optimizer,
-)
+from grpo_fast.train.shard_files import ShardsError, missing_shards
+from grpo_fast.train.sharding import ShardedPolicy, load_sharded_optimizer, load_whole_optimizer, save_optimizer
 from grpo_fast.types import TrainingError
 
 _MANIFEST = "manifest.json"

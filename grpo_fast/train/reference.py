@@ -10,14 +10,9 @@ Source: TR-DPO, arXiv 2404.09656; TRL 1.16 ``sync_ref_model``.
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from grpo_fast.config import Config
@@ -25,7 +20,8 @@ from grpo_fast.train.distributed import World
 from grpo_fast.train.head_part import Head
 from grpo_fast.train.policy import BasePolicy, Policy, Scorer
 from grpo_fast.train.policy_source import PolicySource
-from grpo_fast.train.sharding import ShardedPolicy, in_one_line, load_reference
+from grpo_fast.train.shard_files import load_shards, save_shards
+from grpo_fast.train.sharding import ShardedPolicy, load_reference
 from grpo_fast.types import TokenBatch
 
 
@@ -74,21 +70,11 @@ class MovingReference:
 
     def save(self, directory: Path) -> None:
         """Writes its weights; of a sharded one every rank writes its part, otherwise one rank writes all."""
-        with _quietly(), in_one_line():
-            save(weights_of(self._reference), checkpoint_id=directory, no_dist=not self.is_sharded)
+        save_shards(weights_of(self._reference), directory, alone=not self.is_sharded)
 
     def load(self, directory: Path) -> None:
         """Puts back what any number of ranks wrote, bit for bit; all ranks of a run have to."""
-        with _quietly(), in_one_line():
-            load(weights_of(self._reference), checkpoint_id=directory, no_dist=not dist.is_initialized())
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """One process may well write alone, and read what several wrote."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        yield
+        load_shards(weights_of(self._reference), directory)
 
 
 def weights_of(policy: Policy) -> dict[str, torch.Tensor]:

@@ -24,19 +24,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
@@ -52,9 +46,9 @@ from grpo_fast.train.optim import load_state
 from grpo_fast.train.policy import Policy
 from grpo_fast.train.policy_source import PolicySource, pick_device
 from grpo_fast.train.quantised import give_shards_scales, make_shardable
+from grpo_fast.train.shard_files import load_shards, save_shards
 from grpo_fast.train.stored_weights import NotInPartsError, StoredWeights, give_memory
 from grpo_fast.train.streaming import Once, StreamedModel
-from grpo_fast.types import TrainingError
 
 _log = logging.getLogger(__name__)
 
@@ -369,20 +363,6 @@ def load_reference(source: PolicySource, *, config: Config, world: World) -> Sha
     return load_sharded(source, None, config=config, world=world, trained=config.sync_ref_model or not is_plain)
 
 
-class ShardsError(TrainingError):
-    """A rank cannot write or read its part of the optimiser's state; the message names rank and cause."""
-
-
-@contextlib.contextmanager
-def in_one_line() -> Iterator[None]:
-    """Torch's own error, which all ranks raise, holds the tracebacks of those that failed, and is no ``Exception``."""
-    try:
-        yield
-    except CheckpointException as error:
-        rank, (cause, _) = min(error.failures.items())
-        raise ShardsError(f"rank {rank}: {type(cause).__name__}: {cause}") from error
-
-
 def save_optimizer(policy: ShardedPolicy, optimizer: torch.optim.Optimizer, directory: Path) -> None:
     """Writes what every rank holds of the optimiser's state; nothing before the first step.
 
@@ -392,16 +372,7 @@ def save_optimizer(policy: ShardedPolicy, optimizer: torch.optim.Optimizer, dire
     policy.reshard()
     if optimizer.state:
         state = get_optimizer_state_dict(policy.model, optimizer)
-        with in_one_line():
-            save(state, checkpoint_id=directory)
-
-
-def missing_shards(directory: Path) -> list[str]:
-    """Names of files that what is saved in a directory consists of, and that are not in it; none where nothing is saved."""
-    if not directory.is_dir():
-        return []
-    parts = {stored.relative_path for stored in FileSystemReader(directory).read_metadata().storage_data.values()}
-    return sorted(name for name in parts if not (directory / name).is_file())
+        save_shards(state, directory)
 
 
 def load_sharded_optimizer(policy: Policy, optimizer: torch.optim.Optimizer, directory: Path) -> None:
@@ -411,9 +382,7 @@ def load_sharded_optimizer(policy: Policy, optimizer: torch.optim.Optimizer, dir
     if isinstance(policy, ShardedPolicy):
         policy.reshard()
     state = get_optimizer_state_dict(policy.model, optimizer)
-    with warnings.catch_warnings(), in_one_line():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process may well read what several wrote
-        load(state, checkpoint_id=directory, no_dist=not dist.is_initialized())
+    load_shards(state, directory)
     set_optimizer_state_dict(policy.model, optimizer, state)
 
 
