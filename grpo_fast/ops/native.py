@@ -25,19 +25,6 @@ SLOWER = (
     "Python"
 )
 """Consequence of its absence."""
-OPS = (
-    "pack_weights",
-    "unpack_weights",
-    "weight_delta",
-    "pack_sequences",
-    "packed_index",
-    "policy_loss",
-    "ascends",
-    "group_advantage",
-    "few_rows_product",
-    "decoder_layer",
-    "draw_tokens",
-)
 
 
 def library() -> Path | None:
@@ -66,7 +53,8 @@ def load(path: Path | None = None) -> str:
         return f"{path.name} does not load under torch {torch.__version__} ({error}); rebuild it: {BUILD}"
     if missing := [op for op in OPS if not hasattr(torch.ops.grpo_fast, op)]:
         return f"{path.name} has no {', '.join(missing)}, so it is older than this package; rebuild it: {BUILD}"
-    _register_fakes()
+    for op, fake in _FAKES.items():
+        torch.library.register_fake(f"grpo_fast::{op}", fake)
     return ""
 
 
@@ -186,19 +174,18 @@ def _unknown_size() -> Any:
     return torch.library.get_ctx().new_dynamic_size()
 
 
-def _register_fakes() -> None:
-    fakes: tuple[Callable[..., Any], ...] = (
-        _writes,
-        _writes,
-        _delta_shapes,
-        _plan_shapes,
-        _index_shapes,
-        _loss_shapes,
-        _truth,
-        _advantage_shapes,
-        _product_shape,
-        _writes,
-        _draw_shapes,
-    )
-    for op, fake in zip(OPS, fakes, strict=True):
-        torch.library.register_fake(f"grpo_fast::{op}", fake)
+_FAKES: dict[str, Callable[..., Any]] = {
+    "pack_weights": _writes,
+    "unpack_weights": _writes,
+    "weight_delta": _delta_shapes,
+    "pack_sequences": _plan_shapes,
+    "packed_index": _index_shapes,
+    "policy_loss": _loss_shapes,
+    "ascends": _truth,
+    "group_advantage": _advantage_shapes,
+    "few_rows_product": _product_shape,
+    "decoder_layer": _writes,
+    "draw_tokens": _draw_shapes,
+}
+"""Of each op of the extension what stands in for it in tracing."""
+OPS = tuple(_FAKES)
