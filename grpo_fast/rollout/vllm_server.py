@@ -28,14 +28,22 @@ from grpo_fast.rollout.shared_memory import check_room
 from grpo_fast.rollout.transports import BACKENDS, Transport, choose_transport
 from grpo_fast.rollout.vllm_adapters import lora_options
 from grpo_fast.rollout.vllm_addresses import api_key
-from grpo_fast.rollout.vllm_engine import require_vllm
-from grpo_fast.rollout.vllm_environment import BINDING, FLOAT32_PRODUCTS, LOCK_BYTES, NO_WORKER, OWNER, SERVER, UNBOUND
+from grpo_fast.rollout.vllm_environment import (
+    BINDING,
+    CPU_BLOCK_SIZE,
+    FLOAT32_PRODUCTS,
+    LOCK_BYTES,
+    NO_WORKER,
+    OWNER,
+    SERVER,
+    UNBOUND,
+    require_vllm,
+)
 from grpo_fast.rollout.vllm_mirror import MIDDLEWARE
 from grpo_fast.rollout.vllm_needs import ONE_REPLICA
 from grpo_fast.rollout.vllm_sleep import check_segments, sleep_level
 
 HOST = "127.0.0.1"
-_CPU_BLOCK_SIZE = 32
 _WORKERS = re.compile(r"-tp|-pp|--(tensor|pipeline)[-_]parallel[-_]size|--distributed[-_]executor[-_]backend")
 """Options that ask for workers."""
 _OWN = {"--port", "--dtype", "--max-model-len", "--max-lora-rank", "--enable-sleep-mode"}
@@ -139,7 +147,7 @@ def become(command: ServerCommand) -> None:
 
 def _cpu_options(vllm_options: Sequence[str]) -> list[str]:
     """Prompts are read whole: a seeded request whose prompt is read in parts ends vLLM's engine on a CPU."""
-    options = ["--enforce-eager", "--block-size", str(_CPU_BLOCK_SIZE), "--no-enable-chunked-prefill"]
+    options = ["--enforce-eager", "--block-size", str(CPU_BLOCK_SIZE), "--no-enable-chunked-prefill"]
     if os.environ.get(BINDING, UNBOUND) == UNBOUND and not any(map(_WORKERS.match, vllm_options)):
         options += ["--distributed-executor-backend", NO_WORKER]
     return options

@@ -11,7 +11,8 @@ from grpo_fast.rollout.transports import Host, choose_transport
 from grpo_fast.rollout.vllm_addresses import api_key, check_addresses
 from grpo_fast.rollout.vllm_arguments import check_engine_args
 from grpo_fast.rollout.vllm_client import wait_until_up
-from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMServerEngine, VLLMSettings, require_vllm
+from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMServerEngine, VLLMSettings
+from grpo_fast.rollout.vllm_environment import require_vllm
 from grpo_fast.rollout.vllm_sleep import sleep_level
 from grpo_fast.tasks.replies import Replies
 from grpo_fast.train.data import Data

@@ -21,7 +21,7 @@ from grpo_fast.compute.memory import MemoryPlan
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.device import device_facts, gpu_spec
 from grpo_fast.rollout.transformers_engine import MAX_BATCH_TOKENS
-from grpo_fast.rollout.vllm_engine import cpu_cache_bytes
+from grpo_fast.rollout.vllm_memory import cpu_cache_bytes
 from grpo_fast.sinks.quantities import binary
 from grpo_fast.train.activations import DryPass, HeadBytes, HeldBytes, PassBytes, UncountableError, pass_bytes
 from grpo_fast.train.plan_pass import StepLengths, largest_passes

@@ -22,8 +22,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from grpo_fast import Config, GRPOTrainer
 from grpo_fast.ops import Kept, LMHead, kept_logprob
-from grpo_fast.rollout import RolloutEngine, RolloutError, SamplingParams, WeightSyncError, vllm_engine
-from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMServerEngine, VLLMSettings, memory_arguments, require_vllm
+from grpo_fast.rollout import RolloutEngine, RolloutError, SamplingParams, WeightSyncError
+from grpo_fast.rollout.vllm_engine import VLLMEngine, VLLMServerEngine, VLLMSettings
 from grpo_fast.rollout.vllm_sample import Telling
 from grpo_fast.types import Completion
 from tests.rollout import warm
@@ -432,17 +432,6 @@ def test_each_rank_samples_by_an_engine_of_its_own(embedded_config: Callable[...
     assert [row["completion"] for row in ranks["completions"]] == [row["completion"] for row in alone["completions"]]
 
 
-def test_a_cache_that_is_told_frees_a_gpu_of_the_share() -> None:
-    """vLLM holds the share against what is free even where it says nothing of the cache, so 1 of it starts nowhere."""
-    told, left = VLLMSettings(kv_cache_bytes=2**30, gpu_memory_utilization=0.9), VLLMSettings(gpu_memory_utilization=0.9)
-    on_gpu = memory_arguments(told, on_gpu=True, cpu_bytes=5)
-    assert on_gpu["kv_cache_memory_bytes"] == 2**30
-    assert 0 < on_gpu["gpu_memory_utilization"] * 200e9 < 2**20
-    assert memory_arguments(left, on_gpu=True, cpu_bytes=5) == {"gpu_memory_utilization": 0.9}
-    assert memory_arguments(left, on_gpu=False, cpu_bytes=5) == {"gpu_memory_utilization": 0.9, "kv_cache_memory_bytes": 5}
-    assert memory_arguments(told, on_gpu=False, cpu_bytes=5)["kv_cache_memory_bytes"] == 2**30
-
-
 @pytest.mark.vllm
 def test_shards_in_host_memory_are_no_policy_on_a_cpu(embedded: Any) -> None:
     """It is refused for what it lacks, a server, and not for want of a GPU."""
@@ -455,16 +444,3 @@ def test_shards_in_host_memory_are_no_policy_on_a_cpu(embedded: Any) -> None:
             settings=settings,
             device=torch.device("cuda"),
         )
-
-
-def test_a_missing_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_engine.util, "find_spec", lambda name: None)
-    with pytest.raises(RolloutError, match=r"vLLM is not installed; `pip install 'grpo-fast\[vllm\]'`"):
-        require_vllm()
-
-
-def test_an_old_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_engine.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(vllm_engine, "vllm_version", lambda: "0.27.1")
-    with pytest.raises(RolloutError, match=r"vLLM 0\.27\.1 is too old: its weight transfer needs 0\.28 or newer"):
-        require_vllm()

@@ -16,11 +16,13 @@ import pytest
 import torch
 
 from grpo_fast.rollout import RolloutError
+from grpo_fast.rollout import vllm_environment as environment_module
 from grpo_fast.rollout.vllm_environment import (
     OWNER,
     held_port,
     load_beside_vllm,
     multiply_whole,
+    require_vllm,
     undisturbed,
     vllm_environment,
     vllm_version,
@@ -180,3 +182,16 @@ def version_of(installed: str, package: str) -> str:
     if package != installed:
         raise metadata.PackageNotFoundError(package)
     return "0.31.0"
+
+
+def test_a_missing_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment_module.util, "find_spec", lambda name: None)
+    with pytest.raises(RolloutError, match=r"vLLM is not installed; `pip install 'grpo-fast\[vllm\]'`"):
+        require_vllm()
+
+
+def test_an_old_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment_module.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(environment_module, "vllm_version", lambda: "0.27.1")
+    with pytest.raises(RolloutError, match=r"vLLM 0\.27\.1 is too old: its weight transfer needs 0\.28 or newer"):
+        require_vllm()

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 
 from grpo_fast.assets import embedded_model_dir
 from grpo_fast.mistakes import SET_BY_SERVE
-from grpo_fast.rollout import RolloutError, SamplingParams, shared_memory, vllm_engine, vllm_server
+from grpo_fast.rollout import RolloutError, SamplingParams, shared_memory, vllm_environment, vllm_server
 from grpo_fast.rollout.vllm_engine import VLLMServerEngine, VLLMSettings
 from grpo_fast.rollout.vllm_environment import NO_WORKER, held_port
 from grpo_fast.rollout.vllm_server import ServerCommand, become, server_command
@@ -291,6 +291,6 @@ def test_engine_and_workers_do_not_outlive_a_server_that_is_killed(split_server:
 
 
 def test_a_missing_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_engine.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(vllm_environment.util, "find_spec", lambda name: None)
     with pytest.raises(RolloutError, match="vLLM is not installed"):
         server_command(MODEL, port=8000, on_cpu=True)
