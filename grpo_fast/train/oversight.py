@@ -15,6 +15,7 @@ from grpo_fast.law import AlarmState, CollapseAlarm, Forecast, OnlinePredictor, 
 from grpo_fast.law.stopping import STILL_STEPS
 from grpo_fast.rewards import RewardError
 from grpo_fast.sinks import SinkSet
+from grpo_fast.train.distributed import ALONE, World
 from grpo_fast.train.resumable import ending_settings
 from grpo_fast.train.summary import Ending
 
@@ -93,9 +94,10 @@ class Oversight:
         config: modes and thresholds.
         predictor: the run's forecaster.
         sinks: where warnings go, and whom ``forecast="ask"`` asks.
+        world: the ranks, of which rank 0 alone is shown the steps.
     """
 
-    def __init__(self, config: Config, *, predictor: OnlinePredictor, sinks: SinkSet) -> None:
+    def __init__(self, config: Config, *, predictor: OnlinePredictor, sinks: SinkSet, world: World = ALONE) -> None:
         self.predictor = predictor
         self.rule = build_rule(config)
         least = None if config.reward_range is None else config.reward_range[0]
@@ -103,6 +105,7 @@ class Oversight:
         self.forecast: Forecast | None = None
         self._config = config
         self._sinks = sinks
+        self._world = world
         self.settled: Ending | None = None
         """Why the resumed run had already ended; None once a further step is taken, or if the settings that ended it
         change."""
@@ -162,13 +165,17 @@ class Oversight:
         return Verdict(forecast, decision, alarm, ending, self._still, self._see_rewards(step, metrics))
 
     def check_rewarded(self, step: int, ending: Ending) -> None:
-        """Refuses to call a run done that reached its budget at ``step`` without a single reward.
+        """Refuses to call a run done that reached its budget at ``step`` without a single reward; every rank has to ask.
 
         Raises:
             NoRewardError: it did.
         """
-        if ending.event == "budget" and 0 < step == self._unrewarded:
-            raise NoRewardError(self._functions, step, step)
+
+        def check() -> None:
+            if ending.event == "budget" and 0 < step == self._unrewarded:
+                raise NoRewardError(self._functions, step, step)
+
+        self._world.once(check)
 
     def sound_until(self, step: int) -> int:
         """Newest step whose checkpoint is certainly from before a fall that may have begun by ``step``, the newest one.

@@ -85,7 +85,7 @@ class GRPOTrainer:
         self._pending: Collected | None = None
         self._stream_state = parts.stream.state_dict()
         self._recent_rewards: list[float] = []
-        self._oversight = Oversight(config, predictor=parts.predictor, sinks=parts.sinks)
+        self._oversight = Oversight(config, predictor=parts.predictor, sinks=parts.sinks, world=world)
         self._best = BestCheckpoints()
         self._evals: dict[str, float] = {}
         self._opened = False

@@ -193,6 +193,7 @@ def cases(models: tuple[Path, Path], directory: Path) -> dict[str, dict[str, Any
         },
         "mixed": {"dtype": "bfloat16", "fsdp": "full_shard", "max_steps": 2},
         "failing": {},
+        "unrewarded": {"max_steps": 2},
     }
     changes |= {name: changes[name] | {"share_prompts": True} for name in SHARING}
     changes["quantised"] |= {"model": str(models[1]), "learning_rate": 1e-2}

@@ -66,6 +66,14 @@ def failing(completions: list[str], answer: list[str], **columns: Any) -> list[f
     return [1.0] * len(completions)
 
 
+def unrewarded(completions: list[str], **columns: Any) -> list[None]:
+    return [None] * len(completions)
+
+
+REWARDS = {"failing": failing, "unrewarded": unrewarded}
+"""Of runs by their names; of all others it is :func:`vowels`."""
+
+
 def play(
     values: dict[str, Any],
     reward: Any = vowels,
@@ -425,7 +433,9 @@ def main(cases: Path, output: Path) -> None:
     for name, values in wanted.items():
         if values["fsdp"] == "hybrid_shard":
             os.environ["LOCAL_WORLD_SIZE"] = "2"  # as if on nodes of two
-        reward, half = failing if name == "failing" else vowels, name.partition(" ")[0]
-        found[name] = play(values, reward, resume=half == "resumed", until={"begun": 2, "resumed": 4}.get(half))
+        half = name.partition(" ")[0]
+        found[name] = play(
+            values, REWARDS.get(name, vowels), resume=half == "resumed", until={"begun": 2, "resumed": 4}.get(half)
+        )
     (output / f"rank-{world.rank}.json").write_text(json.dumps(found), encoding="utf-8")
     dist.destroy_process_group()

@@ -140,6 +140,13 @@ def test_a_reward_that_fails_on_one_rank_ends_all_with_a_checkpoint(launch: Laun
 
 
 @pytest.mark.slow
+def test_a_run_that_ends_without_any_reward_is_a_failure_to_all_ranks(launch: Launch) -> None:
+    for told in launch.found:
+        assert told["unrewarded"]["error"].startswith("NoRewardError: reward function 'unrewarded' gave None or NaN")
+    assert (launch.directory / "unrewarded" / "checkpoint-2" / "state.json").is_file()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHORT)
 def test_in_bfloat16_ranks_make_the_first_step_of_one_process_to_its_rounding(
     name: str, launch: Launch, alone: dict[str, Any]
