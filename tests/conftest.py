@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 # Before anything imports Triton, which reads it once: see tests/ops/conftest.py.
 if not torch.cuda.is_available():
@@ -157,3 +158,19 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the shared data folder is not beside this checkout")
     return SHARED
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    """A process group of torch's, of which this process is the only rank."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def world(group_of_one: None) -> Any:
+    """The same as a run knows it."""
+    from grpo_fast.train.distributed import World
+
+    return World.join(torch.device("cpu"), timeout_s=10)

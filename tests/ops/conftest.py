@@ -47,3 +47,11 @@ def native_library() -> None:
     """The compiled extension; ``make`` builds it where there is a compiler."""
     if problem := native.load():
         pytest.skip(problem)
+
+
+@pytest.fixture(params=["native", "torch"])
+def impl(request: pytest.FixtureRequest) -> str:
+    """Each implementation of an op that the extension has beside PyTorch."""
+    if request.param == "native" and (problem := native.load()):
+        pytest.skip(problem)
+    return str(request.param)

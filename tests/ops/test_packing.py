@@ -26,13 +26,6 @@ from grpo_fast.ops.packing import (
 IMPLS = ("native", "torch")
 
 
-@pytest.fixture(params=IMPLS)
-def impl(request: pytest.FixtureRequest) -> str:
-    if request.param == "native" and (problem := native.load()):
-        pytest.skip(problem)
-    return str(request.param)
-
-
 @settings(max_examples=300)
 @given(lengths=st.lists(st.integers(1, 60), max_size=120), budget=st.integers(1, 80))
 def test_the_compiled_plan_is_the_references(native_library: None, lengths: list[int], budget: int) -> None:

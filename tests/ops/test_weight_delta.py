@@ -18,13 +18,6 @@ IMPLS = ("native", "torch")
 DTYPES = {1: torch.uint8, 2: torch.bfloat16, 4: torch.float32}
 
 
-@pytest.fixture(params=IMPLS)
-def impl(request: pytest.FixtureRequest) -> str:
-    if request.param == "native" and (problem := native.load()):
-        pytest.skip(problem)
-    return str(request.param)
-
-
 def random_bits(count: int, size: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (count * size,), dtype=torch.uint8, generator=generator).view(DTYPES[size])

@@ -27,13 +27,6 @@ IMPLS = ("native", "torch")
 SPECIAL = [0.0, -0.0, 1.0, math.inf, -math.inf, math.nan, 3.4e38, 1e-40, -1e-45, 448.0, 464.0, 1.00390625, 1.01171875]
 
 
-@pytest.fixture(params=IMPLS)
-def impl(request: pytest.FixtureRequest) -> str:
-    if request.param == "native" and (problem := native.load()):
-        pytest.skip(problem)
-    return str(request.param)
-
-
 def some_weights(seed: int = 0) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shapes = [(37, 65), (7,), (1, 1), (0, 5), (3, 4, 5), (), (129, 3000), (70001,)]

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 # vLLM and what it imports use deprecated parts of torch.
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
@@ -82,15 +81,6 @@ def test_of_an_adapted_model_in_four_bits_the_base_comes_under_its_own_names() -
             {name for name in off if name.endswith("proj.weight")} if four_bits else set()
         )
         assert max(off.values()) < 0.16  # half the widest gap between two of the sixteen numbers
-
-
-@pytest.fixture
-def world() -> Iterator[Any]:
-    from grpo_fast.train.distributed import World
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield World.join(torch.device("cpu"), timeout_s=10)
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -16,10 +16,8 @@ class Gathering(torch.nn.Linear):
 
 
 @pytest.fixture
-def shard() -> Iterator[DTensor]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield distribute_tensor(torch.tensor([1.001, 2.0, 3.0]), dist.init_device_mesh("cpu", (1,)), [Shard(0)])
-    dist.destroy_process_group()
+def shard(group_of_one: None) -> DTensor:
+    return distribute_tensor(torch.tensor([1.001, 2.0, 3.0]), dist.init_device_mesh("cpu", (1,)), [Shard(0)])
 
 
 def test_weights_that_are_whole_come_as_they_are() -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-import torch.distributed as dist
 
 from grpo_fast.config import ConfigError
 from grpo_fast.ops import Kept, LMHead, LossBatch, LossSpec, fused_grpo
@@ -15,11 +12,7 @@ from grpo_fast.train.head_part import HeadPart, first_token_of, head_logprobs, h
 VOCABULARY = 19
 
 
-@pytest.fixture(autouse=True)
-def _one_rank() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("group_of_one")
 
 
 @pytest.mark.parametrize("frozen", [False, True])

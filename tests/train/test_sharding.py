@@ -7,13 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import (
@@ -52,13 +51,6 @@ from tests.cuda_on_host.shards import squared, updated
 
 ROOT = Path(__file__).parents[2]
 MakePolicy = Callable[..., Policy]
-
-
-@pytest.fixture
-def world() -> Iterator[World]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield World.join(torch.device("cpu"), timeout_s=10)
-    dist.destroy_process_group()
 
 
 @pytest.fixture(params=[False, True], ids=["untied", "tied"])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -19,13 +18,6 @@ from grpo_fast.train.sharding import ShardedPolicy
 from grpo_fast.train.streaming import StreamedModel, streams_weights
 
 PROBE = SyncProbe((4, 5, 6, 7, 8), 1e-8)
-
-
-@pytest.fixture
-def world() -> Iterator[World]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield World.join(torch.device("cpu"), timeout_s=10)
-    dist.destroy_process_group()
 
 
 @pytest.fixture(params=["untied", "tied", "capped"])
