@@ -1,6 +1,6 @@
 """``grpo-fast`` again and again, each time in a process of its own that can be killed, though torch is imported only once.
 
-What draws a report, and evaluates a model, is imported once, too.
+What draws a report, reads tables and evaluates a model is imported once, too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _FORKS = """
 import atexit, gc, json, os, sys, types, warnings
 atexit.register(lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2))  # last of all: Triton's bindings call the frozen a leak
 gc.disable()
-import grpo_fast.report.html, grpo_fast.train.evaluate_model
+import grpo_fast.report.html, grpo_fast.tasks.files, grpo_fast.train.evaluate_model
 from grpo_fast.cli import main
 from grpo_fast.tasks.load import load_task
 from grpo_fast.train import GRPOTrainer

@@ -10,11 +10,8 @@ from grpo_fast.config import Config, ConfigError
 from grpo_fast.given_values import BUILT_IN_DATASETS
 from grpo_fast.tasks.arithmetic import arithmetic_task
 from grpo_fast.tasks.countdown import countdown_task
-from grpo_fast.tasks.files import table_task
-from grpo_fast.tasks.gsm8k import gsm8k_task
 from grpo_fast.tasks.reasoning_gym import reasoning_gym_task
-from grpo_fast.tasks.tables import FILE_BUILDERS
-from grpo_fast.tasks.task import Task
+from grpo_fast.tasks.task import FILE_BUILDERS, Task
 
 _ACCEPTED = (
     "A dataset is arithmetic, countdown, gsm8k, gsm8k:DIRECTORY, reasoning_gym:TASK, a directory, a .parquet, .jsonl, "
@@ -41,6 +38,8 @@ def load_task(config: Config, *, chat: bool, needs_reward: bool = True) -> Task:
     """
     kind, colon, argument = config.dataset.partition(":")
     if kind not in BUILT_IN_DATASETS:
+        from grpo_fast.tasks.files import table_task  # noqa: PLC0415 (it imports datasets, which takes half a second)
+
         return table_task(config, path=_find(config.dataset), needs_reward=needs_reward)
     wants_argument = {"gsm8k": bool(colon), "reasoning_gym": True}.get(kind, False)
     if bool(argument) != wants_argument or bool(colon) != wants_argument:
@@ -52,6 +51,8 @@ def _built_in(config: Config, kind: str, *, argument: str, chat: bool) -> Task:
     _refuse_idle(config, ("prompt_column", "answer_column"), task="the built-in task")
     if kind == "gsm8k":
         _refuse_idle(config, ("dataset_size",), task="the dataset")
+        from grpo_fast.tasks.gsm8k import gsm8k_task  # noqa: PLC0415 (as above)
+
         return gsm8k_task(config, chat=chat, directory=_directory(argument) if argument else None)
     _refuse_idle(config, ("dataset_config", "dataset_split", "eval_split"), task="the generated task")
     size, eval_size, seed = config.dataset_size, config.eval_size, config.seed

@@ -17,15 +17,15 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeGuard
 
-from datasets import Dataset
 from jinja2 import Environment
 
 from grpo_fast.config import ConfigError
 from grpo_fast.tasks.encoded import EncodedPrompts
-from grpo_fast.tasks.task import Rows
+from grpo_fast.tasks.task import Rows, is_table
 from grpo_fast.types import Message, PromptText, is_message
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ def _chunks(rows: Rows) -> Iterator[list[tuple[int, Mapping[str, Any]]]]:
 
 def _in_batches(rows: Rows) -> TypeGuard[Dataset]:
     """Whether rows are a plain table's, whose columns can be read apart, not those of one that makes its rows or hides some."""
-    if not isinstance(rows, Dataset) or rows.format["type"] is not None or rows.format["columns"] != rows.column_names:
+    if not is_table(rows) or rows.format["type"] is not None or rows.format["columns"] != rows.column_names:
         return False
     return "prompt" in rows.column_names
 

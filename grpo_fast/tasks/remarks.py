@@ -6,17 +6,16 @@ from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import datasets
 import numpy as np
 
 from grpo_fast.tasks.encoded import token_ids_of
-from grpo_fast.tasks.task import Rows
+from grpo_fast.tasks.task import Rows, is_table
 from grpo_fast.types import Prompt
 
 _MANY = 0.1
 _SHOWN_CHARACTERS = 60
 _ALL_WHOLE = 2.0**53  # up to it float64 holds every whole number
-_MEDIA = tuple(getattr(datasets, name) for name in ("Image", "Audio", "Video") if hasattr(datasets, name))
+_MEDIA = ("Image", "Audio", "Video")
 
 
 def repeats(prompts: Sequence[Prompt], eval_prompts: Sequence[Prompt], *, prompts_per_step: int) -> list[str]:
@@ -80,7 +79,7 @@ def plain_text(count: int, num_prompts: int) -> list[str]:
 
 def unseen(rows: Rows) -> list[str]:
     """A remark on columns of images, video or audio: reward functions receive them, the model does not."""
-    features: Mapping[str, Any] = rows.features if isinstance(rows, datasets.Dataset) else {}
+    features: Mapping[str, Any] = rows.features if is_table(rows) else {}
     found = [name for name, kind in features.items() if _holds_media(kind)]
     if not found:
         return []
@@ -90,8 +89,11 @@ def unseen(rows: Rows) -> list[str]:
 
 def rounded(rows: Rows) -> list[str]:
     """A remark on answers that were read as floats and are too large to have kept all digits, as JSON's large ints are."""
-    kind = rows.features.get("answer") if isinstance(rows, datasets.Dataset) else None
-    if not isinstance(rows, datasets.Dataset) or kind != datasets.Value("float64"):
+    if not is_table(rows):
+        return []
+    from datasets import Value  # noqa: PLC0415 (imported already, by whoever made the table)
+
+    if rows.features.get("answer") != Value("float64"):
         return []
     answers = rows.with_format("numpy", columns=["answer"])["answer"][:]
     count = int((np.abs(answers) >= _ALL_WHOLE).sum())
@@ -103,8 +105,11 @@ def rounded(rows: Rows) -> list[str]:
 
 def _holds_media(kind: Any) -> bool:
     """Whether a column's type is one of ``datasets`` for media, or has such in lists or records."""
+    import datasets  # noqa: PLC0415 (as above)
+
     inner = kind.values() if isinstance(kind, Mapping) else kind if isinstance(kind, list) else [getattr(kind, "feature", None)]
-    return isinstance(kind, _MEDIA) or any(part is not None and _holds_media(part) for part in inner)
+    media = tuple(getattr(datasets, name) for name in _MEDIA if hasattr(datasets, name))
+    return isinstance(kind, media) or any(part is not None and _holds_media(part) for part in inner)
 
 
 def _key(token_ids: Sequence[int]) -> int:

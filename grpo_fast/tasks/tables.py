@@ -24,9 +24,8 @@ from datasets import (
 
 from grpo_fast.config import ConfigError
 from grpo_fast.hub import out_of_reach
+from grpo_fast.tasks.task import FILE_BUILDERS
 
-FILE_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
-"""Reader of ``datasets`` by the ending of a file's name."""
 _DIGITS_OF_64_BITS = 20
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 

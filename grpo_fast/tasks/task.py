@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+FILE_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
+"""Reader of ``datasets`` by the ending of a file's name."""
 
 
 class Rows(Protocol):
@@ -17,6 +25,15 @@ class Rows(Protocol):
     def __getitem__(self, index: int, /) -> Mapping[str, Any]:
         """Row ``index`` as a mapping from column to value."""
         ...
+
+
+def is_table(rows: Any) -> TypeGuard[Dataset]:
+    """Whether rows are a ``datasets.Dataset``, which nothing is before that library was imported: it takes half a second."""
+    if "datasets" not in sys.modules:
+        return False
+    from datasets import Dataset  # noqa: PLC0415 (see above)
+
+    return isinstance(rows, Dataset)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from grpo_fast.rewards.call import check_columns
 from grpo_fast.rewards.functions import BOUNDS
 from grpo_fast.rewards.judged import ARGUMENT, set_apart
 from grpo_fast.run_dir import write_whole
-from grpo_fast.tasks import Rows, Task, encode_prompts, load_task, task_of
+from grpo_fast.tasks import Rows, Task, encode_prompts, load_task
 from grpo_fast.tasks.encoded import EncodedPrompts
 from grpo_fast.tasks.replies import Replies
 from grpo_fast.tasks.tool_calls import ToolReplies
@@ -198,6 +198,8 @@ def choose_data(config: Config, given: Mapping[str, Any], *, chat: bool, environ
     rates = environments is not None and environments.can_rate
     needs_reward = "reward_funcs" not in given and not rates
     if "train_dataset" in given:
+        from grpo_fast.tasks import task_of  # noqa: PLC0415 (it imports datasets, which takes half a second)
+
         task = task_of(config, given["train_dataset"], given.get("eval_dataset"), needs_reward=needs_reward)
     else:
         task = given.get("task") or load_task(config, chat=chat, needs_reward=needs_reward)

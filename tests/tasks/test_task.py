@@ -8,7 +8,7 @@ from datasets import Dataset
 
 import grpo_fast.tasks
 from grpo_fast.tasks import Task
-from grpo_fast.tasks.task import Rows
+from grpo_fast.tasks.task import Rows, is_table
 
 
 def first_prompt(rows: Rows) -> str:
@@ -32,3 +32,21 @@ def test_a_reward_worker_loads_no_other_task() -> None:
     code = "import sys, grpo_fast.tasks.countdown, grpo_fast.tasks.arithmetic; print({'torch', 'datasets'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_generated_tasks_do_without_the_library_of_tables() -> None:
+    code = (
+        "import sys; from grpo_fast.config import Config\n"
+        "from grpo_fast.tasks import encode_prompts, load_task; from grpo_fast.tasks.remarks import rounded, unseen\n"
+        "for name in ('arithmetic', 'countdown'):\n"
+        "    rows = load_task(Config(dataset=name), chat=False).train\n"
+        "    assert len(rows) and rounded(rows) == unseen(rows) == []\n"
+        "assert 'datasets' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_table_is_told_from_a_list() -> None:
+    rows = [{"prompt": "p"}]
+    assert is_table(Dataset.from_list(rows))
+    assert not is_table(rows)
