@@ -208,8 +208,18 @@ def png(figure: Figure) -> bytes:
 
 
 def compressed(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
-    """[height, width, 4] as PNG in 256 colours: a third of a full-colour file."""
+    """[height, width, 4] as PNG in 256 colours: a third of a full-colour file.
+
+    The colours are chosen among the distinct ones, some thousands; only 3 % of the pixels differ from the one before.
+    """
+    flat = np.ascontiguousarray(pixels).view(np.uint32).ravel()
+    starts = np.flatnonzero(np.concatenate(([True], flat[1:] != flat[:-1])))
+    colors, numbers = np.unique(flat[starts], return_inverse=True)
+    distinct = Image.fromarray(colors.view(np.uint8).reshape(1, -1, 4)).convert("RGB")
+    few = distinct.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    indices = np.repeat(np.asarray(few)[0][numbers], np.diff(starts, append=flat.size))
+    image = Image.fromarray(indices.reshape(pixels.shape[:2]))
+    image.putpalette(few.getpalette() or [])
     with io.BytesIO() as file:
-        image = Image.fromarray(pixels).convert("RGB")
-        image.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(file, format="PNG")
+        image.save(file, format="PNG")
         return file.getvalue()

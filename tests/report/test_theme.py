@@ -6,9 +6,10 @@ from dataclasses import fields
 import matplotlib as mpl
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from grpo_fast.report.theme import DARK, LIGHT, Theme, drawing, grid, key, png, value_limits
+from grpo_fast.report.theme import DARK, LIGHT, Theme, compressed, drawing, grid, key, png, value_limits
 
 
 def _luminance(color: str) -> float:
@@ -49,6 +50,28 @@ def test_a_picture_has_two_pixels_for_each_css_pixel_and_always_the_same_bytes()
     with Image.open(io.BytesIO(first)) as image:
         assert image.size == (1680, 400)
         assert image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_picture_has_the_256_colours_that_cover_all_of_its_own() -> None:
+    figure, (axis,) = grid(LIGHT, 1, 1, height=2.0)
+    axis.plot([0, 1], [0, 1], color=LIGHT.data)
+    axis.fill_between([0, 1], [0, 1], color=LIGHT.forecast, alpha=0.2)
+    axis.text(0.2, 0.5, "words", color=LIGHT.held_out, alpha=0.7)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    drawn = np.asarray(canvas.buffer_rgba())
+    noisy = drawn.copy()
+    noisy[::7, ::5, :3] = np.random.default_rng(0).integers(0, 256, noisy[::7, ::5, :3].shape)
+    for pixels, furthest in ((drawn, 8), (noisy, 48)):
+        assert len(np.unique(pixels.reshape(-1, 4), axis=0)) > 256
+        with Image.open(io.BytesIO(compressed(pixels))) as image:
+            assert image.mode == "P"
+            found = np.asarray(image.convert("RGB"))
+        whole = Image.fromarray(pixels).convert("RGB")
+        chosen = whole.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).convert("RGB")
+        errors = [np.abs(colors.astype(int) - pixels[..., :3]) for colors in (found, np.asarray(chosen))]
+        assert errors[0].mean() <= 1.05 * errors[1].mean(), "it is as good as what Pillow makes of all pixels"
+        assert errors[0].max() <= furthest
 
 
 def test_foreign_settings_stay_out_and_come_back() -> None:
