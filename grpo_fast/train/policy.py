@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,11 +15,11 @@ from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from grpo_fast.config import ConfigError
 from grpo_fast.ops import Layout, LMHead, token_logprob
 from grpo_fast.train.adapters import Adapters
+from grpo_fast.train.bars import bars_for_a_terminal, without_bars
 from grpo_fast.train.batch import TrainingSequence, build_batch
 from grpo_fast.train.checkpointing import CheckpointingMode, let_checkpoint
 from grpo_fast.train.distributed import World
@@ -178,7 +177,7 @@ class Policy:
         if self.adapters is not None:
             self.adapters.save(directory, weights)
         else:
-            with _without_progress_bar():
+            with without_bars():  # one over the files that are written would tear the live console
                 self.model.save_pretrained(directory, state_dict=weights)
         self.tokenizer.save_pretrained(directory)
 
@@ -187,7 +186,8 @@ class Policy:
         if self.adapters is not None:
             self.adapters.load(directory)
             return
-        saved = type(self.model).from_pretrained(directory, dtype=torch.float32)
+        with bars_for_a_terminal():
+            saved = type(self.model).from_pretrained(directory, dtype=torch.float32)
         with torch.no_grad():
             own = dict(self.model.named_parameters())
             for name, value in saved.named_parameters():
@@ -284,18 +284,6 @@ def count_parameters(model: torch.nn.Module) -> int:
     """Parameters of a model, adapters apart; one of four bits counts as one."""
     weights = (weight for name, weight in model.named_parameters() if ".lora_" not in name)
     return sum(torch.Size((getattr(weight, "quant_state", None) or weight).shape).numel() for weight in weights)
-
-
-@contextlib.contextmanager
-def _without_progress_bar() -> Iterator[None]:
-    """Transformers' bar over the files it writes would tear the live console."""
-    shown = is_progress_bar_enabled()
-    disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            enable_progress_bar()
 
 
 def _find_head(model: PreTrainedModel) -> LMHead:

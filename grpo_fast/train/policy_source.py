@@ -28,6 +28,7 @@ from grpo_fast.ops.products import use_products
 from grpo_fast.run_dir import CONFIG_FILE
 from grpo_fast.train.adapter_start import AdapterStart, find_start, reader
 from grpo_fast.train.adapters import SETTINGS_FILE, Adapters
+from grpo_fast.train.bars import bars_for_a_terminal
 from grpo_fast.train.checkpointing import checkpoint_layers
 from grpo_fast.train.compiled import compile_layers, require_compiler
 from grpo_fast.train.liger import require_liger, use_liger_kernels
@@ -241,7 +242,8 @@ class PolicySource:
 
     def _read(self, auto_class: Any, **arguments: Any) -> Any:
         try:
-            return auto_class.from_pretrained(**self._arguments | arguments)
+            with bars_for_a_terminal():
+                return auto_class.from_pretrained(**self._arguments | arguments)
         except READ_ERRORS as error:
             reason = why_unread(error, self._place.unreached)
             fix = f"{WHERE_MODELS_ARE}."

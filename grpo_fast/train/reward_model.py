@@ -22,6 +22,7 @@ from transformers import (
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.hub import READ_ERRORS, WHERE_MODELS_ARE, Place, why_unread
 from grpo_fast.rewards import HeldHere, names_model
+from grpo_fast.train.bars import bars_for_a_terminal
 from grpo_fast.train.policy_source import computes_in_bfloat16, pick_device
 
 if TYPE_CHECKING:
@@ -194,7 +195,8 @@ class RewardModel(HeldHere):
 
     def _read(self, auto_class: Any, **arguments: Any) -> Any:
         try:
-            return auto_class.from_pretrained(**self._arguments | arguments)
+            with bars_for_a_terminal():
+                return auto_class.from_pretrained(**self._arguments | arguments)
         except READ_ERRORS as error:
             raise ConfigError(
                 f"cannot load reward model {self._name!r}: {why_unread(error, self._place.unreached)} {_FIX}"

@@ -39,6 +39,7 @@ from grpo_fast.config import Config, ConfigError
 from grpo_fast.ops import LMHead
 from grpo_fast.rollout.whole_weights import gather, whole_weights
 from grpo_fast.train.adapter_start import reader
+from grpo_fast.train.bars import bars_for_a_terminal
 from grpo_fast.train.distributed import World
 from grpo_fast.train.handshake import check_weights
 from grpo_fast.train.head_part import Head, HeadPart, first_token_of
@@ -256,7 +257,8 @@ class ShardedPolicy(Policy):
             StoredWeights(self.model, reader(str(directory), None, local_files_only=True)).fill(self.model)
         except NotInPartsError as error:
             _log.info("every rank reads all of %s, because %s", directory, error)
-            saved = type(self.model).from_pretrained(directory, dtype=torch.float32)
+            with bars_for_a_terminal():
+                saved = type(self.model).from_pretrained(directory, dtype=torch.float32)
             own = cast("dict[str, DTensor]", dict(self.model.named_parameters()))
             with torch.no_grad():
                 for name, value in saved.named_parameters():
