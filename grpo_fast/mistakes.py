@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
+from contextlib import suppress
+from pathlib import Path
+from traceback import walk_tb
 
 from cyclopts import CycloptsError, Token
 from cyclopts.exceptions import (
@@ -13,6 +17,7 @@ from cyclopts.exceptions import (
     ValidationError,
 )
 from pydantic import ValidationError as ConfigValidationError
+from rich.console import Console
 
 from grpo_fast.config import Config
 from grpo_fast.explain import explain
@@ -52,10 +57,39 @@ def in_words(error: CycloptsError) -> str:
 
 
 def of_file(error: OSError) -> str:
-    """The message for a file that cannot be read or written: its name, and the system's reason; the fix for a full disk."""
-    named = f"{error.filename}: {error.strerror}" if error.filename is not None and error.strerror else str(error)
-    full = error.errno in {errno.ENOSPC, errno.EDQUOT}
-    return f"{named}; make room on that disk, then repeat the command: what was written before is whole" if full else named
+    """The message for a file that cannot be read or written: its name, the system's reason, and the fix where one is known."""
+    name = error.filename if error.filename is not None else _stream_of(error)
+    named = f"{name}: {error.strerror}" if name is not None and error.strerror else str(error)
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return f"{named}; make room on that disk, then repeat the command: what was written before is whole"
+    if error.errno == errno.EROFS:
+        return f"{named}; name a place on another one"
+    closed = _closed(Path(error.filename)) if error.errno == errno.EACCES and isinstance(error.filename, str) else None
+    return named if closed is None else f"{named}; {closed}"
+
+
+def _stream_of(error: OSError) -> str | None:
+    """The console that failed to print, and the file that it is: errors of standard streams name none."""
+    for frame, _ in walk_tb(error.__traceback__):
+        console = frame.f_locals.get("self")
+        if isinstance(console, Console):
+            place = ""
+            with suppress(OSError):  # there may be no /proc
+                place = f" ({Path(f'/proc/self/fd/{2 if console.stderr else 1}').readlink()})"
+            return f"standard {'error' if console.stderr else 'output'}{place}"
+    return None
+
+
+def _closed(path: Path) -> str | None:
+    """The outermost place on the way to a file that this user may not enter or use, and how to open it."""
+    whole, is_there = path.absolute(), os.path.exists  # Path.exists raises in a closed directory
+    needs = [(place, os.X_OK) for place in reversed(whole.parents)] + [(whole, os.R_OK | os.W_OK), (whole.parent, os.W_OK)]
+    place = next((place for place, need in needs if is_there(place) and not os.access(place, need)), None)
+    if place is None:
+        return None
+    if place.stat().st_uid != os.geteuid():
+        return f"{place} belongs to another user, who may open it; or name another place"
+    return f"open {place} with `chmod u+rwX {place}`, or name another place"
 
 
 def _unknown(error: UnknownOptionError, token: Token) -> str:

@@ -1,6 +1,11 @@
 from __future__ import annotations
 
 import errno
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from cyclopts import CycloptsError
@@ -49,3 +54,59 @@ def test_a_file_that_is_not_there_is_told_without_a_number() -> None:
     assert of_file(OSError("a message of its own")) == "a message of its own"
     full = OSError(errno.ENOSPC, "No space left on device", "runs/a/metrics.jsonl")
     assert of_file(full).startswith("runs/a/metrics.jsonl: No space left on device; make room on that disk, then repeat")
+    assert of_file(OSError(errno.EROFS, "Read-only file system", "runs/a")).endswith("; name a place on another one")
+
+
+@pytest.mark.parametrize("line", ["--help", "doctor"])
+def test_output_that_finds_no_room_is_told_with_its_file(line: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "grpo_fast", line], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: standard output (/dev/full): No space left on device; make room on that disk")
+
+
+READS = """
+import sys
+from pathlib import Path
+from grpo_fast.mistakes import of_file
+from grpo_fast.train.claim import Claim
+from grpo_fast.config import Config
+from grpo_fast.train.resumable import config_of, takes_up_run
+
+for place in map(Path, sys.argv[1:]):
+    try:
+        print(config_of(place))
+    except OSError as error:
+        print(of_file(error))
+    try:
+        config = Config(output_dir=place, resume_if_exists=True)
+        print(takes_up_run(config))
+        Claim(config).stake(resume=False)
+    except ValueError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_closed_directory_is_told_with_the_way_to_open_it(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "inner").mkdir(parents=True)
+    as_others = [] if os.geteuid() else ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    if as_others and shutil.which("setpriv") is None:
+        pytest.skip("root enters every directory, and there is no setpriv to take that right away")
+    run.chmod(0)
+    try:
+        told = subprocess.run(
+            [*as_others, sys.executable, "-c", READS, str(run), str(run / "inner")], capture_output=True, text=True, check=True
+        )
+    finally:
+        run.chmod(0o700)
+    closed, takes, stakes, *inner = told.stdout.splitlines()
+    way = f"open {run} with `chmod u+rwX {run}`, or name another place"
+    assert closed == f"{run}/config.toml: Permission denied; {way}"
+    assert takes == "False"
+    assert stakes == (f"output_dir {run} cannot be written (no permission for {run}, or a read-only file system); name another")
+    assert inner[0] == f"{run}/inner/config.toml: Permission denied; {way}"
+    assert inner[2].startswith(f"output_dir {run}/inner cannot be written (no permission for {run}, or")

@@ -119,13 +119,15 @@ class Claim:
     def _check_place(self) -> None:
         """Finds out before anything is loaded what could not be made or written after it."""
         run = self._run
-        for path in (run.absolute(), *run.absolute().parents):
-            if path.is_symlink() and not os.path.exists(path):  # noqa: PTH110 (Path.exists raises where links go in a circle)
+        places = (run.absolute(), *run.absolute().parents)
+        is_there = os.path.exists  # Path.exists raises where links go in a circle, and in a directory that may not be entered
+        for path in places:
+            if os.path.islink(path) and not is_there(path):  # noqa: PTH114 (as above)
                 raise ConfigError(
                     f"output_dir {run} cannot be made: {path} is a link to {path.readlink()}, where nothing is; make that "
                     "directory, remove the link, or name another"
                 )
-        place = next(place for place in (run.absolute(), *run.absolute().parents) if place.exists())
+        place = next(place for place in places if is_there(place))
         if not place.is_dir():
             named = f"{run} is a file" if place == run.absolute() else f"{run} cannot be made, because {place} is a file"
             raise ConfigError(f"output_dir {named}; name a directory")

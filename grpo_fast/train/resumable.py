@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def takes_up_run(config: Config, launchers: Collection[str] = ()) -> bool:
     Raises:
         ConfigError: there is one, but ``config`` changes settings that a resumed run cannot change.
     """
-    if not (config.output_dir / CONFIG_FILE).exists():
+    if not os.path.exists(config.output_dir / CONFIG_FILE):  # noqa: PTH110 (Path.exists raises where the directory is closed)
         return False
     if not config.resume_if_exists and not is_restart(config.output_dir, launchers):
         return False
