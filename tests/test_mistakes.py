@@ -71,15 +71,17 @@ READS = """
 import sys
 from pathlib import Path
 from grpo_fast.mistakes import of_file
-from grpo_fast.train.claim import Claim
 from grpo_fast.config import Config
+from grpo_fast.train.checkpoint import check_checkpoint
+from grpo_fast.train.claim import Claim
 from grpo_fast.train.resumable import config_of, takes_up_run
 
 for place in map(Path, sys.argv[1:]):
-    try:
-        print(config_of(place))
-    except OSError as error:
-        print(of_file(error))
+    for read in (config_of, check_checkpoint):
+        try:
+            print(read(place))
+        except OSError as error:
+            print(of_file(error))
     try:
         config = Config(output_dir=place, resume_if_exists=True)
         print(takes_up_run(config))
@@ -103,10 +105,11 @@ def test_a_closed_directory_is_told_with_the_way_to_open_it(tmp_path: Path) -> N
         )
     finally:
         run.chmod(0o700)
-    closed, takes, stakes, *inner = told.stdout.splitlines()
+    closed, unread, takes, stakes, *inner = told.stdout.splitlines()
     way = f"open {run} with `chmod u+rwX {run}`, or name another place"
     assert closed == f"{run}/config.toml: Permission denied; {way}"
+    assert unread == f"{run}/manifest.json: Permission denied; {way}"
     assert takes == "False"
     assert stakes == (f"output_dir {run} cannot be written (no permission for {run}, or a read-only file system); name another")
     assert inner[0] == f"{run}/inner/config.toml: Permission denied; {way}"
-    assert inner[2].startswith(f"output_dir {run}/inner cannot be written (no permission for {run}, or")
+    assert inner[3].startswith(f"output_dir {run}/inner cannot be written (no permission for {run}, or")

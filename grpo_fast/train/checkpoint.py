@@ -161,11 +161,12 @@ def reading(path: Path) -> Iterator[None]:
     """Context in which a checkpoint is read, on all ranks.
 
     Raises:
-        CheckpointError: what failed inside; lost ranks and too little memory, which say nothing of it, are raised as they are.
+        CheckpointError: what failed inside. Lost ranks, too little memory and closed files say nothing of it, and are raised as
+            they are.
     """
     try:
         yield
-    except (RankLostError, MemoryError, torch.OutOfMemoryError):
+    except (RankLostError, MemoryError, torch.OutOfMemoryError, PermissionError):
         raise
     except Exception as error:
         reason = error.__cause__ or error if isinstance(error, ConfigError) else error  # which tells where models may be
@@ -177,9 +178,12 @@ def check_checkpoint(path: Path) -> None:
 
     Raises:
         CheckpointError: a file is missing or has another size.
+        PermissionError: this user may not read them.
     """
     try:
         sizes: dict[str, int] = dict(json.loads((path / _MANIFEST).read_text(encoding="utf-8"))["files"])
+    except PermissionError:  # which says nothing of the checkpoint
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} has no readable {_MANIFEST} ({error}); {_advice(path)}") from error
     for name, size in sizes.items():
@@ -217,10 +221,14 @@ def prune_checkpoints(run_dir: Path, *, keep: int, protect: Collection[str] = ()
         if path.name not in protect:
             # The rename makes deletion atomic too: a half-deleted checkpoint never bears the name of a whole one.
             path.rename(_hidden(path, "deleted"))
-    for suffix in ("deleted", "partial", "old"):
-        for path in run_dir.glob(f".checkpoint-*.{suffix}"):
-            shutil.rmtree(path, ignore_errors=True)
+    for path in (*leftovers(run_dir), *run_dir.glob(".checkpoint-*.old")):
+        shutil.rmtree(path, ignore_errors=True)
     return list_checkpoints(run_dir)
+
+
+def leftovers(run_dir: Path) -> list[Path]:
+    """What interrupted writes and deletions have left."""
+    return [path for suffix in ("deleted", "partial") for path in run_dir.glob(f".checkpoint-*.{suffix}")]
 
 
 def _hidden(path: Path, suffix: str) -> Path:

@@ -115,8 +115,12 @@ def test_a_damaged_file_is_named_and_the_way_out(bench: Bench, file: str, damage
     with pytest.raises(CheckpointError) as caught:
         bench.load(path)
     assert str(target) in str(caught.value)
-    assert f"delete {path} to resume from checkpoint-5" in str(caught.value)
+    aside = path.with_name("damaged-checkpoint-9")
+    assert f"`mv {path} {aside}` puts it aside, and the run is resumed from checkpoint-5" in str(caught.value)
     assert same(bench.snapshot(), before)
+    path.rename(aside)
+    assert [left.name for left in prune_checkpoints(bench.run, keep=1)] == ["checkpoint-5"]
+    assert aside.is_dir()
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"step": 1}', '{"files": 3}'])
@@ -126,14 +130,14 @@ def test_a_broken_manifest_is_told(bench: Bench, content: str | None) -> None:
     (path / "manifest.json").unlink()
     if content is not None:
         (path / "manifest.json").write_text(content, encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"checkpoint-9 has no readable manifest\.json .*resume from checkpoint-5"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-9 has no readable manifest\.json .*resumed from checkpoint-5"):
         check_checkpoint(path)
 
 
 def test_without_another_checkpoint_a_new_run_is_the_way_out(bench: Bench) -> None:
     path = bench.save(5)
     (path / "state.json").unlink()
-    with pytest.raises(CheckpointError, match=r"no other checkpoint is left; start the run again with --overwrite"):
+    with pytest.raises(CheckpointError, match=rf"no other checkpoint is left; a new run in another .* --model {path}$"):
         bench.load(path)
 
 

@@ -230,11 +230,11 @@ def test_resuming_from_a_damaged_checkpoint_names_the_way_out(make: Make, resume
     make().train()
     size = (tmp_path / "run" / "checkpoint-6" / "model.safetensors").stat().st_size
     (tmp_path / "run" / "checkpoint-6" / "model.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"delete .*checkpoint-6 to resume from checkpoint-3"):
+    with pytest.raises(CheckpointError, match=r"mv .*damaged-checkpoint-6` .* resumed from checkpoint-3"):
         resume(tmp_path / "run")
     file = tmp_path / "run" / "checkpoint-6" / "model.safetensors"
     file.write_bytes(b"\xff" * size)
-    with pytest.raises(CheckpointError, match=r"^\S*checkpoint-6 cannot be read \([^()]*\); delete .* from checkpoint-3$"):
+    with pytest.raises(CheckpointError, match=r"^\S*checkpoint-6 cannot be read \([^()]*\); `mv .* from checkpoint-3$"):
         resume(tmp_path / "run")
     state = tmp_path / "run" / "checkpoint-3" / "state.json"
     for file in (tmp_path / "run" / "checkpoint-6").iterdir():
