@@ -18,6 +18,7 @@ from rich.markup import escape
 from grpo_fast import __version__
 from grpo_fast.cli_evaluate import evaluate
 from grpo_fast.cli_files import ToDraw, ToWrite
+from grpo_fast.cli_report import compare, report
 from grpo_fast.cli_settings import fill
 from grpo_fast.cli_tables import print_json, print_notes, print_table, print_words, print_written
 from grpo_fast.config import Config
@@ -195,22 +196,8 @@ def _print_plan(found: Plan, plot: Path | None) -> None:
 
 
 app.command(evaluate)
-
-
-@app.command
-def report(run: Path) -> int:
-    """Write ``report.html`` and its plots for a run, finished or not.
-
-    Args:
-        run: Directory of the run.
-    """
-    from grpo_fast.report import write_report  # noqa: PLC0415 (matplotlib is slow to import)
-
-    console = Console()
-    with console.status("writing the report"):
-        written = write_report(run)
-    print_written(console, written)
-    return 0
+app.command(report)
+app.command(compare)
 
 
 @app.command

@@ -45,7 +45,7 @@ HELP = """
 import sys
 from grpo_fast.cli import main
 
-for command in ("train", "plan", "law", "forecast", "report", "doctor"):
+for command in ("train", "plan", "law", "forecast", "report", "compare", "doctor"):
     try:
         main([command, "--help"])
     except SystemExit as end:
@@ -61,7 +61,7 @@ def test_help_waits_for_nothing_that_is_slow_to_import() -> None:
 
 def test_commands_and_version(shell: Shell) -> None:
     _, out, _ = shell("--help")
-    assert all(command in out for command in ("train", "plan", "forecast", "law", "report", "doctor"))
+    assert all(command in out for command in ("train", "plan", "forecast", "law", "report", "compare", "doctor"))
     assert shell("--version")[1].strip() == __version__
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from grpo_fast.config import Config
 from grpo_fast.report.palettes import light_and_dark
 from grpo_fast.report.plots import pictures_of
-from grpo_fast.report.run import Run
+from grpo_fast.report.run import Run, RunError
 from grpo_fast.report.theme import LIGHT, drawing
 from grpo_fast.run_dir import replaced, write_whole
 from grpo_fast.sinks.quantities import duration, percent, si, significant
 from grpo_fast.types import COMPLETION_COLUMNS
 
 REPORT = "report.html"
+PLOTS = "plots"
 _SAMPLES_A_STEP = 3
 _LONGEST_TEXT = 2000
 
@@ -82,19 +84,22 @@ class Tile:
     note: str = ""
 
 
-def write_report(run_dir: str | Path) -> Path:
-    """Writes ``report.html`` and ``plots/*.png`` into a run's directory; the run may be finished, going on or killed.
+def write_report(run_dir: str | Path, output: str | Path | None = None) -> Path:
+    """Writes ``report.html`` and ``plots/*.png`` of a run, which may be finished, going on or killed.
 
     Args:
         run_dir: directory of the run.
+        output: directory to write to, which is made where there is none; without one, the run's own.
 
     Returns:
         The HTML file.
 
     Raises:
-        RunError: the directory is not a run, or the run has not done a step.
+        RunError: the directory is not a run, the run has not done a step, or the output cannot be written.
     """
     run = Run.load(run_dir)
+    folder = run.path if output is None else Path(output)
+    _check_place(folder)
     page = _template().render(
         run=run,
         name=run.path.resolve().name,
@@ -104,16 +109,28 @@ def write_report(run_dir: str | Path) -> Path:
         reason=reason(run),
         use=use(run),
         tiles=tiles(run),
-        pictures=_pictures(run),
+        pictures=_pictures(run, folder / PLOTS),
         samples=samples(run),
         changed=changed_settings(run.config),
         device=_table((run.summary or {}).get("device")),
         versions=_table((run.summary or {}).get("versions")),
         events=run.events,
     )
-    path = run.path / REPORT
+    path = folder / REPORT
     write_whole(path, page)
     return path
+
+
+def _check_place(folder: Path) -> None:
+    """Finds out before pictures are drawn what could not be written after it."""
+    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not place.is_dir():
+        raise RunError(f"the report cannot be written into {folder}: {place} is a file; name a directory")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise RunError(
+            f"the report cannot be written into {folder} (no permission for {place}, or a read-only file system); name another "
+            "directory with --output"
+        )
 
 
 def headline(run: Run) -> str:
@@ -164,18 +181,15 @@ def tiles(run: Run) -> list[Tile]:
     finite = rewards[[math.isfinite(value) for value in rewards]]
     start = f"from {finite[:5].mean():.3f} at the start" if finite.size else ""
     shown = [Tile("Reward", f"{run.final_reward:.3f}", start)] if finite.size else []
-    held_out = _number(summary.get("eval_reward"), run.last("eval_reward"))
-    if math.isfinite(held_out):
-        shown.append(Tile("Held-out reward", f"{held_out:.3f}", "on prompts that were not trained on"))
+    if math.isfinite(run.eval_reward):
+        shown.append(Tile("Held-out reward", f"{run.eval_reward:.3f}", "on prompts that were not trained on"))
     if run.forecasts:
         last = run.forecasts[-1]
         shown.append(Tile("Forecast for the end", f"{last['median']:.3f}", f"90 % in {last['low']:.3f} to {last['high']:.3f}"))
     shown.append(Tile("Steps", f"{run.last_step:,}", f"of {run.max_steps:,} at most"))
-    seconds = _number(compute.get("wall_hours")) * 3600
-    seconds = seconds if math.isfinite(seconds) else sum(run.seconds_by_phase().values())
+    seconds, flops = run.seconds, run.flops
     if seconds > 0:
         shown.append(Tile("Wall-clock time", duration(seconds), f"{duration(seconds / run.steps.size)} per step"))
-    flops = _number(compute.get("flops"), run.last("flops"))
     if flops > 0:
         mfu = run.last("mfu")
         shown.append(Tile("Model FLOPs", si(flops, "FLOP"), f"MFU {percent(mfu)}" if math.isfinite(mfu) else ""))
@@ -187,7 +201,7 @@ def tiles(run: Run) -> list[Tile]:
 
 
 def _cost_tiles(run: Run, compute: Mapping[str, Any]) -> list[Tile]:
-    hours = _number(compute.get("gpu_hours"), run.last("gpu_seconds") / 3600)
+    hours = run.gpu_hours
     energy = _number(compute.get("energy_kwh"), run.last("energy_kwh"))
     money = _number(compute.get("money"), run.last("money"))
     shown = [Tile("Device time", duration(hours * 3600), "all devices")] if hours > 0 else []
@@ -236,9 +250,8 @@ def changed_settings(config: Mapping[str, Any]) -> dict[str, str]:
     return {name: _value(value) for name, value in config.items() if value != defaults.get(name)}
 
 
-def _pictures(run: Run) -> list[Picture]:
-    folder = run.path / "plots"
-    folder.mkdir(exist_ok=True)
+def _pictures(run: Run, folder: Path) -> list[Picture]:
+    folder.mkdir(parents=True, exist_ok=True)
     made = []
     with drawing():
         for name, draw in pictures_of(run).items():

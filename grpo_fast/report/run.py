@@ -143,6 +143,36 @@ class Run:
         finite = rewards[np.isfinite(rewards)]
         return float(finite.mean()) if finite.size else float("nan")
 
+    @property
+    def eval_reward(self) -> float:
+        """The last mean reward on held-out prompts; NaN without one."""
+        return self._told("eval_reward", of=self.summary or {}, otherwise=self.last("eval_reward"))
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time of the run; NaN where none was measured."""
+        measured = sum(self.seconds_by_phase().values()) or float("nan")
+        return 3600 * self._told("wall_hours", of=self._costs, otherwise=measured / 3600)
+
+    @property
+    def flops(self) -> float:
+        """Model FLOPs of the run."""
+        return self._told("flops", of=self._costs, otherwise=self.last("flops"))
+
+    @property
+    def gpu_hours(self) -> float:
+        """Hours of all devices together."""
+        return self._told("gpu_hours", of=self._costs, otherwise=self.last("gpu_seconds") / 3600)
+
+    @property
+    def _costs(self) -> Mapping[str, Any]:
+        return (self.summary or {}).get("compute") or {}
+
+    def _told(self, name: str, *, of: Mapping[str, Any], otherwise: float) -> float:
+        """A number of the summary, or else what the steps say."""
+        value = _float(of.get(name))
+        return value if np.isfinite(value) else otherwise
+
     def forecast_at(self, step: int) -> Mapping[str, Any] | None:
         """The newest forecast made at ``step`` or before; None where there was none yet."""
         return next((row for row in reversed(self.forecasts) if row["step"] <= step), None)

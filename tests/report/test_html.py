@@ -237,3 +237,21 @@ def test_a_browser_shows_it(report: Path, tmp_path: Path, width: int) -> None:
     assert (0x1F, 0x23, 0x28) in colors
     blue = sum(abs(r - 0) < 8 and abs(g - 0x72) < 8 and abs(b - 0xB2) < 8 for r, g, b in colors)
     assert blue > 0
+
+
+def test_a_place_that_cannot_be_written_is_told_before_pictures_are_drawn(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(steps=6, max_steps=6, stopped_by="max_steps")
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=r"into \S*/inner: \S*/file is a file; name a directory"):
+        write_report(run, tmp_path / "file" / "inner")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(disk)]
+    made = subprocess.run(mount, capture_output=True, text=True, check=False) if shutil.which("mount") else None
+    if made is None or made.returncode:
+        pytest.skip("cannot mount a file system that is read-only here")
+    try:
+        with pytest.raises(RunError, match=rf"{disk}/out \(no permission for {disk}, or a read-only .* another .*--output"):
+            write_report(run, disk / "out")
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
