@@ -61,7 +61,8 @@ def save_checkpoint(
     follower = policy.follower
 
     def begin() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
+        for path in leftovers(run_dir):  # also of other steps: the room that they take may be missing
+            shutil.rmtree(path, ignore_errors=True)
         partial.mkdir(parents=True)
         policy.save(partial)
         if not isinstance(policy, ShardedPolicy):
@@ -270,7 +271,9 @@ def _kept(final: Path) -> str:
 
 
 def _advice(path: Path) -> str:
+    """How to go on without a damaged checkpoint and lose nothing of it: its weights may be whole."""
     others = [other for other in list_checkpoints(path.parent) if other != path]
     if others:
-        return f"delete {path} to resume from {others[-1].name}"
-    return "no other checkpoint is left; start the run again with --overwrite"
+        aside = path.with_name(f"damaged-{path.name}")  # which counts as no checkpoint
+        return f"`mv {path} {aside}` puts it aside, and the run is resumed from {others[-1].name}"
+    return f"no other checkpoint is left; a new run in another output_dir begins from its weights, if whole, by --model {path}"

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.rewards import names_model
 from grpo_fast.run_dir import CONFIG_FILE, LOCK_FILE, empty_run, is_cut_short
+from grpo_fast.train.checkpoint import leftovers
 
 _log = logging.getLogger(__name__)
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
@@ -97,6 +98,10 @@ class Claim:
                     f"overwrite would delete {self._run}, where this run's {name} is ({place}); name another output_dir, or "
                     "move that out of it first"
                 )
+
+    def freed(self) -> list[Path]:
+        """What will be deleted before the first checkpoint is written: all of a run that is replaced, else leftovers in it."""
+        return list(self._run.iterdir()) if self._replaces_run else leftovers(self._run)
 
     def open(self) -> None:
         """Makes the directory, locks it and deletes the run that was in it, if it is to be replaced.

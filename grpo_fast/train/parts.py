@@ -37,6 +37,7 @@ from grpo_fast.train.data import (
     reward_range,
     unheard,
 )
+from grpo_fast.train.disk_room import check_disk, checkpoint_bytes, few_checkpoints
 from grpo_fast.train.distributed import ALONE, World
 from grpo_fast.train.engines import build_sampler, check_sampler, check_vllm, share_engine, wait_for_servers
 from grpo_fast.train.episodes import Sampler
@@ -84,6 +85,8 @@ class Parts:
     """The launcher of each rank; see :func:`~grpo_fast.train.launch.launcher`."""
     checkpoints: Sequence[Path]
     """Complete checkpoints of a run that is resumed, oldest first; the policy has the weights of the last, but for adapters."""
+    checkpoint_bytes: int
+    """Bytes of one checkpoint."""
 
     def open(self, start_step: int) -> None:
         """Writes the resolved configuration and starts the sinks."""
@@ -106,8 +109,9 @@ class Parts:
                 config=config.model_dump(mode="json"),
             )
         )
-        for remark in self.remarks if start_step == 0 else ():
-            self.sinks.log_event(0, "warn", remark)
+        room = few_checkpoints(config, self.checkpoint_bytes, step=start_step, existing=len(self.checkpoints))
+        for remark in [*(self.remarks if start_step == 0 else ()), *room]:
+            self.sinks.log_event(start_step, "warn", remark)
         if config.fsdp != "no_shard" and self.meter.num_devices == 1:
             self.sinks.log_event(start_step, "warn", shards_of_one(config))
 
@@ -190,8 +194,15 @@ def check_given(config: object, given: Mapping[str, Any]) -> None:
             )
 
 
-def build_parts(config: Config, given: Replacements, *, resume: bool, world: World = ALONE) -> Parts:
+def build_parts(config: Config, given: Replacements, *, resume: bool, world: World = ALONE, saves: bool = True) -> Parts:
     """Builds the parts that the configuration names, except those given; of several ranks, only rank 0 has sinks.
+
+    Args:
+        config: of the run.
+        given: see there.
+        resume: whether the run in ``output_dir`` is resumed.
+        world: the ranks.
+        saves: whether checkpoints will be written.
 
     Raises:
         ConfigError: something cannot work; raised before anything expensive is done.
@@ -200,13 +211,13 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
     claim = Claim(config)
     world.once(lambda: claim.stake(resume=resume))
     try:
-        return _build(config, given, claim, resume=resume, world=world)
+        return _build(config, given, claim, resume=resume, world=world, saves=saves)
     except BaseException:
         claim.release()
         raise
 
 
-def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, world: World) -> Parts:
+def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, world: World, saves: bool) -> Parts:
     world.each(lambda: _check(config, given))
     record, sinks = _build_sinks(config, given, world)
     budget = _build_budget(config, given.get("budget"))
@@ -219,6 +230,10 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
         check_sampler(config, source)
     place = {"devices_per_node": world.ranks_per_node, "begins_from_adapters": source.begins_from_adapters}
     world.each(lambda: check_room(source.model_config, source.config, num_devices=world.size, **place))
+    outline = source.outline()
+    needed = checkpoint_bytes(outline, source.config)
+    if saves:
+        world.once(lambda: check_disk(config, needed, freed=claim.freed()))
     with contextlib.ExitStack() as on_error:
         environments = world.each(lambda: choose_environments(config, given, opened=on_error))
         replies = world.each(lambda: choose_replies(config, environments, source))
@@ -234,7 +249,6 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
         check_episodes(data, prompts, replies)
         if "engine" not in given:
             world.patiently(lambda: wait_for_servers(config))  # it may take minutes: after all that is cheap to check
-        outline = source.outline()
         shape, num_parameters = ModelShape.from_model(outline), count_parameters(outline)
         streams = world.size > 1 and "engine" not in given and streams_weights(config)
         policy, read = _load(source, newest, config=config, world=world, streams=streams)
@@ -263,6 +277,7 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
             claim=claim,
             launchers=world.gather(launcher),
             checkpoints=checkpoints,
+            checkpoint_bytes=needed,
         )
         on_error.pop_all()
     return parts

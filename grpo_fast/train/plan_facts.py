@@ -310,7 +310,7 @@ def _probed(config: Config, inputs: PlanInputs) -> PlanFacts:
     """Builds the run, asks the untrained policy, and does two steps at a learning rate of zero, timing the second."""
     with tempfile.TemporaryDirectory(prefix="grpo-plan-") as directory:
         quiet = config.replace(output_dir=Path(directory) / "run", sinks=(), report=False, baseline_probe=inputs.probe)
-        parts = build_parts(quiet, {}, resume=False)
+        parts = build_parts(quiet, {}, resume=False, saves=False)
         try:
             return _measured(quiet, inputs, parts)
         finally:
