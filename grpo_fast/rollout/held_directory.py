@@ -39,7 +39,7 @@ def _sweep(home: Path) -> None:
     """Removes what processes that were killed left, which is memory; the kernel has let go of their locks."""
     for left in home.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):  # another user's, or just removed
-            if time.time() - left.stat().st_mtime < _YOUNG_S:
+            if abs(time.time() - left.stat().st_mtime) < _YOUNG_S:  # one from the future is from before the clock was set
                 continue  # it may only be about to be locked
             lock = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:

@@ -80,7 +80,7 @@ def save_checkpoint(
                     follower.save(partial / _REFERENCE)
         world.once(lambda: _seal(partial, final, step=step))
     except Exception as error:
-        failure, cause = error, _write_failure(error, run_dir)  # asked before removing the partial one makes room
+        failure, cause = error, write_failure(error, run_dir)  # asked before removing the partial one makes room
 
         def tell() -> None:
             raise CheckpointError(_why_unwritten(cause, final)) from failure
@@ -232,6 +232,25 @@ def leftovers(run_dir: Path) -> list[Path]:
     return [path for suffix in ("deleted", "partial") for path in run_dir.glob(f".checkpoint-*.{suffix}")]
 
 
+def write_failure(error: Exception, directory: Path) -> str:
+    """The reason why files could not be written; empty for an error of another kind.
+
+    Safetensors and torch wrap the system's error in their own types; torch's zip writer only says that its position is wrong.
+
+    Args:
+        error: what was raised.
+        directory: on the disk that was written to.
+    """
+    text = str(error).lower()
+    signs = ("no space left", "file too large", "i/o error", "iostream", "disk quota", "unexpected pos")
+    if not isinstance(error, (OSError, ShardsError)) and not any(sign in text for sign in signs):
+        return ""
+    full = getattr(error, "errno", None) in {errno.ENOSPC, errno.EDQUOT} or "no space left" in text or "disk quota" in text
+    if full or ("unexpected pos" in text and shutil.disk_usage(directory).free < _NO_ROOM_BYTES):
+        return "the disk is full"
+    return f"writing failed ({error})"
+
+
 def _hidden(path: Path, suffix: str) -> Path:
     return path.with_name(f".{path.name}.{suffix}")
 
@@ -244,21 +263,6 @@ def _flush(path: Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _write_failure(error: Exception, run_dir: Path) -> str:
-    """The reason why files could not be written; empty for an error of another kind.
-
-    Safetensors and torch wrap the system's error in their own types; torch's zip writer only says that its position is wrong.
-    """
-    text = str(error).lower()
-    signs = ("no space left", "file too large", "i/o error", "iostream", "disk quota", "unexpected pos")
-    if not isinstance(error, (OSError, ShardsError)) and not any(sign in text for sign in signs):
-        return ""
-    full = getattr(error, "errno", None) in {errno.ENOSPC, errno.EDQUOT} or "no space left" in text or "disk quota" in text
-    if full or ("unexpected pos" in text and shutil.disk_usage(run_dir).free < _NO_ROOM_BYTES):
-        return "the disk is full"
-    return f"writing failed ({error})"
 
 
 def _why_unwritten(cause: str, final: Path) -> str:

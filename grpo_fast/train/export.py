@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from grpo_fast.config import Config, ConfigError
-from grpo_fast.run_dir import CONFIG_FILE, SUMMARY_FILE
-from grpo_fast.train.checkpoint import CheckpointError, check_checkpoint, list_checkpoints
+from grpo_fast.run_dir import CONFIG_FILE, SUMMARY_FILE, naming
+from grpo_fast.train.checkpoint import CheckpointError, check_checkpoint, list_checkpoints, write_failure
 from grpo_fast.train.policy import Policy
 from grpo_fast.train.policy_source import PolicySource
 from grpo_fast.train.quantised import dequantised
@@ -41,7 +42,8 @@ def export_merged(source: Path, output: Path, *, dtype: ExportType = "auto") -> 
 
     Raises:
         ConfigError: no such run, one that did not train adapters, or an output that is in use.
-        CheckpointError: the checkpoint is damaged, or there is none.
+        CheckpointError: the checkpoint is damaged, or there is none; or the disk is full.
+        OSError: the output cannot be written; it is named.
     """
     is_run = (source / CONFIG_FILE).is_file()
     run = source if is_run else source.parent
@@ -64,7 +66,15 @@ def export_merged(source: Path, output: Path, *, dtype: ExportType = "auto") -> 
     merged: Any = policy.adapters.merge()
     merged.to(whole.stored_dtype if dtype == "auto" else getattr(torch, dtype))
     policy.adapters = None
-    policy.save(output)
+    try:
+        with naming(output):
+            policy.save(output)
+    except BaseException as error:
+        cause = "" if isinstance(error, OSError) or not isinstance(error, Exception) else write_failure(error, output)
+        shutil.rmtree(output, ignore_errors=True)  # it was new or empty, and half a model would be taken for one
+        if not cause:
+            raise
+        raise CheckpointError(f"cannot write {output}: {cause}; make room there, or name another --output") from error
     return checkpoint
 
 

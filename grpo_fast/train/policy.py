@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -180,6 +181,10 @@ class Policy:
             with without_bars():  # one over the files that are written would tear the live console
                 self.model.save_pretrained(directory, state_dict=weights)
         self.tokenizer.save_pretrained(directory)
+        for file in directory.glob("*.safetensors"):  # which only their owner may read, whatever the umask says
+            usual = directory / "tokenizer_config.json"
+            if file.stat().st_mode != usual.stat().st_mode:  # nor do all file systems have modes
+                shutil.copymode(usual, file)
 
     def load_weights(self, directory: Path) -> None:
         """Takes over the weights saved in ``directory``, in place, bit for bit."""

@@ -17,6 +17,8 @@ os.kill(os.getpid(), 9)
 
 
 def test_what_a_killed_process_left_is_removed_and_what_others_use_is_not(tmp_path: Path) -> None:
+    early = subprocess.run([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True, check=False)
+    os.utime(early.stdout.strip(), (2**31, 2**31))  # made before the clock was set back
     found = subprocess.run([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True, check=False)
     left, fresh, used = Path(found.stdout.strip()), HeldDirectory(), HeldDirectory()
     assert (found.returncode, left.is_dir()) == (-9, True)
@@ -30,6 +32,7 @@ def test_what_a_killed_process_left_is_removed_and_what_others_use_is_not(tmp_pa
         os.utime(tmp_path, (1, 1))
         last = HeldDirectory()
         assert not left.exists()
+        assert not Path(early.stdout.strip()).exists()
         assert fresh.path.exists()
         assert (used.path / "file").exists()
         assert tmp_path.exists(), "a link leads to what is not ours"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,3 +91,21 @@ def test_what_cannot_be_exported_is_told(trained: Callable[..., tuple[Path, torc
     (tmp_path / "young" / CONFIG_FILE).write_text((run / CONFIG_FILE).read_text(encoding="utf-8"), encoding="utf-8")
     with pytest.raises(CheckpointError, match="young has no checkpoint yet"):
         export_merged(tmp_path / "young", tmp_path / "model")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_half_a_model_is_not_left_where_it_finds_no_room(
+    there: bool, trained: Callable[..., tuple[Path, torch.Tensor]], tmp_path: Path
+) -> None:
+    run, _ = trained(use_peft=True)
+    if there:
+        (tmp_path / "model").mkdir()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**13, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot write \S*/model: .*[Ff]ile too large.*; make room there, or name"):
+            export_merged(run, tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "model").exists()
+    export_merged(run, tmp_path / "model")

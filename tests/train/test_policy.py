@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,18 @@ def test_bfloat16_is_computed_in_but_not_stored(tiny_model: Path) -> None:
     assert all(parameter.dtype == torch.float32 for parameter in rounded.model.parameters())
     assert (exact.head(1.0).operand_dtype, rounded.head(1.0).operand_dtype) == (None, torch.bfloat16)
     assert rounded.head(1.0).weight is rounded.model.get_output_embeddings().weight
+
+
+def test_what_is_saved_has_the_mode_of_other_files(tiny_model: Path, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        load(tiny_model).save(tmp_path / "whole")
+        load(tiny_model, use_peft=True).save(tmp_path / "adapters")
+    finally:
+        os.umask(before)
+    saved = [file for name in ("whole", "adapters") for file in (tmp_path / name).glob("*.safetensors")]
+    assert len(saved) == 2
+    assert {oct(file.stat().st_mode & 0o777) for file in saved} == {"0o640"}
 
 
 def test_saving_is_silent_and_leaves_progress_bars_as_they_were(
