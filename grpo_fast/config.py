@@ -307,8 +307,8 @@ class Config(ModelSettings):
     """Random seed of data order, sampling and every other random draw."""
     eval_steps: Annotated[int, _RUN] = Field(0, ge=0)
     """Evaluate on held-out prompts every this many steps and at the end; 0: never."""
-    eval_size: Annotated[int, _RUN] = Field(256, ge=1)
-    """Number of held-out prompts in an evaluation."""
+    eval_size: Annotated[int, _RUN] = Field(256, ge=0)
+    """Number of held-out prompts in an evaluation. 0: none, so that all rows are trained on."""
     eval_temperature: Annotated[float, _RUN] = Field(0.0, ge=0)
     """Sampling temperature of evaluation. 0: greedy, with which reasoning models may repeat themselves (use about 0.6)."""
     num_generations_eval: Annotated[int, _RUN] = Field(1, ge=1)
@@ -413,5 +413,5 @@ class Config(ModelSettings):
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 
     def replace(self, **changes: Any) -> Config:
-        """A changed copy, validated; raises the same errors as :meth:`parse`."""
-        return self.parse(self.model_dump() | changes)
+        """A changed copy, validated; raises the same errors as :meth:`parse`. What nobody set stays known as unset."""
+        return self.parse(self.model_dump(exclude_unset=True) | changes)

@@ -191,6 +191,10 @@ def _check_objective_and_run(config: Config) -> None:
             f"num_generations_eval={config.num_generations_eval} with eval_temperature=0: greedy answers are all the same; set "
             "eval_temperature (for example the training temperature), or num_generations_eval=1"
         )
+    if config.eval_steps and config.eval_size == 0:
+        raise ValueError(
+            f"eval_steps={config.eval_steps} with eval_size=0: there is nothing to evaluate on; set eval_size, or eval_steps=0"
+        )
     if config.overwrite and config.resume_if_exists:
         raise ValueError("overwrite=True with resume_if_exists=True: a run is either replaced or resumed; leave one out")
     if config.loss_type == "cispo" and config.epsilon_high is None:

@@ -39,6 +39,7 @@ from grpo_fast.config import Config, ConfigError
             {"loss_type": "rloo", "multi_objective_aggregation": "normalize_then_sum"},
             r"loss_type='rloo' with multi_objective_aggregation='normalize_then_sum'.*choose another loss_type",
         ),
+        ({"eval_steps": 5, "eval_size": 0}, r"eval_steps=5 with eval_size=0: .*; set eval_size, or eval_steps=0"),
         ({"reward_funcs": ["accuracy"], "reward_weights": [1.0, 2.0]}, r"reward_weights has 2 values for 1 reward_funcs"),
         ({"loss_type": "cispo"}, r"loss_type='cispo' needs epsilon_high"),
         ({"sync_ref_model": True}, r"sync_ref_model=True with beta=0: there is no reference"),

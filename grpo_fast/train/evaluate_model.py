@@ -143,7 +143,8 @@ def evaluate_model(config: Config, source: str) -> Evaluation:
         data = choose_data(config, {}, chat=policy_source.chat, environments=environments)
         prompts = encoded(config, data.task.eval, policy_source, tools=data.schemas, numbers=data.task.eval_numbers)
         if not prompts:
-            raise ConfigError(f"{data.task.name} has no held-out rows; set eval_split")
+            fix = "set eval_split" if config.eval_size else "set eval_split, or eval_size above 0"
+            raise ConfigError(f"{data.task.name} has no held-out rows; {fix}")
         training = build_pool(config, data.reward_funcs, config.reward_weights, world=ALONE)
         opened.callback(training.close)
         training.start(prompts.columns)

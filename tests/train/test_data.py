@@ -100,6 +100,8 @@ def test_rows_in_hand_take_the_place_of_the_dataset(tiny_config: Callable[..., C
     assert [prompt.prompt for prompt in held_out] == ["a=", "b=", "c="]
     assert list(data.reward_funcs) == ["accuracy"]
     assert len(choose_data(config, {"train_dataset": ROWS}, chat=False).task.eval) == 2, "a fifth is held out"
+    everything = choose_data(config.replace(eval_size=0), {"train_dataset": ROWS}, chat=False).task
+    assert (len(everything.train), len(everything.eval)) == (len(ROWS), 0)
     with pytest.raises(ConfigError, match="has no 'answer' column"):
         choose_data(config, {"train_dataset": [{"prompt": "a"}]}, chat=False)
     choose_data(config, {"train_dataset": [{"prompt": "a"}], "reward_funcs": short}, chat=False)

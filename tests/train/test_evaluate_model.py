@@ -145,6 +145,8 @@ def test_what_cannot_be_evaluated_is_told(letters_config: Callable[..., Config],
     few.write_text('{"prompt": "a=", "answer": "a"}\n', encoding="utf-8")
     with pytest.raises(ConfigError, match=r"few\.jsonl has no held-out rows; set eval_split"):
         evaluate_model(letters_config(dataset=str(few)), config.model)
+    with pytest.raises(ConfigError, match="has no held-out rows; set eval_split, or eval_size above 0"):
+        evaluate_model(letters_config(dataset=str(few), eval_size=0), config.model)
     run = tmp_path / "young"
     (run / "checkpoint-1").mkdir(parents=True)
     (run / "config.toml").write_text(config.to_toml(), encoding="utf-8")
