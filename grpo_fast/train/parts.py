@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from grpo_fast.compute import Budget, ComputeMeter, ModelShape
 from grpo_fast.config import Config, ConfigError
@@ -41,6 +41,7 @@ from grpo_fast.train.disk_room import check_disk, checkpoint_bytes, few_checkpoi
 from grpo_fast.train.distributed import ALONE, World
 from grpo_fast.train.engines import build_sampler, check_sampler, check_vllm, share_engine, wait_for_servers
 from grpo_fast.train.episodes import Sampler
+from grpo_fast.train.given import GivenEngine, check_parts
 from grpo_fast.train.handshake import check_prompts
 from grpo_fast.train.launch import launcher, note_launch
 from grpo_fast.train.optim import check_optimizer
@@ -194,6 +195,12 @@ def check_given(config: object, given: Mapping[str, Any]) -> None:
             )
 
 
+def _without_none(given: Replacements) -> Replacements:
+    """What is given of parts that a run can do without: ``engine=None`` is as good as nothing."""
+    optional = ("engine", "sinks", "budget", "predictor")
+    return cast("Replacements", {name: part for name, part in given.items() if part is not None or name not in optional})
+
+
 def build_parts(config: Config, given: Replacements, *, resume: bool, world: World = ALONE, saves: bool = True) -> Parts:
     """Builds the parts that the configuration names, except those given; of several ranks, only rank 0 has sinks.
 
@@ -207,7 +214,9 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
     Raises:
         ConfigError: something cannot work; raised before anything expensive is done.
         ValueError: the loss, a reward or a sink cannot work with a number; raised before anything expensive is done.
+        TypeError: a part that is given is of another kind; raised before that too.
     """
+    given = _without_none(given)
     claim = Claim(config)
     world.once(lambda: claim.stake(resume=resume))
     try:
@@ -218,7 +227,7 @@ def build_parts(config: Config, given: Replacements, *, resume: bool, world: Wor
 
 
 def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, world: World, saves: bool) -> Parts:
-    world.each(lambda: _check(config, given))
+    world.each(lambda: _check(config, given, resume=resume))
     record, sinks = _build_sinks(config, given, world)
     budget = _build_budget(config, given.get("budget"))
     prior = load_prior(config)
@@ -253,7 +262,8 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
         streams = world.size > 1 and "engine" not in given and streams_weights(config)
         policy, read = _load(source, newest, config=config, world=world, streams=streams)
         longest = max(prompts.longest, eval_prompts.longest)
-        engine = share_engine(config, read, longest, given=given.get("engine"), world=world)
+        own = GivenEngine(given["engine"], vocab_size=shape.vocab_size) if "engine" in given else None
+        engine = share_engine(config, read, longest, given=own, world=world)
         on_error.callback(engine.close)
         facts = device_facts("cpu" if policy.device.type == "cpu" else "cuda")
         parts = Parts(
@@ -305,9 +315,10 @@ def _load(
     return policy, policy
 
 
-def _check(config: Config, given: Replacements) -> None:
+def _check(config: Config, given: Replacements, *, resume: bool) -> None:
     """Checks that need no tokeniser, data or weights."""
     check_rows(given)
+    check_parts(config, given, resume=resume)
     check_dtype(config)
     OBJECTIVES[config.loss_type].spec(config)
     if config.rollout != "transformers" and "engine" not in given:

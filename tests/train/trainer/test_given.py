@@ -109,6 +109,9 @@ def test_an_engine_can_be_given(tiny_config: Callable[..., Config], letters: Tas
             self.versions.append(version)
             return {"sync/mib": 1.5}
 
+        def sleep(self) -> None:
+            pass
+
         def close(self) -> None:
             self.closed = True
 
