@@ -17,12 +17,21 @@ def column_names(groups: Sequence[Group]) -> list[str]:
         ValueError: a column has the name of an argument that every reward call is given.
     """
     columns = list(dict.fromkeys(name for group in groups for name in group.prompt.columns))
+    check_names(columns)
+    return columns
+
+
+def check_names(columns: Sequence[str]) -> None:
+    """Refuses dataset columns that reward calls could not be given.
+
+    Raises:
+        ValueError: a column has the name of an argument that every reward call is given.
+    """
     for name in GIVEN:
         if name in columns:
             raise ValueError(
                 f"the dataset column {name!r} has the name of an argument that every reward function receives; rename it"
             )
-    return columns
 
 
 def call_arguments(groups: Sequence[Group], columns: Sequence[str], state: TrainerState) -> dict[str, Any]:

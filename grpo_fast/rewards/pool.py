@@ -16,7 +16,7 @@ from typing import Any, Literal, Self, TypeAlias
 import cloudpickle  # type: ignore[import-untyped]
 
 from grpo_fast.async_code import AsyncCode
-from grpo_fast.rewards.batch import call_arguments, column_names, pickled
+from grpo_fast.rewards.batch import call_arguments, check_names, column_names, pickled
 from grpo_fast.rewards.call import (
     HeldHere,
     RewardFunction,
@@ -138,12 +138,14 @@ class RewardPool:
             columns: of the dataset, the prompt's left out; a function that needs another one is refused.
 
         Raises:
-            ValueError: a function cannot be found, imported or loaded, or needs a column that is not there; the pool is closed.
+            ValueError: a function cannot be found, imported or loaded, or needs a column that is not there; a column has a
+                reserved name; the pool is closed.
             RewardError: a worker ends or hangs while it loads the functions.
         """
         with self._lock:
             self._require_open()
             self._columns = columns
+            check_names(columns or ())
             for reward in self._resolve_here().values():
                 if columns is not None:
                     check_columns(reward, columns)

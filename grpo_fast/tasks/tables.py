@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
 import json
@@ -27,7 +28,9 @@ from grpo_fast.hub import out_of_reach
 from grpo_fast.tasks.task import FILE_BUILDERS
 
 _DIGITS_OF_64_BITS = 20
+_PART_BYTES = 1 << 20
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_OTHER_SEPARATORS = (";", "\t", ",", "|")
 
 
 def read_hub(repository: str, *, name: str | None, split: str, instead: str) -> Dataset:
@@ -76,11 +79,23 @@ def read_files(files: Mapping[str, Path], *, split: str) -> Dataset:
     builder = FILE_BUILDERS[first.suffix]
     paths = {name: str(path) for name, path in files.items()}
     try:
+        for path in files.values() if builder == "json" else ():
+            _check_encoding(path)
         with _quiet():
             return load_dataset(builder, data_files=paths, split=split, **_text_options(first))
     except Exception as error:
-        wrong = filter(None, map(_wrong_line, files.values() if builder == "json" else ()))
+        texts = files.values() if builder == "json" and not isinstance(error, UnicodeDecodeError) else ()
+        wrong = filter(None, map(_wrong_line, texts))
         raise ConfigError(f"cannot read split {split!r} of {shown}: {next(wrong, _reason(error))}") from error
+
+
+def _check_encoding(path: Path) -> None:
+    """Raises a UnicodeDecodeError for JSON that is not in UTF-8, which its reader takes, to fail at the cell that is read."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with path.open("rb") as file:
+        while part := file.read(_PART_BYTES):
+            decoder.decode(part)
+    decoder.decode(b"", final=True)
 
 
 def _wrong_line(path: Path) -> str:
@@ -114,6 +129,10 @@ def _text_options(path: Path) -> dict[str, Any]:
     twice = [head for head in dict.fromkeys(heads) if heads.count(head) > 1]
     if twice:
         raise ValueError(f"it has the column {twice[0]!r} twice; rename one")
+    other = next((mark for mark in _OTHER_SEPARATORS if len(heads) == 1 and mark != separator and mark in heads[0]), None)
+    if other is not None:
+        ending = "a .tsv file, or with commas" if other == "\t" else f"with {'commas' if separator == ',' else 'tabs'}"
+        raise ValueError(f"its first line, {heads[0]!r:.60}, separates columns by {other!r}; write it {ending}")
     return {"sep": separator, "keep_default_na": False, "features": Features({head: Value("string") for head in heads})}
 
 
@@ -133,6 +152,9 @@ def read_directory(directory: Path, *, name: str | None, split: str) -> Dataset:
             if (directory / "dataset_dict.json").exists() or (directory / "state.json").exists():
                 saved = load_from_disk(str(directory))
                 return _chosen(saved if isinstance(saved, DatasetDict) else {str(saved.split or "train"): saved}, split)
+            for path in directory.rglob("*"):
+                if FILE_BUILDERS.get(path.suffix) == "json":
+                    _check_encoding(path)
             return load_dataset(str(directory.resolve()), name=name, split=split, **_options_of(directory))
     except Exception as error:
         raise ConfigError(f"cannot read split {split!r} of the directory {directory}: {_reason(error)}") from error
@@ -168,6 +190,8 @@ def _reason(error: Exception) -> str:
         return "it has no rows"
     if "column names don't match" in str(told):
         return "its files differ in their columns; give all the same, or name one file"
+    if isinstance(told, UnicodeDecodeError):
+        return f"it is not in UTF-8 ({told.reason}); save it in that encoding"
     lines = str(told).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(told).__name__
 

@@ -62,6 +62,9 @@ def test_a_file_that_changes_is_read_anew(tmp_path: Path) -> None:
             r"the number -1234567890123456789... has more than 64 bits; write it as text, in quotes \(line 2\)",
         ),
         ("twice.csv", "prompt,answer,answer\na,b,c\n", "twice.csv: it has the column 'answer' twice; rename one"),
+        ("semicolon.csv", "prompt;answer\na;b\n", r"'prompt;answer', separates columns by ';'; write it with commas"),
+        ("tab.csv", "prompt\tanswer\na\tb\n", r"separates columns by '\\t'; write it a \.tsv file, or with commas"),
+        ("comma.tsv", "prompt,answer\na,b\n", "'prompt,answer', separates columns by ','; write it with tabs"),
         ("broken.parquet", "no parquet", "broken.parquet: .*Parquet"),
         ("empty.jsonl", "", "empty.jsonl is empty"),
         ("blank.jsonl", "\n\n", "blank.jsonl: it has no rows"),
@@ -74,6 +77,20 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, name: str, content:
     path.write_text(content, encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
         read_files({"train": path}, split="train")
+
+
+@pytest.mark.parametrize("name", ["data.csv", "data.jsonl", "data.json"])
+@pytest.mark.parametrize("in_directory", [False, True])
+def test_text_in_another_encoding_is_told_before_a_row_is_read(tmp_path: Path, name: str, in_directory: bool) -> None:
+    file = tmp_path / name.replace("data", "train")
+    text = "prompt,answer\nd\u00e9j\u00e0,1\n" if name.endswith("csv") else '{"prompt": "d\u00e9j\u00e0", "answer": "1"}\n'
+    for encoding in ("latin-1", "utf-16"):
+        file.write_bytes(text.encode(encoding))
+        with pytest.raises(ConfigError, match=r"it is not in UTF-8 .*; save it in that encoding"):
+            read_directory(tmp_path, name=None, split="train") if in_directory else read_files({"train": file}, split="train")
+    file.write_text(text, encoding="utf-8")
+    (row,) = read_directory(tmp_path, name=None, split="train") if in_directory else read_files({"train": file}, split="train")
+    assert row == {"prompt": "d\u00e9j\u00e0", "answer": "1"}
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

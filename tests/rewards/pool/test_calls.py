@@ -447,3 +447,9 @@ def test_an_exit_is_a_failed_call(make_pool: Factory, workers: int) -> None:
     report = pool.score([group("a")])
     assert (report.errors, report.restarts) == ({"leaves": 1, "leaves_later": 1}, 0)
     assert all("raised SystemExit: 0" in problem for problem in report.problems)
+
+
+def test_a_column_with_the_name_of_an_argument_is_refused_at_the_start(make_pool: Factory) -> None:
+    for workers in (0, 1):
+        with pytest.raises(ValueError, match=r"the dataset column 'prompts' has the name of an argument .*; rename it"):
+            make_pool(lambda completions: [1.0] * len(completions), workers=workers).start(["answer", "prompts"])
