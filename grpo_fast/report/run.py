@@ -170,7 +170,7 @@ class Run:
 
     def _told(self, name: str, *, of: Mapping[str, Any], otherwise: float) -> float:
         """A number of the summary, or else what the steps say."""
-        value = _float(of.get(name))
+        value = as_number(of.get(name))
         return value if np.isfinite(value) else otherwise
 
     def forecast_at(self, step: int) -> Mapping[str, Any] | None:
