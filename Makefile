@@ -10,8 +10,9 @@ RUN    := runs/quickstart
 NATIVE    := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 SANITIZED := build/sanitize
 
-# Two workers. A test that hangs fails after ten minutes, with all threads' stacks; where it hangs in native code, its worker ends.
-WORKERS   := -n 2 --dist loadfile --timeout=600 --max-worker-restart=1 -o faulthandler_timeout=660 -o faulthandler_exit_on_timeout=true
+# Three workers on two cores, as tests wait for much. A test that hangs fails after ten minutes, with all threads' stacks; where it
+# hangs in native code, its worker ends.
+WORKERS   := -n 3 --dist loadfile --timeout=600 --max-worker-restart=1 -o faulthandler_timeout=660 -o faulthandler_exit_on_timeout=true
 
 API := grpo_fast $(addprefix grpo_fast.,config types objective compute device metrics ops rollout rewards environments tasks law sinks \
     train report integrations recipes)
@@ -42,13 +43,13 @@ test: env-dev native
 
 # vLLM for CPUs wants an older transformers than the rest is tested with, so it has an environment of its own. What its tests cover
 # has a bar of its own, and counts in that of `make test` too; long runs and servers go without the tracer. Left out are the mirror,
-# which runs in servers, and addresses: their tests are everyday ones. On two cores three run at once, as they wait for much.
+# which runs in servers, and addresses: their tests are everyday ones.
 test-vllm: env-vllm
 	@$(MAKE) --no-print-directory run-vllm
 
 run-vllm:
 	@rm -f .coverage .coverage.*
-	@test ! -e $(VLLM)/ready || OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest $(WORKERS) -n 3 --timeout=300 -m vllm --durations=15 --cov --cov-report= tests/rollout tests/benchmarks/test_rollout.py
+	@test ! -e $(VLLM)/ready || OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest $(WORKERS) --timeout=300 -m vllm --durations=15 --cov --cov-report= tests/rollout tests/benchmarks/test_rollout.py
 	@test ! -e $(VLLM)/ready || $(VLLM)/bin/python -m coverage report --include='grpo_fast/rollout/vllm_*' --omit='*/vllm_mirror.py,*/vllm_addresses.py' --fail-under=92
 
 env-vllm:

@@ -6,12 +6,17 @@ import difflib
 import functools
 import importlib
 import inspect
+import io
 import linecache
 import math
 import traceback
+from collections import ChainMap
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import CodeType
+from typing import Any, ClassVar, NamedTuple
+
+import cloudpickle  # type: ignore[import-untyped]
 
 _MAX_CHARACTERS = 1000
 _LARGEST = 3.4028234663852886e38
@@ -42,11 +47,15 @@ def _called_in_the_end(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def with_source(function: Callable[..., Any]) -> Any:
-    """What unpickles as the function and brings its source along where that is in no file, as of a notebook's cell.
+def pickled_function(function: Callable[..., Any]) -> bytes:
+    """A function for another process, which can then show the line that failed, also one in a cell of a notebook."""
+    file = io.BytesIO()
+    _Pickler(file).dump(_with_source(function))
+    return file.getvalue()
 
-    The other process can then show the line that failed.
-    """
+
+def _with_source(function: Callable[..., Any]) -> Any:
+    """What unpickles as the function and brings its source along where that is in no file."""
     called = _called_in_the_end(function)
     code = getattr(called, "__code__", None) or getattr(type(called).__call__, "__code__", None)
     if code is None or Path(code.co_filename).exists():
@@ -67,6 +76,21 @@ class _Sourced(NamedTuple):
 def _restored(function: Callable[..., Any], place: str, lines: list[str]) -> Callable[..., Any]:
     linecache.cache[place] = (sum(map(len, lines)), None, lines, place)
     return function
+
+
+def _reduced(code: CodeType) -> Any:
+    build, arguments, *_ = cloudpickle.Pickler.dispatch_table[CodeType](code)
+    return _placed, (build, arguments, code.co_filename)
+
+
+def _placed(build: Callable[..., CodeType], arguments: tuple[Any, ...], place: str) -> CodeType:
+    return build(*arguments).replace(co_filename=place)
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """Keeps where code stands, which cloudpickle leaves out since 3.1.3."""
+
+    dispatch_table: ClassVar = ChainMap({CodeType: _reduced}, cloudpickle.Pickler.dispatch_table)
 
 
 def import_object(spec: str, *, kind: str) -> Any:

@@ -33,6 +33,7 @@ Source: TRL 1.16 ``GRPOTrainer._compute_loss`` and ``RLOOTrainer._compute_loss``
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -172,9 +173,14 @@ def _surrogate(ratio: torch.Tensor, logprobs: torch.Tensor, advantages: torch.Te
     if spec.surrogate == "sapo":
         tau = _sapo_temperature(advantages, spec)
         return -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * advantages
-    clipped = ratio.clamp(1 - spec.epsilon_low, 1 + spec.epsilon_high)
-    bounded = ratio if spec.delta is None else ratio.clamp(max=spec.delta)
+    clipped = _clipped(ratio, 1 - spec.epsilon_low, 1 + spec.epsilon_high)
+    bounded = ratio if spec.delta is None else _clipped(ratio, -math.inf, spec.delta)
     return -torch.minimum(bounded * advantages, clipped * advantages)
+
+
+def _clipped(ratio: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """The ratio inside its range, whose bounds pass the gradient on: those of torch's own clamp do so until 2.13."""
+    return torch.where(ratio < low, low, torch.where(ratio > high, high, ratio))
 
 
 def _sapo_temperature(advantages: torch.Tensor, spec: LossSpec) -> torch.Tensor:

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self, TypeAlias
 
-import cloudpickle  # type: ignore[import-untyped]
-
 from grpo_fast.async_code import AsyncCode
 from grpo_fast.rewards.batch import call_arguments, check_names, column_names, pickled
 from grpo_fast.rewards.call import (
@@ -32,7 +30,7 @@ from grpo_fast.rewards.process import WorkerDiedError, WorkerProcess
 from grpo_fast.rewards.report import RewardReport, Tally
 from grpo_fast.rewards.worker import Reply
 from grpo_fast.types import Group, TrainerState, TrainingError
-from grpo_fast.user_code import is_async, with_source
+from grpo_fast.user_code import is_async, pickled_function
 
 OnError: TypeAlias = Literal["raise", "none"]
 
@@ -411,7 +409,7 @@ def _freeze(name: str, spec: str | Callable[..., Any]) -> str | bytes:
     if isinstance(spec, str):
         return spec
     try:
-        return bytes(cloudpickle.dumps(with_source(spec)))
+        return pickled_function(spec)
     except Exception as error:
         raise TypeError(
             f"reward function {name!r} cannot be sent to a worker process ({error}); create its objects inside the function, "

@@ -29,6 +29,7 @@ from grpo_fast.compute import (
     prefill_flops,
     reference_flops,
 )
+from grpo_fast.rollout.kv_cache import cache_argument
 
 SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "vocab_size": 200, "max_position_embeddings": 512}
 LLAMA = LlamaConfig(**SIZES, num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=False)
@@ -187,7 +188,7 @@ def test_profiler_agrees_on_prefill_and_decode(config: PretrainedConfig) -> None
             cache = model(tokens[:, :prompt], use_cache=True, logits_to_keep=1).past_key_values
         with FlopCounterMode(display=False) as decode:
             for start, end in pairwise(range(prompt, prompt + completion)):
-                cache = model(tokens[:, start:end], past_key_values=cache, use_cache=True).past_key_values
+                cache = model(tokens[:, start:end], use_cache=True, **{cache_argument(model): cache}).past_key_values
     expected = prefill_flops(shape, [prompt]) + dense_surplus(shape, prompt)
     assert expected == pytest.approx(prefill.get_total_flops(), rel=0.01)
     # One query over its true keys at a time: here the counter itself counts the causal mask, with nothing to add.

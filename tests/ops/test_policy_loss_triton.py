@@ -37,6 +37,7 @@ def arguments(name: str, device: torch.device, extra: str = "weighted and masked
 
 @pytest.mark.parametrize("extra", ["plain", "weighted and masked"])
 @pytest.mark.parametrize("name", ["clip", "cispo", "gspo kl"])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # by opcheck of torch 2.14
 def test_the_operator_is_well_registered(name: str, extra: str, device: torch.device) -> None:
     torch.library.opcheck(_policy_loss_fwd, arguments(name, device, extra))
 

@@ -288,6 +288,7 @@ def arguments(impl: str, device: torch.device, *, want_entropy: bool = True, bia
     + [pytest.param("triton", *flags, marks=pytest.mark.slow) for flags in ((False, False), (False, True), (True, False))]
     + [("triton", True, True)],
 )
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # by opcheck of torch 2.14
 def test_the_operators_are_well_registered(impl: str, want_entropy: bool, bias: bool, device: torch.device) -> None:
     given = arguments(impl, device, want_entropy=want_entropy, bias=bias)
     torch.library.opcheck(_token_logprob_fwd, given)

@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 
 from grpo_fast.assets import embedded_model_dir
 from grpo_fast.rollout.engine import SamplingParams
+from grpo_fast.rollout.kv_cache import cache_argument
 from grpo_fast.rollout.sampling import penalise, truncate
 from grpo_fast.rollout.vllm_environment import held_port
 from grpo_fast.types import Completion
@@ -166,7 +167,7 @@ def measure_errors() -> Callable[..., Errors]:
 
         def one_by_one(ids: torch.Tensor) -> torch.Tensor:
             cache = DynamicCache()
-            return torch.cat([model(token[None, None], past_key_values=cache).logits[0] for token in ids])
+            return torch.cat([model(token[None, None], **{cache_argument(model): cache}).logits[0] for token in ids])
 
         with torch.no_grad():  # what is padded comes after what is scored
             true = logprobs(copy.deepcopy(model).double()(pad_sequence(texts, batch_first=True)).logits)

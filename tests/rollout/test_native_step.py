@@ -24,6 +24,7 @@ from grpo_fast.assets import embedded_model_dir
 from grpo_fast.ops import decoder_layer
 from grpo_fast.rollout import native_step
 from grpo_fast.rollout.engine import SamplingParams
+from grpo_fast.rollout.kv_cache import cache_argument
 from grpo_fast.rollout.llama_step import supports
 from grpo_fast.rollout.native_step import NativeStep, takes
 from grpo_fast.rollout.shared_prefix import SharedPrefixCache
@@ -72,7 +73,7 @@ def prefilled(model: PreTrainedModel) -> DynamicCache:
     width = max(map(len, PROMPTS))
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in PROMPTS])
     seen = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
-    model(ids, attention_mask=seen, position_ids=(seen.cumsum(-1) - 1).clamp(min=0), past_key_values=cache)
+    model(ids, attention_mask=seen, position_ids=(seen.cumsum(-1) - 1).clamp(min=0), **{cache_argument(model): cache})
     return cache
 
 
