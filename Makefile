@@ -17,6 +17,10 @@ WORKERS   := -n 3 --dist loadfile --timeout=600 --max-worker-restart=1 -o faulth
 API := grpo_fast $(addprefix grpo_fast.,config types objective compute device metrics ops rollout rewards environments tasks law sinks \
     train report integrations recipes)
 
+# Images of containers often tell Python to keep no bytecode: each process of the tests would then compile the package again,
+# and each worker rewrite the asserts of all tests.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help quickstart test test-fast test-vllm run-vllm soak sanitize docs lint format env env-dev env-vllm native clean
 
 help:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -53,6 +55,14 @@ def test_no_file_names_a_machine() -> None:
     for path in [*PACKAGE.rglob("*.py"), *(ROOT / "tests").rglob("*.py"), *ROOT.glob("*.md"), ROOT / "Makefile"]:
         if path.name != Path(__file__).name:
             assert not private.search(path.read_text(encoding="utf-8")), path
+
+
+def test_what_make_runs_keeps_bytecode_where_the_environment_wants_none() -> None:
+    make = ["make", "--silent", "--eval", 'told:; @echo "[$$PYTHONDONTWRITEBYTECODE]"', "told"]
+    told = subprocess.run(
+        make, cwd=ROOT, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}, capture_output=True, text=True, check=True
+    )
+    assert told.stdout.strip() == "[]"
 
 
 def test_constraints_pin_what_the_project_asks_for() -> None:
