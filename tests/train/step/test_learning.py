@@ -68,5 +68,5 @@ def test_two_hundred_steps_learn_what_the_reference_learns(tmp_path: Path, embed
         assert largest_gap(found, expected, name) <= largest_gap(other, expected[:100], name)
     assert statistics.mean(step["reward"] for step in expected[-20:]) > 0.9
     # the guard: rounded logits, an error of the size that public kernels have, would have been told
-    rounded = curve(in_bfloat16, config("rounded"), num_steps=20)
-    assert not follow_each_other(rounded, expected[:20])
+    rounded = curve(in_bfloat16, config("rounded"), num_steps=3)
+    assert not follow_each_other(rounded, expected[:3])
