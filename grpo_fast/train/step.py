@@ -143,21 +143,19 @@ class Learner:
         if config.use_adaptive_entropy:
             metrics["entropy_coef"] = self.entropy.coefficient
         metrics["loss"] = metrics.get("loss", 0.0) / config.num_iterations
-        cuts = [
-            [part.sequences for plan in plans for part in plan.micro_batches if part.carries_gradient == gradient]
-            for gradient in (True, False)
-        ]
+        return self._result(metrics, sequences, plans)
+
+    def _result(
+        self, metrics: dict[str, float], sequences: Sequence[TrainingSequence], plans: Sequence[RowPlan]
+    ) -> UpdateResult:
+        """What was found, and what all ranks together have computed for it."""
+        cuts = [list(itertools.chain.from_iterable(_cuts(plans, gradient=gradient))) for gradient in (True, False)]
         trained, measured = (tuple(sequences[i] for rows in cut for i in rows) for cut in cuts)
-        shared, measured_shared = (self._saved_prompts(sequences, cut) for cut in cuts)
+        saved = shared_prompts(sequences).copies_saved if self._shares_prompts else lambda _: []
+        shared, measured_shared = (tuple(length for rows in cut for length in saved(rows)) for cut in cuts)
         num_trained = sum(sequence.num_scored for sequence in trained)
         num_sampled = sum(sequence.num_scored for sequence in sequences)
         return UpdateResult(metrics, trained, num_sampled - num_trained, measured, shared, measured_shared)
-
-    def _saved_prompts(self, sequences: Sequence[TrainingSequence], cuts: Sequence[Sequence[int]]) -> tuple[int, ...]:
-        if not self._shares_prompts:
-            return ()
-        layout = shared_prompts(sequences)
-        return tuple(length for rows in cuts for length in layout.copies_saved(rows))
 
     def _assign_advantages(self, groups: Sequence[Group]) -> None:
         for group, row in zip(groups, self._advantages(groups).tolist(), strict=True):
@@ -231,7 +229,7 @@ class Learner:
         self._num_items_in_batch = float(sum(in_loss))
         parts = []
         for gradient in (True, False):
-            cuts = [[m.sequences for m in plan.micro_batches if m.carries_gradient == gradient] for plan in plans]
+            cuts = _cuts(plans, gradient=gradient)
             for rows in cuts[self._world.rank]:
                 chosen = tuple(sequences[i] for i in rows)
                 batch = build_batch(
@@ -378,6 +376,11 @@ class Learner:
         self._optimizer.step()
         self._optimizer.zero_grad()
         sums.add("grad_norm", norm.to(self._policy.device), reduction="max")  # shards may lie in the host's memory
+
+
+def _cuts(plans: Sequence[RowPlan], *, gradient: bool) -> list[list[tuple[int, ...]]]:
+    """Of each rank the sequences of every micro-batch that carries a gradient, or of every other one."""
+    return [[batch.sequences for batch in plan.micro_batches if batch.carries_gradient == gradient] for plan in plans]
 
 
 def _check_kept(sequences: Sequence[TrainingSequence], config: Config) -> None:
