@@ -28,6 +28,7 @@ def check_consistency(config: Config) -> None:
     Raises:
         ValueError: two settings contradict each other; the message names both, their values and the fix.
     """
+    _check_idle(config)
     _check_adapters(config)
     _check_layout(config)
     _check_compiler(config)
@@ -36,12 +37,15 @@ def check_consistency(config: Config) -> None:
     _check_objective_and_run(config)
 
 
-def _check_adapters(config: Config) -> None:
+def _check_idle(config: Config) -> None:
     for switch, fields in _NEEDED_BY.items():
         idle = [name for name in fields if getattr(config, name) != type(config).model_fields[name].default]
         if idle and not getattr(config, switch):
             told = ", ".join(f"{name}={getattr(config, name)!r}" for name in idle)
             raise ValueError(f"{told} without {switch}; set {switch} too")
+
+
+def _check_adapters(config: Config) -> None:
     targets = config.lora_target_modules
     if not targets or ("all-linear" in targets and len(targets) > 1):
         raise ValueError(f"lora_target_modules={list(targets)}: give names of modules, or 'all-linear' alone")
