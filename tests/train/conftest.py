@@ -17,6 +17,7 @@ from grpo_fast.train import GRPOTrainer
 from grpo_fast.train.parts import Parts, build_parts
 from grpo_fast.train.policy import Policy
 from grpo_fast.types import Completion, Group, Prompt
+from tests.train.trainer.runs import LETTERS
 
 PIECES = ["<pad>", "<bos>", "<eos>", "<unk>", *"abcdefghijkl=+0123456789"]
 SIZES: dict[str, Any] = {
@@ -157,8 +158,7 @@ def short_embedded_run(embedded_config: Callable[..., Config]) -> Callable[..., 
 @pytest.fixture
 def letters() -> Task:
     """Prompts of letters; the reward is to be given with the task."""
-    rows = [{"prompt": f"{a}{b}=", "answer": a} for a in "abcdefgh" for b in "abcd"]
-    return Task("letters", rows[:24], rows[24:], ("exact_match",), "exact_match")
+    return LETTERS
 
 
 @pytest.fixture

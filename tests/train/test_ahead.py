@@ -15,13 +15,11 @@ from grpo_fast import Config, GRPOTrainer
 from grpo_fast.metrics import PhaseTimer
 from grpo_fast.rollout import RolloutError, SamplingParams
 from grpo_fast.rollout.transformers_engine import TransformersEngine
-from grpo_fast.tasks.task import Task
 from grpo_fast.train.ahead import token_versions
 from grpo_fast.train.checkpoint import list_checkpoints
 from grpo_fast.types import Completion
+from tests.train.trainer.runs import LETTERS
 
-ROWS = [{"prompt": f"{a}{b}=", "answer": a} for a in "abcdefgh" for b in "abcd"]
-LETTERS = Task("letters", ROWS[:24], ROWS[24:], ("exact_match",), "exact_match")
 STEPS = 8
 
 

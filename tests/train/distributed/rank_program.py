@@ -51,13 +51,7 @@ from grpo_fast.train.policy_source import PolicySource
 from grpo_fast.train.sharding import ShardedPolicy
 from grpo_fast.train.step import Learner
 from grpo_fast.types import Completion, Group, Prompt
-
-ROWS = [{"prompt": f"{a}{b}=", "answer": a} for a in "abcdefgh" for b in "abcd"]
-LETTERS = Task("letters", ROWS[:24], ROWS[24:], ("exact_match",), "exact_match")
-
-
-def vowels(completions: list[str], **columns: Any) -> list[float]:
-    return [sum(letter in "aei" for letter in text) / max(1, len(text)) for text in completions]
+from tests.train.trainer.runs import LETTERS, vowels
 
 
 def failing(completions: list[str], answer: list[str], **columns: Any) -> list[float]:

@@ -21,7 +21,8 @@ from grpo_fast.tasks.task import Task
 from grpo_fast.train import engines
 from grpo_fast.train.distributed import World
 from grpo_fast.train.handshake import check_directory
-from tests.train.distributed.rank_program import ROWS, play
+from tests.train.distributed.rank_program import play
+from tests.train.trainer.runs import ROWS
 
 
 def unwritable(config: Config, world: World) -> str:

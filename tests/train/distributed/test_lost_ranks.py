@@ -17,7 +17,7 @@ from benchmarks.system.command_line import CommandLine
 from grpo_fast.config import Config
 from grpo_fast.train import GRPOTrainer
 from tests.train.distributed.launches import forked_pair, torchrun, trace
-from tests.train.distributed.rank_program import vowels
+from tests.train.trainer.runs import vowels
 
 DEADLINE_S = 60.0
 KILLER = """
