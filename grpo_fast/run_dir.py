@@ -52,6 +52,15 @@ def write_whole(path: Path, text: str) -> None:
         file.write(text.encode("utf-8", "backslashreplace"))
 
 
+def why_unwritable(directory: Path) -> str | None:
+    """Why nothing can be written into a directory that is there or is to be made; ``None`` if it can."""
+    places = (directory.absolute(), *directory.absolute().parents)
+    place = next(place for place in places if os.path.exists(place))  # noqa: PTH110 (Path.exists raises in a closed directory)
+    if not place.is_dir():
+        return f"{place} is a file"
+    return None if os.access(place, os.W_OK | os.X_OK) else f"no permission for {place}, or a read-only file system"
+
+
 def run_of(path: Path) -> Path | None:
     """The run that a directory is, or is a checkpoint of; ``None`` for anything else."""
     if not path.is_dir():

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from grpo_fast.run_dir import CONFIG_FILE, LOCK_FILE, empty_run, is_cut_short, no_run, run_of, write_whole
+from grpo_fast.run_dir import CONFIG_FILE, LOCK_FILE, empty_run, is_cut_short, no_run, run_of, why_unwritable, write_whole
 
 
 def test_no_reader_sees_half_a_file(tmp_path: Path) -> None:
@@ -105,3 +105,9 @@ def test_a_checkpoint_belongs_to_the_run_that_it_is_in(tmp_path: Path, monkeypat
         f"{run}/checkpoint-2 is a checkpoint of a run, not a run; give {run}, which goes on from its newest checkpoint"
     )
     assert no_run(Path("owner/name")).startswith("there is no run in owner/name (it has no config.toml)")
+
+
+def test_what_keeps_a_directory_from_being_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert why_unwritable(tmp_path / "to" / "be" / "made") is None
+    assert why_unwritable(tmp_path / "file" / "inner") == f"{tmp_path}/file is a file"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from grpo_fast.report.palettes import light_and_dark
 from grpo_fast.report.plots import pictures_of
 from grpo_fast.report.run import Run, RunError
 from grpo_fast.report.theme import LIGHT, drawing
-from grpo_fast.run_dir import replaced, write_whole
+from grpo_fast.run_dir import replaced, why_unwritable, write_whole
 from grpo_fast.sinks.quantities import duration, percent, si, significant
 from grpo_fast.types import COMPLETION_COLUMNS
 
@@ -99,7 +98,9 @@ def write_report(run_dir: str | Path, output: str | Path | None = None) -> Path:
     """
     run = Run.load(run_dir)
     folder = run.path if output is None else Path(output)
-    _check_place(folder)
+    why = why_unwritable(folder)
+    if why is not None:
+        raise RunError(f"the report cannot be written into {folder} ({why}); name another directory with --output")
     page = _template().render(
         run=run,
         name=run.path.resolve().name,
@@ -119,18 +120,6 @@ def write_report(run_dir: str | Path, output: str | Path | None = None) -> Path:
     path = folder / REPORT
     write_whole(path, page)
     return path
-
-
-def _check_place(folder: Path) -> None:
-    """Finds out before pictures are drawn what could not be written after it."""
-    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not place.is_dir():
-        raise RunError(f"the report cannot be written into {folder}: {place} is a file; name a directory")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise RunError(
-            f"the report cannot be written into {folder} (no permission for {place}, or a read-only file system); name another "
-            "directory with --output"
-        )
 
 
 def headline(run: Run) -> str:

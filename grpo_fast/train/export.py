@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from grpo_fast.config import Config, ConfigError
-from grpo_fast.run_dir import CONFIG_FILE, SUMMARY_FILE, naming
+from grpo_fast.run_dir import CONFIG_FILE, SUMMARY_FILE, naming, why_unwritable
 from grpo_fast.train.checkpoint import CheckpointError, check_checkpoint, list_checkpoints, write_failure
 from grpo_fast.train.policy import Policy
 from grpo_fast.train.policy_source import PolicySource
@@ -41,7 +41,7 @@ def export_merged(source: Path, output: Path, *, dtype: ExportType = "auto") -> 
         The checkpoint that was read.
 
     Raises:
-        ConfigError: no such run, one that did not train adapters, or an output that is in use.
+        ConfigError: no such run, one that did not train adapters, or an output that is in use or cannot be written.
         CheckpointError: the checkpoint is damaged, or there is none; or the disk is full.
         OSError: the output cannot be written; it is named.
     """
@@ -51,6 +51,9 @@ def export_merged(source: Path, output: Path, *, dtype: ExportType = "auto") -> 
         raise ConfigError(f"{source} is neither a run nor a checkpoint of one: there is no {CONFIG_FILE} in it or beside it")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"{output} is in use; name a new or empty directory")
+    why = why_unwritable(output)
+    if why is not None:
+        raise ConfigError(f"{output} cannot be written ({why}); name another directory")
     config = Config.from_toml(run / CONFIG_FILE)
     checkpoint = checkpoint_to_use(run) if is_run else source
     check_checkpoint(checkpoint)

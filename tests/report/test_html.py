@@ -242,7 +242,7 @@ def test_a_browser_shows_it(report: Path, tmp_path: Path, width: int) -> None:
 def test_a_place_that_cannot_be_written_is_told_before_pictures_are_drawn(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run(steps=6, max_steps=6, stopped_by="max_steps")
     (tmp_path / "file").touch()
-    with pytest.raises(RunError, match=r"into \S*/inner: \S*/file is a file; name a directory"):
+    with pytest.raises(RunError, match=r"into \S*/inner \(\S*/file is a file\); name another directory with --output"):
         write_report(run, tmp_path / "file" / "inner")
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -87,6 +87,8 @@ def test_what_cannot_be_exported_is_told(trained: Callable[..., tuple[Path, torc
         export_merged(tmp_path / "nowhere", tmp_path / "model")
     with pytest.raises(ConfigError, match=r"is in use; name a new or empty directory"):
         export_merged(run, run)
+    with pytest.raises(ConfigError, match=r"toml/model cannot be written \(\S*/config.toml is a file\); name another"):
+        export_merged(run, run / CONFIG_FILE / "model")
     (tmp_path / "young").mkdir()
     (tmp_path / "young" / CONFIG_FILE).write_text((run / CONFIG_FILE).read_text(encoding="utf-8"), encoding="utf-8")
     with pytest.raises(CheckpointError, match="young has no checkpoint yet"):
