@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from grpo_fast.tasks.encoded import token_ids_of
 from grpo_fast.tasks.task import Rows, is_table
 from grpo_fast.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _MANY = 0.1
 _SHOWN_CHARACTERS = 60
@@ -75,6 +78,21 @@ def plain_text(count: int, num_prompts: int) -> list[str]:
         'instruct model, give messages ([{"role": "user", "content": ...}]) or a system_prompt'
     )
     return [remark]
+
+
+def unreadable(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """A remark on prompts with characters for which the tokeniser has no token but that of the unknown.
+
+    One that is also another special token says nothing: some tokenisers that know all bytes name one.
+    """
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        return []
+    found = [place for place, token_ids in enumerate(token_ids_of(prompts)) if unknown in token_ids]
+    if not found:
+        return []
+    told = f"{len(found)} of {len(prompts)} prompts, such as {_shown(prompts[found[0]])}, have characters that the model's"
+    return [f"{told} tokeniser does not know and reads as {tokenizer.unk_token}; leave them out, or take another model"]
 
 
 def unseen(rows: Rows) -> list[str]:

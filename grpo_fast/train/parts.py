@@ -23,7 +23,7 @@ from grpo_fast.run_dir import CONFIG_FILE, write_whole
 from grpo_fast.sinks import JsonlSink, RunInfo, Sink, SinkSet, build_sinks
 from grpo_fast.tasks import PromptStream, Task
 from grpo_fast.tasks.encoded import EncodedPrompts
-from grpo_fast.tasks.remarks import few_held_out, plain_text, repeats, rounded, unseen
+from grpo_fast.tasks.remarks import few_held_out, plain_text, repeats, rounded, unreadable, unseen
 from grpo_fast.train.checkpoint import check_checkpoint, reading, recover_checkpoints
 from grpo_fast.train.claim import Claim
 from grpo_fast.train.data import (
@@ -124,6 +124,7 @@ class Parts:
         return [
             *repeats(prompts, held_out, prompts_per_step=config.prompts_per_step),
             *(plain_text(prompts.num_plain, len(prompts)) if self.policy.tokenizer.chat_template is not None else ()),
+            *unreadable(prompts, self.policy.tokenizer),
             *unseen(self.data.task.train),
             *rounded(self.data.task.train),
             *unheard(self.data),

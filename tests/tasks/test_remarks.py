@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Audio, Dataset, Features, Image, Sequence, Value
+from transformers import AutoTokenizer
 
-from grpo_fast.tasks.remarks import few_held_out, plain_text, repeats, rounded, unseen
+from grpo_fast.assets import embedded_model_dir
+from grpo_fast.tasks.remarks import few_held_out, plain_text, repeats, rounded, unreadable, unseen
 from grpo_fast.tasks.tables import read_files
 from grpo_fast.types import Prompt
 
@@ -39,6 +41,20 @@ def test_plain_text_is_told_and_messages_are_not() -> None:
     assert told.startswith("2 of 3 prompts are plain text")
     assert "system_prompt" in told
     assert plain_text(0, 3) == []
+
+
+def test_characters_that_the_tokeniser_does_not_know_are_told() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model_dir())
+    said = [
+        Prompt(number, text, tuple(tokenizer(text)["input_ids"]))
+        for number, text in enumerate(["1+2=", "\u00e9", "zwei\u4e2d"])
+    ]
+    (told,) = unreadable(said, tokenizer)
+    assert told.startswith("2 of 3 prompts, such as '\u00e9', have characters that the model's tokeniser does not know")
+    assert f"reads as {tokenizer.unk_token}; leave them out, or take another model" in told
+    assert unreadable(said[:1], tokenizer) == []
+    tokenizer.eos_token = tokenizer.unk_token  # as in GPT-2, whose tokens are of bytes
+    assert unreadable(said, tokenizer) == []
 
 
 @pytest.mark.parametrize(
