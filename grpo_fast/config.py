@@ -335,7 +335,11 @@ class Config(ModelSettings):
 
     if not TYPE_CHECKING:  # type checkers and editors shall see the fields
 
-        def __init__(self, **values: Any) -> None:
+        def __init__(self, *unnamed: Any, **values: Any) -> None:
+            if unnamed:
+                raise ConfigError(
+                    f"Config takes settings by name, and got {unnamed[0]!r:.80}; as in Config(output_dir='runs/mine')"
+                )
             try:
                 super().__init__(**values)
             except ValidationError as error:

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-from grpo_fast.trl_names import HERE, here
+from grpo_fast.trl_names import HERE, NOT_HERE, here, value_here
 
 _UNITS = {"_hours": "hours", "_s": "seconds", "_kwh": "kWh", "_gib": "GiB"}
 
@@ -43,6 +43,8 @@ def meant(part: str, *, parts: Iterable[str], settings: Iterable[str]) -> str:
     """
     if part in HERE:
         return f"it is a TRL name, which here corresponds to {HERE[part]}. "
+    if part in NOT_HERE:
+        return f"it is a TRL name; leave it out, it has no counterpart: {NOT_HERE[part]}. "
     if part in settings:
         return f"it is a setting, Config({part}=...). "
     near = difflib.get_close_matches(part, list(parts), n=1)
@@ -52,6 +54,10 @@ def meant(part: str, *, parts: Iterable[str], settings: Iterable[str]) -> str:
 def _hint(item: Any) -> str:
     """Suggests the intended form of a malformed value."""
     given, field = item["input"], str(item["loc"][0])
+    if told := value_here(field, given):
+        return f"; {told}"
+    if given is None and len(item["loc"]) == 1:
+        return "; leave it out for the default"
     if not isinstance(given, str):
         return ""
     if item["type"] == "literal_error":

@@ -176,6 +176,8 @@ _USUAL: Mapping[str, str] = MappingProxyType(
         "epochs": HERE["num_train_epochs"],
         "num_epochs": HERE["num_train_epochs"],
         "group_size": "num_generations",
+        "torch_dtype": "dtype",
+        "stop_strings": "stop",
         "max_new_tokens": "max_completion_length",
         "max_length": _LENGTHS,
         "max_seq_length": _LENGTHS,
@@ -199,3 +201,23 @@ def here(name: str) -> str:
     if name in NOT_HERE:
         return f", a TRL name; leave it out, it has no counterpart: {NOT_HERE[name]}"
     return f"; here it corresponds to {_USUAL[name]}" if name in _USUAL else ""
+
+
+_SHARE = "give a number of steps, such as max_steps times that share"
+_VALUES: Mapping[str, tuple[tuple[object, str], ...]] = MappingProxyType(
+    {
+        "scale_rewards": ((True, "give 'group'"), (False, "give 'none'")),
+        "top_k": ((-1, "0 keeps all tokens"),),
+        "max_steps": ((-1, "give the steps: prompts over prompts_per_step make an epoch"),),
+        "sinks": (("none", "give none: sinks=[] in Python and files"),),
+        "fsdp": (("", "leave it out, or give 'no_shard'"), (False, "leave it out, or give 'no_shard'")),
+    }
+)
+
+
+def value_here(field: str, value: object) -> str:
+    """What to give in place of a value that TRL or transformers takes for a field of this name; empty if nothing is known."""
+    if field in {"eval_steps", "save_steps"} and isinstance(value, float) and 0 < value < 1:
+        return _SHARE
+    known = ((type(given), given, told) for given, told in _VALUES.get(field, ()))
+    return next((told for kind, given, told in known if type(value) is kind and value == given), "")

@@ -202,6 +202,11 @@ def test_replace_checks_and_leaves_the_original() -> None:
         config.replace(warmup_step=1)
 
 
+def test_settings_have_names() -> None:
+    with pytest.raises(ConfigError, match=r"takes settings by name, and got 'runs/x'; as in Config\(output_dir='runs/mine'\)"):
+        Config("runs/x")
+
+
 def test_replace_leaves_unset_what_nobody_has_set() -> None:
     config = Config(max_steps=10).replace(seed=3).replace(warmup_steps=1)
     assert config.model_fields_set == {"max_steps", "seed", "warmup_steps"}

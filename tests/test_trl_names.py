@@ -10,7 +10,7 @@ import pytest
 from grpo_fast import GRPOTrainer
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.train.parts import Replacements
-from grpo_fast.trl_names import _USUAL, HERE, NOT_HERE, here
+from grpo_fast.trl_names import _USUAL, HERE, NOT_HERE, here, value_here
 
 PAGE = Path(__file__).parents[1] / "docs" / "from-trl.md"
 
@@ -74,3 +74,27 @@ def test_the_page_on_trl_has_them_all(name: str) -> None:
 def test_the_page_says_why_in_the_words_of_the_error(name: str) -> None:
     text = " ".join(PAGE.read_text(encoding="utf-8").split())
     assert re.search(rf"`{name}`(, `\w+`)*: {re.escape(NOT_HERE[name])}\.", text)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"scale_rewards": True}, r"\(got True\); give 'group'$"),
+        ({"scale_rewards": False}, r"\(got False\); give 'none'$"),
+        ({"top_k": -1}, r"\(got -1\); 0 keeps all tokens$"),
+        ({"max_steps": -1}, r"\(got -1\); give the steps: prompts over prompts_per_step make an epoch$"),
+        ({"sinks": "none"}, r"\(got 'none'\); give none: sinks=\[\]"),
+        ({"fsdp": ""}, r"\(got ''\); leave it out, or give 'no_shard'$"),
+        ({"eval_steps": 0.1}, r"\(got 0\.1\); give a number of steps"),
+        ({"save_steps": 0.5}, r"\(got 0\.5\); give a number of steps"),
+        ({"min_p": None}, r"\(got None\); leave it out for the default$"),
+    ],
+)
+def test_a_value_of_trl_is_told_by_what_it_is_here(values: dict[str, object], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        Config.parse(values)
+
+
+def test_values_that_are_wrong_everywhere_get_no_such_hint() -> None:
+    assert value_here("top_k", -2) == value_here("scale_rewards", 1) == value_here("learning_rate", -1) == ""
+    assert value_here("save_steps", 1.5) == value_here("eval_steps", 0) == ""

@@ -185,14 +185,18 @@ def check_given(config: object, given: Mapping[str, Any]) -> None:
     Raises:
         TypeError: ``config`` is not a Config, or there is no such argument; the nearest one is named.
     """
-    if not isinstance(config, Config):
-        raise TypeError(f"the first argument must be a Config, not {config!r:.80}; make one with Config(...) or recipe(...)")
     known = Replacements.__annotations__
+    if not isinstance(config, Config):
+        fix = "make one with Config(...) or recipe(...)"
+        if type(config).__name__ == "GRPOConfig" or (config is None and {"args", "model"} & given.keys()):
+            fix += "; docs/from-trl.md says what TRL's settings are called"
+        raise TypeError(f"the first argument must be a Config, not {config!r:.80}; {fix}")
     for name in given:
         if name not in known:
             hint = meant(name, parts=known, settings=Config.model_fields)
+            told = f"{name!r}; {hint}" if hint else f"{name!r}. "
             raise TypeError(
-                f"GRPOTrainer() has no argument {name!r}; {hint}It takes: {', '.join(known)}; other settings belong in Config"
+                f"GRPOTrainer() has no argument {told}It takes: {', '.join(known)}; other settings belong in Config"
             )
 
 

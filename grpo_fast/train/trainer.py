@@ -46,6 +46,7 @@ from grpo_fast.train.summary import Ending, Outcome, write_summary
 
 _STATE_VERSION = 4
 _SMOOTHED_STEPS = 10
+_ABSENT: Any = None  # so that check_given can say what TRL's call lacks
 
 
 class GRPOTrainer:
@@ -57,7 +58,7 @@ class GRPOTrainer:
         ...         print(step.step, step.metrics["reward"], step.forecast.plateau)
     """
 
-    def __init__(self, config: Config, *, resume: bool = False, **given: Unpack[Replacements]) -> None:
+    def __init__(self, config: Config = _ABSENT, *, resume: bool = False, **given: Unpack[Replacements]) -> None:
         """Checks everything that can be checked, then loads data and model.
 
         Args:

@@ -184,7 +184,7 @@ def test_what_is_odd_about_the_data_is_told_where_a_run_begins(tmp_path: Path) -
         (
             Config(),
             {"argz": 1},
-            r"no argument 'argz'; It takes: reward_funcs, train_dataset, .*other settings belong in Config",
+            r"no argument 'argz'\. It takes: reward_funcs, train_dataset, .*other settings belong in Config",
         ),
         (
             Config(),
@@ -193,12 +193,28 @@ def test_what_is_odd_about_the_data_is_told_where_a_run_begins(tmp_path: Path) -
         ),
         (Config(), {"model": "m"}, r"no argument 'model'; it is a setting, Config\(model=\.\.\.\)\. It takes"),
         ("Qwen/Qwen3-0.6B", {}, r"first argument must be a Config, not 'Qwen/Qwen3-0.6B'; make one"),
+        (
+            None,
+            {"args": 1, "model": "m"},
+            r"must be a Config, not None; make one .*; docs/from-trl\.md says what TRL's settings",
+        ),
+        (type("GRPOConfig", (), {})(), {}, r"not .*GRPOConfig .*; docs/from-trl\.md says what TRL's settings are called$"),
+        (None, {}, r"must be a Config, not None; make one with Config\(\.\.\.\) or recipe\(\.\.\.\)$"),
+        (
+            Config(),
+            {"rollout_func": len},
+            r"no argument 'rollout_func'; it is a TRL name; leave it out, .*engine=\.\.\.\)\. It takes",
+        ),
+        (Config(), {"zzzz": 1}, r"no argument 'zzzz'\. It takes: reward_funcs"),
         ({"model": "embedded"}, {}, r"not \{'model': 'embedded'\}"),
     ],
 )
 def test_arguments_that_would_do_nothing_are_refused(config: Any, given: dict[str, Any], told: str) -> None:
     with pytest.raises(TypeError, match=told):
         GRPOTrainer(config, **given)
+    if config is None:
+        with pytest.raises(TypeError, match=told):
+            GRPOTrainer(**given)
 
 
 def test_money_needs_a_price(build: Any) -> None:
