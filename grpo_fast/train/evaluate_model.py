@@ -143,7 +143,9 @@ def evaluate_model(config: Config, source: str) -> Evaluation:
         data = choose_data(config, {}, chat=policy_source.chat, environments=environments)
         prompts = encoded(config, data.task.eval, policy_source, tools=data.schemas, numbers=data.task.eval_numbers)
         if not prompts:
-            fix = "set eval_split" if config.eval_size else "set eval_split, or eval_size above 0"
+            fix = "set eval_split" if config.eval_size else "set eval_size above 0"
+            if not config.eval_size and checkpoint is not None and data.task.train_numbers is not None:
+                fix += ", and another eval_split or dataset: with eval_size=0 the run trained on all rows"
             raise ConfigError(f"{data.task.name} has no held-out rows; {fix}")
         training = build_pool(config, data.reward_funcs, config.reward_weights, world=ALONE)
         opened.callback(training.close)

@@ -77,6 +77,8 @@ def test_a_checkpoint_gets_the_reward_that_its_run_measured(
         assert found.model == str(config.output_dir / f"checkpoint-{step}")
     summary = json.loads((config.output_dir / "summary.json").read_text(encoding="utf-8"))
     assert evaluate_model(config, str(config.output_dir)).model.endswith(summary["use"]["checkpoint"])
+    with pytest.raises(ConfigError, match=r"and another eval_split or dataset: with eval_size=0 the run trained on all rows$"):
+        evaluate_model(config.replace(eval_steps=0, eval_size=0), str(config.output_dir))
 
 
 def test_adapters_alone_are_known_by_their_file(letters_config: Callable[..., Config], tmp_path: Path) -> None:
@@ -145,7 +147,7 @@ def test_what_cannot_be_evaluated_is_told(letters_config: Callable[..., Config],
     few.write_text('{"prompt": "a=", "answer": "a"}\n', encoding="utf-8")
     with pytest.raises(ConfigError, match=r"few\.jsonl has no held-out rows; set eval_split"):
         evaluate_model(letters_config(dataset=str(few)), config.model)
-    with pytest.raises(ConfigError, match="has no held-out rows; set eval_split, or eval_size above 0"):
+    with pytest.raises(ConfigError, match=r"has no held-out rows; set eval_size above 0$"):
         evaluate_model(letters_config(dataset=str(few), eval_size=0), config.model)
     run = tmp_path / "young"
     (run / "checkpoint-1").mkdir(parents=True)
