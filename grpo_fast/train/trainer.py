@@ -176,7 +176,6 @@ class GRPOTrainer:
                     if self._ending is None:
                         yield self._learn()
                         self._ending = self._in_step.take(Turn.GO_ON, self.global_step, self._ending)
-                self._oversight.check_rewarded(self.global_step, self._ending)
                 self._finish(self._ending)
             except GeneratorExit:
                 if (ending := self._in_step.take(Turn.LEAVE, self.global_step, self._ending)) is not None:
@@ -347,7 +346,8 @@ class GRPOTrainer:
         self._event(*baseline.event)
 
     def _finish(self, ending: Ending) -> None:
-        """Saves what is not saved, writes the summary and tells why the run ended."""
+        """Saves what is not saved, writes the summary and tells why the run ended; not where no step was ever rewarded."""
+        self._oversight.check_rewarded(self.global_step, ending)
         self._parts.meter.add_seconds(self._timer.lap())
         if self._saved_step != self.global_step or self._pending is not None:
             self._save()
