@@ -89,16 +89,17 @@ def _take_over(quantised: Policy, policy: Policy) -> None:
 
 
 def checkpoint_to_use(run: Path) -> Path:
-    """The checkpoint that the summary of a finished run recommends, or the newest.
+    """The checkpoint that the summary of a finished run recommends, or the newest of one that goes on.
 
     Raises:
         CheckpointError: there is none.
     """
-    if (run / SUMMARY_FILE).is_file():
-        advice = json.loads((run / SUMMARY_FILE).read_text(encoding="utf-8")).get("use")
-        if advice is not None and (run / advice["checkpoint"]).is_dir():
-            return run / str(advice["checkpoint"])
     found = list_checkpoints(run)
     if not found:
         raise CheckpointError(f"{run} has no checkpoint yet")
+    if (run / SUMMARY_FILE).is_file():
+        summary = json.loads((run / SUMMARY_FILE).read_text(encoding="utf-8"))
+        advice, resumed_since = summary.get("use"), found[-1].name != f"checkpoint-{summary.get('step')}"
+        if advice is not None and not resumed_since and (run / advice["checkpoint"]).is_dir():
+            return run / str(advice["checkpoint"])
     return found[-1]

@@ -106,10 +106,8 @@ class Oversight:
         self._config = config
         self._sinks = sinks
         self._world = world
-        self.settled: Ending | None = None
-        """Why the resumed run had already ended; None once a further step is taken, or if the settings that ended it
-        change."""
-        self._ending: Ending | None = None
+        self.ending: Ending | None = None
+        """Why the newest step ended the run, also one that is resumed with the settings that ended it; None if it did not."""
         self._told: set[str] = set()
         self._silent_until = 0
         self._still = 0
@@ -161,7 +159,7 @@ class Oversight:
         ending = self._collapse(step, alarm) if alarm is not None and alarm.confirmed else None
         if ending is None and decision is not None and decision.stop:
             ending = self._plateau(step, decision, give_up)
-        self._ending, self.settled = ending, None
+        self.ending = ending
         return Verdict(forecast, decision, alarm, ending, self._still, self._see_rewards(step, metrics))
 
     def check_rewarded(self, step: int, ending: Ending) -> None:
@@ -214,7 +212,7 @@ class Oversight:
             "still": self._still,
             "unrewarded": self._unrewarded,
             "functions": self._functions,
-            "ending": self._ending and asdict(self._ending) | {"settings": ending_settings(self._config)},
+            "ending": self.ending and asdict(self.ending) | {"settings": ending_settings(self._config)},
         }
 
     def restore(self, state: Mapping[str, Any], progress: Sequence[float]) -> None:
@@ -249,7 +247,7 @@ class Oversight:
         self.collapsed, self._onset = state.get("collapsed", False), state.get("onset")
         ending = state.get("ending")
         if ending is not None and ending["settings"] == ending_settings(self._config):
-            self._ending = self.settled = Ending(ending["kind"], ending["message"])
+            self.ending = Ending(ending["kind"], ending["message"])
         if self._config.forecast != "off" and self.predictor.num_observations:
             self.forecast = self.predictor.forecast()
 

@@ -224,7 +224,7 @@ class GRPOTrainer:
         metrics |= named_apart(collected.logged, metrics)
         if self.config.eval_steps and lost is None and (self._ending is not None or step % self.config.eval_steps == 0):
             metrics |= self._evaluate()
-        self._log(metrics, verdict, collected)
+        self._world.once(lambda: self._log(metrics, verdict, collected))
         if (failure := lost or verdict.failure) is not None:
             raise failure  # the step itself is whole, and is saved
         record = self._world.once(lambda: self._best.is_better(metrics.get("eval_reward", math.nan)))
@@ -248,7 +248,8 @@ class GRPOTrainer:
 
     def _evaluate(self) -> dict[str, float]:
         metrics = evaluate(self.config, self._parts, trainer_state(self.config, self.global_step, self._stream_state))
-        self._evals.setdefault("first", metrics["eval_reward"])
+        if not self.global_step:
+            self._evals["first"] = metrics["eval_reward"]
         self._evals |= {"last": metrics["eval_reward"], "step": self.global_step}
         return metrics
 
@@ -306,7 +307,7 @@ class GRPOTrainer:
         return self._world.once(lambda: self._reason(next(filter(None, signals), ""), verdict))
 
     def _reason(self, signal: str, verdict: Verdict | None) -> Ending | None:
-        step, watched = self.global_step, self._oversight.settled if verdict is None else verdict.ending
+        step, watched = self.global_step, self._oversight.ending if verdict is None else verdict.ending
         if signal:
             told = f"the run is saved. Continue it with `grpo-fast train --resume {self.config.output_dir}`."
             return Ending("interrupt", f"{signal} received after step {step}; {told}", signal)

@@ -75,6 +75,9 @@ def test_of_a_run_the_checkpoint_is_taken_that_its_summary_names(
     (run / "summary.json").write_text(json.dumps(summary | {"use": {"checkpoint": "checkpoint-3"}}), encoding="utf-8")
     assert export_merged(run, tmp_path / "best") == run / "checkpoint-3"
     assert not torch.allclose(logits(tmp_path / "best"), last, atol=1e-4)
+    older = summary | {"step": 3, "use": {"checkpoint": "checkpoint-3"}}
+    (run / "summary.json").write_text(json.dumps(older), encoding="utf-8")
+    assert export_merged(run, tmp_path / "resumed") == run / "checkpoint-6", "the summary is from before it was resumed"
     (run / "summary.json").unlink()
     assert export_merged(run, tmp_path / "newest") == run / "checkpoint-6"
 

@@ -280,11 +280,12 @@ SETTLED: dict[str, Any] = {
 
 def test_a_run_that_the_forecast_ended_goes_on_only_after_a_change(make: Make, resume: Make, tmp_path: Path) -> None:
     given: dict[str, Any] = {"reward_funcs": [same]}
-    first = make(given, **SETTLED).train()
+    trainer = make(given, **SETTLED)
+    first = trainer.train()
     step, run = first["step"], tmp_path / "run"
     assert first["stopped_by"] == "forecast"
     before = trace(run)
-    for again in (make(given, **SETTLED), resume(run, given), resume(run, given, save_steps=7)):
+    for again in (trainer, make(given, **SETTLED), resume(run, given), resume(run, given, save_steps=7)):
         summary = again.train()
         assert (summary["stopped_by"], summary["step"]) == ("forecast", step)
         assert summary["reason"] == (
@@ -317,8 +318,8 @@ def test_a_killed_run_that_was_to_go_on_past_the_forecast_does(make: Make, resum
     longer = resume(tmp_path / "run", given, max_steps=300)
     longer._parts.open(step)  # and it is killed before it saves anything
     longer.close()
-    assert resume(tmp_path / "run", given)._oversight.settled is None
-    assert make(given, **SETTLED)._oversight.settled is not None, "the first command, given again"
+    assert resume(tmp_path / "run", given)._oversight.ending is None
+    assert make(given, **SETTLED)._oversight.ending is not None, "the first command, given again"
 
 
 def test_a_spent_budget_is_told_with_what_makes_the_run_go_on(make: Make, resume: Make, tmp_path: Path) -> None:
@@ -327,3 +328,11 @@ def test_a_spent_budget_is_told_with_what_makes_the_run_go_on(make: Make, resume
     assert (summary["stopped_by"], summary["step"]) == ("max_tokens", first["step"])
     assert summary["reason"] == f"{first['reason']} The run had ended already; set a larger max_tokens to continue."
     assert summary["forecast"] == first["forecast"] is not None
+
+
+def test_held_out_reward_after_training_is_not_that_of_the_untrained_policy(make: Make) -> None:
+    trainer = make(max_steps=1, eval_steps=0)
+    trainer.train()
+    after = trainer.evaluate()
+    summary = trainer.train()
+    assert (summary["initial_eval_reward"], summary["eval_reward"]) == (None, after)
