@@ -46,6 +46,10 @@ def test_no_rank_waits_for_one_that_does_something_else(tiny_model: Path, tmp_pa
     told = "TrainingError: after step 4 the ranks are not in step: rank 0 goes on with the loop, rank 1 calls evaluate(). "
     assert all(rank["evaluates_alone"]["error"].startswith(told) for rank in (first, second))
 
+    for each in (first["cannot_log"], second["cannot_log"]):
+        assert each["steps"] == [1, 2]
+        assert each["error"].startswith("OSError: [Errno 27] cannot write")
+
     assert first["agrees"]["stopped_by"] == second["agrees"]["stopped_by"] == "max_steps"
     assert (tmp_path / "agrees/checkpoint-3").is_dir()
     assert all(case["seconds"] < TIMEOUT_S / 2 for rank in (first, second) for case in rank.values())

@@ -1,8 +1,9 @@
-"""Two ranks whose loops, which are their user's, do not do the same: one leaves, fails, or calls what the other does not."""
+"""Two ranks of which one does what the other does not, in the loop, which is their user's: it leaves, fails, or calls more."""
 
 from __future__ import annotations
 
 import json
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,11 @@ def evaluates_alone(trainer: GRPOTrainer, step: StepResult) -> None:
         trainer.evaluate()
 
 
+def cannot_log(trainer: GRPOTrainer, step: StepResult) -> None:
+    if trainer.is_main_process and step.step == 2:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+
+
 def agrees(trainer: GRPOTrainer, step: StepResult) -> None:
     if step.step == 3:
         trainer.save()
@@ -48,7 +54,7 @@ def agrees(trainer: GRPOTrainer, step: StepResult) -> None:
 
 
 BODIES: dict[str, Body] = {
-    body.__name__: body for body in (leaves, leaves_at_the_end, fails, saves_alone, evaluates_alone, agrees)
+    body.__name__: body for body in (leaves, leaves_at_the_end, fails, saves_alone, evaluates_alone, cannot_log, agrees)
 }
 
 
@@ -67,6 +73,8 @@ def play(values: dict[str, Any], body: Body, *, again: bool = False) -> dict[str
                 found["then"] = trainer.train()["step"]
     except Exception as error:
         found["error"] = f"{type(error).__name__}: {error}"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     return found | {"seconds": time.monotonic() - begin}
 
 
