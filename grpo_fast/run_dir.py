@@ -52,10 +52,16 @@ def write_whole(path: Path, text: str) -> None:
         file.write(text.encode("utf-8", "backslashreplace"))
 
 
+def nearest_place(path: Path) -> Path:
+    """The path itself where something is there, else the nearest place above it that is."""
+    places = (path.absolute(), *path.absolute().parents)
+    # Path.exists raises where links go in a circle, and in a directory that may not be entered
+    return next(place for place in places if os.path.exists(place))  # noqa: PTH110
+
+
 def why_unwritable(directory: Path) -> str | None:
     """Why nothing can be written into a directory that is there or is to be made; ``None`` if it can."""
-    places = (directory.absolute(), *directory.absolute().parents)
-    place = next(place for place in places if os.path.exists(place))  # noqa: PTH110 (Path.exists raises in a closed directory)
+    place = nearest_place(directory)
     if not place.is_dir():
         return f"{place} is a file"
     return None if os.access(place, os.W_OK | os.X_OK) else f"no permission for {place}, or a read-only file system"

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.rewards import names_model
-from grpo_fast.run_dir import CONFIG_FILE, LOCK_FILE, empty_run, is_cut_short
+from grpo_fast.run_dir import CONFIG_FILE, LOCK_FILE, empty_run, is_cut_short, nearest_place
 from grpo_fast.train.checkpoint import leftovers
 
 _log = logging.getLogger(__name__)
@@ -125,14 +125,13 @@ class Claim:
         """Finds out before anything is loaded what could not be made or written after it."""
         run = self._run
         places = (run.absolute(), *run.absolute().parents)
-        is_there = os.path.exists  # Path.exists raises where links go in a circle, and in a directory that may not be entered
         for path in places:
-            if os.path.islink(path) and not is_there(path):  # noqa: PTH114 (as above)
+            if os.path.islink(path) and not os.path.exists(path):  # noqa: PTH110, PTH114 (see nearest_place)
                 raise ConfigError(
                     f"output_dir {run} cannot be made: {path} is a link to {path.readlink()}, where nothing is; make that "
                     "directory, remove the link, or name another"
                 )
-        place = next(place for place in places if is_there(place))
+        place = nearest_place(run)
         if not place.is_dir():
             named = f"{run} is a file" if place == run.absolute() else f"{run} cannot be made, because {place} is a file"
             raise ConfigError(f"output_dir {named}; name a directory")

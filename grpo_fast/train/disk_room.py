@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from grpo_fast.config import Config, ConfigError
+from grpo_fast.run_dir import nearest_place
 from grpo_fast.sinks.quantities import binary
 from grpo_fast.train.plan_sizes import ModelSizes, weight_bytes
 from grpo_fast.train.policy_source import computes_in_bfloat16, pick_device
@@ -83,8 +84,7 @@ def few_checkpoints(config: Config, needed: int, *, step: int, existing: int) ->
 
 def _free_bytes(path: Path) -> int | None:
     """Bytes that this user may still write where a directory is or will be; ``None`` where the file system does not say."""
-    place = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
-    found = os.statvfs(place)
+    found = os.statvfs(nearest_place(path))
     blocks = found.f_bavail if os.geteuid() else found.f_bfree
     return blocks * found.f_frsize if found.f_blocks else None
 
