@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from grpo_fast.config import Config
 from grpo_fast.report.palettes import light_and_dark
 from grpo_fast.report.plots import pictures_of
-from grpo_fast.report.run import Run, RunError
+from grpo_fast.report.run import Run, RunError, first_number
 from grpo_fast.report.theme import LIGHT, drawing
 from grpo_fast.run_dir import replaced, why_unwritable, write_whole
 from grpo_fast.sinks.quantities import duration, percent, si, significant
@@ -182,7 +182,7 @@ def tiles(run: Run) -> list[Tile]:
     if flops > 0:
         mfu = run.last("mfu")
         shown.append(Tile("Model FLOPs", si(flops, "FLOP"), f"MFU {percent(mfu)}" if math.isfinite(mfu) else ""))
-    tokens = _number(compute.get("tokens"), run.last("num_tokens"))
+    tokens = first_number(compute.get("tokens"), run.last("num_tokens"))
     if tokens > 0:
         rate = f"{si(tokens / seconds)} per second" if seconds > 0 else ""
         shown.append(Tile("Tokens", si(tokens), rate))
@@ -191,15 +191,15 @@ def tiles(run: Run) -> list[Tile]:
 
 def _cost_tiles(run: Run, compute: Mapping[str, Any]) -> list[Tile]:
     hours = run.gpu_hours
-    energy = _number(compute.get("energy_kwh"), run.last("energy_kwh"))
-    money = _number(compute.get("money"), run.last("money"))
+    energy = first_number(compute.get("energy_kwh"), run.last("energy_kwh"))
+    money = first_number(compute.get("money"), run.last("money"))
     shown = [Tile("Device time", duration(hours * 3600), "all devices")] if hours > 0 else []
     if energy > 0:
         shown.append(Tile("Energy", f"{significant(energy, 2)} kWh", str(compute.get("energy_source", ""))))
     if money > 0:
-        price = _number(run.config.get("price_per_gpu_hour"))
+        price = first_number(run.config.get("price_per_gpu_hour"))
         shown.append(Tile("Money", significant(money), f"at {significant(price)} per device hour" if price > 0 else ""))
-    saved = _number(((run.summary or {}).get("saved") or {}).get("steps"))
+    saved = first_number(((run.summary or {}).get("saved") or {}).get("steps"))
     if run.stopped_by == "forecast" and saved > 0:
         shown.append(Tile("Saved", percent(saved), "of the allowed steps"))
     return shown
@@ -217,8 +217,8 @@ def samples(run: Run) -> list[dict[str, Any]]:
                 "step": step,
                 "prompt": _shortened(_words(row.get("prompt", ""))),
                 "completion": _shortened(str(row.get("completion", ""))),
-                "reward": significant(_number(row.get("reward"))),
-                "advantage": significant(_number(row.get("advantage"))),
+                "reward": significant(first_number(row.get("reward"))),
+                "advantage": significant(first_number(row.get("advantage"))),
                 "extra": {
                     name: _cell(value) for name, value in row.items() if name not in COMPLETION_COLUMNS and value is not None
                 },
@@ -295,8 +295,3 @@ def _words(prompt: Any) -> str:
 def _shortened(text: str) -> str:
     more = len(text) - _LONGEST_TEXT
     return text if more <= 0 else f"{text[:_LONGEST_TEXT]}\n[... {more} more characters]"
-
-
-def _number(*values: Any) -> float:
-    """The first finite number, NaN without one."""
-    return next((float(value) for value in values if isinstance(value, (int, float)) and math.isfinite(value)), math.nan)

@@ -146,32 +146,27 @@ class Run:
     @property
     def eval_reward(self) -> float:
         """The last mean reward on held-out prompts; NaN without one."""
-        return self._told("eval_reward", of=self.summary or {}, otherwise=self.last("eval_reward"))
+        return first_number((self.summary or {}).get("eval_reward"), self.last("eval_reward"))
 
     @property
     def seconds(self) -> float:
         """Wall-clock time of the run; NaN where none was measured."""
         measured = sum(self.seconds_by_phase().values()) or float("nan")
-        return 3600 * self._told("wall_hours", of=self._costs, otherwise=measured / 3600)
+        return 3600 * first_number(self._costs.get("wall_hours"), measured / 3600)
 
     @property
     def flops(self) -> float:
         """Model FLOPs of the run."""
-        return self._told("flops", of=self._costs, otherwise=self.last("flops"))
+        return first_number(self._costs.get("flops"), self.last("flops"))
 
     @property
     def gpu_hours(self) -> float:
         """Hours of all devices together."""
-        return self._told("gpu_hours", of=self._costs, otherwise=self.last("gpu_seconds") / 3600)
+        return first_number(self._costs.get("gpu_hours"), self.last("gpu_seconds") / 3600)
 
     @property
     def _costs(self) -> Mapping[str, Any]:
         return (self.summary or {}).get("compute") or {}
-
-    def _told(self, name: str, *, of: Mapping[str, Any], otherwise: float) -> float:
-        """A number of the summary, or else what the steps say."""
-        value = as_number(of.get(name))
-        return value if np.isfinite(value) else otherwise
 
     def forecast_at(self, step: int) -> Mapping[str, Any] | None:
         """The newest forecast made at ``step`` or before; None where there was none yet."""
@@ -221,6 +216,11 @@ def _positive(values: Mapping[str, Any], prefix: str) -> dict[str, float]:
 def as_number(value: object) -> float:
     """A JSON value as a number; NaN where it is none."""
     return float(value) if isinstance(value, (int, float)) else float("nan")
+
+
+def first_number(*values: object) -> float:
+    """The first finite number; NaN without one."""
+    return next((number for number in map(as_number, values) if np.isfinite(number)), float("nan"))
 
 
 def _rows(path: Path, problems: list[str]) -> list[dict[str, Any]]:
