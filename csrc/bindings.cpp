@@ -22,8 +22,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(grpo_fast, library) {
       "-> (Tensor advantages, Tensor zero_variance, Tensor mean, Tensor std)");
   library.def("few_rows_product(Tensor rows, Tensor weight, Tensor? bias) -> Tensor");
   library.def(
-      "decoder_layer(Tensor(a!) hidden, Tensor[] norms, float[] epsilons, Tensor[] weights, Tensor[] biases, Tensor cos, "
-      "Tensor sin, Tensor source, Tensor padding, Tensor prefix_keys, Tensor prefix_values, Tensor(b!) keys, "
-      "Tensor(c!) values, int position, float scale) -> ()");
+      "decoder_layer(Tensor(a!) hidden, Tensor[] norms, float[] epsilons, Tensor[] weights, Tensor[] biases, "
+      "Tensor[] lora_a, Tensor[] lora_b, Tensor cos, Tensor sin, Tensor source, Tensor padding, Tensor prefix_keys, "
+      "Tensor prefix_values, Tensor(b!) keys, Tensor(c!) values, int position, float scale) -> ()");
   library.def("draw_tokens(Tensor logits, Tensor draws, float temperature) -> (Tensor tokens, Tensor logprobs)");
 }

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../require.h"
@@ -27,11 +28,27 @@ struct Linear {
   const float *weight, *bias;
   int64_t num_outputs;
   float* out;  // [num_rows, num_outputs]
+  int64_t rank = 0;
+  const float *lora_a = nullptr, *lora_b = nullptr;  // [rank, num_inputs] and [num_outputs, rank]
+  float* narrowed = nullptr;                         // [num_rows, rank]
 };
 
-// Rows [num_rows, size] times several weights at once.
-void multiply_all(
-    const float* rows, int64_t num_rows, int64_t size, bool adds, std::initializer_list<Linear> linears) {
+// Rows [num_rows, size] times several weights at once, and through their adapters.
+void multiply_all(const float* rows, int64_t num_rows, int64_t size, bool adds, std::vector<Linear> linears) {
+  thread_local Room room;
+  int64_t ranks = 0;
+  for (const Linear& linear : linears) ranks += linear.rank;
+  if (ranks > 0) {
+    float* narrowed = room.of(num_rows * ranks);
+    std::vector<Linear> first;
+    for (Linear& linear : linears) {
+      linear.narrowed = narrowed;
+      narrowed += num_rows * linear.rank;
+      if (linear.rank > 0) first.push_back({linear.lora_a, nullptr, linear.rank, linear.narrowed});
+    }
+    multiply_all(rows, num_rows, size, false, std::move(first));
+  }
+
   const auto tiles = [](const Linear& linear) { return (linear.num_outputs + kOutputs - 1) / kOutputs; };
   int64_t num_tiles = 0;
   for (const Linear& linear : linears) num_tiles += tiles(linear);
@@ -39,8 +56,13 @@ void multiply_all(
   torch::stable::parallel_for(0, num_tiles, grain, [&](int64_t begin, int64_t end) {
     for (const Linear& linear : linears) {
       const int64_t count = tiles(linear), first = std::clamp<int64_t>(begin, 0, count), last = std::clamp<int64_t>(end, 0, count);
-      const Target to{linear.out, linear.num_outputs, linear.bias, adds};
-      multiply(rows, num_rows, linear.weight, size, first * kOutputs, std::min(last * kOutputs, linear.num_outputs), to);
+      const int64_t from = first * kOutputs, until = std::min(last * kOutputs, linear.num_outputs);
+      multiply(rows, num_rows, linear.weight, size, from, until, {linear.out, linear.num_outputs, linear.bias, adds});
+      if (linear.rank > 0) {
+        multiply(
+            linear.narrowed, num_rows, linear.lora_b, linear.rank, from, until,
+            {linear.out, linear.num_outputs, nullptr, true});
+      }
       begin -= count;
       end -= count;
     }
@@ -141,11 +163,17 @@ void attend(const Attention& a, const Cache& cache) {
   });
 }
 
-// Weights of a layer, in the order of the schema, with the biases of those that have one.
+// Weights of a layer, in the order of the schema, with the biases and adapters of those that have one.
 class Weights {
  public:
-  Weights(const std::vector<Tensor>& weights, const std::vector<Tensor>& biases) : weights_(weights), biases_(biases) {
+  Weights(
+      const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, const std::vector<Tensor>& lora_a,
+      const std::vector<Tensor>& lora_b)
+      : weights_(weights), biases_(biases), lora_a_(lora_a), lora_b_(lora_b) {
     require(weights.size() == 7 && biases.size() == 7, weights.size(), " weights and ", biases.size(), " biases; there must be 7");
+    require(
+        lora_a.size() == lora_b.size() && (lora_a.empty() || lora_a.size() == 7), lora_a.size(), " lora_a and ",
+        lora_b.size(), " lora_b; there must be 7 or none");
   }
 
   int64_t outputs(int at) const { return weights_[at].size(0); }
@@ -153,11 +181,18 @@ class Weights {
   Linear to(int at, int64_t num_inputs, int64_t num_outputs, float* out) const {
     static constexpr const char* kNames[] = {"query", "key", "value", "output", "gate", "up", "down"};
     const float* bias = biases_[at].numel() ? floats(biases_[at], {num_outputs}, "a bias") : nullptr;
-    return {floats(weights_[at], {num_outputs, num_inputs}, kNames[at]), bias, num_outputs, out};
+    Linear linear{floats(weights_[at], {num_outputs, num_inputs}, kNames[at]), bias, num_outputs, out};
+    if (!lora_a_.empty() && lora_a_[at].numel()) {
+      require(lora_a_[at].dim() == 2, "lora_a must be a matrix");
+      linear.rank = lora_a_[at].size(0);
+      linear.lora_a = floats(lora_a_[at], {linear.rank, num_inputs}, "lora_a");
+      linear.lora_b = floats(lora_b_[at], {num_outputs, linear.rank}, "lora_b");
+    }
+    return linear;
   }
 
  private:
-  const std::vector<Tensor>&weights_, &biases_;
+  const std::vector<Tensor>&weights_, &biases_, &lora_a_, &lora_b_;
 };
 
 void norm_rows(const float* rows, int64_t num_rows, int64_t size, const float* weight, float epsilon, float* out) {
@@ -166,11 +201,12 @@ void norm_rows(const float* rows, int64_t num_rows, int64_t size, const float* w
 
 void decoder_layer(
     Tensor hidden, std::vector<Tensor> norms, std::vector<double> epsilons, std::vector<Tensor> weights,
-    std::vector<Tensor> biases, Tensor cos, Tensor sin, Tensor source, Tensor padding, Tensor prefix_keys,
-    Tensor prefix_values, Tensor keys, Tensor values, int64_t position, double scale) {
+    std::vector<Tensor> biases, std::vector<Tensor> lora_a, std::vector<Tensor> lora_b, Tensor cos, Tensor sin,
+    Tensor source, Tensor padding, Tensor prefix_keys, Tensor prefix_values, Tensor keys, Tensor values, int64_t position,
+    double scale) {
   require(hidden.dim() == 2 && cos.dim() == 2 && keys.dim() == 4 && prefix_keys.dim() == 4, "a tensor has too few dimensions");
   require((norms.size() == 2 || norms.size() == 4) && epsilons.size() == norms.size(), "norms and epsilons must be 2 or 4");
-  const Weights layer(weights, biases);
+  const Weights layer(weights, biases, lora_a, lora_b);
   const int64_t num_rows = hidden.size(0), width = hidden.size(1), size = cos.size(1), num_heads = keys.size(1);
   const int64_t num_prompts = prefix_keys.size(0), prompt_width = prefix_keys.size(2), capacity = keys.size(2);
   require(size > 0 && size % 2 == 0 && num_heads > 0, num_heads, " heads of keys with ", size, " numbers; there must be some, an even number each");

@@ -8,6 +8,7 @@ benchmarks/rollout/few_rows.py. float32 only, no gradients, processors with AVX-
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,10 @@ class LayerWeights(NamedTuple):
     """Of these, [out] each; [0] where there is none."""
     scale: float
     """What scores are multiplied with."""
+    lora_a: Sequence[torch.Tensor] = ()
+    """What adapters over these weights narrow their inputs with, [r, in] each; [0] where there is none."""
+    lora_b: Sequence[torch.Tensor] = ()
+    """What is added then, the scaling within, [out, r] each; [0] where there is none."""
 
 
 class LayerCache(NamedTuple):
@@ -74,9 +79,8 @@ def decoder_layer(hidden: torch.Tensor, layer: LayerWeights, cache: LayerCache, 
     Raises:
         RuntimeError: a shape or type that does not fit, or no extension (:func:`problem`).
     """
-    native.call(
-        "decoder_layer", hidden, layer.norms, layer.epsilons, layer.weights, layer.biases, cos, sin, *cache, layer.scale
-    )
+    norms, epsilons, weights, biases, scale, *adapters = layer
+    native.call("decoder_layer", hidden, norms, epsilons, weights, biases, *adapters, cos, sin, *cache, scale)
 
 
 def few_rows_product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -58,17 +58,17 @@ def _is_lora(module: torch.nn.Module) -> bool:
     return type(module).__name__ == "Linear" and type(module).__module__ == "peft.tuners.lora.layer"
 
 
-class _Adapter(NamedTuple):
+class LoraFactors(NamedTuple):
     """A LoRA adapter without peft's dispatch, which takes longer than its products do for a token a row."""
 
     base: torch.nn.Linear
-    down: torch.Tensor
-    """[in, r]: A^T."""
-    up: torch.Tensor
-    """[r, out]: s B^T."""
+    a: torch.Tensor
+    """[r, in]: A."""
+    b: torch.Tensor
+    """[out, r]: s B."""
 
     @classmethod
-    def of(cls, layer: Any) -> _Adapter | None:
+    def of(cls, layer: Any) -> LoraFactors | None:
         """The adapter over a linear layer; ``None`` if there is none, or anything but one plain adapter that is on."""
         if (
             not _is_lora(layer)
@@ -79,11 +79,18 @@ class _Adapter(NamedTuple):
         ):
             return None
         [name] = layer.active_adapters
-        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-        return cls(layer.base_layer, a.t(), (layer.scaling[name] * b).t())
+        a, b = layer.lora_A[name], layer.lora_B[name]
+        if b.bias is not None:
+            return None
+        return cls(layer.base_layer, a.weight.detach(), layer.scaling[name] * b.weight.detach())
 
 
 _Kind: TypeAlias = Literal["query_key_value", "out", "gate_up", "down"]
+
+
+def linears(layer: Any) -> list[torch.nn.Linear]:
+    """A decoder layer's: query, key, value, output, gate, up and down."""
+    return [linear for kind in get_args(_Kind) for linear in _linears(layer, kind)]
 
 
 def _linears(layer: Any, kind: _Kind) -> list[torch.nn.Linear]:
@@ -136,7 +143,7 @@ class LlamaStep:
     def __init__(self, model: PreTrainedModel, num_positions: int, *, num_rows: int, num_steps: int) -> None:
         inner: Any = model.model
         self._layers = list(inner.layers)
-        found = ((layer, _Adapter.of(layer)) for layer in inner.layers.modules())
+        found = ((layer, LoraFactors.of(layer)) for layer in inner.layers.modules())
         self._adapters = {layer: adapter for layer, adapter in found if adapter is not None}
         self._embedding, self._norm, self._head = inner.embed_tokens, inner.norm, model.lm_head
         self._packed = None
@@ -217,7 +224,7 @@ class LlamaStep:
             found: torch.Tensor = linear(hidden)
             return found
         found = adapter.base(hidden)
-        return found.addmm_(hidden @ adapter.down, adapter.up)
+        return found.addmm_(hidden @ adapter.a.t(), adapter.b.t())
 
     def _add_linear(self, residual: torch.Tensor, hidden: torch.Tensor, linear: torch.nn.Linear) -> torch.Tensor:
         adapter = self._adapters.get(linear)
@@ -228,7 +235,7 @@ class LlamaStep:
                 total.add_(base.bias)
         else:  # one that multiplies in its own way, or an adapter of another kind, whose ``weight`` is its base's alone
             total = torch.add(residual, base(hidden))
-        return total if adapter is None else total.addmm_(hidden @ adapter.down, adapter.up)
+        return total if adapter is None else total.addmm_(hidden @ adapter.a.t(), adapter.b.t())
 
 
 def _rms_norm(hidden: torch.Tensor, norm: torch.nn.Module) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own custom)
 
 from grpo_fast.ops.decoder_layer import MOST_NUMBERS, LayerWeights, decoder_layer, few_rows_product, problem
-from grpo_fast.rollout.llama_step import rotary_table
+from grpo_fast.rollout.llama_step import LoraFactors, linears, rotary_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,13 +25,15 @@ def takes(model: PreTrainedModel, num_rows: int) -> bool:
     """Whether :class:`NativeStep` runs a model that :func:`~grpo_fast.rollout.llama_step.supports` accepts, and is the faster.
 
     Args:
-        model: without adapters, of plain float32 weights on a CPU.
+        model: of plain float32 weights on a CPU; plain LoRA adapters may lie over the decoder layers' linear ones.
         num_rows: sequences of the batch, at first.
     """
-    adapted = any(hasattr(module, "base_layer") for module in model.modules())
-    if num_rows * model.config.hidden_size > MOST_NUMBERS or adapted or problem():
+    if num_rows * model.config.hidden_size > MOST_NUMBERS or problem():
         return False
-    return all(
+    inner: Any = model.model
+    adapted = {module for module in model.modules() if hasattr(module, "base_layer")}
+    taken = {linear for layer in inner.layers for linear in linears(layer) if LoraFactors.of(linear) is not None}
+    return adapted == taken and all(
         type(weight) in _PLAIN and weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous()
         for weight in model.parameters()
     )
@@ -41,7 +43,7 @@ class NativeStep:
     """Steps a batch by one token.
 
     Args:
-        model: a model that :func:`takes` accepts; its weights are read where they lie.
+        model: a model that :func:`takes` accepts; its weights are read where they lie, adapters as they are now.
         num_positions: longest sequence of the batch.
     """
 
@@ -71,19 +73,19 @@ class NativeStep:
 
 
 def _weights(layer: Any) -> LayerWeights:
-    attention, mlp = layer.self_attn, layer.mlp
+    attention = layer.self_attn
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     if hasattr(attention, "q_norm"):
         norms += [attention.q_norm, attention.k_norm]
-    linears = [
-        *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
-        *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
-    ]
     none = torch.empty(0)
+    adapters = [LoraFactors.of(linear) for linear in linears(layer)]
+    plain = [linear if adapter is None else adapter.base for linear, adapter in zip(linears(layer), adapters, strict=True)]
     return LayerWeights(
         [norm.weight.detach() for norm in norms],
         [norm.variance_epsilon for norm in norms],
-        [linear.weight.detach() for linear in linears],
-        [none if linear.bias is None else linear.bias.detach() for linear in linears],
+        [linear.weight.detach() for linear in plain],
+        [none if linear.bias is None else linear.bias.detach() for linear in plain],
         attention.scaling,
+        [none if adapter is None else adapter.a for adapter in adapters],
+        [none if adapter is None else adapter.b for adapter in adapters],
     )

@@ -27,6 +27,7 @@ class Sizes:
     rows: int = 5
     norms: int = 2
     biased: bool = False
+    ranks: tuple[int, ...] = ()
 
 
 def case(sizes: Sizes, seed: int = 0) -> tuple[torch.Tensor, LayerWeights, LayerCache, torch.Tensor, torch.Tensor]:
@@ -46,6 +47,8 @@ def case(sizes: Sizes, seed: int = 0) -> tuple[torch.Tensor, LayerWeights, Layer
         [normal(*shape, scale=shape[1] ** -0.5) for shape in shapes],
         [normal(shape[0] if sizes.biased else 0) for shape in shapes],
         sizes.head**-0.5,
+        [normal(rank, size if rank else 0, scale=size**-0.5) for rank, (_, size) in zip(sizes.ranks, shapes, strict=False)],
+        [normal(size if rank else 0, rank, scale=0.3) for rank, (size, _) in zip(sizes.ranks, shapes, strict=False)],
     )
     prefix = (sizes.prompts, sizes.kv_heads, sizes.width, sizes.head)
     own = (sizes.rows + 2, sizes.kv_heads, sizes.capacity, sizes.head)
@@ -75,6 +78,8 @@ def reference(
 
     def linear(values: torch.Tensor, index: int) -> torch.Tensor:
         product = values @ layer.weights[index].double().T
+        if layer.lora_a and layer.lora_a[index].numel():
+            product = product + values @ layer.lora_a[index].double().T @ layer.lora_b[index].double().T
         return product + layer.biases[index].double() if len(layer.biases[index]) else product
 
     def rotate(values: torch.Tensor) -> torch.Tensor:
@@ -111,6 +116,8 @@ CASES = {
     "one row": Sizes(rows=1),
     "many rows": Sizes(rows=19, position=8),
     "no prompt, first token": Sizes(width=0, position=0),
+    "adapters": Sizes(ranks=(4, 8, 1, 16, 3, 9, 17)),
+    "some adapters": Sizes(biased=True, ranks=(0, 0, 5, 0, 2, 0, 3), rows=7),
     "long": Sizes(width=70, capacity=60, position=50, heads=4),
 }
 
@@ -142,7 +149,7 @@ def test_products_equal_float64(num_rows: int, size: int, num_outputs: int) -> N
 
 
 def test_a_row_depends_neither_on_the_rows_beside_it_nor_on_the_number_of_threads() -> None:
-    sizes = Sizes(rows=13, hidden=320, inner=640, heads=8)
+    sizes = Sizes(rows=13, hidden=320, inner=640, heads=8, ranks=(16,) * 7)
     hidden, layer, cache, cos, sin = case(sizes)
     threads = torch.get_num_threads()
     outputs = []
@@ -201,6 +208,21 @@ WRONG: dict[str, tuple[str, Callable[[LayerWeights, LayerCache], tuple[LayerWeig
     "too few weights": (
         "6 weights and 7 biases",
         lambda layer, cache: (layer._replace(weights=layer.weights[:6]), cache),
+    ),
+    "an adapter's shape": (
+        "lora_b must be (72, 5)",
+        lambda layer, cache: (
+            layer._replace(lora_a=[torch.zeros(5, 40)] * 7, lora_b=[torch.zeros(72, 4)] * 7),
+            cache,
+        ),
+    ),
+    "an adapter that is no matrix": (
+        "lora_a must be a matrix",
+        lambda layer, cache: (layer._replace(lora_a=[torch.zeros(())] * 7, lora_b=[torch.zeros(())] * 7), cache),
+    ),
+    "half of an adapter": (
+        "7 lora_a and 6 lora_b",
+        lambda layer, cache: (layer._replace(lora_a=[torch.zeros(0)] * 7, lora_b=[torch.zeros(0)] * 6), cache),
     ),
     "a norm's size": (
         "a norm must be (40)",

@@ -85,7 +85,7 @@ def furthest_from_the_module(model: PreTrainedModel, *, num_steps: int = 6) -> f
 
 
 @pytest.mark.filterwarnings("ignore:Already found a .peft_config.:UserWarning")  # two adapters are meant
-@pytest.mark.parametrize("state", ["on", "off", "merged", "two", "dora"])
+@pytest.mark.parametrize("state", ["on", "off", "merged", "two", "dora", "biased"])
 @pytest.mark.parametrize("targets", ["all-linear", ["o_proj", "down_proj"], ["q_proj"]], ids=str)
 @torch.no_grad()
 def test_steps_with_adapters_equal_the_module(targets: str | list[str], state: str) -> None:
@@ -94,7 +94,8 @@ def test_steps_with_adapters_equal_the_module(targets: str | list[str], state: s
         parameter.add_(0.05)  # a bias is 0 at first
     plain = model(torch.tensor([[3, 4, 5]])).logits
     for name in ("default", "other")[: 1 + (state == "two")]:
-        settings = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False, use_dora=state == "dora")
+        more = {"use_dora": state == "dora", "lora_bias": state == "biased"}
+        settings = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False, **more)
         peft.inject_adapter_in_model(settings, model, name)
     for layer in (module for module in model.modules() if hasattr(module, "base_layer")):
         if state == "two":

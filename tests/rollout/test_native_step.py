@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import peft
@@ -54,8 +55,17 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
+    "adapters": lambda: adapted(LlamaForCausalLM(LlamaConfig(**SIZES)), "all-linear"),
+    "adapters of some, with biases": lambda: adapted(Qwen2ForCausalLM(Qwen2Config(**SIZES)), ["q_proj", "down_proj"]),
+    "scaled adapters": lambda: adapted(LlamaForCausalLM(LlamaConfig(**SIZES)), ["v_proj"], lora_alpha=40),
 }
 PROMPTS = ([3, 4, 5, 6, 7, 8, 9], [10, 11, 12], [13, 14, 15, 16])
+
+
+def adapted(model: PreTrainedModel, targets: str | list[str], **settings: Any) -> PreTrainedModel:
+    config = peft.LoraConfig(r=5, target_modules=targets, init_lora_weights=False, **settings)
+    peft.inject_adapter_in_model(config, model)
+    return model
 
 
 def build(name: str) -> PreTrainedModel:
@@ -101,7 +111,7 @@ def test_steps_equal_the_module_in_float64(name: str) -> None:
             torch.testing.assert_close(logits.double().log_softmax(-1), expected.log_softmax(-1), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "adapters"])
 def test_an_engine_samples_what_the_module_samples(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = build(name), AutoTokenizer.from_pretrained(embedded_model_dir())
     steps = []
@@ -118,8 +128,22 @@ def test_an_engine_samples_what_the_module_samples(name: str, monkeypatch: pytes
         assert ours.logprobs == pytest.approx(its.logprobs, abs=1e-5)
 
 
-def adapted(model: PreTrainedModel) -> None:
-    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), model)
+def switched_off(model: PreTrainedModel) -> None:
+    for module in adapted(model, ["q_proj"]).modules():
+        if hasattr(module, "base_layer"):
+            module.enable_adapters(False)
+
+
+def decomposed(model: PreTrainedModel) -> None:
+    adapted(model, ["q_proj"], use_dora=True)
+
+
+def adapted_head(model: PreTrainedModel) -> None:
+    adapted(model, ["q_proj", "lm_head"])
+
+
+def adapted_embedding(model: PreTrainedModel) -> None:
+    adapted(model, ["embed_tokens"])
 
 
 def widened(model: PreTrainedModel) -> None:
@@ -135,7 +159,11 @@ def elsewhere(model: PreTrainedModel) -> None:
     model.to("meta")
 
 
-@pytest.mark.parametrize("change", [adapted, widened, transposed, elsewhere], ids=lambda change: change.__name__)
+@pytest.mark.parametrize(
+    "change",
+    [switched_off, decomposed, adapted_head, adapted_embedding, widened, transposed, elsewhere],
+    ids=lambda change: change.__name__,
+)
 def test_other_models_are_left_to_torch(change: Callable[[PreTrainedModel], None]) -> None:
     model = build("llama")
     assert takes(model, 8)
