@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from grpo_fast.config import ConfigError
 from grpo_fast.rollout.kv_cache import CACHE_ARGUMENTS
+from grpo_fast.train.layers import layers_of
 from grpo_fast.train.packed_model import let_compile
 
 
@@ -56,9 +57,7 @@ def compile_layers(model: PreTrainedModel) -> None:
     Raises:
         ConfigError: the model does not say which of its modules are layers.
     """
-    layers: list[Any] = [
-        module for module in model.base_model.modules() if type(module).__name__ in (model._no_split_modules or ())
-    ]
+    layers: list[Any] = layers_of(model)
     if not layers:
         raise ConfigError(
             f"torch_compile=True: {type(model).__name__} does not say which of its modules are layers; leave it out"

@@ -43,6 +43,7 @@ from grpo_fast.train.bars import bars_for_a_terminal
 from grpo_fast.train.distributed import World
 from grpo_fast.train.handshake import check_weights
 from grpo_fast.train.head_part import Head, HeadPart, first_token_of
+from grpo_fast.train.layers import layers_of
 from grpo_fast.train.optim import load_state
 from grpo_fast.train.policy import Policy
 from grpo_fast.train.policy_source import PolicySource, pick_device
@@ -145,8 +146,7 @@ class ShardedPolicy(Policy):
         precision = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-        layers = [module for module in model.base_model.modules() if type(module).__name__ in (model._no_split_modules or ())]
-        units: list[Any] = [*layers, model.base_model, *([] if tied else [model.get_output_embeddings()])]
+        units: list[Any] = [*layers_of(model), model.base_model, *([] if tied else [model.get_output_embeddings()])]
         for module in units:
             give_memory(module.parameters())  # what an inner unit has is in parts by now
             fully_shard(
