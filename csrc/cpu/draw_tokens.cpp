@@ -106,15 +106,15 @@ std::tuple<Tensor, Tensor> draw_tokens(Tensor logits, Tensor draws, double tempe
   for_each_part([&](int64_t at, int64_t row, const float* from, int64_t count) { parts[at] = mass(from, count, top[row], heat); });
 
   for (int64_t row = 0; row < num_rows; ++row) {
-    const double* masses = parts.data() + row * num_parts;
+    const double* part_masses = parts.data() + row * num_parts;
     double total = 0;
-    for (int64_t part = 0; part < num_parts; ++part) total += masses[part];
+    for (int64_t part = 0; part < num_parts; ++part) total += part_masses[part];
     const double target = drawn[row] * total;
     int64_t part = 0, last = 0;
     double passed = 0;
-    for (; part < num_parts && !(passed + masses[part] > target); ++part) {
-      passed += masses[part];
-      if (masses[part] > 0) last = part;
+    for (; part < num_parts && !(passed + part_masses[part] > target); ++part) {
+      passed += part_masses[part];
+      if (part_masses[part] > 0) last = part;
     }
     if (part == num_parts) part = last;
     const float* from = values + row * size;
