@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from grpo_fast.report.run import Array, Run, smoothed
+from grpo_fast.report.run import Array, Run, series, smoothed
 from grpo_fast.report.theme import (
     KEY_STYLE,
     LIGHT,
@@ -32,12 +32,6 @@ from grpo_fast.sinks.quantities import percent
 
 Row = Mapping[str, Any]
 _LOW = 0.3
-
-
-def series(rows: Sequence[Row], name: str) -> Array:
-    """(m,) one value a forecast, NaN where it is unknown."""
-    found = (row.get(name) for row in rows)
-    return np.array([value if isinstance(value, (int, float)) else math.nan for value in found], dtype=np.float64)
 
 
 def band_of(row: Row) -> tuple[Array, Array, Array, Array]:
@@ -104,32 +98,47 @@ def _name_areas(axis: Axes, steps: Array, shares: Array, *, theme: Theme) -> Non
             axis.text(*place, words, ha="center", va="center", fontsize=8.5, color=theme.ink, zorder=8, bbox=box)
 
 
-def draw_gain(axis: Axes, rows: Sequence[Row], theme: Theme, *, epsilon: float, confidence: float) -> None:
+def draw_sureness(axis: Axes, rows: Sequence[Row], theme: Theme, *, epsilon: float, confidence: float) -> list[str]:
     """Probability that so little is left to gain, against what a stop demands; grey while the rewards decide nothing.
 
     A bar along the top marks the forecasts that count for a stop: it takes a row of them without a gap.
+
+    Returns:
+        Which of the marks with a meaning of their own were drawn: "grey", "crosses", "green".
     """
-    steps, sure = series(rows, "step"), series(rows, "p_gain_below_eps")
     axis.set_ylim(-0.03, 1.09)
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value)))
     axis.axhline(confidence, color=theme.ink, lw=1.0, ls=(0, (4, 3)), zorder=3)
+    if not rows:
+        return []
+    steps, sure = series(rows, "step"), series(rows, "p_gain_below_eps")
     known = np.array([bool(row.get("identifiable", True)) for row in rows])
-    axis.plot(steps, sure, color=theme.muted, alpha=0.7, lw=1.4, zorder=4)
-    if known.any():
-        axis.plot(steps, np.where(known, sure, np.nan), color=theme.forecast, lw=1.8, zorder=5)
     vetoed = np.array([bool(row.get("veto")) for row in rows]) & (sure >= confidence)
-    if vetoed.any():
-        axis.plot(steps[vetoed], sure[vetoed], "x", ms=4, mew=1.0, color=theme.ink, alpha=0.6, zorder=6)
     counted = counts_for_stop(rows, epsilon=epsilon, confidence=confidence)
+    grey: dict[str, Any] = {} if known.all() else {"label": "while not identifiable"}
+    axis.plot(steps, sure, color=theme.muted, alpha=0.7, lw=1.4, zorder=4, **grey)
+    if known.any():
+        axis.plot(steps, np.where(known, sure, np.nan), color=theme.forecast, lw=1.8, label="identifiable", zorder=5)
+    if vetoed.any():
+        axis.plot(steps[vetoed], sure[vetoed], "x", ms=4, mew=1.0, color=theme.ink, alpha=0.6, label="vetoed", zorder=6)
     if counted.any():
-        axis.plot(steps, np.where(counted, 1.045, np.nan), color=theme.held_out, lw=4.0, solid_capstyle="butt", zorder=6)
-    told = ["grey: not identifiable"] * (not known.all()) + ["crosses: vetoed"] * bool(vetoed.any())
-    told += ["green: counts for a stop"] * bool(counted.any())
+        bar = np.where(counted, 1.045, np.nan)
+        axis.plot(steps, bar, color=theme.held_out, lw=4.0, solid_capstyle="butt", label="counts for a stop", zorder=6)
+    axis.plot(steps[-1:], sure[-1:], "o", ms=6, color=theme.forecast, mec=theme.paper, mew=1.2, zorder=8)
+    drawn = {"grey": not known.all(), "crosses": vetoed.any(), "green": counted.any()}
+    return [mark for mark, there in drawn.items() if there]
+
+
+def draw_gain(axis: Axes, rows: Sequence[Row], theme: Theme, *, epsilon: float, confidence: float) -> None:
+    """:func:`draw_sureness`, with its marks and its newest value in words."""
+    drawn = draw_sureness(axis, rows, theme, epsilon=epsilon, confidence=confidence)
+    meaning = {"grey": "not identifiable", "crosses": "vetoed", "green": "counts for a stop"}
+    told = [f"{mark}: {meaning[mark]}" for mark in drawn]
+    sure = series(rows, "p_gain_below_eps")
     box = {"facecolor": theme.paper, "alpha": 0.85, "lw": 0, "pad": 1.5}
     hides = bool((sure[-max(1, sure.size // 2) :] < _LOW).any())  # the line, were it told at the foot
     height, side = (0.68, "top") if hides else (0.04, "bottom")
     note(axis, (0.99, height), "\n".join(told), color=theme.muted, ha="right", va=side, bbox=box, zorder=9)
-    axis.plot(steps[-1:], sure[-1:], "o", ms=6, color=theme.forecast, mec=theme.paper, mew=1.2, zorder=8)
     words = f"P(gain left < {epsilon:g}) is {percent(float(sure[-1]))}; {percent(confidence)} stops"
     title(axis, words, theme)
 

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
-from grpo_fast.report.belief_plots import ahead_of, counts_for_stop, has_alarm, has_beliefs, plot_alarm, plot_beliefs
+from grpo_fast.report.belief_plots import ahead_of, draw_sureness, has_alarm, has_beliefs, plot_alarm, plot_beliefs
 from grpo_fast.report.costs import plot_compute
 from grpo_fast.report.run import Run, as_number, smoothed
 from grpo_fast.report.theme import (
@@ -279,32 +279,19 @@ def plot_stop(run: Run, theme: Theme = LIGHT) -> Figure:
 
 
 def _draw_gain(axis: Axes, run: Run, theme: Theme) -> None:
-    steps, sure = run.forecast_series("step"), run.forecast_series("p_gain_below_eps")
-    axis.set_ylim(-0.03, 1.09)
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value)))
+    drawn = draw_sureness(axis, run.forecasts, theme, epsilon=run.epsilon, confidence=run.confidence)
     axis.set_ylabel(f"P(gain left < {run.epsilon:g})", fontsize=9, color=theme.muted)
-    axis.axhline(run.confidence, color=theme.ink, lw=1.0, ls=(0, (4, 3)), zorder=3)
     right = run.last_step < (0.45 if theme.narrow else 0.7) * view_end(run)
     place, words = (0.995 if right else 0.005, run.confidence), f"enough to stop: {percent(run.confidence)}"
     side = {"va": "bottom", "ha": "right" if right else "left", "transform": axis.get_yaxis_transform()}
     note(axis, place, words, color=theme.ink, **side)
-    if not steps.size:
+    if not run.forecasts:
         note(axis, (0.5, 0.5), "no forecast was made", color=theme.muted, ha="center", va="center")
         return
-    known = np.array([bool(row.get("identifiable", True)) for row in run.forecasts])
-    if not known.all():
-        grey = np.where(known & np.roll(known, 1), np.nan, sure)
-        axis.plot(steps, grey, color=theme.muted, alpha=0.7, lw=1.6, label="while not identifiable", zorder=4)
-    if known.any():
-        axis.plot(steps, np.where(known, sure, np.nan), color=theme.forecast, lw=1.8, label="identifiable", zorder=5)
-    axis.plot(steps[-1:], sure[-1:], "o", ms=6, color=theme.forecast, mec=theme.paper, mew=1.2, zorder=8)
-    counted = counts_for_stop(run.forecasts, epsilon=run.epsilon, confidence=run.confidence)
-    if counted.any():
-        bar = np.where(counted, 1.045, np.nan)
-        axis.plot(steps, bar, color=theme.held_out, lw=4.0, solid_capstyle="butt", label="counts for a stop", zorder=6)
-    if counted.any() or not known.all():
+    if drawn:
         key(axis, theme)
-    _tell_end(axis, run, theme, at=0.42, words=f"{end_words(run)}\n{percent(float(sure[-1]))} sure at step {run.last_step}")
+    sure = float(run.forecast_series("p_gain_below_eps")[-1])
+    _tell_end(axis, run, theme, at=0.42, words=f"{end_words(run)}\n{percent(sure)} sure at step {run.last_step}")
 
 
 def plot_health(run: Run, theme: Theme = LIGHT) -> Figure:

@@ -174,7 +174,7 @@ class Run:
 
     def forecast_series(self, name: str) -> Array:
         """(m,) one value a forecast, NaN where it is unknown."""
-        return np.array([as_number(row.get(name)) for row in self.forecasts], dtype=np.float64)
+        return series(self.forecasts, name)
 
     def seconds_by_phase(self) -> dict[str, float]:
         """Seconds of wall-clock time of each phase that took any."""
@@ -211,6 +211,11 @@ def smoothed(values: Array, *, width: float | None = None) -> Array:
 def _positive(values: Mapping[str, Any], prefix: str) -> dict[str, float]:
     numbers = {name.removeprefix(prefix): as_number(value) for name, value in values.items()}
     return {name: value for name, value in numbers.items() if value > 0}
+
+
+def series(rows: Sequence[Mapping[str, object]], name: str) -> Array:
+    """(m,) one value a row, NaN where it is unknown."""
+    return np.array([as_number(row.get(name)) for row in rows], dtype=np.float64)
 
 
 def as_number(value: object) -> float:

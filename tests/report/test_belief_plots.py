@@ -23,7 +23,6 @@ from grpo_fast.report.belief_plots import (
     has_beliefs,
     plot_alarm,
     plot_beliefs,
-    series,
 )
 from grpo_fast.report.run import Run
 from grpo_fast.report.theme import DARK, LIGHT, grid
@@ -58,9 +57,7 @@ def words_of(axis: Axes) -> list[str]:
     return [axis.get_title(loc="left"), *(text.get_text() for text in axis.texts)]
 
 
-def test_series_and_bands() -> None:
-    assert series(ROWS, "step").tolist() == list(range(1, 41))
-    assert np.isnan(series([{"x80": None}], "x80")).all()
+def test_bands() -> None:
     assert [values.tolist() for values in band_of(ROWS[0])][1] == [0.1, 0.4, 0.5]
 
 

@@ -140,6 +140,15 @@ def test_the_stop_shows_probability_threshold_and_moment(make_run: MakeRun) -> N
     assert "sure at step 168" in _texts(lower)
 
 
+def test_the_stop_marks_what_counts_and_what_was_vetoed(make_run: MakeRun) -> None:
+    run = Run.load(make_run(steps=168))
+    sure = [dict(row, p_gain_below_eps=0.99, expected_gain=0.0) for row in run.forecasts]
+    lower = plot_stop(dataclasses.replace(run, forecasts=[*sure[:-1], sure[-1] | {"veto": "rising slope"}])).axes[1]
+    told = [text.get_text() for text in lower.get_legend().get_texts()]
+    assert told == ["while not identifiable", "identifiable", "vetoed", "counts for a stop"]
+    assert _line(lower, LIGHT.ink, marker="x")[:, 0].tolist() == [sure[-1]["step"]]
+
+
 def test_health_shows_what_was_logged(make_run: MakeRun) -> None:
     def titles(run: Run) -> list[str]:
         return [axis.get_title(loc="left") for axis in plot_health(run).axes if axis.get_visible()]

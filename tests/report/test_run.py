@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from grpo_fast.report.run import Run, RunError, smoothed
+from grpo_fast.report.run import Run, RunError, series, smoothed
 
 MakeRun = Callable[..., Path]
 
@@ -25,6 +25,11 @@ def test_a_finished_run_comes_back_as_arrays(make_run: MakeRun) -> None:
     assert np.isnan(run.metric("kl")).all()
     assert np.isnan(run.last("kl"))
     assert run.problems == ()
+
+
+def test_values_of_rows_that_may_not_have_them() -> None:
+    assert series([{"x80": 3}, {"x80": 4.5}], "x80").tolist() == [3.0, 4.5]
+    assert np.isnan(series([{"x80": None}, {}], "x80")).all()
 
 
 def test_a_killed_run_loses_only_its_half_line(make_run: MakeRun) -> None:
