@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from grpo_fast.integrations.logs.log_columns import underscored
-from grpo_fast.integrations.logs.raw_log import (
-    RUN_COLUMNS,
-    SEED_COLUMNS,
-    SPLIT_COLUMNS,
-    Names,
-    RawLog,
-    counted,
-    runs_by_seed,
-)
+from grpo_fast.integrations.logs.raw_log import SEED_COLUMNS, Names, RawLog, RowWords, counted
 
 _NOT_NUMBERS = ("nan", "null", "none", "-nan")
 _POINT = 3
@@ -58,12 +50,10 @@ def _list(found: list[Any], names: Names) -> RawLog:
 def _with_words(rows: list[dict[str, float]], source: str, found: list[Any]) -> RawLog:
     """Rows with the words that tell them apart, where the first has such columns."""
     mappings = [row for row in found if isinstance(row, dict)]
-    first = mappings[0] if mappings else {}
-    runs, seeds, splits = (
-        None if name is None else [str(row.get(name, "")) for row in mappings]
-        for name in (_column(first, RUN_COLUMNS), _column(first, SEED_COLUMNS, kind=int), _column(first, SPLIT_COLUMNS))
-    )
-    return RawLog(rows, source, _planned(rows), runs=runs_by_seed(runs, seeds), splits=splits)
+    words = _words_like(mappings[0] if mappings else {})
+    for row in mappings:
+        words.add(_word_in(row))
+    return RawLog(rows, source, _planned(rows), runs=words.runs, splits=words.splits)
 
 
 def read_json_lines(text: str, names: Names) -> RawLog | None:
@@ -72,28 +62,19 @@ def read_json_lines(text: str, names: Names) -> RawLog | None:
     if sum(line.lstrip().startswith("{") for line in lines) <= len(lines) / 2:
         return None
     rows: list[dict[str, float]] = []
-    runs: list[str] = []
-    seeds: list[str] = []
-    splits: list[str] = []
-    bad, verl, run, seed, split = 0, True, None, None, None
+    words = _words_like({})
+    bad, verl = 0, True
     for number, line in enumerate(lines, 1):
         try:
             found = json.loads(line)
         except ValueError:
             found = None
         if isinstance(found, dict):
-            if not rows:
-                run, split = _column(found, RUN_COLUMNS), _column(found, SPLIT_COLUMNS)
-                seed = _column(found, SEED_COLUMNS, kind=int)
+            words = words if rows else _words_like(found)
             row: dict[str, float] = {}
             _flatten(found, "", row, names=names)
             rows.append(row)
-            if run is not None:
-                runs.append(str(found.get(run, runs[-1] if runs else "")))
-            if seed is not None:
-                seeds.append(str(found.get(seed, seeds[-1] if seeds else "")))
-            if split is not None:
-                splits.append(str(found.get(split, "")))
+            words.add(_word_in(found))
             verl = verl and isinstance(found.get("data"), dict)
         elif number < len(lines):
             bad += 1
@@ -101,18 +82,25 @@ def read_json_lines(text: str, names: Names) -> RawLog | None:
         return None
     notes = [f"{bad} of {counted(len(lines), 'line', 'is|are')} no JSON objects and were left out"] if bad else []
     source = "verl JSON lines" if verl else "JSON lines"
-    return RawLog(
-        rows, source, _planned(rows), notes=notes, runs=runs_by_seed(runs or None, seeds or None), splits=splits or None
-    )
+    return RawLog(rows, source, _planned(rows), notes=notes, runs=words.runs, splits=words.splits)
 
 
 def _values(column: Any) -> Iterable[Any]:
     return column.values() if isinstance(column, dict) else column
 
 
-def _column(row: dict[str, Any], known: tuple[str, ...], *, kind: type = str) -> str | None:
-    """The first column of those names whose value is a word, or of another kind."""
-    return next((name for name, value in row.items() if underscored(name) in known and isinstance(value, kind)), None)
+def _words_like(first: dict[str, Any]) -> RowWords[str]:
+    """Columns as in the first row: names whose value is a word, or a whole number for a seed."""
+
+    def find(known: tuple[str, ...]) -> str | None:
+        kind = int if known is SEED_COLUMNS else str
+        return next((name for name, value in first.items() if underscored(name) in known and isinstance(value, kind)), None)
+
+    return RowWords(find)
+
+
+def _word_in(row: dict[str, Any]) -> Callable[[str], str | None]:
+    return lambda column: str(row[column]) if column in row else None
 
 
 def _planned(rows: list[dict[str, float]]) -> int | None:

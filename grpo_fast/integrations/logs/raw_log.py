@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from grpo_fast.integrations.logs.log_columns import may_matter
+
+_Column = TypeVar("_Column", int, str)
+_SPLIT = 2
 
 
 class LogError(ValueError):
@@ -97,6 +100,42 @@ SEED_COLUMNS = ("seed",)
 """Columns that do so too, beside those or alone, unless they change all the time."""
 SPLIT_COLUMNS = ("split", "mode", "phase", "stage", "partition", "subset")
 """Columns that tell rows of training from those of an evaluation, in small letters."""
+
+
+class RowWords(Generic[_Column]):
+    """The words that tell the rows of a log apart: by their run, its seed, and what they were measured on.
+
+    Args:
+        find: gives the column that has one of some names, or None.
+    """
+
+    def __init__(self, find: Callable[[tuple[str, ...]], _Column | None]) -> None:
+        columns = [find(known) for known in (RUN_COLUMNS, SEED_COLUMNS, SPLIT_COLUMNS)]
+        self._found: list[tuple[_Column, list[str]] | None] = [None if column is None else (column, []) for column in columns]
+
+    def add(self, word_of: Callable[[_Column], str | None]) -> None:
+        """Takes a row; one without a word (None) belongs to the run and seed of the row before it."""
+        for place, found in enumerate(self._found):
+            if found is not None:
+                column, words = found
+                word = word_of(column)
+                before = words[-1] if words and place < _SPLIT else ""
+                words.append(before if word is None else word)
+
+    @property
+    def runs(self) -> list[str] | None:
+        """:func:`runs_by_seed` of the rows."""
+        runs, seeds, _ = self._words
+        return runs_by_seed(runs, seeds)
+
+    @property
+    def splits(self) -> list[str] | None:
+        """What each row was measured on, where the log has such a column."""
+        return self._words[_SPLIT]
+
+    @property
+    def _words(self) -> list[list[str] | None]:
+        return [None if found is None else found[1] for found in self._found]
 
 
 def runs_by_seed(runs: list[str] | None, seeds: list[str] | None) -> list[str] | None:

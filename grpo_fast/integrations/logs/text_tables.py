@@ -10,15 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from grpo_fast.integrations.logs.log_columns import underscored
-from grpo_fast.integrations.logs.raw_log import (
-    RUN_COLUMNS,
-    SEED_COLUMNS,
-    SPLIT_COLUMNS,
-    Names,
-    RawLog,
-    counted,
-    runs_by_seed,
-)
+from grpo_fast.integrations.logs.raw_log import Names, RawLog, RowWords, counted
 
 _SAMPLE = 500
 _THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2}(?:,\d{3})+(?:\.\d*)?")
@@ -80,7 +72,7 @@ def read_table(text: str, names: Names) -> RawLog | None:
     if not header or not any(math.isfinite(cells.number(cell)) for row in sample for cell in row):
         return None
     header = _told_apart(header, notes)
-    rows, runs, splits = _rows(itertools.chain(sample, table), header, cells, names=names)
+    rows, words = _rows(itertools.chain(sample, table), header, cells, names=names)
     if cells.percent:
         notes.append("values with a percent sign are read as hundredths: 50 % is 0.5")
     if cells.decimal_comma:
@@ -88,7 +80,7 @@ def read_table(text: str, names: Names) -> RawLog | None:
     if cells.thousands:
         notes.append("thousands separators were removed from numbers")
     reward = next((name for name in header if name.lower() == "value"), None) if _is_tensorboard(header) else None
-    return RawLog(rows, _source(header), reward_column=reward, notes=notes, runs=runs, splits=splits)
+    return RawLog(rows, _source(header), reward_column=reward, notes=notes, runs=words.runs, splits=words.splits)
 
 
 def is_header_alone(text: str) -> bool:
@@ -99,17 +91,15 @@ def is_header_alone(text: str) -> bool:
 
 def _rows(
     table: Iterator[list[str]], header: list[str], cells: _Cells, *, names: Names
-) -> tuple[list[dict[str, float]], list[str] | None, list[str] | None]:
-    """Rows of numbers, and the words of the columns that tell runs and splits apart, where there are such columns."""
+) -> tuple[list[dict[str, float]], RowWords[int]]:
+    """Rows of numbers, and the words that tell them apart."""
     read = [(place, name) for place, name in enumerate(header) if names.keeps(name)]
-    run, seed, split = (
-        next((place for place, name in enumerate(header) if underscored(name) in known), None)
-        for known in (RUN_COLUMNS, SEED_COLUMNS, SPLIT_COLUMNS)
-    )
+
+    def find(known: tuple[str, ...]) -> int | None:
+        return next((place for place, name in enumerate(header) if underscored(name) in known), None)
+
+    words: RowWords[int] = RowWords(find)
     rows: list[dict[str, float]] = []
-    runs: list[str] = []
-    seeds: list[str] = []
-    splits: list[str] = []
     for line in table:
         row: dict[str, float] = {}
         for place, name in read:
@@ -119,10 +109,8 @@ def _rows(
                 if value == value or cell.strip().lower() in _MISSING:  # noqa: PLR0124 (not NaN, and fast)
                     row[name] = value
         rows.append(row)
-        for words, column in ((runs, run), (seeds, seed), (splits, split)):
-            if column is not None:
-                words.append(line[column].strip() if column < len(line) else "")
-    return rows, runs_by_seed(runs or None, seeds or None), splits or None
+        words.add(lambda column, line=line: line[column].strip() if column < len(line) else "")  # type: ignore[misc]
+    return rows, words
 
 
 def _splitter(sample: list[str]) -> Callable[[list[str]], Iterator[list[str]]] | None:

@@ -59,7 +59,8 @@ def test_runs_are_told_apart() -> None:
     rows = [{"run_id": "a", **ROWS[0]}, {"run_id": "b", **ROWS[0]}]
     assert read(lines(*rows)).runs == ["a", "b"]
     assert read(json.dumps(rows)).runs == ["a", "b"]
-    assert read(lines(rows[0], ROWS[1])).runs == ["a", "a"], "a row without a name belongs to the run before it"
+    for text in (lines(rows[0], ROWS[1]), json.dumps([rows[0], ROWS[1]])):
+        assert read(text).runs == ["a", "a"], "a row without a name belongs to the run before it"
     assert read(lines(*ROWS)).runs is None
 
 
