@@ -82,7 +82,7 @@ class GRPOTrainer:
         collector = Collector(config, parts.sampler, stream=parts.stream, rewards=parts.rewards)
         self._rollouts = Rollouts(config, collector, world=world)
         self._progress = progress_schedule(config)
-        self._timer, self._interrupt, self._in_step = PhaseTimer(), InterruptFlag(), InStep(world)
+        self._timer, self._interrupt, self._in_step = PhaseTimer(), InterruptFlag(tells=world.is_main), InStep(world)
         self._pending: Collected | None = None
         self._stream_state = parts.stream.state_dict()
         self._recent_rewards: list[float] = []

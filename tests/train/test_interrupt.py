@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -101,3 +103,46 @@ def test_outside_the_main_thread_signals_keep_their_meaning() -> None:
     thread.start()
     thread.join()
     assert seen == [False, before]
+
+
+@pytest.mark.parametrize(("number", "again"), [(signal.SIGINT, "Ctrl-C again"), (signal.SIGTERM, "a second signal")])
+def test_the_first_signal_is_answered_at_once(number: signal.Signals, again: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with InterruptFlag(), InterruptFlag(tells=False):
+        pass
+    assert "tells of a signal" not in {thread.name for thread in threading.enumerate()}
+    with InterruptFlag() as flag:
+        os.kill(os.getpid(), number)
+        told, until = "", time.monotonic() + 20
+        while not told and time.monotonic() < until:
+            told += capfd.readouterr().err
+        assert flag
+        assert told.startswith(f"{number.name} received: what is under way is finished and saved first; {again} ends the run")
+        assert told.count("\n") == 1
+    assert not any(thread.name == "tells of a signal" for thread in threading.enumerate())
+
+
+def test_a_process_that_does_not_answer_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
+    with InterruptFlag(tells=False) as flag:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.001)
+        assert flag
+    assert capfd.readouterr().err == ""
+
+
+def test_a_handler_of_another_language_stays() -> None:
+    code = """
+import ctypes, os, signal, sys
+seen = []
+handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(seen.append)
+ctypes.CDLL(None).signal(int(signal.SIGTERM), handler)
+del sys.modules["_signal"]
+import _signal  # learns of handlers as a Python does that a program of another language has begun
+from grpo_fast.train.interrupt import InterruptFlag
+with InterruptFlag() as flag:
+    os.kill(os.getpid(), signal.SIGTERM)
+os.kill(os.getpid(), signal.SIGTERM)
+print(seen, flag.name)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[15, 15] \n"
+    assert "SIGTERM does not save the run: its handler is not Python's and could not be put back; use another of" in done.stderr

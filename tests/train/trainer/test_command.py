@@ -97,6 +97,7 @@ def test_ctrl_c_once_saves_and_twice_ends_at_once(
     code = shell.run(*options, until=lambda: not pause.exists(), signals=signals)
     told = shell.log()
     assert "Traceback" not in told
+    assert f"{signals[0].name} received: what is under way is finished and saved first" in told
     assert code == 128 + signals[0], "a restart loop goes on until it is 0"
     if times == 1:
         assert json.loads((run / "summary.json").read_text(encoding="utf-8"))["signal"] == signals[0].name
