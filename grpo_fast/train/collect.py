@@ -267,6 +267,8 @@ def describe(
 ) -> dict[str, float]:
     """Reward and length statistics under TRL's names; rewards over the completions that have one.
 
+    A group with fewer than two rewards carries no gradient, and so is in ``frac_reward_zero_std``, as it is not in TRL's.
+
     Args:
         groups: with rewards.
         least_reward: what a completion gets that earns nothing; ``frac_reward_all_wrong`` is the share of groups without a
