@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -112,9 +113,9 @@ class SinkSet:
             sink.start(info)
 
     def log_step(self, metrics: Mapping[str, float], forecast: Mapping[str, Any] | None = None) -> None:
-        """Hands a step to all."""
+        """Hands a step to all: a copy to each, which it may alter."""
         self._step = int(metrics.get("step", self._step))
-        self._hand(lambda sink: sink.log_step(metrics, forecast))
+        self._hand(lambda sink: sink.log_step(dict(metrics), deepcopy(forecast)))
 
     def log_event(self, step: int, event: str, message: str) -> None:
         """Hands an event to all."""
@@ -122,8 +123,8 @@ class SinkSet:
         self._hand(lambda sink: sink.log_event(step, event, message))
 
     def log_completions(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Hands completions to all."""
-        self._hand(lambda sink: sink.log_completions(rows))
+        """Hands completions to all: a copy of each row to each."""
+        self._hand(lambda sink: sink.log_completions([dict(row) for row in rows]))
 
     def ask(self, question: str, answers: Mapping[str, str], *, give_up: Callable[[], bool]) -> str | None:
         """The answer of the first sink that has somebody to ask; see :class:`Asks`."""

@@ -47,6 +47,27 @@ def test_a_set_hands_everything_to_all_in_order(tmp_path: Path) -> None:
     assert [sink.name for sink in sinks] == ["a", "b"]  # type: ignore[attr-defined]
 
 
+def test_what_a_sink_does_to_what_it_gets_reaches_no_other() -> None:
+    class Rounds(_Recorder):
+        def log_step(self, metrics: Any, forecast: Any = None) -> None:
+            self.calls.append(f"{metrics} {forecast}")
+            metrics["reward"] = round(metrics["reward"])
+            metrics.pop("step")
+            forecast["band"]["low"].clear()
+
+        def log_completions(self, rows: Any) -> None:
+            self.calls.append(f"{rows}")
+            rows.pop()["reward"] = None
+
+    calls: list[str] = []
+    metrics, forecast, rows = {"step": 3, "reward": 0.4}, {"band": {"low": [0.1]}}, [{"reward": 0.5}]
+    sinks = SinkSet([Rounds("a", calls), Rounds("b", calls)])
+    sinks.log_step(metrics, forecast)
+    sinks.log_completions(rows)
+    assert calls == [f"{metrics} {forecast}"] * 2 + [f"{rows}"] * 2
+    assert (metrics, forecast, rows) == ({"step": 3, "reward": 0.4}, {"band": {"low": [0.1]}}, [{"reward": 0.5}])
+
+
 def test_all_are_closed_where_one_fails(caplog: pytest.LogCaptureFixture) -> None:
     calls: list[str] = []
     sinks = [_Recorder("a", calls), _Recorder("b", calls, fails_to=("close",)), _Recorder("c", calls)]
