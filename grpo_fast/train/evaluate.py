@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 
 from grpo_fast.config import Config
 from grpo_fast.metrics import PhaseTimer, mean_known
-from grpo_fast.rewards import RewardReport
 from grpo_fast.train.collect import charge_rollout, sampling_params, trainer_state
 from grpo_fast.train.episodes import Sampler
 from grpo_fast.train.logged import named_apart
@@ -18,8 +18,11 @@ from grpo_fast.train.parts import Parts
 from grpo_fast.train.rng import derive_seed
 from grpo_fast.types import Group, Prompt, TrainerState
 
+Tell: TypeAlias = Callable[[str, str], None]
+"""Takes an event's name and its words."""
 
-def evaluate(config: Config, parts: Parts, state: TrainerState | None = None) -> dict[str, float]:
+
+def evaluate(config: Config, parts: Parts, state: TrainerState | None = None, *, tell: Tell) -> dict[str, float]:
     """Answers the held-out prompts, by default once each and greedily, and measures the rewards.
 
     The same draws are made each time, so that what changes is the policy's doing.
@@ -28,6 +31,7 @@ def evaluate(config: Config, parts: Parts, state: TrainerState | None = None) ->
         config: the run's configuration.
         parts: engine, held-out prompts and the evaluation's reward pool.
         state: how far the run is, for reward functions that ask; without one, nothing is done yet.
+        tell: takes a warning for each call that failed and was only counted.
 
     Returns:
         ``eval_reward``, the mean over the answers; NaN where none has a reward. Of several reward functions it is that of their
@@ -37,7 +41,8 @@ def evaluate(config: Config, parts: Parts, state: TrainerState | None = None) ->
         return {"eval_reward": math.nan}
     groups = answers(config, parts.sampler, parts.eval_prompts, state)
     report = parts.eval_rewards.score(groups, state)
-    _tell(parts, report, step=0 if state is None else state.global_step)
+    for problem in report.problems:
+        tell("warn", problem)
     each = {f"eval_rewards/{name}/mean": mean for name, mean in report.mean.items()} if len(report.mean) > 1 else {}
     own = {"eval_reward": mean_known(value for group in groups for value in group.reward)} | each
     names = [name.removeprefix("eval_") for name in own]
@@ -52,12 +57,6 @@ def answers(config: Config, sampler: Sampler, prompts: Sequence[Prompt], state: 
         sampling = replace(sampling_params(config), temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)
     seed = derive_seed(config.seed, 0, 1)  # the probe has (0, 0), and training its steps from 1 on
     return sampler.sample(prompts, sampling, num_generations=config.num_generations_eval, seed=seed, state=state)
-
-
-def _tell(parts: Parts, report: RewardReport, *, step: int) -> None:
-    """Tells of each call that failed and was only counted."""
-    for problem in report.problems:
-        parts.sinks.log_event(step, "warn", problem)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +79,7 @@ class Baseline:
         return "probe", f"reward before training: {self.reward:.3f} over {self.num_prompts} prompts"
 
 
-def probe(config: Config, parts: Parts, timer: PhaseTimer) -> Baseline:
+def probe(config: Config, parts: Parts, timer: PhaseTimer, *, tell: Tell) -> Baseline:
     """Asks ``baseline_probe`` training prompts, sampled as in training, and charges the meter for it.
 
     The prompts are drawn apart from the stream that training reads, so a run is the same with and without a probe.
@@ -89,6 +88,7 @@ def probe(config: Config, parts: Parts, timer: PhaseTimer) -> Baseline:
         config: the run's configuration.
         parts: engine, prompts, rewards and meter.
         timer: charged with ``rollout`` and ``reward``.
+        tell: takes a warning for each call that failed and was only counted.
 
     Raises:
         RewardError: a reward function failed and ``reward_on_error`` is ``raise``.
@@ -101,7 +101,8 @@ def probe(config: Config, parts: Parts, timer: PhaseTimer) -> Baseline:
         groups = parts.sampler.sample(prompts, sampling_params(config), num_generations=1, seed=seed, state=state)
     with timer.phase("reward"):
         report = parts.rewards.score(groups, state)
-    _tell(parts, report, step=0)
+    for problem in report.problems:
+        tell("warn", problem)
     charge_rollout(parts.meter, groups)
     rewards = np.array([value for group in groups for value in group.reward], dtype=np.float64)
     known = rewards[np.isfinite(rewards)]

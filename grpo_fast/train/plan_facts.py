@@ -330,10 +330,15 @@ class _Steps:
 
 
 def _measured(config: Config, inputs: PlanInputs, parts: Parts) -> PlanFacts:
-    timer = PhaseTimer()
-    baseline = probe(config, parts, timer)
+    timer, failed = PhaseTimer(), list[str]()
+
+    def tell(event: str, message: str) -> None:
+        if event == "warn":
+            failed.append(message)
+
+    baseline = probe(config, parts, timer, tell=tell)
     timer.lap()
-    held_out = evaluate(config, parts)["eval_reward"] if config.eval_steps else math.nan
+    held_out = evaluate(config, parts, tell=tell)["eval_reward"] if config.eval_steps else math.nan
     evaluation_s = sum(timer.lap().values()) / config.eval_steps if config.eval_steps else 0.0
     steps = _two_steps(config, parts, timer)
     work = _work(config, parts.meter.shape, parts.prompts.mean_length)
@@ -345,7 +350,7 @@ def _measured(config: Config, inputs: PlanInputs, parts: Parts) -> PlanFacts:
         f"completions of the untrained policy have {steps.mean_length:.1f} tokens on average, for which memory is predicted; "
         f"training may make them up to {_DRIFT:g} times longer or shorter"
     )
-    notes = [timed_steps, lengths]
+    notes = [timed_steps, lengths, *dict.fromkeys(failed)]
     start = None if math.isnan(baseline.reward) else baseline.reward
     if start is None:
         notes.append("no answer of the probe has a reward, so the start reward stays unknown")

@@ -200,7 +200,7 @@ class GRPOTrainer:
             self._pending.charge(self._parts.meter)
             self._stream_state = self._pending.stream
             for problem in self._pending.problems:
-                self._event("warn", problem)
+                self._tell("warn", problem)
         self._oversight.within_range(self._pending.metrics["reward"], f"step {self.global_step + 1}")
 
     def _learn(self) -> StepResult:
@@ -247,7 +247,8 @@ class GRPOTrainer:
         return self._evaluate()["eval_reward"]
 
     def _evaluate(self) -> dict[str, float]:
-        metrics = evaluate(self.config, self._parts, trainer_state(self.config, self.global_step, self._stream_state))
+        state = trainer_state(self.config, self.global_step, self._stream_state)
+        metrics = evaluate(self.config, self._parts, state, tell=self._tell)
         if not self.global_step:
             self._evals["first"] = metrics["eval_reward"]
         self._evals |= {"last": metrics["eval_reward"], "step": self.global_step}
@@ -322,10 +323,14 @@ class GRPOTrainer:
 
     def _open(self) -> None:
         """Starts the sinks."""
-        if not self._opened:
-            self._world.once(lambda: self._parts.open(self.global_step))
-            self._opened = True
+
+        def begin() -> None:
+            self._parts.open(self.global_step)
             self._event("resume" if self.global_step else "start", self._parts.describe(self.global_step))
+
+        if not self._opened:
+            self._world.once(begin)
+            self._opened = True
 
     def _measure_start(self) -> None:
         """Probes the untrained policy once, and evaluates it where evaluation is on."""
@@ -336,15 +341,15 @@ class GRPOTrainer:
         self._world.once(lambda: self._parts.record.save_facts(asdict(self._oversight.predictor.facts)))
         if self.config.eval_steps and "first" not in self._evals:
             metrics = self._evaluate()
-            self._parts.sinks.log_step({"step": 0, "progress": 0.0} | metrics, None)
-            self._event("eval", f"held-out reward before training: {metrics['eval_reward']:.3f}")
+            self._world.once(lambda: self._parts.sinks.log_step({"step": 0, "progress": 0.0} | metrics, None))
+            self._tell("eval", f"held-out reward before training: {metrics['eval_reward']:.3f}")
 
     def _probe(self) -> None:
         """Measures where the untrained policy stands, for the forecast to begin from."""
-        baseline = probe(self.config, self._parts, self._timer)
+        baseline = probe(self.config, self._parts, self._timer, tell=self._tell)
         self._evals["baseline"] = self._oversight.within_range(baseline.reward, "the untrained policy")
         self._oversight.start_from(self._evals["baseline"], baseline.error)
-        self._event(*baseline.event)
+        self._tell(*baseline.event)
 
     def _finish(self, ending: Ending) -> None:
         """Saves what is not saved, writes the summary and tells why the run ended; not where no step was ever rewarded."""
@@ -444,6 +449,10 @@ class GRPOTrainer:
 
     def _smoothed_reward(self) -> float:
         return mean_known(self._recent_rewards)
+
+    def _tell(self, event: str, message: str) -> None:
+        """:meth:`_event` where all ranks are: if rank 0 cannot write it, the run ends on every one."""
+        self._world.once(lambda: self._event(event, message))
 
     def _event(self, event: str, message: str) -> None:
         self._parts.sinks.log_event(self.global_step, event, message)

@@ -10,10 +10,23 @@ from grpo_fast.config import Config
 from grpo_fast.metrics import PhaseTimer
 from grpo_fast.rollout.engine import SamplingParams
 from grpo_fast.tasks.task import Task
-from grpo_fast.train.evaluate import evaluate, probe
+from grpo_fast.train import evaluate as of_policies
 from grpo_fast.train.parts import Parts, build_parts
 from grpo_fast.train.rng import derive_seed
 from grpo_fast.types import TrainerState
+
+
+def evaluate(config: Config, parts: Parts, state: TrainerState | None = None) -> dict[str, float]:
+    """Where every reward call succeeds."""
+    return of_policies.evaluate(config, parts, state, tell=_nothing)
+
+
+def probe(config: Config, parts: Parts, timer: PhaseTimer) -> of_policies.Baseline:
+    return of_policies.probe(config, parts, timer, tell=_nothing)
+
+
+def _nothing(event: str, message: str) -> None:
+    pytest.fail(f"{event}: {message}")
 
 
 @pytest.fixture
@@ -21,9 +34,11 @@ def build(tiny_config: Callable[..., Config], letters: Task) -> Iterator[Callabl
     opened: list[Parts] = []
 
     def make(rows: list[dict[str, Any]] | None = None, **settings: Any) -> tuple[Config, Parts]:
+        functions = settings.pop("reward_funcs_of_task", None)
         config = tiny_config(output_dir=settings.pop("output_dir", "unused"), **settings)
         held_out = letters.eval if rows is None else rows
-        task = Task("letters", letters.train, held_out, letters.reward_funcs, letters.eval_reward)
+        measure = letters.eval_reward if functions is None else None
+        task = Task("letters", letters.train, held_out, functions or letters.reward_funcs, measure)
         opened.append(build_parts(config, {"task": task}, resume=False))
         return config, opened[-1]
 
@@ -183,3 +198,16 @@ def test_a_probe_is_scored_by_the_training_rewards(build: Callable[..., tuple[Co
     found = probe(config, parts, PhaseTimer())
     assert found.num_prompts == len(parts.prompts) == len(groups)
     assert found.reward == pytest.approx(sum(group.reward[0] for group in groups) / len(groups))
+
+
+def test_calls_that_failed_are_told(build: Callable[..., tuple[Config, Parts]]) -> None:
+    def fails(completions: list[str], **columns: object) -> list[float]:
+        raise ValueError("the judge is gone")
+
+    config, parts = build(reward_on_error="none", reward_funcs_of_task=[fails])
+    told: list[tuple[str, str]] = []
+    assert math.isnan(of_policies.evaluate(config, parts, tell=lambda *words: told.append(words))["eval_reward"])
+    assert math.isnan(of_policies.probe(config, parts, PhaseTimer(), tell=lambda *words: told.append(words)).reward)
+    assert {event for event, _ in told} == {"warn"}
+    assert len(told) == 2
+    assert all("the judge is gone" in message for _, message in told)

@@ -46,7 +46,7 @@ def test_no_rank_waits_for_one_that_does_something_else(tiny_model: Path, tmp_pa
     told = "TrainingError: after step 4 the ranks are not in step: rank 0 goes on with the loop, rank 1 calls evaluate(). "
     assert all(rank["evaluates_alone"]["error"].startswith(told) for rank in (first, second))
 
-    for each in (first["cannot_log"], second["cannot_log"]):
+    for each in (rank[name] for rank in (first, second) for name in ("cannot_log", "cannot_warn", "cannot_warn_of_evaluation")):
         assert each["steps"] == [1, 2]
         assert each["error"].startswith("OSError: [Errno 27] cannot write")
 

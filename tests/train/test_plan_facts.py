@@ -153,3 +153,12 @@ def test_a_probe_measures_and_leaves_nothing_behind(tmp_path: Path, monkeypatch:
         known.completion_tokens,
         known.trained_share,
     ), "the probe does not train: equal questions get equal answers"
+
+
+def test_a_probe_tells_of_rewards_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "def judge(completions, **columns):\n    raise ValueError('the judge is gone')\n"
+    (tmp_path / "a_failing_judge.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    failing = {"reward_funcs": ("a_failing_judge:judge",), "reward_on_error": "none", "reward_range": (0.0, 1.0)}
+    known = gather(small(eval_steps=20, **failing), PlanInputs(probe=8))
+    assert sum("the judge is gone" in note for note in known.notes) == 1

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from grpo_fast.config import Config
 from grpo_fast.train import GRPOTrainer
 from grpo_fast.train.results import StepResult
+from grpo_fast.types import TrainerState
 from tests.train.distributed.rank_program import LETTERS, vowels
 
 Body = Callable[[GRPOTrainer, StepResult], bool | None]
@@ -47,23 +48,40 @@ def cannot_log(trainer: GRPOTrainer, step: StepResult) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
 
 
+def cannot_warn(trainer: GRPOTrainer, step: StepResult) -> None:
+    cannot_log(trainer, step)
+
+
+def cannot_warn_of_evaluation(trainer: GRPOTrainer, step: StepResult) -> None:
+    cannot_log(trainer, step)
+    if step.step == 2:
+        trainer.evaluate()
+
+
 def agrees(trainer: GRPOTrainer, step: StepResult) -> None:
     if step.step == 3:
         trainer.save()
         trainer.evaluate()
 
 
+def vowels_at_first(completions: list[str], trainer_state: TrainerState, **columns: object) -> list[float]:
+    if trainer_state.global_step == 2:
+        raise ValueError("the judge is gone")
+    return vowels(completions, **columns)
+
+
+WARN = (cannot_warn, cannot_warn_of_evaluation)
 BODIES: dict[str, Body] = {
-    body.__name__: body for body in (leaves, leaves_at_the_end, fails, saves_alone, evaluates_alone, cannot_log, agrees)
+    body.__name__: body for body in (leaves, leaves_at_the_end, fails, saves_alone, evaluates_alone, cannot_log, *WARN, agrees)
 }
 
 
 def play(values: dict[str, Any], body: Body, *, again: bool = False) -> dict[str, Any]:
     """What a rank does with the loop, and what comes of it; ``again``, it then goes on with the run."""
     found: dict[str, Any] = {"steps": [], "error": None}
-    begin = time.monotonic()
+    begin, reward = time.monotonic(), vowels_at_first if body in WARN else vowels
     try:
-        with GRPOTrainer(Config.parse(values), task=LETTERS, reward_funcs=[vowels]) as trainer:
+        with GRPOTrainer(Config.parse(values), task=LETTERS, reward_funcs=[reward]) as trainer:
             for step in trainer.steps():
                 found["steps"].append(step.step)
                 if body(trainer, step):
@@ -80,7 +98,7 @@ def play(values: dict[str, Any], body: Body, *, again: bool = False) -> dict[str
 
 def main(cases: Path, output: Path) -> None:
     dist.init_process_group("gloo")
-    values = json.loads(cases.read_text(encoding="utf-8"))
+    values = json.loads(cases.read_text(encoding="utf-8")) | {"reward_on_error": "none"}
     found = {
         name: play(values | {"output_dir": str(output / name)}, body, again=body is leaves) for name, body in BODIES.items()
     }
