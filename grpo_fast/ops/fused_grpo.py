@@ -29,7 +29,15 @@ from grpo_fast.ops.dispatch import Impl, Implementation, resolve, triton_kernels
 from grpo_fast.ops.first_derivative import once_differentiable
 from grpo_fast.ops.head_pass import HeadPass, RowGradient, row_statistics
 from grpo_fast.ops.lm_head import LMHead, check_rows, check_targets, full_precision, head_options, row_chunks, working_dtype
-from grpo_fast.ops.loss_spec import LossBatch, LossSpec, PolicyCoefficients, PolicyMetrics, check_needs, check_shapes
+from grpo_fast.ops.loss_spec import (
+    LossBatch,
+    LossSpec,
+    PolicyCoefficients,
+    PolicyMetrics,
+    check_constants,
+    check_needs,
+    check_shapes,
+)
 from grpo_fast.ops.policy_loss import policy_coefficients, policy_loss_reference
 from grpo_fast.ops.sequence_weights import sequence_lengths
 from grpo_fast.ops.token_logprob import HEAD_PASSES, token_logprob_reference
@@ -282,14 +290,15 @@ def fused_grpo(
         sums, and detached log-probabilities and entropy of every row. With T = 0 the loss is a differentiable 0.
 
     Raises:
-        ValueError: shapes or devices that do not fit, an input that ``spec`` needs is missing, or, on the CPU, a target outside
-            the vocabulary.
+        ValueError: shapes or devices that do not fit, an input that ``spec`` needs is missing, one of the batch, which is
+            constant, requires a gradient, or, on the CPU, a target is outside the vocabulary.
         TypeError: targets are not int64, or ``head`` is a layer.
         RuntimeError: a second derivative is asked for.
     """
     check_rows(hidden, head, targets)
     check_targets(hidden, head, targets)
     check_shapes(hidden, batch)
+    check_constants(batch)
     check_needs(batch, spec, hidden)
     run = resolve("fused_grpo", _IMPLEMENTATIONS, impl=impl, like=hidden)
     return run(hidden, head, targets=targets, batch=batch, spec=spec)

@@ -267,6 +267,19 @@ def _check_tensors(per_token: torch.Tensor, batch: LossBatch) -> None:
         check_device(per_token, {name: values})
 
 
+def check_constants(batch: LossBatch) -> None:
+    """Checks that no gradient is expected where none is made: implementations would differ in whether they make it.
+
+    Raises:
+        ValueError: a tensor of the batch requires a gradient, and gradients are recorded.
+    """
+    for name, values in zip(batch._fields, batch, strict=True):
+        if isinstance(values, torch.Tensor) and values.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} requires a gradient, and the loss has none for it: all of a batch is constant; give {name}.detach()"
+            )
+
+
 def _ascends(index: torch.Tensor) -> bool:
     if native.obstacle(index) is None:
         return bool(native.call("ascends", index))

@@ -46,6 +46,7 @@ from grpo_fast.ops.loss_spec import (
     PolicyCoefficients,
     PolicyLoss,
     PolicyMetrics,
+    check_constants,
     check_needs,
     check_shapes,
     entropy_slope,
@@ -331,13 +332,15 @@ def policy_loss(
         The scalar loss, float32 (float64 for float64 inputs), and metric sums. With T = 0 the loss is a differentiable 0.
 
     Raises:
-        ValueError: shapes or devices that do not fit, or an input that ``spec`` needs is missing.
+        ValueError: shapes or devices that do not fit, an input that ``spec`` needs is missing, or one of the batch, which is
+            constant, requires a gradient.
         TypeError: an input that is not a tensor, or one of another type.
 
     Source:
         See the module; TRL 1.16 is matched term by term.
     """
     check_shapes(logprobs, batch)
+    check_constants(batch)
     check_needs(batch, spec, entropy)
     run = resolve("policy_loss", _IMPLEMENTATIONS, impl=impl, like=logprobs)
     return run(logprobs, batch, spec=spec, entropy=entropy)

@@ -310,6 +310,9 @@ def test_what_does_not_fit_is_named() -> None:
         fused_grpo(hidden, head, targets=targets, batch=wrong, spec=SPECS["gspo"])
     with pytest.raises(ValueError, match="ref_logprobs"):
         fused_grpo(hidden, head, targets=targets, batch=batch._replace(ref_logprobs=None), spec=SPECS["two-sided kl"])
+    asked = batch._replace(advantages=batch.advantages.clone().requires_grad_())
+    with pytest.raises(ValueError, match="advantages requires a gradient"):
+        fused_grpo(hidden, head, targets=targets, batch=asked, spec=LossSpec())
 
 
 def operator_arguments(

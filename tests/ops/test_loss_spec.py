@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from grpo_fast.ops.loss_spec import TOKEN_FIELDS, LossBatch, LossSpec, PolicyMetrics, check_needs, check_shapes
+from grpo_fast.ops.loss_spec import TOKEN_FIELDS, LossBatch, LossSpec, PolicyMetrics, check_constants, check_needs, check_shapes
 
 BATCH = LossBatch(
     torch.tensor([0, 0, 1, 3]),
@@ -98,6 +98,18 @@ def test_an_index_that_is_none_is_refused(index: list[int]) -> None:
         check_shapes(torch.zeros(4), BATCH._replace(sequence_index=torch.tensor(index)))
     none = {name: None if values is None else values[:0] for name, values in BATCH._asdict().items() if name in TOKEN_FIELDS}
     check_shapes(torch.zeros(0), BATCH._replace(**none))
+
+
+def test_a_batch_has_no_gradients() -> None:
+    for name in ("advantages", "loss_weights", "old_logprobs", "ref_logprobs", "importance_weights", "entropy_weights"):
+        asked = BATCH._replace(**{name: getattr(BATCH, name).clone().requires_grad_()})
+        with pytest.raises(
+            ValueError, match=rf"^{name} requires a gradient, .* all of a batch is constant; give {name}\.detach"
+        ):
+            check_constants(asked)
+        with torch.no_grad():
+            check_constants(asked)
+    check_constants(BATCH)
 
 
 def test_what_a_loss_reads_must_be_there() -> None:

@@ -223,6 +223,8 @@ def test_missing_inputs_are_named() -> None:
         policy_loss(logprobs, batch, spec=SPECS["entropy"])
     with pytest.raises(ValueError, match="num_items_in_batch"):
         policy_loss(logprobs, batch._replace(num_items_in_batch=None), spec=SPECS["entropy"], entropy=entropy)
+    with pytest.raises(ValueError, match="old_logprobs requires a gradient"):
+        policy_loss(logprobs, batch._replace(old_logprobs=logprobs.clone().requires_grad_()), spec=SPECS["clip"])
     with pytest.raises(ValueError, match=r"old_logprobs has shape \(13,\)"):
         policy_loss(logprobs, batch._replace(old_logprobs=batch.old_logprobs[1:]), spec=SPECS["clip"])
     with pytest.raises(ValueError, match=r"loss_weights \(5,\)"):
