@@ -115,6 +115,7 @@ class Parts:
             self.sinks.log_event(start_step, "warn", remark)
         if config.fsdp != "no_shard" and self.meter.num_devices == 1:
             self.sinks.log_event(start_step, "warn", shards_of_one(config))
+        self.sinks.log_event(start_step, "resume" if start_step else "start", self.describe(start_step))
 
     @property
     def remarks(self) -> list[str]:

@@ -255,11 +255,7 @@ class GRPOTrainer:
         return metrics
 
     def save(self) -> Path:
-        """Writes a checkpoint now.
-
-        Returns:
-            Its directory, which ``from_pretrained`` reads.
-        """
+        """Writes a checkpoint now, and gives its directory, which ``from_pretrained`` reads."""
         self._in_step.take(Turn.SAVE, self.global_step)
         self._open()
         self._save()
@@ -323,13 +319,8 @@ class GRPOTrainer:
 
     def _open(self) -> None:
         """Starts the sinks."""
-
-        def begin() -> None:
-            self._parts.open(self.global_step)
-            self._event("resume" if self.global_step else "start", self._parts.describe(self.global_step))
-
         if not self._opened:
-            self._world.once(begin)
+            self._world.once(lambda: self._parts.open(self.global_step))
             self._opened = True
 
     def _measure_start(self) -> None:
@@ -364,7 +355,7 @@ class GRPOTrainer:
         if ending.kind == "collapse":
             ending = Ending(ending.kind, f"{ending.message} {way_back(best)}")
         ending = replace(ending, message=ending.message + self._rollouts.left_over(self._pending))
-        outcome = Outcome(self.global_step, self._smoothed_reward(), best, self._evals, self._oversight.forecast)
+        outcome = Outcome(self.global_step, mean_known(self._recent_rewards), best, self._evals, self._oversight.forecast)
         summary = write_summary(self.config, self._parts, ending, outcome)
         self._event(ending.event, ending.message)
         return summary
@@ -379,7 +370,9 @@ class GRPOTrainer:
         if self.is_main_process:
             collapsed = self._oversight.collapsed
             held_out = self._evals["last"] if self._evals.get("step") == self.global_step and not collapsed else None
-            self._best.add(self.global_step, train=math.nan if collapsed else self._smoothed_reward(), held_out=held_out)
+            self._best.add(
+                self.global_step, train=math.nan if collapsed else mean_known(self._recent_rewards), held_out=held_out
+            )
         path = save_checkpoint(
             self.config.output_dir,
             self.global_step,
@@ -446,9 +439,6 @@ class GRPOTrainer:
         self._oversight.restore(state["oversight"], self._progress)
         parts.engine.sync_weights(parts.policy.whole_model(), self.global_step)
         load_rng_state(state["rng"])
-
-    def _smoothed_reward(self) -> float:
-        return mean_known(self._recent_rewards)
 
     def _tell(self, event: str, message: str) -> None:
         """:meth:`_event` where all ranks are: if rank 0 cannot write it, the run ends on every one."""

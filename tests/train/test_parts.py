@@ -54,7 +54,7 @@ def test_overwrite_removes_the_old_run_and_nothing_else(build: Any, tmp_path: Pa
     assert (tmp_path / "run" / "checkpoint-3").exists(), "as long as something may still be wrong with the new run"
     parts.open(0)
     assert (tmp_path / "beside").exists()
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {CONFIG_FILE, "sources.json", LOCK_FILE}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {CONFIG_FILE, "sources.json", "events.jsonl", LOCK_FILE}
 
 
 @pytest.mark.parametrize("switch", ["overwrite", "resume_if_exists"])
@@ -171,7 +171,7 @@ def test_what_is_odd_about_the_data_is_told_where_a_run_begins(tmp_path: Path) -
     parts.open(0)
     parts.close()
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [event["event"] for event in events] == ["warn", "warn", "warn"]
+    assert [event["event"] for event in events] == ["warn", "warn", "warn", "start"]
     assert "1 of 1 held-out prompts are trained on too" in events[0]["message"]
     assert "prompts_per_step=3 exceeds the number of prompts, 1" in events[1]["message"]
     assert "the column 'seen' holds images" in events[2]["message"]
