@@ -16,6 +16,8 @@ from grpo_fast.config import Config, ConfigError
 from grpo_fast.metrics import mean_known
 from grpo_fast.rewards import RewardReport
 from grpo_fast.run_dir import run_of, write_whole
+from grpo_fast.tasks.files import hold_out
+from grpo_fast.tasks.task import Task
 from grpo_fast.train.adapters import SETTINGS_FILE
 from grpo_fast.train.checkpoint import check_checkpoint
 from grpo_fast.train.data import Data, check_episodes, choose_data, choose_environments, choose_replies, encoded
@@ -25,6 +27,7 @@ from grpo_fast.train.evaluate import answers
 from grpo_fast.train.export import PLAIN, checkpoint_to_use
 from grpo_fast.train.parts import build_pool
 from grpo_fast.train.policy_source import PolicySource, check_dtype
+from grpo_fast.train.resumable import config_of
 from grpo_fast.types import Group
 
 
@@ -126,7 +129,7 @@ def evaluate_model(config: Config, source: str) -> Evaluation:
             model's directory or hub id, as in ``config.model``; a directory of adapters needs no ``use_peft``.
 
     Raises:
-        ConfigError: model, data or rewards cannot be read, or nothing is held out.
+        ConfigError: model, data or rewards cannot be read, nothing is held out, or the run trained on what is.
         CheckpointError: the checkpoint is damaged, or there is none.
         RewardError: a reward function failed and ``reward_on_error`` is ``raise``.
         RolloutError: the engine failed.
@@ -147,6 +150,8 @@ def evaluate_model(config: Config, source: str) -> Evaluation:
             if not config.eval_size and checkpoint is not None and data.task.train_numbers is not None:
                 fix += ", and another eval_split or dataset: with eval_size=0 the run trained on all rows"
             raise ConfigError(f"{data.task.name} has no held-out rows; {fix}")
+        if (run := run_of(Path(source))) is not None:
+            _check_unseen(config, config_of(run), data.task)
         training = build_pool(config, data.reward_funcs, config.reward_weights, world=ALONE)
         opened.callback(training.close)
         training.start(prompts.columns)
@@ -178,6 +183,24 @@ def _resolved(config: Config, source: str) -> tuple[Config, Path | None]:
     checkpoint = checkpoint_to_use(run) if run == Path(source) else Path(source)
     check_checkpoint(checkpoint)
     return config if config.use_peft else config.replace(model=str(checkpoint), revision=None), checkpoint
+
+
+def _check_unseen(config: Config, trained: Config, task: Task) -> None:
+    """Refuses held-out rows that a run, whose configuration is ``trained``, did not hold out of the same table."""
+    tables = [(each.dataset, each.dataset_config, each.dataset_split) for each in (config, trained)]
+    if tables[0] != tables[1] or task.train_numbers is None or task.eval_numbers is None:
+        return
+    own: Sequence[int] = ()
+    if trained.eval_split is None:
+        _, own = hold_out(len(task.train_numbers) + len(task.eval_numbers), trained.eval_size, seed=trained.seed)
+    seen = len(set(task.eval_numbers) - set(own))
+    if seen:
+        held = f"it held out {len(own)}, with eval_size={trained.eval_size} and seed={trained.seed}. Leave both as they were, or set"
+        fix = f"{held} eval_size to {len(own)} or less" if own else "it held out none of this table. Set eval_split"
+        raise ConfigError(
+            f"eval_size={config.eval_size}, seed={config.seed}: the run trained on {seen} of these {len(task.eval_numbers)} "
+            f"rows; {fix}"
+        )
 
 
 def _scored(

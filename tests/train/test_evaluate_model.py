@@ -81,6 +81,26 @@ def test_a_checkpoint_gets_the_reward_that_its_run_measured(
         evaluate_model(config.replace(eval_steps=0, eval_size=0), str(config.output_dir))
 
 
+def test_rows_that_the_run_trained_on_are_refused(letters_config: Callable[..., Config]) -> None:
+    config = letters_config(max_steps=1, eval_size=4)
+    with GRPOTrainer(config) as trainer:
+        trainer.train()
+    run = str(config.output_dir)
+    told = r"eval_size=6, seed=\d+: the run trained on 2 of these 6 rows; it held out 4, with eval_size=4 .* to 4 or less$"
+    with pytest.raises(ConfigError, match=told):
+        evaluate_model(config.replace(eval_size=6), run)
+    with pytest.raises(ConfigError, match=rf"seed={config.seed + 1}: the run trained on .* rows; it held out 4,"):
+        evaluate_model(config.replace(seed=config.seed + 1), f"{run}/checkpoint-1")
+    again = config.replace(eval_size=0, eval_steps=0, overwrite=True)
+    assert len(evaluate_model(config.replace(eval_size=3), run).groups) == 3
+    assert len(evaluate_model(config.replace(eval_size=6), config.model).groups) == 6, "another model may have seen none"
+    assert len(evaluate_model(config.replace(eval_size=32, eval_split="train"), run).groups) == 32, "asked for by name"
+    with GRPOTrainer(again) as trainer:
+        trainer.train()
+    with pytest.raises(ConfigError, match=r"trained on 4 of these 4 rows; it held out none of this table\. Set eval_split$"):
+        evaluate_model(config, run)
+
+
 def test_adapters_alone_are_known_by_their_file(letters_config: Callable[..., Config], tmp_path: Path) -> None:
     config = letters_config(learning_rate=3e-2, use_peft=True, max_steps=2)
     with GRPOTrainer(config) as trainer:
