@@ -198,6 +198,9 @@ def _hub(machine: Machine) -> Finding:
     found = f"{machine.hub_models} models, {machine.hub_datasets} datasets cached"
     if machine.hub_offline:
         return Finding("note", found, f"HF_HUB_OFFLINE is set: only what is in {machine.hub_cache} is found")
+    if machine.hub_unwritable:
+        meaning = f"nothing can be downloaded into {machine.hub_cache}: {machine.hub_unwritable}; name another directory"
+        return Finding("warn", found, meaning, "export HF_HOME=DIRECTORY")
     return Finding("note", found, "hub ids are downloaded; without a network set HF_HUB_OFFLINE=1, or use directories")
 
 

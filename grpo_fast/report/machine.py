@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from grpo_fast.device import DeviceFacts, device_facts, energy_source, package_version
+from grpo_fast.run_dir import why_unwritable
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,8 @@ class Machine:
     disk_free_bytes: int = 0
     memory_free_bytes: int = 0
     hub_cache: str = ""
+    hub_unwritable: str = ""
+    """Why nothing can be downloaded into the cache; empty where it can."""
     hub_offline: bool = False
     hub_models: int = 0
     hub_datasets: int = 0
@@ -121,6 +124,7 @@ def read_machine(directory: Path | None = None) -> Machine:
         disk_free_bytes=shutil.disk_usage(directory or Path.cwd()).free,
         memory_free_bytes=_memory_free_bytes(Path("/proc/meminfo")),
         hub_cache=str(cache),
+        hub_unwritable=why_unwritable(cache) or "",
         hub_offline=os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"},
         hub_models=sum(1 for _ in cache.glob("models--*")),
         hub_datasets=sum(1 for _ in cache.glob("datasets--*")),

@@ -195,8 +195,12 @@ def _check_unseen(config: Config, trained: Config, task: Task) -> None:
         _, own = hold_out(len(task.train_numbers) + len(task.eval_numbers), trained.eval_size, seed=trained.seed)
     seen = len(set(task.eval_numbers) - set(own))
     if seen:
-        held = f"it held out {len(own)}, with eval_size={trained.eval_size} and seed={trained.seed}. Leave both as they were, or set"
-        fix = f"{held} eval_size to {len(own)} or less" if own else "it held out none of this table. Set eval_split"
+        fix = "it held out none of this table. Set eval_split"
+        if own:
+            fix = (
+                f"it held out {len(own)}, with eval_size={trained.eval_size} and seed={trained.seed}. Leave both as they were, "
+            )
+            fix += f"or set eval_size to {len(own)} or less"
         raise ConfigError(
             f"eval_size={config.eval_size}, seed={config.seed}: the run trained on {seen} of these {len(task.eval_numbers)} "
             f"rows; {fix}"

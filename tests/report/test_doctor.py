@@ -196,6 +196,14 @@ def test_offline_hubs_are_explained() -> None:
     assert "HF_HUB_OFFLINE=1" in find(SOUND, "model hub").meaning
 
 
+def test_a_hub_cache_that_cannot_be_written_is_told_where_it_would_be() -> None:
+    closed = change(SOUND, hub_cache="/cache/hub", hub_unwritable="no permission for /cache")
+    finding = find(closed, "model hub")
+    assert (finding.status, finding.fix) == ("warn", "export HF_HOME=DIRECTORY")
+    assert finding.meaning == "nothing can be downloaded into /cache/hub: no permission for /cache; name another directory"
+    assert find(change(closed, hub_offline=True), "model hub").status == "note", "nothing would be"
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_table_fits_and_commands_stay_whole(width: int) -> None:
     lines = text(change(ON_GPU, drop="triton"), width).splitlines()

@@ -22,8 +22,15 @@ def test_this_machine_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "hypothesis" not in machine.required
     assert (machine.import_errors, machine.device_error) == ({}, "")
     assert (machine.hub_models, machine.hub_datasets, machine.hub_offline) == (1, 0, True)
+    assert machine.hub_unwritable == ""
     assert machine.memory_free_bytes > 0
     assert machine.native == native.status()
+
+
+def test_a_hub_cache_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cache").touch()
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
+    assert read_machine(tmp_path).hub_unwritable == f"{tmp_path / 'cache'} is a file"
 
 
 def test_the_extras_are_those_of_the_package() -> None:
