@@ -23,7 +23,7 @@ from grpo_fast.device import gpu_spec
 from grpo_fast.law import Forecast, OnlinePredictor
 from grpo_fast.law.posterior import quantiles
 from grpo_fast.law.prospect import Prospect
-from grpo_fast.sinks.quantities import COST_WORDS, percent, si, significant
+from grpo_fast.sinks.quantities import COST_WORDS, binary, percent, si, significant
 from grpo_fast.train.activations import UncountableError
 from grpo_fast.train.parts import load_prior
 from grpo_fast.train.plan_facts import PlanFacts, PlanInputs, gather
@@ -144,6 +144,7 @@ class Plan:
             },
             "outcomes": self.ways,
             "costs": self.costs,
+            "checkpoint_bytes": known.checkpoint_bytes,
             "memory": None if self.memory is None else memory_to_dict(self.memory, self.changes),
             "notes": self.notes,
         }
@@ -163,6 +164,8 @@ class Plan:
             "plateau": _interval(level.plateau, level.plateau_low, level.plateau_high)
             + f", reached within the budget with probability {percent(self.p_plateau)}",
         }
+        if known.checkpoint_bytes is not None:
+            words["a checkpoint"] = f"{binary(known.checkpoint_bytes)} on disk"
         for share, found in self.rises.items():
             words[f"{share * 100:.0f} % of the rise"] = _rise_words(found)
         words["what may come"] = ", ".join(f"{way} {percent(probability)}" for way, probability in self.ways.items())

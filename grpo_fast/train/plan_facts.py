@@ -21,6 +21,7 @@ from grpo_fast.tasks import Task, load_task
 from grpo_fast.tools import find_tools, schemas_of
 from grpo_fast.train.collect import Collector
 from grpo_fast.train.data import encoded, reward_range
+from grpo_fast.train.disk_room import checkpoint_bytes
 from grpo_fast.train.evaluate import evaluate, probe
 from grpo_fast.train.optim import build_optimizer
 from grpo_fast.train.parts import Parts, build_parts
@@ -124,6 +125,7 @@ class PlanFacts:
         held_out: held-out reward of the untrained policy, where it was measured.
         sampled_lengths: tokens of the completions of a probe's step, group after group.
         reward_range: lowest and highest possible mean reward, if known.
+        checkpoint_bytes: size of a checkpoint on disk; None if only the model's size is known.
     """
 
     facts: RunFacts
@@ -140,6 +142,7 @@ class PlanFacts:
     held_out: float | None = None
     sampled_lengths: tuple[int, ...] = ()
     reward_range: tuple[float, float] | None = None
+    checkpoint_bytes: int | None = None
 
 
 def gather(config: Config, inputs: PlanInputs) -> PlanFacts:
@@ -157,12 +160,14 @@ def _unprobed(config: Config, inputs: PlanInputs) -> PlanFacts:
     sources = {"start_reward": "unknown" if inputs.start_reward is None else "given"}
     if inputs.model_size is not None:
         size, source, model = inputs.model_size, None, f"a model of {inputs.model_size:g} B parameters"
+        on_disk = None
         shape = ModelShape(round(size * 1e9), 0, 0, 0, 0, 0)
         notes.append("only the model's size is known: FLOPs are counted as two per parameter and token, without attention")
     else:
         source = PolicySource(config)
         outline = source.outline()
         size, shape, model = _size(outline), ModelShape.from_model(outline), config.model
+        on_disk = checkpoint_bytes(outline, source.config)
     sources["model_size"] = "given" if inputs.model_size is not None else "read"
     task = None if inputs.data_size is not None and inputs.prompt_tokens is not None else _task(config, source)
     dataset, count, prompt_tokens = _data(config, inputs, source, task=task, notes=notes)
@@ -188,6 +193,7 @@ def _unprobed(config: Config, inputs: PlanInputs) -> PlanFacts:
         sources=sources,
         notes=notes,
         reward_range=_reward_range(config, task),
+        checkpoint_bytes=on_disk,
     )
 
 
@@ -381,6 +387,7 @@ def _measured(config: Config, inputs: PlanInputs, parts: Parts) -> PlanFacts:
         held_out=None if math.isnan(held_out) else held_out,
         sampled_lengths=steps.lengths,
         reward_range=parts.config.reward_range,
+        checkpoint_bytes=parts.checkpoint_bytes,
     )
 
 

@@ -13,6 +13,7 @@ from transformers import Qwen3MoeConfig
 from grpo_fast.assets import embedded_model_dir
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.law import OnlinePredictor, Prior, RunFacts
+from grpo_fast.sinks.quantities import binary
 from grpo_fast.train import GRPOTrainer
 from grpo_fast.train.plan import SHARES, Plan, make_plan
 from grpo_fast.train.plan_facts import PlanInputs
@@ -109,6 +110,17 @@ def test_the_schedule_is_minded() -> None:
     assert any("to complete the schedule" in told for told in warm.notes)
     slow, fast = (make_plan(big(warmup_steps=steps), BARE) for steps in (80, 0))
     assert slow.rises[0.8]["step"]["median"] > fast.rises[0.8]["step"]["median"]
+
+
+def test_the_size_of_a_checkpoint_is_told_where_the_model_is_known(plan: Plan) -> None:
+    config = Config(model="embedded", max_steps=10, max_completion_length=32, device="cpu", dataset_size=64, eval_size=8)
+    found = make_plan(config, PlanInputs(seconds_per_step=1.0))
+    size = found.facts.checkpoint_bytes
+    assert size is not None
+    assert found.to_dict()["checkpoint_bytes"] == size
+    assert found.to_words()["a checkpoint"] == f"{binary(size)} on disk"
+    assert "a checkpoint" not in plan.to_words()
+    assert plan.to_dict()["checkpoint_bytes"] is None
 
 
 @pytest.mark.slow

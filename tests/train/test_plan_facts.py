@@ -49,6 +49,7 @@ def test_sizes_are_read_without_weights() -> None:
     assert known.facts.size_b == pytest.approx(sum(p.numel() for p in model.parameters()) / 1e9)
     assert known.work.shape.head_params == model.get_output_embeddings().weight.numel()
     assert known.num_prompts == 64
+    assert known.checkpoint_bytes == sum(p.numel() for p in model.parameters()) * (4 + 8), "weights and both moments"
     assert known.sources == {
         "start_reward": "unknown",
         "model_size": "read",
@@ -147,6 +148,7 @@ def test_a_probe_measures_and_leaves_nothing_behind(tmp_path: Path, monkeypatch:
     assert 1 < known.completion_tokens.value <= 32
     assert 0 < known.trained_share.value <= 1
     assert known.pace.price_per_gpu_hour == 2.0
+    assert known.checkpoint_bytes == gather(small(), PlanInputs()).checkpoint_bytes
     again = gather(small(eval_steps=20), PlanInputs(probe=16))
     assert (again.facts, again.completion_tokens, again.trained_share) == (
         known.facts,
