@@ -49,7 +49,7 @@ from grpo_fast.train.plan_memory import check_room
 from grpo_fast.train.policy import Policy, Scorer, count_parameters
 from grpo_fast.train.policy_source import PolicySource, check_dtype, source_to_resume
 from grpo_fast.train.reference import build_reference
-from grpo_fast.train.resumable import LIMITS
+from grpo_fast.train.resumable import LIMITS, has_ended
 from grpo_fast.train.schedule import learning_rates
 from grpo_fast.train.sharding import check_sharding, shards_of_one, spread
 from grpo_fast.train.shares import Rewards, SharedRewards, idle_ranks
@@ -247,7 +247,7 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
     world.each(lambda: check_room(source.model_config, source.config, num_devices=world.size, **place))
     outline = source.outline()
     needed = checkpoint_bytes(outline, source.config)
-    if saves:
+    if saves and not ("budget" not in given and newest and world.once(lambda: has_ended(config, newest))):
         world.once(lambda: check_disk(config, needed, freed=claim.freed()))
     with contextlib.ExitStack() as on_error:
         environments = world.each(lambda: choose_environments(config, given, opened=on_error))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from grpo_fast.config import Config, ConfigError
-from grpo_fast.run_dir import CONFIG_FILE, no_run
+from grpo_fast.run_dir import CONFIG_FILE, SUMMARY_FILE, no_run
 from grpo_fast.train.launch import is_restart
 
 LIMITS = tuple(f"max_{name}" for name in ("steps", "tokens", "flops", "gpu_hours", "wall_hours", "money", "energy_kwh"))
@@ -49,6 +50,24 @@ _ENDING = {
 def ending_settings(config: Config) -> dict[str, Any]:
     """The settings that decided a run's end, as JSON values: while they stay the same, a resumed run ends again."""
     return config.model_dump(mode="json", include=_ENDING)
+
+
+def has_ended(config: Config, newest: Path) -> bool:
+    """Whether a run that is resumed ends at once, as it had with the same settings, so that it writes no checkpoint.
+
+    Args:
+        config: of the run, as it is resumed.
+        newest: its newest checkpoint.
+    """
+    try:
+        summary = json.loads((config.output_dir / SUMMARY_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    saved = config_of(config.output_dir)
+    if config.reward_range is None:  # it is the task's, which the run's own configuration has
+        config = config.model_copy(update={"reward_range": saved.reward_range})
+    over = newest.name == f"checkpoint-{summary['step']}" and summary["stopped_by"] not in {"interrupt", "user"}
+    return over and ending_settings(saved) == ending_settings(config)
 
 
 def config_of(run_dir: str | Path) -> Config:

@@ -90,7 +90,7 @@ class GRPOTrainer:
         self._best = BestCheckpoints()
         self._evals: dict[str, float] = {}
         self._opened = False
-        self._saved_step: int | None = None
+        self._saved: tuple[int, bool] | None = None  # steps done, and whether the next one's groups are there
         self._stop_message = ""
         self._ending: Ending | None = None
         self._loop: Callable[[], Generator[StepResult] | None] = lambda: None
@@ -346,7 +346,7 @@ class GRPOTrainer:
         """Saves what is not saved, writes the summary and tells why the run ended; not where no step was ever rewarded."""
         self._oversight.check_rewarded(self.global_step, ending)
         self._parts.meter.add_seconds(self._timer.lap())
-        if self._saved_step != self.global_step or self._pending is not None:
+        if self._saved != (self.global_step, self._pending is not None):
             self._save()
         self.summary, self._stop_message = self._world.once(lambda: self._conclude(ending)), ""
 
@@ -381,7 +381,7 @@ class GRPOTrainer:
             state=self._state_dict() if self.is_main_process else {},
             world=self._world,
         )
-        self._saved_step = self.global_step
+        self._saved = (self.global_step, self._pending is not None)
         self._world.once(lambda: self._after_save(path))
 
     def _after_save(self, saved: Path) -> None:
@@ -424,10 +424,11 @@ class GRPOTrainer:
         )
         if state["version"] != _STATE_VERSION:
             raise CheckpointError(f"{checkpoints[-1]} is from another version of grpo_fast (state {state['version']})")
-        self.global_step = self._saved_step = state["step"]
+        self.global_step = state["step"]
         parts.stream.load_state_dict(state["stream"])
         if state["pending"] is not None:
             self._pending = Collected.from_dict(state["pending"], parts.prompts.of_row)
+        self._saved = (self.global_step, self._pending is not None)
         ahead = [Collected.from_dict(saved, parts.prompts.of_row) for saved in state["ahead"]]
         self._rollouts.restore(self.global_step + 1 + (self._pending is not None), ahead)
         self._stream_state, self._recent_rewards, self._evals = state["stream"], state["recent_rewards"], state["evals"]

@@ -103,6 +103,19 @@ def test_what_is_replaced_or_left_over_counts_as_room(
         trainer.train()
 
 
+def test_a_run_that_is_over_needs_no_room(make: Callable[..., GRPOTrainer], make_disk: Callable[[int], Path]) -> None:
+    with make(max_steps=2) as trainer:
+        trainer.train()
+        run, size = trainer.config.output_dir, size_of(trainer.config.output_dir)
+    disk = make_disk(size + 256 * 1024)
+    shutil.copytree(run, disk / "run")
+    with make(output_dir=disk / "run", max_steps=2, resume_if_exists=True) as trainer:
+        assert trainer.train()["stopped_by"] == "max_steps"
+    assert [path.name for path in list_checkpoints(disk / "run")] == ["checkpoint-2"]
+    with pytest.raises(ConfigError, match="a checkpoint needs"):
+        make(output_dir=disk / "run", max_steps=3, resume_if_exists=True)
+
+
 @pytest.mark.slow
 def test_fewer_checkpoints_than_the_run_keeps_are_a_warning(
     make: Callable[..., GRPOTrainer], make_disk: Callable[[int], Path]

@@ -1,15 +1,16 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from grpo_fast.config import Config, ConfigError
-from grpo_fast.run_dir import CONFIG_FILE
+from grpo_fast.run_dir import CONFIG_FILE, SUMMARY_FILE
 from grpo_fast.train import GRPOTrainer
 from grpo_fast.train.launch import note_launch
-from grpo_fast.train.resumable import check_resumable, takes_up_run
+from grpo_fast.train.resumable import check_resumable, has_ended, takes_up_run
 
 
 def test_what_makes_another_run_is_refused_on_resume() -> None:
@@ -47,6 +48,18 @@ def test_a_run_is_taken_up_where_there_is_one_and_it_is_wanted(tmp_path: Path) -
     assert not takes_up_run(config.replace(resume_if_exists=False))
     with pytest.raises(ConfigError, match=r"cannot change seed \(3 -> 4\); .* with --model .*/checkpoint-N it begins from"):
         takes_up_run(config.replace(seed=4))
+
+
+def test_a_run_that_had_ended_ends_at_once_unless_its_limits_change(tmp_path: Path) -> None:
+    config = Config(output_dir=tmp_path, max_steps=4, reward_range=(0.0, 1.0))
+    (tmp_path / CONFIG_FILE).write_text(config.to_toml(), encoding="utf-8")
+    newest = tmp_path / "checkpoint-4"
+    assert not has_ended(config, newest), "it was killed"
+    for ended, step, over in (("max_steps", 4, True), ("forecast", 4, True), ("interrupt", 4, False), ("max_steps", 3, False)):
+        (tmp_path / SUMMARY_FILE).write_text(json.dumps({"stopped_by": ended, "step": step}), encoding="utf-8")
+        assert has_ended(config, newest) == has_ended(config.replace(reward_range=None, save_steps=1), newest) == over
+        assert not has_ended(config.replace(max_steps=5), newest)
+        assert not has_ended(config.replace(forecast="off"), newest)
 
 
 def test_a_restart_of_the_same_launch_cannot_change_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
