@@ -26,7 +26,8 @@ _END_S = 5.0
 _AFTER_S = 0.5
 """What ssh forwards ends a moment before itself."""
 _MOST_LINES = 20
-_REFUSAL_S = 0.2
+_REFUSAL_S = 2.0
+"""For a refusal to come back over a slow link."""
 _OPTIONS = {
     "BatchMode": "yes",  # nobody is there to type a password
     "ControlMaster": "no",  # a shared connection would outlive this one, or end it
@@ -77,7 +78,8 @@ class Tunnel:
     def why_ended(self) -> str | None:
         """What ``ssh`` said at its end; ``None`` while the connection stands, or where there was none yet."""
         with self._lock:
-            return self._last_words()
+            process, reader, words = self._process, self._reader, self._words
+        return _last_words(process, reader, words)  # all whose requests it broke off ask at once, and none waits for another
 
     @property
     def is_forbidden(self) -> bool:
@@ -103,7 +105,7 @@ class Tunnel:
         ready = select.poll()
         ready.register(echo, select.POLLIN)
         if not ready.poll(1000 * _LOGIN_S) or not os.read(echo, 1):
-            words = self._last_words() or f"no answer within {_LOGIN_S:g} s"
+            words = _last_words(self._process, self._reader, self._words) or f"no answer within {_LOGIN_S:g} s"
             self._close()
             raise RolloutError(
                 f"ssh cannot reach {self.host}: {words}; `ssh {self.host} cat` must work without a question "
@@ -113,18 +115,6 @@ class Tunnel:
             words = next(iter(reversed(self._words)), "it does not say why")
             self._close()
             raise RolloutError(f"ssh reaches {self.host}, but leads no port of this machine there: {words}")
-
-    def _last_words(self) -> str | None:
-        process = self._process
-        if process is None:
-            return None
-        try:
-            code = process.wait(_AFTER_S)
-        except subprocess.TimeoutExpired:
-            return None
-        self._reader.join(_AFTER_S)  # what ssh started may hold the pipe open
-        told = [line for line in self._words if not line.startswith("debug")]
-        return told[-1] if told else f"exit code {code}"
 
     def _close(self) -> None:
         process, self._process = self._process, None
@@ -142,13 +132,32 @@ class Tunnel:
                 pipe.close()
 
 
-def is_hung_up(connection: socket.socket) -> bool:
-    """Whether ssh, which takes every connection to its port, closes this one because nothing takes it at the other end."""
-    connection.settimeout(_REFUSAL_S)
+def _last_words(process: subprocess.Popen[bytes] | None, reader: threading.Thread, words: deque[str]) -> str | None:
+    """What ``ssh`` said at its end; ``None`` where it runs, or there is none."""
+    if process is None:
+        return None
+    try:
+        code = process.wait(_AFTER_S)
+    except subprocess.TimeoutExpired:
+        return None
+    reader.join(_AFTER_S)  # what ssh started may hold the pipe open
+    told = [line for line in words if not line.startswith("debug")]
+    return told[-1] if told else f"exit code {code}"
+
+
+def is_hung_up(connection: socket.socket, *, beside: socket.socket) -> bool:
+    """Whether ssh, which takes every connection to its port, closes this one because nothing takes it at the other end.
+
+    It finds out as late as the network is slow. An answer that comes on the connection ``beside`` does not wait for that.
+    """
+    ready = select.poll()
+    for each in (connection, beside):
+        ready.register(each, select.POLLIN)
+    found = {handle for handle, _ in ready.poll(1000 * _REFUSAL_S)}
+    if beside.fileno() in found or connection.fileno() not in found:
+        return False
     try:
         return connection.recv(1) == b""
-    except TimeoutError:
-        return False
     except OSError:
         return True
 

@@ -201,20 +201,23 @@ class VLLMServer:
         while not ready.poll(1000 * max(0.0, min(_LOOK_S, until - time.monotonic()))):
             if time.monotonic() >= until:
                 raise TimeoutError
-            with self._looking:
-                if time.monotonic() >= self._next_look:  # one look serves all requests that wait
-                    self._next_look = time.monotonic() + _LOOK_S
-                    self._look(connection.getpeername()[:2])
+            if self._looking.acquire(blocking=False):  # one look serves all requests that wait
+                try:
+                    if time.monotonic() >= self._next_look:
+                        self._next_look = time.monotonic() + _LOOK_S
+                        self._look(connection)
+                finally:
+                    self._looking.release()
 
-    def _look(self, place: tuple[str, int]) -> None:
+    def _look(self, waiting: socket.socket) -> None:
         try:
-            probe = socket.create_connection(place, timeout=_LOOK_S)
+            probe = socket.create_connection(waiting.getpeername()[:2], timeout=_LOOK_S)
         except ConnectionRefusedError:
             raise
         except OSError:  # says nothing of the server, or that it is slow
             return
         with probe:
-            if self._tunnel is not None and is_hung_up(probe):
+            if self._tunnel is not None and is_hung_up(probe, beside=waiting):
                 raise ConnectionRefusedError
 
     def close(self) -> None:

@@ -18,9 +18,10 @@ import psutil
 import pytest
 
 from grpo_fast.rollout import RolloutError
-from grpo_fast.rollout.ssh_tunnel import Tunnel, address_towards
+from grpo_fast.rollout.ssh_tunnel import Tunnel, address_towards, is_hung_up
 from grpo_fast.rollout.vllm_client import VLLMServer, wait_until_up
 from grpo_fast.rollout.vllm_environment import held_port
+from grpo_fast.rollout.vllm_requests import Requests
 
 
 class Echo(BaseHTTPRequestHandler):
@@ -132,6 +133,43 @@ def test_a_server_that_ends_behind_it_is_not_waited_for() -> None:
         assert time.monotonic() - begin < 20
         server.close()
     held[0].close()
+
+
+def test_a_refusal_is_waited_for_as_long_as_a_slow_link_takes_and_an_answer_beside_it_is_not_held_up() -> None:
+    probe, other = socket.socketpair()
+    waiting, answering = socket.socketpair()
+    with probe, other, waiting, answering:
+        answer = threading.Timer(0.2, answering.sendall, (b"an answer",))
+        answer.start()
+        begin = time.monotonic()
+        assert not is_hung_up(probe, beside=waiting)
+        assert time.monotonic() - begin < 1.5
+        answer.join()
+        waiting.recv(20)
+        threading.Timer(0.6, other.shutdown, (socket.SHUT_RDWR,)).start()
+        assert is_hung_up(probe, beside=waiting)
+
+
+@pytest.mark.usefixtures("ssh_machine")
+def test_a_server_that_ends_with_many_requests_behind_it_is_told_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as listening:
+        server = VLLMServer(f"ssh://far:{listening.getsockname()[1]}", api_key=None, deadline_s=60)
+        requests = Requests([server])
+        ended: list[float] = []
+
+        def end() -> None:
+            held = [listening.accept()[0] for _ in range(64)]
+            ended.append(time.monotonic())
+            listening.close()
+            for each in held:
+                each.close()
+
+        threading.Thread(target=end, daemon=True).start()
+        with pytest.raises(RolloutError, match=r"vLLM's server ssh://far:\d+ cannot be reached"):
+            requests.sample([[1]] * 64, [{}] * 64)
+        requests._pool.shutdown()  # as Python does at its end
+        assert time.monotonic() - ended[0] < 15
+        server.close()
 
 
 @pytest.mark.usefixtures("ssh_machine")
