@@ -213,8 +213,14 @@ class HTTPVLLM:
         self.everywhere(lambda server: server.call("POST", "/update_weight_version", {"new_version": name}))
 
     def load_adapter(self, adapter: AdapterVersion) -> None:
-        """Has every server read a LoRA adapter."""
-        self.everywhere(lambda server: server.load_adapter(self._adapters.bring(server, adapter)))
+        """Has every server read a LoRA adapter; copies that were made for one that does not are removed."""
+        try:
+            self.everywhere(lambda server: server.load_adapter(self._adapters.bring(server, adapter)))
+        except BaseException:
+            for server in self.servers:
+                with contextlib.suppress(RolloutError):
+                    self._adapters.remove(server, adapter)
+            raise
 
     def unload_adapter(self, adapter: AdapterVersion) -> None:
         """Has every server forget one; a server that was started again never knew it."""

@@ -102,7 +102,8 @@ class Mirror:
                     raise ValueError("another trainer has connected since; give each run its own server")
                 await self._memory.write(int(asked["place"]), body)
             case "PUT", "/adapters":
-                answer["path"] = str(await self._write_adapter(asked["name"], asked["file"], body))
+                num_bytes = int(dict(scope["headers"]).get(b"content-length", 0))
+                answer["path"] = str(await self._write_adapter(asked["name"], asked["file"], body, num_bytes=num_bytes))
             case "DELETE", "/adapters":
                 shutil.rmtree(self._place(asked["name"]), ignore_errors=True)
             case method, path:
@@ -126,13 +127,19 @@ class Mirror:
         self._home = self._home or HeldDirectory()
         return self._home.path / name
 
-    async def _write_adapter(self, name: str, file: str, body: AsyncIterator[bytes]) -> Path:
+    async def _write_adapter(self, name: str, file: str, body: AsyncIterator[bytes], *, num_bytes: int) -> Path:
         place = self._place(name)
         written_to = place / self._place(file).name
         place.mkdir(exist_ok=True)
-        with written_to.open("wb") as written:
-            async for part in body:
-                written.write(part)
+        try:
+            with written_to.open("wb") as written:
+                if num_bytes:
+                    reserve(written.fileno(), num_bytes, "the adapters", place=place.parent.parent)
+                async for part in body:
+                    written.write(part)
+        except BaseException:
+            shutil.rmtree(place, ignore_errors=True)  # what is there of it is memory, and no trainer may remove it any more
+            raise
         return place
 
 

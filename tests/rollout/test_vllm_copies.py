@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from benchmarks.rollout.served import OWN_MEMORY
 from grpo_fast.assets import embedded_model_dir
-from grpo_fast.rollout import RolloutError, SamplingParams
+from grpo_fast.rollout import RolloutError, SamplingParams, WeightSyncError
 from grpo_fast.rollout.vllm_client import VLLMServer
 from grpo_fast.rollout.vllm_copies import Copies
 from grpo_fast.rollout.vllm_engine import VLLMServerEngine, VLLMSettings
@@ -86,7 +86,9 @@ def test_the_weights_that_changed_reach_it(far: Far, perturb: Callable[..., None
     engine.close()
 
 
-def test_adapters_reach_it_and_are_removed(far: Far, measure_errors: Callable[..., Any]) -> None:
+def test_adapters_reach_it_and_are_removed(
+    far: Far, measure_errors: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model: Any = peft.get_peft_model(embedded_model(), peft.LoraConfig(r=4, target_modules=targets))
@@ -102,6 +104,15 @@ def test_adapters_reach_it_and_are_removed(far: Far, measure_errors: Callable[..
         answers = engine.generate(PROMPTS, SAMPLING, num_generations=4, seed=version)
         assert measure_errors(model, PROMPTS, answers, SAMPLING.temperature).agrees
         assert sum(path.is_dir() for path in _inside(far, home)) == 1
+
+    def refuse(*_: Any) -> None:
+        raise RolloutError("no room for another")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VLLMServer, "load_adapter", refuse)
+        with pytest.raises(WeightSyncError, match=r"failed in its phase 'finish': no room for another \(attempt 2 of 2\)"):
+            engine.sync_weights(model.get_base_model(), 4)
+    assert sum(path.is_dir() for path in _inside(far, home)) == 1, "what was not loaded is gone"
     engine.close()
     assert sum(path.is_dir() for path in _inside(far, home)) == 0
 

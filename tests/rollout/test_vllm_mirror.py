@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -142,8 +144,31 @@ def test_a_name_that_leads_elsewhere_is_refused(name: str, mirror: Mirror) -> No
     assert ask(mirror, "DELETE", f"/grpo_fast/adapters?name={name}")[0] == 400
 
 
-def test_a_client_that_goes_half_way_is_no_end_of_the_body(mirror: Mirror) -> None:
+def test_a_client_that_goes_half_way_is_no_end_of_the_body_and_leaves_nothing(mirror: Mirror) -> None:
+    directory = Path(ask(mirror, "PUT", "/grpo_fast/adapters?name=a&file=config.json", b"{}")[1]["path"])
+    assert directory.exists()
     assert ask(mirror, "PUT", "/grpo_fast/adapters?name=a&file=b", b"half", cut=True)[0] == 507
+    assert not directory.exists()
+
+
+def test_memory_that_is_full_is_told_with_the_fix_and_adapters_leave_nothing_there(
+    mirror: Mirror, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = Path(ask(mirror, "PUT", "/grpo_fast/adapters?name=a&file=config.json", b"{}")[1]["path"])
+    asked: list[int] = []
+
+    def full(handle: int, offset: int, size: int) -> None:
+        asked.append(size)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    headers = [(b"content-length", b"5000000")]
+    status, answer = ask(mirror, "PUT", "/grpo_fast/adapters?name=a&file=b", b"half", headers=headers)
+    assert status == 507
+    told = rf"{directory.parent.parent} has no room for the adapters: 4\.8 MiB are needed, [\d.]+ are left; give more shared"
+    assert re.search(told, answer["error"])
+    assert asked == [5_000_000]
+    assert not directory.exists()
 
 
 def test_vllms_key_is_asked_for(mirror: Mirror, monkeypatch: pytest.MonkeyPatch) -> None:
