@@ -8,7 +8,8 @@ read the trainer's. ``grpo-fast serve`` adds :class:`Mirror` to vLLM's server by
 Request                                     Answer
 =========================================== ==================================================================
 ``GET /grpo_fast/sees?path=&mark=``         whether a file here begins with these 32 bytes (in hexadecimal)
-``POST /grpo_fast/memory?num_bytes=``       makes the file, in place of one before: its path for processes here
+``POST /grpo_fast/memory?num_bytes=``       makes the file, in place of one before and of its trainer's adapters: its path for
+                                            processes here
 ``PUT /grpo_fast/memory?path=&place=``      writes the body there
 ``PUT /grpo_fast/adapters?name=&file=``     writes one file of a LoRA adapter: the adapter's directory
 ``DELETE /grpo_fast/adapters?name=``        removes an adapter's directory
@@ -94,7 +95,8 @@ class Mirror:
             case "GET", "/sees":
                 answer["sees"] = begins_with(asked["path"], bytes.fromhex(asked["mark"]))
             case "POST", "/memory":
-                self._drop_memory()  # of a trainer before
+                self._drop_memory()  # of a trainer before, which may have been killed
+                self._drop_adapters()
                 self._memory = _Memory(self._place(secrets.token_hex(8)), int(asked["num_bytes"]))
                 answer["path"] = str(self._memory.path)
             case "PUT", "/memory":
@@ -114,6 +116,10 @@ class Mirror:
         if self._memory is not None:
             self._memory.close()
             self._memory = None
+
+    def _drop_adapters(self) -> None:
+        for left in self._home.path.iterdir() if self._home is not None else ():
+            shutil.rmtree(left, ignore_errors=True)
 
     def _close(self) -> None:
         self._drop_memory()

@@ -86,6 +86,13 @@ def test_memory_goes_when_another_trainer_makes_its_own(mirror: Mirror) -> None:
     assert ask(mirror, "PUT", f"/grpo_fast/memory?path={second}&place=0", b"a")[0] == 200
 
 
+def test_adapters_of_a_trainer_that_was_killed_go_with_its_memory(mirror: Mirror) -> None:
+    ask(mirror, "POST", "/grpo_fast/memory?num_bytes=4")
+    directory = Path(ask(mirror, "PUT", "/grpo_fast/adapters?name=a-1&file=weights.bin", b"12")[1]["path"])
+    path = ask(mirror, "POST", "/grpo_fast/memory?num_bytes=4")[1]["path"]
+    assert [str(each) for each in directory.parent.iterdir()] == [path]
+
+
 def test_more_memory_than_the_machine_has_is_refused_before_it_is_taken(mirror: Mirror) -> None:
     most = psutil.virtual_memory().total
     status, answer = ask(mirror, "POST", f"/grpo_fast/memory?num_bytes={2 * most}")
