@@ -6,10 +6,12 @@ import faulthandler
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Group, Parameter, validators
 from rich.console import Console
@@ -70,32 +72,43 @@ def train(
     from grpo_fast.train import GRPOTrainer  # noqa: PLC0415 (--help must not wait for torch)
 
     run = resume or settings.output_dir
+    told = partial(_after_interrupt, run)
     try:
         with GRPOTrainer.resume(resume, config=settings) if resume is not None else GRPOTrainer(settings) as trainer:
             if trainer.is_main_process and "model" not in settings.model_fields_set:
                 Console().print("no model given (--model): training the small demo model in the package", highlight=False)
             summary = trainer.train()
+            told = partial(_after_end, run, has_step=bool(summary["step"]))
+        if not trainer.is_main_process:
+            return 0
+        _tell_outcome(run, summary, has_adapters=settings.use_peft)
+        if settings.report and summary["step"]:
+            report(run)
     except KeyboardInterrupt as interrupt:
-        interrupt.args = (_after_interrupt(run),)
+        interrupt.args = (told(),)
         raise
-    if not trainer.is_main_process:
-        return 0
-    console = Console()
-    console.print(f"[bold]{escape(summary['reason'])}[/]", highlight=False, soft_wrap=True)
-    if summary["use"] is not None:
-        use = summary["use"]
-        told = f"the model to use: {run / use['checkpoint']} ({use['by']} {use['reward']:.3f})"
-        if settings.use_peft:
-            told += f"; its adapters are merged by `grpo-fast export {run} --output DIRECTORY`"
-        console.print(told, highlight=False, markup=False, soft_wrap=True)
-    if settings.report:
-        report(run)
     return 0 if summary["signal"] is None else _code_of(signal.Signals[summary["signal"]])
 
 
 def _code_of(number: signal.Signals) -> int:
     """The exit code of a command that a signal has ended, as a shell reports it."""
     return 128 + number
+
+
+def _tell_outcome(run: Path, summary: Mapping[str, Any], *, has_adapters: bool) -> None:
+    console = Console()
+    console.print(f"[bold]{escape(summary['reason'])}[/]", highlight=False, soft_wrap=True)
+    if summary["use"] is not None:
+        use = summary["use"]
+        told = f"the model to use: {run / use['checkpoint']} ({use['by']} {use['reward']:.3f})"
+        if has_adapters:
+            told += f"; its adapters are merged by `grpo-fast export {run} --output DIRECTORY`"
+        console.print(told, highlight=False, markup=False, soft_wrap=True)
+
+
+def _after_end(run: Path, *, has_step: bool) -> str:
+    """What a signal means that came when the run was over."""
+    return f"the run in {run} had ended and is saved" + (f"; `grpo-fast report {run}` writes its report" if has_step else "")
 
 
 def _after_interrupt(run: Path) -> str:

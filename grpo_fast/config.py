@@ -306,7 +306,7 @@ class Config(ModelSettings):
     seed: Annotated[int, _RUN] = Field(0, ge=0)
     """Random seed of data order, sampling and every other random draw."""
     eval_steps: Annotated[int, _RUN] = Field(0, ge=0)
-    """Evaluate on held-out prompts every this many steps and at the end; 0: never."""
+    """Evaluate on held-out prompts every this many steps and at the end, unless a signal ends the run; 0: never."""
     eval_size: Annotated[int, _RUN] = Field(256, ge=0)
     """Number of held-out prompts in an evaluation. 0: none, so that all rows are trained on."""
     eval_temperature: Annotated[float, _RUN] = Field(0.0, ge=0)

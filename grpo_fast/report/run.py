@@ -67,7 +67,7 @@ class Run:
             raise RunError(f"{path} is not a run: it has no {METRICS}; {hint}")
         problems: list[str] = []
         rows = _latest(_rows(path / METRICS, problems))
-        if not rows:
+        if not rows or rows[-1]["step"] == 0:  # that one is the evaluation before the first step
             raise RunError(f"{path / METRICS} holds no whole step yet; try again once the run has done one")
         config, config_text = _config(path / CONFIG_FILE, problems)
         return cls(

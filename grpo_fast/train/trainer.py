@@ -175,7 +175,7 @@ class GRPOTrainer:
                     self._ending = self._why_end()
                     if self._ending is None:
                         yield self._learn()
-                        self._ending = self._in_step.take(Turn.GO_ON, self.global_step, self._ending)
+                        self._ending = self._in_step.take(Turn.GO_ON, self.global_step, self._ending) or self._why_end()
                 self._finish(self._ending)
             except GeneratorExit:
                 if (ending := self._in_step.take(Turn.LEAVE, self.global_step, self._ending)) is not None:
@@ -222,7 +222,8 @@ class GRPOTrainer:
         metrics |= sync | times | parts.meter.metrics()
         metrics |= {f"budget/{name}": left for name, left in parts.budget.remaining(parts.meter.usage(step)).items()}
         metrics |= named_apart(collected.logged, metrics)
-        if self.config.eval_steps and lost is None and (self._ending is not None or step % self.config.eval_steps == 0):
+        ends = self._ending is not None and self._ending.signal is None  # a signal is no end: the run goes on without a trace
+        if self.config.eval_steps and lost is None and (ends or step % self.config.eval_steps == 0):
             metrics |= self._evaluate()
         self._world.once(lambda: self._log(metrics, verdict, collected))
         if (failure := lost or verdict.failure) is not None:

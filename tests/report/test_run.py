@@ -92,6 +92,9 @@ def test_what_is_not_a_run_is_refused(make_run: MakeRun, tmp_path: Path) -> None
     (path / "metrics.jsonl").write_text('{"step": 1')
     with pytest.raises(RunError, match="no whole step yet"):
         Run.load(path)
+    (path / "metrics.jsonl").write_text('{"step": 0, "progress": 0.0, "eval_reward": 0.5}\n')
+    with pytest.raises(RunError, match="no whole step yet"):
+        Run.load(path)
     (path / "metrics.jsonl").unlink()
     with pytest.raises(RunError, match=r"has no metrics\.jsonl"):
         Run.load(path)

@@ -95,6 +95,40 @@ def test_an_interrupted_rollout_is_saved_and_used(version: int, whole: Straight,
     assert trace(config.output_dir) == whole.trace
 
 
+class Told(TransformersEngine):
+    """An engine that sends the process a signal with the weights of a step, or in the evaluation of it."""
+
+    moment, step = "", -1
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, num_generations: int, seed: int
+    ) -> list[list[Completion]]:
+        if (self.moment, self.weight_version, num_generations) == ("evaluation", self.step, 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().generate(prompts, sampling, num_generations=num_generations, seed=seed)
+
+    def sync_weights(self, policy: torch.nn.Module, version: int) -> dict[str, float]:
+        if (self.moment, version) == ("sync", self.step):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().sync_weights(policy, version)
+
+
+@pytest.mark.parametrize(("moment", "step"), [("sync", 3), ("evaluation", 4)])
+def test_a_signal_ends_a_run_before_anything_more_is_sampled(moment: str, step: int, whole: Straight, tmp_path: Path) -> None:
+    config = whole.config.replace(output_dir=tmp_path / "run")
+    with GRPOTrainer(config, task=LETTERS, reward_funcs=[vowels]) as trainer:
+        engine = Told(trainer.policy.model, trainer.policy.tokenizer)
+        engine.moment, engine.step = moment, step
+        trainer._parts.sampler._engine = trainer._parts.engine = engine
+        assert trainer.train()["signal"] == "SIGTERM"
+    state = json.loads((config.output_dir / f"checkpoint-{step}" / "state.json").read_text(encoding="utf-8"))
+    assert state["pending"] is None, "a whole rollout may take longer than a scheduler waits"
+    with GRPOTrainer.resume(config.output_dir, task=LETTERS, reward_funcs=[vowels]) as trainer:
+        assert trainer.train()["use"] == whole.summary["use"]
+        assert torch.equal(weights(trainer), whole.weights)
+    assert trace(config.output_dir) == whole.trace
+
+
 class Dying(TransformersEngine):
     """An engine that fails for good, in the rollout after a version or in the sync to it."""
 
@@ -192,6 +226,7 @@ def test_stop_ends_after_the_present_step(make: Make, tmp_path: Path) -> None:
     assert trainer.summary["stopped_by"] == "user"
     assert trainer.summary["step"] == 2
     assert trainer.summary["reason"] == "good enough, after step 2."
+    assert trainer._pending is None, "nothing more is sampled"
     assert (tmp_path / "run" / "checkpoint-2").is_dir()
     assert [result.step for result in trainer.steps()] == [3, 4, 5, 6]
 
