@@ -133,7 +133,7 @@ def test_the_best_by_held_out_reward_is_saved_when_it_is_reached(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = iter([0.1, 0.3, 0.6, 0.2, 0.4])
-    monkeypatch.setattr(trainer_module, "evaluate", lambda *_: {"eval_reward": next(values)})
+    monkeypatch.setattr(trainer_module, "evaluate", lambda *_, **__: {"eval_reward": next(values)})
     summary = make(eval_steps=1, max_steps=4, save_steps=100, save_total_limit=1).train()
     assert summary["use"] == {"checkpoint": "checkpoint-2", "step": 2, "reward": 0.6, "by": "held-out reward"}
     assert summary["eval_reward"] == 0.4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ LOGGED = {"letters", "three epochs", "logged/reward"}
 
 def logging(*, interrupted_after: int = -1) -> Any:
     """A closure, which is sent to a worker by value."""
-    signals = [signal.SIGINT]
+    calls: Counter[int] = Counter()
 
     async def vowels(
         completions: list[str], trainer_state: Any, log_metric: Any, log_extra: Any, **columns: Any
     ) -> list[float]:
-        if trainer_state.global_step == interrupted_after and signals:
-            os.kill(os.getpid(), signals.pop())
+        calls[trainer_state.global_step] += 1
+        if trainer_state.global_step == interrupted_after and calls[interrupted_after] == 2:  # the first is the evaluation's
+            os.kill(os.getpid(), signal.SIGINT)
         log_metric("letters", sum(map(len, completions)) / len(completions))
         log_metric("three epochs", trainer_state.epoch * 3)
         log_metric("reward", trainer_state.global_step)
