@@ -13,7 +13,9 @@ in processes of their own without the variable: ``benchmarks/aot.py``, which ``t
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -40,6 +42,35 @@ def poisoned_outputs() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+class Launch(NamedTuple):
+    """What a kernel is launched with."""
+
+    name: str
+    values: tuple[Any, ...]
+    flags: dict[str, Any]
+
+
+@pytest.fixture
+def launches_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType, Iterable[str]], list[Launch]]:
+    """Has kernels of a module keep their launches in a list, and not run."""
+
+    def keep(module: ModuleType, names: Iterable[str]) -> list[Launch]:
+        launches: list[Launch] = []
+
+        class Kernel:
+            def __init__(self, name: str) -> None:
+                self.name = name
+
+            def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+                return lambda *values, **flags: launches.append(Launch(self.name, values, flags))
+
+        for name in names:
+            monkeypatch.setattr(module, name, Kernel(name))
+        return launches
+
+    return keep
 
 
 @pytest.fixture(scope="session")

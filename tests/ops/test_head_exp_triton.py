@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from grpo_fast.ops.head_exp_triton import (
 )
 from grpo_fast.ops.head_shapes import Tile
 from grpo_fast.ops.jit import Target
+from tests.ops.conftest import Launch
 from tests.ops.test_head_exp import TILE, case
 
 HEADS = {"qwen2.5-0.5b": (896, 151936), "qwen2.5-1.5b": (1536, 151936), "qwen2.5-7b": (3584, 152064), "llama-3": (4096, 128256)}
@@ -41,30 +44,18 @@ def test_programs() -> None:
     assert _launch_shape(where, each, 129, 257, descriptors=False)[2:] == (6, 3)
 
 
-class Recorder:
-    """Stands for a kernel and keeps what it is launched with."""
-
-    launches: list[tuple[str, tuple[object, ...], dict[str, object]]] = []  # noqa: RUF012
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __getitem__(self, grid: tuple[int, ...]) -> object:
-        return lambda *values, **flags: self.launches.append((self.name, values, flags))
-
-
 @pytest.mark.parametrize("arch", [80, 90, 100])
-def test_calls_to_compile_ahead_launch_on_nothing(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_to_compile_ahead_launch_on_nothing(
+    arch: int, launches_of: Callable[..., list[Launch]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = ("_head_exp_again_kernel", "_head_exp_fwd_kernel", "_head_exp_sum_kernel", "_head_target_kernel")
-    monkeypatch.setattr(Recorder, "launches", [])
     monkeypatch.setattr(head_exp_triton, "target", lambda device: Target(arch, 132))
-    for name in names:
-        monkeypatch.setattr(head_exp_triton, name, Recorder(name))
+    launches = launches_of(head_exp_triton, names)
     for call in aot_calls().values():
         sums = call()
         assert (sums.shape[1], sums.device.type) == (8192, "meta")
-    assert {name for name, *_ in Recorder.launches} == set(names)
-    products = [(values, flags) for name, values, flags in Recorder.launches if name == "_head_exp_fwd_kernel"]
+    assert {name for name, *_ in launches} == set(names)
+    products = [(values, flags) for name, values, flags in launches if name == "_head_exp_fwd_kernel"]
     kinds = {(values[2] is None, values[7] is None, flags["SOFTCAP"], flags["DESCRIPTORS"]) for values, flags in products}
     assert {kind[:2] for kind in kinds} == {(False, False), (False, True), (True, False), (True, True)}
     assert {kind[2] for kind in kinds} == {False, True}

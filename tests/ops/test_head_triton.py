@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import pytest
@@ -14,6 +14,7 @@ from grpo_fast.ops.head_shapes import Choice, Key
 from grpo_fast.ops.head_torch import TorchHeadPass
 from grpo_fast.ops.head_triton import TritonHeadPass, _chunk_shape, _products_in, aot_calls
 from grpo_fast.ops.lm_head import LMHead, row_chunks
+from tests.ops.conftest import Launch
 from tests.ops.test_head_triton_kernels import TIER_2, Case, case
 
 SIZE = (61, 24, 131)
@@ -207,26 +208,16 @@ def test_float32_products_keep_their_precision_and_settings_come_back() -> None:
         settings.fp32_precision = before
 
 
-def test_calls_to_compile_ahead_launch_on_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    launched: list[tuple[str, dict[str, object]]] = []
-
-    class Recorder:
-        def __init__(self, name: str) -> None:
-            self.name = name
-
-        def __getitem__(self, grid: tuple[int, ...]) -> object:
-            return lambda *values, **flags: launched.append((self.name, flags))
-
+def test_calls_to_compile_ahead_launch_on_nothing(launches_of: Callable[..., list[Launch]]) -> None:
     names = [name for name in vars(head_triton) if name.endswith("_kernel")]
     assert len(names) == 4
-    for name in names:
-        monkeypatch.setattr(head_triton, name, Recorder(name))
+    launched = launches_of(head_triton, names)
     for call in aot_calls().values():
         dhidden, dweight, dbias = call()
         assert dhidden.device.type == "meta"
         assert dweight.dtype == torch.float32
         assert dbias is None or dbias.shape == dweight.shape[:1]
-    assert {name for name, _ in launched} == set(names)
-    kinds = {(flags["ROUNDED"], flags["SOFTCAP"], flags["GATED"]) for name, flags in launched if "rows_fwd" in name}
+    assert {name for name, *_ in launched} == set(names)
+    kinds = {(flags["ROUNDED"], flags["SOFTCAP"], flags["GATED"]) for name, _, flags in launched if "rows_fwd" in name}
     assert kinds == {(False, False, False), (False, True, True), (True, True, False)}
-    assert {flags["SOFTCAP"] for name, flags in launched if "entropy" in name} == {False, True}
+    assert {flags["SOFTCAP"] for name, _, flags in launched if "entropy" in name} == {False, True}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from grpo_fast.ops import policy_loss_triton
 from grpo_fast.ops.loss_spec import LossBatch, LossSpec
 from grpo_fast.ops.policy_loss import policy_coefficients, policy_loss
 from grpo_fast.ops.policy_loss_triton import _launch_shape, _policy_loss_fwd, aot_calls
+from tests.ops.conftest import Launch
 from tests.ops.loss_cases import SPECS, case, extended
 from tests.ops.test_policy_loss_kernels import moved
 
@@ -129,22 +131,13 @@ def test_tiles_are_dealt_to_programs() -> None:
         assert shape.num_programs <= 1024
 
 
-def test_calls_to_compile_ahead_launch_on_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    launched: list[tuple[str, dict[str, object]]] = []
-
-    class Recorder:
-        def __init__(self, name: str) -> None:
-            self.name = name
-
-        def __getitem__(self, grid: tuple[int, ...]) -> object:
-            return lambda *values, **flags: launched.append((self.name, flags))
-
-    for name in ("_policy_loss_token_kernel", "_policy_loss_sequence_kernel", "_policy_loss_sum_kernel"):
-        monkeypatch.setattr(policy_loss_triton, name, Recorder(name))
+def test_calls_to_compile_ahead_launch_on_nothing(launches_of: Callable[..., list[Launch]]) -> None:
+    names = ("_policy_loss_token_kernel", "_policy_loss_sequence_kernel", "_policy_loss_sum_kernel")
+    launched = launches_of(policy_loss_triton, names)
     for call in aot_calls().values():
         sums, coefficients = call()
         assert (sums.shape, coefficients.shape, sums.device.type) == ((10,), (2**14,), "meta")
-    kinds = {(name, flags.get("SURROGATE"), flags.get("TWO_SIDED"), flags.get("MEAN")) for name, flags in launched}
+    kinds = {(name, flags.get("SURROGATE"), flags.get("TWO_SIDED"), flags.get("MEAN")) for name, _, flags in launched}
     assert ("_policy_loss_token_kernel", "clip", True, None) in kinds
     assert ("_policy_loss_sequence_kernel", "sapo", False, False) in kinds
     assert ("_policy_loss_sequence_kernel", "clip", True, True) in kinds
