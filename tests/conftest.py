@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -141,6 +142,19 @@ def shell(
         return (0 if code is None else int(code)), out, err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def imported_by() -> Callable[[str], set[str]]:
+    """Names of the modules that an interpreter of its own has loaded once it has run some code."""
+
+    def run(code: str) -> set[str]:
+        told = f"{code}\nimport sys; print(*sys.modules)"
+        done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return set(done.stdout.splitlines()[-1].split())
+
+    return run
 
 
 @pytest.fixture(scope="session")
