@@ -71,9 +71,11 @@ READS = """
 import sys
 from pathlib import Path
 from grpo_fast.mistakes import of_file
-from grpo_fast.config import Config
+from grpo_fast.config import Config, ConfigError
 from grpo_fast.train.checkpoint import check_checkpoint
 from grpo_fast.train.claim import Claim
+from grpo_fast.train.distributed import World
+from grpo_fast.train.handshake import check_directory
 from grpo_fast.train.resumable import config_of, takes_up_run
 
 for place in map(Path, sys.argv[1:]):
@@ -85,6 +87,10 @@ for place in map(Path, sys.argv[1:]):
     try:
         config = Config(output_dir=place, resume_if_exists=True)
         print(takes_up_run(config))
+        try:
+            check_directory(config, World())
+        except ConfigError as error:
+            print(error)
         Claim(config).stake(resume=False)
     except ValueError as error:
         print(error)
@@ -105,11 +111,13 @@ def test_a_closed_directory_is_told_with_the_way_to_open_it(tmp_path: Path) -> N
         )
     finally:
         run.chmod(0o700)
-    closed, unread, takes, stakes, *inner = told.stdout.splitlines()
+    closed, unread, takes, meets, stakes, *inner = told.stdout.splitlines()
     way = f"open {run} with `chmod u+rwX {run}`, or name another place"
     assert closed == f"{run}/config.toml: Permission denied; {way}"
     assert unread == f"{run}/manifest.json: Permission denied; {way}"
     assert takes == "False"
     assert stakes == (f"output_dir {run} cannot be written (no permission for {run}, or a read-only file system); name another")
+    assert meets.startswith(f"output_dir {run} cannot be written to ([Errno 13] Permission denied: ")
+    assert inner[3].startswith(f"output_dir {run}/inner cannot be written to ([Errno 13] Permission denied: ")
     assert inner[0] == f"{run}/inner/config.toml: Permission denied; {way}"
-    assert inner[3].startswith(f"output_dir {run}/inner cannot be written (no permission for {run}, or")
+    assert inner[4].startswith(f"output_dir {run}/inner cannot be written (no permission for {run}, or")

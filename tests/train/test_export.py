@@ -44,8 +44,14 @@ def logits(directory: Path) -> torch.Tensor:
     return found
 
 
-def test_the_exported_model_is_the_trained_one(trained: Callable[..., tuple[Path, torch.Tensor]], tmp_path: Path) -> None:
+def test_the_exported_model_is_the_trained_one(
+    trained: Callable[..., tuple[Path, torch.Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, expected = trained(use_peft=True)
+    with monkeypatch.context() as inside:
+        inside.chdir(run / "checkpoint-6")
+        export_merged(Path(), tmp_path / "from inside")
+    assert torch.allclose(logits(tmp_path / "from inside"), expected, atol=1e-5)
     assert export_merged(run / "checkpoint-6", tmp_path / "model") == run / "checkpoint-6"
     assert torch.allclose(logits(tmp_path / "model"), expected, atol=1e-5)
     assert {file.name for file in (tmp_path / "model").iterdir()} >= {"model.safetensors", "config.json", "tokenizer.json"}
