@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.rewards import names_model
-from grpo_fast.run_dir import CONFIG_FILE, LOCK_FILE, empty_run, is_cut_short, nearest_place
+from grpo_fast.run_dir import CONFIG_FILE, LOCK_FILE, empty_run, is_cut_short, nearest_place, why_unwritable
 from grpo_fast.train.checkpoint import leftovers
 
 _log = logging.getLogger(__name__)
@@ -135,10 +135,9 @@ class Claim:
         if not place.is_dir():
             named = f"{run} is a file" if place == run.absolute() else f"{run} cannot be made, because {place} is a file"
             raise ConfigError(f"output_dir {named}; name a directory")
-        if not os.access(place, os.W_OK | os.X_OK):
-            raise ConfigError(
-                f"output_dir {run} cannot be written (no permission for {place}, or a read-only file system); name another"
-            )
+        why = why_unwritable(run)
+        if why is not None:
+            raise ConfigError(f"output_dir {run} cannot be written ({why}); name another")
 
     def _holds_run(self) -> bool:
         """Whether there is a run that may be replaced; anything else that stands in the way is an error."""

@@ -19,12 +19,11 @@ from grpo_fast.run_dir import run_of, write_whole
 from grpo_fast.tasks.files import hold_out
 from grpo_fast.tasks.task import Task
 from grpo_fast.train.adapters import SETTINGS_FILE
-from grpo_fast.train.checkpoint import check_checkpoint
 from grpo_fast.train.data import Data, check_episodes, choose_data, choose_environments, choose_replies, encoded
 from grpo_fast.train.distributed import ALONE
 from grpo_fast.train.engines import build_engine, build_sampler, check_sampler, check_vllm, wait_for_servers
 from grpo_fast.train.evaluate import answers
-from grpo_fast.train.export import PLAIN, checkpoint_to_use
+from grpo_fast.train.export import PLAIN, checkpoint_meant
 from grpo_fast.train.parts import build_pool
 from grpo_fast.train.policy_source import PolicySource, check_dtype
 from grpo_fast.train.resumable import config_of
@@ -180,8 +179,7 @@ def _resolved(config: Config, source: str) -> tuple[Config, Path | None]:
     if run is None:
         adapters = (Path(source) / SETTINGS_FILE).is_file() and not (Path(source) / "config.json").exists()
         return config.replace(model=source, use_peft=config.use_peft or adapters), None
-    checkpoint = checkpoint_to_use(run) if run == Path(source) else Path(source)
-    check_checkpoint(checkpoint)
+    checkpoint = checkpoint_meant(Path(source), run)
     return config if config.use_peft else config.replace(model=str(checkpoint), revision=None), checkpoint
 
 

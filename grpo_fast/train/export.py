@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from grpo_fast.config import Config, ConfigError
-from grpo_fast.run_dir import CONFIG_FILE, SUMMARY_FILE, naming, why_unwritable
+from grpo_fast.run_dir import CONFIG_FILE, SUMMARY_FILE, naming, run_of, why_unwritable
 from grpo_fast.train.checkpoint import CheckpointError, check_checkpoint, list_checkpoints, write_failure
 from grpo_fast.train.policy import Policy
 from grpo_fast.train.policy_source import PolicySource
@@ -45,9 +45,8 @@ def export_merged(source: Path, output: Path, *, dtype: ExportType = "auto") -> 
         CheckpointError: the checkpoint is damaged, or there is none; or the disk is full.
         OSError: the output cannot be written; it is named.
     """
-    is_run = (source / CONFIG_FILE).is_file()
-    run = source if is_run else source.parent
-    if not (run / CONFIG_FILE).is_file():
+    run = run_of(source)
+    if run is None:
         raise ConfigError(f"{source} is neither a run nor a checkpoint of one: there is no {CONFIG_FILE} in it or beside it")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"{output} is in use; name a new or empty directory")
@@ -55,8 +54,7 @@ def export_merged(source: Path, output: Path, *, dtype: ExportType = "auto") -> 
     if why is not None:
         raise ConfigError(f"{output} cannot be written ({why}); name another directory")
     config = Config.from_toml(run / CONFIG_FILE)
-    checkpoint = checkpoint_to_use(run) if is_run else source
-    check_checkpoint(checkpoint)
+    checkpoint = checkpoint_meant(source, run)
     if not config.use_peft:
         raise ConfigError(f"{run} trained no adapters: {checkpoint} holds the whole model already")
     config = config.replace(device="cpu", dtype="float32", **PLAIN)
@@ -86,6 +84,17 @@ def _take_over(quantised: Policy, policy: Policy) -> None:
     """Replaces the base's weights by those that its four bits stand for: the adapters were trained over these."""
     for name, weight in dequantised(quantised.model):
         policy.model.get_parameter(f"{name}.weight").copy_(weight)
+
+
+def checkpoint_meant(source: Path, run: Path) -> Path:
+    """The checkpoint that ``source`` is, or, where it is the run, the one to use of it; whole by its manifest.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    checkpoint = checkpoint_to_use(run) if source == run else source
+    check_checkpoint(checkpoint)
+    return checkpoint
 
 
 def checkpoint_to_use(run: Path) -> Path:

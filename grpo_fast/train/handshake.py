@@ -22,7 +22,7 @@ import torch
 
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.device import package_version
-from grpo_fast.run_dir import CUT_SHORT
+from grpo_fast.run_dir import CUT_SHORT, nearest_place
 from grpo_fast.tasks.encoded import EncodedPrompts
 from grpo_fast.train.distributed import World
 from grpo_fast.train.launch import in_words, launcher
@@ -196,7 +196,8 @@ def check_directory(config: Config, world: World) -> None:
     with contextlib.ExitStack() as on_rank_0:
 
         def leave_mark() -> tuple[Path, str]:
-            place = next(place for place in (wanted, *wanted.parents) if place.is_dir())
+            place = nearest_place(wanted)
+            place = place if place.is_dir() else place.parent  # a file in the way is told by the run's claim
             try:
                 mark = on_rank_0.enter_context(_temporary(place))
             except OSError as error:
