@@ -7,6 +7,7 @@ the adapters' own, and the base is the model that they were trained over.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,9 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.run_dir import CONFIG_FILE
 from grpo_fast.train.adapters import SETTINGS_FILE, WEIGHTS_FILE
+from grpo_fast.train.resumable import config_of
 
+_log = logging.getLogger(__name__)
 _TOKENIZER_FILE = "tokenizer_config.json"
 _OF_NO_MATTER = {
     *("auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "lora_dropout", "megatron_core"),
@@ -74,7 +77,20 @@ class AdapterStart:
             raise ConfigError(
                 f"the adapters that model={config.model!r} holds have settings of their own: {told}; leave it out"
             )
+        self._tell_other_base(config)
         return config.replace(**self.settings, revision=self.base_revision)
+
+    def _tell_other_base(self, config: Config) -> None:
+        """Adapters do not say whether their base was in four bits, but the run that trained them does."""
+        if not (self.directory.parent / CONFIG_FILE).is_file():
+            return
+        then = config_of(self.directory.parent).load_in_4bit
+        if then != config.load_in_4bit:
+            _log.warning(
+                "the adapters in %s were trained with load_in_4bit=%s, and this run has load_in_4bit=%s: it begins over other "
+                "base weights than they were made for",
+                *(self.directory, then, config.load_in_4bit),
+            )
 
 
 def find_start(config: Config, source: str, *, local_files_only: bool) -> AdapterStart | None:

@@ -68,16 +68,28 @@ class Adapters:
             try:
                 self._wrapped: Any = peft.get_peft_model(model, settings)
             except ValueError as error:
-                linear = {
-                    name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
-                }
-                raise ConfigError(
-                    f"lora_target_modules={list(targets)}: {error} Linear layers are {', '.join(sorted(linear))}."
-                ) from error
+                raise ConfigError(f"lora_target_modules={list(targets)}: {error} {_linear_layers(model)}") from error
         self._adapted = model
         self.begun = False
         """Whether they began from saved ones, not as no change."""
         self._refuse_ends()
+
+    def refuse_unknown_targets(self) -> None:
+        """Refuses names of ``lora_target_modules`` that fit no layer; peft passes over them where another one fits.
+
+        Raises:
+            ConfigError: there are such names.
+        """
+        settings = self._wrapped.peft_config["default"]
+        if not isinstance(settings.target_modules, (set, list)) or settings.target_parameters:  # experts have names of their own
+            return
+        adapted = [name for name, module in self._adapted.named_modules() if hasattr(module, "base_layer")]
+        unknown = [target for target in settings.target_modules if not any(f".{name}".endswith(f".{target}") for name in adapted)]
+        if unknown:
+            raise ConfigError(
+                f"lora_target_modules={sorted(settings.target_modules)}: no layer is called {' or '.join(sorted(unknown))}. "
+                f"{_linear_layers(self._adapted)}"
+            )
 
     def _refuse_ends(self) -> None:
         """The loss reads the head as a plain weight, and a tied embedding is that weight."""
@@ -204,3 +216,8 @@ class Adapters:
         """
         merged: PreTrainedModel = self._wrapped.merge_and_unload()
         return merged
+
+
+def _linear_layers(model: torch.nn.Module) -> str:
+    names = [name.removesuffix(".base_layer") for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    return f"Linear layers are {', '.join(sorted({name.rpartition('.')[2] for name in names if '.lora_' not in name}))}."

@@ -378,7 +378,9 @@ def outline_of(model_config: PreTrainedConfig, config: Config, *, start: Path | 
         freeze_beside_text(model)
         if config.use_peft:
             adapters = Adapters(model, config)
-            if start is not None:
+            if start is None:
+                adapters.refuse_unknown_targets()
+            else:
                 _refuse_misfit(adapters, start)
     return model
 

@@ -113,6 +113,17 @@ def test_what_contradicts_the_adapters_is_told(
         PolicySource(tiny_config(**{"model": str(saved), "use_peft": True} | given))
 
 
+def test_another_base_than_that_of_the_run_that_trained_them_is_told(
+    saved: Path, tiny_config: Callable[..., Config], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny_config(model=str(saved), use_peft=True)
+    for then in (False, True):
+        (saved.parent / "config.toml").write_text(config.replace(load_in_4bit=then).to_toml(), encoding="utf-8")
+        PolicySource(config)
+    told = f"the adapters in {saved} were trained with load_in_4bit=True, and this run has load_in_4bit=False: it begins over "
+    assert [record.getMessage() for record in caplog.records] == [f"{told}other base weights than they were made for"]
+
+
 @pytest.mark.parametrize(
     "settings",
     [
