@@ -81,10 +81,10 @@ class Adapters:
             ConfigError: there are such names.
         """
         settings = self._wrapped.peft_config["default"]
-        if not isinstance(settings.target_modules, (set, list)) or settings.target_parameters:  # experts have names of their own
+        if isinstance(settings.target_modules, str) or settings.target_parameters:  # experts have names of their own
             return
-        adapted = [name for name, module in self._adapted.named_modules() if hasattr(module, "base_layer")]
-        unknown = [target for target in settings.target_modules if not any(f".{name}".endswith(f".{target}") for name in adapted)]
+        adapted = [f".{name}" for name, module in self._adapted.named_modules() if hasattr(module, "base_layer")]
+        unknown = [each for each in settings.target_modules if not any(name.endswith(f".{each}") for name in adapted)]
         if unknown:
             raise ConfigError(
                 f"lora_target_modules={sorted(settings.target_modules)}: no layer is called {' or '.join(sorted(unknown))}. "
