@@ -331,7 +331,7 @@ class GRPOTrainer:
         if self.config.baseline_probe and self.config.forecast != "off" and "baseline" not in self._evals:
             self._probe()
         self._world.once(lambda: self._parts.record.save_facts(asdict(self._oversight.predictor.facts)))
-        if self.config.eval_steps and "first" not in self._evals:
+        if self.config.eval_steps and "first" not in self._evals and self._why_end() is None:
             metrics = self._evaluate()
             self._world.once(lambda: self._parts.sinks.log_step({"step": 0, "progress": 0.0} | metrics, None))
             self._tell("eval", f"held-out reward before training: {metrics['eval_reward']:.3f}")

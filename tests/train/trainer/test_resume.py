@@ -96,24 +96,29 @@ def test_an_interrupted_rollout_is_saved_and_used(version: int, whole: Straight,
 
 
 class Told(TransformersEngine):
-    """An engine that sends the process a signal with the weights of a step, or in the evaluation of it."""
+    """An engine that sends the process a signal: with the weights of a step, in the evaluation of it, or in the probe."""
 
-    moment, step = "", -1
+    moment, step, calls_after = "", -1, 0
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, num_generations: int, seed: int
     ) -> list[list[Completion]]:
-        if (self.moment, self.weight_version, num_generations) == ("evaluation", self.step, 1):
-            os.kill(os.getpid(), signal.SIGTERM)
+        self.calls_after += not self.moment
+        if num_generations == 1:
+            self._reach({5: "probe", 4: "evaluation"}[len(prompts)], self.weight_version)
         return super().generate(prompts, sampling, num_generations=num_generations, seed=seed)
 
     def sync_weights(self, policy: torch.nn.Module, version: int) -> dict[str, float]:
-        if (self.moment, version) == ("sync", self.step):
-            os.kill(os.getpid(), signal.SIGTERM)
+        self._reach("sync", version)
         return super().sync_weights(policy, version)
 
+    def _reach(self, moment: str, version: int) -> None:
+        if (moment, version) == (self.moment, self.step):
+            self.moment = ""
+            os.kill(os.getpid(), signal.SIGTERM)
 
-@pytest.mark.parametrize(("moment", "step"), [("sync", 3), ("evaluation", 4)])
+
+@pytest.mark.parametrize(("moment", "step"), [("probe", 0), ("sync", 3), ("evaluation", 4)])
 def test_a_signal_ends_a_run_before_anything_more_is_sampled(moment: str, step: int, whole: Straight, tmp_path: Path) -> None:
     config = whole.config.replace(output_dir=tmp_path / "run")
     with GRPOTrainer(config, task=LETTERS, reward_funcs=[vowels]) as trainer:
@@ -121,8 +126,9 @@ def test_a_signal_ends_a_run_before_anything_more_is_sampled(moment: str, step: 
         engine.moment, engine.step = moment, step
         trainer._parts.sampler._engine = trainer._parts.engine = engine
         assert trainer.train()["signal"] == "SIGTERM"
+    assert engine.calls_after == 0, "a rollout, or an evaluation, may take longer than a scheduler waits"
     state = json.loads((config.output_dir / f"checkpoint-{step}" / "state.json").read_text(encoding="utf-8"))
-    assert state["pending"] is None, "a whole rollout may take longer than a scheduler waits"
+    assert state["pending"] is None
     with GRPOTrainer.resume(config.output_dir, task=LETTERS, reward_funcs=[vowels]) as trainer:
         assert trainer.train()["use"] == whole.summary["use"]
         assert torch.equal(weights(trainer), whole.weights)
