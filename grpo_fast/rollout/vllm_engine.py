@@ -342,13 +342,13 @@ class VLLMEngine:
 
 
 class VLLMServerEngine(VLLMEngine):
-    """Implements :class:`~grpo_fast.rollout.engine.RolloutEngine` with vLLM servers that run on this machine.
+    """Implements :class:`~grpo_fast.rollout.engine.RolloutEngine` with vLLM servers, on this machine or, by ssh, on others.
 
     Args:
         model: the policy; its weights are sent at once, whatever the servers held.
         tokenizer: decodes completions.
-        urls: of the servers, such as ``http://127.0.0.1:8000``; ``grpo-fast serve`` starts one. They must serve the policy's
-            architecture in its type.
+        urls: of the servers, such as ``http://127.0.0.1:8000`` or ``ssh://node2:8000``; ``grpo-fast serve`` starts one. They
+            must serve the policy's architecture in its type.
         autocast_dtype: what the policy computes in under autocast; the servers must compute in it too.
         settings: deadlines.
         device: where the policy computes; ``None`` is where its weights lie, as they do but for shards in host memory.
@@ -356,7 +356,7 @@ class VLLMServerEngine(VLLMEngine):
     Raises:
         RolloutError: vLLM is missing or too old, or a server is gone.
         WeightSyncError: the policy's weights did not arrive whole.
-        ValueError: a server twice or elsewhere, a transport it cannot take, a context too short for a sync's proof, a bad key.
+        ValueError: a server twice, or none, a transport it cannot take, a context too short for a sync's proof, a bad key.
     """
 
     def __init__(

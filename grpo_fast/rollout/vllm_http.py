@@ -30,12 +30,10 @@ from grpo_fast.rollout.vllm_requests import Requests
 from grpo_fast.rollout.vllm_sample import OVER_HTTP, Sample, version_name, version_number
 from grpo_fast.rollout.vllm_senders import WeightSender, json_safe
 from grpo_fast.rollout.vllm_sleep import Part, Sleeper
-from grpo_fast.rollout.vllm_watch import Setting
+from grpo_fast.rollout.vllm_watch import LATER, Setting
 
 _T = TypeVar("_T")
 _HANG_UP_S = 10.0
-_LATER = 1.1
-"""Times a sync's deadline is that of its requests: the sync's own, which names the phase, comes first."""
 
 
 class HTTPVLLM:
@@ -69,7 +67,7 @@ class HTTPVLLM:
         key, self._run_name = api_key(), uuid.uuid4().hex
         longest = {
             "deadline_s": deadlines["request_deadline_s"],
-            "control_deadline_s": _LATER * deadlines["sync_deadline_s"],
+            "control_deadline_s": LATER * deadlines["sync_deadline_s"],
         }
         self.servers = [VLLMServer(url, api_key=key, run=self._run_name, **longest) for url in urls]
         self._weights = PolicyWeights(policy, dtype, device)

@@ -21,7 +21,7 @@ from grpo_fast.rollout.engine import RolloutError
 
 Setting = Literal["request_deadline_s", "sync_deadline_s"]
 _LOOK_S = 1.0
-_LATER = 1.1
+LATER = 1.1
 """Times a sync's deadline is that of the calls in it: the sync's own, which names the phase, comes first."""
 
 
@@ -118,7 +118,7 @@ class ProcessWatch:
     def _find_late(self) -> Setting | None:
         """The deadline that was missed. Time is counted in looks, so that while this process itself is stopped it stands."""
         for begun, setting in list(self._waits.values()):
-            allowed_s = self._deadlines[setting] * (_LATER if setting == "sync_deadline_s" else 1)
+            allowed_s = self._deadlines[setting] * (LATER if setting == "sync_deadline_s" else 1)
             if (self._looks - begun) * self._look_s > allowed_s:
                 return setting
         return None

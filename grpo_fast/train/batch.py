@@ -49,6 +49,11 @@ class TrainingSequence:
         """Number of scored tokens."""
         return sum(self.sampled) if self.sampled else len(self.completion_ids)
 
+    @property
+    def num_in_loss(self) -> int:
+        """Number of tokens that count in the loss."""
+        return self.num_scored if self.in_loss else 0
+
 
 def shared_prompts(sequences: Sequence[TrainingSequence]) -> SharedPrompts:
     """Which sequences have the same prompt."""

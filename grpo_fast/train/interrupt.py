@@ -12,6 +12,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 _log = logging.getLogger(__name__)
+_LAST_WORDS_S = 5.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -73,7 +74,7 @@ class InterruptFlag:
         self._previous = {}
         if self._teller is not None:
             self._told.put("")
-            self._teller.join()
+            self._teller.join(_LAST_WORDS_S)  # and no longer: whoever reads standard error may have stopped
             self._teller = None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

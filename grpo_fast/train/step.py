@@ -202,7 +202,7 @@ class Learner:
     def _plan(self, sequences: list[TrainingSequence]) -> list[RowPlan]:
         """The sequences that each rank computes."""
         config = self._config
-        in_loss = [s.num_scored if s.in_loss else 0 for s in sequences]
+        in_loss = [s.num_in_loss for s in sequences]
         live = live_sequences(
             in_loss, [s.advantage for s in sequences], beta=self._spec.beta, entropy_coef=float(config.rewards_entropy)
         )
@@ -222,7 +222,7 @@ class Learner:
         ]
 
     def _micro_batches(self, sequences: list[TrainingSequence], plans: list[RowPlan]) -> list[_Part]:
-        in_loss = [s.num_scored if s.in_loss else 0 for s in sequences]
+        in_loss = [s.num_in_loss for s in sequences]
         weights = self._objective.loss_weights(
             torch.tensor(in_loss), max_completion_length=self._config.max_completion_length
         ).tolist()

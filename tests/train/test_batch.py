@@ -112,3 +112,11 @@ def test_a_completion_of_no_token_scores_nothing(layout: Layout, shares: bool) -
     assert both.targets.tolist() == [7, 8]
     assert both.sequence_index.tolist() == [1, 1]
     assert both.input_ids.flatten()[both.row_index].tolist() == [6, 7], "each target is predicted at the token before it"
+
+
+def test_tokens_that_are_scored_and_that_count_in_the_loss() -> None:
+    whole, played = ((), (True, False, True))
+    for sampled, scored in ((whole, 3), (played, 2)):
+        for in_loss in (True, False):
+            one = TrainingSequence((5,), (6, 7, 8), (-0.1,) * 3, 1.0, in_loss=in_loss, sampled=sampled)
+            assert (one.num_scored, one.num_in_loss) == (scored, scored * in_loss)
