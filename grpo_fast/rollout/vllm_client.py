@@ -15,7 +15,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from grpo_fast.kept_tokens import KeptTokens
@@ -36,6 +36,7 @@ _TELL_S = 30.0
 _BUSY = frozenset({http.client.TOO_MANY_REQUESTS, http.client.SERVICE_UNAVAILABLE})
 """What a server, or a proxy before it, answers while it starts, scales or has too much to do: nothing was done."""
 _REST_S, _LONGEST_REST_S = 0.25, 5.0
+_PART_BYTES = 2**20
 _HINTS = {
     401: "set VLLM_API_KEY to the key that it was started with",
     403: "start it with `grpo-fast serve`, or with --enable-scale-out",
@@ -114,6 +115,8 @@ class VLLMServer:
         self._next_look = 0.0
         self.adapter: str | None = None
         """Name of the LoRA adapter that answers requests; ``None`` for the model as it is."""
+        self.sent_bytes = 0
+        """Bytes that were put; whoever counts them sets it back."""
 
     @property
     def machine(self) -> str | None:
@@ -181,13 +184,29 @@ class VLLMServer:
         """Sends a request once; returns the status and the body of the answer."""
         connection.close()
         calls.open(connection)
-        sent = body if body is None or isinstance(body, (bytes, memoryview)) else json.dumps(body)
-        connection.request(method, path, sent, self._headers)
+        if isinstance(body, (bytes, memoryview)):
+            connection.request(method, path, self._parts(body), self._headers | {"Content-Length": str(len(body))})
+        else:
+            connection.request(method, path, None if body is None else json.dumps(body), self._headers)
         self._await_answer(connection.sock, until)
         answer = connection.getresponse()
         text = answer.read().decode(errors="replace")
         self._has_answered = True
         return answer.status, text
+
+    def _parts(self, data: bytes | memoryview) -> Iterator[memoryview]:
+        """In parts, so that it is known how far a slow link has come."""
+        whole = memoryview(data)
+        for first in range(0, len(whole), _PART_BYTES):
+            part = whole[first : first + _PART_BYTES]
+            yield part
+            self.sent_bytes += len(part)
+
+    @property
+    def told_sent(self) -> str:
+        """What went over to it and can be done about it, for an error; empty where nothing was put."""
+        sent = f"{self.sent_bytes / 1e6:.1f} MB went over; raise sync_deadline_s if only its link is slow"
+        return f" ({sent})" if self.sent_bytes else ""
 
     def _await_answer(self, connection: socket.socket, until: float) -> None:
         """Waits as long as the server listens: one whose engine has died ends, and owes answers for ever (vLLM 0.32).

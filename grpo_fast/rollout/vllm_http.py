@@ -73,6 +73,8 @@ class HTTPVLLM:
         self._weights = PolicyWeights(policy, dtype, device)
         self._delivery = delivery
         self._sender: WeightSender | None = None
+        self._needs: Needs | None = None
+        self._is_in_doubt = False
         self._adapters = AdapterCopies()
         self._sleeper = Sleeper(
             lambda level: self.everywhere(lambda server: server.post(f"/sleep?level={level}&mode=wait")),
@@ -123,11 +125,13 @@ class HTTPVLLM:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def waits_for(self) -> str:
-        """The servers that have not answered a request of the sync yet."""
-        return " and ".join(f"vLLM's server {server.url}" for server in self.servers if server.owes_answer)
+        """The servers that have not answered a request of the sync yet, and how much went over to each."""
+        return " and ".join(f"vLLM's server {server.url}{server.told_sent}" for server in self.servers if server.owes_answer)
 
     def pause(self) -> None:
         """Lets running requests end, or keeps them, and holds new ones up; the cache is reset in a phase of its own."""
+        for server in self.servers:
+            server.sent_bytes = 0
         self.everywhere(lambda server: server.post(f"/pause?mode={self._delivery.pause_mode}&clear_cache=false"))
 
     def resume(self) -> None:
@@ -142,10 +146,16 @@ class HTTPVLLM:
         Raises:
             RolloutError: one was not, or is.
         """
-        self.everywhere(lambda server: server.check(needs))
+        self._needs = needs
+        self._check_settings()
         self._tell_apart()
         if any(self.everywhere(lambda server: bool(server.get("/is_sleeping")["is_sleeping"]))):
             self._sleeper.found_asleep()
+
+    def _check_settings(self) -> None:
+        needs = self._needs
+        if needs is not None:
+            self.everywhere(lambda server: server.check(needs))
 
     def _tell_apart(self) -> None:
         """Each server in turn calls its weights by a name of its own, which the others must not know then."""
@@ -182,6 +192,9 @@ class HTTPVLLM:
     def send(self) -> int:
         """Sends all weights to all servers at once; returns how many bytes went over."""
         if self._sender is None:
+            if self._is_in_doubt:  # one may have been started again, and otherwise, which need not show in the probe
+                self._check_settings()
+                self._is_in_doubt = False
             self._sender = WeightSender(
                 self._delivery.transport,
                 client=_Client(self),
@@ -237,7 +250,7 @@ class HTTPVLLM:
 
         The file is made anew for the next: a server that was started again has not opened this one.
         """
-        self._sender = None
+        self._sender, self._is_in_doubt = None, True
         for server in self.servers:
             with contextlib.suppress(RolloutError):
                 server.post("/update_weights", {"update_info": {"undo": True}})

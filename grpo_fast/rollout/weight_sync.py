@@ -21,6 +21,7 @@ ends in :class:`~grpo_fast.rollout.engine.WeightSyncError`. So does what does no
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +34,7 @@ from grpo_fast.rollout.sync_probe import Choices, Mismatch, Scores, SyncProbe, c
 if TYPE_CHECKING:
     import torch
 
+_log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
@@ -164,6 +166,7 @@ class WeightSync:
                 if attempt == self._attempts:
                     told = f"{cause} (attempt {attempt} of {self._attempts}); nothing was sampled from incomplete weights"
                     raise WeightSyncError(told) from error
+                _log.warning("%s; it is begun anew", cause)
         raise AssertionError("the last attempt returns or raises")
 
     def _transfer(self, version: int) -> int:

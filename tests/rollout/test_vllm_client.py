@@ -36,6 +36,17 @@ def test_a_server_that_does_not_answer_is_named_after_the_deadline_of_the_reques
         server.sample([1], {}, Calls())
 
 
+def test_what_went_over_a_slow_link_is_told(silent: str) -> None:
+    """The kernel takes what fits its buffers, as a link takes little at a time."""
+    server = VLLMServer(silent, api_key=None, deadline_s=0.5)
+    assert server.told_sent == ""
+    with pytest.raises(RolloutError, match=r"did not answer /memory within 0\.5 s"):
+        server.put("/memory", memoryview(bytearray(64 * 2**20)))
+    assert 0 < server.sent_bytes < 64 * 2**20
+    sent = f"{server.sent_bytes / 1e6:.1f}"
+    assert server.told_sent == f" ({sent} MB went over; raise sync_deadline_s if only its link is slow)"
+
+
 @pytest.mark.parametrize("calls", [None, Calls()])
 def test_an_answer_that_a_server_owes_when_it_ends_is_not_waited_for(
     calls: Calls | None, monkeypatch: pytest.MonkeyPatch

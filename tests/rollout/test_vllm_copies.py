@@ -122,6 +122,22 @@ def _inside(far: Far, home: str) -> list[Path]:
     return list(Path(f"/proc/{engine.pid}/root/dev/shm/{home}").iterdir())
 
 
+def test_one_that_was_started_again_with_other_settings_is_told_as_such(far: Far, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe, at temperature 1, would not find log-probabilities of another mode."""
+    model = embedded_model()
+    engine = engine_of(model, far)
+    target = engine._vllm
+    target.undo()  # as the sync does where a server does not know the memory
+    with monkeypatch.context() as patch:
+        patch.setattr(target, "_needs", target._needs._replace(dtype=torch.bfloat16))
+        told = r"phase 'send': vLLM's server .* cannot be used for training: it computes in float32, the trainer in bfloat16"
+        with pytest.raises(WeightSyncError, match=told):
+            engine.sync_weights(model, 1)
+    engine.sync_weights(model, 1)
+    assert target.servers[0].told_sent.startswith(" (2.7 MB went over")
+    engine.close()
+
+
 def test_servers_of_one_machine_share_one_copy(far: Far, tmp_path: Path) -> None:
     servers = [VLLMServer(url, api_key=None, deadline_s=20) for url in (far.url, f"http://127.0.0.1:{far.port}")]
     with (Path("/dev/shm") / f"grpo_fast-test-{os.getpid()}").open("w+b") as file:

@@ -193,10 +193,12 @@ def test_a_policy_that_fails_ends_the_sync_in_its_probe(
 
 @pytest.mark.parametrize("phase", PHASES[:-1])
 def test_a_phase_that_fails_once_is_undone_and_all_of_it_done_again(
-    phase: str, policy: LlamaForCausalLM, target: SecondCopy
+    phase: str, policy: LlamaForCausalLM, target: SecondCopy, caplog: pytest.LogCaptureFixture
 ) -> None:
     target.faults[phase] = fail(1)
     WeightSync(target, PROBE).run(policy, 1)
+    name = {"weight_version": "finish"}.get(phase, phase)
+    assert caplog.messages == [f"the sync of version 1 failed in its phase '{name}': the wire broke; it is begun anew"]
     assert target.calls == [*PHASES[: PHASES.index(phase) + 1], "undo", *PHASES]
     assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), target.model.parameters(), strict=True))
 
