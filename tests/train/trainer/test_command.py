@@ -100,6 +100,7 @@ def test_ctrl_c_once_saves_and_twice_ends_at_once(
     assert f"{signals[0].name} received: what is under way is finished and saved first" in told
     assert code == 128 + signals[0], "a restart loop goes on until it is 0"
     if times == 1:
+        assert told.count(f"{signals[0].name}: the run is saved and ends once what it is at is through; a second one ") == 1
         assert json.loads((run / "summary.json").read_text(encoding="utf-8"))["signal"] == signals[0].name
         assert events(run)[-1] == "interrupt"
         assert list_checkpoints(run)[-1].name == "checkpoint-13"
