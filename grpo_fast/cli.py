@@ -6,8 +6,8 @@ import faulthandler
 import os
 import signal
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
@@ -77,7 +77,8 @@ def train(
         with GRPOTrainer.resume(resume, config=settings) if resume is not None else GRPOTrainer(settings) as trainer:
             if trainer.is_main_process and "model" not in settings.model_fields_set:
                 Console().print("no model given (--model): training the small demo model in the package", highlight=False)
-            summary = trainer.train()
+            with _telling():  # before the close, in which a server that hangs takes time: torchrun ends ranks as one has left
+                summary = trainer.train()
             told = partial(_after_end, run, has_step=bool(summary["step"]))
         if not trainer.is_main_process:
             return 0
@@ -420,20 +421,28 @@ def main(arguments: list[str] | None = None) -> None:
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does with names that its encoding lacks
     try:
-        with suppress(FileNotFoundError):  # the current folder may be deleted
-            here = str(Path.cwd())
-            if not sys.flags.safe_path and here not in sys.path and "" not in sys.path:
-                sys.path.append(here)
-        sys.exit(app(arguments, exit_on_error=False, print_error=False))
+        with _telling():
+            with suppress(FileNotFoundError):  # the current folder may be deleted
+                here = str(Path.cwd())
+                if not sys.flags.safe_path and here not in sys.path and "" not in sys.path:
+                    sys.path.append(here)
+            sys.exit(app(arguments, exit_on_error=False, print_error=False))
+    except KeyboardInterrupt as interrupt:
+        code = _code_of(getattr(interrupt, "signal", signal.SIGINT))
+        _fail("; ".join(filter(None, ("stopped at once", str(interrupt)))), code=code)
+
+
+@contextmanager
+def _telling() -> Iterator[None]:
+    """Ends the process with one message where something inside fails that the user can fix."""
+    try:
+        yield
     except CycloptsError as error:
         _fail(in_words(error))
     except (ValueError, OSError, FloatingPointError, TrainingError) as error:
         if hasattr(error, "told_elsewhere") and os.environ.get("LOCAL_RANK") != "0":
             sys.exit(1)  # another rank tells it, and the first one of each node
         _fail(of_file(error) if isinstance(error, OSError) else str(error))
-    except KeyboardInterrupt as interrupt:
-        code = _code_of(getattr(interrupt, "signal", signal.SIGINT))
-        _fail("; ".join(filter(None, ("stopped at once", str(interrupt)))), code=code)
 
 
 def _fail(message: str, *, code: int = 1) -> None:

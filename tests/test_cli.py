@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from cyclopts import Parameter
 
-from grpo_fast import __version__
+from grpo_fast import GRPOTrainer, __version__
 from grpo_fast.config import Config
 
 Shell = Callable[..., tuple[int, str, str]]
@@ -408,6 +408,25 @@ def test_a_failing_reward_is_told_without_a_traceback(shell: Shell, tmp_path: Pa
     assert "error: reward function 'score' raised KeyError: '[answer]'" in in_words(err)
     assert "Traceback" not in err
     assert (tmp_path / "run" / "checkpoint-0").is_dir()
+
+
+def test_what_ends_a_run_is_told_before_its_parts_are_closed(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun ends a rank that takes longer to close than another, and with it what that had not said yet."""
+    (tmp_path / "broken_reward.py").write_text("def score(completions):\n    raise KeyError('[answer]')\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    close = GRPOTrainer.close
+
+    def tell(trainer: GRPOTrainer) -> None:
+        print("closing", file=sys.stderr)
+        close(trainer)
+
+    monkeypatch.setattr(GRPOTrainer, "close", tell)
+    code, _, err = shell(f"train {SMALL} --reward-funcs broken_reward:score --output-dir run --no-report")
+    assert code == 1
+    assert err.index("error: reward function") < err.index("closing")
+    assert err.count("error:") == 1
 
 
 def test_logits_that_are_not_finite_are_told_without_a_traceback(shell: Shell) -> None:
