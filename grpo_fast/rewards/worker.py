@@ -73,6 +73,7 @@ def serve(descriptor: int, parent_id: int) -> None:
         _send(channel, reply)
         while (request := _read(channel)) is not None:
             _answer(channel, rewards, request, loop)
+        _end_what_is_left(channel)
 
 
 def _loaded(specs: Mapping[int, str | bytes], columns: Sequence[str] | None) -> tuple[Reply, dict[int, RewardFunction]]:
@@ -148,6 +149,15 @@ def _read_exactly(channel: socket.socket, size: int) -> bytes | None:
 
 def _send(channel: socket.socket, reply: Reply) -> None:
     channel.sendall(pack(pickle.dumps(reply)))
+
+
+def _end_what_is_left(channel: socket.socket) -> None:
+    """Ends what reward functions started, where the pool has been dropped or killed; one that closes hears this and does it."""
+    try:
+        channel.send(b"\0")
+    except OSError:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the worker itself still has to end in order
+        os.killpg(os.getpgrp(), signal.SIGTERM)
 
 
 def _end_with_parent(parent_id: int) -> None:

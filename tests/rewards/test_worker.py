@@ -223,6 +223,27 @@ def test_no_worker_outlives_a_killed_parent(function: str, timeout_s: float, lim
     _until(lambda: not _runs(worker_id), limit_s)
 
 
+def test_what_a_function_started_goes_with_an_idle_worker_whose_pool_is_dropped() -> None:
+    def starts(completions: list[str]) -> list[float]:
+        import subprocess
+
+        return [float(subprocess.Popen(["sleep", "600"]).pid)]
+
+    worker = WorkerProcess({0: cloudpickle.dumps(starts)})
+    try:
+        worker.receive()
+        arguments = {"completions": ["a"], "trainer_state": TrainerState()}
+        worker.submit([0], pickle.dumps(arguments), timeout_s=60)
+        [reply] = worker.receive()
+        started = int(reply.value.values[0])
+        assert _runs(started)
+        worker.channel.close()  # as the end of a script does that never calls close()
+        _until(lambda: not _runs(worker.process_id) and not _runs(started), 60)
+    finally:
+        worker.kill()
+    assert worker._process.returncode == 0, "the worker has ended in order"
+
+
 def _until(condition: Any, limit_s: float) -> None:
     end = time.monotonic() + limit_s
     while not condition():
