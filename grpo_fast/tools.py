@@ -80,9 +80,10 @@ def schemas_of(tools: Mapping[str, Tool]) -> list[dict[str, Any]]:
         try:
             schema = get_json_schema(tool)
         except Exception as error:  # of several kinds, by what is missing
+            fix = "" if inspect.isroutine(tool) else "write a function around it (def), of which "
             raise ValueError(
-                f"tool {name!r} cannot be described to the model: {str(error).rstrip('.')}; each argument needs a type hint, "
-                "and a line under 'Args:' in the docstring"
+                f"tool {name!r} cannot be described to the model: {str(error).rstrip('.')}; {fix}each argument needs a type "
+                "hint, and a line under 'Args:' in the docstring"
             ) from error
         schema["function"]["name"] = name  # by which it is called: a decorator may have left another
         schemas.append(schema)

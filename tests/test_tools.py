@@ -213,8 +213,21 @@ def test_tools_that_cannot_be_used_are_named(tmp_path: Path, monkeypatch: pytest
     for yields in (later, piecemeal):
         with pytest.raises(ValueError, match=f"tool '{yields.__name__}' yields, and the model reads what a tool returns"):
             schemas_of({yields.__name__: yields})
-    with pytest.raises(ValueError, match=r"tool 'add' cannot be described to the model: .*partial.* is not a .*function; each"):
+    around = r"write a function around it \(def\), of which each argument needs a type hint"
+    with pytest.raises(ValueError, match=rf"tool 'add' cannot be described to the model: .*partial.* is not .*; {around}"):
         schemas_of(find_tools([functools.partial(add, b=2)]))
+
+    class Adding:
+        def __call__(self, a: int) -> int:
+            """Adds.
+
+            Args:
+                a: One number.
+            """
+            return a
+
+    with pytest.raises(ValueError, match=rf"tool 'Adding' cannot be described to the model: .*; {around}"):
+        schemas_of(find_tools([Adding()]))
     (tmp_path / "brought_tools.py").write_text("def add(a): ...\nnumber = 3\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert list(find_tools(["brought_tools:add"])) == ["add"]
