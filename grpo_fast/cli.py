@@ -72,7 +72,7 @@ def train(
     from grpo_fast.train import GRPOTrainer  # noqa: PLC0415 (--help must not wait for torch)
 
     run = resume or settings.output_dir
-    told = partial(_after_interrupt, run)
+    told = partial(_after_interrupt, run, older=_written(run) if settings.overwrite else None)
     try:
         with GRPOTrainer.resume(resume, config=settings) if resume is not None else GRPOTrainer(settings) as trainer:
             if trainer.is_main_process and "model" not in settings.model_fields_set:
@@ -112,10 +112,19 @@ def _after_end(run: Path, *, has_step: bool) -> str:
     return f"the run in {run} had ended and is saved" + (f"; `grpo-fast report {run}` writes its report" if has_step else "")
 
 
-def _after_interrupt(run: Path) -> str:
-    if (run / CONFIG_FILE).exists():
-        return f"`grpo-fast train --resume {run}` continues from its newest checkpoint, or from the start if it has none"
-    return f"the run in {run} had not started"
+def _after_interrupt(run: Path, *, older: int | None) -> str:
+    """What a signal means that came before the end; ``older`` is of a run that was to be overwritten."""
+    written = _written(run)
+    if written is None:
+        return f"the run in {run} had not started"
+    if written == older:
+        return f"the run in {run} had not started, and the one that it was to overwrite is as it was"
+    return f"`grpo-fast train --resume {run}` continues from its newest checkpoint, or from the start if it has none"
+
+
+def _written(run: Path) -> int | None:
+    """When the run began, by its configuration's file; ``None`` where there is none."""
+    return (run / CONFIG_FILE).stat().st_mtime_ns if (run / CONFIG_FILE).exists() else None
 
 
 @app.command

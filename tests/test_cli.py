@@ -451,6 +451,12 @@ def test_an_interrupt_before_the_run_begins_does_not_tell_how_to_go_on(shell: Sh
     code, _, err = shell(f"train {SMALL} --reward-funcs impatient_reward:score --output-dir run")
     assert (code, in_words(err)) == (128 + signal.SIGINT, "error: stopped at once; the run in run had not started")
     assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text("seed = 3\n", encoding="utf-8")
+    code, _, err = shell(f"train {SMALL} --reward-funcs impatient_reward:score --output-dir run --overwrite")
+    told = "error: stopped at once; the run in run had not started, and the one that it was to overwrite is as it was"
+    assert (code, in_words(err)) == (128 + signal.SIGINT, told)
+    assert (tmp_path / "run" / "config.toml").read_text(encoding="utf-8") == "seed = 3\n"
 
 
 def test_doctor_speaks(shell: Shell) -> None:
