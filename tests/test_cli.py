@@ -248,47 +248,6 @@ def test_a_second_sigterm_ends_a_run_at_once_with_the_exit_code_of_the_first(tmp
     assert "error: stopped at once; `grpo-fast train --resume run`" in done.stderr
 
 
-ONCE = """
-import os, signal, threading, time
-from pathlib import Path
-
-def at_once(completions, **columns):
-    os.kill(os.getpid(), signal.SIGTERM)
-    return [0.5] * len(completions)
-
-def in_report(completions, **columns):
-    def wait():
-        while not Path("run/plots").exists():
-            time.sleep(0.001)
-        os.kill(os.getpid(), signal.SIGINT)
-    threading.Thread(target=wait, daemon=True).start()
-    return [0.5] * len(completions)
-"""
-
-
-@pytest.mark.parametrize("evaluation", ["", "--eval-steps 2"])
-def test_a_signal_before_the_first_step_saves_the_run_and_draws_no_report(
-    evaluation: str, shell: Shell, tmp_path: Path
-) -> None:
-    (tmp_path / "once.py").write_text(ONCE, encoding="utf-8")
-    code, out, err = shell(f"train {SMALL} {evaluation} --baseline-probe 0 --reward-funcs once:at_once --output-dir run")
-    assert (code, "error" in err, "report.html" in out) == (128 + signal.SIGTERM, False, False)
-    assert "SIGTERM received after step 0; the run is saved." in in_words(out)
-    code, _, err = shell("report run")
-    assert (code, "done a step" in err or "no whole step yet" in err) == (1, True)
-
-
-def test_ctrl_c_while_the_report_is_drawn_says_that_the_run_is_whole(shell: Shell, tmp_path: Path) -> None:
-    (tmp_path / "once.py").write_text(ONCE, encoding="utf-8")
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
-    try:
-        code, _, err = shell(f"train {SMALL} --baseline-probe 0 --reward-funcs once:in_report --output-dir run")
-    finally:
-        signal.signal(signal.SIGINT, before)
-    told = "error: stopped at once; the run in run had ended and is saved; `grpo-fast report run` writes its report"
-    assert (code, in_words(err)) == (128 + signal.SIGINT, told)
-
-
 def test_json_that_nobody_reads_ends_a_command_without_a_word(tmp_path: Path) -> None:
     """As in ``| true``: it said "Broken pipe", as if a file were broken."""
     rows = [f"{step},{0.5 + step / 100}" for step in range(1, 13)]
