@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import faulthandler
-import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from cyclopts import App, CycloptsError, Group, Parameter, validators
+from cyclopts import App, Group, Parameter, validators
 from rich.console import Console
 from rich.markup import escape
 
 from grpo_fast import __version__
+from grpo_fast.cli_end import after_end, after_interrupt, begun_at, code_of, fail, tell_outcome, telling
 from grpo_fast.cli_evaluate import evaluate
 from grpo_fast.cli_files import ToDraw, ToWrite
 from grpo_fast.cli_report import compare, report
 from grpo_fast.cli_settings import fill
 from grpo_fast.cli_tables import print_json, print_notes, print_table, print_words, print_written
 from grpo_fast.config import Config
-from grpo_fast.mistakes import in_words, of_file
-from grpo_fast.run_dir import CONFIG_FILE
-from grpo_fast.types import TrainingError
 
 if TYPE_CHECKING:
     from grpo_fast.train.plan import Plan
@@ -72,59 +68,23 @@ def train(
     from grpo_fast.train import GRPOTrainer  # noqa: PLC0415 (--help must not wait for torch)
 
     run = resume or settings.output_dir
-    told = partial(_after_interrupt, run, older=_written(run) if settings.overwrite else None)
+    told = partial(after_interrupt, run, older=begun_at(run) if settings.overwrite else None)
     try:
         with GRPOTrainer.resume(resume, config=settings) if resume is not None else GRPOTrainer(settings) as trainer:
             if trainer.is_main_process and "model" not in settings.model_fields_set:
                 Console().print("no model given (--model): training the small demo model in the package", highlight=False)
-            with _telling():  # before the close, in which a server that hangs takes time: torchrun ends ranks as one has left
+            with telling():  # before the close, in which a server that hangs takes time: torchrun ends ranks as one has left
                 summary = trainer.train()
-            told = partial(_after_end, run, has_step=bool(summary["step"]))
+            told = partial(after_end, run, has_step=bool(summary["step"]))
         if not trainer.is_main_process:
             return 0
-        _tell_outcome(run, summary, has_adapters=settings.use_peft)
+        tell_outcome(run, summary, has_adapters=settings.use_peft)
         if settings.report and summary["step"]:
             report(run)
     except KeyboardInterrupt as interrupt:
         interrupt.args = (told(),)
         raise
-    return 0 if summary["signal"] is None else _code_of(signal.Signals[summary["signal"]])
-
-
-def _code_of(number: signal.Signals) -> int:
-    """The exit code of a command that a signal has ended, as a shell reports it."""
-    return 128 + number
-
-
-def _tell_outcome(run: Path, summary: Mapping[str, Any], *, has_adapters: bool) -> None:
-    console = Console()
-    console.print(f"[bold]{escape(summary['reason'])}[/]", highlight=False, soft_wrap=True)
-    if summary["use"] is not None:
-        use = summary["use"]
-        told = f"the model to use: {run / use['checkpoint']} ({use['by']} {use['reward']:.3f})"
-        if has_adapters:
-            told += f"; its adapters are merged by `grpo-fast export {run} --output DIRECTORY`"
-        console.print(told, highlight=False, markup=False, soft_wrap=True)
-
-
-def _after_end(run: Path, *, has_step: bool) -> str:
-    """What a signal means that came when the run was over."""
-    return f"the run in {run} had ended and is saved" + (f"; `grpo-fast report {run}` writes its report" if has_step else "")
-
-
-def _after_interrupt(run: Path, *, older: int | None) -> str:
-    """What a signal means that came before the end; ``older`` is of a run that was to be overwritten."""
-    written = _written(run)
-    if written is None:
-        return f"the run in {run} had not started"
-    if written == older:
-        return f"the run in {run} had not started, and the one that it was to overwrite is as it was"
-    return f"`grpo-fast train --resume {run}` continues from its newest checkpoint, or from the start if it has none"
-
-
-def _written(run: Path) -> int | None:
-    """When the run began, by its configuration's file; ``None`` where there is none."""
-    return (run / CONFIG_FILE).stat().st_mtime_ns if (run / CONFIG_FILE).exists() else None
+    return 0 if summary["signal"] is None else code_of(signal.Signals[summary["signal"]])
 
 
 @app.command
@@ -430,30 +390,12 @@ def main(arguments: list[str] | None = None) -> None:
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does with names that its encoding lacks
     try:
-        with _telling():
+        with telling():
             with suppress(FileNotFoundError):  # the current folder may be deleted
                 here = str(Path.cwd())
                 if not sys.flags.safe_path and here not in sys.path and "" not in sys.path:
                     sys.path.append(here)
             sys.exit(app(arguments, exit_on_error=False, print_error=False))
     except KeyboardInterrupt as interrupt:
-        code = _code_of(getattr(interrupt, "signal", signal.SIGINT))
-        _fail("; ".join(filter(None, ("stopped at once", str(interrupt)))), code=code)
-
-
-@contextmanager
-def _telling() -> Iterator[None]:
-    """Ends the process with one message where something inside fails that the user can fix."""
-    try:
-        yield
-    except CycloptsError as error:
-        _fail(in_words(error))
-    except (ValueError, OSError, FloatingPointError, TrainingError) as error:
-        if hasattr(error, "told_elsewhere") and os.environ.get("LOCAL_RANK") != "0":
-            sys.exit(1)  # another rank tells it, and the first one of each node
-        _fail(of_file(error) if isinstance(error, OSError) else str(error))
-
-
-def _fail(message: str, *, code: int = 1) -> None:
-    Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
-    sys.exit(code)
+        code = code_of(getattr(interrupt, "signal", signal.SIGINT))
+        fail("; ".join(filter(None, ("stopped at once", str(interrupt)))), code=code)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from cyclopts import Parameter
 
-from grpo_fast import GRPOTrainer, __version__
+from grpo_fast import __version__
 from grpo_fast.config import Config
 
 Shell = Callable[..., tuple[int, str, str]]
@@ -227,27 +227,6 @@ def test_a_crash_in_native_code_says_where_it_was(tmp_path: Path) -> None:
     assert f'File "{tmp_path / "crash.py"}", line 5 in score' in done.stderr
 
 
-TWICE = """
-import os
-import signal
-import time
-
-def score(completions, **columns):
-    for _ in range(2):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.1)
-"""
-
-
-def test_a_second_sigterm_ends_a_run_at_once_with_the_exit_code_of_the_first(tmp_path: Path) -> None:
-    (tmp_path / "twice.py").write_text(TWICE, encoding="utf-8")
-    command = [sys.executable, "-m", "grpo_fast", "train", *SMALL.split(), "--reward-funcs", "twice:score"]
-    done = subprocess.run([*command, "--output-dir", "run"], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 128 + signal.SIGTERM
-    assert done.stderr.endswith("continues from its newest checkpoint, or from the start if it has none\n")
-    assert "error: stopped at once; `grpo-fast train --resume run`" in done.stderr
-
-
 def test_json_that_nobody_reads_ends_a_command_without_a_word(tmp_path: Path) -> None:
     """As in ``| true``: it said "Broken pipe", as if a file were broken."""
     rows = [f"{step},{0.5 + step / 100}" for step in range(1, 13)]
@@ -359,42 +338,6 @@ def test_a_deleted_folder_hinders_nothing_that_does_not_need_it(
     assert shell("--version")[:2] == (0, f"{__version__}\n")
 
 
-def test_a_failing_reward_is_told_without_a_traceback(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "broken_reward.py").write_text("def score(completions):\n    raise KeyError('[answer]')\n", encoding="utf-8")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    code, _, err = shell(f"train {SMALL} --reward-funcs broken_reward:score --output-dir run --no-report")
-    assert code == 1
-    assert "error: reward function 'score' raised KeyError: '[answer]'" in in_words(err)
-    assert "Traceback" not in err
-    assert (tmp_path / "run" / "checkpoint-0").is_dir()
-
-
-def test_what_ends_a_run_is_told_before_its_parts_are_closed(
-    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """torchrun ends a rank that takes longer to close than another, and with it what that had not said yet."""
-    (tmp_path / "broken_reward.py").write_text("def score(completions):\n    raise KeyError('[answer]')\n", encoding="utf-8")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    close = GRPOTrainer.close
-
-    def tell(trainer: GRPOTrainer) -> None:
-        print("closing", file=sys.stderr)
-        close(trainer)
-
-    monkeypatch.setattr(GRPOTrainer, "close", tell)
-    code, _, err = shell(f"train {SMALL} --reward-funcs broken_reward:score --output-dir run --no-report")
-    assert code == 1
-    assert err.index("error: reward function") < err.index("closing")
-    assert err.count("error:") == 1
-
-
-def test_logits_that_are_not_finite_are_told_without_a_traceback(shell: Shell) -> None:
-    code, _, err = shell(f"train {SMALL} --temperature 1e-300 --output-dir run --no-report")
-    assert code == 1
-    assert "error: the model's logits are not finite within the first 1 tokens of a completion" in in_words(err)
-    assert "Traceback" not in err
-
-
 def test_a_run_without_a_model_says_which_one_it_trains(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken_reward.py").write_text("def score(completions):\n    raise KeyError('[answer]')\n", encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -403,19 +346,6 @@ def test_a_run_without_a_model_says_which_one_it_trains(shell: Shell, tmp_path: 
     _, named, _ = shell(f"train {SMALL} {rest} named")
     told = "no model given (--model): training the small demo model in the package"
     assert (told in in_words(unnamed), told in in_words(named)) == (True, False)
-
-
-def test_an_interrupt_before_the_run_begins_does_not_tell_how_to_go_on(shell: Shell, tmp_path: Path) -> None:
-    (tmp_path / "impatient_reward.py").write_text("raise KeyboardInterrupt\n", encoding="utf-8")
-    code, _, err = shell(f"train {SMALL} --reward-funcs impatient_reward:score --output-dir run")
-    assert (code, in_words(err)) == (128 + signal.SIGINT, "error: stopped at once; the run in run had not started")
-    assert not (tmp_path / "run").exists()
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.toml").write_text("seed = 3\n", encoding="utf-8")
-    code, _, err = shell(f"train {SMALL} --reward-funcs impatient_reward:score --output-dir run --overwrite")
-    told = "error: stopped at once; the run in run had not started, and the one that it was to overwrite is as it was"
-    assert (code, in_words(err)) == (128 + signal.SIGINT, told)
-    assert (tmp_path / "run" / "config.toml").read_text(encoding="utf-8") == "seed = 3\n"
 
 
 def test_doctor_speaks(shell: Shell) -> None:

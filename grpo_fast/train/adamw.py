@@ -83,7 +83,7 @@ class StochasticAdamW(torch.optim.Optimizer):
 
     def _noise(self, count: int, device: torch.device, key: tuple[int, ...]) -> torch.Tensor:
         [draw] = np.random.SeedSequence((self._seed, *key)).generate_state(1, np.uint64)
-        generator = torch.Generator(device).manual_seed(int(draw >> 1))
+        generator = torch.Generator(device).manual_seed(int(draw) >> 1)
         return torch.randint(0, 2**16, (count,), dtype=torch.int32, device=device, generator=generator)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

@@ -367,6 +367,7 @@ def outline_of(model_config: PreTrainedConfig, config: Config, *, start: Path | 
                 f"model {config.model!r} is of type {model_config.model_type!r}, for which transformers has no causal language "
                 "model; name one that continues text (encoders and most image or audio models cannot be trained here)"
             ) from error
+        model.tie_weights()  # transformers 5.0 leaves that to the loading of weights
         if model.base_model is model:
             raise ConfigError(
                 f"{type(model).__name__} has no separate part that computes hidden states (its base_model is the whole "
