@@ -140,9 +140,9 @@ class VLLMEngine:
                 check_segments(version, os.environ)
         self._sleeps = False
         self._vllm: Any = self._build(settings, dtype, options or {})
-        if options is not None:
-            self._vllm = AdapterTarget(self._vllm, AdapterVersions(model))
         try:
+            if options is not None:
+                self._vllm = AdapterTarget(self._vllm, AdapterVersions(model))
             self._context = min(self._context, self._vllm.context_length)
             probe = SyncProbe.build(
                 vocabulary=self._vocabulary,

@@ -61,7 +61,7 @@ def has_ended(config: Config, newest: Path) -> bool:
     """
     try:
         summary = json.loads((config.output_dir / SUMMARY_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # it is written at the end, and a damaged one is written anew
         return False
     saved = config_of(config.output_dir)
     if config.reward_range is None:  # it is the task's, which the run's own configuration has

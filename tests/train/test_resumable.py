@@ -60,6 +60,8 @@ def test_a_run_that_had_ended_ends_at_once_unless_its_limits_change(tmp_path: Pa
         assert has_ended(config, newest) == has_ended(config.replace(reward_range=None, save_steps=1), newest) == over
         assert not has_ended(config.replace(max_steps=5), newest)
         assert not has_ended(config.replace(forecast="off"), newest)
+    (tmp_path / SUMMARY_FILE).write_text('{"stopped_by": "max_st', encoding="utf-8")
+    assert not has_ended(config, newest), "that it ended cannot be read"
 
 
 def test_a_restart_of_the_same_launch_cannot_change_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
