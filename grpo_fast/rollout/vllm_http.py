@@ -146,16 +146,14 @@ class HTTPVLLM:
         Raises:
             RolloutError: one was not, or is.
         """
+        self._check_settings(needs)
         self._needs = needs
-        self._check_settings()
         self._tell_apart()
         if any(self.everywhere(lambda server: bool(server.get("/is_sleeping")["is_sleeping"]))):
             self._sleeper.found_asleep()
 
-    def _check_settings(self) -> None:
-        needs = self._needs
-        if needs is not None:
-            self.everywhere(lambda server: server.check(needs))
+    def _check_settings(self, needs: Needs) -> None:
+        self.everywhere(lambda server: server.check(needs))
 
     def _tell_apart(self) -> None:
         """Each server in turn calls its weights by a name of its own, which the others must not know then."""
@@ -192,9 +190,9 @@ class HTTPVLLM:
     def send(self) -> int:
         """Sends all weights to all servers at once; returns how many bytes went over."""
         if self._sender is None:
-            if self._is_in_doubt:  # one may have been started again, and otherwise, which need not show in the probe
-                self._check_settings()
-                self._is_in_doubt = False
+            if self._is_in_doubt and self._needs is not None:  # one may run anew, and otherwise, which no probe needs to show
+                self._check_settings(self._needs)
+            self._is_in_doubt = False
             self._sender = WeightSender(
                 self._delivery.transport,
                 client=_Client(self),
