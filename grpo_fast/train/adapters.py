@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 SETTINGS_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 """peft's own name; with the settings it is all of an adapter."""
+_ALL_LINEAR = ("all-linear",)
 _EXPECTED = (r"The following \w+_pattern keys did not match", "fan_in_fan_out is set to False")
 """Warnings of peft about experts, or about layers as in GPT-2, which it then handles correctly."""
 
@@ -55,7 +56,7 @@ class Adapters:
             lora_alpha=config.lora_alpha,
             lora_dropout=0.0,
             exclude_modules="|".join(rf"{re.escape(name)}\..*" for name in beside_text(model)) or None,
-            target_modules=targets[0] if targets == ("all-linear",) else list(targets),
+            target_modules=targets[0] if targets == _ALL_LINEAR else list(targets),
             use_rslora=config.use_rslora,
             task_type="CAUSAL_LM",
             revision=config.revision,
@@ -69,7 +70,7 @@ class Adapters:
                 self._wrapped: Any = peft.get_peft_model(model, settings)
             except ValueError as error:
                 raise ConfigError(f"lora_target_modules={list(targets)}: {error} {_linear_layers(model)}") from error
-        self._adapted = model
+        self._adapted, self._targets = model, targets
         self.begun = False
         """Whether they began from saved ones, not as no change."""
         self._refuse_ends()
@@ -80,14 +81,13 @@ class Adapters:
         Raises:
             ConfigError: there are such names.
         """
-        settings = self._wrapped.peft_config["default"]
-        if isinstance(settings.target_modules, str) or settings.target_parameters:  # experts have names of their own
+        if self._targets == _ALL_LINEAR or self._wrapped.peft_config["default"].target_parameters:  # experts have other names
             return
         adapted = [f".{name}" for name, module in self._adapted.named_modules() if hasattr(module, "base_layer")]
-        unknown = [each for each in settings.target_modules if not any(name.endswith(f".{each}") for name in adapted)]
+        unknown = [each for each in self._targets if not any(name.endswith(f".{each}") for name in adapted)]
         if unknown:
             raise ConfigError(
-                f"lora_target_modules={sorted(settings.target_modules)}: no layer is called {' or '.join(sorted(unknown))}. "
+                f"lora_target_modules={list(self._targets)}: no layer is called {' or '.join(unknown)}. "
                 f"{_linear_layers(self._adapted)}"
             )
 
@@ -218,6 +218,8 @@ class Adapters:
         return merged
 
 
-def _linear_layers(model: torch.nn.Module) -> str:
-    names = [name.removesuffix(".base_layer") for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+def _linear_layers(model: PreTrainedModel) -> str:
+    beside = tuple(f"{name}." for name in beside_text(model))
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    names = [name.removesuffix(".base_layer") for name in linear if not name.startswith(beside)]
     return f"Linear layers are {', '.join(sorted({name.rpartition('.')[2] for name in names if '.lora_' not in name}))}."

@@ -102,7 +102,7 @@ def test_named_modules_alone_get_adapters(tiny_config: Callable[..., Config]) ->
         (("q_prj",), r"lora_target_modules=\['q_prj'\]: .*not found in the base model"),
         (
             ("q_prj", "v_proj", "1.mlp.up_proj", "2.mlp.up_proj"),
-            r"no layer is called 2\.mlp\.up_proj or q_prj\. Linear layers are down_proj, gate_proj, k_proj, lm_head, ",
+            r"no layer is called q_prj or 2\.mlp\.up_proj\. Linear layers are down_proj, gate_proj, k_proj, lm_head, ",
         ),
         (("q_proj", "lm_head"), r"puts an adapter on the head of LlamaForCausalLM"),
         (("embed_tokens",), r"puts an adapter on the embedding of LlamaForCausalLM"),

@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from grpo_fast.config import Config
+from grpo_fast.config import Config, ConfigError
 from grpo_fast.tasks.task import Task
 from grpo_fast.train import GRPOTrainer
 from grpo_fast.train.policy_source import outline_of
@@ -45,6 +45,13 @@ def test_what_sees_is_not_trained(use_peft: bool, sizes: dict[str, Any]) -> None
     assert trained
     assert all(name.startswith(("model.language_model.", "lm_head")) for name in trained)
     assert not any(".lora_" in name and "vision" in name for name, _ in outline.named_parameters())
+
+
+def test_adapters_on_what_sees_alone_are_refused(sizes: dict[str, Any]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"no layer is called fc1\. Linear layers are down_proj, gate_proj, k_proj, lm_head, o_proj"
+    ):
+        outline_of(gemma3(sizes), Config(use_peft=True, lora_target_modules=("q_proj", "fc1")))
 
 
 def test_a_model_that_sees_learns_from_text_and_keeps_what_sees(
