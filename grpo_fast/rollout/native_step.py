@@ -78,8 +78,9 @@ def _weights(layer: Any) -> LayerWeights:
     if hasattr(attention, "q_norm"):
         norms += [attention.q_norm, attention.k_norm]
     none = torch.empty(0)
-    adapters = [LoraFactors.of(linear) for linear in linears(layer)]
-    plain = [linear if adapter is None else adapter.base for linear, adapter in zip(linears(layer), adapters, strict=True)]
+    found = linears(layer)
+    adapters = [LoraFactors.of(linear) for linear in found]
+    plain = [linear if adapter is None else adapter.base for linear, adapter in zip(found, adapters, strict=True)]
     return LayerWeights(
         [norm.weight.detach() for norm in norms],
         [norm.variance_epsilon for norm in norms],
