@@ -58,7 +58,7 @@ def test_two_hundred_steps_learn_what_the_reference_learns(tmp_path: Path, embed
     """Errors too small to be seen in one step can drift; a run of another seed says how far apart equal runs may be."""
 
     def config(name: str, seed: int = 0) -> Config:
-        return embedded_config(output_dir=tmp_path / name, seed=seed, prompts_per_step=16, max_steps=200, eval_steps=1000)
+        return embedded_config(output_dir=tmp_path / name, seed=seed, prompts_per_step=8, max_steps=200, eval_steps=1000)
 
     found = curve(fused_grpo, config("fused"))
     expected = curve(fused_grpo_reference, config("reference"))
