@@ -32,6 +32,7 @@ def check_consistency(config: Config) -> None:
     _check_adapters(config)
     _check_layout(config)
     _check_compiler(config)
+    _check_shards(config)
     _check_optimizer(config)
     _check_rollout(config)
     _check_objective_and_run(config)
@@ -71,9 +72,25 @@ def _check_compiler(config: Config) -> None:
         raise ValueError(f"torch_compile=True with fsdp={config.fsdp!r}: sharded layers cannot be compiled here; leave one out")
 
 
+def _check_shards(config: Config) -> None:
+    if config.fsdp == "no_shard":
+        for name, told in (("fsdp_parallel_head", "the head is not sharded"), ("fsdp_offload_params", "there are no shards")):
+            if getattr(config, name):
+                raise ValueError(f"{name}=True with fsdp='no_shard': {told}; choose fsdp='full_shard'")
+        return
+    if config.optim != "adamw_torch_fused":
+        raise ValueError(
+            f"fsdp={config.fsdp!r} with optim={config.optim!r}: bitsandbytes (0.50) cannot update sharded tensors; use "
+            "optim='adamw_torch_fused', whose moments are sharded, with offload_optimizer if they do not fit"
+        )
+    if config.fsdp_offload_params and config.offload_optimizer:
+        raise ValueError(
+            "fsdp_offload_params=True with offload_optimizer=True: fsdp_offload_params keeps shards and their moments in host "
+            "memory already; leave offload_optimizer out"
+        )
+
+
 def _check_optimizer(config: Config) -> None:
-    if config.fsdp_parallel_head and config.fsdp == "no_shard":
-        raise ValueError("fsdp_parallel_head=True with fsdp='no_shard': the head is not sharded; choose fsdp='full_shard'")
     short = config.weights_dtype == "bfloat16"
     if config.optim != "adamw_torch_fused" and (short or config.offload_optimizer):
         other = "weights_dtype='bfloat16'" if short else "offload_optimizer"

@@ -26,6 +26,16 @@ from grpo_fast.config import Config, ConfigError
         ({"torch_compile": True, "fsdp": "full_shard"}, r"torch_compile=True with fsdp='full_shard'.*leave one out"),
         ({"optim": "adamw_8bit", "offload_optimizer": True}, r"optim='adamw_8bit' with offload_optimizer"),
         ({"fsdp_parallel_head": True}, r"fsdp_parallel_head=True with fsdp='no_shard'.*choose fsdp='full_shard'"),
+        ({"fsdp_offload_params": True}, r"fsdp_offload_params=True with fsdp='no_shard': there are no shards; choose fsdp="),
+        (
+            {"fsdp": "full_shard", "optim": "adamw_8bit"},
+            r"fsdp='full_shard' with optim='adamw_8bit': bitsandbytes .* cannot update sharded tensors; use",
+        ),
+        ({"fsdp": "hybrid_shard", "optim": "paged_adamw_32bit"}, r"with optim='paged_adamw_32bit'"),
+        (
+            {"fsdp": "shard_grad_op", "fsdp_offload_params": True, "offload_optimizer": True},
+            r"fsdp_offload_params=True with offload_optimizer=True: .*leave offload_optimizer out",
+        ),
         (
             {"vllm_engine_args": {"max_num_seqs": 3}},
             r"vllm_engine_args={'max_num_seqs': 3} with rollout='transformers'.*grpo-fast serve MODEL -- --max-num-seqs 64",

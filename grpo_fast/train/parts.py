@@ -51,7 +51,7 @@ from grpo_fast.train.policy_source import PolicySource, check_dtype, source_to_r
 from grpo_fast.train.reference import build_reference
 from grpo_fast.train.resumable import LIMITS, has_ended
 from grpo_fast.train.schedule import learning_rates
-from grpo_fast.train.sharding import check_sharding, shards_of_one, spread
+from grpo_fast.train.sharding import shards_of_one, spread
 from grpo_fast.train.shares import Rewards, SharedRewards, idle_ranks
 from grpo_fast.train.streaming import streams_weights
 from grpo_fast.types import Prompt
@@ -329,7 +329,6 @@ def _check(config: Config, given: Replacements, *, resume: bool) -> None:
     OBJECTIVES[config.loss_type].spec(config)
     if config.rollout != "transformers" and "engine" not in given:
         check_vllm(config)
-    check_sharding(config)
     check_optimizer(config)
     learning_rates(config)
 

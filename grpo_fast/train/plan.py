@@ -237,7 +237,7 @@ def make_plan(config: Config, inputs: PlanInputs | None = None) -> Plan:
     clock = np.concatenate([[0.0], progress_schedule(config)])
     prior = load_prior(config)
     inputs = inputs or PlanInputs()
-    config = _in_its_arithmetic(config, inputs.gpu)
+    config = _on_named(config, inputs.gpu)
     known = gather(config, inputs)
     config = config.model_copy(update={"reward_range": known.reward_range})
     try:
@@ -282,9 +282,11 @@ def make_plan(config: Config, inputs: PlanInputs | None = None) -> Plan:
     )
 
 
-def _in_its_arithmetic(config: Config, gpu: str | None) -> Config:
-    """The configuration on a GPU that is named, which need not compute as this machine's does."""
-    spec = None if gpu is None else gpu_spec(gpu)
+def _on_named(config: Config, gpu: str | None) -> Config:
+    """The configuration on a GPU that is named, which need not be here, nor compute as this machine's device does."""
+    if gpu is None:
+        return config
+    config, spec = config.replace(device="auto"), gpu_spec(gpu)
     if spec is None or config.dtype != "auto":
         return config
     return config.replace(dtype="float32" if spec.bf16_tflops is None else "bfloat16")
@@ -297,7 +299,7 @@ def _memory(config: Config, inputs: PlanInputs, known: PlanFacts) -> tuple[Memor
         known.notes.append(f"whether the run fits is unknown, because the memory of {inputs.gpu} is not known")
         return None, []
     room, kind = device_room(config, inputs.gpu)
-    source = PolicySource(config)
+    source = PolicySource(config, planned_for=inputs.device)
     place = MemoryInputs(
         room,
         kind,

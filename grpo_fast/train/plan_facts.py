@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from grpo_fast.compute import ModelShape
 from grpo_fast.compute.outlook import Guess, Pace, StepWork
@@ -96,6 +97,11 @@ class PlanInputs:
         if self.gpu is not None and self.seconds_per_step is None and gpu_spec(self.gpu) is None:
             raise ConfigError(f"unknown gpu={self.gpu!r}{_known_gpus(self.gpu)}, or time a step and give seconds_per_step too")
 
+    @property
+    def device(self) -> torch.device | None:
+        """The device that is named, for what need not be here."""
+        return None if self.gpu is None else torch.device("cuda")
+
 
 def _known_gpus(name: str) -> str:
     """Suggests a name in place of a GPU's name that is not in the table."""
@@ -164,7 +170,7 @@ def _unprobed(config: Config, inputs: PlanInputs) -> PlanFacts:
         shape = ModelShape(round(size * 1e9), 0, 0, 0, 0, 0)
         notes.append("only the model's size is known: FLOPs are counted as two per parameter and token, without attention")
     else:
-        source = PolicySource(config)
+        source = PolicySource(config, planned_for=inputs.device)
         outline = source.outline()
         size, shape, model = _size(outline), ModelShape.from_model(outline), config.model
         on_disk = checkpoint_bytes(outline, source.config)

@@ -151,7 +151,7 @@ class MemoryPlanner:
 
         def of_pass(work: DryPass, held: HeldBytes) -> dict[str, int]:
             return {
-                "gradients": gradients if work.accumulates else held.gradients // self._num_parts(config),
+                "gradients": gradients if work.accumulates or not gradients else held.gradients // self._num_parts(config),
                 "activations": held.activations,
                 "head and loss": held.head,
                 **self._on_the_way(config, sizes),
@@ -161,7 +161,7 @@ class MemoryPlanner:
             "computing losses": fullest((work, found.losses) for work, found in passes),
             "computing gradients": fullest((work, found.gradients) for work, found in passes),
         }
-        copies = update_bytes(config, sizes) // self._num_parts(config)
+        copies = 0 if self._offloads(config) else update_bytes(config, sizes) // self._num_parts(config)
         phases["updating weights"] = {"gradients": gradients, "numbers of one update": copies}
         return phases, max(found.waiting for _, found in passes)
 
@@ -180,7 +180,9 @@ class MemoryPlanner:
         parts = {}
         if self._num_parts(config) > 1:
             head = 0 if config.fsdp_parallel_head else weight_bytes(config) * sizes.head
-            parts["gathered weights"] = 2 * sizes.whole_bytes(config) // sizes.layers + head
+            layer = sizes.whole_bytes(config) // sizes.layers
+            gathered = sizes.gathered_bytes if config.fsdp == "shard_grad_op" else layer
+            parts["gathered weights"] = gathered + layer + head
         if config.load_in_4bit:
             parts["weights out of four bits"] = sizes.widest * self._dtype(config).itemsize
         return parts
@@ -232,24 +234,31 @@ class MemoryPlanner:
         of_optimiser, host = moments(config, sizes, parts=parts)
         of_adapters = self._inputs.begins_from_adapters and parts > 1
         reference = sizes.reference_bytes(config, of_adapters=of_adapters, in_parts=parts > 1)
-        return {
-            "process and libraries": _CONTEXT_BYTES[self._inputs.kind],
+        lasting = {"process and libraries": _CONTEXT_BYTES[self._inputs.kind], "reward models": self._reward_models}
+        shards = {
             "weights that are trained": sizes.trained * weight_bytes(config) // parts,
             "frozen weights": sizes.frozen_bytes // parts,
             "reference policy": reference // parts,
-            "reward models": self._reward_models,
             "optimiser": of_optimiser,
-        }, host
+        }
+        if not self._offloads(config):
+            return lasting | shards, host
+        shards["gradients"] = sizes.trained * weight_bytes(config) // parts
+        return lasting, host | {name: size for name, size in shards.items() if size}
+
+    def _offloads(self, config: Config) -> bool:
+        """Whether shards lie in the host's memory, with their gradients and moments."""
+        return config.fsdp_offload_params and self._num_parts(config) > 1
 
     def _gradients(self, config: Config, sizes: ModelSizes) -> int:
-        return sizes.trained * weight_bytes(config) // self._num_parts(config)
+        return 0 if self._offloads(config) else sizes.trained * weight_bytes(config) // self._num_parts(config)
 
     def changes(self) -> list[Change]:
         """The cheapest changes that make it fit: up to three that do so alone, or else one of several settings together.
 
         Empty where nothing known is enough.
         """
-        tried = (self._tried(*candidate) for candidate in _candidates(self._config, self._inputs.kind))
+        tried = (self._tried(*candidate) for candidate in _candidates(self._config, self._inputs))
         found: list[Change] = []
         alone: list[Change] = []
         for change in tried:
@@ -326,8 +335,9 @@ def _adapters(config: Config) -> tuple[Any, ...]:
     return config.use_peft, config.lora_r, config.lora_target_modules
 
 
-def _candidates(config: Config, kind: str) -> Iterator[tuple[dict[str, Any], str]]:
+def _candidates(config: Config, inputs: MemoryInputs) -> Iterator[tuple[dict[str, Any], str]]:
     """Changes and their prices, the cheapest first."""
+    kind = inputs.kind
     if (tokens := config.microbatch_tokens(kind)) > _FEWEST_TOKENS:
         half = max(_FEWEST_TOKENS, tokens // 2)
         yield {"tokens_per_microbatch": half}, "the same results, in more and smaller passes"
@@ -336,6 +346,13 @@ def _candidates(config: Config, kind: str) -> Iterator[tuple[dict[str, Any], str
         yield {"gradient_checkpointing": True}, "the same results, a third more compute in training"
     elif kind == "cuda" and config.gradient_checkpointing_mode == "full":
         yield {"gradient_checkpointing_mode": "offload"}, "the same results, layers' inputs kept in host memory"
+    if inputs.num_devices > 1 and config.fsdp == "no_shard":
+        yield (
+            {"fsdp": "full_shard", "optim": "adamw_torch_fused"},
+            "the same results, weights gathered from all devices layer by layer",
+        )
+    elif inputs.num_devices > inputs.devices_per_node and config.fsdp == "hybrid_shard":
+        yield {"fsdp": "full_shard"}, "the same results, weights gathered over nodes too"
     if config.rollout == "vllm" and kind == "cuda":
         yield {"vllm_enable_sleep_mode": True}, "vLLM sleeps while the policy trains, and wakes for each step"
     if config.rollout == "vllm" and config.vllm_gpu_memory_utilization > _LEAST_SHARE:

@@ -142,6 +142,11 @@ class ModelSizes:
         """All weights, of the types that they are kept in."""
         return self.frozen_bytes + weight_bytes(config) * self.trained
 
+    @property
+    def gathered_bytes(self) -> int:
+        """All weights as shards are gathered: of the type of computation."""
+        return self.frozen_bytes + self.trained * self.operand_itemsize
+
     def frozen_copy_bytes(self, config: Config) -> int:
         """All weights of a copy beside shards that is not trained: of the type of computation, adapters in float32."""
         return self.whole_bytes(config) if config.use_peft else self.total * self.operand_itemsize

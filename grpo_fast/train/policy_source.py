@@ -51,6 +51,7 @@ _RANDOM = ("dropout", "pdrop", "layerdrop")
 _NOT_ON_A_CPU = (
     ("gradient_checkpointing_mode", "offload", ", where activations are in host memory already; use 'full'"),
     ("use_liger_kernel", True, ": Liger's kernels are for GPUs; leave it out"),
+    ("fsdp_offload_params", True, ": shards are in host memory already; leave it out"),
 )
 """Fields, their values that need a GPU, and why, with the fix."""
 
@@ -58,12 +59,17 @@ _NOT_ON_A_CPU = (
 class PolicySource:
     """The source of a policy: tokeniser and sizes are read at once, weights when asked for.
 
+    Args:
+        config: of the run.
+        planned_for: a device that need not be here, with what a run on it needs; the run's own where nothing is named.
+
     Raises:
         ConfigError: the model cannot be found, no device of the wanted kind is there, or a setting cannot work with them.
     """
 
-    def __init__(self, config: Config) -> None:
-        self._device = pick_device(config.device)
+    def __init__(self, config: Config, *, planned_for: torch.device | None = None) -> None:
+        self._device = planned_for or pick_device(config.device)
+        self._is_here = planned_for is None
         path = _find(config.model, config.revision)
         self._place = Place.of(path, config.revision)
         self._start = find_start(config, path, local_files_only=self._place.unreached is not None)
@@ -112,16 +118,20 @@ class PolicySource:
         if config.weights_dtype == "bfloat16" and not self._computes_in_bfloat16:
             on, fix = ("CPU", "set dtype='bfloat16' too") if device.type == "cpu" else ("GPU", "leave it at 'float32'")
             raise ConfigError(f"weights_dtype='bfloat16' on this {on}, where dtype='auto' is float32; {fix}")
-        if config.use_liger_kernel:
-            require_liger(self.model_config.model_type)
-        if config.torch_compile:
-            require_compiler(device)
-        if config.load_in_4bit:
-            require_bitsandbytes("load_in_4bit")
+        if self._is_here:
+            self._refuse_what_is_missing()
         if config.use_peft:
             outline = self.outline()
             if config.load_in_4bit:
                 refuse_ragged_blocks(outline, device)
+
+    def _refuse_what_is_missing(self) -> None:
+        if self.config.use_liger_kernel:
+            require_liger(self.model_config.model_type)
+        if self.config.torch_compile:
+            require_compiler(self._device)
+        if self.config.load_in_4bit:
+            require_bitsandbytes("load_in_4bit")
 
     @property
     def _computes_in_bfloat16(self) -> bool:

@@ -35,7 +35,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
-from grpo_fast.config import Config, ConfigError
+from grpo_fast.config import Config
 from grpo_fast.ops import LMHead
 from grpo_fast.rollout.whole_weights import gather, whole_weights
 from grpo_fast.train.adapter_start import reader
@@ -46,37 +46,13 @@ from grpo_fast.train.head_part import Head, HeadPart, first_token_of
 from grpo_fast.train.layers import layers_of
 from grpo_fast.train.optim import load_state
 from grpo_fast.train.policy import Policy
-from grpo_fast.train.policy_source import PolicySource, pick_device
+from grpo_fast.train.policy_source import PolicySource
 from grpo_fast.train.quantised import give_shards_scales, make_shardable
 from grpo_fast.train.shard_files import load_shards, save_shards
 from grpo_fast.train.stored_weights import NotInPartsError, StoredWeights, give_memory
 from grpo_fast.train.streaming import Once, StreamedModel
 
 _log = logging.getLogger(__name__)
-
-
-def check_sharding(config: Config) -> None:
-    """Checks what sharding needs, before anything is loaded.
-
-    Raises:
-        ConfigError: a setting contradicts sharding; the message names both.
-    """
-    if config.fsdp == "no_shard":
-        if config.fsdp_offload_params:
-            raise ConfigError("fsdp_offload_params=True with fsdp='no_shard': there are no shards; choose fsdp='full_shard'")
-        return
-    if config.optim != "adamw_torch_fused":
-        raise ConfigError(
-            f"fsdp={config.fsdp!r} with optim={config.optim!r}: bitsandbytes (0.50) cannot update sharded tensors; use "
-            "optim='adamw_torch_fused', whose moments are sharded, with offload_optimizer if they do not fit"
-        )
-    if config.fsdp_offload_params and config.offload_optimizer:
-        raise ConfigError(
-            "fsdp_offload_params=True with offload_optimizer=True: fsdp_offload_params keeps shards and their moments in host "
-            "memory already; leave offload_optimizer out"
-        )
-    if config.fsdp_offload_params and pick_device(config.device).type == "cpu":
-        raise ConfigError("fsdp_offload_params=True on a CPU: shards are in host memory already; leave it out")
 
 
 def shards_of_one(config: Config) -> str:

@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch._inductor import config as inductor
 from transformers import Qwen3MoeConfig
 
 from grpo_fast.assets import embedded_model_dir
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.law import OnlinePredictor, Prior, RunFacts
 from grpo_fast.sinks.quantities import binary
-from grpo_fast.train import GRPOTrainer
+from grpo_fast.train import GRPOTrainer, compiled, liger, quantised
 from grpo_fast.train.plan import SHARES, Plan, make_plan
 from grpo_fast.train.plan_facts import PlanInputs
 
@@ -160,6 +162,32 @@ def test_a_gpu_that_is_named_computes_in_its_own_arithmetic() -> None:
         return memory.peak_bytes
 
     assert peak("T4") == peak("T4", dtype="float32") == peak("L4", dtype="float32") > peak("L4") == peak("L4", dtype="bfloat16")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"device": "cuda"},
+        {"use_liger_kernel": True},
+        {"torch_compile": True},
+        {"use_peft": True, "load_in_4bit": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_mode": "offload"},
+        {"fsdp": "full_shard", "fsdp_offload_params": True},
+    ],
+)
+def test_neither_a_gpu_that_is_named_nor_what_it_needs_has_to_be_here(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (liger, compiled, quantised):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    config = Config.parse({"model": "embedded", "max_steps": 10, "max_completion_length": 32} | changes)
+    known = {"start_reward": 0.1, "seconds_per_step": 1.0, "num_devices": 2}
+    found = make_plan(config, PlanInputs(gpu="L4", **known))
+    assert found.memory is not None
+    assert found.memory.fits
+    with inductor.patch({"cpp.cxx": ("no-such-compiler",)}), pytest.raises(ConfigError):
+        make_plan(config, PlanInputs(**known))
 
 
 def test_the_memory_of_a_gpu_that_no_table_holds_is_not_this_machines() -> None:

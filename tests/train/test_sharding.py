@@ -37,7 +37,6 @@ from grpo_fast.train.reference import build_reference
 from grpo_fast.train.results import UpdateResult
 from grpo_fast.train.sharding import (
     ShardedPolicy,
-    check_sharding,
     load_sharded,
     load_sharded_optimizer,
     load_whole_optimizer,
@@ -381,24 +380,3 @@ def test_the_reference_of_saved_adapters_is_what_they_were(
         found = sharded.update(groups).metrics
         assert found == pytest.approx(whole.update(groups).metrics, rel=1e-4, abs=1e-7)
         assert (found["kl"] < 1e-7) == (step == 0)
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"optim": "adamw_8bit"}, "optim='adamw_8bit': bitsandbytes .* cannot update sharded tensors"),
-        ({"optim": "paged_adamw_32bit"}, "optim='paged_adamw_32bit'"),
-        ({"fsdp_offload_params": True, "offload_optimizer": True}, "leave offload_optimizer out"),
-        ({"fsdp_offload_params": True}, "fsdp_offload_params"),
-    ],
-)
-def test_what_does_not_go_with_sharding_is_refused(changes: dict[str, Any], named: str) -> None:
-    with pytest.raises(ConfigError, match=named):
-        check_sharding(settings(**changes))
-    check_sharding(settings())
-    check_sharding(settings(fsdp="no_shard", **{name: value for name, value in changes.items() if "fsdp" not in name}))
-
-
-def test_offloading_without_shards_is_refused() -> None:
-    with pytest.raises(ConfigError, match="there are no shards"):
-        check_sharding(settings(fsdp="no_shard", fsdp_offload_params=True))
