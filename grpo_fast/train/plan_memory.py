@@ -144,14 +144,15 @@ class MemoryPlanner:
     def _training(self, outline: PreTrainedModel, config: Config, sizes: ModelSizes) -> tuple[dict[str, dict[str, int]], int]:
         """Bytes by part of each phase of an update, and what waits in the host's memory."""
         passes = self._largest(outline, config, sizes)
-        gradients = self._gradients(config, sizes)
+        gradients, parts = self._gradients(config, sizes), self._num_parts(config)
+        kept = weight_bytes(config) // weight_bytes(self._gathered(config))
 
         def fullest(held: Iterable[tuple[DryPass, HeldBytes]]) -> dict[str, int]:
             return max((of_pass(*one) for one in held), key=lambda parts: sum(parts.values()))
 
         def of_pass(work: DryPass, held: HeldBytes) -> dict[str, int]:
             return {
-                "gradients": gradients if work.accumulates or not gradients else held.gradients // self._num_parts(config),
+                "gradients": gradients if work.accumulates or not gradients else kept * held.gradients // parts,
                 "activations": held.activations,
                 "head and loss": held.head,
                 **self._on_the_way(config, sizes),
@@ -161,7 +162,7 @@ class MemoryPlanner:
             "computing losses": fullest((work, found.losses) for work, found in passes),
             "computing gradients": fullest((work, found.gradients) for work, found in passes),
         }
-        copies = 0 if self._offloads(config) else update_bytes(config, sizes) // self._num_parts(config)
+        copies = 0 if self._offloads(config) else update_bytes(config, sizes) // parts
         phases["updating weights"] = {"gradients": gradients, "numbers of one update": copies}
         return phases, max(found.waiting for _, found in passes)
 
@@ -189,12 +190,18 @@ class MemoryPlanner:
 
     def _pass(self, outline: PreTrainedModel, config: Config, work: DryPass, head: HeadBytes) -> PassBytes:
         """Counted once a kind of pass."""
+        config = self._gathered(config)
         checkpointing = config.gradient_checkpointing and config.gradient_checkpointing_mode
         cut = (config.tokens_per_microbatch, work.layout, work.shares_prompts, work.accumulates)
         key = (checkpointing, *_adapters(config), config.weights_dtype, *cut, head)
         if key not in self._passes:
             self._passes[key] = pass_bytes(outline, config, work, head)
         return self._passes[key]
+
+    def _gathered(self, config: Config) -> Config:
+        """As a pass finds it: shards are gathered in the type of computation, so that nothing casts them and keeps the copy."""
+        is_short = self._num_parts(config) > 1 and self._dtype(config) == torch.bfloat16 and not config.use_peft
+        return config.replace(weights_dtype="bfloat16") if is_short else config
 
     def _outline(self, config: Config) -> PreTrainedModel:
         """Made once a kind of adapters."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from transformers import PhiConfig
+from transformers import PhiConfig, Qwen3MoeConfig
 
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.train.plan_memory import MemoryInputs, MemoryPlanner, check_room
@@ -106,3 +106,21 @@ def test_shards_in_the_hosts_memory_are_counted_there() -> None:
     assert there.phases["updating weights"] == {"gradients": 0, "numbers of one update": 0}
     assert there.phases["computing gradients"]["gradients"] == 0
     assert there.phases["computing gradients"]["gathered weights"] == here.phases["computing gradients"]["gathered weights"] > 0
+
+
+def test_gathered_weights_are_not_cast_again() -> None:
+    def of(**changes: Any) -> dict[str, int]:
+        phases = planner(WIDE, Config(**SERVERS, **changes), num_devices=4).plan().phases
+        assert phases["updating weights"]["gradients"] >= phases["computing gradients"]["gradients"] > 0
+        return phases["computing losses"]
+
+    whole, shards, short = (of(**changes) for changes in ({}, {"fsdp": "full_shard"}, {"weights_dtype": "bfloat16"}))
+    assert shards["activations"] == short["activations"]
+    casts = 2 * num_weights(WIDE) - 2 * 2 * SIZES["vocab_size"] * SIZES["hidden_size"]  # but embedding and head
+    assert whole["activations"] - shards["activations"] > casts, "these, and hidden states in float32 between layers"
+
+
+def test_experts_in_parts_are_counted() -> None:
+    model = Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+    plan = planner(model, Config(fsdp="full_shard", **SERVERS), num_devices=2).plan()
+    assert plan.phases["computing losses"]["activations"] > 0
