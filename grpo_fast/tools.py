@@ -24,6 +24,8 @@ _NO_TOOLS = ("reset", "get_reward", "close")
 """Public methods that a run calls itself."""
 _CONTENT = ("text", "image", "image_url", "video", "video_url", "audio", "audio_url", "input_audio")
 """Types that parts of a message's content have; lists of other mappings are a tool's data."""
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+_LISTED = "write its arguments one by one, or take a list (a decorator keeps those of its function by functools.wraps)"
 
 
 class NotTextError(Exception):
@@ -71,20 +73,28 @@ def schemas_of(tools: Mapping[str, Tool]) -> list[dict[str, Any]]:
     """What chat templates tell a model of tools: JSON schemas, from type hints and docstrings.
 
     Raises:
-        ValueError: hints or descriptions are missing, or a tool yields and returns nothing; the tool is named.
+        ValueError: hints or descriptions are missing, a parameter cannot be given by name, or a tool yields and returns
+            nothing; the tool is named.
     """
     schemas = []
     for name, tool in tools.items():
         if inspect.isgeneratorfunction(tool) or inspect.isasyncgenfunction(tool):
             raise ValueError(f"tool {name!r} yields, and the model reads what a tool returns; return all of it")
         try:
-            schema = get_json_schema(tool)
+            nameless = [each for each in inspect.signature(tool).parameters.values() if each.kind not in _BY_NAME]
+            schema = {} if nameless else get_json_schema(tool)
         except Exception as error:  # of several kinds, by what is missing
             fix = "" if inspect.isroutine(tool) else "write a function around it (def), of which "
             raise ValueError(
                 f"tool {name!r} cannot be described to the model: {str(error).rstrip('.')}; {fix}each argument needs a type "
                 "hint, and a line under 'Args:' in the docstring"
             ) from error
+        if nameless:
+            parameter = nameless[0].replace(annotation=inspect.Parameter.empty, default=inspect.Parameter.empty)
+            raise ValueError(
+                f"tool {name!r} has the parameter '{parameter}', which no call can name, and the model gives arguments by name; "
+                + ("remove the '/' behind it" if parameter.kind is inspect.Parameter.POSITIONAL_ONLY else _LISTED)
+            )
         schema["function"]["name"] = name  # by which it is called: a decorator may have left another
         schemas.append(schema)
     return schemas

@@ -243,6 +243,47 @@ def test_tools_that_cannot_be_used_are_named(tmp_path: Path, monkeypatch: pytest
         find_tools(["brought_tools"])
 
 
+def test_parameters_that_no_call_can_name_are_refused() -> None:
+    def total(*numbers: int) -> int:
+        """Adds.
+
+        Args:
+            numbers: All of them.
+        """
+        return sum(numbers)
+
+    def tagged(text: str, **tags: str) -> str:
+        """Tags a text.
+
+        Args:
+            text: What to tag.
+            tags: With what.
+        """
+        return f"{text} {tags}"
+
+    def half(number: int, /) -> float:
+        """Halves.
+
+        Args:
+            number: What to halve.
+        """
+        return number / 2
+
+    def logged(*arguments: int) -> int:
+        return add(*arguments)
+
+    fix = r"which no call can name, and the model gives arguments by name; "
+    with pytest.raises(ValueError, match=rf"tool 'total' has the parameter '\*numbers', {fix}write its .* or take a list"):
+        schemas_of({"total": total})
+    with pytest.raises(ValueError, match=rf"tool 'tagged' has the parameter '\*\*tags', {fix}write its"):
+        schemas_of({"tagged": tagged})
+    with pytest.raises(ValueError, match=rf"tool 'half' has the parameter 'number', {fix}remove the '/' behind it"):
+        schemas_of({"half": half})
+    with pytest.raises(ValueError, match=r"'\*arguments', .*a decorator keeps those of its function by functools.wraps"):
+        schemas_of({"logged": logged})
+    assert schemas_of({"add": functools.wraps(add)(logged)}) == schemas_of({"add": add})
+
+
 def test_results_are_read_as_text() -> None:
     assert as_text({"sum": 3}) == "{'sum': 3}"
     assert as_text(["a", "b"]) == "['a', 'b']"
