@@ -92,7 +92,7 @@ def schemas_of(tools: Mapping[str, Tool]) -> list[dict[str, Any]]:
         if nameless:
             parameter = nameless[0].replace(annotation=inspect.Parameter.empty, default=inspect.Parameter.empty)
             raise ValueError(
-                f"tool {name!r} has the parameter '{parameter}', which no call can name, and the model gives arguments by name; "
+                f"tool {name!r} has the parameter '{parameter}', which no call can name, and arguments are given by name; "
                 + ("remove the '/' behind it" if parameter.kind is inspect.Parameter.POSITIONAL_ONLY else _LISTED)
             )
         schema["function"]["name"] = name  # by which it is called: a decorator may have left another

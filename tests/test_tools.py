@@ -272,7 +272,7 @@ def test_parameters_that_no_call_can_name_are_refused() -> None:
     def logged(*arguments: int) -> int:
         return add(*arguments)
 
-    fix = r"which no call can name, and the model gives arguments by name; "
+    fix = r"which no call can name, and arguments are given by name; "
     with pytest.raises(ValueError, match=rf"tool 'total' has the parameter '\*numbers', {fix}write its .* or take a list"):
         schemas_of({"total": total})
     with pytest.raises(ValueError, match=rf"tool 'tagged' has the parameter '\*\*tags', {fix}write its"):
