@@ -171,7 +171,7 @@ def test_the_command_line_takes_tools(shell: Callable[..., tuple[int, str, str]]
     ("settings", "message"),
     [
         ({"tools": ("brought_for_tools:ad",)}, r"tool 'brought_for_tools:ad': .*did you mean 'add'\?"),
-        ({"tools": ("brought_for_tools:sums",)}, "tool 'sums' cannot be described to the model: .*no docstring"),
+        ({"tools": ("brought_for_tools:sums",)}, r"tool 'sums' has the parameter '\*\*columns', which no call can name"),
         (
             {"tools": ("brought_for_tools:add",), "chat_template_kwargs": {"tools": []}},
             "tools add cannot be used by .*: chat_template_kwargs: 'tools' are those",
