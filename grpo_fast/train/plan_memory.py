@@ -10,7 +10,7 @@ them keep on this machine.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -147,20 +147,19 @@ class MemoryPlanner:
         gradients, parts = self._gradients(config, sizes), self._num_parts(config)
         kept = weight_bytes(config) // weight_bytes(self._gathered(config))
 
-        def fullest(held: Iterable[tuple[DryPass, HeldBytes]]) -> dict[str, int]:
-            return max((of_pass(*one) for one in held), key=lambda parts: sum(parts.values()))
-
-        def of_pass(work: DryPass, held: HeldBytes) -> dict[str, int]:
+        def of_pass(work: DryPass, held: HeldBytes, *, backward: bool) -> dict[str, int]:
             return {
                 "gradients": gradients if work.accumulates or not gradients else kept * held.gradients // parts,
                 "activations": held.activations,
                 "head and loss": held.head,
-                **self._on_the_way(config, sizes),
+                **self._on_the_way(config, sizes, backward=backward),
             }
 
+        losses = (of_pass(work, found.losses, backward=False) for work, found in passes)
+        gradient_passes = (of_pass(work, found.gradients, backward=True) for work, found in passes)
         phases = {
-            "computing losses": fullest((work, found.losses) for work, found in passes),
-            "computing gradients": fullest((work, found.gradients) for work, found in passes),
+            "computing losses": max(losses, key=lambda held: sum(held.values())),
+            "computing gradients": max(gradient_passes, key=lambda held: sum(held.values())),
         }
         copies = 0 if self._offloads(config) else update_bytes(config, sizes) // parts
         phases["updating weights"] = {"gradients": gradients, "numbers of one update": copies}
@@ -176,14 +175,11 @@ class MemoryPlanner:
                 raise
             return self._largest(outline, config.replace(padding_free=False, share_prompts=None), sizes)
 
-    def _on_the_way(self, config: Config, sizes: ModelSizes) -> dict[str, int]:
+    def _on_the_way(self, config: Config, sizes: ModelSizes, *, backward: bool) -> dict[str, int]:
         """Weights that are there while a layer needs them."""
         parts = {}
         if self._num_parts(config) > 1:
-            head = 0 if config.fsdp_parallel_head else weight_bytes(config) * sizes.head
-            layer = sizes.whole_bytes(config) // sizes.layers
-            gathered = sizes.gathered_bytes if config.fsdp == "shard_grad_op" else layer
-            parts["gathered weights"] = gathered + layer + head
+            parts["gathered weights"] = sizes.gathered_bytes(config, backward=backward)
         if config.load_in_4bit:
             parts["weights out of four bits"] = sizes.widest * self._dtype(config).itemsize
         return parts

@@ -142,10 +142,17 @@ class ModelSizes:
         """All weights, of the types that they are kept in."""
         return self.frozen_bytes + weight_bytes(config) * self.trained
 
-    @property
-    def gathered_bytes(self) -> int:
-        """All weights as shards are gathered: of the type of computation."""
-        return self.frozen_bytes + self.trained * self.operand_itemsize
+    def gathered_bytes(self, config: Config, *, backward: bool) -> int:
+        """Whole weights beside shards: two layers, of which one is fetched ahead, or with ``shard_grad_op`` all, and the head.
+
+        Args:
+            config: the run's.
+            backward: whether gradients are computed: a layer's, and its copy in float32, which is summed over the ranks.
+        """
+        whole = self.frozen_bytes + self.trained * self.operand_itemsize
+        weights = whole if config.fsdp == "shard_grad_op" else 2 * whole // self.layers
+        gradient = self.trained * (self.operand_itemsize + 4) // self.layers if backward else 0
+        return weights + gradient + (0 if config.fsdp_parallel_head else weight_bytes(config) * self.head)
 
     def frozen_copy_bytes(self, config: Config) -> int:
         """All weights of a copy beside shards that is not trained: of the type of computation, adapters in float32."""

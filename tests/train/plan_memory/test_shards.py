@@ -81,14 +81,17 @@ def test_frozen_weights_are_shared_and_kept_whole_in_their_own_type() -> None:
     assert adapters["whole weights to sample from"] == copied
 
 
-def test_whole_weights_stay_from_forward_to_backward_where_these_are_not_in_parts() -> None:
-    full, kept = (planner(WIDE, Config(fsdp=kind, **SERVERS), num_devices=4).plan() for kind in ("full_shard", "shard_grad_op"))
-    count = num_weights(WIDE)
-    for phase in ("computing losses", "computing gradients"):
-        more = kept.phases[phase]["gathered weights"] - full.phases[phase]["gathered weights"]
-        assert more == 2 * count - 4 * count // SIZES["num_hidden_layers"], "all in bfloat16, in place of a layer of float32"
-    assert kept.lasting == full.lasting
-    assert kept.phases["updating weights"] == full.phases["updating weights"]
+@pytest.mark.parametrize(("dtype", "itemsize"), [("auto", 2), ("float32", 4)])
+def test_whole_weights_beside_shards_are_of_the_type_of_computation(dtype: str, itemsize: int) -> None:
+    """Two layers of them, or all from forward to backward; then a layer's gradient, and its copy in float32, come on top."""
+    count, layers = num_weights(WIDE), SIZES["num_hidden_layers"]
+    head = 4 * SIZES["vocab_size"] * SIZES["hidden_size"]
+    for kind, share in (("full_shard", 2 / layers), ("shard_grad_op", 1)):
+        phases = planner(WIDE, Config(fsdp=kind, dtype=dtype, **SERVERS), num_devices=4).plan().phases
+        losses, gradients = (phases[phase]["gathered weights"] for phase in ("computing losses", "computing gradients"))
+        assert losses == share * itemsize * count + head
+        assert gradients - losses == (itemsize + 4) * count // layers
+        assert "gathered weights" not in phases["updating weights"]
 
 
 def test_shards_in_the_hosts_memory_are_counted_there() -> None:
