@@ -17,6 +17,7 @@ In a single process none of this does anything.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pickle
 import socket
@@ -35,6 +36,7 @@ from grpo_fast.config import ConfigError
 from grpo_fast.train.launch import check_devices, device_number, in_words, refuse_lone_tasks
 from grpo_fast.types import TrainingError
 
+_log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _BUCKET_BYTES = 64 * 2**20
 JOIN_TIMEOUT_S = 300.0
@@ -355,6 +357,11 @@ class World:
                 "its last output for the cause. The newest checkpoint is valid: resume with --resume, or with torchrun's "
                 f"--max-restarts ({str(error).splitlines()[0]})"
             ) from error
+
+    def tell(self, error: BaseException | None) -> None:
+        """Logs on rank 0 what ends the ranks: once another has left, torchrun ends this one, perhaps while it closes."""
+        if self.size > 1 and self.is_main and isinstance(error, Exception):
+            _log.error("%s: %s", type(error).__name__, error)
 
     def close(self) -> None:
         """Leaves the process groups; calling it twice is harmless."""

@@ -269,14 +269,14 @@ class GRPOTrainer:
             stack.callback(self._parts.close)
             stack.callback(self._rollouts.close)
             stack.callback(self._parts.engine.close)  # rollouts that still run end with it
-            loop = self._loop()
-            if loop is not None:
+            if (loop := self._loop()) is not None:
                 loop.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._world.tell(error)
         self.close()
 
     def _observe(self, metrics: dict[str, float]) -> Verdict:

@@ -43,6 +43,16 @@ def test_alone_there_is_nothing_to_exchange() -> None:
         raise RuntimeError("gloo is somebody else's here")
 
 
+def test_what_ends_several_ranks_is_told_by_the_first(caplog: pytest.LogCaptureFixture) -> None:
+    for world in (ALONE, World(1, 2)):
+        world.tell(ValueError("no"))
+    for error in (SystemExit(1), None):
+        World(0, 2).tell(error)
+    assert caplog.messages == []
+    World(0, 2).tell(ValueError("no such thing"))
+    assert caplog.messages == ["ValueError: no such thing"]
+
+
 def test_a_process_that_nobody_launched_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WORLD_SIZE", "RANK"):
         monkeypatch.delenv(name, raising=False)

@@ -336,3 +336,16 @@ def test_held_out_reward_after_training_is_not_that_of_the_untrained_policy(make
     after = trainer.evaluate()
     summary = trainer.train()
     assert (summary["initial_eval_reward"], summary["eval_reward"]) == (None, after)
+
+
+def test_what_ends_several_ranks_is_told_before_the_engine_is_closed(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where a server hangs, that takes time, and torchrun ends this rank as another has left."""
+    trainer = make()
+    told: list[str] = []
+    monkeypatch.setattr(trainer._parts.engine, "close", lambda: told.extend(caplog.messages))
+    monkeypatch.setattr(trainer._world, "size", 2)
+    with pytest.raises(ValueError, match="mine"), trainer:
+        raise ValueError("an error of mine")
+    assert "ValueError: an error of mine" in told
