@@ -35,7 +35,7 @@ _KNOWN: dict[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),  # others change the base too
 }
 """Others, and the values of them that are understood."""
-_OWN = {"lora_r": "r", "lora_alpha": "lora_alpha", "use_rslora": "use_rslora", "lora_target_modules": "target_modules"}
+OWN_SETTINGS = {"lora_r": "r", "lora_alpha": "lora_alpha", "use_rslora": "use_rslora", "lora_target_modules": "target_modules"}
 """Settings here, by the name that peft has for them."""
 
 
@@ -120,7 +120,7 @@ def find_start(config: Config, source: str, *, local_files_only: bool) -> Adapte
     base = config.base_model or found.get("base_model_name_or_path")
     if not base:
         raise ConfigError(f"{told}{SETTINGS_FILE} does not say over which model they were trained; set base_model")
-    own: dict[str, Any] = {name: found.get(key, False) for name, key in _OWN.items()}  # use_rslora may be missing
+    own: dict[str, Any] = {name: found.get(key, False) for name, key in OWN_SETTINGS.items()}  # use_rslora may be missing
     own["lora_target_modules"] = tuple(sorted(own["lora_target_modules"]))
     return AdapterStart(
         directory=settings.parent,
@@ -140,7 +140,7 @@ def _read(file: Path, told: str) -> dict[str, Any]:
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"{told}{SETTINGS_FILE} cannot be read ({error})") from error
     for name, value in found.items():
-        plain = value in _KNOWN[name] if name in _KNOWN else not value or name in {*_OF_NO_MATTER, *_OWN.values()}
+        plain = value in _KNOWN[name] if name in _KNOWN else not value or name in {*_OF_NO_MATTER, *OWN_SETTINGS.values()}
         if not plain:
             raise ConfigError(
                 f"{told}they have {name}={value!r}, and adapters are trained here that rank, scale and names of modules tell "

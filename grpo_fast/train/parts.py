@@ -24,6 +24,7 @@ from grpo_fast.sinks import JsonlSink, RunInfo, Sink, SinkSet, build_sinks
 from grpo_fast.tasks import PromptStream, Task
 from grpo_fast.tasks.encoded import EncodedPrompts
 from grpo_fast.tasks.remarks import few_held_out, plain_text, repeats, rounded, unreadable, unseen
+from grpo_fast.train.adapter_start import OWN_SETTINGS
 from grpo_fast.train.checkpoint import check_checkpoint, reading, recover_checkpoints
 from grpo_fast.train.claim import Claim
 from grpo_fast.train.data import (
@@ -240,6 +241,7 @@ def _build(config: Config, given: Replacements, claim: Claim, *, resume: bool, w
     checkpoints = _checkpoints(config, world) if resume else []
     newest = checkpoints[-1] if checkpoints else None
     source = world.each(lambda: source_to_resume(config, newest))
+    config = config.model_copy(update={name: getattr(source.config, name) for name in OWN_SETTINGS})
     world.once(lambda: claim.spare(source.directory, given))
     if "engine" not in given:
         check_sampler(config, source)

@@ -234,6 +234,10 @@ def test_a_run_goes_on_from_saved_adapters_and_is_resumed_and_exported(
         start = adapters(trainer.policy)
         steps = list(trainer.steps())
         straight, expected = adapters(trainer.policy), logits(trainer.policy)
+        known = Config.from_toml(tmp_path / "straight" / "config.toml")
+        for config in (trainer.config, known):
+            assert (config.lora_r, config.lora_alpha, config.use_rslora) == (4, 8, True), "the adapters' own are recorded"
+            assert config.lora_target_modules == ("q_proj", "v_proj")
     assert equal(start, adapters(PolicySource(tiny_config(model=str(saved), use_peft=True)).load()))
     assert not equal(start, straight)
     assert steps[0].metrics["kl"] < 1e-6
