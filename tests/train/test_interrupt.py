@@ -113,7 +113,7 @@ def test_the_first_signal_is_answered_at_once(number: signal.Signals, again: str
     with InterruptFlag() as flag:
         os.kill(os.getpid(), number)
         told, until = "", time.monotonic() + 20
-        while not told and time.monotonic() < until:
+        while "\n" not in told and time.monotonic() < until:
             told += capfd.readouterr().err
         assert flag
         assert told.startswith(f"{number.name} received: what is under way is finished and saved first; {again} ends the run")
