@@ -299,7 +299,7 @@ def _memory(config: Config, inputs: PlanInputs, known: PlanFacts) -> tuple[Memor
         known.notes.append(f"whether the run fits is unknown, because the memory of {inputs.gpu} is not known")
         return None, []
     room, kind = device_room(config, inputs.gpu)
-    source = PolicySource(config, planned_for=inputs.device)
+    source = PolicySource(config, planned_for=inputs.planned_for)
     place = MemoryInputs(
         room,
         kind,

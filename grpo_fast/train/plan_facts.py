@@ -98,8 +98,8 @@ class PlanInputs:
             raise ConfigError(f"unknown gpu={self.gpu!r}{_known_gpus(self.gpu)}, or time a step and give seconds_per_step too")
 
     @property
-    def device(self) -> torch.device | None:
-        """The device that is named, for what need not be here."""
+    def planned_for(self) -> torch.device | None:
+        """The device that is named, which need not be here."""
         return None if self.gpu is None else torch.device("cuda")
 
 
@@ -170,7 +170,7 @@ def _unprobed(config: Config, inputs: PlanInputs) -> PlanFacts:
         shape = ModelShape(round(size * 1e9), 0, 0, 0, 0, 0)
         notes.append("only the model's size is known: FLOPs are counted as two per parameter and token, without attention")
     else:
-        source = PolicySource(config, planned_for=inputs.device)
+        source = PolicySource(config, planned_for=inputs.planned_for)
         outline = source.outline()
         size, shape, model = _size(outline), ModelShape.from_model(outline), config.model
         on_disk = checkpoint_bytes(outline, source.config)

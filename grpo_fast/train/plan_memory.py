@@ -145,11 +145,11 @@ class MemoryPlanner:
         """Bytes by part of each phase of an update, and what waits in the host's memory."""
         passes = self._largest(outline, config, sizes)
         gradients, parts = self._gradients(config, sizes), self._num_parts(config)
-        kept = weight_bytes(config) // weight_bytes(self._gathered(config))
+        widened = weight_bytes(config) // weight_bytes(self._gathered(config))  # shards keep gradients in their own type
 
         def of_pass(work: DryPass, held: HeldBytes, *, backward: bool) -> dict[str, int]:
             return {
-                "gradients": gradients if work.accumulates or not gradients else kept * held.gradients // parts,
+                "gradients": gradients if work.accumulates or not gradients else widened * held.gradients // parts,
                 "activations": held.activations,
                 "head and loss": held.head,
                 **self._on_the_way(config, sizes, backward=backward),
