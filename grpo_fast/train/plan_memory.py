@@ -246,7 +246,7 @@ class MemoryPlanner:
         }
         if not self._offloads(config):
             return lasting | shards, host
-        shards["gradients"] = sizes.trained * weight_bytes(config) // parts
+        shards["gradients"] = shards["weights that are trained"]
         return lasting, host | {name: size for name, size in shards.items() if size}
 
     def _offloads(self, config: Config) -> bool:

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertModel, MambaConfig, Qwen2Config, Qwen3M
 from grpo_fast.config import Config, ConfigError
 from grpo_fast.train.activations import UncountableError
 from grpo_fast.train.plan_memory import check_room
-from tests.train.plan_memory.models import GIB, SIZES, SMALL, TWO_LAYERS, layers_of_llama, num_weights, planner
+from tests.train.plan_memory.models import GIB, SERVERS, SIZES, SMALL, TWO_LAYERS, layers_of_llama, num_weights, planner
 
 
 @pytest.mark.parametrize(
@@ -73,8 +73,7 @@ def test_keys_and_values_of_sampling() -> None:
     assert on_cpu["vLLM's keys and values"] == 256 * (200 + 100) * 2 * 4 * 2 * 16 * 4
     told = planner(SMALL, config.replace(rollout="vllm", vllm_kv_cache_gib=3.0), kind="cpu").plan().lasting
     assert told["vLLM's keys and values"] == 3 * GIB
-    http = Config(rollout="vllm-http", vllm_server_urls=("http://127.0.0.1:8000",))
-    assert planner(SMALL, http).plan().phases["sampling"] == {}
+    assert planner(SMALL, Config(**SERVERS)).plan().phases["sampling"] == {}
 
 
 def test_a_sleeping_vllm_lies_beside_sampling_alone() -> None:
