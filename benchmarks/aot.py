@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -188,9 +189,10 @@ def build(case: Case, kernel: Any) -> Build:
 
 def compile_all(wanted: Iterable[Case], *, num_processes: int) -> list[Build]:
     """Compiles cases; Triton keeps what it has compiled in its own cache."""
-    with multiprocessing.get_context("fork").Pool(num_processes) as pool:  # torch is imported, and has not run
-        # One at a time: a worker that drew the slow ones would be waited for.
-        return sorted(build for found in pool.imap_unordered(compile_case, wanted, chunksize=1) for build in found)
+    # An executor: a pool whose call fails may wait forever for the lock of a worker that it ended. A fork is safe, as torch has
+    # been imported and has not run.
+    with ProcessPoolExecutor(num_processes, multiprocessing.get_context("fork")) as pool:
+        return sorted(build for found in pool.map(compile_case, wanted) for build in found)
 
 
 def table(builds: list[Build]) -> str:

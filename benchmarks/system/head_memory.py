@@ -11,12 +11,14 @@ import argparse
 import json
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from grpo_fast.config import Config
@@ -42,40 +44,39 @@ def measure(*, num_ranks: int, vocabulary: int, hidden: int, tokens: int) -> dic
         tokens: of one micro-batch of a rank, about; each rank has two of them.
     """
     found: dict[str, Any] = {"num_ranks": num_ranks, "vocabulary": vocabulary, "hidden": hidden, "tokens": tokens}
+    model_config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=hidden,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+    )
     for name, parallel in (("gathered", False), ("in_parts", True)):
-        with tempfile.TemporaryDirectory() as directory, multiprocessing.get_context("spawn").Pool(num_ranks) as pool:
-            work = [(rank, num_ranks, f"{directory}/store", vocabulary, hidden, tokens, parallel) for rank in range(num_ranks)]
-            told = pool.starmap(_rank, work, chunksize=1)
+        config = Config(
+            max_completion_length=tokens,
+            tokens_per_microbatch=tokens,
+            fsdp="full_shard",
+            fsdp_parallel_head=parallel,
+            device="cpu",
+        )
+        with tempfile.TemporaryDirectory() as directory, ProcessPoolExecutor(num_ranks, get_context("spawn")) as pool:
+            update = partial(_rank, num_ranks=num_ranks, store=f"{directory}/store", model_config=model_config, config=config)
+            told = list(pool.map(update, range(num_ranks)))
         found[name] = {key: max(one[key] for one in told) for key in told[0]}
     return found
 
 
-def _rank(rank: int, num_ranks: int, store: str, vocabulary: int, hidden: int, tokens: int, parallel: bool) -> dict[str, float]:  # noqa: PLR0913, PLR0917 (starmap takes places)
+def _rank(rank: int, *, num_ranks: int, store: str, model_config: LlamaConfig, config: Config) -> dict[str, float]:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks)
     world = World.join(torch.device("cpu"), timeout_s=300)
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=hidden,
-            intermediate_size=hidden,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            tie_word_embeddings=False,
-        )
-    )
-    config = Config(
-        max_completion_length=tokens,
-        tokens_per_microbatch=tokens,
-        fsdp="full_shard",
-        fsdp_parallel_head=parallel,
-        device="cpu",
-    )
+    model = LlamaForCausalLM(model_config)
     policy = ShardedPolicy(Policy(model, PreTrainedTokenizerFast), None, config=config, world=world)  # type: ignore[arg-type]
     learner = Learner(config, policy, build_optimizer(policy.model, config), reference=None, world=world)
-    groups = _groups(2 * num_ranks, vocabulary, tokens // 4 - PROMPT_TOKENS)
+    groups = _groups(2 * num_ranks, model_config.vocab_size, config.max_completion_length // 4 - PROMPT_TOKENS)
     found: dict[str, float] = {}
     for _ in range(2):  # the first makes the moments
         dist.barrier()

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -140,8 +141,8 @@ def measure(num_steps: int, *, stride: int = 1, seed: int = 0, model: str = "emb
 
 def peak_memory(which: Literal["grpo_fast", "trl"], model: str, num_steps: int) -> float:
     """MiB that a process of its own has resident at most over a few steps, libraries included."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_memory, (which, model, num_steps))
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(_peak_memory, which, model, num_steps).result()
 
 
 def _peak_memory(which: str, model: str, num_steps: int) -> float:
